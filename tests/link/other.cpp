@@ -1,0 +1,5 @@
+#include "every_header.hpp"
+
+int other();
+
+int other() { return 0; }
