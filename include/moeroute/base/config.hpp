@@ -1,0 +1,48 @@
+// Everything that depends on the compiler: the version, attributes, and the settings a user may define.
+#pragma once
+
+#define MOEROUTE_VERSION_MAJOR 0
+#define MOEROUTE_VERSION_MINOR 1
+#define MOEROUTE_VERSION_PATCH 0
+
+// NaN and infinities are data here (a NaN logit counts as -inf), so finite-math modes break the promises.
+#if defined(__FAST_MATH__) && !defined(MOEROUTE_ALLOW_FAST_MATH)
+#error \
+    "[moeroute] -ffast-math breaks NaN, infinity and tie handling; compile without it, or define MOEROUTE_ALLOW_FAST_MATH to accept wrong routing"
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define MOEROUTE_INLINE [[gnu::always_inline]] inline
+#define MOEROUTE_COLD [[gnu::cold, gnu::noinline]]
+#define MOEROUTE_RESTRICT __restrict__
+#define MOEROUTE_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define MOEROUTE_INLINE inline
+#define MOEROUTE_COLD
+#define MOEROUTE_RESTRICT
+#define MOEROUTE_PREFETCH(address) static_cast<void>(address)
+#endif
+
+// Loops over register arrays must be unrolled completely, or the array spills to the stack.
+#if defined(__clang__)
+#define MOEROUTE_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define MOEROUTE_UNROLL _Pragma("GCC unroll 64")
+#else
+#define MOEROUTE_UNROLL
+#endif
+
+#if defined(__cpp_exceptions)
+#define MOEROUTE_EXCEPTIONS 1
+#else
+#define MOEROUTE_EXCEPTIONS 0
+#endif
+
+// Checks of our own invariants. On in debug builds; define MOEROUTE_CONTRACTS to 0 or 1 to decide yourself.
+#if !defined(MOEROUTE_CONTRACTS)
+#if defined(NDEBUG)
+#define MOEROUTE_CONTRACTS 0
+#else
+#define MOEROUTE_CONTRACTS 1
+#endif
+#endif

@@ -1,0 +1,36 @@
+// The integer types of the library and the few constants that everything shares.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moeroute {
+
+/// Sizes and offsets in memory: signed, 64 bits on every platform we support.
+using index_t = std::ptrdiff_t;
+
+/// An expert's number in [0, E), or no_expert.
+using expert_id = std::int32_t;
+
+/// A token's number in [0, T), or a slot's number in [0, S). T * k stays below 2^31; row * stride is 64-bit.
+using slot_id = std::int32_t;
+
+/// A pick that could not be made: the row has fewer than k experts that are not masked.
+inline constexpr expert_id no_expert = -1;
+
+/// A choice without a slot: dropped, masked, or no_expert.
+inline constexpr slot_id no_slot = -1;
+
+/// Largest number of experts, 2^20.
+inline constexpr index_t max_experts = index_t{1} << 20;
+
+/// Rows that a token-choice policy sees at once: one token per SIMD lane.
+inline constexpr int block_rows = 16;
+
+/// Alignment of everything the library allocates: one cache line, one AVX-512 register.
+inline constexpr std::size_t alignment = 64;
+
+constexpr index_t ceil_div(index_t n, index_t d) { return (n + d - 1) / d; }
+constexpr index_t round_up(index_t n, index_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+}  // namespace moeroute

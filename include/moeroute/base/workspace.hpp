@@ -1,0 +1,125 @@
+// Memory: `buffer` (one array that only grows), `scratch` (the tape that measures and carves) and `workspace`.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <span>
+#include <type_traits>
+#include <utility>
+
+#include <moeroute/base/config.hpp>
+#include <moeroute/base/contract.hpp>
+#include <moeroute/base/index.hpp>
+
+namespace moeroute {
+
+/// An aligned array of plain values that grows and never shrinks, so that a warm call allocates nothing.
+///
+/// Cost: resize() allocates only where n exceeds every earlier n; contents are lost when it does.
+template <class T>
+class buffer {
+  static_assert(std::is_trivially_copyable_v<T>, "[moeroute::buffer] holds plain values only");
+
+ public:
+  buffer() = default;
+  explicit buffer(index_t n) { resize(n); }
+  buffer(const buffer& other) { *this = other; }
+  buffer(buffer&& other) noexcept
+      : memory_(std::move(other.memory_)),
+        size_(std::exchange(other.size_, 0)),
+        capacity_(std::exchange(other.capacity_, 0)) {}
+  buffer& operator=(const buffer& other) {
+    if (this != &other) {
+      resize(other.size_);
+      std::copy_n(other.data(), other.size_, data());
+    }
+    return *this;
+  }
+  buffer& operator=(buffer&& other) noexcept {
+    memory_ = std::move(other.memory_);
+    size_ = std::exchange(other.size_, 0);
+    capacity_ = std::exchange(other.capacity_, 0);
+    return *this;
+  }
+
+  /// Makes room for n values, their contents unspecified.
+  void resize(index_t n) {
+    MOEROUTE_EXPECTS(n >= 0);
+    if (n > capacity_) {
+      memory_.reset();
+      capacity_ = 0;
+      memory_.reset(static_cast<T*>(
+          ::operator new(static_cast<std::size_t>(n) * sizeof(T), std::align_val_t{alignment})));
+      capacity_ = n;
+    }
+    size_ = n;
+  }
+
+  T* data() { return memory_.get(); }
+  const T* data() const { return memory_.get(); }
+  index_t size() const { return size_; }
+  index_t capacity() const { return capacity_; }
+  T& operator[](index_t i) { return data()[i]; }
+  const T& operator[](index_t i) const { return data()[i]; }
+  operator std::span<T>() { return {data(), static_cast<std::size_t>(size_)}; }
+  operator std::span<const T>() const { return {data(), static_cast<std::size_t>(size_)}; }
+
+ private:
+  struct release {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t{alignment}); }
+  };
+  std::unique_ptr<T, release> memory_;
+  index_t size_ = 0;
+  index_t capacity_ = 0;
+};
+
+/// A tape over raw memory. Over no memory it only measures: the same carving code serves both.
+class scratch {
+ public:
+  scratch() = default;
+  explicit scratch(std::byte* memory) : memory_(memory) {}
+
+  /// The next n values, aligned to a cache line; nullptr while measuring.
+  template <class T>
+  T* take(index_t n) {
+    MOEROUTE_EXPECTS(n >= 0);
+    std::byte* at = memory_ == nullptr ? nullptr : memory_ + used_;
+    used_ += round_up(n * static_cast<index_t>(sizeof(T)), static_cast<index_t>(alignment));
+    return reinterpret_cast<T*>(at);
+  }
+
+  /// Bytes taken so far.
+  index_t used() const { return used_; }
+
+ private:
+  std::byte* memory_ = nullptr;
+  index_t used_ = 0;
+};
+
+/// Reusable scratch memory of one caller. Not to be shared between threads that run at the same time.
+class workspace {
+ public:
+  /// Runs `layout(scratch&)` once to measure and once to carve, and returns what it returns.
+  /// What the previous carve handed out is void.
+  ///
+  /// Cost: allocates only where the measure exceeds every earlier one.
+  template <class Layout>
+  auto carve(Layout&& layout) {
+    scratch measure;
+    layout(measure);
+    memory_.resize(measure.used());
+    scratch tape(memory_.data());
+    return layout(tape);
+  }
+
+  /// Bytes held.
+  index_t capacity() const { return memory_.capacity(); }
+
+ private:
+  buffer<std::byte> memory_;
+};
+
+}  // namespace moeroute

@@ -1,0 +1,34 @@
+// The door to OpenMP: opt-in, include it and compile with OpenMP on.
+#pragma once
+
+#include <moeroute/exec/executor.hpp>
+
+#if !defined(_OPENMP)
+#error "[moeroute::openmp] exec/openmp.hpp needs OpenMP: compile with -fopenmp, or use moeroute::serial"
+#endif
+
+#include <omp.h>
+
+namespace moeroute {
+
+/// Pieces run on an OpenMP team of `threads` threads; 0 means the OpenMP default.
+struct openmp {
+  int threads = 0;
+
+  int concurrency() const { return threads > 0 ? threads : omp_get_max_threads(); }
+
+  /// A loop of one piece runs on the calling thread and starts no team.
+  template <class F>
+  void parallel_for(index_t n, index_t grain, F&& f) const {
+    const index_t pieces = ceil_div(n, grain);
+    if (pieces <= 1 || concurrency() == 1) return serial{}.parallel_for(n, grain, f);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(concurrency())
+    for (index_t piece = 0; piece < pieces; ++piece) {
+      const index_t begin = piece * grain;
+      f(begin, begin + grain < n ? begin + grain : n);
+    }
+  }
+};
+static_assert(executor<openmp>);
+
+}  // namespace moeroute

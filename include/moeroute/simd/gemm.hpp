@@ -1,0 +1,213 @@
+// Matrix products with weights that were packed once: y = x W^T + b, no allocation.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include <moeroute/base/error.hpp>
+#include <moeroute/base/workspace.hpp>
+#include <moeroute/exec/executor.hpp>
+#include <moeroute/matrix/matrix.hpp>
+#include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/rows.hpp>
+
+namespace moeroute::simd {
+
+namespace detail {
+
+// Accumulators of the register tile: tile_rows x tile_registers; more where the ISA has 32 registers.
+template <class A>
+inline constexpr bool has_32_registers =
+    std::derived_from<A, xsimd::avx512f> || std::derived_from<A, xsimd::neon64>;
+template <class A>
+inline constexpr int tile_registers = has_32_registers<A> ? 4 : 2;
+inline constexpr int tile_rows = 6;
+// Columns of x per pass: a slice of a panel stays in L2, six rows of x in L1.
+inline constexpr index_t tile_depth = 512;
+
+// Fused where the hardware does it; a product's bits may differ between ISAs, unlike a score's.
+template <class A>
+MOEROUTE_INLINE vfloat<A> multiply_add(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
+  if constexpr (has_fma<A>) {
+    return xsimd::fma(a, b, c);
+  } else {
+    return a * b + c;
+  }
+}
+
+}  // namespace detail
+
+/// The weights W [N, K] of a linear map, one output per row as checkpoints store them, packed into panels
+/// that the product reads from front to back; with an optional bias [N].
+template <class A = default_arch>
+class packed_matrix {
+ public:
+  /// Outputs per panel.
+  static constexpr index_t panel_width = detail::tile_registers<A> * width<A>;
+
+  packed_matrix() = default;
+
+  /// Room for N x K zeros and a zero bias: fill with set_rows.
+  packed_matrix(index_t rows, index_t cols) : rows_(rows), cols_(cols) {
+    if (rows < 0 || cols < 0) fail("packed_matrix", "rows and cols must not be negative");
+    weights_.resize(panels() * panel_width * cols);
+    bias_.resize(panels() * panel_width);
+    std::fill_n(weights_.data(), weights_.size(), 0.0f);
+    std::fill_n(bias_.data(), bias_.size(), 0.0f);
+  }
+
+  explicit packed_matrix(matrix_view<const float> w) : packed_matrix(w.rows, w.cols) {
+    set_rows(0, w);
+  }
+
+  /// Packs the rows of w as outputs [first, first + w.rows). Several maps of one input are fused this way.
+  void set_rows(index_t first, matrix_view<const float> w) {
+    check_size("packed_matrix::set_rows", "w.cols", w.cols, cols_);
+    check_range("packed_matrix::set_rows", "first row", first, 0, rows_ - w.rows);
+    for (index_t r = 0; r < w.rows; ++r) {
+      float* out = panel((first + r) / panel_width) + (first + r) % panel_width;
+      const float* in = w.data + r * w.stride;
+      for (index_t c = 0; c < cols_; ++c) out[c * panel_width] = in[c];
+    }
+  }
+
+  /// The bias of output r.
+  float& bias(index_t r) { return bias_[r]; }
+
+  index_t rows() const { return rows_; }
+  index_t cols() const { return cols_; }
+  index_t panels() const { return ceil_div(rows_, panel_width); }
+  const float* panel(index_t p) const { return weights_.data() + p * panel_width * cols_; }
+  const float* panel_bias(index_t p) const { return bias_.data() + p * panel_width; }
+
+ private:
+  float* panel(index_t p) { return weights_.data() + p * panel_width * cols_; }
+
+  index_t rows_ = 0;
+  index_t cols_ = 0;
+  buffer<float> weights_;
+  buffer<float> bias_;
+};
+
+namespace detail {
+
+// y[0..m) x one panel, columns [0, depth) of x; starts from `start` (one row, or the rows of y itself).
+template <class A, int m>
+MOEROUTE_INLINE void multiply_tile(const float* MOEROUTE_RESTRICT x, index_t x_stride,
+                                   const float* MOEROUTE_RESTRICT w, index_t depth,
+                                   const float* start, index_t start_stride, float* y,
+                                   index_t y_stride, index_t cols) {
+  constexpr int v = tile_registers<A>, lanes = width<A>;
+  vfloat<A> sum[m][v];
+  MOEROUTE_UNROLL
+  for (int r = 0; r < m; ++r) {
+    MOEROUTE_UNROLL
+    for (int j = 0; j < v; ++j)
+      sum[r][j] = load_first<A>(start + r * start_stride + j * lanes,
+                                std::clamp<index_t>(cols - j * lanes, 0, lanes), 0.0f);
+  }
+  for (index_t c = 0; c < depth; ++c, w += v * lanes) {
+    vfloat<A> column[v];
+    MOEROUTE_UNROLL
+    for (int j = 0; j < v; ++j) column[j] = vfloat<A>::load_aligned(w + j * lanes);
+    MOEROUTE_UNROLL
+    for (int r = 0; r < m; ++r) {
+      const vfloat<A> a(x[r * x_stride + c]);
+      MOEROUTE_UNROLL
+      for (int j = 0; j < v; ++j) sum[r][j] = multiply_add<A>(a, column[j], sum[r][j]);
+    }
+  }
+  MOEROUTE_UNROLL
+  for (int r = 0; r < m; ++r) {
+    MOEROUTE_UNROLL
+    for (int j = 0; j < v; ++j) {
+      float* out = y + r * y_stride + j * lanes;
+      if (cols >= (j + 1) * lanes) {
+        sum[r][j].store_unaligned(out);
+      } else {
+        store_first<A>(out, std::clamp<index_t>(cols - j * lanes, 0, lanes), sum[r][j]);
+      }
+    }
+  }
+}
+
+// A stripe of rows times the panels [panel, panel_end), slice by slice of the depth.
+template <class A, class T>
+void multiply_stripe(matrix_view<const T> x, const packed_matrix<A>& w, index_t panel,
+                     index_t panel_end, matrix_view<float> y) {
+  constexpr index_t panel_width = packed_matrix<A>::panel_width;
+  for (index_t depth0 = 0; depth0 == 0 || depth0 < w.cols(); depth0 += tile_depth) {
+    const index_t depth = std::min(tile_depth, w.cols() - depth0);
+    for (index_t p = panel; p < panel_end; ++p) {
+      const float* weights = w.panel(p) + depth0 * panel_width;
+      const index_t cols = std::min(panel_width, w.rows() - p * panel_width);
+      for (index_t r = 0; r < x.rows; r += tile_rows) {
+        const index_t rows = std::min<index_t>(tile_rows, x.rows - r);
+        const float* in;
+        index_t in_stride = x.stride;
+        alignas(alignment) float wide[std::is_same_v<T, float> ? 1 : tile_rows * tile_depth];
+        if constexpr (std::is_same_v<T, float>) {
+          in = x.data + r * x.stride + depth0;
+        } else {
+          for (index_t i = 0; i < rows; ++i)
+            convert_row<A>(x.data + (r + i) * x.stride + depth0, depth, wide + i * tile_depth);
+          in = wide;
+          in_stride = tile_depth;
+        }
+        float* out = y.data + r * y.stride + p * panel_width;
+        const float* start = depth0 == 0 ? w.panel_bias(p) : out;
+        const index_t start_stride = depth0 == 0 ? 0 : y.stride;
+        const auto run = [&]<int m>(std::integral_constant<int, m>) {
+          multiply_tile<A, m>(in, in_stride, weights, depth, start, start_stride, out, y.stride,
+                              cols);
+        };
+        switch (rows) {
+          case 1: run(std::integral_constant<int, 1>{}); break;
+          case 2: run(std::integral_constant<int, 2>{}); break;
+          case 3: run(std::integral_constant<int, 3>{}); break;
+          case 4: run(std::integral_constant<int, 4>{}); break;
+          case 5: run(std::integral_constant<int, 5>{}); break;
+          default: run(std::integral_constant<int, 6>{}); break;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace detail
+
+/// y = x W^T + b.
+///
+/// Shapes: x [M, K] in float, bfloat16 or float16, W [N, K] packed, y [M, N] in float.
+/// Throws: error where the shapes do not fit.
+/// Cost: M N K multiply-adds, no allocation. Splits over the executor's threads where there is enough work.
+/// Determinism: every element is one chain of multiply-adds over K in order, so a row of y depends neither
+/// on the other rows nor on threads.
+template <class A, readable_rows X, writable_rows Y, executor Exec = serial>
+void gemm(const X& x_rows, const packed_matrix<A>& w, Y&& y_rows, const Exec& exec = {}) {
+  const auto x = const_view(x_rows);
+  const matrix_view<float> y = view(y_rows);
+  check_size("gemm", "x.cols", x.cols, w.cols());
+  check_size("gemm", "y.cols", y.cols, w.rows());
+  check_size("gemm", "y.rows", y.rows, x.rows);
+  if (x.rows == 0 || w.rows() == 0) return;
+  constexpr index_t panel_width = packed_matrix<A>::panel_width;
+  // A piece of work: a stripe of rows times a stripe of panels, about 2^18 multiply-adds or more.
+  const index_t stripe_rows = std::min<index_t>(x.rows, 16 * detail::tile_rows);
+  const index_t panel_cost = std::max<index_t>(1, stripe_rows * panel_width * w.cols());
+  const index_t stripe_panels = std::min(w.panels(), ceil_div(index_t{1} << 18, panel_cost));
+  const index_t row_stripes = ceil_div(x.rows, stripe_rows);
+  const index_t panel_stripes = ceil_div(w.panels(), stripe_panels);
+  exec.parallel_for(row_stripes * panel_stripes, 1, [&](index_t begin, index_t end) {
+    for (index_t i = begin; i < end; ++i) {
+      const index_t row = i / panel_stripes * stripe_rows;
+      const index_t panel = i % panel_stripes * stripe_panels;
+      const index_t rows = std::min(stripe_rows, x.rows - row);
+      detail::multiply_stripe<A>(x.middle_rows(row, rows), w, panel,
+                                 std::min(w.panels(), panel + stripe_panels),
+                                 y.middle_rows(row, rows));
+    }
+  });
+}
+
+}  // namespace moeroute::simd

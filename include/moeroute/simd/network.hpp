@@ -1,0 +1,124 @@
+// Sorting networks on pairs (value, column), one row per lane: value descending, then column ascending.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <utility>
+
+#include <moeroute/simd/batch.hpp>
+
+namespace moeroute::simd {
+
+/// A value and its column in every lane. Values are never NaN.
+template <class A>
+struct ranked {
+  vfloat<A> value;
+  vint<A> column;
+};
+
+/// Lanes in which b goes before a: its value is larger, or equal at a lower column.
+template <class A>
+MOEROUTE_INLINE vmask<A> goes_before(const ranked<A>& b, const ranked<A>& a) {
+  const auto lower = xsimd::batch_bool_cast<float>(b.column < a.column);
+  return (b.value > a.value) | ((b.value == a.value) & lower);
+}
+
+/// Puts the one that goes first into a, the other into b. Value and column move under one mask, so a zero
+/// keeps its sign with its column.
+template <class A>
+MOEROUTE_INLINE void exchange(ranked<A>& a, ranked<A>& b) {
+  const vmask<A> swap = goes_before<A>(b, a);
+  const ranked<A> first = a;
+  a = {select<A>(swap, b.value, first.value), select<A>(swap, b.column, first.column)};
+  b = {select<A>(swap, first.value, b.value), select<A>(swap, first.column, b.column)};
+}
+
+/// Puts the one that goes first into a.
+template <class A>
+MOEROUTE_INLINE void keep_first(ranked<A>& a, const ranked<A>& b) {
+  const vmask<A> swap = goes_before<A>(b, a);
+  a = {select<A>(swap, b.value, a.value), select<A>(swap, b.column, a.column)};
+}
+
+namespace detail {
+
+struct comparator {
+  int low, high;
+};
+
+// Batcher's odd-even merge sort of n = 2^m (K. E. Batcher, 1968): calls f(i, j), i < j.
+template <class F>
+constexpr void batcher(int n, F f) {
+  for (int p = 1; p < n; p *= 2)
+    for (int k = p; k >= 1; k /= 2)
+      for (int j = k % p; j + k < n; j += 2 * k)
+        for (int i = j; i < j + k && i + k < n; ++i)
+          if (i / (2 * p) == (i + k) / (2 * p)) f(i, i + k);
+}
+
+// The half-cleaners that sort a bitonic run of n = 2^m.
+template <class F>
+constexpr void bitonic_clean(int n, F f) {
+  for (int k = n / 2; k >= 1; k /= 2)
+    for (int j = 0; j < n; j += 2 * k)
+      for (int i = j; i < j + k; ++i) f(i, i + k);
+}
+
+constexpr int batcher_size(int n) {
+  int count = 0;
+  batcher(n, [&](int, int) { ++count; });
+  return count;
+}
+
+constexpr int bitonic_clean_size(int n) {
+  int count = 0;
+  bitonic_clean(n, [&](int, int) { ++count; });
+  return count;
+}
+
+template <int n>
+inline constexpr auto batcher_network = [] {
+  std::array<comparator, static_cast<std::size_t>(batcher_size(n))> list{};
+  std::size_t at = 0;
+  batcher(n, [&](int i, int j) { list[at++] = {i, j}; });
+  return list;
+}();
+
+template <int n>
+inline constexpr auto bitonic_clean_network = [] {
+  std::array<comparator, static_cast<std::size_t>(bitonic_clean_size(n))> list{};
+  std::size_t at = 0;
+  bitonic_clean(n, [&](int i, int j) { list[at++] = {i, j}; });
+  return list;
+}();
+
+// Small networks are unrolled into registers; large ones work in L1 and would only bloat the code.
+template <class A, const auto& network>
+MOEROUTE_INLINE void run_network(ranked<A>* x) {
+  constexpr std::size_t size = network.size();
+  if constexpr (size <= 64) {
+    [&]<std::size_t... s>(std::index_sequence<s...>) {
+      (exchange<A>(x[network[s].low], x[network[s].high]), ...);
+    }(std::make_index_sequence<size>{});
+  } else {
+    for (const comparator c : network) exchange<A>(x[c.low], x[c.high]);
+  }
+}
+
+}  // namespace detail
+
+/// Sorts n = 2^m pairs.
+template <class A, int n>
+MOEROUTE_INLINE void sort(ranked<A>* x) {
+  if constexpr (n > 1) detail::run_network<A, detail::batcher_network<n>>(x);
+}
+
+/// Merges two sorted runs of n = 2^m pairs; top keeps the n that go first, sorted.
+template <class A, int n>
+MOEROUTE_INLINE void merge_keep_first(ranked<A>* top, const ranked<A>* run) {
+  MOEROUTE_UNROLL
+  for (int i = 0; i < n; ++i) keep_first<A>(top[i], run[n - 1 - i]);
+  if constexpr (n > 1) detail::run_network<A, detail::bitonic_clean_network<n>>(top);
+}
+
+}  // namespace moeroute::simd

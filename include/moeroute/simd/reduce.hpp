@@ -1,0 +1,87 @@
+// Sums and maxima of a row, with bits that do not depend on the register width.
+#pragma once
+
+#include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/elementwise.hpp>
+
+namespace moeroute::simd {
+
+/// One value for each of 16 strided positions: partial[j] belongs to the columns c with c % 16 == j.
+template <class A = default_arch>
+struct partials {
+  static constexpr int n = registers_per_block<A>;
+  vfloat<A> part[n];
+
+  explicit partials(float start) {
+    for (auto& p : part) p = vfloat<A>(start);
+  }
+};
+
+namespace detail {
+
+// Calls f(register number, values) for every register of a row, the tail padded.
+template <class A, class F>
+MOEROUTE_INLINE void for_each_register(const float* row, index_t cols, float fill, F&& f) {
+  constexpr int w = width<A>, n = registers_per_block<A>;
+  index_t c = 0;
+  for (; c + block_rows <= cols; c += block_rows) {
+    MOEROUTE_UNROLL
+    for (int r = 0; r < n; ++r) f(r, load<A>(row + c + r * w));
+  }
+  for (int r = 0; c < cols; ++r, c += w)
+    f(r, c + w <= cols ? load<A>(row + c) : load_first<A>(row + c, cols - c, fill));
+}
+
+}  // namespace detail
+
+/// The sum of 16 partial sums in one fixed tree: distance 8, 4, 2, 1.
+template <class A>
+MOEROUTE_INLINE float sum_of(const partials<A>& p) {
+  alignas(alignment) float lane[block_rows];
+  for (int r = 0; r < partials<A>::n; ++r) p.part[r].store_aligned(lane + r * width<A>);
+  for (int distance = block_rows / 2; distance > 0; distance /= 2)
+    for (int i = 0; i < distance; ++i) lane[i] += lane[i + distance];
+  return lane[0];
+}
+
+/// The largest of the row, NaN skipped; -inf for an empty or all-NaN row.
+template <class A = default_arch>
+float row_max(const float* row, index_t cols) {
+  partials<A> best(minus_infinity);
+  detail::for_each_register<A>(row, cols, minus_infinity, [&](int r, vfloat<A> x) {
+    best.part[r] = select<A>(x > best.part[r], x, best.part[r]);
+  });
+  alignas(alignment) float lane[block_rows];
+  for (int r = 0; r < partials<A>::n; ++r) best.part[r].store_aligned(lane + r * width<A>);
+  float largest = lane[0];
+  for (int i = 1; i < block_rows; ++i) largest = lane[i] > largest ? lane[i] : largest;
+  return largest;
+}
+
+/// The sum of the row: 16 strided partial sums joined in one fixed tree, the same bits on every ISA.
+template <class A = default_arch>
+float row_sum(const float* row, index_t cols) {
+  partials<A> sum(0.0f);
+  detail::for_each_register<A>(row, cols, 0.0f, [&](int r, vfloat<A> x) { sum.part[r] += x; });
+  return sum_of<A>(sum);
+}
+
+/// exp(x - max) where max is the row's largest value: 1 at the maximum itself (also where both are +inf), 0 for
+/// NaN and -inf.
+template <class A>
+MOEROUTE_INLINE vfloat<A> exp_below_max(vfloat<A> x, vfloat<A> max) {
+  return select<A>(x == max, vfloat<A>(1.0f), exp_nonpositive<A>(x - max));
+}
+
+/// The sum of exp(x - max) over the row: at least 1 where max is the row's largest value.
+template <class A = default_arch>
+float row_sum_exp(const float* row, index_t cols, float max) {
+  partials<A> sum(0.0f);
+  const vfloat<A> top(max);
+  detail::for_each_register<A>(row, cols, minus_infinity, [&](int r, vfloat<A> x) {
+    sum.part[r] += exp_below_max<A>(x, top);
+  });
+  return sum_of<A>(sum);
+}
+
+}  // namespace moeroute::simd
