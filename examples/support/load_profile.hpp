@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <moeroute/base/index.hpp>
@@ -70,8 +71,7 @@ struct load_profile {
         }
     }
 
-    void add(std::size_t layer, moeroute::matrix_view<const moeroute::expert_id> ids,
-             moeroute::matrix_view<const float> logits) {
+    void count(std::size_t layer, moeroute::matrix_view<const moeroute::expert_id> ids) {
         layer_load& load = layers[layer];
         load.tokens += ids.rows;
         for (moeroute::index_t t = 0; t < ids.rows; ++t) {
@@ -80,7 +80,11 @@ struct load_profile {
                     ++load.choices[static_cast<std::size_t>(id)];
                 }
             }
-            load.entropy_sum += softmax_entropy(logits.row(t), logits.cols);
+        }
+    }
+    void add_entropy(std::size_t layer, moeroute::matrix_view<const float> logits) {
+        for (moeroute::index_t t = 0; t < logits.rows; ++t) {
+            layers[layer].entropy_sum += softmax_entropy(logits.row(t), logits.cols);
         }
     }
 };

@@ -1,4 +1,4 @@
-#include "../../examples/support/config.hpp"
+#include "support/config.hpp"
 
 #include "scratch_checkpoint.hpp"
 

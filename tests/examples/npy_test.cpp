@@ -1,4 +1,4 @@
-#include "../../examples/support/npy.hpp"
+#include "support/npy.hpp"
 
 #include "scratch_checkpoint.hpp"
 

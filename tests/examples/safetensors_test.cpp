@@ -1,6 +1,6 @@
-#include "../../examples/support/safetensors.hpp"
+#include "support/safetensors.hpp"
 
-#include "../../examples/support/checkpoint.hpp"
+#include "support/checkpoint.hpp"
 #include "scratch_checkpoint.hpp"
 
 #include <cmath>

@@ -1,7 +1,7 @@
 // Folders and files that a test makes, and that go when it ends.
 #pragma once
 
-#include "../../examples/support/safetensors.hpp"
+#include "support/safetensors.hpp"
 
 #include <atomic>
 #include <cstdint>
@@ -60,7 +60,7 @@ private:
 
 /// The folder of the bundled model.
 [[nodiscard]] inline std::filesystem::path bundled_model() {
-    return std::filesystem::path(__FILE__).parent_path() / ".." / ".." / "examples" / "model";
+    return MOEROUTE_MODEL_DIR;
 }
 
 /// The message with which `act` refuses its input; empty where it does not.

@@ -1,6 +1,6 @@
-#include "../../examples/support/tokens.hpp"
+#include "support/tokens.hpp"
 
-#include "../../examples/support/sampling.hpp"
+#include "support/sampling.hpp"
 #include "scratch_checkpoint.hpp"
 
 #include <cmath>
