@@ -29,6 +29,10 @@ if(OpenMP_CXX_FOUND)
 endif()
 target_compile_options(
   moeroute_own INTERFACE ${arch_${MOEROUTE_ARCH}} -Wall -Wextra -Wpedantic -Wconversion -Wshadow)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  # Its own AVX-512 intrinsics read a value that they leave undefined on purpose.
+  target_compile_options(moeroute_own INTERFACE -Wno-maybe-uninitialized -Wno-uninitialized)
+endif()
 
 # moeroute_names(<variable> <folder> <glob>): the names of the files, without folder and extension.
 function(moeroute_names variable folder glob)
