@@ -1,6 +1,7 @@
 // What routing decided: which experts each token goes to, with which weights. Holds and checks, decides nothing.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
@@ -11,18 +12,107 @@
 
 namespace moeroute {
 
-/// The sparse T x E result of routing: per token a list of choices (expert, weight), best first.
+/// The sparse T x E result of routing: per token a list of choices (expert, weight).
 ///
-/// A choice that could not be made has id no_expert and weight 0. Storage is reused: a warm reset() with sizes
-/// seen before allocates nothing.
+/// Two forms. Fixed: every token has k choices, best first; one that could not be made has id no_expert and
+/// weight 0. Ragged: token t has the choices [first(t), first(t + 1)), possibly none.
+/// A choice that capacity dropped keeps its id, has weight 0 and kept() false.
+/// Storage is reused: a warm reset() with sizes seen before allocates nothing.
 class assignment {
  public:
   assignment() = default;
 
-  /// Room for k choices per token, contents unspecified.
+  /// The fixed form: room for k choices per token, contents unspecified, nothing dropped.
   ///
   /// Throws: error where T < 0, E is outside [1, 2^20], k is outside [1, E], or T * k exceeds 2^31 - 1.
   void reset(index_t tokens, index_t experts, index_t k) {
+    prepare(tokens, experts, k);
+    ragged_ = false;
+    choices_ = tokens * k;
+  }
+
+  /// The ragged form: room for up to `most` choices per token. The writer fills offsets_to_fill() and, with
+  /// it, the choices; then calls close().
+  void reset_ragged(index_t tokens, index_t experts, index_t most) {
+    prepare(tokens, experts, most);
+    ragged_ = true;
+    choices_ = 0;
+    offsets_.resize(tokens + 1);
+  }
+
+  /// Ends the writing of the ragged form: offsets are complete.
+  void close() {
+    MOEROUTE_EXPECTS(ragged_);
+    choices_ = offsets_[tokens_];
+  }
+
+  /// Flags for dropped choices, all set to kept; the writer clears those that were dropped.
+  std::span<std::uint8_t> kept_to_fill() {
+    kept_.resize(choices_);
+    std::fill_n(kept_.data(), choices_, std::uint8_t{1});
+    drops_ = true;
+    return kept_;
+  }
+
+  index_t tokens() const { return tokens_; }
+  index_t experts() const { return experts_; }
+  /// Choices per token in the fixed form, at most that many in the ragged one.
+  index_t k() const { return k_; }
+  bool ragged() const { return ragged_; }
+  /// All choices: T * k in the fixed form.
+  index_t choices() const { return choices_; }
+
+  /// Index of a token's first choice.
+  index_t first(index_t token) const {
+    return ragged_ ? index_t{offsets_[token]} : token * k_;
+  }
+  /// A token's number of choices.
+  index_t count(index_t token) const { return first(token + 1) - first(token); }
+
+  /// Every choice's expert, token by token.
+  std::span<expert_id> ids() { return {ids_.data(), size()}; }
+  std::span<const expert_id> ids() const { return {ids_.data(), size()}; }
+  /// Every choice's weight, token by token.
+  std::span<float> weights() { return {weights_.data(), size()}; }
+  std::span<const float> weights() const { return {weights_.data(), size()}; }
+
+  /// One token's experts.
+  std::span<const expert_id> ids(index_t token) const {
+    MOEROUTE_EXPECTS(token >= 0 && token < tokens_);
+    return {ids_.data() + first(token), static_cast<std::size_t>(count(token))};
+  }
+  /// One token's weights, in the order of ids(token).
+  std::span<const float> weights(index_t token) const {
+    MOEROUTE_EXPECTS(token >= 0 && token < tokens_);
+    return {weights_.data() + first(token), static_cast<std::size_t>(count(token))};
+  }
+
+  /// Whether choices may have been dropped.
+  bool drops() const { return drops_; }
+  /// False for a choice that capacity dropped.
+  bool kept(index_t choice) const { return !drops_ || kept_[choice] != 0; }
+  /// The flags of all choices, 1 for kept; empty where nothing can have been dropped.
+  std::span<const std::uint8_t> kept() const {
+    return {kept_.data(), drops_ ? size() : std::size_t{0}};
+  }
+
+  /// First choice of every token, [T + 1]; empty in the fixed form.
+  std::span<const std::int32_t> offsets() const {
+    return {offsets_.data(), ragged_ ? static_cast<std::size_t>(tokens_ + 1) : std::size_t{0}};
+  }
+
+  /// For writers of the ragged form: raw room for T * most choices and T + 1 offsets.
+  struct parts {
+    expert_id* ids;
+    float* weights;
+    std::int32_t* offsets;
+  };
+  parts to_fill() { return {ids_.data(), weights_.data(), offsets_.data()}; }
+
+ private:
+  std::size_t size() const { return static_cast<std::size_t>(choices_); }
+
+  void prepare(index_t tokens, index_t experts, index_t k) {
     check_range("assignment", "tokens", tokens, 0, std::int32_t{0x7fffffff});
     check_range("assignment", "experts", experts, 1, max_experts);
     check_range("assignment", "k", k, 1, experts);
@@ -30,41 +120,21 @@ class assignment {
     tokens_ = tokens;
     experts_ = experts;
     k_ = k;
+    drops_ = false;
     ids_.resize(tokens * k);
     weights_.resize(tokens * k);
   }
 
-  index_t tokens() const { return tokens_; }
-  index_t experts() const { return experts_; }
-  /// Choices per token.
-  index_t k() const { return k_; }
-  /// All choices, T * k.
-  index_t choices() const { return tokens_ * k_; }
-
-  /// Every choice's expert, token by token: [T, k].
-  std::span<expert_id> ids() { return ids_; }
-  std::span<const expert_id> ids() const { return ids_; }
-  /// Every choice's weight, token by token: [T, k].
-  std::span<float> weights() { return weights_; }
-  std::span<const float> weights() const { return weights_; }
-
-  /// One token's experts, best first.
-  std::span<const expert_id> ids(index_t token) const {
-    MOEROUTE_EXPECTS(token >= 0 && token < tokens_);
-    return {ids_.data() + token * k_, static_cast<std::size_t>(k_)};
-  }
-  /// One token's weights, in the order of ids(token).
-  std::span<const float> weights(index_t token) const {
-    MOEROUTE_EXPECTS(token >= 0 && token < tokens_);
-    return {weights_.data() + token * k_, static_cast<std::size_t>(k_)};
-  }
-
- private:
   index_t tokens_ = 0;
   index_t experts_ = 0;
   index_t k_ = 0;
+  index_t choices_ = 0;
+  bool ragged_ = false;
+  bool drops_ = false;
   buffer<expert_id> ids_;
   buffer<float> weights_;
+  buffer<std::int32_t> offsets_;
+  buffer<std::uint8_t> kept_;
 };
 
 }  // namespace moeroute

@@ -54,7 +54,7 @@ class moe_layer {
     probe(layer_step::gate);
     gate(x, gate_, logits_, exec);
     probe(layer_step::route);
-    detail::route_with<A>(router_, const_view(logits_), m.route, workers, choices_, exec);
+    detail::route_with<A>(router_, const_view(logits_), side_inputs{}, m.route, workers, choices_, exec);
     probe(layer_step::plan);
     moeroute::plan(choices_, plan_);
     const index_t slots = plan_.slots();

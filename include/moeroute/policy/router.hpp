@@ -26,6 +26,7 @@ struct router {
   };
 
   index_t k() const { return selection.choices(); }
+  static index_t experts(index_t columns) { return columns; }
 
   /// Throws: error where a part does not fit E experts.
   void check(index_t experts) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <utility>
 
@@ -27,6 +28,16 @@ int route_workers(const Exec& exec, index_t tokens, index_t experts) {
   return tokens <= route_grain(experts) ? 1 : worker_slots::count(exec.concurrency());
 }
 
+// The most choices a row can have.
+template <class Router>
+index_t most_choices(const Router& router, index_t columns) {
+  if constexpr (ragged_router<Router>) {
+    return router.max_choices(columns);
+  } else {
+    return router.k();
+  }
+}
+
 // Scratch of one worker that routes logits kept as T.
 template <class Router, class T>
 struct route_memory {
@@ -35,84 +46,177 @@ struct route_memory {
   float* wide;  // [16, E] where logits are kept in 16 bits
   decltype(std::declval<const Router&>().carve(std::declval<scratch&>(), index_t{})) router;
 
-  static route_memory carve(scratch& tape, const Router& router, index_t experts) {
-    const index_t lanes = router.k() * block_rows;
+  static route_memory carve(scratch& tape, const Router& router, index_t columns) {
+    const index_t lanes = ragged_router<Router> ? 0 : most_choices(router, columns) * block_rows;
     return {tape.take<expert_id>(lanes), tape.take<float>(lanes),
-            tape.take<float>(std::is_same_v<T, float> ? 0 : experts * block_rows),
-            router.carve(tape, experts)};
+            tape.take<float>(std::is_same_v<T, float> ? 0 : columns * block_rows),
+            router.carve(tape, columns)};
   }
 
   // One for each worker, in one array.
-  static route_memory* carve(scratch& tape, const Router& router, index_t experts, int workers) {
+  static route_memory* carve(scratch& tape, const Router& router, index_t columns, int workers) {
     route_memory* const list = tape.take<route_memory>(workers);
     for (int w = 0; w < workers; ++w) {
-      const route_memory m = carve(tape, router, experts);
+      const route_memory m = carve(tape, router, columns);
       if (list != nullptr) std::construct_at(list + w, m);
     }
     return list;
   }
 };
 
+// Calls f(block, memory) for the tokens [begin, end), at most 16 at a time.
+template <class A, class T, class Router, class F>
+void for_each_block(matrix_view<const T> logits, const side_inputs& side,
+                    const route_memory<Router, T>& m, index_t begin, index_t end, F&& f) {
+  const index_t columns = logits.cols;
+  for (index_t t = begin; t < end; t += block_rows) {
+    const int rows = static_cast<int>(std::min<index_t>(block_rows, end - t));
+    logit_block block{nullptr, logits.stride, rows, columns, t, &side};
+    if constexpr (std::is_same_v<T, float>) {
+      block.logits = logits.row(t);
+    } else {
+      for (int i = 0; i < rows; ++i)
+        simd::convert_row<A>(logits.row(t + i), columns, m.wide + i * columns);
+      block.logits = m.wide;
+      block.stride = columns;
+    }
+    f(block);
+  }
+}
+
 // route() on memory that is already carved; out has been reset.
-template <class A, class T, class Router, executor Exec>
-void route_with(const Router& router, matrix_view<const T> logits,
+template <class A, class T, token_router Router, executor Exec>
+void route_with(const Router& router, matrix_view<const T> logits, const side_inputs& side,
                 const route_memory<Router, T>* memories, int workers, assignment& out,
                 const Exec& exec) {
-  const index_t experts = logits.cols;
   const int k = static_cast<int>(router.k());
   worker_slots slots(workers);
-  exec.parallel_for(logits.rows, route_grain(experts), [&](index_t begin, index_t end) {
+  exec.parallel_for(logits.rows, route_grain(logits.cols), [&](index_t begin, index_t end) {
     const worker_slots::held worker(slots);
     const route_memory<Router, T>& m = memories[worker];
-    choice_block choices{k, m.id, m.value};
-    for (index_t t = begin; t < end; t += block_rows) {
-      const int rows = static_cast<int>(std::min<index_t>(block_rows, end - t));
-      logit_block block{nullptr, logits.stride, rows, experts, t};
-      if constexpr (std::is_same_v<T, float>) {
-        block.logits = logits.row(t);
-      } else {
-        for (int i = 0; i < rows; ++i)
-          simd::convert_row<A>(logits.row(t + i), experts, m.wide + i * experts);
-        block.logits = m.wide;
-        block.stride = experts;
-      }
+    for_each_block<A>(logits, side, m, begin, end, [&](const logit_block& block) {
+      choice_block choices{k, m.id, m.value};
       router.route_block(block, m.router, choices);
-      expert_id* id = out.ids().data() + t * k;
-      float* weight = out.weights().data() + t * k;
-      for (int i = 0; i < rows; ++i) {
+      expert_id* id = out.ids().data() + block.first_token * k;
+      float* weight = out.weights().data() + block.first_token * k;
+      for (int i = 0; i < block.rows; ++i) {
+        const bool masked = side.masked(block.first_token + i);
+        const int own = side.k_of_token.empty()
+                            ? k
+                            : side.k_of_token[static_cast<std::size_t>(block.first_token + i)];
         for (int r = 0; r < k; ++r) {
-          id[i * k + r] = m.id[r * block_rows + i];
-          weight[i * k + r] = m.value[r * block_rows + i];
+          const bool taken = !masked && r < own;
+          id[i * k + r] = taken ? m.id[r * block_rows + i] : no_expert;
+          weight[i * k + r] = taken ? m.value[r * block_rows + i] : 0.0f;
         }
       }
-    }
+    });
   });
+}
+
+// The ragged form. Every piece writes to the room of its first token; then the pieces are moved together.
+template <class A, class T, ragged_router Router, executor Exec>
+void route_with(const Router& router, matrix_view<const T> logits, const side_inputs& side,
+                const route_memory<Router, T>* memories, int workers, assignment& out,
+                const Exec& exec) {
+  const index_t tokens = logits.rows, grain = route_grain(logits.cols), most = out.k();
+  const assignment::parts p = out.to_fill();
+  worker_slots slots(workers);
+  exec.parallel_for(tokens, grain, [&](index_t begin, index_t end) {
+    const worker_slots::held worker(slots);
+    const route_memory<Router, T>& m = memories[worker];
+    index_t at = begin * most;
+    for_each_block<A>(logits, side, m, begin, end, [&](const logit_block& block) {
+      std::int32_t count[block_rows];
+      router.route_block(block, m.router, p.ids + at, p.weights + at, count);
+      index_t from = at;
+      for (int i = 0; i < block.rows; ++i) {
+        const index_t t = block.first_token + i;
+        if (side.masked(t)) {
+          p.offsets[t + 1] = 0;
+        } else {
+          if (from != at) {
+            std::memmove(p.ids + at, p.ids + from, static_cast<std::size_t>(count[i]) * 4);
+            std::memmove(p.weights + at, p.weights + from, static_cast<std::size_t>(count[i]) * 4);
+          }
+          at += count[i];
+          p.offsets[t + 1] = count[i];
+        }
+        from += count[i];
+      }
+    });
+  });
+  p.offsets[0] = 0;
+  for (index_t begin = 0; begin < tokens; begin += grain) {
+    const index_t start = p.offsets[begin];
+    for (index_t t = begin; t < std::min(tokens, begin + grain); ++t)
+      p.offsets[t + 1] += p.offsets[t];
+    const index_t end = p.offsets[std::min(tokens, begin + grain)];
+    if (start == begin * most) continue;
+    std::memmove(p.ids + start, p.ids + begin * most, static_cast<std::size_t>(end - start) * 4);
+    std::memmove(p.weights + start, p.weights + begin * most,
+                 static_cast<std::size_t>(end - start) * 4);
+  }
+  out.close();
+}
+
+inline void check_side(const side_inputs& side, index_t tokens, index_t k) {
+  const auto given = [&](auto list, const char* name) {
+    if (!list.empty()) check_size("route", name, static_cast<index_t>(list.size()), tokens);
+  };
+  given(side.token_ids, "token_ids.size()");
+  given(side.mask, "mask.size()");
+  given(side.k_of_token, "k_of_token.size()");
+  for (const std::int32_t own : side.k_of_token) check_range("route", "k_of_token", own, 0, k);
 }
 
 }  // namespace detail
 
 /// Decides for every token which experts it goes to, and with which weights.
 ///
-/// Shapes: logits [T, E] in float, bfloat16 or float16 (widened once); out becomes [T, k].
+/// Shapes: logits [T, E] in float, bfloat16 or float16 (widened once); out becomes [T, k], or ragged where
+/// the router's k varies.
 /// Ensures: ids are in [0, E) or no_expert with weight 0; weights are finite; a NaN logit counts as -inf and
-/// a -inf logit is never chosen.
-/// Throws: error where the router does not fit E.
+/// a -inf logit is never chosen; a masked token has no choices (no_expert in the fixed form).
+/// Throws: error where the router does not fit E, or a side input does not fit T.
 /// Cost: no allocation once ws and out are warm.
-/// Determinism: rows are independent; the same ids on every ISA, executor and thread count.
-template <token_router Router, readable_rows Z, executor Exec = serial,
+/// Determinism: the same ids on every ISA, executor and thread count. Token routers: rows are independent.
+template <any_kind_of_router Router, readable_rows Z, executor Exec = serial,
           class A = simd::default_arch>
-void route(const Router& router, const Z& logit_rows, workspace& ws, assignment& out,
-           const Exec& exec = {}) {
+void route(const Router& router, const Z& logit_rows, const side_inputs& side, workspace& ws,
+           assignment& out, const Exec& exec = {}) {
   using T = element_of<const Z>;
   const matrix_view<const T> logits = const_view(logit_rows);
-  const index_t tokens = logits.rows, experts = logits.cols;
-  router.check(experts);
-  out.reset(tokens, experts, router.k());
-  const int workers = detail::route_workers(exec, tokens, experts);
-  const auto* memories = ws.carve([&](scratch& tape) {
-    return detail::route_memory<Router, T>::carve(tape, router, experts, workers);
-  });
-  detail::route_with<A>(router, logits, memories, workers, out, exec);
+  const index_t tokens = logits.rows, columns = logits.cols;
+  if constexpr (batch_router<Router>) {
+    static_assert(std::is_same_v<T, float>,
+                  "[moeroute::route] rules that see the whole batch take float logits");
+    router.check(tokens, columns);
+    detail::check_side(side, tokens, columns);
+    router.route_batch(logits, side, ws, out, exec);
+  } else {
+    router.check(columns);
+    const index_t most = detail::most_choices(router, columns);
+    detail::check_side(side, tokens, most);
+    if constexpr (ragged_router<Router>) {
+      out.reset_ragged(tokens, router.experts(columns), most);
+    } else {
+      out.reset(tokens, router.experts(columns), most);
+    }
+    const int workers = detail::route_workers(exec, tokens, columns);
+    const auto* memories = ws.carve([&](scratch& tape) {
+      return detail::route_memory<Router, T>::carve(tape, router, columns, workers);
+    });
+    detail::route_with<A>(router, logits, side, memories, workers, out, exec);
+  }
+}
+
+/// The same without side inputs.
+template <any_kind_of_router Router, readable_rows Z, executor Exec = serial,
+          class A = simd::default_arch>
+void route(const Router& router, const Z& logits, workspace& ws, assignment& out,
+           const Exec& exec = {}) {
+  route<Router, Z, Exec, A>(router, logits, side_inputs{}, ws, out, exec);
 }
 
 }  // namespace moeroute
