@@ -1,0 +1,34 @@
+#include <moeroute/base/error.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <stdexcept>
+
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+using test::refusal;
+
+TEST_CASE("a wrong size is refused with stage, argument and both values") {
+  CHECK(refusal([] { check_size("combine", "y.rows()", 3, 4); }) ==
+        "moeroute::combine: y.rows() is 3, expected 4");
+  CHECK(refusal([] { check_size("combine", "y.rows()", 4, 4); }) == "accepted");
+}
+
+TEST_CASE("a value outside its range is refused with both ends, and both ends are accepted") {
+  const auto k = [](index_t value) {
+    return refusal([=] { check_range("top_k", "k", value, 1, 8); });
+  };
+  CHECK(k(0) == "moeroute::top_k: k is 0, expected 1 to 8");
+  CHECK(k(9) == "moeroute::top_k: k is 9, expected 1 to 8");
+  CHECK(k(1) == "accepted");
+  CHECK(k(8) == "accepted");
+}
+
+TEST_CASE("sizes beyond 32 bits are compared and shown whole") {
+  CHECK(refusal([] { check_size("gemm", "x.cols()", 0x100000001, 1); }) ==
+        "moeroute::gemm: x.cols() is 4294967297, expected 1");
+}
+
+TEST_CASE("an error can be caught as std::invalid_argument") {
+  CHECK_THROWS_AS(fail("here", "no"), std::invalid_argument);
+}

@@ -1,0 +1,23 @@
+#include <moeroute/base/index.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+
+using namespace moeroute;
+
+TEST_CASE("ceil_div and round_up reach the next multiple, and stay on one") {
+  for (index_t d = 1; d <= 17; ++d) {
+    for (index_t n = 0; n <= 40; ++n) {
+      const index_t pieces = ceil_div(n, d);
+      CHECK((pieces * d >= n && (pieces - 1) * d < n));
+      CHECK(round_up(n, d) == pieces * d);
+    }
+  }
+}
+
+TEST_CASE("sizes are signed and 64 bits wide, ids 32") {
+  STATIC_REQUIRE(sizeof(index_t) == 8);
+  STATIC_REQUIRE(index_t{-1} < 0);
+  STATIC_REQUIRE(sizeof(expert_id) == 4);
+  STATIC_REQUIRE(no_expert == -1);
+  STATIC_REQUIRE(max_experts == 1048576);
+}

@@ -1,0 +1,130 @@
+#include <moeroute/base/workspace.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <cstdint>
+#include <span>
+#include <utility>
+
+#include "support/allocations.hpp"
+#include "support/counting_new.hpp"
+
+using namespace moeroute;
+using test::allocations_during;
+
+namespace {
+
+bool aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % alignment == 0; }
+
+struct parts {
+  float* a;
+  std::int16_t* b;
+  double* c;
+};
+
+parts layout(scratch& tape, index_t n) {
+  return {tape.take<float>(n), tape.take<std::int16_t>(3), tape.take<double>(n + 1)};
+}
+
+}  // namespace
+
+TEST_CASE("a warm buffer never allocates, and its memory stays where it is") {
+  buffer<float> b(100);
+  const float* const memory = b.data();
+  CHECK(allocations_during([&] {
+          for (const index_t n : {0, 1, 99, 100, 7}) b.resize(n);
+        }) == 0);
+  CHECK(b.data() == memory);
+  CHECK(b.size() == 7);
+  CHECK(b.capacity() == 100);
+  CHECK(allocations_during([&] { b.resize(101); }) == 1);
+}
+
+TEST_CASE("an empty buffer owns nothing") {
+  CHECK(allocations_during([] {
+          buffer<int> b;
+          b.resize(0);
+          const buffer<int> copy = b;
+          CHECK(copy.size() == 0);
+        }) == 0);
+}
+
+TEST_CASE("a buffer begins on a cache line") {
+  for (const index_t n : {1, 3, 16, 1000}) CHECK(aligned(buffer<std::int16_t>(n).data()));
+}
+
+TEST_CASE("a copied buffer has the same values in memory of its own") {
+  buffer<int> a(3);
+  for (int i = 0; i < 3; ++i) a[i] = i + 1;
+  buffer<int> b = a;
+  b[0] = 9;
+  CHECK(a[0] == 1);
+  CHECK((b.size() == 3 && b[1] == 2 && b[2] == 3));
+  buffer<int>& same = b;
+  b = same;
+  CHECK((b.size() == 3 && b[0] == 9));
+}
+
+TEST_CASE("a moved buffer hands over its memory and is empty") {
+  buffer<int> a(3);
+  const int* const memory = a.data();
+  buffer<int> b = std::move(a);
+  CHECK(b.data() == memory);
+  CHECK(a.size() == 0);
+  CHECK(a.capacity() == 0);
+  buffer<int> c;
+  c = std::move(b);
+  CHECK(c.data() == memory);
+  CHECK((c.size() == 3 && b.size() == 0 && b.capacity() == 0));
+  b.resize(2);  // a moved-from buffer can be used again
+  CHECK(b.size() == 2);
+}
+
+TEST_CASE("a buffer is a span of its size") {
+  buffer<int> b(5);
+  b.resize(2);
+  CHECK(std::span<int>(b).size() == 2);
+  CHECK(std::span<const int>(std::as_const(b)).data() == b.data());
+}
+
+TEST_CASE("measuring and carving take the same bytes") {
+  scratch measure;
+  layout(measure, 7);
+  buffer<std::byte> memory(measure.used());
+  scratch tape(memory.data());
+  layout(tape, 7);
+  CHECK(tape.used() == measure.used());
+  CHECK(tape.used() == 3 * 64);
+}
+
+TEST_CASE("a tape over no memory hands out nothing") {
+  scratch measure;
+  const parts p = layout(measure, 7);
+  CHECK((p.a == nullptr && p.b == nullptr && p.c == nullptr));
+}
+
+TEST_CASE("what is carved is aligned and does not overlap") {
+  workspace ws;
+  for (const index_t n : {1, 15, 16, 17}) {
+    const parts p = ws.carve([&](scratch& tape) { return layout(tape, n); });
+    CHECK((aligned(p.a) && aligned(p.b) && aligned(p.c)));
+    CHECK(static_cast<void*>(p.a + n) <= static_cast<void*>(p.b));
+    CHECK(static_cast<void*>(p.b + 3) <= static_cast<void*>(p.c));
+    for (index_t i = 0; i < n; ++i) p.a[i] = 1.0f;  // seen by the address sanitizer if outside
+    for (index_t i = 0; i < n + 1; ++i) p.c[i] = 2.0;
+    CHECK(p.a[n - 1] == 1.0f);
+  }
+}
+
+TEST_CASE("a warm workspace never allocates") {
+  workspace ws;
+  const auto carve = [&](index_t n) { ws.carve([&](scratch& tape) { return layout(tape, n); }); };
+  carve(100);
+  const index_t held = ws.capacity();
+  CHECK(allocations_during([&] {
+          carve(100);
+          carve(1);
+          carve(0);
+        }) == 0);
+  CHECK(ws.capacity() == held);
+  CHECK(allocations_during([&] { carve(1000); }) == 1);
+}

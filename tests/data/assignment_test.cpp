@@ -1,0 +1,56 @@
+#include <moeroute/data/assignment.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+
+#include "support/allocations.hpp"
+#include "support/counting_new.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+using test::allocations_during;
+using test::refusal;
+
+TEST_CASE("an assignment has k choices per token, token by token") {
+  assignment a;
+  a.reset(3, 8, 2);
+  CHECK((a.tokens() == 3 && a.experts() == 8 && a.k() == 2 && a.choices() == 6));
+  CHECK((a.ids().size() == 6 && a.weights().size() == 6));
+  for (int i = 0; i < 6; ++i) a.ids()[static_cast<std::size_t>(i)] = i;
+  const assignment& read = a;
+  CHECK((read.ids(1).size() == 2 && read.ids(1)[0] == 2 && read.ids(2)[1] == 5));
+  CHECK(read.weights(2).data() == read.weights().data() + 4);
+}
+
+TEST_CASE("a warm assignment never allocates") {
+  assignment a;
+  a.reset(64, 256, 8);
+  CHECK(allocations_during([&] {
+          a.reset(64, 256, 8);
+          a.reset(1, 256, 8);
+          a.reset(0, 1, 1);
+          a.reset(512, 2, 1);
+        }) == 0);
+}
+
+TEST_CASE("an assignment refuses sizes outside the promises, and takes their ends") {
+  assignment a;
+  const auto reset = [&](index_t t, index_t e, index_t k) {
+    return refusal([&] { a.reset(t, e, k); });
+  };
+  CHECK(reset(-1, 8, 2) == "moeroute::assignment: tokens is -1, expected 0 to 2147483647");
+  CHECK(reset(1, 0, 1) == "moeroute::assignment: experts is 0, expected 1 to 1048576");
+  CHECK(reset(1, 1048577, 1) == "moeroute::assignment: experts is 1048577, expected 1 to 1048576");
+  CHECK(reset(1, 8, 0) == "moeroute::assignment: k is 0, expected 1 to 8");
+  CHECK(reset(1, 8, 9) == "moeroute::assignment: k is 9, expected 1 to 8");
+  CHECK(reset(0x40000000, 8, 2) ==
+        "moeroute::assignment: tokens * k is 2147483648, expected 0 to 2147483647");
+  CHECK(reset(1, 1048576, 1) == "accepted");
+  CHECK(reset(0, 1, 1) == "accepted");
+}
+
+TEST_CASE("a refused reset leaves the assignment as it was") {
+  assignment a;
+  a.reset(3, 8, 2);
+  CHECK_THROWS_AS(a.reset(1, 8, 9), error);
+  CHECK((a.tokens() == 3 && a.k() == 2 && a.ids().size() == 6));
+}

@@ -1,0 +1,43 @@
+#include <moeroute/exec/worker_slots.hpp>
+
+#include <atomic>
+#include <catch2/catch_test_macros.hpp>
+#include <thread>
+#include <vector>
+
+using namespace moeroute;
+
+TEST_CASE("a number is held by one at a time and comes back") {
+  worker_slots slots(3);
+  const worker_slots::held a(slots);
+  {
+    const worker_slots::held b(slots), c(slots);
+    CHECK((a == 0 && b == 1 && c == 2));
+  }
+  const worker_slots::held again(slots);
+  CHECK(again == 1);
+}
+
+TEST_CASE("there is at least one number and at most 256") {
+  CHECK(worker_slots::count(0) == 1);
+  CHECK(worker_slots::count(-5) == 1);
+  CHECK(worker_slots::count(7) == 7);
+  CHECK(worker_slots::count(100000) == worker_slots::most);
+}
+
+TEST_CASE("more threads than numbers wait, and never share one") {
+  worker_slots slots(2);
+  std::atomic<int> holders[2] = {};
+  std::atomic<int> broken{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 5; ++t)
+    threads.emplace_back([&] {
+      for (int i = 0; i < 500; ++i) {
+        const worker_slots::held worker(slots);
+        if (++holders[worker] != 1) ++broken;
+        --holders[worker];
+      }
+    });
+  for (auto& t : threads) t.join();
+  CHECK(broken == 0);
+}

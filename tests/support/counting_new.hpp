@@ -1,0 +1,51 @@
+// Replaces the global operator new and delete of the program: include it in exactly one file of a
+// binary.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+#include "support/allocations.hpp"
+
+namespace test::detail {
+
+inline std::atomic<long> count{0};
+
+inline void* allocate(std::size_t n) {
+  ++count;
+  return std::malloc(n > 0 ? n : 1);
+}
+
+inline void* allocate(std::size_t n, std::align_val_t alignment) {
+  ++count;
+  const auto a = static_cast<std::size_t>(alignment);
+  return std::aligned_alloc(a, (n / a + 1) * a);  // a multiple of the alignment, never 0
+}
+
+inline void* or_throw(void* p) {
+  if (p == nullptr) throw std::bad_alloc();
+  return p;
+}
+
+}  // namespace test::detail
+
+long test::allocations() { return test::detail::count; }
+
+using test::detail::allocate;
+using test::detail::or_throw;
+
+// The array forms call these.
+void* operator new(std::size_t n) { return or_throw(allocate(n)); }
+void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return allocate(n); }
+void* operator new(std::size_t n, std::align_val_t a) { return or_throw(allocate(n, a)); }
+void* operator new(std::size_t n, std::align_val_t a, const std::nothrow_t&) noexcept {
+  return allocate(n, a);
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t, const std::nothrow_t&) noexcept { std::free(p); }
