@@ -1,0 +1,124 @@
+// top_k: the k best columns of rows of logits, without any policy around it.
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include <moeroute/simd/top_k.hpp>
+
+#include "support/contest.hpp"
+#include "support/floors.hpp"
+#include "support/logits.hpp"
+#include "support/plain_selection.hpp"
+
+namespace {
+
+using bench::index_t;
+constexpr index_t block = moeroute::block_rows;
+
+// The kernel with its memory: blocks of up to 16 rows, the results rank by rank.
+struct kernel {
+  int k;
+  std::vector<float> value;
+  std::vector<std::int32_t> column;
+  moeroute::buffer<std::uint64_t> key;
+
+  kernel(index_t experts, int choices)
+      : k(choices),
+        value(static_cast<std::size_t>(block * k)),
+        column(static_cast<std::size_t>(block * k)),
+        key(moeroute::simd::top_k_scratch(experts, k)) {}
+
+  void operator()(const float* rows, index_t n, index_t experts) {
+    moeroute::simd::top_k_block(rows, experts, static_cast<int>(n), experts, k, value.data(),
+                                column.data(), key.data());
+    benchmark::DoNotOptimize(column.data());
+  }
+};
+
+bool agrees(const bench::logit_rows& logits, kernel& ours) {
+  bench::plain_selection plain;
+  std::vector<std::int32_t> id(static_cast<std::size_t>(ours.k));
+  std::vector<float> value(id.size());
+  for (index_t first = 0; first + block <= std::min<index_t>(logits.turns.units, 256);
+       first += block) {
+    ours(logits.row(first), block, logits.experts);
+    for (index_t i = 0; i < block; ++i) {
+      plain.partial_sort(logits.row(first + i), logits.experts, ours.k, id.data(), value.data());
+      for (std::size_t r = 0; r < id.size(); ++r)
+        if (ours.column[r * block + static_cast<std::size_t>(i)] != id[r]) return false;
+    }
+  }
+  return true;
+}
+
+// rows: what one call of the kernel sees, 16 or 1.
+void top_k(benchmark::State& state, index_t rows, index_t experts, int k, const std::string& shape,
+           const std::string& mem) {
+  const bench::logit_rows logits(shape, experts, mem, rows);
+  kernel ours(experts, k);
+  if (!agrees(logits, ours)) {
+    state.SkipWithError("differs from std::partial_sort");
+    return;
+  }
+  bench::plain_selection plain;
+  std::vector<std::int32_t> id(static_cast<std::size_t>(k));
+  std::vector<float> value(id.size());
+  moeroute::buffer<float> best(logits.turns.units);
+  const auto row_by_row = [&](auto select) {
+    return [&, select](index_t first, index_t n) {
+      for (index_t r = first; r < first + n; ++r) {
+        select(logits.row(r), experts, k, id.data(), value.data());
+        benchmark::DoNotOptimize(id.data());
+      }
+    };
+  };
+  const auto partial_sort = row_by_row([&](auto... a) { plain.partial_sort(a...); });
+  const auto insertion = row_by_row([](auto... a) { bench::plain_selection::insertion(a...); });
+
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", bench::over(logits.turns, 0.0, [&](index_t first, index_t n) {
+                    for (index_t r = first; r < first + n; r += rows)
+                      ours(logits.row(r), rows, experts);
+                  })});
+  list.push_back({"floor", bench::over(logits.turns, 1.0 / 3, [&](index_t first, index_t n) {
+                    bench::max_of_rows(logits.row(first), n, experts, best.data());
+                  })});
+  // One row at a time is what decoding asks for, and there insertion is the plain way.
+  if (rows == 1)
+    list.push_back({"baseline", bench::over(logits.turns, 2.0 / 3, insertion)});
+  else
+    list.push_back({"baseline", bench::over(logits.turns, 2.0 / 3, partial_sort)});
+  if (rows == block && shape == "normal" && mem == "l2" && k == 8) {
+    list.push_back({"insertion", bench::over(logits.turns, 2.0 / 3, insertion)});
+    list.push_back({"nth_element", bench::over(logits.turns, 2.0 / 3, row_by_row([&](auto... a) {
+                                                 plain.nth_element(a...);
+                                               }))});
+    list.push_back({"eigen", bench::over(logits.turns, 2.0 / 3,
+                                         row_by_row([&](auto... a) { plain.eigen(a...); }))});
+  }
+  bench::compete(state, logits.bytes(), std::move(list));
+}
+
+void add(index_t rows, index_t experts, int k, const std::string& shape, const std::string& mem) {
+  const std::string name = std::string("top_k") + (rows == 1 ? "/T:1" : "") +
+                           "/E:" + std::to_string(experts) + "/k:" + std::to_string(k) +
+                           "/shape:" + shape + "/mem:" + mem;
+  bench::entry(name, [=](benchmark::State& state) { top_k(state, rows, experts, k, shape, mem); });
+}
+
+const bool registered = [] {
+  for (const index_t experts : {8, 16, 32, 64, 128, 256, 384, 512, 1024})
+    for (const int k : {1, 2, 4, 6, 8, 10, 16, 32, 64})
+      if (k <= experts && (k <= 16 || experts == 256)) add(block, experts, k, "normal", "l2");
+  for (const index_t experts : {64, 128, 256, 384, 512, 1024})
+    add(block, experts, 8, "normal", "stream");
+  for (const int k : {4, 16}) add(block, 256, k, "normal", "stream");
+  for (const char* shape : bench::shapes) {
+    if (std::string("normal") == shape) continue;
+    for (const index_t experts : {64, 256}) add(block, experts, 8, shape, "l2");
+  }
+  for (const index_t experts : {64, 128, 256, 512}) add(1, experts, 8, "normal", "l2");
+  return true;
+}();
+
+}  // namespace

@@ -1,0 +1,117 @@
+// Floors: the least that a kernel must do to its bytes. Nothing that reads the same input can be
+// faster.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include <moeroute/base/index.hpp>
+#include <moeroute/simd/batch.hpp>
+
+namespace bench {
+
+using moeroute::index_t;
+
+namespace detail {
+
+// Widths below the widest, for rows that do not fill a register.
+template <int n>
+using sized = xsimd::make_sized_batch_t<float, n>;
+
+template <int n>
+float narrow_row_max(const float* row, index_t cols) {
+  if constexpr (n >= 4 && !std::is_void_v<sized<n>>) {
+    if (cols >= n) {
+      sized<n> best = sized<n>::load_unaligned(row);
+      for (index_t c = n; c + n <= cols; c += n)
+        best = xsimd::max(best, sized<n>::load_unaligned(row + c));
+      if (cols % n != 0) best = xsimd::max(best, sized<n>::load_unaligned(row + cols - n));
+      return xsimd::reduce_max(best);
+    }
+    return narrow_row_max<n / 2>(row, cols);
+  } else {
+    float best = row[0];
+    for (index_t c = 1; c < cols; ++c) best = row[c] > best ? row[c] : best;
+    return best;
+  }
+}
+
+}  // namespace detail
+
+/// best[r] = the largest of each row (NaN aside): the least that looks at every logit.
+inline void max_of_rows(const float* rows, index_t n, index_t cols, float* best) {
+  using F = moeroute::simd::vfloat<>;
+  constexpr index_t w = F::size;
+  if (cols < 4 * w) {
+    for (index_t r = 0; r < n; ++r)
+      best[r] = detail::narrow_row_max<static_cast<int>(w)>(rows + r * cols, cols);
+    return;
+  }
+  for (index_t r = 0; r < n; ++r) {
+    const float* row = rows + r * cols;
+    F a = F::load_unaligned(row), b = F::load_unaligned(row + w);
+    F c = F::load_unaligned(row + 2 * w), d = F::load_unaligned(row + 3 * w);
+    index_t i = 4 * w;
+    for (; i + 4 * w <= cols; i += 4 * w) {
+      a = xsimd::max(F::load_unaligned(row + i), a);
+      b = xsimd::max(F::load_unaligned(row + i + w), b);
+      c = xsimd::max(F::load_unaligned(row + i + 2 * w), c);
+      d = xsimd::max(F::load_unaligned(row + i + 3 * w), d);
+    }
+    for (; i + w <= cols; i += w) a = xsimd::max(F::load_unaligned(row + i), a);
+    if (i < cols) a = xsimd::max(F::load_unaligned(row + cols - w), a);
+    best[r] = xsimd::reduce_max(xsimd::max(xsimd::max(a, b), xsimd::max(c, d)));
+  }
+}
+
+/// Reads n bytes (a multiple of 256) and keeps something of each.
+inline std::int32_t read_pass(const void* from, index_t n) {
+  using I = moeroute::simd::vint<>;
+  constexpr index_t w = I::size;
+  const auto* p = static_cast<const std::int32_t*>(from);
+  I a(0), b(0), c(0), d(0);
+  for (index_t i = 0; i + 4 * w <= n / 4; i += 4 * w) {
+    a |= I::load_unaligned(p + i);
+    b |= I::load_unaligned(p + i + w);
+    c |= I::load_unaligned(p + i + 2 * w);
+    d |= I::load_unaligned(p + i + 3 * w);
+  }
+  return xsimd::reduce_add((a | b) | (c | d));
+}
+
+/// Counts ids: what any plan must do before it can place a single token.
+inline void histogram(const std::int32_t* id, index_t n, index_t experts, std::int32_t* count) {
+  std::memset(count, 0, static_cast<std::size_t>(experts) * sizeof(std::int32_t));
+  for (index_t i = 0; i < n; ++i) ++count[id[i]];
+}
+
+/// Clears and scans the counters of E experts: the part of a plan that does not depend on T.
+inline void clear_and_scan(index_t experts, std::int32_t* count, std::int32_t* start) {
+  std::memset(count, 0, static_cast<std::size_t>(experts) * sizeof(std::int32_t));
+  std::int32_t sum = 0;
+  for (index_t e = 0; e < experts; ++e) {
+    start[e] = sum;
+    sum += count[e];
+  }
+  start[experts] = sum;
+}
+
+/// n multiply-adds out of registers: the peak that no matrix product exceeds.
+inline float multiply_adds(index_t n) {
+  using F = moeroute::simd::vfloat<>;
+  constexpr int chains = 12;
+  F sum[chains];
+  for (int j = 0; j < chains; ++j) sum[j] = F(static_cast<float>(j));
+  F a(0.5f), b(1.0f);
+  for (index_t i = 0; i < n; i += chains * static_cast<index_t>(F::size)) {
+    MOEROUTE_UNROLL
+    for (int j = 0; j < chains; ++j) sum[j] = xsimd::fma(sum[j], a, b);
+  }
+  F all(0.0f);
+  for (const F& s : sum) all += s;
+  return xsimd::reduce_add(all);
+}
+
+}  // namespace bench
