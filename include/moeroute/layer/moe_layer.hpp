@@ -44,9 +44,9 @@ class moe_layer {
   void forward(const X& x_rows, Y&& y_rows, const Exec& exec = {}, Probe&& probe = {}) {
     const auto x = const_view(x_rows);
     const auto y = view(y_rows);
-    check_size("moe_layer", "x.cols", x.cols, gate_.cols());
-    check_size("moe_layer", "y.rows", y.rows, x.rows);
-    check_size("moe_layer", "y.cols", y.cols, x.cols);
+    check_size("moe_layer", "x.cols()", x.cols, gate_.cols());
+    check_size("moe_layer", "y.rows()", y.rows, x.rows);
+    check_size("moe_layer", "y.cols()", y.cols, x.cols);
     const int workers = detail::route_workers(exec, x.rows, experts());
     const memory m = reserve(x.rows, workers, exec.concurrency());
     logits_ = matrix_view<float>(m.logits, x.rows, gate_.rows());

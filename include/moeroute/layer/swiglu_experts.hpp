@@ -73,7 +73,7 @@ class swiglu_experts {
     return list[static_cast<std::size_t>(e)];
   }
   static matrix_view<const float> rows(matrix_view<const float> w, index_t expected) {
-    check_size("swiglu_experts", "weight rows", w.rows, expected);
+    check_size("swiglu_experts", "w.rows()", w.rows, expected);
     return w;
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <string>
 #include <type_traits>
 
 #include <moeroute/base/error.hpp>
@@ -49,7 +50,8 @@ class packed_matrix {
 
   /// Room for N x K zeros and a zero bias: fill with set_rows.
   packed_matrix(index_t rows, index_t cols) : rows_(rows), cols_(cols) {
-    if (rows < 0 || cols < 0) fail("packed_matrix", "rows and cols must not be negative");
+    if (rows < 0) fail("packed_matrix", "rows is " + std::to_string(rows) + ", expected >= 0");
+    if (cols < 0) fail("packed_matrix", "cols is " + std::to_string(cols) + ", expected >= 0");
     weights_.resize(panels() * panel_width * cols);
     bias_.resize(panels() * panel_width);
     std::fill_n(weights_.data(), weights_.size(), 0.0f);
@@ -62,8 +64,9 @@ class packed_matrix {
 
   /// Packs the rows of w as outputs [first, first + w.rows). Several maps of one input are fused this way.
   void set_rows(index_t first, matrix_view<const float> w) {
-    check_size("packed_matrix::set_rows", "w.cols", w.cols, cols_);
-    check_range("packed_matrix::set_rows", "first row", first, 0, rows_ - w.rows);
+    check_size("packed_matrix::set_rows", "w.cols()", w.cols, cols_);
+    check_range("packed_matrix::set_rows", "w.rows()", w.rows, 0, rows_);
+    check_range("packed_matrix::set_rows", "first", first, 0, rows_ - w.rows);
     for (index_t r = 0; r < w.rows; ++r) {
       float* out = panel((first + r) / panel_width) + (first + r) % panel_width;
       const float* in = w.data + r * w.stride;
@@ -187,9 +190,9 @@ template <class A, readable_rows X, writable_rows Y, executor Exec = serial>
 void gemm(const X& x_rows, const packed_matrix<A>& w, Y&& y_rows, const Exec& exec = {}) {
   const auto x = const_view(x_rows);
   const matrix_view<float> y = view(y_rows);
-  check_size("gemm", "x.cols", x.cols, w.cols());
-  check_size("gemm", "y.cols", y.cols, w.rows());
-  check_size("gemm", "y.rows", y.rows, x.rows);
+  check_size("gemm", "x.cols()", x.cols, w.cols());
+  check_size("gemm", "y.cols()", y.cols, w.rows());
+  check_size("gemm", "y.rows()", y.rows, x.rows);
   if (x.rows == 0 || w.rows() == 0) return;
   constexpr index_t panel_width = packed_matrix<A>::panel_width;
   // A piece of work: a stripe of rows times a stripe of panels, about 2^18 multiply-adds or more.

@@ -20,11 +20,11 @@ void combine(const X& slot_rows, const dispatch_plan& plan, const assignment& ch
              const Exec& exec = {}) {
   const auto slots = const_view(slot_rows);
   const auto y = view(y_rows);
-  check_size("combine", "slots.rows", slots.rows, plan.slots());
-  check_size("combine", "choices.tokens", choices.tokens(), plan.tokens());
-  check_size("combine", "choices.k", choices.k(), plan.k());
-  check_size("combine", "y.rows", y.rows, plan.tokens());
-  check_size("combine", "y.cols", y.cols, slots.cols);
+  check_size("combine", "slots.rows()", slots.rows, plan.slots());
+  check_size("combine", "choices.tokens()", choices.tokens(), plan.tokens());
+  check_size("combine", "choices.k()", choices.k(), plan.k());
+  check_size("combine", "y.rows()", y.rows, plan.tokens());
+  check_size("combine", "y.cols()", y.cols, slots.cols);
   const index_t k = plan.k();
   const slot_id* slot = plan.slot_of_choice().data();
   const float* weight = choices.weights().data();

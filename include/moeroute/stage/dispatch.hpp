@@ -26,9 +26,9 @@ template <readable_rows X, writable_rows Y, executor Exec = serial, class A = si
 void dispatch(const X& x_rows, const dispatch_plan& plan, Y&& slot_rows, const Exec& exec = {}) {
   const auto x = const_view(x_rows);
   const auto slots = view(slot_rows);
-  check_size("dispatch", "x.rows", x.rows, plan.tokens());
-  check_size("dispatch", "slots.rows", slots.rows, plan.slots());
-  check_size("dispatch", "slots.cols", slots.cols, x.cols);
+  check_size("dispatch", "x.rows()", x.rows, plan.tokens());
+  check_size("dispatch", "slots.rows()", slots.rows, plan.slots());
+  check_size("dispatch", "slots.cols()", slots.cols, x.cols);
   const index_t k = plan.k();
   const slot_id* slot = plan.slot_of_choice().data();
   exec.parallel_for(x.rows, detail::row_grain(x.cols * k), [&](index_t begin, index_t end) {

@@ -33,8 +33,8 @@ void for_each_expert(const dispatch_plan& plan, const X& in_rows, Y&& out_rows, 
                      const Exec& exec = {}) {
   const auto in = const_view(in_rows);
   const auto out = view(out_rows);
-  check_size("for_each_expert", "in.rows", in.rows, plan.slots());
-  check_size("for_each_expert", "out.rows", out.rows, plan.slots());
+  check_size("for_each_expert", "in.rows()", in.rows, plan.slots());
+  check_size("for_each_expert", "out.rows()", out.rows, plan.slots());
   exec.parallel_for(plan.experts(), 1, [&](index_t begin, index_t end) {
     for (index_t e = begin; e < end; ++e) {
       const index_t first = plan.offsets()[static_cast<std::size_t>(e)], n = plan.load(e);
