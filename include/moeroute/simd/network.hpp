@@ -1,4 +1,4 @@
-// Sorting networks on pairs (value, column), one row per lane: value descending, then column ascending.
+// Sorting networks on registers, one row per lane: what goes first moves to the front.
 #pragma once
 
 #include <array>
@@ -9,35 +9,18 @@
 
 namespace moeroute::simd {
 
-/// A value and its column in every lane. Values are never NaN.
+/// Puts the larger value into a, the smaller into b. No NaN.
 template <class A>
-struct ranked {
-  vfloat<A> value;
-  vint<A> column;
-};
-
-/// Lanes in which b goes before a: its value is larger, or equal at a lower column.
-template <class A>
-MOEROUTE_INLINE vmask<A> goes_before(const ranked<A>& b, const ranked<A>& a) {
-  const auto lower = xsimd::batch_bool_cast<float>(b.column < a.column);
-  return (b.value > a.value) | ((b.value == a.value) & lower);
+MOEROUTE_INLINE void exchange(vfloat<A>& a, vfloat<A>& b) {
+  const vfloat<A> first = a;
+  a = xsimd::max(first, b);
+  b = xsimd::min(first, b);
 }
 
-/// Puts the one that goes first into a, the other into b. Value and column move under one mask, so a zero
-/// keeps its sign with its column.
+/// Puts the larger value into a. No NaN.
 template <class A>
-MOEROUTE_INLINE void exchange(ranked<A>& a, ranked<A>& b) {
-  const vmask<A> swap = goes_before<A>(b, a);
-  const ranked<A> first = a;
-  a = {select<A>(swap, b.value, first.value), select<A>(swap, b.column, first.column)};
-  b = {select<A>(swap, first.value, b.value), select<A>(swap, first.column, b.column)};
-}
-
-/// Puts the one that goes first into a.
-template <class A>
-MOEROUTE_INLINE void keep_first(ranked<A>& a, const ranked<A>& b) {
-  const vmask<A> swap = goes_before<A>(b, a);
-  a = {select<A>(swap, b.value, a.value), select<A>(swap, b.column, a.column)};
+MOEROUTE_INLINE void keep_first(vfloat<A>& a, const vfloat<A>& b) {
+  a = xsimd::max(a, b);
 }
 
 namespace detail {
@@ -93,8 +76,8 @@ inline constexpr auto bitonic_clean_network = [] {
 }();
 
 // Small networks are unrolled into registers; large ones work in L1 and would only bloat the code.
-template <class A, const auto& network>
-MOEROUTE_INLINE void run_network(ranked<A>* x) {
+template <class A, const auto& network, class T>
+MOEROUTE_INLINE void run_network(T* x) {
   constexpr std::size_t size = network.size();
   if constexpr (size <= 64) {
     [&]<std::size_t... s>(std::index_sequence<s...>) {
@@ -107,15 +90,15 @@ MOEROUTE_INLINE void run_network(ranked<A>* x) {
 
 }  // namespace detail
 
-/// Sorts n = 2^m pairs.
-template <class A, int n>
-MOEROUTE_INLINE void sort(ranked<A>* x) {
+/// Sorts n = 2^m elements.
+template <class A, int n, class T>
+MOEROUTE_INLINE void sort(T* x) {
   if constexpr (n > 1) detail::run_network<A, detail::batcher_network<n>>(x);
 }
 
-/// Merges two sorted runs of n = 2^m pairs; top keeps the n that go first, sorted.
-template <class A, int n>
-MOEROUTE_INLINE void merge_keep_first(ranked<A>* top, const ranked<A>* run) {
+/// Merges two sorted runs of n = 2^m elements; top keeps the n that go first, sorted.
+template <class A, int n, class T>
+MOEROUTE_INLINE void merge_keep_first(T* top, const T* run) {
   MOEROUTE_UNROLL
   for (int i = 0; i < n; ++i) keep_first<A>(top[i], run[n - 1 - i]);
   if constexpr (n > 1) detail::run_network<A, detail::bitonic_clean_network<n>>(top);

@@ -8,6 +8,7 @@
 #include <moeroute/base/contract.hpp>
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/network.hpp>
+#include <moeroute/simd/ranked.hpp>
 #include <moeroute/simd/transpose.hpp>
 
 namespace moeroute::simd {
@@ -27,38 +28,24 @@ void top_k_lanes(const float* const* rows, index_t cols, int k, float* value,
   constexpr int w = width<A>;
   constexpr int chunk = K > w ? K : w;
   ranked<A> top[K];
-  for (auto& t : top) t = {vfloat<A>(minus_infinity), vint<A>(no_expert)};
+  for (auto& t : top) t = rank_nothing<A>();
   for (index_t c = 0; c < cols; c += chunk) {
     vfloat<A> x[chunk];
     MOEROUTE_UNROLL
     for (int j = 0; j < chunk; j += w)
       load_transposed<A>(rows, c + j, cols, minus_infinity, x + j);
-    if constexpr (K == 1) {
-      // Columns come in ascending order, so a strict compare keeps the lowest of equals.
+    MOEROUTE_UNROLL
+    for (int g = 0; g < chunk; g += K) {
+      ranked<A> run[K];
       MOEROUTE_UNROLL
-      for (int j = 0; j < chunk; ++j) {
-        const vmask<A> larger = x[j] > top[0].value;
-        top[0].value = select<A>(larger, x[j], top[0].value);
-        top[0].column =
-            select<A>(larger, vint<A>(static_cast<std::int32_t>(c) + j), top[0].column);
-      }
-    } else {
-      for (int g = 0; g < chunk; g += K) {
-        ranked<A> run[K];
-        MOEROUTE_UNROLL
-        for (int j = 0; j < K; ++j)
-          run[j] = {nan_to_minus_infinity<A>(x[g + j]),
-                    vint<A>(static_cast<std::int32_t>(c) + g + j)};
-        sort<A, K>(run);
-        merge_keep_first<A, K>(top, run);
-      }
+      for (int j = 0; j < K; ++j)
+        run[j] = rank<A>(nan_to_minus_infinity<A>(x[g + j]),
+                         vint<A>(static_cast<std::int32_t>(c) + g + j));
+      sort<A, K>(run);
+      merge_keep_first<A, K>(top, run);
     }
   }
-  for (int r = 0; r < k; ++r) {
-    const vmask<A> found = top[r].value > vfloat<A>(minus_infinity);
-    top[r].value.store_unaligned(value + r * block_rows);
-    select<A>(found, top[r].column, vint<A>(no_expert)).store_unaligned(column + r * block_rows);
-  }
+  store_ranks<A>(top, k, rows, value, column);
 }
 
 // A float's place in the descending order, so that keys ascend: NaN and -inf last, -0 equal to +0.

@@ -3,7 +3,48 @@
 
 #include <moeroute/simd/batch.hpp>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace moeroute::simd {
+
+/// Transposes `width` registers of `width` floats in place.
+template <class A>
+MOEROUTE_INLINE void transpose(vfloat<A>* x) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16) {
+    // xsimd goes through memory here. Pairs, then fours inside the 128-bit lanes, then the lanes themselves.
+    __m512d pair[16];
+    MOEROUTE_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+      pair[i] = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1]));
+      pair[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
+    }
+    __m512 four[16];  // four[i + j]: column j of every lane, rows i to i + 3
+    MOEROUTE_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+      four[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair[i], pair[i + 2]));
+      four[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair[i], pair[i + 2]));
+      four[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair[i + 1], pair[i + 3]));
+      four[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair[i + 1], pair[i + 3]));
+    }
+    MOEROUTE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const __m512 even_low = _mm512_shuffle_f32x4(four[j], four[4 + j], 0x88);
+      const __m512 even_high = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x88);
+      const __m512 odd_low = _mm512_shuffle_f32x4(four[j], four[4 + j], 0xdd);
+      const __m512 odd_high = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0xdd);
+      x[j] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      x[4 + j] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      x[8 + j] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+      x[12 + j] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+    return;
+  } else
+#endif
+    xsimd::transpose(x, x + width<A>);
+}
 
 /// Columns [c, c + width) of `width` rows, transposed: out[j] holds column c + j, one row per lane.
 ///
@@ -13,11 +54,12 @@ MOEROUTE_INLINE void load_transposed(const float* const* rows, index_t c, index_
                                      vfloat<A>* out) {
   constexpr int w = width<A>;
   if (c + w <= cols) {
+    MOEROUTE_UNROLL
     for (int i = 0; i < w; ++i) out[i] = load<A>(rows[i] + c);
   } else {
     for (int i = 0; i < w; ++i) out[i] = load_first<A>(rows[i] + c, cols > c ? cols - c : 0, fill);
   }
-  xsimd::transpose(out, out + w);
+  transpose<A>(out);
 }
 
 }  // namespace moeroute::simd

@@ -1,0 +1,126 @@
+// A value and its column as one number: the larger number goes first, and no two are equal.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include <moeroute/simd/batch.hpp>
+
+namespace moeroute::simd {
+
+/// One (value, column) in each lane of a block of rows, as doubles whose order is ours: value descending,
+/// then column ascending.
+///
+/// The float's bits are the upper half of a double, the column the lower half, so that one max and one min
+/// replace a lexicographic comparison and four blends, and ties cannot happen. -0 is filed as +0 (its sign
+/// comes back from the row, see restore_zeros), values are never NaN, and the exponent is raised by
+/// one so that no key is denormal: flush-to-zero modes cannot make two keys equal.
+template <class A>
+struct ranked {
+  xsimd::batch<double, A> part[2];
+};
+
+namespace detail {
+
+inline constexpr std::int32_t rank_offset = 0x00100000;
+
+// Lanes 0, 1, 4, 5, ... (half 0) or 2, 3, 6, 7, ... (half 1), each low word beside its high word.
+template <int half, class R, std::size_t... j>
+MOEROUTE_INLINE R zipped(R low, R high, std::index_sequence<j...>) {
+  constexpr int w = sizeof...(j);
+  return __builtin_shufflevector(
+      low, high,
+      (static_cast<int>(j / 4 * 4 + 2 * half + j % 4 / 2) + (j % 2 ? w : 0))...);
+}
+
+// The inverse: even words (0) or odd words (1) of both parts.
+template <int odd, class R, std::size_t... j>
+MOEROUTE_INLINE R unzipped(R first, R second, std::index_sequence<j...>) {
+  constexpr int w = sizeof...(j);
+  return __builtin_shufflevector(
+      first, second, (static_cast<int>(j / 4 * 4 + j % 2 * 2 + odd) + (j % 4 / 2 ? w : 0))...);
+}
+
+}  // namespace detail
+
+/// Requires: values are not NaN; columns are in [-1, 2^20).
+template <class A>
+MOEROUTE_INLINE ranked<A> rank(vfloat<A> value, vint<A> column) {
+  using words = typename vfloat<A>::register_type;
+  constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(width<A>)>{};
+  const vint<A> bits = xsimd::bitwise_cast<std::int32_t>(value + vfloat<A>(0.0f));
+  // A larger lower half makes a positive double larger and a negative one smaller.
+  const words low = xsimd::bitwise_cast<float>(~column ^ (bits >> 31));
+  const words high = xsimd::bitwise_cast<float>(bits + vint<A>(detail::rank_offset));
+  return {{xsimd::bitwise_cast<double>(vfloat<A>(detail::zipped<0>(low, high, lanes))),
+           xsimd::bitwise_cast<double>(vfloat<A>(detail::zipped<1>(low, high, lanes)))}};
+}
+
+/// The value (zeros without their sign) and the column of every lane.
+template <class A>
+MOEROUTE_INLINE void unrank(const ranked<A>& x, vfloat<A>& value, vint<A>& column) {
+  using words = typename vfloat<A>::register_type;
+  constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(width<A>)>{};
+  const words first = xsimd::bitwise_cast<float>(x.part[0]);
+  const words second = xsimd::bitwise_cast<float>(x.part[1]);
+  const vint<A> low =
+      xsimd::bitwise_cast<std::int32_t>(vfloat<A>(detail::unzipped<0>(first, second, lanes)));
+  const vint<A> bits =
+      xsimd::bitwise_cast<std::int32_t>(vfloat<A>(detail::unzipped<1>(first, second, lanes))) -
+      vint<A>(detail::rank_offset);
+  value = xsimd::bitwise_cast<float>(bits);
+  column = ~(low ^ (bits >> 31));
+}
+
+/// Puts the one that goes first into a, the other into b.
+template <class A>
+MOEROUTE_INLINE void exchange(ranked<A>& a, ranked<A>& b) {
+  MOEROUTE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const auto first = a.part[h];
+    a.part[h] = xsimd::max(first, b.part[h]);
+    b.part[h] = xsimd::min(first, b.part[h]);
+  }
+}
+
+/// Puts the one that goes first into a.
+template <class A>
+MOEROUTE_INLINE void keep_first(ranked<A>& a, const ranked<A>& b) {
+  MOEROUTE_UNROLL
+  for (int h = 0; h < 2; ++h) a.part[h] = xsimd::max(a.part[h], b.part[h]);
+}
+
+/// What goes after everything that can be selected.
+template <class A>
+MOEROUTE_INLINE ranked<A> rank_nothing() {
+  return rank<A>(vfloat<A>(minus_infinity), vint<A>(no_expert));
+}
+
+/// Ranks r < k of a block's lanes, rank-major: (-inf, no_expert) where a row has nothing left to select.
+///
+/// rows[i] is the row in lane i, from which zeros take their sign back.
+template <class A>
+MOEROUTE_INLINE void store_ranks(const ranked<A>* top, int k, const float* const* rows, float* value,
+                                 std::int32_t* column) {
+  vmask<A> zeros(false);
+  for (int r = 0; r < k; ++r) {
+    vfloat<A> v;
+    vint<A> c;
+    unrank<A>(top[r], v, c);
+    zeros = zeros | (v == vfloat<A>(0.0f));
+    v.store_unaligned(value + r * block_rows);
+    select<A>(v > vfloat<A>(minus_infinity), c, vint<A>(no_expert))
+        .store_unaligned(column + r * block_rows);
+  }
+  if (xsimd::any(zeros)) [[unlikely]] {
+    for (int r = 0; r < k; ++r) {
+      for (int i = 0; i < width<A>; ++i) {
+        const int at = r * block_rows + i;
+        if (value[at] == 0.0f) value[at] = rows[i][column[at]];
+      }
+    }
+  }
+}
+
+}  // namespace moeroute::simd
