@@ -24,7 +24,10 @@ struct serial {
 
   template <class F>
   void parallel_for(index_t n, index_t grain, F&& f) const {
-    for (index_t begin = 0; begin < n; begin += grain) f(begin, begin + grain < n ? begin + grain : n);
+    for (index_t begin = 0, end = 0; begin < n; begin = end) {
+      end = n - begin > grain ? begin + grain : n;
+      f(begin, end);
+    }
   }
 };
 static_assert(executor<serial>);

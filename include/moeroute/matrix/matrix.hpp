@@ -2,6 +2,7 @@
 #pragma once
 
 #include <Eigen/Core>
+#include <concepts>
 #include <span>
 #include <type_traits>
 
@@ -86,7 +87,9 @@ auto view(M&& m) {
                   "[moeroute::view] rows must be contiguous: use Eigen::RowMajor");
     static_assert(type::InnerStrideAtCompileTime == 1,
                   "[moeroute::view] rows must be contiguous: the inner stride must be 1");
-    return matrix_view(m.data(), m.rows(), m.cols(), m.rows() > 1 ? m.outerStride() : m.cols());
+    // A column vector's outer stride is its length; its rows are one element apart.
+    const index_t stride = type::IsRowMajor ? index_t{m.outerStride()} : index_t{1};
+    return matrix_view(m.data(), m.rows(), m.cols(), m.rows() > 1 ? stride : m.cols());
   } else {
     const std::span row(m);
     return matrix_view(row.data(), 1, static_cast<index_t>(row.size()));
@@ -95,6 +98,7 @@ auto view(M&& m) {
 
 /// A read-only matrix_view of what view() accepts.
 template <class M>
+  requires requires(const M& m) { view(m); }
 auto const_view(const M& m) {
   const auto v = view(m);
   return matrix_view<const std::remove_pointer_t<decltype(v.data)>>(v);

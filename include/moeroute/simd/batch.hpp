@@ -114,7 +114,9 @@ MOEROUTE_INLINE vfloat<A> fma(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
       std::uint64_t bits;
       __builtin_memcpy(&bits, &sum, sizeof bits);
       // Round to odd: an inexact sum takes the neighbour with an odd last bit, on the side of the error.
-      const std::uint64_t inexact = static_cast<std::uint64_t>(error != 0.0 && (bits & 1) == 0);
+      // The error is NaN where the sum is infinite or NaN, which stays as it is.
+      const bool rounded = error < 0.0 || error > 0.0;
+      const std::uint64_t inexact = static_cast<std::uint64_t>(rounded && (bits & 1) == 0);
       const std::uint64_t outward = static_cast<std::uint64_t>((error > 0.0) == (sum > 0.0));
       bits += inexact * (2 * outward - 1);
       double odd;
