@@ -1,0 +1,4 @@
+// expect: [moeroute::view] rows must be contiguous: use Eigen::RowMajor
+#include <moeroute/matrix/matrix.hpp>
+
+void read(Eigen::MatrixXf& m) { moeroute::view(m); }

@@ -1,0 +1,112 @@
+#include <moeroute/simd/batch.hpp>
+
+#include <bit>
+#include <catch2/catch_template_test_macros.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "support/arches.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+template <class A>
+float fma_of(float a, float b, float c) {
+  return simd::fma<A>(simd::vfloat<A>(a), simd::vfloat<A>(b), simd::vfloat<A>(c)).get(0);
+}
+
+// The same float, or both NaN.
+bool same(float a, float b) {
+  return (a != a && b != b) || std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
+}
+
+std::string shown(float a, float b, float c) {
+  return test::shown(a) + " * " + test::shown(b) + " + " + test::shown(c);
+}
+
+}  // namespace
+
+TEMPLATE_LIST_TEST_CASE("fma rounds once, for any bits", "", test::arches) {
+  test::random rng(1);
+  std::string wrong;
+  const auto check = [&](float a, float b, float c) {
+    if (!same(fma_of<TestType>(a, b, c), std::fma(a, b, c))) wrong = shown(a, b, c);
+  };
+  for (int i = 0; i < 300000; ++i) {
+    const auto any = [&] { return std::bit_cast<float>(static_cast<std::uint32_t>(rng.bits())); };
+    check(any(), any(), any());
+  }
+  CHECK(wrong == "");
+}
+
+TEMPLATE_LIST_TEST_CASE("fma rounds once where product and addend nearly cancel", "",
+                        test::arches) {
+  test::random rng(2);
+  std::string wrong;
+  for (int i = 0; i < 300000; ++i) {
+    const float a = rng.normal(), b = rng.normal();
+    // An addend near -a * b, or small beside it, so that a second rounding would show.
+    const float scale[] = {1.0f, 0x1p-12f, 0x1p-24f, 0x1p-25f, 0x1p-48f};
+    const float c = -a * b * (1.0f + 0x1p-22f * rng.normal()) * scale[rng.below(5)];
+    if (!same(fma_of<TestType>(a, b, c), std::fma(a, b, c))) wrong = shown(a, b, c);
+  }
+  CHECK(wrong == "");
+}
+
+TEMPLATE_LIST_TEST_CASE("fma keeps infinities, zeros, denormals and the largest numbers", "",
+                        test::arches) {
+  const float inf = test::infinity, max = std::numeric_limits<float>::max();
+  const float denormal = std::numeric_limits<float>::denorm_min();
+  const float values[] = {
+      0.0f,      -0.0f, 1.0f, -1.0f, 3.0f,    0x1p-149f,          0x1p-126f,
+      -0x1p-75f, max,   -max, inf,   -inf,    test::not_a_number, 0x1.fffffep-1f,
+      0x1p-24f,  -7.5f, 0.1f, 1e30f, denormal};
+  std::string wrong;
+  for (const float a : values)
+    for (const float b : values)
+      for (const float c : values)
+        if (!same(fma_of<TestType>(a, b, c), std::fma(a, b, c))) wrong = shown(a, b, c);
+  CHECK(wrong == "");
+}
+
+TEMPLATE_LIST_TEST_CASE("load_first and store_first touch the first n values only", "",
+                        test::arches) {
+  constexpr int w = simd::width<TestType>;
+  for (int n = 0; n <= w; ++n) {
+    std::vector<float> in(static_cast<std::size_t>(n), 3.0f);  // the sanitizer sees a read beyond
+    const auto v = simd::load_first<TestType>(in.data(), n, 9.0f);
+    for (int i = 0; i < w; ++i) CHECK(v.get(static_cast<std::size_t>(i)) == (i < n ? 3.0f : 9.0f));
+    std::vector<float> out(static_cast<std::size_t>(w), 0.0f);
+    simd::store_first<TestType>(out.data(), n, v);
+    for (int i = 0; i < w; ++i) CHECK(out[static_cast<std::size_t>(i)] == (i < n ? 3.0f : 0.0f));
+  }
+}
+
+TEMPLATE_LIST_TEST_CASE("NaN becomes -inf and every other value stays", "", test::arches) {
+  for (const float x : {0.0f, -0.0f, 1.5f, -1e38f, test::infinity, -test::infinity})
+    CHECK(same(simd::nan_to_minus_infinity<TestType>(simd::vfloat<TestType>(x)).get(0), x));
+  const float nan =
+      simd::nan_to_minus_infinity<TestType>(simd::vfloat<TestType>(test::not_a_number)).get(0);
+  CHECK(nan == -test::infinity);
+}
+
+TEMPLATE_LIST_TEST_CASE("select takes a where the mask is set, for floats and ids", "",
+                        test::arches) {
+  constexpr int w = simd::width<TestType>;
+  alignas(alignment) float x[w];
+  for (int i = 0; i < w; ++i) x[i] = static_cast<float>(i % 3);
+  const auto mask = simd::vfloat<TestType>::load_aligned(x) > simd::vfloat<TestType>(0.5f);
+  const auto f =
+      simd::select<TestType>(mask, simd::vfloat<TestType>(1.0f), simd::vfloat<TestType>(2.0f));
+  const auto n = simd::select<TestType>(mask, simd::vint<TestType>(1), simd::vint<TestType>(2));
+  for (int i = 0; i < w; ++i) {
+    CHECK(f.get(static_cast<std::size_t>(i)) == (i % 3 > 0 ? 1.0f : 2.0f));
+    CHECK(n.get(static_cast<std::size_t>(i)) == (i % 3 > 0 ? 1 : 2));
+  }
+}

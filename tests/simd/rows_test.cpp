@@ -1,0 +1,192 @@
+#include <moeroute/simd/rows.hpp>
+
+#include <bit>
+#include <catch2/catch_template_test_macros.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "support/arches.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+template <class T>
+std::vector<T> all_patterns() {
+  std::vector<T> list;
+  for (std::uint32_t bits = 0; bits < 65536; ++bits)
+    list.push_back(std::bit_cast<T>(static_cast<std::uint16_t>(bits)));
+  return list;
+}
+
+// The value of a 16-bit float by its fields.
+double value_of(std::uint16_t bits, int exponent_bits) {
+  const int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
+  const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  const double sign = bits >> 15 ? -1 : 1;
+  if (exponent == (1 << exponent_bits) - 1)
+    return mantissa == 0 ? sign * std::numeric_limits<double>::infinity() : std::nan("");
+  const double fraction = std::ldexp(mantissa, -mantissa_bits);
+  return exponent == 0 ? sign * std::ldexp(fraction, 1 - bias)
+                       : sign * std::ldexp(1 + fraction, exponent - bias);
+}
+
+template <class T>
+constexpr int exponent_bits = std::is_same_v<T, bfloat16> ? 8 : 5;
+
+template <class A, class T>
+std::string widening() {
+  const std::vector<T> in = all_patterns<T>();
+  std::vector<float> out(in.size());
+  simd::convert_row<A>(in.data(), static_cast<index_t>(in.size()), out.data());
+  for (std::size_t i = 0; i < in.size(); ++i) {
+    const double expected = value_of(static_cast<std::uint16_t>(i), exponent_bits<T>);
+    const bool right = expected != expected ? out[i] != out[i]
+                                            : static_cast<double>(out[i]) == expected &&
+                                                  std::signbit(out[i]) == std::signbit(expected);
+    if (!right) return "pattern " + std::to_string(i) + ": " + test::shown(out[i]);
+  }
+  return "";
+}
+
+// The nearest of all 65536, the even one of two: by looking at the neighbours of the result.
+template <class T>
+bool nearest(float x, T got) {
+  const auto bits = std::bit_cast<std::uint16_t>(got);
+  const double y = value_of(bits, exponent_bits<T>), wide = static_cast<double>(x);
+  if (x != x) return y != y;
+  if (y != y || std::signbit(y) != std::signbit(x)) return false;
+  // The finite number after the largest, where the exponent would go on, stands for infinity.
+  const auto magnitude = [](std::uint16_t b) {
+    const int m = 15 - exponent_bits<T>;
+    const int e = (b & 0x7fff) >> m;
+    if (e < (1 << exponent_bits<T>)-1) return std::abs(value_of(b, exponent_bits<T>));
+    return std::ldexp(1.0, e - ((1 << (exponent_bits<T> - 1)) - 1));
+  };
+  const double a = std::abs(wide), here = magnitude(bits);
+  if (std::isinf(a)) return std::isinf(y);
+  if (std::isinf(y) && a > here) return true;
+  const double error = std::abs(a - here);
+  const bool even = (bits & 1) == 0;
+  const auto beats = [&](std::uint16_t other) {
+    const double its = std::abs(a - magnitude(other));
+    return its < error || (its == error && !even);
+  };
+  const auto low = static_cast<std::uint16_t>(bits & 0x7fff);
+  if (low > 0 && beats(static_cast<std::uint16_t>(bits - 1))) return false;
+  return std::isinf(y) || !beats(static_cast<std::uint16_t>(bits + 1));
+}
+
+template <class A, class T>
+std::string narrowing() {
+  test::random rng(3);
+  std::vector<float> in;
+  for (int i = 0; i < 200000; ++i)
+    in.push_back(std::bit_cast<float>(static_cast<std::uint32_t>(rng.bits())));
+  for (int i = 0; i < 20000; ++i) in.push_back(rng.normal() * 0x1p-10f);
+  // Halfway between neighbours, and one float to either side.
+  for (std::uint32_t bits = 0; bits + 1 < 0x7c00; ++bits) {
+    const double a = value_of(static_cast<std::uint16_t>(bits), exponent_bits<T>);
+    const double b = value_of(static_cast<std::uint16_t>(bits + 1), exponent_bits<T>);
+    const auto half = static_cast<float>((a + b) / 2);
+    in.insert(in.end(), {half, -half, std::nextafter(half, 1e38f), std::nextafter(half, 0.0f)});
+  }
+  in.insert(in.end(), {0.0f, -0.0f, test::infinity, -test::infinity, test::not_a_number,
+                       std::bit_cast<float>(0x7f800001u), std::bit_cast<float>(0xffffffffu),
+                       65504.0f, 65519.99f, 65520.0f, std::numeric_limits<float>::max()});
+  std::vector<T> out(in.size());
+  simd::convert_row<A>(in.data(), static_cast<index_t>(in.size()), out.data());
+  for (std::size_t i = 0; i < in.size(); ++i)
+    if (!nearest<T>(in[i], out[i]))
+      return test::shown(in[i]) + " became " + test::shown(static_cast<double>(out[i]));
+  return "";
+}
+
+template <class A, class From, class To>
+std::string weighted_sum(index_t n) {
+  test::random rng(static_cast<std::uint64_t>(n));
+  const index_t rows = 5, stride = n + 3;
+  std::vector<From> from;
+  for (index_t i = 0; i < rows * stride; ++i) from.push_back(static_cast<From>(rng.normal()));
+  const std::vector<std::int32_t> row = {3, -1, 0, 4, 3};
+  const std::vector<float> weight = {0.5f, test::not_a_number, 0.3f, -1.7f, 0.1f};
+  std::vector<To> out(static_cast<std::size_t>(n) + 1, static_cast<To>(9.0f)), expected = out;
+  simd::weighted_sum_of_rows<A>(from.data(), stride, row.data(), weight.data(), 5, n, out.data());
+  for (index_t c = 0; c < n; ++c) {
+    float sum = 0.0f;  // rank order, fused, one rounding at the end: the promised bits
+    for (std::size_t r = 0; r < row.size(); ++r)
+      if (row[r] >= 0)
+        sum =
+            std::fma(weight[r],
+                     static_cast<float>(from[static_cast<std::size_t>(row[r] * stride + c)]), sum);
+    expected[static_cast<std::size_t>(c)] = static_cast<To>(sum);
+  }
+  return test::bit_difference(out, expected);
+}
+
+}  // namespace
+
+TEMPLATE_LIST_TEST_CASE("all 65536 bfloat16 and float16 widen to the value of their fields", "",
+                        test::widths) {
+  CHECK(widening<TestType, bfloat16>() == "");
+  CHECK(widening<TestType, float16>() == "");
+}
+
+TEMPLATE_LIST_TEST_CASE("floats narrow to the nearest 16-bit float, ties to even, NaN to NaN", "",
+                        test::widths) {
+  CHECK(narrowing<TestType, bfloat16>() == "");
+  CHECK(narrowing<TestType, float16>() == "");
+}
+
+TEMPLATE_LIST_TEST_CASE("rows of every length are converted alike, and nothing behind them", "",
+                        test::widths) {
+  const std::vector<float> in = test::make_logits(test::shape::normal, 1, 1, 70);
+  std::vector<bfloat16> whole(70);
+  simd::convert_row<TestType>(in.data(), 70, whole.data());
+  for (index_t n = 0; n <= 70; ++n) {
+    std::vector<bfloat16> out(71, bfloat16(9.0f)), expected = out;
+    std::copy_n(whole.begin(), n, expected.begin());
+    simd::convert_row<TestType>(in.data(), n, out.data());
+    CHECK(test::bit_difference(out, expected) == "");
+    std::vector<float> wide(71, 9.0f), copy = wide;
+    std::copy_n(in.begin(), n, copy.begin());
+    simd::convert_row<TestType>(in.data(), n, wide.data());
+    CHECK(test::bit_difference(wide, copy) == "");
+  }
+}
+
+TEST_CASE("a conversion between float types keeps a row's bits where the types are the same") {
+  const std::vector<float> in = {std::bit_cast<float>(0x7f800001u), -0.0f, 1.0f};
+  std::vector<float> out(3);
+  simd::convert_row(in.data(), 3, out.data());
+  CHECK(test::bit_difference(out, in) == "");
+}
+
+TEMPLATE_LIST_TEST_CASE("a weighted sum is a chain of fused multiply-adds in rank order", "",
+                        test::widths) {
+  for (const index_t n : {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 63, 64, 65, 129, 200}) {
+    INFO("n = " << n);
+    CHECK(weighted_sum<TestType, float, float>(n) == "");
+    CHECK(weighted_sum<TestType, float, bfloat16>(n) == "");
+    CHECK(weighted_sum<TestType, bfloat16, float16>(n) == "");
+  }
+}
+
+TEST_CASE("a weighted sum of nothing is zero") {
+  const std::vector<float> from(8, 1.0f), weight(2, 1.0f);
+  const std::vector<std::int32_t> none(2, -1);
+  std::vector<float> out(8, 9.0f);
+  simd::weighted_sum_of_rows(from.data(), 8, none.data(), weight.data(), 2, 8, out.data());
+  CHECK(test::bit_difference(out, std::vector<float>(8, 0.0f)) == "");
+  out.assign(8, 9.0f);
+  simd::weighted_sum_of_rows(from.data(), 8, none.data(), weight.data(), 0, 8, out.data());
+  CHECK(test::bit_difference(out, std::vector<float>(8, 0.0f)) == "");
+}

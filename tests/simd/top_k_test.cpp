@@ -1,0 +1,144 @@
+#include <moeroute/simd/top_k.hpp>
+
+#include <algorithm>
+#include <bit>
+#include <catch2/catch_template_test_macros.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "oracle/routing.hpp"
+#include "support/arches.hpp"
+#include "support/compare.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+using test::shape;
+
+namespace {
+
+constexpr index_t widths_of_rows[] = {1,  2,  3,   7,   8,   16,  31,  60,
+                                      64, 72, 128, 160, 256, 257, 768, 2048};
+constexpr index_t ranks[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 17, 32, 33, 64, 65, 100};
+
+struct block {
+  std::vector<float> value;
+  std::vector<std::int32_t> column;
+  std::vector<std::uint64_t> key;
+};
+
+template <class A>
+const block& select(const std::vector<float>& rows, index_t stride, int n, index_t cols, int k) {
+  static block b;
+  b.value.assign(static_cast<std::size_t>(k * block_rows), 0.0f);
+  b.column.assign(static_cast<std::size_t>(k * block_rows), -7);
+  b.key.resize(static_cast<std::size_t>(simd::top_k_scratch(cols, k)));
+  simd::top_k_block<A>(rows.data(), stride, n, cols, k, b.value.data(), b.column.data(),
+                       b.key.data());
+  return b;
+}
+
+// Ids by the oracle's order, values the rows' own to the bit, (-inf, no_expert) for what is
+// missing.
+std::string wrong(const block& b, const std::vector<float>& rows, index_t stride,
+                  const std::vector<std::vector<expert_id>>& order, int k) {
+  for (std::size_t i = 0; i < order.size(); ++i)
+    for (int r = 0; r < k; ++r) {
+      const auto rank = static_cast<std::size_t>(r);
+      const bool there = rank < order[i].size();
+      const expert_id id = there ? order[i][rank] : no_expert;
+      const float value =
+          there ? rows[i * static_cast<std::size_t>(stride) + static_cast<std::size_t>(id)]
+                : simd::minus_infinity;
+      const auto at = rank * block_rows + i;
+      if (b.column[at] != id)
+        return "row " + std::to_string(i) + " rank " + std::to_string(r) + ": column " +
+               std::to_string(b.column[at]) + ", expected " + std::to_string(id);
+      if (std::bit_cast<std::uint32_t>(b.value[at]) != std::bit_cast<std::uint32_t>(value))
+        return "row " + std::to_string(i) + " rank " + std::to_string(r) + ": value " +
+               test::shown(b.value[at]) + ", expected " + test::shown(value);
+    }
+  return "";
+}
+
+}  // namespace
+
+TEMPLATE_LIST_TEST_CASE("top-k is value descending, then column ascending; NaN and -inf never", "",
+                        test::widths) {
+  for (const shape s : test::all_shapes)
+    for (const index_t cols : widths_of_rows) {
+      const int n = 1 + static_cast<int>(cols + static_cast<index_t>(s)) % block_rows;
+      const std::vector<float> rows = test::make_logits(s, 5, n, cols);
+      std::vector<std::vector<expert_id>> order;
+      for (int i = 0; i < n; ++i) order.push_back(oracle::order(rows.data() + i * cols, cols));
+      std::vector<index_t> ks;
+      for (const index_t k : ranks)
+        if (k < cols) ks.push_back(k);
+      ks.push_back(cols);
+      for (const index_t k : ks) {
+        const auto& got = select<TestType>(rows, cols, n, cols, static_cast<int>(k));
+        INFO(to_string(test::reproducer{s, 5, n, cols, k}));
+        CHECK(wrong(got, rows, cols, order, static_cast<int>(k)) == "");
+      }
+    }
+}
+
+TEMPLATE_LIST_TEST_CASE("every number of rows in a block is selected, row by row", "",
+                        test::widths) {
+  const index_t cols = 60;
+  for (int n = 1; n <= block_rows; ++n)
+    for (const int k : {1, 2, 6, 60, 9}) {
+      const std::vector<float> rows = test::make_logits(shape::quantised, 6, n, cols);
+      std::vector<std::vector<expert_id>> order;
+      for (int i = 0; i < n; ++i) order.push_back(oracle::order(rows.data() + i * cols, cols));
+      INFO("n=" << n << " k=" << k);
+      CHECK(wrong(select<TestType>(rows, cols, n, cols, k), rows, cols, order, k) == "");
+    }
+}
+
+TEMPLATE_LIST_TEST_CASE("columns between cols and stride are not looked at", "", test::widths) {
+  const index_t cols = 13, stride = 20;
+  std::vector<float> rows = test::make_logits(shape::normal, 7, 16, stride);
+  for (index_t i = 0; i < 16; ++i)
+    for (index_t c = cols; c < stride; ++c) rows[static_cast<std::size_t>(i * stride + c)] = 100.0f;
+  std::vector<std::vector<expert_id>> order;
+  for (int i = 0; i < 16; ++i) order.push_back(oracle::order(rows.data() + i * stride, cols));
+  for (const int k : {1, 4, 13})
+    CHECK(wrong(select<TestType>(rows, stride, 16, cols, k), rows, stride, order, k) == "");
+}
+
+TEMPLATE_LIST_TEST_CASE("every column can come first, in every kernel", "", test::widths) {
+  const index_t cols = 75;
+  std::vector<float> row(static_cast<std::size_t>(cols), -1.0f);
+  for (index_t c = 0; c < cols; ++c) {
+    row[static_cast<std::size_t>(c)] = 1.0f;
+    for (const int k : {1, 2, 4, 8, 16, 32, 64, 70})
+      CHECK(select<TestType>(row, cols, 1, cols, k).column[0] == c);
+    row[static_cast<std::size_t>(c)] = -1.0f;
+  }
+}
+
+TEST_CASE("the whole range of E: 2^20 columns") {
+  const index_t cols = max_experts;
+  std::vector<float> row(static_cast<std::size_t>(cols), 0.0f);
+  row[static_cast<std::size_t>(cols - 1)] = 2.0f;
+  row[77] = 1.0f;
+  for (const int k : {1, 3, 65}) {
+    const auto& got = select<simd::default_arch>(row, cols, 1, cols, k);
+    CHECK(got.column[0] == cols - 1);
+    if (k > 1) CHECK(got.column[block_rows] == 77);
+    if (k > 2) CHECK(got.column[2 * block_rows] == 0);
+  }
+}
+
+TEST_CASE("keys ascend where floats descend, -0 with +0, NaN and -inf last") {
+  const float descending[] = {test::infinity, 3e38f,      1.0f,  0x1p-149f,
+                              0.0f,           -0x1p-149f, -1.0f, -3e38f};
+  for (std::size_t i = 0; i + 1 < std::size(descending); ++i)
+    CHECK(simd::detail::descending_key(descending[i]) <
+          simd::detail::descending_key(descending[i + 1]));
+  CHECK(simd::detail::descending_key(-0.0f) == simd::detail::descending_key(0.0f));
+  for (const float never : {-test::infinity, test::not_a_number, -test::not_a_number})
+    CHECK(simd::detail::descending_key(never) == 0xffffffffu);
+}
