@@ -60,4 +60,11 @@ constexpr float random_u01(std::uint64_t seed, std::uint64_t stream, std::uint64
   return u01_of(random_block(seed, stream, counter).word[0]);
 }
 
+/// A uniform number in {0, ..., n - 1}, n >= 1.
+constexpr std::uint32_t random_below(std::uint32_t n, std::uint64_t seed, std::uint64_t stream,
+                                     std::uint64_t counter) {
+  return static_cast<std::uint32_t>(
+      std::uint64_t{random_block(seed, stream, counter).word[0]} * n >> 32);
+}
+
 }  // namespace moeroute

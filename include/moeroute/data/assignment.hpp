@@ -1,4 +1,5 @@
-// What routing decided: which experts each token goes to, with which weights. Holds and checks, decides nothing.
+// What routing decided: which experts each token goes to, with which weights. Holds and checks,
+// decides nothing.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +15,8 @@ namespace moeroute {
 
 /// The sparse T x E result of routing: per token a list of choices (expert, weight).
 ///
-/// Two forms. Fixed: every token has k choices, best first; one that could not be made has id no_expert and
-/// weight 0. Ragged: token t has the choices [first(t), first(t + 1)), possibly none.
+/// Two forms. Fixed: every token has k choices, best first; one that could not be made has id
+/// no_expert and weight 0. Ragged: token t has the choices [first(t), first(t + 1)), possibly none.
 /// A choice that capacity dropped keeps its id, has weight 0 and kept() false.
 /// Storage is reused: a warm reset() with sizes seen before allocates nothing.
 class assignment {
@@ -24,17 +25,23 @@ class assignment {
 
   /// The fixed form: room for k choices per token, contents unspecified, nothing dropped.
   ///
-  /// Throws: error where T < 0, E is outside [1, 2^20], k is outside [1, E], or T * k exceeds 2^31 - 1.
+  /// Throws: error where T < 0, E is outside [1, 2^20], k is outside [1, E], or T * k exceeds 2^31
+  /// - 1.
   void reset(index_t tokens, index_t experts, index_t k) {
-    prepare(tokens, experts, k);
+    prepare(tokens, experts, k, tokens * k);
     ragged_ = false;
     choices_ = tokens * k;
   }
 
-  /// The ragged form: room for up to `most` choices per token. The writer fills offsets_to_fill() and, with
-  /// it, the choices; then calls close().
+  /// The ragged form: room for up to `most` choices per token. The writer fills offsets_to_fill()
+  /// and, with it, the choices; then calls close().
   void reset_ragged(index_t tokens, index_t experts, index_t most) {
-    prepare(tokens, experts, most);
+    reset_ragged(tokens, experts, most, tokens * most);
+  }
+
+  /// The same with room for `choices` choices in all: for writers that know their number.
+  void reset_ragged(index_t tokens, index_t experts, index_t most, index_t choices) {
+    prepare(tokens, experts, most, choices);
     ragged_ = true;
     choices_ = 0;
     offsets_.resize(tokens + 1);
@@ -54,6 +61,11 @@ class assignment {
     return kept_;
   }
 
+  /// The flags as they are, all set to kept where nothing was dropped yet.
+  std::span<std::uint8_t> kept_to_change() {
+    return drops_ ? std::span<std::uint8_t>(kept_.data(), size()) : kept_to_fill();
+  }
+
   index_t tokens() const { return tokens_; }
   index_t experts() const { return experts_; }
   /// Choices per token in the fixed form, at most that many in the ragged one.
@@ -63,9 +75,7 @@ class assignment {
   index_t choices() const { return choices_; }
 
   /// Index of a token's first choice.
-  index_t first(index_t token) const {
-    return ragged_ ? index_t{offsets_[token]} : token * k_;
-  }
+  index_t first(index_t token) const { return ragged_ ? index_t{offsets_[token]} : token * k_; }
   /// A token's number of choices.
   index_t count(index_t token) const { return first(token + 1) - first(token); }
 
@@ -101,7 +111,7 @@ class assignment {
     return {offsets_.data(), ragged_ ? static_cast<std::size_t>(tokens_ + 1) : std::size_t{0}};
   }
 
-  /// For writers of the ragged form: raw room for T * most choices and T + 1 offsets.
+  /// For writers of the ragged form: raw room for the choices asked for and T + 1 offsets.
   struct parts {
     expert_id* ids;
     float* weights;
@@ -112,17 +122,18 @@ class assignment {
  private:
   std::size_t size() const { return static_cast<std::size_t>(choices_); }
 
-  void prepare(index_t tokens, index_t experts, index_t k) {
+  void prepare(index_t tokens, index_t experts, index_t k, index_t room) {
     check_range("assignment", "tokens", tokens, 0, std::int32_t{0x7fffffff});
     check_range("assignment", "experts", experts, 1, max_experts);
     check_range("assignment", "k", k, 1, experts);
-    check_range("assignment", "tokens * k", tokens * k, 0, std::int32_t{0x7fffffff});
+    check_range("assignment", room == tokens * k ? "tokens * k" : "choices", room, 0,
+                std::int32_t{0x7fffffff});
     tokens_ = tokens;
     experts_ = experts;
     k_ = k;
     drops_ = false;
-    ids_.resize(tokens * k);
-    weights_.resize(tokens * k);
+    ids_.resize(room);
+    weights_.resize(room);
   }
 
   index_t tokens_ = 0;

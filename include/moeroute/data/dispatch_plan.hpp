@@ -1,72 +1,155 @@
-// Where every choice goes: slots in expert-major order, and the way back. Built once per layer, then read only.
+// Where every choice goes: slots in expert-major order, and the way back. Built once per layer, then
+// read only.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
 #include <moeroute/base/contract.hpp>
+#include <moeroute/base/error.hpp>
 #include <moeroute/base/index.hpp>
 #include <moeroute/base/workspace.hpp>
 
 namespace moeroute {
 
+/// A slot that holds no token: padding behind an expert's rows.
+inline constexpr slot_id no_token = -1;
+
 /// The expert-major order of an assignment's choices.
 ///
-/// Expert e owns the slots [offsets[e], offsets[e + 1]), in token order. Storage is reused.
+/// Expert e owns the slots [offsets[e], offsets[e + 1]): first its load(e) rows in token order, then
+/// padding, if the plan was padded. Every choice either has a slot, or was dropped, or names an
+/// expert that this plan leaves to others, or has no expert (a masked token's choices count among
+/// those): kept + dropped + elsewhere + unrouted = choices. Storage is reused.
 class dispatch_plan {
  public:
-  /// Room for a plan of T tokens with k choices each over E experts, contents unspecified.
+  /// Room for a plan of T tokens with k choices each over E experts and no padding, contents
+  /// unspecified.
   void reset(index_t tokens, index_t experts, index_t k) {
+    reset(tokens, experts, k, tokens * k, tokens * k);
+  }
+
+  /// The same with room for so many choices in all, k at most per token, and so many slots.
+  ///
+  /// Throws: error where `slots` exceeds 2^31 - 1.
+  void reset(index_t tokens, index_t experts, index_t k, index_t choices, index_t slots) {
+    check_range("plan", "slots", slots, 0, std::int32_t{0x7fffffff});
     tokens_ = tokens;
     experts_ = experts;
     k_ = k;
+    choices_ = choices;
+    ragged_ = padded_ = false;
+    dropped_ = elsewhere_ = padding_ = 0;
     offsets_.resize(experts + 1);
-    token_of_slot_.resize(tokens * k);
-    slot_of_choice_.resize(tokens * k);
+    token_of_slot_.resize(slots);
+    slot_of_choice_.resize(choices);
     cursor_.resize(experts);
   }
 
   index_t tokens() const { return tokens_; }
   index_t experts() const { return experts_; }
+  /// Choices per token, at most that many where the plan is ragged.
   index_t k() const { return k_; }
-  /// Slots in use: choices that were kept.
+  bool ragged() const { return ragged_; }
+
+  /// All choices of the assignment: T * k in the fixed form.
+  index_t choices() const { return choices_; }
+  /// Index of a token's first choice.
+  index_t first(index_t token) const { return ragged_ ? index_t{first_[token]} : token * k_; }
+  /// A token's number of choices.
+  index_t count(index_t token) const { return first(token + 1) - first(token); }
+
+  /// Rows of the expert-major matrices: kept choices and padding.
   index_t slots() const { return experts_ == 0 ? 0 : offsets_[experts_]; }
-  /// Choices without an expert.
-  index_t unrouted() const { return tokens_ * k_ - slots(); }
+  /// Choices with a slot.
+  index_t kept() const { return slots() - padding_; }
+  /// Slots that hold no token.
+  index_t padding() const { return padding_; }
+  /// Choices that capacity dropped.
+  index_t dropped() const { return dropped_; }
+  /// Choices of experts that the plan leaves to others.
+  index_t elsewhere() const { return elsewhere_; }
+  /// Choices without an expert, and those of masked tokens.
+  index_t unrouted() const { return choices_ - kept() - dropped_ - elsewhere_; }
 
   /// First slot of every expert and, last, the number of slots: [E + 1].
   std::span<const slot_id> offsets() const { return offsets_; }
   /// Tokens that expert e serves.
   index_t load(index_t e) const {
     MOEROUTE_EXPECTS(e >= 0 && e < experts_);
+    return padded_ ? load_[e] : offsets_[e + 1] - offsets_[e];
+  }
+  /// Slots that expert e owns: load(e) and padding.
+  index_t rows(index_t e) const {
+    MOEROUTE_EXPECTS(e >= 0 && e < experts_);
     return offsets_[e + 1] - offsets_[e];
   }
-  /// The token whose row belongs in each slot: [slots].
+  /// The token whose row belongs in each slot, no_token in padding: [slots].
   std::span<const slot_id> token_of_slot() const {
     return {token_of_slot_.data(), static_cast<std::size_t>(slots())};
   }
-  /// The slot of every choice, token by token, or no_slot: [T, k].
-  std::span<const slot_id> slot_of_choice() const { return slot_of_choice_; }
+  /// The slot of every choice, token by token, or no_slot: [choices].
+  std::span<const slot_id> slot_of_choice() const {
+    return {slot_of_choice_.data(), static_cast<std::size_t>(choices_)};
+  }
 
   /// For the stage that builds the plan.
   struct parts {
-    slot_id* offsets;
-    slot_id* token_of_slot;
-    slot_id* slot_of_choice;
-    slot_id* cursor;
+    slot_id* offsets;         ///< [E + 1]
+    slot_id* token_of_slot;   ///< [slots]
+    slot_id* slot_of_choice;  ///< [choices]
+    slot_id* cursor;          ///< [E], scratch
   };
   parts writable() {
     return {offsets_.data(), token_of_slot_.data(), slot_of_choice_.data(), cursor_.data()};
+  }
+
+  /// For the stage that builds the plan: makes it ragged, and returns the room for T + 1 offsets.
+  std::int32_t* first_to_fill() {
+    ragged_ = true;
+    first_.resize(tokens_ + 1);
+    return first_.data();
+  }
+  /// For the stage that builds the plan: scratch of one integer for each choice of the reset.
+  std::int32_t* token_of_choice() {
+    token_of_choice_.resize(slot_of_choice_.size());
+    return token_of_choice_.data();
+  }
+  /// For the stage that builds the plan: makes it padded, and returns the room for E loads.
+  std::int32_t* loads_to_fill() {
+    padded_ = true;
+    load_.resize(experts_);
+    return load_.data();
+  }
+  /// For the stage that builds the plan: fewer choices than there is room for.
+  void set_choices(index_t choices) {
+    MOEROUTE_EXPECTS(choices <= slot_of_choice_.size());
+    choices_ = choices;
+  }
+  void set_counts(index_t dropped, index_t elsewhere, index_t padding) {
+    dropped_ = dropped;
+    elsewhere_ = elsewhere;
+    padding_ = padding;
   }
 
  private:
   index_t tokens_ = 0;
   index_t experts_ = 0;
   index_t k_ = 0;
+  index_t choices_ = 0;
+  index_t dropped_ = 0;
+  index_t elsewhere_ = 0;
+  index_t padding_ = 0;
+  bool ragged_ = false;
+  bool padded_ = false;
   buffer<slot_id> offsets_;
   buffer<slot_id> token_of_slot_;
   buffer<slot_id> slot_of_choice_;
   buffer<slot_id> cursor_;
+  buffer<std::int32_t> first_;
+  buffer<std::int32_t> token_of_choice_;
+  buffer<std::int32_t> load_;
 };
 
 }  // namespace moeroute

@@ -20,6 +20,9 @@ struct side_inputs {
   std::span<const std::int32_t> token_ids{};  ///< [T], for tables by token id
   std::span<const std::uint8_t> mask{};       ///< [T], 0: the token takes no part (padding)
   std::span<const std::int32_t> k_of_token{};  ///< [T], at most the router's k: each token's own k
+  std::span<const std::uint8_t> modality{};    ///< [T], 0 or 1: which of two routers serves the token
+  std::span<const float> shared_weight{};      ///< [T], of shared experts with a gate of their own
+  matrix_view<const float> noise_logits{};     ///< [T, E], the noise gate of noisy top-k
   std::uint64_t seed = 0;                     ///< of everything random; the same seed replays
   std::uint64_t step = 0;                     ///< training step or call number, mixed into the seed
 

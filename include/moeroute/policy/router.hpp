@@ -1,28 +1,63 @@
-// A router: score, selection and weight rules put together at compile time.
+// A router: transform, score, bias, selection and weight rules put together at compile time.
 #pragma once
 
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/logit_transform.hpp>
 #include <moeroute/policy/score.hpp>
 #include <moeroute/policy/selection.hpp>
+#include <moeroute/policy/selection_bias.hpp>
 #include <moeroute/policy/weight.hpp>
 
 namespace moeroute {
 
+namespace detail {
+
+// The choice scores of one row: score + bias, and -inf for what may never be chosen.
+template <class A>
+void choice_row(const float* z, const float* score, const float* bias, index_t experts,
+                float* choice) {
+  using F = simd::vfloat<A>;
+  const F never(simd::minus_infinity);
+  const auto one = [&](F logit, F s, F b) {
+    return simd::select<A>(logit > never, bias == nullptr ? s : s + b, never);
+  };
+  constexpr int w = simd::width<A>;
+  index_t e = 0;
+  for (; e + w <= experts; e += w)
+    one(simd::load<A>(z + e), simd::load<A>(score + e),
+        bias == nullptr ? F(0.0f) : simd::load<A>(bias + e))
+        .store_unaligned(choice + e);
+  if (e == experts) return;
+  const index_t n = experts - e;
+  simd::store_first<A>(choice + e, n,
+                       one(simd::load_first<A>(z + e, n, 0.0f),
+                           simd::load_first<A>(score + e, n, 0.0f),
+                           bias == nullptr ? F(0.0f) : simd::load_first<A>(bias + e, n, 0.0f)));
+}
+
+}  // namespace detail
+
 /// A token-choice router: each token picks its experts from its own row of logits.
 ///
-/// The choice is made on the logits where the score keeps their order, so only the winners are scored; ties
-/// are then ties of logits. Otherwise it is made on the scores.
+/// The choice is made on the logits where the score keeps their order and nothing else moves it, so only the
+/// winners are scored and ties are ties of logits; otherwise on score + bias. The weight never sees the bias.
 template <score_function Score, selection_rule Selection = top_k>
 struct router {
   [[no_unique_address]] Score score{};
   Selection selection{};
   weight_rule weight{};
+  selection_bias bias{};
+  logit_transform transform{};
 
-  static constexpr bool selects_on_logits = Score::traits.monotone;
+  bool selects_on_logits() const {
+    return Score::traits.monotone && bias.empty() && !selection.masks_experts();
+  }
 
   struct buffers {
     std::uint64_t* key;
+    float* logits;  ///< [16, E] where logits are transformed
     float* scores;  ///< [16, E] where the choice is made on scores
+    float* choice;  ///< [16, E] likewise
   };
 
   index_t k() const { return selection.choices(); }
@@ -30,39 +65,58 @@ struct router {
 
   /// Throws: error where a part does not fit E experts.
   void check(index_t experts) const {
+    transform.check(experts);
+    bias.check(experts);
     selection.check(experts);
-    weight.check();
+    weight.check(experts);
   }
 
   buffers carve(scratch& tape, index_t experts) const {
+    const index_t block = block_rows * experts;
     return {tape.take<std::uint64_t>(selection.scratch_words(experts)),
-            tape.take<float>(selects_on_logits ? 0 : block_rows * experts)};
+            tape.take<float>(transform.active() ? block : 0),
+            tape.take<float>(selects_on_logits() ? 0 : block),
+            tape.take<float>(selects_on_logits() ? 0 : block)};
   }
 
   /// Routes up to 16 tokens: c receives ids and weights.
   template <class A = simd::default_arch>
-  void route_block(const logit_block& z, const buffers& memory, choice_block& c) const {
-    if constexpr (selects_on_logits) {
-      selection.template select<A>(z, c, memory.key);
-      score.template score_choices<A>(z, c, weight.cancels_row_factor());
+  void route_block(logit_block z, const buffers& memory, choice_block& c) const {
+    if (transform.active()) z = transform.template apply<A>(z, memory.logits);
+    if (selects_on_logits()) {
+      selection.template select<A>(z, nullptr, c, memory.key);
+      score.template score_choices<A>(z, c, weight.needs());
     } else {
-      logit_block scores = z;
-      scores.logits = memory.scores;
-      scores.stride = z.experts;
-      for (int i = 0; i < z.rows; ++i)
-        score.template score_row<A>(z.row(i), z.experts, memory.scores + i * z.experts);
-      selection.template select<A>(scores, c, memory.key);
+      const float* b = bias.empty() ? nullptr : bias.values().data();
+      for (int i = 0; i < z.rows; ++i) {
+        float* scores = memory.scores + i * z.experts;
+        score.template score_row<A>(z.row(i), z.experts, scores);
+        detail::choice_row<A>(z.row(i), scores, b, z.experts, memory.choice + i * z.experts);
+      }
+      logit_block choice = z;
+      choice.logits = memory.choice;
+      choice.stride = z.experts;
+      selection.template select<A>(choice, memory.choice, c, memory.key);
+      for (int r = 0; r < c.k; ++r)
+        for (int i = 0; i < z.rows; ++i) {
+          const expert_id e = c.id[r * block_rows + i];
+          c.value[r * block_rows + i] = e == no_expert ? 0.0f : memory.scores[i * z.experts + e];
+        }
     }
     weight.template apply<A>(c);
   }
 };
 
 template <class Score, class Selection>
+router(Score, Selection, weight_rule, selection_bias, logit_transform) -> router<Score, Selection>;
+template <class Score, class Selection>
+router(Score, Selection, weight_rule, selection_bias) -> router<Score, Selection>;
+template <class Score, class Selection>
 router(Score, Selection, weight_rule) -> router<Score, Selection>;
 template <class Score, class Selection>
 router(Score, Selection) -> router<Score, Selection>;
 
 static_assert(token_router<router<softmax>>);
-static_assert(token_router<router<softmax_selected>>);
+static_assert(token_router<router<sigmoid>>);
 
 }  // namespace moeroute

@@ -13,11 +13,18 @@ struct score_traits {
   bool shift_invariant;  ///< adding a constant to the row changes nothing
 };
 
-/// A score that the router can evaluate at the winners only: value holds their logits and becomes their scores.
+/// How exact the scores of the winners must be.
+enum class score_scale {
+  exact,
+  up_to_row_factor,  ///< a positive factor common to a row may be left out: the weight rule divides it away
+};
+
+/// A score function evaluates a whole row, or only the winners of a block: there c.value holds their logits,
+/// in any order, and becomes their scores.
 template <class S>
 concept score_function = requires(const S& s, const logit_block& z, choice_block& c, float* row) {
   { S::traits } -> std::convertible_to<score_traits>;
-  { s.score_choices(z, c, true) };  // true: a positive factor common to a row may be left out
+  { s.score_choices(z, c, score_scale::exact) };
   { s.score_row(z.row(0), z.experts, row) };
 };
 
@@ -35,28 +42,46 @@ MOEROUTE_INLINE void for_each_rank(choice_block& c, int lane, F&& f) {
   }
 }
 
+// The largest value of each row's choices; -inf where there is none.
+template <class A>
+MOEROUTE_INLINE simd::vfloat<A> largest_choice(choice_block& c, int lane) {
+  simd::vfloat<A> max(simd::minus_infinity);
+  for_each_rank<A>(c, lane, [&](simd::vfloat<A> x, simd::vmask<A> present) {
+    max = simd::select<A>(present & (x > max), x, max);
+    return x;
+  });
+  return max;
+}
+
 }  // namespace detail
 
 /// Softmax over all experts: score e = exp(z_e) / sum over j of exp(z_j).
 ///
-/// Several +inf logits share the row equally. Cost: with up_to_row_factor k exponentials per row, else E.
+/// Several +inf logits share the row equally. Cost: k exponentials per row up to a row factor, else E.
 /// Source: Shazeer et al. 2017; Fedus et al. 2021.
 struct softmax {
   static constexpr score_traits traits{.monotone = true, .shift_invariant = true};
 
   template <class A = simd::default_arch>
-  static void score_choices(const logit_block& z, choice_block& c, bool up_to_row_factor) {
-    alignas(alignment) float total[block_rows];
-    for (int i = 0; i < block_rows; ++i) total[i] = 1.0f;
-    if (!up_to_row_factor)
-      for (int i = 0; i < z.rows; ++i)
-        total[i] = simd::row_sum_exp<A>(z.row(i), z.experts, c.value[i]);
+  static void score_choices(const logit_block& z, choice_block& c, score_scale scale) {
+    alignas(alignment) float max[block_rows], total[block_rows];
     for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
-      const simd::vfloat<A> max = simd::load<A>(c.value + lane);
-      const simd::vfloat<A> sum = simd::load<A>(total + lane);
+      detail::largest_choice<A>(c, lane).store_aligned(max + lane);
+      simd::vfloat<A>(1.0f).store_aligned(total + lane);
+    }
+    if (scale == score_scale::exact) {
+      for (int i = 0; i < z.rows; ++i) {
+        // The winners of a top-k hold the row's maximum; those of a table need not.
+        max[i] = std::max(max[i], simd::row_max<A>(z.row(i), z.experts));
+        total[i] = simd::row_sum_exp<A>(z.row(i), z.experts, max[i]);
+      }
+    }
+    for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
+      const simd::vfloat<A> top = simd::load<A>(max + lane), sum = simd::load<A>(total + lane);
       detail::for_each_rank<A>(c, lane, [&](simd::vfloat<A> x, simd::vmask<A> present) {
-        const simd::vfloat<A> e = simd::exp_below_max<A>(x, max);
-        return simd::select<A>(present, up_to_row_factor ? e : e / sum, simd::vfloat<A>(0.0f));
+        const simd::vfloat<A> e = simd::exp_below_max<A>(x, top);
+        return simd::select<A>(present, scale == score_scale::exact ? e / sum : e,
+                               simd::vfloat<A>(0.0f));
       });
     }
   }
@@ -85,9 +110,9 @@ struct softmax_selected {
   static constexpr score_traits traits{.monotone = true, .shift_invariant = true};
 
   template <class A = simd::default_arch>
-  static void score_choices(const logit_block&, choice_block& c, bool up_to_row_factor) {
+  static void score_choices(const logit_block&, choice_block& c, score_scale scale) {
     for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
-      const simd::vfloat<A> max = simd::load<A>(c.value + lane);
+      const simd::vfloat<A> max = detail::largest_choice<A>(c, lane);
       simd::vfloat<A> sum(0.0f);
       detail::for_each_rank<A>(c, lane, [&](simd::vfloat<A> x, simd::vmask<A> present) {
         const simd::vfloat<A> e =
@@ -95,19 +120,84 @@ struct softmax_selected {
         sum += e;
         return e;
       });
-      if (up_to_row_factor) continue;
+      if (scale == score_scale::up_to_row_factor) continue;
       detail::for_each_rank<A>(c, lane, [&](simd::vfloat<A> e, simd::vmask<A> present) {
         return simd::select<A>(present, e / sum, simd::vfloat<A>(0.0f));
       });
     }
   }
 
-  /// What the choice is made on: the logits themselves.
+  /// What a choice is made on: the logits themselves.
   template <class A = simd::default_arch>
   static void score_row(const float* z, index_t experts, float* score) {
     simd::map_row<A>(z, experts, score, [](simd::vfloat<A> x) { return x; });
   }
 };
 static_assert(score_function<softmax_selected>);
+
+/// A score that looks at one logit only. F has `template <class A> static vfloat<A> value(vfloat<A>)`.
+template <class F>
+struct elementwise_score {
+  static constexpr score_traits traits{.monotone = true, .shift_invariant = false};
+
+  template <class A = simd::default_arch>
+  static void score_choices(const logit_block&, choice_block& c, score_scale) {
+    for (int lane = 0; lane < block_rows; lane += simd::width<A>)
+      detail::for_each_rank<A>(c, lane, [](simd::vfloat<A> x, simd::vmask<A> present) {
+        return simd::select<A>(present, F::template value<A>(x), simd::vfloat<A>(0.0f));
+      });
+  }
+
+  template <class A = simd::default_arch>
+  static void score_row(const float* z, index_t experts, float* score) {
+    simd::map_row<A>(z, experts, score,
+                     [](simd::vfloat<A> x) { return F::template value<A>(x); });
+  }
+};
+
+/// sigmoid(z). Source: DeepSeek-V3 (2024), Llama 4 (2025).
+struct sigmoid : elementwise_score<sigmoid> {
+  template <class A>
+  MOEROUTE_INLINE static simd::vfloat<A> value(simd::vfloat<A> z) {
+    return simd::sigmoid<A>(z);
+  }
+};
+static_assert(score_function<sigmoid>);
+
+/// sqrt(softplus(z)). Source: DeepSeek-V4 (2026).
+struct sqrt_softplus : elementwise_score<sqrt_softplus> {
+  template <class A>
+  MOEROUTE_INLINE static simd::vfloat<A> value(simd::vfloat<A> z) {
+    return simd::sqrt_softplus<A>(z);
+  }
+};
+static_assert(score_function<sqrt_softplus>);
+
+/// max(z, 0). Source: ReMoE (Wang et al. 2024), BlockFFN (Song et al. 2025).
+struct relu : elementwise_score<relu> {
+  template <class A>
+  MOEROUTE_INLINE static simd::vfloat<A> value(simd::vfloat<A> z) {
+    return simd::select<A>(z > simd::vfloat<A>(0.0f), z, simd::vfloat<A>(0.0f));
+  }
+};
+static_assert(score_function<relu>);
+
+/// z itself.
+struct identity_score : elementwise_score<identity_score> {
+  template <class A>
+  MOEROUTE_INLINE static simd::vfloat<A> value(simd::vfloat<A> z) {
+    return z;
+  }
+};
+static_assert(score_function<identity_score>);
+
+/// 1 for every expert: tables and random choices without a gate. Source: Hash Layers (Roller et al. 2021).
+struct uniform_score : elementwise_score<uniform_score> {
+  template <class A>
+  MOEROUTE_INLINE static simd::vfloat<A> value(simd::vfloat<A>) {
+    return simd::vfloat<A>(1.0f);
+  }
+};
+static_assert(score_function<uniform_score>);
 
 }  // namespace moeroute

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
+#include <span>
+#include <string>
 
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/score.hpp>
@@ -22,61 +25,105 @@ enum class eps_mode {
   clamp,  ///< max(sum, eps)
 };
 
-/// weight = scale * score / divisor, where the divisor runs over the row's choices in rank order.
+/// weight = score / divisor / divide * scale * expert_scale[id], where the divisor runs over the row's choices
+/// in rank order.
 ///
-/// A divisor of 0 gives weights of 0. Cost: O(k) per row. Determinism: the same bits on every ISA.
+/// Weights are finite: a divisor of 0 gives weights of 0, scores of +inf share the weight equally, and what
+/// would overflow is the largest float. Cost: O(k) per row. Determinism: the same bits on every ISA.
 struct weight_rule {
   normalization normalize = normalization::none;
   float p = 1.0f;  ///< of the Lp norm
   eps_mode eps_where = eps_mode::none;
   float eps = 0.0f;
+  float divide = 1.0f;  ///< k where a model divides its weights by k
   float scale = 1.0f;
+  std::span<const float> expert_scale{};  ///< [E], or empty
 
-  /// A positive factor common to a row's scores makes no difference.
-  bool cancels_row_factor() const {
-    return normalize != normalization::none && eps_where == eps_mode::none;
+  /// How exact the scores must be: a factor common to a row may be divided away.
+  score_scale needs() const {
+    return normalize != normalization::none && eps_where == eps_mode::none
+               ? score_scale::up_to_row_factor
+               : score_scale::exact;
   }
 
-  /// Throws: error where eps < 0, p < 1 or scale is not finite.
-  void check() const {
-    if (!(eps >= 0.0f)) fail("weight_rule", "eps is " + std::to_string(eps) + ", expected >= 0");
-    if (!(p >= 1.0f)) fail("weight_rule", "p is " + std::to_string(p) + ", expected >= 1");
+  /// Throws: error where eps < 0, p < 1, a factor is not finite, or expert_scale has another length than E.
+  void check(index_t experts) const {
+    if (!(eps >= 0.0f) || !std::isfinite(eps))
+      fail("weight_rule", "eps is " + std::to_string(eps) + ", expected >= 0");
+    if (!(p >= 1.0f) || !std::isfinite(p))
+      fail("weight_rule", "p is " + std::to_string(p) + ", expected >= 1");
+    if (!(divide > 0.0f) || !std::isfinite(divide))
+      fail("weight_rule", "divide is " + std::to_string(divide) + ", expected > 0");
     if (!std::isfinite(scale))
       fail("weight_rule", "scale is " + std::to_string(scale) + ", expected a finite number");
+    if (!expert_scale.empty())
+      check_size("weight_rule", "expert_scale.size()", static_cast<index_t>(expert_scale.size()),
+                 experts);
   }
 
   template <class A = simd::default_arch>
   void apply(choice_block& c) const {
     using F = simd::vfloat<A>;
+    const F zero(0.0f), most(std::numeric_limits<float>::max());
     for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
       F divisor(1.0f);
       if (normalize != normalization::none) {
         divisor = this->template norm<A>(c, lane);
+        if (xsimd::any(divisor > most)) divisor = this->template tame<A>(c, lane, divisor);
         if (eps_where == eps_mode::add) divisor += F(eps);
         if (eps_where == eps_mode::clamp)
           divisor = simd::select<A>(divisor > F(eps), divisor, F(eps));
       }
-      const auto usable = divisor > F(0.0f);
+      const auto usable = divisor > zero;
       detail::for_each_rank<A>(c, lane, [&](F score, simd::vmask<A> present) {
         F w = normalize == normalization::none ? score : score / divisor;
+        if (divide != 1.0f) w /= F(divide);
         if (scale != 1.0f) w *= F(scale);
-        return simd::select<A>(present & usable, w, F(0.0f));
+        return simd::select<A>(present & usable, w, zero);
       });
     }
+    if (!expert_scale.empty())
+      for (int i = 0; i < c.k * block_rows; ++i)
+        if (c.id[i] != no_expert) c.value[i] *= expert_scale[static_cast<std::size_t>(c.id[i])];
+    for (int lane = 0; lane < block_rows; lane += simd::width<A>)
+      detail::for_each_rank<A>(c, lane, [&](F w, simd::vmask<A>) {
+        w = simd::select<A>(w > most, most, w);
+        return simd::select<A>(w < -most, -most, w);
+      });
   }
 
  private:
+  // Adding and comparing what is absent would need a mask: absent scores are 0.
   template <class A>
   simd::vfloat<A> norm(choice_block& c, int lane) const {
     using F = simd::vfloat<A>;
     F sum(0.0f);
     const bool plain = normalize == normalization::sum || p == 1.0f;
-    for (int r = 0; r < c.k; ++r) {
-      F x = simd::load<A>(c.value + r * block_rows + lane);
-      if (!plain) x = power<A>(x, p);
-      sum += x;
-    }
+    detail::for_each_rank<A>(c, lane, [&](F x, simd::vmask<A> present) {
+      x = simd::select<A>(present, x, F(0.0f));
+      sum += plain ? x : power<A>(x, p);
+      return x;
+    });
     return plain ? sum : power<A>(sum, 1.0f / p);
+  }
+
+  // Rows whose divisor overflowed: +inf scores become 1 and the others 0; finite ones are scaled down.
+  template <class A>
+  simd::vfloat<A> tame(choice_block& c, int lane, simd::vfloat<A> divisor) const {
+    using F = simd::vfloat<A>;
+    const F infinite(simd::plus_infinity), zero(0.0f);
+    const auto wild = divisor > F(std::numeric_limits<float>::max());
+    F top = zero;
+    detail::for_each_rank<A>(c, lane, [&](F x, simd::vmask<A>) {
+      top = simd::select<A>(x > top, x, top);
+      return x;
+    });
+    detail::for_each_rank<A>(c, lane, [&](F x, simd::vmask<A>) {
+      const F shared = simd::select<A>(x == infinite, F(1.0f), zero);
+      const F scaled = simd::select<A>(top == infinite, shared, x / top);
+      return simd::select<A>(wild, scaled, x);
+    });
+    return simd::select<A>(wild, norm<A>(c, lane), divisor);
   }
 
   template <class A>

@@ -1,37 +1,164 @@
 // Planning: an assignment becomes slots in expert-major order.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
 #include <moeroute/simd/counting_sort.hpp>
 
 namespace moeroute {
 
-/// Gives every choice that has an expert a slot: expert by expert, in token order within one.
-///
-/// Requires: ids are in [0, E) or no_expert, as route leaves them.
-/// Ensures: slot_of_choice and token_of_slot are inverse to each other; offsets end at the number of slots.
-/// Cost: O(T k + E), no allocation once the plan is warm. Determinism: exact, stable in token order.
-inline void plan(const assignment& choices, dispatch_plan& out) {
-  const index_t tokens = choices.tokens(), experts = choices.experts(), k = choices.k();
-  out.reset(tokens, experts, k);
-  const dispatch_plan::parts p = out.writable();
+/// Every expert gets as many slots as it has tokens.
+inline constexpr index_t as_needed = -1;
+
+/// What a plan does beyond giving each choice its slot.
+struct plan_options {
+  /// Each expert's number of slots is rounded up to a multiple of this: blocks of a tiled kernel.
+  index_t block = 1;
+  /// Every expert gets exactly this many slots (rounded up to `block`), or as_needed.
+  index_t capacity = as_needed;
+  /// [E], 0: the plan leaves this expert to others (another rank, another device). Empty: all.
+  std::span<const std::uint8_t> owned{};
+  /// [T], 0: the token takes no part. Empty: all take part.
+  std::span<const std::uint8_t> mask{};
+};
+
+namespace detail {
+
+[[noreturn]] MOEROUTE_COLD inline void fail_expert_id(std::span<const expert_id> ids,
+                                                      index_t experts) {
+  const auto bad =
+      std::find_if(ids.begin(), ids.end(), [&](expert_id e) { return e < -1 || e >= experts; });
+  fail("plan", "the id of choice " + std::to_string(bad - ids.begin()) + " is " +
+                   std::to_string(*bad) + ", expected -1 to " + std::to_string(experts - 1));
+}
+
+// An upper bound of the slots that depends on shapes only, so that a warm plan never allocates.
+inline index_t most_slots(index_t choices, index_t experts, const plan_options& options) {
+  if (options.capacity != as_needed)
+    return experts * round_up(options.capacity, options.block);
+  return choices + std::min(choices, experts) * (options.block - 1);
+}
+
+struct left_out {
+  index_t dropped = 0;
+  index_t elsewhere = 0;
+};
+
+// key[c] = the expert of choice c, or -1 where the choice gets no slot.
+inline left_out keys_of_choices(const assignment& choices, const plan_options& options,
+                                std::int32_t* key) {
+  left_out counts;
   const expert_id* id = choices.ids().data();
-  simd::count_keys(id, tokens * k, experts, p.cursor);
-  simd::exclusive_scan(p.cursor, experts, p.offsets);
-  for (index_t e = 0; e < experts; ++e) p.cursor[e] = p.offsets[e];
-  for (index_t t = 0; t < tokens; ++t) {
-    for (index_t c = t * k; c < (t + 1) * k; ++c) {
-      const expert_id e = id[c];
-      if (e == no_expert) {
-        p.slot_of_choice[c] = no_slot;
+  const bool all_owned = options.owned.empty();
+  for (index_t t = 0; t < choices.tokens(); ++t) {
+    const bool masked = !options.mask.empty() && options.mask[static_cast<std::size_t>(t)] == 0;
+    for (index_t c = choices.first(t); c < choices.first(t + 1); ++c) {
+      key[c] = -1;
+      if (masked || id[c] < 0) continue;
+      if (!choices.kept(c)) {
+        ++counts.dropped;
+      } else if (!all_owned && options.owned[static_cast<std::size_t>(id[c])] == 0) {
+        ++counts.elsewhere;
       } else {
-        const slot_id s = p.cursor[e]++;
-        p.slot_of_choice[c] = s;
-        p.token_of_slot[s] = static_cast<slot_id>(t);
+        key[c] = id[c];
       }
     }
   }
+  return counts;
+}
+
+// Offsets, loads and sentinels of a padded plan from the counts in p.cursor; returns the padding.
+inline index_t pad_offsets(const dispatch_plan::parts& p, std::int32_t* load, index_t experts,
+                           const plan_options& options) {
+  index_t sum = 0, padding = 0;
+  for (index_t e = 0; e < experts; ++e) {
+    const index_t own = p.cursor[e];
+    if (options.capacity != as_needed && own > options.capacity) [[unlikely]]
+      fail("plan", "expert " + std::to_string(e) + " has " + std::to_string(own) +
+                       " tokens, expected at most the capacity " +
+                       std::to_string(options.capacity));
+    const index_t rows =
+        round_up(options.capacity != as_needed ? options.capacity : own, options.block);
+    load[e] = p.cursor[e];
+    p.offsets[e] = p.cursor[e] = static_cast<slot_id>(sum);
+    std::fill_n(p.token_of_slot + sum + own, rows - own, no_token);
+    sum += rows;
+    padding += rows - own;
+  }
+  p.offsets[experts] = static_cast<slot_id>(sum);
+  return padding;
+}
+
+}  // namespace detail
+
+/// Gives every choice that takes part a slot: expert by expert, in token order within one.
+///
+/// A choice takes part unless it has no expert, was dropped, its token is masked or its expert is
+/// left to others.
+/// Ensures: slot_of_choice and token_of_slot are inverse to each other; offsets end at the number of
+/// slots; kept + dropped + elsewhere + unrouted = choices.
+/// Throws: error where an id is outside [-1, E), a mask has the wrong size, block < 1, an expert has
+/// more tokens than `capacity` slots, or the slots exceed 2^31 - 1.
+/// Cost: O(choices + E), no allocation once the plan is warm. Determinism: exact, stable in token
+/// order.
+template <class A = simd::default_arch>
+void plan(const assignment& choices, dispatch_plan& out, const plan_options& options = {}) {
+  const index_t tokens = choices.tokens(), experts = choices.experts();
+  const std::span<const expert_id> ids = choices.ids();
+  const index_t n = choices.choices();
+  check_range("plan", "block", options.block, 1, std::int32_t{0x7fffffff});
+  check_range("plan", "capacity", options.capacity, as_needed, std::int32_t{0x7fffffff});
+  if (!options.owned.empty())
+    check_size("plan", "owned.size()", static_cast<index_t>(options.owned.size()), experts);
+  if (!options.mask.empty())
+    check_size("plan", "mask.size()", static_cast<index_t>(options.mask.size()), tokens);
+  if (!simd::keys_in_range<A>(ids.data(), n, experts)) [[unlikely]]
+    detail::fail_expert_id(ids, experts);
+
+  const index_t room = tokens * choices.k();
+  out.reset(tokens, experts, choices.k(), choices.ragged() ? room : n,
+            detail::most_slots(room, experts, options));
+  out.set_choices(n);
+  if (experts == 0) return;
+  simd::groups token_of_choice{nullptr, std::max<index_t>(1, choices.k())};
+  if (choices.ragged()) {
+    std::int32_t* list = out.token_of_choice();
+    std::copy_n(choices.offsets().data(), tokens + 1, out.first_to_fill());
+    for (index_t t = 0; t < tokens; ++t)
+      std::fill(list + choices.first(t), list + choices.first(t + 1), static_cast<slot_id>(t));
+    token_of_choice.list = list;
+  }
+
+  const dispatch_plan::parts p = out.writable();
+  const std::int32_t* key = ids.data();
+  detail::left_out counts;
+  if (choices.drops() || !options.owned.empty() || !options.mask.empty()) {
+    counts = detail::keys_of_choices(choices, options, p.slot_of_choice);
+    key = p.slot_of_choice;
+  }
+
+  const bool padded = options.block > 1 || options.capacity != as_needed;
+  index_t padding = 0;
+  if (!padded && n <= simd::few_keys) {
+    simd::sort_few_keys<A>(key, static_cast<int>(n), experts, token_of_choice, p.offsets,
+                           p.slot_of_choice, p.token_of_slot);
+  } else {
+    simd::count_keys(key, n, experts, p.cursor);
+    if (padded) {
+      padding = detail::pad_offsets(p, out.loads_to_fill(), experts, options);
+    } else {
+      simd::exclusive_scan(p.cursor, experts, p.offsets);
+      std::copy_n(p.offsets, experts, p.cursor);
+    }
+    simd::place_keys<A>(key, n, token_of_choice, p.cursor, p.slot_of_choice, p.token_of_slot);
+  }
+  out.set_counts(counts.dropped, counts.elsewhere, padding);
 }
 
 }  // namespace moeroute

@@ -167,6 +167,10 @@ inline void check_side(const side_inputs& side, index_t tokens, index_t k) {
   given(side.token_ids, "token_ids.size()");
   given(side.mask, "mask.size()");
   given(side.k_of_token, "k_of_token.size()");
+  given(side.modality, "modality.size()");
+  given(side.shared_weight, "shared_weight.size()");
+  if (side.noise_logits.data != nullptr)
+    check_size("route", "noise_logits.rows", side.noise_logits.rows, tokens);
   for (const std::int32_t own : side.k_of_token) check_range("route", "k_of_token", own, 0, k);
 }
 
@@ -211,9 +215,18 @@ void route(const Router& router, const Z& logit_rows, const side_inputs& side, w
   }
 }
 
+/// The same for a router picked at run time.
+template <class Router, readable_rows Z, executor Exec = serial, class A = simd::default_arch>
+  requires requires(const Router& r) { r.visit([](const auto&) {}); }
+void route(const Router& router, const Z& logits, const side_inputs& side, workspace& ws,
+           assignment& out, const Exec& exec = {}) {
+  router.visit([&]<class Kind>(const Kind& kind) {
+    route<Kind, Z, Exec, A>(kind, logits, side, ws, out, exec);
+  });
+}
+
 /// The same without side inputs.
-template <any_kind_of_router Router, readable_rows Z, executor Exec = serial,
-          class A = simd::default_arch>
+template <class Router, readable_rows Z, executor Exec = serial, class A = simd::default_arch>
 void route(const Router& router, const Z& logits, workspace& ws, assignment& out,
            const Exec& exec = {}) {
   route<Router, Z, Exec, A>(router, logits, side_inputs{}, ws, out, exec);

@@ -1,0 +1,41 @@
+// The bias that moves the choice and never the weight.
+#pragma once
+
+#include <cmath>
+#include <span>
+#include <string>
+
+#include <moeroute/policy/concepts.hpp>
+
+namespace moeroute {
+
+/// A float per expert, added to the scores for the choice only; empty for none.
+///
+/// 16-bit biases do not compile: rounding them changes who is chosen. Source: DeepSeek-V3 (2024), the
+/// auxiliary-loss-free bias of Wang et al. 2024.
+class selection_bias {
+ public:
+  selection_bias() = default;
+  selection_bias(std::span<const float> values) : values_(values) {}
+
+  template <class T>
+    requires(sizeof(T) == 2)
+  selection_bias(std::span<T>) {
+    static_assert(sizeof(T) != 2,
+                  "[moeroute::selection_bias] a selection bias is float: 16 bits would change who is chosen");
+  }
+
+  bool empty() const { return values_.empty(); }
+  std::span<const float> values() const { return values_; }
+
+  /// Throws: error where the length is not E or a value is NaN.
+  void check(index_t experts) const {
+    if (empty()) return;
+    check_size("selection_bias", "bias.size()", static_cast<index_t>(values_.size()), experts);
+  }
+
+ private:
+  std::span<const float> values_{};
+};
+
+}  // namespace moeroute

@@ -1,0 +1,189 @@
+// Routing by token id: tables of experts, and how to make them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <numeric>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <moeroute/base/rng.hpp>
+#include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/logit_transform.hpp>
+#include <moeroute/policy/score.hpp>
+#include <moeroute/policy/weight.hpp>
+
+namespace moeroute {
+
+/// The experts of every token id, [vocabulary, k]; no_expert is allowed.
+///
+/// Source: Hash Layers (Roller et al. 2021); the first layers of DeepSeek-V4 (2026).
+class expert_table {
+ public:
+  expert_table() = default;
+
+  /// Throws: error where the size is not a multiple of k, an id is outside [0, experts), or an expert is
+  /// repeated within a token.
+  expert_table(std::vector<expert_id> ids, index_t k, index_t experts)
+      : ids_(std::move(ids)), k_(k), experts_(experts) {
+    check_range("expert_table", "experts", experts, 1, max_experts);
+    check_range("expert_table", "k", k, 1, experts);
+    const auto size = static_cast<index_t>(ids_.size());
+    if (size % k != 0)
+      fail("expert_table", "ids.size() is " + std::to_string(size) +
+                               ", expected a multiple of k = " + std::to_string(k));
+    for (index_t t = 0; t < vocabulary(); ++t) {
+      const auto row = of(t);
+      for (std::size_t r = 0; r < row.size(); ++r) {
+        if (row[r] == no_expert) continue;
+        if (row[r] < 0 || row[r] >= experts)
+          fail("expert_table", "token id " + std::to_string(t) + " has expert " +
+                                   std::to_string(row[r]) + ", expected -1 to " +
+                                   std::to_string(experts - 1));
+        if (std::find(row.begin(), row.begin() + static_cast<index_t>(r), row[r]) !=
+            row.begin() + static_cast<index_t>(r))
+          fail("expert_table", "token id " + std::to_string(t) + " has expert " +
+                                   std::to_string(row[r]) + " twice, expected distinct experts");
+      }
+    }
+  }
+
+  index_t k() const { return k_; }
+  index_t experts() const { return experts_; }
+  index_t vocabulary() const { return static_cast<index_t>(ids_.size()) / k_; }
+  std::span<const expert_id> of(index_t token_id) const {
+    return {ids_.data() + token_id * k_, static_cast<std::size_t>(k_)};
+  }
+
+ private:
+  std::vector<expert_id> ids_;
+  index_t k_ = 1;
+  index_t experts_ = 1;
+};
+
+/// k distinct random experts per token id; the same seed gives the same table. Source: Roller et al. 2021.
+inline expert_table random_table(index_t vocabulary, index_t k, index_t experts,
+                                 std::uint64_t seed) {
+  std::vector<expert_id> ids;
+  ids.reserve(static_cast<std::size_t>(vocabulary * k));
+  for (index_t t = 0; t < vocabulary; ++t) {
+    const auto first = static_cast<index_t>(ids.size());
+    for (std::uint64_t draw = 0; static_cast<index_t>(ids.size()) - first < k; ++draw) {
+      const auto e = static_cast<expert_id>(
+          random_below(static_cast<std::uint32_t>(experts), seed, static_cast<std::uint64_t>(t), draw));
+      if (std::find(ids.begin() + first, ids.end(), e) == ids.end()) ids.push_back(e);
+    }
+  }
+  return {std::move(ids), k, experts};
+}
+
+/// Token ids by descending frequency, each to the expert with the least frequency so far; equal ones in
+/// ascending order. Source: Roller et al. 2021 ('balanced').
+inline expert_table balanced_table(std::span<const std::int64_t> frequency, index_t experts) {
+  check_range("balanced_table", "experts", experts, 1, max_experts);
+  std::vector<std::int32_t> order(frequency.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
+    return frequency[static_cast<std::size_t>(a)] > frequency[static_cast<std::size_t>(b)];
+  });
+  // A heap of (load, expert), the least on top.
+  std::vector<std::pair<std::int64_t, expert_id>> heap;
+  for (expert_id e = 0; e < experts; ++e) heap.emplace_back(0, e);
+  std::vector<expert_id> ids(frequency.size());
+  for (const std::int32_t t : order) {
+    std::pop_heap(heap.begin(), heap.end(), std::greater<>{});
+    ids[static_cast<std::size_t>(t)] = heap.back().second;
+    heap.back().first += frequency[static_cast<std::size_t>(t)];
+    std::push_heap(heap.begin(), heap.end(), std::greater<>{});
+  }
+  return {std::move(ids), 1, experts};
+}
+
+/// Each token id to the expert of its cluster: cluster c to expert c % E. Source: Roller et al. 2021.
+inline expert_table clustered_table(std::span<const std::int32_t> cluster, index_t experts) {
+  std::vector<expert_id> ids(cluster.size());
+  for (std::size_t t = 0; t < ids.size(); ++t) {
+    if (cluster[t] < 0)
+      fail("clustered_table", "cluster of token id " + std::to_string(t) + " is " +
+                                  std::to_string(cluster[t]) + ", expected >= 0");
+    ids[t] = static_cast<expert_id>(cluster[t] % experts);
+  }
+  return {std::move(ids), 1, experts};
+}
+
+/// How a token's experts follow from ids.
+enum class table_key {
+  token,   ///< the row of the token's id
+  bigram,  ///< a hash of the previous token's id and its own, modulo the table's rows (Roller et al. 2021)
+};
+
+/// A router whose experts come from a table, while the weights come from the gate's logits.
+///
+/// Needs side_inputs::token_ids in [0, vocabulary). With uniform_score and a sum the weights are 1 / k.
+/// Cost: O(k) per row, plus a pass over the row where the score needs it (softmax).
+template <score_function Score>
+struct table_router {
+  const expert_table* table = nullptr;
+  [[no_unique_address]] Score score{};
+  weight_rule weight{};
+  logit_transform transform{};
+  table_key key = table_key::token;
+
+  struct buffers {
+    float* logits;
+  };
+
+  index_t k() const { return table == nullptr ? 1 : table->k(); }
+  static index_t experts(index_t columns) { return columns; }
+
+  /// Throws: error where there is no table or it is made for another E.
+  void check(index_t experts) const {
+    if (table == nullptr) fail("table_router", "table is missing");
+    check_size("table_router", "table experts", table->experts(), experts);
+    transform.check(experts);
+    weight.check(experts);
+  }
+
+  buffers carve(scratch& tape, index_t experts) const {
+    return {tape.take<float>(transform.active() ? block_rows * experts : 0)};
+  }
+
+  /// Throws: error where token ids are missing or outside the table.
+  template <class A = simd::default_arch>
+  void route_block(logit_block z, const buffers& memory, choice_block& c) const {
+    if (transform.active()) z = transform.template apply<A>(z, memory.logits);
+    if (z.side->token_ids.empty()) fail("table_router", "side_inputs::token_ids is missing");
+    for (int i = 0; i < block_rows; ++i) {
+      const bool row = i < z.rows;
+      const auto ids = table->of(row ? row_of(*z.side, z.first_token + i) : 0);
+      for (int r = 0; r < c.k; ++r) {
+        const expert_id e = row ? ids[static_cast<std::size_t>(r)] : no_expert;
+        // An expert that is masked in the logits cannot be had through the table either.
+        const bool there = e != no_expert && z.row(i)[e] > simd::minus_infinity;
+        c.id[r * block_rows + i] = there ? e : no_expert;
+        c.value[r * block_rows + i] = there ? z.row(i)[e] : simd::minus_infinity;
+      }
+    }
+    score.template score_choices<A>(z, c, weight.needs());
+    weight.template apply<A>(c);
+  }
+
+ private:
+  index_t row_of(const side_inputs& side, index_t token) const {
+    const std::int32_t id = side.token_ids[static_cast<std::size_t>(token)];
+    if (key == table_key::bigram) {
+      const std::int32_t before = token > 0 ? side.token_ids[static_cast<std::size_t>(token - 1)] : -1;
+      return static_cast<index_t>(random_below(static_cast<std::uint32_t>(table->vocabulary()), 0,
+                                               static_cast<std::uint32_t>(before),
+                                               static_cast<std::uint32_t>(id)));
+    }
+    check_range("table_router", "token id", id, 0, table->vocabulary() - 1);
+    return id;
+  }
+};
+static_assert(token_router<table_router<sqrt_softplus>>);
+
+}  // namespace moeroute

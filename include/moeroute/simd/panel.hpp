@@ -1,0 +1,53 @@
+// Panels: a matrix in tiles of 16 x 16, transposed, so that rules that work down the columns read
+// registers.
+#pragma once
+
+#include <moeroute/simd/batch.hpp>
+
+namespace moeroute::simd {
+
+/// Rows and columns of a tile.
+inline constexpr int tile_size = block_rows;
+
+/// Floats of a panel for a matrix of rows x cols.
+constexpr index_t panel_size(index_t rows, index_t cols) {
+  return round_up(rows, tile_size) * round_up(cols, tile_size);
+}
+
+/// Where things are in a panel: strips of 16 columns, each a run of tiles of 16 rows, each tile
+/// column by column with one row per lane.
+struct panel_shape {
+  index_t tiles;  ///< in a strip: ceil(rows / 16)
+
+  index_t strip(index_t column) const { return column / tile_size * tiles * tile_size * tile_size; }
+  /// The 16 rows of `tile` in a column that is numbered within its strip.
+  static index_t lanes(index_t tile, int column) { return (tile * tile_size + column) * tile_size; }
+};
+
+/// Writes one tile of every strip: 16 rows, each times its factor, become columns.
+///
+/// Shapes: rows is [16, stride] with stride >= cols rounded up to 16, factor is [16].
+/// Requires: the caller has filled what lies beyond the matrix (with -inf where it must not be
+/// chosen).
+template <class A = default_arch>
+void pack_tiles(const float* rows, index_t stride, const float* factor, index_t cols, float* panel,
+                panel_shape shape, index_t tile) {
+  constexpr int w = width<A>;
+  vfloat<A> times[registers_per_block<A>];
+  for (int r = 0; r < registers_per_block<A>; ++r) times[r] = load<A>(factor + r * w);
+  for (index_t first = 0; first < cols; first += tile_size) {
+    float* const out = panel + shape.strip(first) + panel_shape::lanes(tile, 0);
+    for (int r = 0; r < registers_per_block<A>; ++r)
+      for (int c = 0; c < tile_size; c += w) {
+        vfloat<A> x[w];
+        MOEROUTE_UNROLL
+        for (int i = 0; i < w; ++i) x[i] = load<A>(rows + (r * w + i) * stride + first + c);
+        xsimd::transpose(x, x + w);
+        MOEROUTE_UNROLL
+        for (int i = 0; i < w; ++i)
+          (x[i] * times[r]).store_unaligned(out + (c + i) * tile_size + r * w);
+      }
+  }
+}
+
+}  // namespace moeroute::simd
