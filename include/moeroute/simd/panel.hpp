@@ -3,6 +3,7 @@
 #pragma once
 
 #include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/transpose.hpp>
 
 namespace moeroute::simd {
 
@@ -42,7 +43,7 @@ void pack_tiles(const float* rows, index_t stride, const float* factor, index_t 
         vfloat<A> x[w];
         MOEROUTE_UNROLL
         for (int i = 0; i < w; ++i) x[i] = load<A>(rows + (r * w + i) * stride + first + c);
-        xsimd::transpose(x, x + w);
+        transpose<A>(x);
         MOEROUTE_UNROLL
         for (int i = 0; i < w; ++i)
           (x[i] * times[r]).store_unaligned(out + (c + i) * tile_size + r * w);

@@ -1,0 +1,87 @@
+// What the routers that see the whole batch should decide, in double: slow and obvious.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <moeroute/base/index.hpp>
+#include <numeric>
+#include <vector>
+
+#include "oracle/routing.hpp"
+
+namespace oracle {
+
+/// The rows of a column in the order in which an expert takes them: value descending, then row
+/// ascending; NaN and -inf are not in it.
+template <class T>
+std::vector<index_t> column_order(const std::vector<T>& matrix, index_t rows, index_t cols,
+                                  index_t column) {
+  std::vector<index_t> order;
+  const auto value = [&](index_t r) { return matrix[static_cast<std::size_t>(r * cols + column)]; };
+  for (index_t r = 0; r < rows; ++r)
+    if (value(r) > -std::numeric_limits<T>::infinity()) order.push_back(r);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](index_t a, index_t b) { return value(a) > value(b); });
+  return order;
+}
+
+/// Softmax of every row, in double.
+inline std::vector<double> softmax_rows(const std::vector<float>& logits, index_t tokens,
+                                        index_t experts) {
+  std::vector<double> p;
+  for (index_t t = 0; t < tokens; ++t) {
+    const float* row = logits.data() + t * experts;
+    const std::vector<double> one = softmax(row, experts, order(row, experts));
+    p.insert(p.end(), one.begin(), one.end());
+  }
+  return p;
+}
+
+struct plan {
+  std::vector<double> values;  ///< [T, E]
+  int iterations = 0;
+};
+
+enum class scaling_order { rows_then_columns, columns_then_rows };
+
+/// Sinkhorn on exp(z / epsilon) until the mean change of the column factors is at most `tolerance`.
+inline plan sinkhorn(const std::vector<double>& z, index_t tokens, index_t experts, double row_sum,
+                     double col_sum, double epsilon, double eps, double tolerance,
+                     int most_iterations, scaling_order order) {
+  const auto T = static_cast<std::size_t>(tokens), E = static_cast<std::size_t>(experts);
+  std::vector<double> k(T * E), u(T, 1.0), v(E, 1.0);
+  for (std::size_t t = 0; t < T; ++t) {
+    const double max = *std::max_element(&z[t * E], &z[t * E] + E);
+    for (std::size_t e = 0; e < E; ++e) k[t * E + e] = std::exp((z[t * E + e] - max) / epsilon);
+  }
+  const auto rows = [&] {
+    for (std::size_t t = 0; t < T; ++t) {
+      double dot = 0;
+      for (std::size_t e = 0; e < E; ++e) dot += k[t * E + e] * v[e];
+      u[t] = row_sum / (dot + eps);
+    }
+  };
+  double change = 0;
+  const auto columns = [&] {
+    change = 0;
+    for (std::size_t e = 0; e < E; ++e) {
+      double sum = 0;
+      for (std::size_t t = 0; t < T; ++t) sum += k[t * E + e] * u[t];
+      const double next = col_sum / (sum + eps);
+      change += std::abs(next - v[e]) / static_cast<double>(E);
+      v[e] = next;
+    }
+  };
+  plan p;
+  do {
+    order == scaling_order::rows_then_columns ? rows() : columns();
+    order == scaling_order::rows_then_columns ? columns() : rows();
+    ++p.iterations;
+  } while (change > tolerance && p.iterations < most_iterations);
+  for (std::size_t t = 0; t < T; ++t)
+    for (std::size_t e = 0; e < E; ++e) p.values.push_back(u[t] * k[t * E + e] * v[e]);
+  return p;
+}
+
+}  // namespace oracle

@@ -1,0 +1,307 @@
+#include <moeroute/policy/expert_choice.hpp>
+//
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/exec/openmp.hpp>
+#include <moeroute/stage/route.hpp>
+#include <set>
+#include <vector>
+
+#include "oracle/batch_routing.hpp"
+#include "support/arches.hpp"
+#include "support/compare.hpp"
+#include "support/refusal.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+matrix_view<const float> rows_of(const std::vector<float>& z, index_t tokens, index_t experts) {
+  return {z.data(), tokens, experts};
+}
+
+assignment routed(const auto& router, const std::vector<float>& z, index_t tokens, index_t experts,
+                  const side_inputs& side = {}) {
+  workspace ws;
+  assignment out;
+  route(router, rows_of(z, tokens, experts), side, ws, out);
+  return out;
+}
+
+template <class T>
+std::vector<std::remove_const_t<T>> copy(std::span<T> s) {
+  return {s.begin(), s.end()};
+}
+
+// The tokens of every expert, and whether token rows are ordered and in range.
+struct columns_of {
+  std::vector<std::vector<index_t>> tokens;
+  bool ordered = true;
+
+  explicit columns_of(const assignment& a) : tokens(static_cast<std::size_t>(a.experts())) {
+    for (index_t t = 0; t < a.tokens(); ++t) {
+      expert_id before = -1;
+      for (const expert_id e : a.ids(t)) {
+        ordered = ordered && e > before && e < a.experts();
+        before = e;
+        if (e >= 0 && e < a.experts()) tokens[static_cast<std::size_t>(e)].push_back(t);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+TEST_CASE("every expert takes exactly C tokens, whatever the shape") {
+  for (const auto& [tokens, experts] : {std::pair<index_t, index_t>{1, 1},
+                                        {1, 5},
+                                        {2, 3},
+                                        {17, 1},
+                                        {16, 16},
+                                        {33, 60},
+                                        {100, 7},
+                                        {64, 257},
+                                        {1500, 33}})
+    for (const test::shape shape :
+         {test::shape::normal, test::shape::quantised, test::shape::all_equal,
+          test::shape::ascending, test::shape::one_hot_expert, test::shape::extreme,
+          test::shape::plus_infs, test::shape::signed_zeros}) {
+      const auto z = test::make_logits(shape, 3, tokens, experts);
+      for (const double factor : {0.5, 1.0, 2.0, 1e9}) {
+        const expert_choice<> router{.capacity = {.factor = factor}};
+        const index_t c = router.capacity_of(tokens, experts);
+        const assignment a = routed(router, z, tokens, experts);
+        INFO(test::name(shape) << " T=" << tokens << " E=" << experts << " factor=" << factor);
+        const columns_of columns(a);
+        REQUIRE(columns.ordered);
+        REQUIRE(std::all_of(columns.tokens.begin(), columns.tokens.end(), [&](const auto& column) {
+          return column.size() == static_cast<std::size_t>(c);
+        }));
+        REQUIRE(a.choices() == experts * c);
+        REQUIRE(std::all_of(a.weights().begin(), a.weights().end(),
+                            [](float w) { return w >= 0.0f && w <= 1.0f; }));
+      }
+    }
+}
+
+TEST_CASE("experts take the tokens of highest probability, the lowest token among equals") {
+  for (const test::shape shape : test::all_shapes)
+    for (const auto& [tokens, experts] :
+         {std::pair<index_t, index_t>{40, 16}, {300, 5}, {1111, 24}, {2048, 64}}) {
+      const auto z = test::make_logits(shape, 5, tokens, experts);
+      const auto p = oracle::softmax_rows(z, tokens, experts);
+      const expert_choice<> router{};
+      const index_t c = router.capacity_of(tokens, experts);
+      const columns_of columns(routed(router, z, tokens, experts));
+      INFO(test::name(shape) << " T=" << tokens << " E=" << experts);
+      for (index_t e = 0; e < experts; ++e) {
+        // The library chooses on fp32 scores: allow what rounding can exchange, and nothing else.
+        std::vector<double> column(static_cast<std::size_t>(tokens), -1.0);
+        std::vector<double> open;
+        for (index_t t = 0; t < tokens; ++t) {
+          const auto at = static_cast<std::size_t>(t * experts + e);
+          if (!(z[at] > -test::infinity)) continue;
+          column[static_cast<std::size_t>(t)] = p[at];
+          open.push_back(p[at]);
+        }
+        const auto& taken = columns.tokens[static_cast<std::size_t>(e)];
+        REQUIRE(taken.size() == std::min(static_cast<std::size_t>(c), open.size()));
+        if (taken.empty()) continue;
+        std::sort(open.rbegin(), open.rend());
+        const double bound = open[taken.size() - 1];
+        std::vector<bool> is_taken(static_cast<std::size_t>(tokens), false);
+        for (const index_t t : taken) is_taken[static_cast<std::size_t>(t)] = true;
+        index_t wrong = 0;
+        for (index_t t = 0; t < tokens; ++t) {
+          const double x = column[static_cast<std::size_t>(t)];
+          wrong += is_taken[static_cast<std::size_t>(t)] ? x < bound * (1 - 2e-6) - 2e-38
+                                                         : x > bound * (1 + 2e-6) + 2e-38;
+        }
+        REQUIRE(wrong == 0);
+      }
+    }
+}
+
+TEST_CASE("among equal scores an expert takes the lowest tokens") {
+  // Identity scores are the logits, so ties are exact.
+  for (const test::shape shape :
+       {test::shape::quantised, test::shape::all_equal, test::shape::signed_zeros,
+        test::shape::masked, test::shape::half_nan, test::shape::plus_infs})
+    for (const index_t tokens : {index_t{50}, index_t{3000}}) {
+      constexpr index_t experts = 20;
+      const auto z = test::make_logits(shape, 8, tokens, experts);
+      const expert_choice<identity_score> router{.capacity = {.factor = 3}};
+      const index_t c = router.capacity_of(tokens, experts);
+      const columns_of columns(routed(router, z, tokens, experts));
+      INFO(test::name(shape) << " T=" << tokens);
+      for (index_t e = 0; e < experts; ++e) {
+        auto expected = oracle::column_order(z, tokens, experts, e);
+        expected.resize(std::min(expected.size(), static_cast<std::size_t>(c)));
+        std::sort(expected.begin(), expected.end());
+        REQUIRE(columns.tokens[static_cast<std::size_t>(e)] == expected);
+      }
+    }
+}
+
+TEST_CASE("weights are the softmax probabilities of the picks") {
+  constexpr index_t tokens = 70, experts = 24;
+  for (const test::shape shape : {test::shape::normal, test::shape::zipf, test::shape::extreme}) {
+    const auto z = test::make_logits(shape, 4, tokens, experts);
+    const auto p = oracle::softmax_rows(z, tokens, experts);
+    const assignment a = routed(expert_choice<>{}, z, tokens, experts);
+    std::vector<double> expected;
+    for (index_t t = 0; t < tokens; ++t)
+      for (const expert_id e : a.ids(t))
+        expected.push_back(p[static_cast<std::size_t>(t * experts + e)]);
+    CHECK(test::difference(a.weights(), expected, 3e-6, 1.2e-38) == "");
+  }
+}
+
+TEST_CASE("renormalised weights of a token sum to the scale, of an untaken token to nothing") {
+  constexpr index_t tokens = 64, experts = 16;
+  const auto z = test::make_logits(test::shape::normal, 4, tokens, experts);
+  const expert_choice<> router{.capacity = nucleus_capacity(1.0),
+                               .normalize = token_renormalization::sum,
+                               .eps = 1e-12f,
+                               .scale = 2.5f};
+  const assignment a = routed(router, z, tokens, experts);
+  index_t untaken = 0;
+  for (index_t t = 0; t < tokens; ++t) {
+    double sum = 0;
+    for (const float w : a.weights(t)) sum += static_cast<double>(w);
+    untaken += a.count(t) == 0;
+    if (a.count(t) > 0) CHECK(std::abs(sum - 2.5) < 1e-6);
+  }
+  CHECK(untaken > 0);
+}
+
+TEST_CASE("a masked token is never taken, and a batch of them leaves every expert empty") {
+  constexpr index_t tokens = 50, experts = 8;
+  const auto z = test::make_logits(test::shape::normal, 4, tokens, experts);
+  std::vector<std::uint8_t> mask(tokens, 1);
+  for (std::size_t t = 0; t < tokens; t += 3) mask[t] = 0;
+  const assignment a = routed(expert_choice<>{}, z, tokens, experts, {.mask = mask});
+  for (index_t t = 0; t < tokens; t += 3) CHECK(a.count(t) == 0);
+  for (const auto& column : columns_of(a).tokens) CHECK(column.size() == 13);
+  std::fill(mask.begin(), mask.end(), std::uint8_t{0});
+  CHECK(routed(expert_choice<>{}, z, tokens, experts, {.mask = mask}).choices() == 0);
+}
+
+TEST_CASE("tokens of one sequence do not compete with those of another") {
+  constexpr index_t length = 24, sequences = 3, experts = 9;
+  const auto z = test::make_logits(test::shape::normal, 6, length * sequences, experts);
+  const assignment all =
+      routed(expert_choice<>{.sequence_length = length}, z, length * sequences, experts);
+  std::vector<expert_id> ids;
+  std::vector<float> weights;
+  for (index_t s = 0; s < sequences; ++s) {
+    const std::vector<float> part(z.begin() + s * length * experts,
+                                  z.begin() + (s + 1) * length * experts);
+    const assignment one = routed(expert_choice<>{}, part, length, experts);
+    ids.insert(ids.end(), one.ids().begin(), one.ids().end());
+    weights.insert(weights.end(), one.weights().begin(), one.weights().end());
+  }
+  CHECK(copy(all.ids()) == ids);
+  CHECK(test::bit_difference(all.weights(), weights) == "");
+}
+
+TEST_CASE("a capped token keeps its best experts and the others stay one short") {
+  constexpr index_t tokens = 60, experts = 12;
+  const auto z = test::make_logits(test::shape::normal, 9, tokens, experts);
+  const assignment open = routed(expert_choice<>{.capacity = {.factor = 4}}, z, tokens, experts);
+  const assignment capped =
+      routed(expert_choice<>{.capacity = {.factor = 4}, .most_experts = 3}, z, tokens, experts);
+  CHECK(capped.k() == 3);
+  bool cut = false;
+  for (index_t t = 0; t < tokens; ++t) {
+    std::vector<std::pair<float, expert_id>> best;
+    for (std::size_t i = 0; i < open.ids(t).size(); ++i)
+      best.emplace_back(-open.weights(t)[i], open.ids(t)[i]);
+    std::sort(best.begin(), best.end());
+    cut = cut || best.size() > 3;
+    best.resize(std::min<std::size_t>(best.size(), 3));
+    std::vector<expert_id> expected;
+    for (const auto& [w, e] : best) expected.push_back(e);
+    std::sort(expected.begin(), expected.end());
+    CHECK(copy(capped.ids(t)) == expected);
+  }
+  CHECK(cut);
+}
+
+TEST_CASE("permuting tokens permutes the choice") {
+  constexpr index_t tokens = 48, experts = 16;
+  const auto z = test::make_logits(test::shape::normal, 2, tokens, experts);
+  std::vector<float> turned(z.size());
+  for (index_t t = 0; t < tokens; ++t)
+    std::copy_n(z.data() + t * experts, experts, turned.data() + (t * 5 + 1) % tokens * experts);
+  const assignment a = routed(expert_choice<>{}, z, tokens, experts);
+  const assignment b = routed(expert_choice<>{}, turned, tokens, experts);
+  for (index_t t = 0; t < tokens; ++t) CHECK(copy(a.ids(t)) == copy(b.ids((t * 5 + 1) % tokens)));
+}
+
+TEST_CASE("a token that is appended can take places from earlier tokens") {
+  const std::vector<float> two{1, 0, 0, 1}, three{1, 0, 0, 1, 9, 0};
+  const expert_choice<> one_each{.capacity = {.fixed = 1}};
+  CHECK(copy(routed(one_each, two, 2, 2).ids(0)) == std::vector<expert_id>{0});
+  CHECK(routed(one_each, three, 3, 2).count(0) == 0);
+}
+
+TEST_CASE("no tokens are routed to nothing") {
+  const assignment a = routed(expert_choice<>{}, {}, 0, 4);
+  CHECK(a.tokens() == 0);
+  CHECK(a.choices() == 0);
+}
+
+TEST_CASE("expert choice has the same bits on every instruction set, executor and thread count") {
+  for (const test::shape shape : test::all_shapes) {
+    constexpr index_t tokens = 1200, experts = 40;
+    const auto z = test::make_logits(shape, 12, tokens, experts);
+    const expert_choice<> router{.normalize = token_renormalization::sum, .eps = 1e-12f};
+    workspace ws;
+    assignment first, other;
+    route(router, rows_of(z, tokens, experts), ws, first);
+    INFO(test::name(shape));
+    const auto same = [&] {
+      CHECK(copy(first.ids()) == copy(other.ids()));
+      CHECK(copy(first.offsets()) == copy(other.offsets()));
+      CHECK(test::bit_difference(other.weights(), first.weights()) == "");
+    };
+    for (const int threads : {1, 2, 4}) {
+      route(router, rows_of(z, tokens, experts), ws, other, openmp{threads});
+      same();
+    }
+    test::for_each_arch<test::arches>([&](auto tag) {
+      router.route_batch<serial, decltype(tag)>(rows_of(z, tokens, experts), {}, ws, other, {});
+      same();
+    });
+  }
+}
+
+TEST_CASE("capacities are rounded by their named rule") {
+  CHECK(tokens_per_expert{.factor = 1.0}(10, 4) == 3);
+  CHECK(floor_capacity(1.0)(10, 4) == 2);
+  CHECK(floor_capacity(1.0)(1, 4) == 1);
+  CHECK(tokens_per_expert{.factor = 1.0, .rounding = capacity_rounding::nearest}(11, 4) == 3);
+  CHECK(vmoe_capacity(1.0)(40, 8) == 8);
+  CHECK(vmoe_capacity(1.0)(3, 1) == 3);
+  CHECK(nucleus_capacity(2.0)(100, 64) == 4);
+  CHECK(nucleus_capacity(0.1)(10, 64) == 1);
+  CHECK(tokens_per_expert{.factor = 100}(10, 4) == 10);
+  CHECK(tokens_per_expert{.fixed = 7}(100, 4) == 7);
+}
+
+TEST_CASE("expert choice refuses what does not fit, by name") {
+  const auto refusal = [](const expert_choice<>& r) {
+    return test::refusal([&] { r.check(10, 4); });
+  };
+  CHECK(refusal({.capacity = {.factor = 0}}) ==
+        "moeroute::expert_choice: capacity.factor is 0.000000, expected > 0");
+  CHECK(refusal({.sequence_length = 4}) ==
+        "moeroute::expert_choice: tokens is 10, expected a multiple of sequence_length = 4");
+  CHECK(refusal({.most_experts = 5}) ==
+        "moeroute::expert_choice: most_experts is 5, expected 0 to 4");
+  CHECK(refusal({.normalize = token_renormalization::sum, .eps = -1.0f}) ==
+        "moeroute::expert_choice: eps is -1.000000, expected >= 0");
+  CHECK(refusal({}) == "accepted");
+}
