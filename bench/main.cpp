@@ -1,6 +1,7 @@
 // The main function of every benchmark program: Google Benchmark's flags, and --quick.
 #include <benchmark/benchmark.h>
 
+#include <Eigen/Core>
 #include <cstring>
 #include <string>
 
@@ -22,6 +23,7 @@ int main(int argc, char** argv) {
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   benchmark::AddCustomContext("isa", moeroute::simd::default_arch::name());
   benchmark::AddCustomContext("seconds_per_entry", std::to_string(bench::seconds_per_entry()));
+  Eigen::setNbThreads(1);  // everything here is measured on one thread
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
 }

@@ -75,26 +75,27 @@ void top_k(benchmark::State& state, index_t rows, index_t experts, int k, const 
   const auto partial_sort = row_by_row([&](auto... a) { plain.partial_sort(a...); });
   const auto insertion = row_by_row([](auto... a) { bench::plain_selection::insertion(a...); });
 
+  const bench::rotation by_row = logits.turns.row_by_row();
   std::vector<bench::competitor> list;
   list.push_back({"ours", bench::over(logits.turns, 0.0, [&](index_t first, index_t n) {
                     for (index_t r = first; r < first + n; r += rows)
                       ours(logits.row(r), rows, experts);
                   })});
-  list.push_back({"floor", bench::over(logits.turns, 1.0 / 3, [&](index_t first, index_t n) {
+  list.push_back({"floor", bench::over(by_row, 1.0 / 3, [&](index_t first, index_t n) {
                     bench::max_of_rows(logits.row(first), n, experts, best.data());
                   })});
   // One row at a time is what decoding asks for, and there insertion is the plain way.
   if (rows == 1)
-    list.push_back({"baseline", bench::over(logits.turns, 2.0 / 3, insertion)});
+    list.push_back({"baseline", bench::over(by_row, 2.0 / 3, insertion)});
   else
-    list.push_back({"baseline", bench::over(logits.turns, 2.0 / 3, partial_sort)});
+    list.push_back({"baseline", bench::over(by_row, 2.0 / 3, partial_sort)});
   if (rows == block && shape == "normal" && mem == "l2" && k == 8) {
-    list.push_back({"insertion", bench::over(logits.turns, 2.0 / 3, insertion)});
-    list.push_back({"nth_element", bench::over(logits.turns, 2.0 / 3, row_by_row([&](auto... a) {
+    list.push_back({"insertion", bench::over(by_row, 2.0 / 3, insertion)});
+    list.push_back({"nth_element", bench::over(by_row, 2.0 / 3, row_by_row([&](auto... a) {
                                                  plain.nth_element(a...);
                                                }))});
-    list.push_back({"eigen", bench::over(logits.turns, 2.0 / 3,
-                                         row_by_row([&](auto... a) { plain.eigen(a...); }))});
+    list.push_back(
+        {"eigen", bench::over(by_row, 2.0 / 3, row_by_row([&](auto... a) { plain.eigen(a...); }))});
   }
   bench::compete(state, logits.bytes(), std::move(list));
 }

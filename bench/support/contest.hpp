@@ -92,39 +92,43 @@ struct competitor {
 struct rotation {
   index_t units;       ///< rows (tokens) in the rotation
   index_t unit_bytes;  ///< what one of them occupies
-  index_t step = 1;    ///< units that one call takes
+  index_t step = 1;    ///< units that one call takes; divides units
+  index_t chunk = 0;   ///< units of a chunk, a multiple of the step; 0: an eighth of a megabyte
+
+  rotation(index_t n, index_t bytes, index_t call = 1) : units(n), unit_bytes(bytes), step(call) {
+    const index_t calls = (index_t{1} << 17) / (bytes * call);
+    chunk = std::clamp<index_t>(calls, 1, std::max<index_t>(1, units / step / 4)) * step;
+  }
+
+  /// The same rows and chunks for a competitor that takes one row at a time.
+  rotation row_by_row() const {
+    rotation other = *this;
+    other.step = 1;
+    return other;
+  }
 };
 
 /// Turns of a function f(first, n) that does the work of units [first, first + n), n a multiple of
 /// the step.
 ///
-/// A turn walks over half a megabyte in four chunks; a slow competitor does the first 100
-/// microseconds of it only. Every competitor advances equally, so they never meet on rows that are
-/// still in cache. `place` in [0, 1) is where in the rotation it starts.
+/// A turn walks over four chunks; a slow competitor does the first 100 microseconds of them only.
+/// Every competitor advances equally, so they never meet on rows that are still in cache. `place`
+/// in [0, 1) is where in the rotation it starts.
 template <class F>
 turn over(const rotation& r, double place, F f) {
-  const index_t calls = r.units / r.step;
-  const index_t per_chunk = std::clamp<index_t>((index_t{1} << 17) / (r.unit_bytes * r.step), 1,
-                                                std::max<index_t>(1, calls / 4));
-  const auto start =
-      static_cast<index_t>(place * static_cast<double>(calls)) / per_chunk * per_chunk;
-  return [=, at = start, calls_now = index_t{0}](stopwatch& watch) mutable {
+  const index_t chunks = std::max<index_t>(1, r.units / r.chunk);
+  const auto start = static_cast<index_t>(place * static_cast<double>(chunks));
+  return [=, at = start, units = index_t{0}](stopwatch& watch) mutable {
     constexpr double longest = 1e5;
-    if (calls_now == 0) {
-      // The first turn finds out how many calls a chunk may have.
-      calls_now = 1;
-      for (;; calls_now = std::min(per_chunk, 2 * calls_now)) {
-        const double ns =
-            watch.time(calls_now * r.step, [&] { f(index_t{0}, calls_now * r.step); });
-        if (calls_now == per_chunk || 2 * ns > longest) break;
+    if (units == 0) {
+      // The first turn finds out how much of a chunk there is time for.
+      for (units = r.step;; units = std::min(r.chunk, 2 * units)) {
+        const double ns = watch.time(units, [&] { f(index_t{0}, units); });
+        if (units == r.chunk || 2 * ns > longest) break;
       }
     }
-    for (int chunk = 0; chunk < 4; ++chunk) {
-      if (at + per_chunk > calls) at = 0;
-      if (chunk == 0 || calls_now == per_chunk)
-        watch.time(calls_now * r.step, [&] { f(at * r.step, calls_now * r.step); });
-      at += per_chunk;
-    }
+    for (int chunk = 0; chunk < 4; ++chunk, at = (at + 1) % chunks)
+      if (chunk == 0 || units == r.chunk) watch.time(units, [&] { f(at * r.chunk, units); });
   };
 }
 

@@ -1,0 +1,282 @@
+// plan, dispatch, combine and gate: the stages around the experts.
+#include <Eigen/Core>
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include <moeroute/stage/combine.hpp>
+#include <moeroute/stage/dispatch.hpp>
+#include <moeroute/stage/gate.hpp>
+#include <moeroute/stage/plan.hpp>
+
+#include "support/contest.hpp"
+#include "support/floors.hpp"
+#include "support/moving.hpp"
+
+namespace {
+
+using bench::index_t;
+using moeroute::slot_id;
+
+// --- plan ------------------------------------------------------------------------------------
+
+// The counting sort as one writes it down.
+struct plain_plan {
+  std::vector<slot_id> offset, next, token_of_slot, slot_of_choice;
+
+  void operator()(const std::int32_t* id, index_t tokens, index_t experts, index_t k) {
+    offset.assign(static_cast<std::size_t>(experts + 1), 0);
+    token_of_slot.resize(static_cast<std::size_t>(tokens * k));
+    slot_of_choice.resize(static_cast<std::size_t>(tokens * k));
+    for (index_t i = 0; i < tokens * k; ++i) ++offset[static_cast<std::size_t>(id[i] + 1)];
+    for (std::size_t e = 0; e < static_cast<std::size_t>(experts); ++e) offset[e + 1] += offset[e];
+    next.assign(offset.begin(), offset.end() - 1);
+    for (index_t i = 0; i < tokens * k; ++i) {
+      const slot_id s = next[static_cast<std::size_t>(id[i])]++;
+      slot_of_choice[static_cast<std::size_t>(i)] = s;
+      token_of_slot[static_cast<std::size_t>(s)] = static_cast<slot_id>(i / k);
+    }
+  }
+};
+
+void plan(benchmark::State& state, index_t tokens, index_t experts, index_t k,
+          const std::string& shape) {
+  const index_t calls = std::clamp<index_t>((index_t{1} << 15) / (tokens * k), 2, 1024);
+  std::vector<moeroute::assignment> choices;
+  const auto all = bench::make_assignment(shape, tokens * calls, experts, k);
+  for (index_t c = 0; c < calls; ++c) {
+    choices.emplace_back().reset(tokens, experts, k);
+    std::copy_n(all.ids().data() + c * tokens * k, tokens * k, choices.back().ids().data());
+  }
+  const auto ids = [&](index_t first) {
+    return choices[static_cast<std::size_t>(first / tokens)].ids().data();
+  };
+  const bench::rotation turns{tokens * calls, k * 4, tokens};
+  moeroute::dispatch_plan ours;
+  plain_plan plain;
+  std::vector<std::int32_t> count(static_cast<std::size_t>(experts)), start(count.size() + 1);
+  const auto each = [tokens](auto call) {
+    return [=](index_t first, index_t n) {
+      for (index_t t = first; t < first + n; t += tokens) call(t);
+      benchmark::ClobberMemory();
+    };
+  };
+  moeroute::plan(choices[0], ours);
+  plain(ids(0), tokens, experts, k);
+  if (!std::equal(plain.slot_of_choice.begin(), plain.slot_of_choice.end(),
+                  ours.slot_of_choice().begin())) {
+    state.SkipWithError("differs from the plain counting sort");
+    return;
+  }
+
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", bench::over(turns, 0.0, each([&](index_t t) {
+                                        moeroute::plan(
+                                            choices[static_cast<std::size_t>(t / tokens)], ours);
+                                      }))});
+  // Few tokens: what the counters of E experts cost. Many: counting the ids.
+  const bool counters_dominate = tokens * k < experts;
+  list.push_back(
+      {"floor", bench::over(turns, 1.0 / 3, each([&, counters_dominate](index_t t) {
+                              if (counters_dominate)
+                                bench::clear_and_scan(experts, count.data(), start.data());
+                              else
+                                bench::histogram(ids(t), tokens * k, experts, count.data());
+                              benchmark::DoNotOptimize(start.data());
+                            }))});
+  list.push_back({"baseline", bench::over(turns, 2.0 / 3, each([&](index_t t) {
+                                            plain(ids(t), tokens, experts, k);
+                                          }))});
+  bench::compete(state, static_cast<double>(4 * k), std::move(list));
+  state.counters["ns_per_assignment"] =
+      static_cast<double>(state.counters["ns_per_token"]) / static_cast<double>(k);
+}
+
+// --- dispatch and combine --------------------------------------------------------------------
+
+// Tokens and slots of one shape, with the rows in both orders. Combine reads what dispatch writes.
+template <class T>
+struct moved_rows {
+  index_t tokens, d, k;
+  moeroute::assignment choices;
+  moeroute::dispatch_plan plan;
+  moeroute::buffer<T> x, slots, y;
+
+  moved_rows(index_t t, index_t width, index_t experts, index_t best)
+      : tokens(t), d(width), k(best), choices(bench::make_assignment("normal", t, experts, best)) {
+    moeroute::plan(choices, plan);
+    x = bench::hidden_states<T>(tokens, d);
+    slots = bench::hidden_states<T>(tokens * k, d);
+    y = bench::hidden_states<T>(tokens, d);
+  }
+
+  moeroute::matrix_view<const T> x_rows() const { return {x.data(), tokens, d}; }
+  moeroute::matrix_view<T> slot_rows() { return {slots.data(), tokens * k, d}; }
+  moeroute::matrix_view<T> y_rows() { return {y.data(), tokens, d}; }
+  index_t slot_bytes() const { return d * static_cast<index_t>(sizeof(T)); }
+  /// Of the gathered side, per token.
+  double bytes() const { return static_cast<double>(slot_bytes() * k); }
+};
+
+// Turns of f(first token, end) in pieces of about a quarter megabyte of slots.
+template <class F>
+bench::turn by_tokens(index_t tokens, double bytes_per_token, F f) {
+  const auto piece = std::max<index_t>(1, static_cast<index_t>((1 << 18) / bytes_per_token));
+  return [=](bench::stopwatch& watch) {
+    // Small work is repeated: a turn is long enough that the others' cache lines matter little.
+    const index_t times = tokens <= 8 ? 16 : 1;
+    for (index_t i = 0; i < times; ++i) bench::timed_pieces{&watch}.parallel_for(tokens, piece, f);
+  };
+}
+
+// The stage itself; a handful of tokens as one chunk, so that the call's own cost counts.
+template <class F>
+bench::turn stage_turn(index_t tokens, F f) {
+  if (tokens > 8) return bench::in_pieces(tokens, f);
+  return [=](bench::stopwatch& watch) {
+    for (int i = 0; i < 16; ++i) watch.time(tokens, [&] { f(moeroute::serial{}); });
+  };
+}
+
+template <class T>
+void dispatch(benchmark::State& state, index_t tokens, index_t d, index_t experts, index_t k) {
+  moved_rows<T> rows(tokens, d, experts, k);
+  const auto source = bench::hidden_states<T>(tokens * k, d);
+  const auto row_bytes = static_cast<std::size_t>(rows.slot_bytes());
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", stage_turn(tokens, [&](const auto& exec) {
+                    moeroute::dispatch(rows.x_rows(), rows.plan, rows.slot_rows(), exec);
+                  })});
+  list.push_back({"floor", by_tokens(tokens, rows.bytes(), [&](index_t first, index_t end) {
+                    std::memcpy(rows.slots.data() + first * k * d, source.data() + first * k * d,
+                                static_cast<std::size_t>((end - first) * k) * row_bytes);
+                  })});
+  // Slot by slot, a memcpy each: expert-major gather.
+  list.push_back({"baseline", by_tokens(tokens, rows.bytes(), [&](index_t first, index_t end) {
+                    for (index_t s = first * k; s < end * k; ++s)
+                      std::memcpy(rows.slots.data() + s * d,
+                                  rows.x.data() +
+                                      rows.plan.token_of_slot()[static_cast<std::size_t>(s)] * d,
+                                  row_bytes);
+                  })});
+  bench::compete(state, rows.bytes(), std::move(list));
+}
+
+template <class T>
+void combine(benchmark::State& state, index_t tokens, index_t d, index_t experts, index_t k) {
+  moved_rows<T> rows(tokens, d, experts, k);
+  // Scatter-add accumulates in float and must clear what it adds to: one array is cleared piece by
+  // piece while the other is added to.
+  std::array<std::vector<float>, 2> sums;
+  for (auto& s : sums) s.assign(static_cast<std::size_t>(tokens * d), 0.0f);
+  std::int32_t kept = 0;
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", stage_turn(tokens, [&](const auto& exec) {
+                    moeroute::combine(rows.slot_rows(), rows.plan, rows.choices, rows.y_rows(),
+                                      exec);
+                  })});
+  list.push_back({"floor", by_tokens(tokens, rows.bytes(), [&](index_t first, index_t end) {
+                    kept |= bench::read_pass(rows.slots.data() + first * k * d,
+                                             (end - first) * k * rows.slot_bytes());
+                    benchmark::DoNotOptimize(kept);
+                  })});
+  list.push_back({"baseline", by_tokens(tokens, rows.bytes(), [&](index_t first, index_t end) {
+                    if (first == 0) std::swap(sums[0], sums[1]);
+                    std::fill_n(sums[1].data() + first * d, (end - first) * d, 0.0f);
+                    const float weight = 1.0f / static_cast<float>(k);
+                    for (index_t s = first * k; s < end * k; ++s) {
+                      const T* from = rows.slots.data() + s * d;
+                      float* to = sums[0].data() +
+                                  rows.plan.token_of_slot()[static_cast<std::size_t>(s)] * d;
+                      for (index_t c = 0; c < d; ++c) to[c] += weight * static_cast<float>(from[c]);
+                    }
+                  })});
+  bench::compete(state, rows.bytes(), std::move(list));
+}
+
+// --- gate ------------------------------------------------------------------------------------
+
+void gate(benchmark::State& state, index_t tokens, index_t d, index_t experts) {
+  using matrix = moeroute::row_matrix<float>;
+  const matrix weight = matrix::Random(experts, d), x = matrix::Random(tokens, d);
+  const matrix other_weight = weight;  // each competitor warms its own
+  const moeroute::simd::packed_matrix<> packed(moeroute::view(weight));
+  matrix logits(tokens, experts), expected(tokens, experts);
+  std::int32_t kept = 0;
+  const auto whole = [tokens](auto call) -> bench::turn {
+    return [=](bench::stopwatch& watch) {
+      for (int i = 0; i < 3; ++i) watch.time(tokens, call);
+    };
+  };
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", whole([&] { moeroute::gate(x, packed, logits); })});
+  // One token reads all of W for one multiply-add each; many are bound by arithmetic.
+  if (tokens == 1)
+    list.push_back({"floor", whole([&] {
+                      kept |= bench::read_pass(other_weight.data(), experts * d * 4);
+                      benchmark::DoNotOptimize(kept);
+                    })});
+  else
+    list.push_back({"floor", whole([&] {
+                      benchmark::DoNotOptimize(bench::multiply_adds(tokens * experts * d));
+                    })});
+  list.push_back({"baseline", whole([&] { expected.noalias() = x * weight.transpose(); })});
+  bench::compete(state,
+                 static_cast<double>(experts * d * 4) / static_cast<double>(tokens) +
+                     static_cast<double>(d * 4),
+                 std::move(list));
+  state.counters["gflops"] =
+      2.0 * static_cast<double>(experts * d) / static_cast<double>(state.counters["ns_per_token"]);
+  if (!(logits - expected).isZero(1e-3f * static_cast<float>(d)))
+    state.SkipWithError("differs from Eigen's product");
+}
+
+// --- the list --------------------------------------------------------------------------------
+
+std::string part(const char* letter, index_t n) {
+  return std::string("/") + letter + ":" + std::to_string(n);
+}
+
+void add_plan(index_t tokens, index_t experts, index_t k, const std::string& shape = "") {
+  bench::entry("plan" + part("T", tokens) + part("E", experts) + part("k", k) +
+                   (shape.empty() ? "" : "/shape:" + shape),
+               [=](benchmark::State& state) { plan(state, tokens, experts, k, shape); });
+}
+
+template <class T>
+void add_moves(index_t tokens, index_t d) {
+  constexpr index_t experts = 64, k = 8;
+  const std::string shape =
+      part("T", tokens) + part("d", d) + part("k", k) + "/dtype:" + bench::name_of<T>();
+  bench::entry("dispatch" + shape,
+               [=](benchmark::State& state) { dispatch<T>(state, tokens, d, experts, k); });
+  bench::entry("combine" + shape,
+               [=](benchmark::State& state) { combine<T>(state, tokens, d, experts, k); });
+}
+
+const bool registered = [] {
+  for (const index_t tokens : {1, 16, 256, 1024, 4096})
+    for (const index_t experts : {64, 128, 256, 512}) add_plan(tokens, experts, 8);
+  add_plan(16384, 8, 2);
+  add_plan(16384, 256, 8);
+  add_plan(4096, 256, 8, "zipf");
+
+  for (const index_t d : {2048, 7168}) {
+    for (const index_t tokens : {1, 16, 64, 256, 1024}) {
+      add_moves<float>(tokens, d);
+      add_moves<moeroute::bfloat16>(tokens, d);
+    }
+  }
+  add_moves<moeroute::bfloat16>(4096, 2048);
+  add_moves<float>(4096, 2048);
+
+  for (const index_t d : {2048, 7168})
+    for (const index_t experts : {64, 128, 256})
+      for (const index_t tokens : {1, 64})
+        bench::entry("gate" + part("T", tokens) + part("d", d) + part("E", experts),
+                     [=](benchmark::State& state) { gate(state, tokens, d, experts); });
+  return true;
+}();
+
+}  // namespace
