@@ -4,8 +4,8 @@
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
+#include <functional>
 #include <moeroute/simd/ranked.hpp>
-#include <utility>
 #include <vector>
 
 #include "support/arches.hpp"
@@ -14,20 +14,6 @@
 using namespace moeroute;
 
 namespace {
-
-using pair = std::pair<float, int>;  // value, column
-
-bool goes_before(const pair& a, const pair& b) {
-  return a.first > b.first || (a.first == b.first && a.second < b.second);
-}
-
-template <class A>
-pair lane(const simd::ranked<A>& x, int i) {
-  simd::vfloat<A> value;
-  simd::vint<A> column;
-  simd::unrank<A>(x, value, column);
-  return {value.get(static_cast<std::size_t>(i)), column.get(static_cast<std::size_t>(i))};
-}
 
 // A network sorts everything where it sorts all zeros and ones (Knuth), so the index networks are
 // proven here.
@@ -47,38 +33,34 @@ void check_sort_and_merge() {
   test::random rng(static_cast<std::uint64_t>(n));
   constexpr int w = simd::width<A>;
   bool sorted = true, merged = true;
+  const auto lane = [](const simd::vfloat<A>* x, int i) {
+    std::vector<float> values;
+    for (int j = 0; j < n; ++j) values.push_back(x[j].get(static_cast<std::size_t>(i)));
+    return values;
+  };
   for (int round = 0; round < 50; ++round) {
-    simd::ranked<A> x[n], y[n];
-    std::vector<std::vector<pair>> a(w), b(w);
-    alignas(alignment) float value[w];
-    const auto fill = [&](simd::ranked<A>* to, std::vector<std::vector<pair>>& copy, int first) {
+    simd::vfloat<A> x[n], y[n];
+    for (auto* run : {x, y})
       for (int j = 0; j < n; ++j) {
-        for (int i = 0; i < w; ++i) {
-          value[i] = static_cast<float>(rng.below(6));  // ties; the column decides
-          copy[static_cast<std::size_t>(i)].emplace_back(value[i], first + j);
-        }
-        to[j] = simd::rank<A>(simd::vfloat<A>::load_aligned(value), simd::vint<A>(first + j));
+        alignas(alignment) float value[w];
+        for (float& v : value) v = static_cast<float>(rng.below(n));
+        run[j] = simd::vfloat<A>::load_aligned(value);
       }
-    };
-    fill(x, a, 0);
-    fill(y, b, n);
+    std::vector<std::vector<float>> expected, both;
+    for (int i = 0; i < w; ++i) {
+      expected.push_back(lane(x, i));
+      both.push_back(lane(x, i));
+      const std::vector<float> other = lane(y, i);
+      both.back().insert(both.back().end(), other.begin(), other.end());
+      for (auto* list : {&expected.back(), &both.back()})
+        std::sort(list->begin(), list->end(), std::greater<>());
+      both.back().resize(n);
+    }
     simd::sort<A, n>(x);
     simd::sort<A, n>(y);
-    for (int i = 0; i < w; ++i) {
-      auto& expected = a[static_cast<std::size_t>(i)];
-      std::sort(expected.begin(), expected.end(), goes_before);
-      for (int j = 0; j < n; ++j)
-        sorted &= lane<A>(x[j], i) == expected[static_cast<std::size_t>(j)];
-    }
+    for (int i = 0; i < w; ++i) sorted &= lane(x, i) == expected[static_cast<std::size_t>(i)];
     simd::merge_keep_first<A, n>(x, y);
-    for (int i = 0; i < w; ++i) {
-      auto& expected = a[static_cast<std::size_t>(i)];
-      const auto& other = b[static_cast<std::size_t>(i)];
-      expected.insert(expected.end(), other.begin(), other.end());
-      std::sort(expected.begin(), expected.end(), goes_before);
-      for (int j = 0; j < n; ++j)
-        merged &= lane<A>(x[j], i) == expected[static_cast<std::size_t>(j)];
-    }
+    for (int i = 0; i < w; ++i) merged &= lane(x, i) == both[static_cast<std::size_t>(i)];
   }
   INFO("n = " << n);
   CHECK(sorted);
@@ -94,7 +76,7 @@ TEST_CASE("the sorting networks sort all zeros and ones") {
   CHECK(sorts_zeros_and_ones<simd::detail::batcher_network<16>, 16>());
 }
 
-TEMPLATE_LIST_TEST_CASE("sort and merge put values descending, columns ascending among equals", "",
+TEMPLATE_LIST_TEST_CASE("runs are sorted descending, and a merge keeps what goes first, sorted", "",
                         test::widths) {
   check_sort_and_merge<TestType, 1>();
   check_sort_and_merge<TestType, 4>();
