@@ -1,5 +1,5 @@
-// Where every choice goes: slots in expert-major order, and the way back. Built once per layer, then
-// read only.
+// Where every choice goes: slots in expert-major order, and the way back. Built once per layer,
+// then read only.
 #pragma once
 
 #include <algorithm>
@@ -18,10 +18,10 @@ inline constexpr slot_id no_token = -1;
 
 /// The expert-major order of an assignment's choices.
 ///
-/// Expert e owns the slots [offsets[e], offsets[e + 1]): first its load(e) rows in token order, then
-/// padding, if the plan was padded. Every choice either has a slot, or was dropped, or names an
-/// expert that this plan leaves to others, or has no expert (a masked token's choices count among
-/// those): kept + dropped + elsewhere + unrouted = choices. Storage is reused.
+/// Expert e owns the slots [offsets[e], offsets[e + 1]): first its load(e) rows in token order,
+/// then padding, if the plan was padded. Every choice either has a slot, or was dropped, or names
+/// an expert that this plan leaves to others, or has no expert (a masked token's choices count
+/// among those): kept + dropped + elsewhere + unrouted = choices. Storage is reused.
 class dispatch_plan {
  public:
   /// Room for a plan of T tokens with k choices each over E experts and no padding, contents

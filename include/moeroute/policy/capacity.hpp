@@ -16,7 +16,7 @@ namespace moeroute {
 /// How an expert's capacity C follows from T tokens, E experts, k choices and a factor: published
 /// systems differ by the place of the rounding.
 enum class capacity_formula {
-  dropless,    ///< no limit
+  unlimited,   ///< every choice is kept
   fixed,       ///< C = count
   megatron,    ///< ceil(T k / E * factor)
   deepspeed,   ///< ceil(T / E * (factor k))
@@ -35,17 +35,17 @@ enum class capacity_formula {
 ///
 /// Source: the code of the system that a formula is named after.
 struct capacity_rule {
-  capacity_formula formula = capacity_formula::dropless;
+  capacity_formula formula = capacity_formula::unlimited;
   double factor = 1.0;
-  index_t count = 0;    ///< of the formula `fixed`
-  index_t minimum = 0;  ///< where the system has one (DeepSpeed: 4 or 8)
+  index_t count = 0;     ///< of the formula `fixed`
+  index_t minimum = 0;   ///< where the system has one (DeepSpeed: 4 or 8)
   index_t multiple = 1;  ///< C is rounded up to one (V-MoE: 4; Tutel: its alignment)
 
   /// Throws: error where the factor is outside the formula's domain, or a count is negative.
   void check() const {
     using enum capacity_formula;
-    const bool any = formula == dropless || formula == fixed;
-    const bool sign = formula == tutel ? std::isfinite(factor)
+    const bool any = formula == unlimited || formula == fixed;
+    const bool sign = formula == tutel        ? std::isfinite(factor)
                       : formula == megablocks ? factor >= 0.0 && std::isfinite(factor)
                                               : factor > 0.0 && std::isfinite(factor);
     if (!any && !sign)
@@ -77,7 +77,7 @@ struct capacity_rule {
     // The order of operations is that of the named system: it decides where a product is whole.
     switch (formula) {
       using enum capacity_formula;
-      case dropless: c = t * n; break;
+      case unlimited: c = t * n; break;
       case fixed: c = static_cast<double>(count); break;
       case megatron: c = std::ceil(t * n / e * factor); break;
       case deepspeed: c = std::ceil(t / e * (factor * n)); break;
@@ -113,9 +113,9 @@ inline constexpr capacity_rule dropless{};
 /// Who gets an expert's places when more choices name it than it has. Lowest token first decides
 /// every tie.
 enum class drop_order {
-  choice_major,    ///< all first choices in token order, then all second ones (GShard, V-MoE, Tutel)
-  token_major,     ///< token by token, its choices in rank order (DeepSpeed top-k)
-  by_weight,       ///< the largest weights, whatever their rank (Megatron, DeepSpeed "probs")
+  choice_major,  ///< all first choices in token order, then all second ones (GShard, V-MoE, Tutel)
+  token_major,   ///< token by token, its choices in rank order (DeepSpeed top-k)
+  by_weight,     ///< the largest weights, whatever their rank (Megatron, DeepSpeed "probs")
   batch_priority,  ///< choice_major over tokens in descending priority (V-MoE)
   random,          ///< random token selection, seeded (DeepSpeed top-1)
 };

@@ -41,9 +41,7 @@ struct capacity_memory {
 
   static capacity_memory carve(scratch& tape, const assignment& a, drop_order order) {
     const bool per_choice = order == drop_order::by_weight || order == drop_order::random;
-    const index_t n = per_choice                             ? a.tokens() * a.k()
-                      : order == drop_order::batch_priority ? a.tokens()
-                                                             : 0;
+    const index_t n = per_choice ? a.room() : order == drop_order::batch_priority ? a.tokens() : 0;
     return {tape.take<std::int32_t>(a.experts() + 1), tape.take<std::int32_t>(n),
             tape.take<std::uint32_t>(n)};
   }
@@ -91,7 +89,8 @@ inline void keep_largest(const assignment& a, index_t capacity, const capacity_m
   }
 }
 
-// weights /= max(sum, eps), token by token; the sum runs in rank order over what is kept, or over all.
+// weights /= max(sum, eps), token by token; the sum runs in rank order over what is kept, or over
+// all.
 inline void divide_by_sums(assignment& a, bool kept_only, float eps) {
   float* weight = a.weights().data();
   for (index_t t = 0; t < a.tokens(); ++t) {
@@ -132,8 +131,7 @@ inline void drop_excess(assignment& a, const capacity_policy& policy, index_t ca
         return m.key[x] > m.key[y] || (m.key[x] == m.key[y] && x < y);
       });
       std::fill_n(m.count, a.experts(), 0);
-      keep_choice_major(a, capacity, m.count, kept,
-                        [&](index_t i) { return index_t{m.order[i]}; });
+      keep_choice_major(a, capacity, m.count, kept, [&](index_t i) { return index_t{m.order[i]}; });
       break;
     case drop_order::by_weight:
       for (index_t c = 0; c < n; ++c) m.key[c] = ordered_bits(weight[c]);
@@ -168,9 +166,8 @@ inline capacity_result apply_capacity(assignment& choices, const capacity_policy
   if (!(policy.eps >= 0.0f))
     fail("apply_capacity", "eps is " + std::to_string(policy.eps) + ", expected >= 0");
   policy.rule.check();
-  const auto m = ws.carve([&](scratch& tape) {
-    return detail::capacity_memory::carve(tape, choices, policy.order);
-  });
+  const auto m = ws.carve(
+      [&](scratch& tape) { return detail::capacity_memory::carve(tape, choices, policy.order); });
   const expert_id* id = choices.ids().data();
 
   capacity_result result;
@@ -206,8 +203,8 @@ inline capacity_result apply_capacity(assignment& choices, const capacity_policy
 /// How many choices were made, and how many of them dropped, in each part of the batch.
 ///
 /// Shapes: chosen and dropped [parts], the same size; token t counts in part t * parts / T.
-/// Throws: error where the sizes differ or are 0. Source: Xue et al. 2024 (OpenMoE: under an order by
-/// position, drops fall on the end).
+/// Throws: error where the sizes differ or are 0. Source: Xue et al. 2024 (OpenMoE: under an order
+/// by position, drops fall on the end).
 inline void drops_by_position(const assignment& choices, std::span<std::int64_t> chosen,
                               std::span<std::int64_t> dropped) {
   const auto parts = static_cast<index_t>(chosen.size());

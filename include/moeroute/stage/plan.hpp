@@ -40,8 +40,7 @@ namespace detail {
 
 // An upper bound of the slots that depends on shapes only, so that a warm plan never allocates.
 inline index_t most_slots(index_t choices, index_t experts, const plan_options& options) {
-  if (options.capacity != as_needed)
-    return experts * round_up(options.capacity, options.block);
+  if (options.capacity != as_needed) return experts * round_up(options.capacity, options.block);
   return choices + std::min(choices, experts) * (options.block - 1);
 }
 
@@ -101,12 +100,11 @@ inline index_t pad_offsets(const dispatch_plan::parts& p, std::int32_t* load, in
 ///
 /// A choice takes part unless it has no expert, was dropped, its token is masked or its expert is
 /// left to others.
-/// Ensures: slot_of_choice and token_of_slot are inverse to each other; offsets end at the number of
-/// slots; kept + dropped + elsewhere + unrouted = choices.
-/// Throws: error where an id is outside [-1, E), a mask has the wrong size, block < 1, an expert has
-/// more tokens than `capacity` slots, or the slots exceed 2^31 - 1.
-/// Cost: O(choices + E), no allocation once the plan is warm. Determinism: exact, stable in token
-/// order.
+/// Ensures: slot_of_choice and token_of_slot are inverse to each other; offsets end at the number
+/// of slots; kept + dropped + elsewhere + unrouted = choices. Throws: error where an id is outside
+/// [-1, E), a mask has the wrong size, block < 1, an expert has more tokens than `capacity` slots,
+/// or the slots exceed 2^31 - 1. Cost: O(choices + E), no allocation once the plan is warm.
+/// Determinism: exact, stable in token order.
 template <class A = simd::default_arch>
 void plan(const assignment& choices, dispatch_plan& out, const plan_options& options = {}) {
   const index_t tokens = choices.tokens(), experts = choices.experts();
@@ -121,9 +119,8 @@ void plan(const assignment& choices, dispatch_plan& out, const plan_options& opt
   if (!simd::keys_in_range<A>(ids.data(), n, experts)) [[unlikely]]
     detail::fail_expert_id(ids, experts);
 
-  const index_t room = tokens * choices.k();
-  out.reset(tokens, experts, choices.k(), choices.ragged() ? room : n,
-            detail::most_slots(room, experts, options));
+  const index_t room = choices.room();
+  out.reset(tokens, experts, choices.k(), room, detail::most_slots(room, experts, options));
   out.set_choices(n);
   if (experts == 0) return;
   simd::groups token_of_choice{nullptr, std::max<index_t>(1, choices.k())};

@@ -1,0 +1,380 @@
+#include <moeroute/stage/capacity.hpp>
+
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cstdint>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "support/allocations.hpp"
+#include "support/assignments.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+using flags = std::vector<std::uint8_t>;
+using floats = std::vector<float>;
+
+capacity_rule places(index_t count) { return {.formula = capacity_formula::fixed, .count = count}; }
+
+constexpr drop_order all_orders[] = {drop_order::choice_major, drop_order::token_major,
+                                     drop_order::by_weight, drop_order::batch_priority,
+                                     drop_order::random};
+
+// Ranks of the choices among those of one expert: less(x, y) says who is served first.
+template <class Less>
+flags served(const assignment& a, index_t capacity, Less&& less) {
+  flags kept(static_cast<std::size_t>(a.choices()), 1);
+  for (index_t c = 0; c < a.choices(); ++c) {
+    const expert_id e = a.ids()[static_cast<std::size_t>(c)];
+    if (e < 0) continue;
+    index_t before = 0;
+    for (index_t other = 0; other < a.choices(); ++other)
+      before += other != c && a.ids()[static_cast<std::size_t>(other)] == e && less(other, c);
+    kept[static_cast<std::size_t>(c)] = before < capacity;
+  }
+  return kept;
+}
+
+flags by_brute_force(const assignment& a, drop_order order, index_t capacity,
+                     const floats& priority, const capacity_policy& policy) {
+  const auto token = test::tokens_of(a);
+  const auto t = [&](index_t c) { return token[static_cast<std::size_t>(c)]; };
+  const auto rank = [&](index_t c) { return c - a.first(t(c)); };
+  const auto weight = [&](index_t c) { return a.weights()[static_cast<std::size_t>(c)]; };
+  const auto first = [&](index_t c) { return priority[static_cast<std::size_t>(t(c))]; };
+  const auto number = [&](index_t c) {
+    return static_cast<std::uint32_t>(
+        random_bits(policy.seed, policy.step, static_cast<std::uint64_t>(c)));
+  };
+  switch (order) {
+    case drop_order::choice_major:
+      return served(a, capacity, [&](index_t x, index_t y) {
+        return rank(x) < rank(y) || (rank(x) == rank(y) && t(x) < t(y));
+      });
+    case drop_order::token_major:
+      return served(a, capacity, [](index_t x, index_t y) { return x < y; });
+    case drop_order::by_weight:
+      return served(a, capacity, [&](index_t x, index_t y) {
+        return weight(x) > weight(y) || (weight(x) == weight(y) && x < y);
+      });
+    case drop_order::batch_priority:
+      return served(a, capacity, [&](index_t x, index_t y) {
+        if (rank(x) != rank(y)) return rank(x) < rank(y);
+        return first(x) > first(y) || (first(x) == first(y) && t(x) < t(y));
+      });
+    case drop_order::random:
+      return served(a, capacity, [&](index_t x, index_t y) {
+        return number(x) > number(y) || (number(x) == number(y) && x < y);
+      });
+  }
+  return {};
+}
+
+floats best_weights(const assignment& a) {
+  floats best(static_cast<std::size_t>(a.tokens()), -1.0f);
+  for (index_t t = 0; t < a.tokens(); ++t)
+    for (const float w : a.weights(t))
+      best[static_cast<std::size_t>(t)] = std::max(best[static_cast<std::size_t>(t)], w);
+  return best;
+}
+
+flags kept_of(const assignment& a) {
+  flags kept;
+  for (index_t c = 0; c < a.choices(); ++c) kept.push_back(a.kept(c));
+  return kept;
+}
+
+floats weights_of(const assignment& a) { return {a.weights().begin(), a.weights().end()}; }
+
+// Weights of few different values: ties everywhere.
+assignment tied(test::random& rng, index_t tokens, index_t experts, index_t k) {
+  assignment a = test::fixed_choices(rng, tokens, experts, k, 6, 1.0);
+  for (std::size_t c = 0; c < a.ids().size(); ++c)
+    if (a.ids()[c] >= 0) a.weights()[c] = static_cast<float>(rng.below(4)) / 8.0f;
+  return a;
+}
+
+template <class F>
+void for_each_assignment(F&& f) {
+  test::random rng(11);
+  for (const index_t tokens : {0, 1, 9, 60})
+    for (const index_t experts : {1, 3, 8})
+      for (const index_t k : {1, 2, 3}) {
+        if (k > experts) continue;
+        f(test::fixed_choices(rng, tokens, experts, k, 7, 1.0));
+        f(test::ragged_choices(rng, tokens, experts, k));
+        f(tied(rng, tokens, experts, k));
+      }
+}
+
+}  // namespace
+
+TEST_CASE("every order keeps whom the ranking of all rivals keeps") {
+  workspace ws;
+  for_each_assignment([&](const assignment& original) {
+    for (const drop_order order : all_orders)
+      for (const index_t capacity : {0, 1, 3, 10, 1000}) {
+        assignment a = original;
+        const capacity_policy policy{
+            .rule = places(capacity), .order = order, .seed = 5, .step = 2};
+        apply_capacity(a, policy, ws);
+        INFO("T=" << a.tokens() << " E=" << a.experts() << " k=" << a.k() << " C=" << capacity
+                  << " order " << static_cast<int>(order));
+        CHECK(kept_of(a) ==
+              by_brute_force(original, order, capacity, best_weights(original), policy));
+      }
+  });
+}
+
+TEST_CASE("an expert keeps the lesser of its choices and its capacity, and the counts add up") {
+  workspace ws;
+  for_each_assignment([&](const assignment& original) {
+    for (const drop_order order : all_orders)
+      for (const index_t capacity : {0, 2, 7}) {
+        assignment a = original;
+        const capacity_result r = apply_capacity(a, {.rule = places(capacity), .order = order}, ws);
+        std::vector<index_t> chosen(static_cast<std::size_t>(a.experts())), kept = chosen;
+        for (index_t c = 0; c < a.choices(); ++c) {
+          const expert_id e = a.ids()[static_cast<std::size_t>(c)];
+          if (e < 0) continue;
+          ++chosen[static_cast<std::size_t>(e)];
+          kept[static_cast<std::size_t>(e)] += a.kept(c);
+        }
+        for (std::size_t e = 0; e < chosen.size(); ++e)
+          CHECK(kept[e] == std::min(chosen[e], capacity));
+        CHECK(r.capacity == capacity);
+        CHECK(r.kept == std::accumulate(kept.begin(), kept.end(), index_t{0}));
+        CHECK(r.kept + r.dropped + r.unrouted == a.choices());
+      }
+  });
+}
+
+TEST_CASE("a dropped choice keeps its id and gets weight 0; the others' weights stay") {
+  workspace ws;
+  for_each_assignment([&](const assignment& original) {
+    for (const drop_order order : all_orders) {
+      assignment a = original;
+      apply_capacity(a, {.rule = places(2), .order = order}, ws);
+      bool same = std::equal(a.ids().begin(), a.ids().end(), original.ids().begin());
+      for (std::size_t c = 0; c < a.ids().size(); ++c)
+        same &= a.weights()[c] == (a.kept(static_cast<index_t>(c)) ? original.weights()[c] : 0.0f);
+      CHECK(same);
+    }
+  });
+}
+
+TEST_CASE("no first choice is dropped while a later choice of the same expert is kept") {
+  workspace ws;
+  for_each_assignment([&](const assignment& original) {
+    for (const drop_order order : {drop_order::choice_major, drop_order::batch_priority}) {
+      assignment a = original;
+      apply_capacity(a, {.rule = places(3), .order = order}, ws);
+      const auto token = test::tokens_of(a);
+      bool holds = true;
+      for (index_t x = 0; x < a.choices(); ++x)
+        for (index_t y = 0; y < a.choices(); ++y) {
+          const auto cx = static_cast<std::size_t>(x), cy = static_cast<std::size_t>(y);
+          if (a.ids()[cx] < 0 || a.ids()[cx] != a.ids()[cy]) continue;
+          const bool earlier = x - a.first(token[cx]) < y - a.first(token[cy]);
+          holds &= !(earlier && !a.kept(x) && a.kept(y));
+        }
+      CHECK(holds);
+    }
+  });
+}
+
+TEST_CASE("by weight no other choice of as many keeps a larger sum") {
+  workspace ws;
+  for_each_assignment([&](const assignment& original) {
+    constexpr index_t capacity = 3;
+    assignment a = original;
+    apply_capacity(a, {.rule = places(capacity), .order = drop_order::by_weight}, ws);
+    for (expert_id e = 0; e < a.experts(); ++e) {
+      floats all;
+      double sum = 0.0, best = 0.0;
+      for (std::size_t c = 0; c < a.ids().size(); ++c)
+        if (a.ids()[c] == e) {
+          all.push_back(original.weights()[c]);
+          sum += static_cast<double>(a.weights()[c]);
+        }
+      std::sort(all.rbegin(), all.rend());
+      for (std::size_t i = 0; i < std::min<std::size_t>(capacity, all.size()); ++i)
+        best += static_cast<double>(all[i]);
+      CHECK(std::abs(sum - best) < 1e-6);
+    }
+  });
+}
+
+TEST_CASE("a priority from outside decides who comes first") {
+  workspace ws;
+  test::random rng(12);
+  const assignment original = test::fixed_choices(rng, 50, 4, 2, 0, 1.0);
+  floats priority(50);
+  for (auto& p : priority) p = static_cast<float>(rng.below(5));
+  assignment a = original;
+  const capacity_policy policy{
+      .rule = places(6), .order = drop_order::batch_priority, .priority = priority};
+  apply_capacity(a, policy, ws);
+  CHECK(kept_of(a) == by_brute_force(original, policy.order, 6, priority, policy));
+}
+
+TEST_CASE("random selection replays with its seed and step, and changes with either") {
+  workspace ws;
+  test::random rng(13);
+  const assignment original = test::fixed_choices(rng, 300, 4, 1);
+  const auto run = [&](std::uint64_t seed, std::uint64_t step) {
+    assignment a = original;
+    apply_capacity(a, {.rule = places(20), .order = drop_order::random, .seed = seed, .step = step},
+                   ws);
+    return kept_of(a);
+  };
+  CHECK(run(1, 1) == run(1, 1));
+  CHECK(run(1, 1) != run(2, 1));
+  CHECK(run(1, 1) != run(1, 2));
+}
+
+TEST_CASE("renormalised after the drop, the kept weights of a token sum to 1") {
+  workspace ws;
+  for_each_assignment([&](const assignment& original) {
+    assignment a = original;
+    apply_capacity(a, {.rule = places(2), .renormalize = renormalization::after_drop}, ws);
+    for (index_t t = 0; t < a.tokens(); ++t) {
+      double sum = 0.0, before = 0.0;
+      for (std::size_t r = 0; r < a.weights(t).size(); ++r) {
+        sum += static_cast<double>(a.weights(t)[r]);
+        if (a.kept(a.first(t) + static_cast<index_t>(r)))
+          before += static_cast<double>(original.weights(t)[r]);
+      }
+      CHECK(std::abs(sum - (before > 0.0 ? 1.0 : 0.0)) < 1e-6);
+    }
+  });
+}
+
+TEST_CASE("renormalised before the drop, a dropped weight is missing from the sum") {
+  workspace ws;
+  for_each_assignment([&](const assignment& original) {
+    for (const drop_order order : all_orders) {
+      assignment plain = original, a = original;
+      apply_capacity(plain, {.rule = places(2), .order = order}, ws);
+      apply_capacity(
+          a, {.rule = places(2), .order = order, .renormalize = renormalization::before_drop}, ws);
+      CHECK(kept_of(a) == kept_of(plain));
+      bool right = true;
+      for (index_t t = 0; t < a.tokens(); ++t) {
+        float sum = 0.0f;
+        for (const float w : original.weights(t)) sum += w;
+        for (std::size_t r = 0; r < a.weights(t).size(); ++r) {
+          const bool kept = a.kept(a.first(t) + static_cast<index_t>(r));
+          right &= a.weights(t)[r] == (kept && sum > 0.0f ? original.weights(t)[r] / sum : 0.0f);
+        }
+      }
+      CHECK(right);
+    }
+  });
+}
+
+TEST_CASE("the divisor of renormalised weights is at least eps") {
+  workspace ws;
+  assignment a;
+  a.reset(1, 2, 1);
+  a.ids()[0] = 1;
+  a.weights()[0] = 0.25f;
+  apply_capacity(a, {.renormalize = renormalization::after_drop, .eps = 0.5f}, ws);
+  CHECK(a.weights()[0] == 0.5f);
+}
+
+TEST_CASE("without a limit nothing is dropped and nothing is flagged") {
+  workspace ws;
+  for_each_assignment([&](const assignment& original) {
+    assignment a = original;
+    const capacity_result r = apply_capacity(a, {}, ws);
+    CHECK(r.dropped == 0);
+    CHECK_FALSE(a.drops());
+    CHECK(weights_of(a) == weights_of(original));
+  });
+}
+
+TEST_CASE("dropping again drops no more, and a smaller capacity only adds to the dropped") {
+  workspace ws;
+  for_each_assignment([&](const assignment& original) {
+    for (const drop_order order : all_orders) {
+      assignment a = original;
+      apply_capacity(a, {.rule = places(4), .order = order}, ws);
+      const flags once = kept_of(a);
+      const capacity_result again = apply_capacity(a, {.rule = places(4), .order = order}, ws);
+      CHECK(kept_of(a) == once);
+      CHECK(again.kept + again.dropped + again.unrouted == a.choices());
+      apply_capacity(a, {.rule = places(2), .order = order}, ws);
+      const flags less = kept_of(a);
+      bool subset = true;
+      for (std::size_t c = 0; c < less.size(); ++c) subset &= less[c] <= once[c];
+      CHECK(subset);
+    }
+  });
+}
+
+TEST_CASE("by position the drops fall on the end of the batch; by weight they do not") {
+  workspace ws;
+  test::random rng(14);
+  const assignment original = test::fixed_choices(rng, 4000, 16, 1, 0, 1.0);
+  const auto rates = [&](drop_order order) {
+    assignment a = original;
+    const capacity_policy policy{.rule = {.formula = capacity_formula::megatron, .factor = 1.0},
+                                 .order = order};
+    apply_capacity(a, policy, ws);
+    std::vector<std::int64_t> chosen(10), dropped(10);
+    drops_by_position(a, chosen, dropped);
+    CHECK(std::accumulate(chosen.begin(), chosen.end(), std::int64_t{0}) == 4000);
+    std::vector<double> rate;
+    for (std::size_t i = 0; i < 10; ++i)
+      rate.push_back(static_cast<double>(dropped[i]) / static_cast<double>(chosen[i]));
+    return rate;
+  };
+  const auto position = rates(drop_order::token_major), weight = rates(drop_order::by_weight);
+  CHECK(position.front() == 0.0);
+  CHECK(position.back() > 0.25);
+  for (std::size_t i = 1; i < 10; ++i) CHECK(position[i] > position[i - 1] - 0.08);
+  CHECK(weight.front() > 0.1);
+  CHECK(std::abs(weight.back() - weight.front()) < 0.1);
+}
+
+TEST_CASE("a warm capacity never allocates") {
+  workspace ws;
+  test::random rng(15);
+  const assignment original = test::fixed_choices(rng, 100, 8, 2, 0, 1.0);
+  assignment a = original;
+  const auto all = [&] {
+    for (const drop_order order : all_orders) {
+      a = original;
+      apply_capacity(a, {.rule = places(5), .order = order}, ws);
+    }
+  };
+  all();
+  CHECK(test::allocations_during(all) == 0);
+}
+
+TEST_CASE("what capacity refuses, it refuses by name") {
+  workspace ws;
+  test::random rng(16);
+  assignment a = test::fixed_choices(rng, 10, 4, 2);
+  const floats three(3);
+  CHECK(test::refusal([&] {
+          apply_capacity(a, {.order = drop_order::batch_priority, .priority = three}, ws);
+        }) == "moeroute::apply_capacity: priority.size() is 3, expected 10");
+  CHECK(test::refusal([&] {
+          apply_capacity(a, {.eps = -1.0f}, ws);
+        }).starts_with("moeroute::apply_capacity: eps is -1"));
+  CHECK(test::refusal([&] {
+          apply_capacity(a, {.rule = places(-1)}, ws);
+        }).starts_with("moeroute::capacity_rule: count is -1"));
+  std::vector<std::int64_t> two(2), none;
+  CHECK(test::refusal([&] { drops_by_position(a, two, none); }) ==
+        "moeroute::drops_by_position: dropped.size() is 0, expected 2");
+  CHECK(test::refusal([&] {
+          drops_by_position(a, none, none);
+        }).starts_with("moeroute::drops_by_position: chosen.size() is 0"));
+}

@@ -1,0 +1,225 @@
+#include <moeroute/stage/plan.hpp>
+
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cstdint>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "support/allocations.hpp"
+#include "support/assignments.hpp"
+#include "support/counting_new.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+using ints = std::vector<std::int32_t>;
+using flags = std::vector<std::uint8_t>;
+
+struct expectation {
+  ints offsets, load, token_of_slot, slot_of_choice;
+  index_t kept = 0, dropped = 0, elsewhere = 0, unrouted = 0;
+};
+
+// Expert by expert, all choices are looked at.
+expectation by_brute_force(const assignment& a, const plan_options& o) {
+  expectation p;
+  const ints token = test::tokens_of(a);
+  p.slot_of_choice.assign(token.size(), no_slot);
+  const auto fate = [&](std::size_t c) {
+    const expert_id e = a.ids()[c];
+    if (e < 0 || (!o.mask.empty() && o.mask[static_cast<std::size_t>(token[c])] == 0)) return 'u';
+    if (!a.kept(static_cast<index_t>(c))) return 'd';
+    return !o.owned.empty() && o.owned[static_cast<std::size_t>(e)] == 0 ? 'e' : 'k';
+  };
+  for (std::size_t c = 0; c < token.size(); ++c) {
+    p.kept += fate(c) == 'k';
+    p.dropped += fate(c) == 'd';
+    p.elsewhere += fate(c) == 'e';
+    p.unrouted += fate(c) == 'u';
+  }
+  for (expert_id e = 0; e < a.experts(); ++e) {
+    p.offsets.push_back(static_cast<std::int32_t>(p.token_of_slot.size()));
+    std::int32_t load = 0;
+    for (std::size_t c = 0; c < token.size(); ++c)
+      if (a.ids()[c] == e && fate(c) == 'k') {
+        p.slot_of_choice[c] = static_cast<std::int32_t>(p.token_of_slot.size());
+        p.token_of_slot.push_back(token[c]);
+        ++load;
+      }
+    p.load.push_back(load);
+    index_t rows = o.capacity == as_needed ? load : o.capacity;
+    while (rows % o.block != 0) ++rows;
+    for (index_t r = load; r < rows; ++r) p.token_of_slot.push_back(no_token);
+  }
+  p.offsets.push_back(static_cast<std::int32_t>(p.token_of_slot.size()));
+  return p;
+}
+
+template <class Span>
+ints list(const Span& s) {
+  return ints(s.begin(), s.end());
+}
+
+std::string difference(const dispatch_plan& p, const expectation& e) {
+  if (list(p.offsets()) != e.offsets) return "offsets";
+  if (list(p.token_of_slot()) != e.token_of_slot) return "token_of_slot";
+  if (list(p.slot_of_choice()) != e.slot_of_choice) return "slot_of_choice";
+  for (index_t x = 0; x < p.experts(); ++x)
+    if (p.load(x) != e.load[static_cast<std::size_t>(x)]) return "load";
+  if (p.kept() != e.kept || p.dropped() != e.dropped || p.elsewhere() != e.elsewhere ||
+      p.unrouted() != e.unrouted)
+    return "counts";
+  if (p.kept() + p.padding() != p.slots()) return "padding";
+  return "";
+}
+
+// Fixed and ragged, with and without drops, small and large.
+template <class F>
+void for_each_assignment(F&& f) {
+  test::random rng(3);
+  for (const index_t tokens : {0, 1, 2, 5, 33, 200})
+    for (const index_t experts : {1, 2, 7, 16, 100})
+      for (const index_t k : {1, 2, 5, 8}) {
+        if (k > experts) continue;
+        assignment fixed = test::fixed_choices(rng, tokens, experts, k, k == 2 ? 5 : 0);
+        assignment ragged = test::ragged_choices(rng, tokens, experts, k);
+        f(fixed);
+        f(ragged);
+        test::drop_some(rng, fixed, 3);
+        test::drop_some(rng, ragged, 3);
+        f(fixed);
+        f(ragged);
+      }
+}
+
+}  // namespace
+
+TEST_CASE("a plan equals the one that looks at all choices of every expert") {
+  dispatch_plan p;
+  for_each_assignment([&](const assignment& a) {
+    plan(a, p);
+    INFO("T=" << a.tokens() << " E=" << a.experts() << " k=" << a.k() << " ragged " << a.ragged());
+    CHECK(difference(p, by_brute_force(a, {})) == "");
+  });
+}
+
+TEST_CASE("masked tokens and experts of others get no slot, and are counted") {
+  dispatch_plan p;
+  test::random rng(4);
+  for_each_assignment([&](const assignment& a) {
+    flags owned(static_cast<std::size_t>(a.experts())), mask(static_cast<std::size_t>(a.tokens()));
+    for (auto& x : owned) x = static_cast<std::uint8_t>(rng.below(2));
+    for (auto& x : mask) x = static_cast<std::uint8_t>(rng.below(3) != 0);
+    for (const plan_options& o : {plan_options{.owned = owned}, plan_options{.mask = mask},
+                                  plan_options{.block = 4, .owned = owned, .mask = mask}}) {
+      plan(a, p, o);
+      CHECK(difference(p, by_brute_force(a, o)) == "");
+    }
+  });
+}
+
+TEST_CASE("padding fills every expert's rows up to a multiple, behind its tokens") {
+  dispatch_plan p;
+  for_each_assignment([&](const assignment& a) {
+    for (const index_t block : {2, 3, 8, 64}) {
+      plan(a, p, {.block = block});
+      CHECK(difference(p, by_brute_force(a, {.block = block})) == "");
+      for (index_t e = 0; e < a.experts(); ++e) CHECK(p.rows(e) % block == 0);
+    }
+  });
+}
+
+TEST_CASE("padded to a capacity every expert has exactly that many slots") {
+  dispatch_plan p;
+  for_each_assignment([&](const assignment& a) {
+    plan(a, p);
+    index_t greatest = 0;
+    for (index_t e = 0; e < a.experts(); ++e) greatest = std::max(greatest, p.load(e));
+    for (const index_t capacity : {greatest, greatest + 3})
+      for (const index_t block : {1, 4}) {
+        const plan_options o{.block = block, .capacity = capacity};
+        plan(a, p, o);
+        CHECK(difference(p, by_brute_force(a, o)) == "");
+        CHECK(p.slots() == a.experts() * round_up(capacity, block));
+      }
+  });
+}
+
+TEST_CASE("kept, dropped, elsewhere and unrouted add up to all choices, and the loads to kept") {
+  dispatch_plan p;
+  for_each_assignment([&](const assignment& a) {
+    plan(a, p);
+    index_t loads = 0;
+    for (index_t e = 0; e < a.experts(); ++e) loads += p.load(e);
+    CHECK(loads == p.kept());
+    CHECK(p.kept() + p.dropped() + p.elsewhere() + p.unrouted() == a.choices());
+  });
+}
+
+TEST_CASE("slot and choice are inverse to each other, and tokens ascend within an expert") {
+  dispatch_plan p;
+  for_each_assignment([&](const assignment& a) {
+    plan(a, p);
+    const ints token = test::tokens_of(a);
+    flags seen(static_cast<std::size_t>(p.slots()));
+    bool inverse = true, ascending = true;
+    for (std::size_t c = 0; c < token.size(); ++c) {
+      const slot_id s = p.slot_of_choice()[c];
+      if (s == no_slot) continue;
+      inverse &= p.token_of_slot()[static_cast<std::size_t>(s)] == token[c];
+      inverse &= seen[static_cast<std::size_t>(s)]++ == 0;
+    }
+    inverse &= std::accumulate(seen.begin(), seen.end(), index_t{0}) == p.slots();
+    for (index_t e = 0; e < a.experts(); ++e)
+      for (index_t s = p.offsets()[static_cast<std::size_t>(e)] + 1;
+           s < p.offsets()[static_cast<std::size_t>(e) + 1]; ++s)
+        ascending &= p.token_of_slot()[static_cast<std::size_t>(s - 1)] <=
+                     p.token_of_slot()[static_cast<std::size_t>(s)];
+    CHECK(inverse);
+    CHECK(ascending);
+  });
+}
+
+TEST_CASE("a warm plan never allocates, whatever its options") {
+  test::random rng(5);
+  const assignment fixed = test::fixed_choices(rng, 100, 32, 4);
+  const assignment ragged = test::ragged_choices(rng, 100, 32, 4);
+  const assignment other = test::ragged_choices(rng, 100, 32, 4);
+  const flags owned(32, 1);
+  const auto all = [&](dispatch_plan& p) {
+    for (const assignment* a : {&fixed, &ragged, &other}) {
+      plan(*a, p);
+      plan(*a, p, {.block = 16});
+      plan(*a, p, {.capacity = 100});
+      plan(*a, p, {.owned = owned});
+    }
+  };
+  dispatch_plan p;
+  all(p);
+  CHECK(test::allocations_during([&] { all(p); }) == 0);
+}
+
+TEST_CASE("what a plan refuses, it refuses by name") {
+  test::random rng(6);
+  assignment a = test::fixed_choices(rng, 10, 4, 2);
+  dispatch_plan p;
+  const flags three(3, 1);
+  CHECK(test::refusal([&] { plan(a, p, {.block = 0}); }) ==
+        "moeroute::plan: block is 0, expected 1 to 2147483647");
+  CHECK(test::refusal([&] { plan(a, p, {.owned = three}); }) ==
+        "moeroute::plan: owned.size() is 3, expected 4");
+  CHECK(test::refusal([&] { plan(a, p, {.mask = three}); }) ==
+        "moeroute::plan: mask.size() is 3, expected 10");
+  CHECK(test::refusal([&] { plan(a, p, {.capacity = 0}); }).starts_with("moeroute::plan: expert "));
+  CHECK(test::refusal([&] { plan(a, p, {.capacity = index_t{1} << 30}); }) ==
+        "moeroute::plan: slots is 4294967296, expected 0 to 2147483647");
+  for (const expert_id bad : {4, -2, 1 << 30}) {
+    a.ids()[13] = bad;
+    CHECK(test::refusal([&] { plan(a, p); }) ==
+          "moeroute::plan: the id of choice 13 is " + std::to_string(bad) + ", expected -1 to 3");
+  }
+}
