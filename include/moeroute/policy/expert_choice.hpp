@@ -258,7 +258,7 @@ struct expert_choice {
         },
         m.columns, workers, m.picks, exec);
     detail::rows_from_picks(
-        s, m.picks, m.cursor, experts, out,
+        s, m.picks, m.cursor, most, out,
         [](index_t, index_t, std::int32_t key) { return simd::value_of_key(key); });
     if (most < experts || !side.k_of_token.empty()) detail::release_above_cap(side, most, out);
     detail::weigh_tokens(normalize, eps, scale, out);

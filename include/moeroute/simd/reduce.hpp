@@ -1,8 +1,11 @@
 // Sums and maxima of a row, with bits that do not depend on the register width.
 #pragma once
 
+#include <cmath>
+
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/elementwise.hpp>
+#include <moeroute/simd/rows.hpp>
 
 namespace moeroute::simd {
 
@@ -64,6 +67,20 @@ float row_sum(const float* row, index_t cols) {
   partials<A> sum(0.0f);
   detail::for_each_register<A>(row, cols, 0.0f, [&](int r, vfloat<A> x) { sum.part[r] += x; });
   return sum_of<A>(sum);
+}
+
+/// The Euclidean norm of the row, widened from 16 bits where it is kept so.
+template <class A = default_arch, storage T>
+float row_norm(const T* row, index_t cols) {
+  partials<A> sum(0.0f);
+  index_t c = 0;
+  for (int r = 0; c + width<A> <= cols; c += width<A>, r = (r + 1) % partials<A>::n) {
+    const vfloat<A> x = detail::load_wide<A>(row + c);
+    sum.part[r] = fma<A>(x, x, sum.part[r]);
+  }
+  float tail = 0.0f;
+  for (; c < cols; ++c) tail += static_cast<float>(row[c]) * static_cast<float>(row[c]);
+  return std::sqrt(sum_of<A>(sum) + tail);
 }
 
 /// exp(x - max) where max is the row's largest value: 1 at the maximum itself (also where both are +inf), 0 for

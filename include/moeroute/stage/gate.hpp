@@ -1,7 +1,10 @@
 // The gate projection: hidden states to logits.
 #pragma once
 
+#include <algorithm>
+
 #include <moeroute/simd/gemm.hpp>
+#include <moeroute/simd/reduce.hpp>
 
 namespace moeroute {
 
@@ -14,6 +17,33 @@ namespace moeroute {
 template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch>
 void gate(const X& x, const simd::packed_matrix<A>& weight, Y&& logits, const Exec& exec = {}) {
   simd::gemm(x, weight, logits, exec);
+}
+
+/// logits = scale * cos(x, w_e): rows of x and of W count by their direction only.
+///
+/// Shapes: as gate(); weight holds rows of norm 1 (unit_rows), A zero row has zero
+/// logits. Cost: T (E + 2) d multiply-adds, no allocation. Source: X-MoE (Chi et al. 2022).
+template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch>
+void cosine_gate(const X& x_rows, const simd::packed_matrix<A>& weight, float scale, Y&& logit_rows,
+                 const Exec& exec = {}) {
+  const auto x = const_view(x_rows);
+  const matrix_view<float> logits = view(logit_rows);
+  simd::gemm(x, weight, logits, exec);
+  for (index_t t = 0; t < x.rows; ++t) {
+    const float norm = simd::row_norm<A>(x.row(t), x.cols);
+    const float factor = scale / std::max(norm, 1e-12f);
+    for (index_t e = 0; e < logits.cols; ++e) logits(t, e) *= factor;
+  }
+}
+
+/// Divides every row by its norm; a zero row stays. For the weights of a cosine gate.
+template <writable_rows W, class A = simd::default_arch>
+void unit_rows(W&& weight_rows) {
+  const auto w = view(weight_rows);
+  for (index_t r = 0; r < w.rows; ++r) {
+    const float norm = std::max(simd::row_norm<A>(w.row(r), w.cols), 1e-12f);
+    for (index_t c = 0; c < w.cols; ++c) w(r, c) /= norm;
+  }
 }
 
 }  // namespace moeroute

@@ -1,0 +1,308 @@
+// The routers of published models, by name. A new one is one entry here.
+#pragma once
+
+#include <string_view>
+
+#include <moeroute/policy/router_spec.hpp>
+
+namespace moeroute {
+
+/// A published model's router.
+struct catalog_entry {
+  std::string_view name;
+  std::string_view source;  ///< the class in transformers 5.12.1, and the model that the sizes are of
+  router_spec spec;
+  std::string_view golden = {};  ///< reference vectors of the real class; without them, a float64 recompute
+  std::string_view remark = {};
+};
+
+/// What holds for a router because of its spec. A law of the tests runs where its trait holds.
+struct router_traits {
+  bool monotone;           ///< a larger logit never loses to a smaller one
+  bool shift_invariant;    ///< adding a constant to a row changes neither choice nor weights
+  bool relabelling;        ///< permuting experts (with bias and scales) permutes the ids
+  bool weights_sum_to_one;
+  bool fixed_k;
+  bool needs_token_ids;
+  bool random;
+  bool capacity_bound;     ///< other tokens can take a choice away
+};
+
+constexpr router_traits traits_of(const router_spec& s) {
+  const bool by_score = s.selection == selection_kind::top_k || s.selection == selection_kind::top2 ||
+                        s.selection == selection_kind::top_p ||
+                        s.selection == selection_kind::threshold;
+  const bool plain = !s.selection_bias && s.groups == 1;
+  const bool softmax_selected = s.score == score_kind::softmax && s.domain == score_domain::selected;
+  const bool scaled = s.scale != 1.0f || s.divide_by_k || s.per_expert_scale ||
+                      s.selection == selection_kind::sparsemixer;
+  return {
+      .monotone = by_score && plain,
+      .shift_invariant = s.score == score_kind::softmax && s.softcap == 0.0f &&
+                         s.selection != selection_kind::sparsemixer,
+      .relabelling = by_score && s.groups == 1,
+      .weights_sum_to_one = (softmax_selected || (s.normalize == normalization::sum &&
+                                                  s.eps_where == eps_mode::none)) &&
+                            !scaled && s.capacity == 0,
+      .fixed_k = s.selection != selection_kind::top_p && s.selection != selection_kind::threshold,
+      .needs_token_ids = s.selection == selection_kind::expert_table,
+      .random = s.selection == selection_kind::random,
+      .capacity_bound = s.capacity != 0,
+  };
+}
+
+namespace detail {
+
+// softmax over all experts, the k best, raw or divided by their sum
+constexpr router_spec softmax_all(index_t experts, index_t k,
+                                  normalization normalize = normalization::none) {
+  return {.experts = experts, .k = k, .normalize = normalize};
+}
+
+// the k best logits, softmax over them
+constexpr router_spec softmax_k(index_t experts, index_t k) {
+  return {.experts = experts, .k = k, .domain = score_domain::selected};
+}
+
+// sigmoid, a bias for the choice, weights divided by their sum + 1e-20 and scaled
+constexpr router_spec biased_sigmoid(index_t experts, index_t k, float scale, index_t groups = 1,
+                                     index_t topk_group = 1) {
+  return {.experts = experts,
+          .k = k,
+          .score = score_kind::sigmoid,
+          .selection_bias = true,
+          .groups = groups,
+          .topk_group = topk_group,
+          .normalize = normalization::sum,
+          .eps_where = eps_mode::add,
+          .eps = 1e-20f,
+          .scale = scale};
+}
+
+constexpr router_spec with(router_spec spec, auto change) {
+  change(spec);
+  return spec;
+}
+
+inline constexpr auto renormalized = normalization::sum;
+
+}  // namespace detail
+
+/// Every router of transformers 5.12.1, with the sizes of a published model. Facts and reference vectors were
+/// taken from that release; what differs there from the models' papers is in the remark.
+inline constexpr catalog_entry catalog[] = {
+    // softmax over all experts, divided by their sum
+    {"mixtral", "MixtralTopKRouter; Mixtral-8x7B", detail::softmax_all(8, 2, detail::renormalized),
+     "mixtral", "training: input jitter"},
+    {"minimax", "MiniMaxTopKRouter; Text-01", detail::softmax_all(32, 2, detail::renormalized), "",
+     "as mixtral"},
+    {"qwen3_moe", "Qwen3MoeTopKRouter; Qwen3-30B-A3B",
+     detail::softmax_all(128, 8, detail::renormalized), "qwen3_moe",
+     "norm_topk_prob is a flag: false by class default, true in checkpoints"},
+    {"qwen3_next", "Qwen3NextTopKRouter", detail::softmax_all(512, 10, detail::renormalized),
+     "qwen3_next", "one shared expert behind a sigmoid gate"},
+    {"qwen3_5_moe", "Qwen3_5MoeTopKRouter", detail::softmax_all(256, 8, detail::renormalized), "",
+     "one shared expert behind a sigmoid gate"},
+    {"qwen3_vl_moe", "Qwen3VLMoeTextTopKRouter",
+     detail::softmax_all(60, 4, detail::renormalized), "qwen3_vl_moe",
+     "the published 30B-A3B has 128 experts, 8 per token"},
+    {"qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerTextTopKRouter",
+     detail::softmax_all(128, 8, detail::renormalized), "qwen3_omni_moe_thinker"},
+    {"mellum", "MellumTopKRouter", detail::softmax_all(64, 8, detail::renormalized), "mellum"},
+    {"hunyuan_v1_moe", "HunYuanMoEV1Gate; A13B", detail::softmax_all(64, 8, detail::renormalized),
+     "", "one dense shared MLP"},
+    {"dbrx", "DbrxRouter; dbrx-base", detail::softmax_all(16, 4, normalization::lp), "dbrx",
+     "Lp norm with any p, 1 in checkpoints"},
+    {"mistral4", "Mistral4 router",
+     detail::with(detail::softmax_all(128, 4, detail::renormalized),
+                  [](auto& s) {
+                    s.eps_where = eps_mode::add;
+                    s.eps = 1e-20f;
+                  }),
+     "mistral4", "groups as DeepSeek-V3 on probabilities, 1 of 1 by default"},
+    {"gemma4", "Gemma4TextRouter; 26B-A4B",
+     detail::with(detail::softmax_all(128, 8, detail::renormalized),
+                  [](auto& s) { s.per_expert_scale = true; }),
+     "gemma4", "the router's input is normalised: RMSNorm(x) * scale / sqrt(d)"},
+    {"diffusion_gemma", "DiffusionGemmaTextRouter",
+     detail::with(detail::softmax_all(128, 8, detail::renormalized),
+                  [](auto& s) { s.per_expert_scale = true; }),
+     "", "as gemma4"},
+    // softmax over all experts, raw
+    {"qwen2_moe", "Qwen2MoeTopKRouter; Qwen1.5-MoE-A2.7B", detail::softmax_all(60, 4), "qwen2_moe",
+     "one shared expert behind a sigmoid gate"},
+    {"qwen3_omni_moe_talker", "Qwen3OmniMoeTalkerTextTopKRouter", detail::softmax_all(128, 8),
+     "qwen3_omni_moe_talker", "one shared expert behind a sigmoid gate"},
+    {"olmoe", "OlmoeTopKRouter; OLMoE-1B-7B", detail::softmax_all(64, 8), "olmoe"},
+    {"flex_olmo", "FlexOlmoTopKRouter", detail::softmax_all(7, 5), "", "odd E, k close to E"},
+    {"jamba", "JambaSparseMoeBlock", detail::softmax_all(16, 2), "jamba"},
+    {"deepseek_v2", "DeepseekV2Moe; DeepSeek-V2",
+     detail::with(detail::softmax_all(160, 6),
+                  [](auto& s) {
+                    s.groups = 8;
+                    s.topk_group = 3;
+                    s.group_score = group_score::max;
+                    s.group_fill = 0.0f;
+                    s.scale = 16.0f;
+                  }),
+     "deepseek_v2", "norm_topk_prob is ignored there; two shared experts"},
+    {"deepseek_v2_lite", "DeepseekV2Moe; DeepSeek-V2-Lite", detail::softmax_all(64, 6),
+     "deepseek_v2_lite", "two shared experts"},
+    {"deepseek_ocr2", "DeepseekOcr2TextMoe", detail::softmax_all(64, 6), "",
+     "as deepseek_v2, greedy by default; two shared experts"},
+    {"switch_transformers", "SwitchTransformersTop1Router; switch-base-8",
+     detail::softmax_all(8, 1), "switch_transformers",
+     "a capacity of 64 is configured but never acts there"},
+    {"longcat_flash", "LongcatFlashTopkRouter",
+     detail::with(detail::softmax_all(768, 12),
+                  [](auto& s) {
+                    s.selection_bias = true;
+                    s.scale = 6.0f;
+                    s.zero_experts = 256;
+                  }),
+     "longcat_flash", "ids from 512 on are identity experts"},
+    // softmax over all experts with a bias for the choice
+    {"ernie4_5_moe", "Ernie4_5_MoeTopKRouter; ERNIE-4.5-21B-A3B",
+     detail::with(detail::softmax_all(64, 6, detail::renormalized),
+                  [](auto& s) {
+                    s.selection_bias = true;
+                    s.eps_where = eps_mode::clamp;
+                    s.eps = 1e-12f;
+                  }),
+     "ernie4_5_moe", "two shared experts"},
+    {"ernie4_5_vl_moe", "Ernie4_5_VLMoeMoeTopKRouter",
+     detail::with(detail::softmax_all(64, 6, detail::renormalized),
+                  [](auto& s) {
+                    s.selection_bias = true;
+                    s.eps_where = eps_mode::clamp;
+                    s.eps = 1e-12f;
+                  }),
+     "", "two of these with experts of their own, one per modality: by_modality"},
+    // softmax over the selected experts
+    {"gpt_oss", "GptOssTopKRouter; gpt-oss-120b",
+     detail::with(detail::softmax_k(128, 4), [](auto& s) { s.gate_bias = true; }), "gpt_oss"},
+    {"openai_privacy_filter", "OpenAIPrivacyFilterTopKRouter",
+     detail::with(detail::softmax_k(128, 4),
+                  [](auto& s) {
+                    s.gate_bias = true;
+                    s.divide_by_k = true;
+                    s.output_scale = 4.0f;
+                  }),
+     "openai_privacy_filter", "weights / k, made up for on the output"},
+    {"granitemoe", "GraniteMoeTopKGating; granite-3 3b-a800m", detail::softmax_k(40, 8),
+     "granitemoe"},
+    {"granitemoehybrid", "GraniteMoeHybridTopKGating", detail::softmax_k(72, 10), "",
+     "as granitemoe; a dense shared MLP"},
+    {"granitemoeshared", "GraniteMoeSharedTopKGating", detail::softmax_k(8, 2), "granitemoeshared",
+     "a dense shared MLP"},
+    {"jetmoe", "JetMoeTopKGating", detail::softmax_k(8, 2), "jetmoe", "routes attention too"},
+    {"aria", "AriaTextMoELayer", detail::softmax_k(64, 6), "", "two shared experts"},
+    {"cohere2_moe", "Cohere2MoeTopKRouter", detail::softmax_k(8, 2), "cohere2_moe",
+     "a sigmoid mode exists: sigmoid of the selected, divided by their sum"},
+    {"doge", "DogeCDMoE",
+     detail::with(detail::softmax_k(16384, 64),
+                  [](auto& s) { s.selection = selection_kind::product_keys; }),
+     "doge", "its view of the logits as (2, T, n) mixes tokens; here the halves are a token's own"},
+    // sigmoid
+    {"deepseek_v3", "DeepseekV3TopkRouter", detail::biased_sigmoid(256, 8, 2.5f, 8, 4),
+     "deepseek_v3", "one shared expert; the group score uses the biased score"},
+    {"deepseek_v32", "DeepseekV32TopkRouter", detail::biased_sigmoid(256, 8, 2.5f, 8, 4),
+     "deepseek_v32", "as deepseek_v3"},
+    {"dots1", "Dots1TopkRouter", detail::biased_sigmoid(128, 6, 2.5f), "dots1",
+     "two shared experts"},
+    {"glm4_moe", "Glm4MoeTopkRouter; GLM-4.5", detail::biased_sigmoid(160, 8, 2.5f), "glm4_moe",
+     "one shared expert"},
+    {"glm4_moe_lite", "Glm4MoeLiteTopkRouter", detail::biased_sigmoid(64, 4, 1.8f), "",
+     "one shared expert"},
+    {"glm4v_moe", "Glm4vMoeTextTopkRouter", detail::biased_sigmoid(128, 8, 1.0f), "glm4v_moe",
+     "one shared expert"},
+    {"glm_moe_dsa", "GlmMoeDsaTopkRouter", detail::biased_sigmoid(256, 8, 2.5f), "glm_moe_dsa",
+     "one shared expert"},
+    {"exaone_moe", "ExaoneMoeTopkRouter", detail::biased_sigmoid(64, 8, 2.5f), "exaone_moe",
+     "one shared expert; K-EXAONE has 128"},
+    {"solar_open", "SolarOpenTopkRouter", detail::biased_sigmoid(128, 8, 1.0f), "solar_open",
+     "one shared expert"},
+    {"nemotron_h", "NemotronHTopkRouter; Nano", detail::biased_sigmoid(128, 6, 2.5f), "nemotron_h",
+     "Super has 512 experts, 22 per token, scale 5"},
+    {"hy_v3", "HYV3TopKRouter", detail::biased_sigmoid(192, 8, 2.826f), "", "one shared expert"},
+    {"afmoe", "AfmoeTokenChoiceRouter", detail::biased_sigmoid(128, 8, 2.826f), "afmoe",
+     "one shared expert"},
+    {"lfm2_moe", "Lfm2MoeSparseMoeBlock",
+     detail::with(detail::biased_sigmoid(32, 4, 1.0f), [](auto& s) { s.eps = 1e-6f; }), "lfm2_moe",
+     "the largest additive eps of all"},
+    {"minimax_m2", "MiniMaxM2TopKRouter",
+     detail::with(detail::biased_sigmoid(256, 8, 1.0f),
+                  [](auto& s) {
+                    s.eps_where = eps_mode::none;
+                    s.eps = 0.0f;
+                  }),
+     "minimax_m2", "no eps: 0 / 0 there where all k underflow, weights of 0 here"},
+    {"minimax_m3_vl", "MiniMaxM3VLTopKRouter",
+     detail::with(detail::biased_sigmoid(128, 4, 2.0f),
+                  [](auto& s) {
+                    s.eps_where = eps_mode::none;
+                    s.eps = 0.0f;
+                    s.scale_where = scale_place::output;
+                  }),
+     "", "one shared expert"},
+    {"laguna", "LagunaTopKRouter",
+     detail::with(detail::biased_sigmoid(256, 8, 2.5f),
+                  [](auto& s) {
+                    s.eps_where = eps_mode::none;
+                    s.eps = 0.0f;
+                    s.scale_where = scale_place::output;
+                  }),
+     "laguna", "one shared expert; scale 1 by class default"},
+    {"laguna_softcap", "LagunaTopKRouter with a soft-cap",
+     detail::with(detail::biased_sigmoid(256, 8, 1.0f),
+                  [](auto& s) {
+                    s.eps_where = eps_mode::none;
+                    s.eps = 0.0f;
+                    s.softcap = 4.0f;
+                  }),
+     "laguna_softcap"},
+    {"llama4_scout", "Llama4Router; Scout",
+     {.experts = 16, .k = 1, .score = score_kind::sigmoid, .domain = score_domain::selected,
+      .weight_on = weight_place::input},
+     "llama4_scout", "the weight multiplies the expert's input; one shared expert"},
+    {"llama4_maverick", "Llama4Router; Maverick",
+     {.experts = 128, .k = 1, .score = score_kind::sigmoid, .domain = score_domain::selected,
+      .weight_on = weight_place::input},
+     "llama4_maverick", "as llama4_scout"},
+    // sqrt(softplus)
+    {"deepseek_v4", "DeepseekV4 router",
+     detail::with(detail::biased_sigmoid(256, 6, 1.5f),
+                  [](auto& s) { s.score = score_kind::sqrt_softplus; }),
+     "deepseek_v4", "one shared expert"},
+    {"deepseek_v4_hash", "DeepseekV4HashRouter; the first three layers",
+     detail::with(detail::biased_sigmoid(256, 6, 1.5f),
+                  [](auto& s) {
+                    s.score = score_kind::sqrt_softplus;
+                    s.selection = selection_kind::expert_table;
+                    s.selection_bias = false;
+                  }),
+     "deepseek_v4_hash", "ids by token id; weights from the gate"},
+    // others
+    {"phimoe", "PhimoeTopKRouter; Phi-3.5-MoE",
+     {.experts = 16, .k = 2, .selection = selection_kind::sparsemixer}, "phimoe",
+     "the two weights do not sum to 1"},
+    {"nllb_moe", "NllbMoeTop2Router; nllb-moe-54b",
+     {.experts = 128, .k = 2, .selection = selection_kind::top2, .normalize = normalization::sum,
+      .eps_where = eps_mode::clamp, .eps = 1.1920929e-7f, .capacity = 20,
+      .drop_order = drop_order::position_slot_major, .normalize_before_drop = false},
+     "nllb_moe", "capacity as in evaluation of 20 tokens; the block's combine is broken there"},
+    {"nllb_moe_bpr", "NllbMoeTop2Router with batch priority",
+     {.experts = 128, .k = 2, .selection = selection_kind::top2, .normalize = normalization::sum,
+      .eps_where = eps_mode::clamp, .eps = 1.1920929e-7f, .capacity = 2,
+      .drop_order = drop_order::batch_priority_slot_major},
+     "nllb_moe_bpr"},
+};
+
+/// The entry of that name, or nullptr.
+constexpr const catalog_entry* find_in_catalog(std::string_view name) {
+  for (const catalog_entry& entry : catalog)
+    if (entry.name == name) return &entry;
+  return nullptr;
+}
+
+}  // namespace moeroute
