@@ -29,17 +29,15 @@ inline bool chooses(const assignment& a, index_t token, expert_id e, bool kept_o
 /// beyond its capacity, so that it crosses no wire and is not lost.
 ///
 /// The best by score among the rank's experts that the token does not use yet; the weight is that
-/// score. Expert e belongs to rank e / experts_per_rank. A choice stays dropped where the token uses
-/// all of the rank's experts already, or has no finite score for the others.
-/// Shapes: scores [T, E], rank_of_token [T].
-/// Returns the number of choices that found an expert. Throws: error where a shape does not fit,
-/// experts_per_rank is outside [1, E], or a rank has no experts.
-/// Cost: O(dropped * (E per rank) * k), no allocation. Determinism: exact; ties go to the lower id.
+/// score. Expert e belongs to rank e / experts_per_rank. A choice stays dropped where the token
+/// uses all of the rank's experts already, or has no finite score for the others. Shapes: scores
+/// [T, E], rank_of_token [T]. Returns the number of choices that found an expert. Throws: error
+/// where a shape does not fit, experts_per_rank is outside [1, E], or a rank has no experts. Cost:
+/// O(dropped * (E per rank) * k), no allocation. Determinism: exact; ties go to the lower id.
 /// Source: Zeng et al. 2024 (Rectify-Router, intra-GPU rectification).
 template <readable_rows Scores>
 index_t rectify_within_rank(assignment& choices, const Scores& score_rows,
-                            std::span<const std::int32_t> rank_of_token,
-                            index_t experts_per_rank) {
+                            std::span<const std::int32_t> rank_of_token, index_t experts_per_rank) {
   const matrix_view<const float> scores = const_view(score_rows);
   const index_t experts = choices.experts();
   check_size("rectify_within_rank", "scores.rows()", scores.rows, choices.tokens());
@@ -80,8 +78,8 @@ index_t rectify_within_rank(assignment& choices, const Scores& score_rows,
 }
 
 /// Fill-in rectification: places that stayed empty go to tokens that did not choose the expert, by
-/// their (k+1)-th best expert, then their (k+2)-th and so on; among the tokens of one round those with
-/// the highest score first.
+/// their (k+1)-th best expert, then their (k+2)-th and so on; among the tokens of one round those
+/// with the highest score first.
 ///
 /// `filled` becomes ragged: each token's choices as they are, then those that it was given, with
 /// their score as weight. Nobody loses a place.
@@ -152,7 +150,8 @@ index_t rectify_by_filling(const assignment& choices, const Scores& score_rows, 
     if (!any) break;
     for (index_t e = 0; e < experts; ++e) m.start[e + 1] += m.start[e];
     for (index_t t = 0; t < tokens; ++t)
-      if (m.last[t] < experts && m.last[t] >= 0) m.order[m.start[m.last[t]]++] = static_cast<std::int32_t>(t);
+      if (m.last[t] < experts && m.last[t] >= 0)
+        m.order[m.start[m.last[t]]++] = static_cast<std::int32_t>(t);
     for (index_t e = 0, first = 0; e < experts; ++e) {
       const index_t end = m.start[e];
       const index_t n = std::min<index_t>(m.vacancies[e], end - first);
@@ -190,7 +189,8 @@ index_t rectify_by_filling(const assignment& choices, const Scores& score_rows, 
   if (choices.drops()) {
     std::uint8_t* kept = filled.kept_to_fill().data();
     for (index_t t = 0; t < tokens; ++t)
-      std::copy_n(choices.kept().data() + choices.first(t), choices.count(t), kept + out.offsets[t]);
+      std::copy_n(choices.kept().data() + choices.first(t), choices.count(t),
+                  kept + out.offsets[t]);
   }
   return given;
 }
