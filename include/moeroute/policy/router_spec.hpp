@@ -8,9 +8,10 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/base/index.hpp>
+#include <moeroute/policy/capacity.hpp>
 #include <moeroute/policy/selection.hpp>
-#include <moeroute/policy/top_p.hpp>
 #include <moeroute/policy/threshold.hpp>
+#include <moeroute/policy/top_p.hpp>
 #include <moeroute/policy/weight.hpp>
 
 namespace moeroute {
@@ -42,13 +43,6 @@ enum class weight_place {
 enum class scale_place {
   weights,
   output,  ///< the routed sum: weights are left alone, multiply the combined row by `scale`
-};
-
-/// Which choices a full expert drops.
-enum class drop_order {
-  none,                       ///< no capacity
-  position_slot_major,        ///< all first choices in token order, then all second ones (GShard)
-  batch_priority_slot_major,  ///< the same, tokens by descending best weight (V-MoE)
 };
 
 /// A router described at run time. Defaults are the plain softmax top-k; names and meanings are those of
@@ -87,8 +81,8 @@ struct router_spec {
   index_t shared_experts = 0;    ///< always on, outside the routing
   weight_place weight_on = weight_place::output;
   index_t capacity = 0;          ///< tokens per expert, 0: no limit
-  moeroute::drop_order drop_order = moeroute::drop_order::none;
-  bool normalize_before_drop = true;
+  moeroute::drop_order drop_order = moeroute::drop_order::choice_major;
+  bool normalize_before_drop = true;  ///< false: over the choices that were kept
 
   bool operator==(const router_spec&) const = default;
 
@@ -128,6 +122,17 @@ constexpr std::string_view to_string(selection_kind s) {
     case selection_kind::sparsemixer: return "sparsemixer";
     case selection_kind::top2: return "top2_second_by_logit";
     case selection_kind::random: return "random";
+  }
+  return "?";
+}
+
+constexpr std::string_view to_string(drop_order o) {
+  switch (o) {
+    case drop_order::choice_major: return "position_slot_major";
+    case drop_order::token_major: return "token_major";
+    case drop_order::by_weight: return "by_weight";
+    case drop_order::batch_priority: return "batch_priority_slot_major";
+    case drop_order::random: return "random";
   }
   return "?";
 }
@@ -195,9 +200,7 @@ inline std::string to_string(const router_spec& s) {
   if (s.weight_on == weight_place::input) add("weight_on=input");
   if (s.capacity != 0)
     add("capacity=" + std::to_string(s.capacity) +
-        (s.drop_order == drop_order::batch_priority_slot_major
-             ? " drop_order=batch_priority_slot_major"
-             : " drop_order=position_slot_major") +
+        " drop_order=" + std::string(to_string(s.drop_order)) +
         (s.normalize_before_drop ? "" : " norm_before_drop=false"));
   return out;
 }
@@ -270,9 +273,30 @@ inline void check(const router_spec& s) {
     fail("router_spec", "temperature is " + detail::number(s.temperature) + ", expected > 0");
   check_range("router_spec", "zero_experts", s.zero_experts, 0, s.experts - 1);
   check_range("router_spec", "capacity", s.capacity, 0, std::int32_t{0x7fffffff});
-  if ((s.capacity != 0) != (s.drop_order != drop_order::none))
-    clash("capacity=" + std::to_string(s.capacity), "drop_order",
-          "a capacity needs an order of dropping, and the other way round");
+  if (s.capacity == 0 && s.drop_order != drop_order::choice_major)
+    clash("drop_order=" + std::string(to_string(s.drop_order)), "capacity=0",
+          "without a capacity nothing is dropped");
+  if (s.capacity != 0 && !s.normalize_before_drop) {
+    // The stage that drops then divides by the sum of what is left, and by nothing else.
+    if (s.normalize == normalization::lp || s.eps_where == eps_mode::add)
+      clash("norm_before_drop=false", "normalize=lp or eps_mode=add",
+            "after dropping weights are divided by max(sum, eps)");
+    if (s.scale != 1.0f || s.per_expert_scale || s.divide_by_k)
+      clash("norm_before_drop=false", "scale, per_expert_scale or post_divide_by_k",
+            "after dropping weights are divided by their sum, which takes a factor away");
+  }
+}
+
+/// The capacity of a spec, for apply_capacity(). NLLB and V-MoE rank tokens by their largest probability:
+/// set `priority` where the weights are not probabilities.
+inline capacity_policy capacity_of(const router_spec& s) {
+  using enum renormalization;
+  if (s.capacity == 0) return {};
+  const bool after = !s.normalize_before_drop && s.normalize == normalization::sum;
+  return {.rule = {.formula = capacity_formula::fixed, .count = s.capacity},
+          .order = s.drop_order,
+          .renormalize = after ? after_drop : none,
+          .eps = after && s.eps_where == eps_mode::clamp ? s.eps : 0.0f};
 }
 
 }  // namespace moeroute
