@@ -289,12 +289,12 @@ inline constexpr catalog_entry catalog[] = {
     {"nllb_moe", "NllbMoeTop2Router; nllb-moe-54b",
      {.experts = 128, .k = 2, .selection = selection_kind::top2, .normalize = normalization::sum,
       .eps_where = eps_mode::clamp, .eps = 1.1920929e-7f, .capacity = 20,
-      .drop_order = drop_order::position_slot_major, .normalize_before_drop = false},
+      .drop_order = drop_order::choice_major, .normalize_before_drop = false},
      "nllb_moe", "capacity as in evaluation of 20 tokens; the block's combine is broken there"},
     {"nllb_moe_bpr", "NllbMoeTop2Router with batch priority",
      {.experts = 128, .k = 2, .selection = selection_kind::top2, .normalize = normalization::sum,
       .eps_where = eps_mode::clamp, .eps = 1.1920929e-7f, .capacity = 2,
-      .drop_order = drop_order::batch_priority_slot_major},
+      .drop_order = drop_order::batch_priority},
      "nllb_moe_bpr"},
 };
 
