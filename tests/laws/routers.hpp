@@ -1,0 +1,78 @@
+// The routers that obey the laws: the one list. A new router is one entry.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <moeroute/policy/router.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "laws/subject.hpp"
+#include "oracle/routing.hpp"
+
+namespace test {
+
+/// One entry of the list.
+struct listed_router {
+  std::string name;
+  /// The router with k choices over E experts.
+  std::function<std::unique_ptr<subject>(index_t k, index_t experts)> make;
+  /// What it should decide: in double, [T, k].
+  std::function<oracle::decision(const std::vector<float>& logits, index_t tokens, index_t experts,
+                                 index_t k)>
+      reference;
+  bool shift_invariant = false;  ///< adding a constant to a row changes nothing
+  bool permutable = true;        ///< experts can be renumbered: no bias, no table, no groups
+  index_t least_k = 1;
+};
+
+/// An entry of a router that the softmax oracle describes.
+template <class Score>
+listed_router softmax_family(std::string name, moeroute::weight_rule weight,
+                             oracle::softmax_routing how) {
+  return {
+      .name = std::move(name),
+      .make =
+          [weight](index_t k, index_t) {
+            return make_subject(moeroute::router<Score>{.selection = {.k = k}, .weight = weight});
+          },
+      .reference = [how](const std::vector<float>& z, index_t tokens, index_t experts,
+                         index_t k) { return oracle::route(how, z, tokens, experts, k); },
+      .shift_invariant = true};
+}
+
+inline std::vector<listed_router> listed_routers() {
+  using moeroute::eps_mode;
+  using moeroute::normalization;
+  using moeroute::softmax;
+  using moeroute::softmax_selected;
+  const auto all = oracle::domain::all, selected = oracle::domain::selected;
+  const auto sum = oracle::divisor::sum, lp = oracle::divisor::lp;
+  return {
+      softmax_family<softmax>("softmax", {}, {.scored = all}),
+      softmax_family<softmax>("softmax, sum", {.normalize = normalization::sum},
+                              {.scored = all, .normalize = sum}),
+      softmax_family<softmax>("softmax, L2", {.normalize = normalization::lp, .p = 2.0f},
+                              {.scored = all, .normalize = lp, .p = 2}),
+      softmax_family<softmax>("softmax, sum + eps, scaled",
+                              {.normalize = normalization::sum,
+                               .eps_where = eps_mode::add,
+                               .eps = 0.25f,
+                               .scale = 2.5f},
+                              {.scored = all,
+                               .normalize = sum,
+                               .eps_where = oracle::eps_place::add,
+                               .eps = 0.25,
+                               .scale = 2.5}),
+      softmax_family<softmax>(
+          "softmax, max(sum, eps)",
+          {.normalize = normalization::sum, .eps_where = eps_mode::clamp, .eps = 0.5f},
+          {.scored = all, .normalize = sum, .eps_where = oracle::eps_place::clamp, .eps = 0.5}),
+      softmax_family<softmax_selected>("softmax of the selected", {}, {.scored = selected}),
+      softmax_family<softmax_selected>("softmax of the selected, scaled", {.scale = -0.5f},
+                                       {.scored = selected, .scale = -0.5}),
+  };
+}
+
+}  // namespace test

@@ -1,0 +1,62 @@
+// Any token router behind one face, so that the laws are compiled once and not once per router.
+#pragma once
+
+#include <memory>
+#include <moeroute/stage/route.hpp>
+#include <utility>
+#include <vector>
+#if defined(_OPENMP)
+#include <moeroute/exec/openmp.hpp>
+#endif
+
+namespace test {
+
+using moeroute::assignment;
+using moeroute::bfloat16;
+using moeroute::float16;
+using moeroute::index_t;
+using moeroute::matrix_view;
+
+class subject {
+ public:
+  virtual ~subject() = default;
+  virtual void route(matrix_view<const float> logits, assignment& out) = 0;
+  virtual void route(matrix_view<const bfloat16> logits, assignment& out) = 0;
+  virtual void route(matrix_view<const float16> logits, assignment& out) = 0;
+  /// By a team of threads; serially where the compiler has no OpenMP.
+  virtual void route(matrix_view<const float> logits, int threads, assignment& out) = 0;
+};
+
+template <moeroute::token_router Router>
+class subject_of final : public subject {
+ public:
+  explicit subject_of(Router router) : router_(std::move(router)) {}
+
+  void route(matrix_view<const float> z, assignment& out) override {
+    moeroute::route(router_, z, memory_, out);
+  }
+  void route(matrix_view<const bfloat16> z, assignment& out) override {
+    moeroute::route(router_, z, memory_, out);
+  }
+  void route(matrix_view<const float16> z, assignment& out) override {
+    moeroute::route(router_, z, memory_, out);
+  }
+  void route(matrix_view<const float> z, [[maybe_unused]] int threads, assignment& out) override {
+#if defined(_OPENMP)
+    moeroute::route(router_, z, memory_, out, moeroute::openmp{threads});
+#else
+    moeroute::route(router_, z, memory_, out);
+#endif
+  }
+
+ private:
+  Router router_;
+  moeroute::workspace memory_;
+};
+
+template <moeroute::token_router Router>
+std::unique_ptr<subject> make_subject(Router router) {
+  return std::make_unique<subject_of<Router>>(std::move(router));
+}
+
+}  // namespace test
