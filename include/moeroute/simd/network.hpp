@@ -75,14 +75,16 @@ inline constexpr auto bitonic_clean_network = [] {
   return list;
 }();
 
+template <class A, const auto& network, class T, std::size_t... s>
+MOEROUTE_INLINE void run_unrolled(T* x, std::index_sequence<s...>) {
+  (exchange<A>(x[network[s].low], x[network[s].high]), ...);
+}
+
 // Small networks are unrolled into registers; large ones work in L1 and would only bloat the code.
 template <class A, const auto& network, class T>
 MOEROUTE_INLINE void run_network(T* x) {
-  constexpr std::size_t size = network.size();
-  if constexpr (size <= 64) {
-    [&]<std::size_t... s>(std::index_sequence<s...>) {
-      (exchange<A>(x[network[s].low], x[network[s].high]), ...);
-    }(std::make_index_sequence<size>{});
+  if constexpr (network.size() <= 64) {
+    run_unrolled<A, network>(x, std::make_index_sequence<network.size()>{});
   } else {
     for (const comparator c : network) exchange<A>(x[c.low], x[c.high]);
   }

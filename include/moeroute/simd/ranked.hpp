@@ -6,32 +6,36 @@
 #include <utility>
 
 #include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/transpose.hpp>
 
 namespace moeroute::simd {
 
-/// One (value, column) in each lane of a block of rows, as doubles whose order is ours: value descending,
-/// then column ascending.
+/// One (value, column) in each lane of a block of rows, as doubles whose order is ours: value
+/// descending, then column ascending.
 ///
-/// The float's bits are the upper half of a double, the column the lower half, so that one max and one min
-/// replace a lexicographic comparison and four blends, and ties cannot happen. -0 is filed as +0 (its sign
-/// comes back from the row, see restore_zeros), values are never NaN, and the exponent is raised by
-/// one so that no key is denormal: flush-to-zero modes cannot make two keys equal.
+/// The float's bits are the upper half of a double, the column the lower half, so that one max and
+/// one min replace a lexicographic comparison and four blends, and ties cannot happen. -0 is filed
+/// as +0 (its sign comes back from the row, see restore_zeros), values are never NaN, and the
+/// exponent is raised by one so that no key is denormal: flush-to-zero modes cannot make two keys
+/// equal.
 template <class A>
 struct ranked {
-  xsimd::batch<double, A> part[2];
+  vdouble<A> part[2];
+
+  /// The lane of the block that lane i of part p stands for.
+  static constexpr int lane(int p, int i) { return i / 2 * 4 + 2 * p + i % 2; }
 };
 
 namespace detail {
 
 inline constexpr std::int32_t rank_offset = 0x00100000;
 
-// Lanes 0, 1, 4, 5, ... (half 0) or 2, 3, 6, 7, ... (half 1), each low word beside its high word.
-template <int half, class R, std::size_t... j>
+// The lanes of one part, each low word beside its high word.
+template <class A, int part, class R, std::size_t... j>
 MOEROUTE_INLINE R zipped(R low, R high, std::index_sequence<j...>) {
   constexpr int w = sizeof...(j);
   return __builtin_shufflevector(
-      low, high,
-      (static_cast<int>(j / 4 * 4 + 2 * half + j % 4 / 2) + (j % 2 ? w : 0))...);
+      low, high, (ranked<A>::lane(part, static_cast<int>(j) / 2) + (j % 2 ? w : 0))...);
 }
 
 // The inverse: even words (0) or odd words (1) of both parts.
@@ -53,8 +57,8 @@ MOEROUTE_INLINE ranked<A> rank(vfloat<A> value, vint<A> column) {
   // A larger lower half makes a positive double larger and a negative one smaller.
   const words low = xsimd::bitwise_cast<float>(~column ^ (bits >> 31));
   const words high = xsimd::bitwise_cast<float>(bits + vint<A>(detail::rank_offset));
-  return {{xsimd::bitwise_cast<double>(vfloat<A>(detail::zipped<0>(low, high, lanes))),
-           xsimd::bitwise_cast<double>(vfloat<A>(detail::zipped<1>(low, high, lanes)))}};
+  return {{xsimd::bitwise_cast<double>(vfloat<A>(detail::zipped<A, 0>(low, high, lanes))),
+           xsimd::bitwise_cast<double>(vfloat<A>(detail::zipped<A, 1>(low, high, lanes)))}};
 }
 
 /// The value (zeros without their sign) and the column of every lane.
@@ -97,12 +101,13 @@ MOEROUTE_INLINE ranked<A> rank_nothing() {
   return rank<A>(vfloat<A>(minus_infinity), vint<A>(no_expert));
 }
 
-/// Ranks r < k of a block's lanes, rank-major: (-inf, no_expert) where a row has nothing left to select.
+/// Ranks r < k of a block's lanes, rank-major: (-inf, no_expert) where a row has nothing left to
+/// select.
 ///
 /// rows[i] is the row in lane i, from which zeros take their sign back.
 template <class A>
-MOEROUTE_INLINE void store_ranks(const ranked<A>* top, int k, const float* const* rows, float* value,
-                                 std::int32_t* column) {
+MOEROUTE_INLINE void store_ranks(const ranked<A>* top, int k, const float* const* rows,
+                                 float* value, std::int32_t* column) {
   vmask<A> zeros(false);
   for (int r = 0; r < k; ++r) {
     vfloat<A> v;

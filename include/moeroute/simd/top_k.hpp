@@ -9,6 +9,7 @@
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/network.hpp>
 #include <moeroute/simd/ranked.hpp>
+#include <moeroute/simd/top_k_bound.hpp>
 #include <moeroute/simd/transpose.hpp>
 
 namespace moeroute::simd {
@@ -32,8 +33,7 @@ void top_k_lanes(const float* const* rows, index_t cols, int k, float* value,
   for (index_t c = 0; c < cols; c += chunk) {
     vfloat<A> x[chunk];
     MOEROUTE_UNROLL
-    for (int j = 0; j < chunk; j += w)
-      load_transposed<A>(rows, c + j, cols, minus_infinity, x + j);
+    for (int j = 0; j < chunk; j += w) load_transposed<A>(rows, c + j, cols, minus_infinity, x + j);
     MOEROUTE_UNROLL
     for (int g = 0; g < chunk; g += K) {
       ranked<A> run[K];
@@ -74,12 +74,11 @@ inline void top_k_one_row(const float* row, index_t cols, int k, float* value, s
 
 /// The k best columns of each row of a block, best first.
 ///
-/// Shapes: n rows (1 to 16) of cols floats, `stride` apart; value and column are [k][16], rank by rank, one
-/// row per lane; lanes at or past n are unspecified. Where a row has fewer than k finite or +inf values the
-/// rest is (-inf, no_expert).
-/// Requires: 1 <= k <= cols <= 2^20; key holds top_k_scratch(cols, k) words.
-/// Cost: O(cols log^2 k) compare-exchanges on registers, no allocation.
-/// Determinism: exact; the same on every ISA.
+/// Shapes: n rows (1 to 16) of cols floats, `stride` apart; value and column are [k][16], rank by
+/// rank, one row per lane; lanes at or past n are unspecified. Where a row has fewer than k finite
+/// or +inf values the rest is (-inf, no_expert). Requires: 1 <= k <= cols <= 2^20; key holds
+/// top_k_scratch(cols, k) words. Cost: O(cols log^2 k) compare-exchanges on registers, no
+/// allocation. Determinism: exact; the same on every ISA.
 template <class A = default_arch>
 void top_k_block(const float* rows, index_t stride, int n, index_t cols, int k, float* value,
                  std::int32_t* column, std::uint64_t* key) {
@@ -94,6 +93,11 @@ void top_k_block(const float* rows, index_t stride, int n, index_t cols, int k, 
     for (int i = 0; i < width<A>; ++i) row[i] = rows + std::min(first + i, n - 1) * stride;
     float* v = value + first;
     std::int32_t* c = column + first;
+    if constexpr (width<A> == 16) {
+      if (cols >= 64 && k <= 8) {
+        if (detail::top_k_bound<A, 8, 32, 16>(row, cols, k, v, c)) continue;
+      }
+    }
     if (k <= 1) {
       detail::top_k_lanes<A, 1>(row, cols, k, v, c);
     } else if (k <= 2) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/mask.hpp>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -9,12 +10,16 @@
 
 namespace moeroute::simd {
 
+template <class A = default_arch>
+using vdouble = xsimd::batch<double, A>;
+
 /// Transposes `width` registers of `width` floats in place.
 template <class A>
 MOEROUTE_INLINE void transpose(vfloat<A>* x) {
 #if defined(__AVX512F__)
   if constexpr (width<A> == 16) {
-    // xsimd goes through memory here. Pairs, then fours inside the 128-bit lanes, then the lanes themselves.
+    // xsimd goes through memory here. Pairs, then fours inside the 128-bit lanes, then the lanes
+    // themselves.
     __m512d pair[16];
     MOEROUTE_UNROLL
     for (int i = 0; i < 16; i += 2) {
@@ -46,6 +51,40 @@ MOEROUTE_INLINE void transpose(vfloat<A>* x) {
     xsimd::transpose(x, x + width<A>);
 }
 
+/// Transposes width / 2 registers of as many doubles in place.
+template <class A>
+MOEROUTE_INLINE void transpose(vdouble<A>* x) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16) {
+    __m512d pair[8];
+    MOEROUTE_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+      pair[i] = _mm512_unpacklo_pd(x[i], x[i + 1]);
+      pair[i + 1] = _mm512_unpackhi_pd(x[i], x[i + 1]);
+    }
+    MOEROUTE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const __m512d even_low = _mm512_shuffle_f64x2(pair[j], pair[2 + j], 0x88);
+      const __m512d even_high = _mm512_shuffle_f64x2(pair[4 + j], pair[6 + j], 0x88);
+      const __m512d odd_low = _mm512_shuffle_f64x2(pair[j], pair[2 + j], 0xdd);
+      const __m512d odd_high = _mm512_shuffle_f64x2(pair[4 + j], pair[6 + j], 0xdd);
+      x[j] = _mm512_shuffle_f64x2(even_low, even_high, 0x88);
+      x[2 + j] = _mm512_shuffle_f64x2(odd_low, odd_high, 0x88);
+      x[4 + j] = _mm512_shuffle_f64x2(even_low, even_high, 0xdd);
+      x[6 + j] = _mm512_shuffle_f64x2(odd_low, odd_high, 0xdd);
+    }
+    return;
+  } else
+#endif
+      if constexpr (width<A> == 4) {
+    const vdouble<A> first = x[0];
+    x[0] = xsimd::zip_lo(first, x[1]);
+    x[1] = xsimd::zip_hi(first, x[1]);
+  } else {
+    xsimd::transpose(x, x + width<A> / 2);
+  }
+}
+
 /// Columns [c, c + width) of `width` rows, transposed: out[j] holds column c + j, one row per lane.
 ///
 /// Columns at or past `cols` read as `fill`. rows[i] points at row i.
@@ -57,7 +96,7 @@ MOEROUTE_INLINE void load_transposed(const float* const* rows, index_t c, index_
     MOEROUTE_UNROLL
     for (int i = 0; i < w; ++i) out[i] = load<A>(rows[i] + c);
   } else {
-    for (int i = 0; i < w; ++i) out[i] = load_first<A>(rows[i] + c, cols > c ? cols - c : 0, fill);
+    for (int i = 0; i < w; ++i) out[i] = load_tail<A>(rows[i] + c, cols > c ? cols - c : 0, fill);
   }
   transpose<A>(out);
 }

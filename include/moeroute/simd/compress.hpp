@@ -1,0 +1,126 @@
+// From masks of columns to a short list of columns.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstdint>
+
+#include <moeroute/simd/batch.hpp>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace moeroute::simd {
+
+/// The columns of one row whose bits are set, ascending; the first `slots` of them are kept.
+///
+/// append() takes the masks of columns [0, 64), [64, 128), ... in turn. Cost: no branch that
+/// depends on the data where few bits are set.
+template <class A, int slots>
+class column_list {
+ public:
+  /// How many bits were set, which may be more than slots.
+  std::int32_t size() const { return size_; }
+
+  MOEROUTE_INLINE void append(std::uint64_t bits, std::int32_t first) {
+    constexpr std::uint64_t last = std::uint64_t{1}
+                                   << 63;  // counting zeros of zero would cost a branch
+    std::int32_t* const out = column_ + (size_ < slots ? size_ : slots);
+    const int n = std::popcount(bits);
+    const auto pop = [&](int i) {
+      out[i] = first + std::countr_zero(bits | last);
+      bits &= bits - 1;
+    };
+    MOEROUTE_UNROLL
+    for (int i = 0; i < 4; ++i) pop(i);
+    if (n > 4) {
+      MOEROUTE_UNROLL
+      for (int i = 4; i < 12; ++i) pop(i);
+      for (int i = 12; i < n; ++i) pop(i);
+    }
+    size_ += n;
+  }
+
+  /// Slots [r * width, (r + 1) * width); column 0 past the end.
+  MOEROUTE_INLINE vint<A> columns(int r) const {
+    const vint<A> c = load<A>(column_ + r * width<A>);
+    return select<A>(in_list(r), c, vint<A>(0));
+  }
+
+  /// The slots of columns(r) that are in the list.
+  MOEROUTE_INLINE vmask<A> in_list(int r) const {
+    alignas(alignment) static constexpr auto lane = [] {
+      std::array<std::int32_t, width<A>> list{};
+      for (int i = 0; i < width<A>; ++i) list[static_cast<std::size_t>(i)] = i;
+      return list;
+    }();
+    return xsimd::batch_bool_cast<float>(vint<A>::load_aligned(lane.data()) <
+                                         vint<A>(size_ - r * width<A>));
+  }
+
+ private:
+  std::int32_t column_[slots + 64];
+  std::int32_t size_ = 0;
+};
+
+#if defined(__AVX512F__) && defined(__AVX512VBMI2__)
+
+/// One instruction compresses 64 columns: bytes hold the columns modulo 256, and every 256 columns
+/// the slots that are still free move on by 256.
+template <class A, int slots>
+requires(width<A> == 16) class column_list<A, slots> {
+ public:
+  std::int32_t size() const { return size_; }
+
+  MOEROUTE_INLINE void append(std::uint64_t bits, std::int32_t first) {
+    const __m512i packed =
+        _mm512_maskz_compress_epi8(bits, _mm512_load_si512(numbers.data() + first % 256));
+    std::uint8_t* const out = low_ + (size_ < slots ? size_ : slots);
+    if constexpr (slots <= 16) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(packed));
+    } else if constexpr (slots <= 32) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(packed));
+    } else {
+      _mm512_storeu_si512(out, packed);
+    }
+    size_ += std::popcount(bits);
+    if (first % 256 == 192) {
+      MOEROUTE_UNROLL
+      for (int r = 0; r < registers; ++r)
+        high_[r] = _mm512_mask_add_epi32(high_[r], static_cast<__mmask16>(~before_end(r)), high_[r],
+                                         _mm512_set1_epi32(256));
+    }
+  }
+
+  MOEROUTE_INLINE vint<A> columns(int r) const {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low_ + 16 * r));
+    return _mm512_maskz_add_epi32(static_cast<__mmask16>(before_end(r)), _mm512_cvtepu8_epi32(low),
+                                  high_[r]);
+  }
+
+  MOEROUTE_INLINE vmask<A> in_list(int r) const { return static_cast<__mmask16>(before_end(r)); }
+
+ private:
+  static constexpr int registers = slots / 16;
+
+  // Bits of the slots 16 r + i below the end.
+  unsigned before_end(int r) const {
+    const int n = size_ - 16 * r;
+    return n >= 16 ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1u;
+  }
+
+  alignas(alignment) static constexpr auto numbers = [] {
+    std::array<std::uint8_t, 256> list{};
+    for (int i = 0; i < 256; ++i) list[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(i);
+    return list;
+  }();
+
+  std::uint8_t low_[slots + 64];
+  std::int32_t size_ = 0;
+  __m512i high_[registers] = {};
+};
+
+#endif
+
+}  // namespace moeroute::simd
