@@ -258,6 +258,7 @@ inline constexpr catalog_entry catalog[] = {
                   [](auto& s) {
                     s.eps_where = eps_mode::none;
                     s.eps = 0.0f;
+                    s.scale_where = scale_place::output;
                     s.softcap = 4.0f;
                   }),
      "laguna_softcap"},

@@ -1,0 +1,75 @@
+// Every published router with reference vectors, through its file's own config.
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/generators/catch_generators.hpp>
+#include <catch2/generators/catch_generators_range.hpp>
+#include <filesystem>
+#include <moeroute/policy/catalog.hpp>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "support/golden.hpp"
+#include "support/golden_route.hpp"
+
+using example::golden_input;
+using moeroute::assignment;
+using moeroute::catalog;
+using moeroute::catalog_entry;
+
+namespace {
+
+// Every file of the folder: a new one is tested because it is there.
+std::vector<std::string> open_models() {
+  std::vector<std::string> names;
+  for (const auto& file : std::filesystem::directory_iterator(MOEROUTE_TEST_DATA "/golden/open"))
+    if (file.path().extension() == ".json") names.push_back(file.path().stem().string());
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+golden_input read(const std::string& model) {
+  return example::read_golden_input(test::read_golden("open/" + model + ".json"), model);
+}
+
+assignment routed(const golden_input& in) {
+  return example::route_golden(in.router, {in.logits.data(), in.tokens, in.router.spec.columns()});
+}
+
+}  // namespace
+
+TEST_CASE("there are reference vectors of 46 routers") { CHECK(open_models().size() == 46); }
+
+TEST_CASE("open models: ids and weights are the reference's") {
+  const auto model = GENERATE(from_range(open_models()));
+  const assignment a = routed(read(model));
+  CHECK(test::golden_difference(test::read_golden_model(model), {a.ids().begin(), a.ids().end()},
+                                {a.weights().begin(), a.weights().end()}) == "");
+}
+
+TEST_CASE("open models: what the reference kept is kept, what it dropped has its id and weight 0") {
+  const std::string model = GENERATE("nllb_moe", "nllb_moe_bpr");
+  const assignment a = routed(read(model));
+  const auto kept =
+      test::read_golden_model(model).extra.at("kept").get<std::vector<std::uint8_t>>();
+  INFO(model);
+  REQUIRE(static_cast<moeroute::index_t>(kept.size()) == a.choices());
+  for (moeroute::index_t c = 0; c < a.choices(); ++c) {
+    const auto at = static_cast<std::size_t>(c);
+    CHECK(a.kept(c) == (kept[at] != 0));
+    if (!a.kept(c)) CHECK((a.ids()[at] >= 0 && a.weights()[at] == 0.0f));
+  }
+}
+
+TEST_CASE("open models: the catalogue's spec is that of the file's config") {
+  std::set<std::string> files;
+  for (const catalog_entry& entry : catalog) {
+    if (entry.golden.empty()) continue;
+    INFO(entry.name);
+    files.emplace(entry.golden);
+    CHECK(to_string(entry.spec) == to_string(read(std::string(entry.golden)).router.spec));
+    CHECK(entry.spec == read(std::string(entry.golden)).router.spec);
+  }
+  const auto all = open_models();
+  CHECK(std::vector<std::string>(files.begin(), files.end()) == all);
+}
