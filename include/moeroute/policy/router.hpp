@@ -1,6 +1,8 @@
 // A router: transform, score, bias, selection and weight rules put together at compile time.
 #pragma once
 
+#include <utility>
+
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/logit_transform.hpp>
 #include <moeroute/policy/score.hpp>
@@ -12,27 +14,26 @@ namespace moeroute {
 
 namespace detail {
 
-// The choice scores of one row: score + bias, and -inf for what may never be chosen.
-template <class A>
-void choice_row(const float* z, const float* score, const float* bias, index_t experts,
-                float* choice) {
+// The choice scores of one row: score + bias, and -inf for what may never be chosen. score(z, e) gives the
+// scores of a register of logits at expert e.
+template <class A, class Score>
+void choice_row(const float* z, const float* bias, index_t experts, float* choice, Score&& score) {
   using F = simd::vfloat<A>;
-  const F never(simd::minus_infinity);
-  const auto one = [&](F logit, F s, F b) {
-    return simd::select<A>(logit > never, bias == nullptr ? s : s + b, never);
-  };
   constexpr int w = simd::width<A>;
+  const F never(simd::minus_infinity);
   index_t e = 0;
-  for (; e + w <= experts; e += w)
-    one(simd::load<A>(z + e), simd::load<A>(score + e),
-        bias == nullptr ? F(0.0f) : simd::load<A>(bias + e))
-        .store_unaligned(choice + e);
+  for (; e + w <= experts; e += w) {
+    const F x = simd::load<A>(z + e);
+    F s = score(x, e);
+    if (bias != nullptr) s += simd::load<A>(bias + e);
+    simd::select<A>(x > never, s, never).store_unaligned(choice + e);
+  }
   if (e == experts) return;
   const index_t n = experts - e;
-  simd::store_first<A>(choice + e, n,
-                       one(simd::load_first<A>(z + e, n, 0.0f),
-                           simd::load_first<A>(score + e, n, 0.0f),
-                           bias == nullptr ? F(0.0f) : simd::load_first<A>(bias + e, n, 0.0f)));
+  const F x = simd::load_first<A>(z + e, n, 0.0f);
+  F s = score(x, e);
+  if (bias != nullptr) s += simd::load_first<A>(bias + e, n, 0.0f);
+  simd::store_first<A>(choice + e, n, simd::select<A>(x > never, s, never));
 }
 
 }  // namespace detail
@@ -54,10 +55,10 @@ struct router {
   }
 
   struct buffers {
-    std::uint64_t* key;
+    decltype(std::declval<const Selection&>().carve(std::declval<scratch&>(), index_t{})) select;
     float* logits;  ///< [16, E] where logits are transformed
-    float* scores;  ///< [16, E] where the choice is made on scores
-    float* choice;  ///< [16, E] likewise
+    float* scores;  ///< [16, E] where the choice is made on scores that depend on the whole row
+    float* choice;  ///< [16, E] where the choice is made on scores
   };
 
   index_t k() const { return selection.choices(); }
@@ -73,10 +74,10 @@ struct router {
 
   buffers carve(scratch& tape, index_t experts) const {
     const index_t block = block_rows * experts;
-    return {tape.take<std::uint64_t>(selection.scratch_words(experts)),
-            tape.take<float>(transform.active() ? block : 0),
-            tape.take<float>(selects_on_logits() ? 0 : block),
-            tape.take<float>(selects_on_logits() ? 0 : block)};
+    // A register may be read past the last score.
+    const index_t scores = selects_on_logits() || Score::traits.elementwise ? 0 : block + block_rows;
+    return {selection.carve(tape, experts), tape.take<float>(transform.active() ? block : 0),
+            tape.take<float>(scores), tape.take<float>(selects_on_logits() ? 0 : block)};
   }
 
   /// Routes up to 16 tokens: c receives ids and weights.
@@ -84,26 +85,45 @@ struct router {
   void route_block(logit_block z, const buffers& memory, choice_block& c) const {
     if (transform.active()) z = transform.template apply<A>(z, memory.logits);
     if (selects_on_logits()) {
-      selection.template select<A>(z, nullptr, c, memory.key);
+      selection.template select<A>(z, nullptr, c, memory.select);
       score.template score_choices<A>(z, c, weight.needs());
     } else {
-      const float* b = bias.empty() ? nullptr : bias.values().data();
-      for (int i = 0; i < z.rows; ++i) {
-        float* scores = memory.scores + i * z.experts;
-        score.template score_row<A>(z.row(i), z.experts, scores);
-        detail::choice_row<A>(z.row(i), scores, b, z.experts, memory.choice + i * z.experts);
-      }
+      this->template score_rows<A>(z, memory);
       logit_block choice = z;
       choice.logits = memory.choice;
       choice.stride = z.experts;
-      selection.template select<A>(choice, memory.choice, c, memory.key);
+      selection.template select<A>(choice, memory.choice, c, memory.select);
+      // The value of a choice held score + bias, and subtracting the bias would not give back the score.
+      const float* from = Score::traits.elementwise ? z.logits : memory.scores;
+      const index_t stride = Score::traits.elementwise ? z.stride : z.experts;
       for (int r = 0; r < c.k; ++r)
         for (int i = 0; i < z.rows; ++i) {
           const expert_id e = c.id[r * block_rows + i];
-          c.value[r * block_rows + i] = e == no_expert ? 0.0f : memory.scores[i * z.experts + e];
+          c.value[r * block_rows + i] = e == no_expert ? 0.0f : from[i * stride + e];
         }
+      if constexpr (Score::traits.elementwise)
+        score.template score_choices<A>(z, c, score_scale::exact);
     }
     weight.template apply<A>(c);
+  }
+
+ private:
+  template <class A>
+  void score_rows(const logit_block& z, const buffers& memory) const {
+    using F = simd::vfloat<A>;
+    const float* b = bias.empty() ? nullptr : bias.values().data();
+    for (int i = 0; i < z.rows; ++i) {
+      float* choice = memory.choice + i * z.experts;
+      if constexpr (Score::traits.elementwise) {
+        detail::choice_row<A>(z.row(i), b, z.experts, choice,
+                              [](F x, index_t) { return Score::template value<A>(x); });
+      } else {
+        float* scores = memory.scores + i * z.experts;
+        score.template score_row<A>(z.row(i), z.experts, scores);
+        detail::choice_row<A>(z.row(i), b, z.experts, choice,
+                              [&](F, index_t e) { return simd::load<A>(scores + e); });
+      }
+    }
   }
 };
 

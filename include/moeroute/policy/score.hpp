@@ -11,6 +11,7 @@ namespace moeroute {
 struct score_traits {
   bool monotone;         ///< a larger logit never has a smaller score in the same row
   bool shift_invariant;  ///< adding a constant to the row changes nothing
+  bool elementwise = false;  ///< a score depends on its own logit only: S::value<A>(register)
 };
 
 /// How exact the scores of the winners must be.
@@ -94,10 +95,8 @@ struct softmax {
       for (index_t e = 0; e < experts; ++e) score[e] = 0.0f;
       return;
     }
-    const simd::vfloat<A> top(max), sum(simd::row_sum_exp<A>(z, experts, max));
-    simd::map_row<A>(z, experts, score, [&](simd::vfloat<A> x) {
-      return simd::exp_below_max<A>(x, top) / sum;
-    });
+    const simd::divider<A> by_sum(simd::row_exp<A>(z, experts, max, score));
+    simd::map_row<A>(score, experts, score, by_sum);
   }
 };
 static_assert(score_function<softmax>);
@@ -138,7 +137,8 @@ static_assert(score_function<softmax_selected>);
 /// A score that looks at one logit only. F has `template <class A> static vfloat<A> value(vfloat<A>)`.
 template <class F>
 struct elementwise_score {
-  static constexpr score_traits traits{.monotone = true, .shift_invariant = false};
+  static constexpr score_traits traits{
+      .monotone = true, .shift_invariant = false, .elementwise = true};
 
   template <class A = simd::default_arch>
   static void score_choices(const logit_block&, choice_block& c, score_scale) {

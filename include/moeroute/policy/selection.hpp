@@ -2,24 +2,22 @@
 #pragma once
 
 #include <algorithm>
-#include <functional>
-#include <limits>
 
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/top_k.hpp>
 
 namespace moeroute {
 
 /// A selection rule fills ids and values of a block from its choice scores, where NaN and -inf mean "not this
-/// one". `choice` rows are writable when needs_scratch_rows() says so.
+/// one".
 template <class S>
 concept selection_rule =
-    requires(const S& s, const logit_block& choice, choice_block& c, float* rows, std::uint64_t* key) {
+    requires(const S& s, const logit_block& choice, choice_block& c, float* rows, scratch& tape) {
       { s.choices() } -> std::convertible_to<index_t>;
       { s.check(index_t{}) };
       { s.masks_experts() } -> std::convertible_to<bool>;  // rewrites the choice scores in `rows`
-      { s.scratch_words(index_t{}) } -> std::convertible_to<index_t>;
-      { s.select(choice, rows, c, key) };
+      { s.select(choice, rows, c, s.carve(tape, index_t{})) };
     };
 
 /// What a group of experts is worth.
@@ -60,66 +58,86 @@ struct top_k {
       fail("top_k", "group_fill is " + std::to_string(group_fill) + ", expected -inf or 0");
   }
 
-  index_t scratch_words(index_t experts) const {
-    return std::max(simd::top_k_scratch(experts, k), masks_experts() ? groups : index_t{0});
+  struct buffers {
+    std::uint64_t* key;
+    float* worth;          ///< [groups][16], one row per lane
+    float* value;          ///< the best of 16 groups
+    std::int32_t* column;
+  };
+
+  buffers carve(scratch& tape, index_t experts) const {
+    const index_t size = experts / groups, best = masks_experts() ? counted(size) : 0;
+    return {tape.take<std::uint64_t>(
+                std::max(simd::top_k_scratch(experts, k),
+                         masks_experts() ? simd::top_k_scratch(size, best) : index_t{0})),
+            tape.take<float>(masks_experts() ? groups * block_rows : 0),
+            tape.take<float>(best * block_rows), tape.take<std::int32_t>(best * block_rows)};
   }
 
-  /// rows: the choice scores again, writable, where masks_experts().
+  /// rows: the choice scores again, writable and E apart, where masks_experts().
   template <class A = simd::default_arch>
-  void select(const logit_block& choice, float* rows, choice_block& c, std::uint64_t* key) const {
-    if (masks_experts())
-      for (int i = 0; i < choice.rows; ++i)
-        mask_groups(rows + i * choice.stride, choice.experts, reinterpret_cast<float*>(key));
+  void select(const logit_block& choice, float* rows, choice_block& c, const buffers& m) const {
+    if (masks_experts()) {
+      this->template weigh_groups<A>(rows, choice.rows, choice.experts, m);
+      this->template mask_groups<A>(rows, choice.rows, choice.experts, m.worth);
+    }
     simd::top_k_block<A>(choice.logits, choice.stride, choice.rows, choice.experts, c.k, c.value,
-                         c.id, key);
+                         c.id, m.key);
   }
 
  private:
-  // A row's experts outside its best groups get group_fill; -inf stays -inf.
-  void mask_groups(float* row, index_t experts, float* worth) const {
+  // Experts that count towards a group's worth.
+  index_t counted(index_t size) const {
+    if (group_score == moeroute::group_score::max) return 1;
+    if (group_score == moeroute::group_score::top2_sum) return std::min<index_t>(2, size);
+    return std::clamp<index_t>(k / topk_group, 1, size);
+  }
+
+  // worth[g][row] = the sum of the group's best, from the largest down; experts that cannot be chosen count as
+  // absent. Groups are rows of E / groups columns to the kernel.
+  template <class A>
+  void weigh_groups(const float* rows, int n, index_t experts, const buffers& m) const {
     const index_t size = experts / groups;
-    for (index_t g = 0; g < groups; ++g) worth[g] = worth_of(row + g * size, size);
-    for (index_t g = 0; g < groups; ++g) {
-      index_t before = 0;
-      for (index_t h = 0; h < groups; ++h)
-        before += worth[h] > worth[g] || (worth[h] == worth[g] && h < g);
-      if (before < topk_group) continue;
-      for (index_t e = g * size; e < (g + 1) * size; ++e)
-        if (row[e] > simd::minus_infinity) row[e] = group_fill;
-    }
-  }
-
-  // Sums run from the largest down; experts that cannot be chosen count as absent.
-  float worth_of(const float* score, index_t size) const {
-    if (group_score == moeroute::group_score::top_sum && k / topk_group > 2)
-      return sum_of_best(score, size, k / topk_group);
-    float best = simd::minus_infinity, second = simd::minus_infinity;
-    for (index_t e = 0; e < size; ++e) {
-      const float x = score[e] > simd::minus_infinity ? score[e] : simd::minus_infinity;
-      second = std::max(second, std::min(best, x));
-      best = std::max(best, x);
-    }
-    const bool one = group_score == moeroute::group_score::max ||
-                     (group_score == moeroute::group_score::top_sum && k / topk_group < 2);
-    return one || second == simd::minus_infinity ? best : best + second;
-  }
-
-  static float sum_of_best(const float* score, index_t size, index_t n) {
-    float sum = simd::minus_infinity, last = simd::plus_infinity;
-    index_t last_at = -1;
-    for (index_t taken = 0; taken < n; ++taken) {
-      index_t at = -1;
-      for (index_t e = 0; e < size; ++e) {
-        if (!(score[e] > simd::minus_infinity)) continue;
-        const bool later = score[e] < last || (score[e] == last && e > last_at);
-        if (later && (at < 0 || score[e] > score[at])) at = e;
+    const int best = static_cast<int>(counted(size));
+    const index_t all = n * groups;
+    for (index_t first = 0; first < all; first += block_rows) {
+      const int here = static_cast<int>(std::min<index_t>(block_rows, all - first));
+      simd::top_k_block<A>(rows + first * size, size, here, size, best, m.value, m.column, m.key);
+      for (int i = 0; i < here; ++i) {
+        float sum = m.value[i];
+        for (int r = 1; r < best && m.column[r * block_rows + i] != no_expert; ++r)
+          sum += m.value[r * block_rows + i];
+        m.worth[(first + i) % groups * block_rows + (first + i) / groups] = sum;
       }
-      if (at < 0) break;
-      sum = taken == 0 ? score[at] : sum + score[at];
-      last = score[at];
-      last_at = at;
     }
-    return sum;
+    for (index_t g = 0; g < groups; ++g)
+      for (int i = n; i < block_rows; ++i) m.worth[g * block_rows + i] = 0.0f;
+  }
+
+  // Experts outside a row's best groups get group_fill; -inf stays -inf.
+  template <class A>
+  void mask_groups(float* rows, int n, index_t experts, const float* worth) const {
+    using F = simd::vfloat<A>;
+    const index_t size = experts / groups;
+    const F fill(group_fill), never(simd::minus_infinity);
+    for (index_t g = 0; g < groups; ++g) {
+      std::uint64_t out = 0;
+      for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
+        const F mine = simd::load<A>(worth + g * block_rows + lane);
+        F before(0.0f);
+        for (index_t h = 0; h < groups; ++h) {
+          const F other = simd::load<A>(worth + h * block_rows + lane);
+          const auto ahead = h < g ? other >= mine : other > mine;
+          before += simd::select<A>(ahead, F(1.0f), F(0.0f));
+        }
+        out |= static_cast<std::uint64_t>((before >= F(static_cast<float>(topk_group))).mask())
+               << lane;
+      }
+      for (int i = 0; i < n; ++i)
+        if (out >> i & 1)
+          simd::map_row<A>(rows + i * experts + g * size, size, rows + i * experts + g * size,
+                           [&](F x) { return simd::select<A>(x > never, fill, never); });
+    }
   }
 };
 static_assert(selection_rule<top_k>);

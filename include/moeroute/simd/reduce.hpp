@@ -95,9 +95,25 @@ template <class A = default_arch>
 float row_sum_exp(const float* row, index_t cols, float max) {
   partials<A> sum(0.0f);
   const vfloat<A> top(max);
-  detail::for_each_register<A>(row, cols, minus_infinity, [&](int r, vfloat<A> x) {
-    sum.part[r] += exp_below_max<A>(x, top);
-  });
+  if (max < plus_infinity) {
+    detail::for_each_register<A>(row, cols, minus_infinity, [&](int r, vfloat<A> x) {
+      sum.part[r] += exp_nonpositive<A>(x - top);
+    });
+  } else {
+    detail::for_each_register<A>(row, cols, minus_infinity, [&](int r, vfloat<A> x) {
+      sum.part[r] += exp_below_max<A>(x, top);
+    });
+  }
+  return sum_of<A>(sum);
+}
+
+/// out[c] = exp(row[c] - max), and their sum; the bits of exp_below_max and row_sum_exp.
+template <class A = default_arch>
+float row_exp(const float* row, index_t cols, float max, float* out) {
+  partials<A> sum(0.0f);
+  const vfloat<A> top(max);
+  map_row<A>(row, cols, out, [&](vfloat<A> x) { return exp_below_max<A>(x, top); });
+  detail::for_each_register<A>(out, cols, 0.0f, [&](int part, vfloat<A> e) { sum.part[part] += e; });
   return sum_of<A>(sum);
 }
 
