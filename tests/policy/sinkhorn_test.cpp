@@ -1,0 +1,380 @@
+#include <moeroute/policy/sinkhorn.hpp>
+//
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/exec/openmp.hpp>
+#include <moeroute/stage/route.hpp>
+#include <numeric>
+#include <vector>
+
+#include "oracle/batch_routing.hpp"
+#include "support/arches.hpp"
+#include "support/compare.hpp"
+#include "support/refusal.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+matrix_view<const float> rows_of(const std::vector<float>& z, index_t tokens, index_t experts) {
+  return {z.data(), tokens, experts};
+}
+
+struct planned {
+  std::vector<float> values;
+  index_t iterations;
+};
+
+planned plan_of(const sinkhorn_scaling& how, const std::vector<float>& z, index_t tokens,
+                index_t experts, const side_inputs& side = {}) {
+  planned p{std::vector<float>(z.size()), 0};
+  workspace ws;
+  p.iterations = sinkhorn_plan(how, rows_of(z, tokens, experts), side, ws,
+                               matrix_view<float>(p.values.data(), tokens, experts));
+  return p;
+}
+
+assignment routed(const auto& router, const std::vector<float>& z, index_t tokens, index_t experts,
+                  const side_inputs& side = {}) {
+  workspace ws;
+  assignment out;
+  route(router, rows_of(z, tokens, experts), side, ws, out);
+  return out;
+}
+
+template <class T>
+std::vector<std::remove_const_t<T>> copy(std::span<T> s) {
+  return {s.begin(), s.end()};
+}
+
+std::vector<double> sums(const std::vector<float>& m, index_t tokens, index_t experts, bool rows) {
+  std::vector<double> sum(static_cast<std::size_t>(rows ? tokens : experts), 0.0);
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t e = 0; e < experts; ++e)
+      sum[static_cast<std::size_t>(rows ? t : e)] +=
+          static_cast<double>(m[static_cast<std::size_t>(t * experts + e)]);
+  return sum;
+}
+
+double worst(const std::vector<double>& sum, double target) {
+  double error = 0;
+  for (const double s : sum) error = std::max(error, std::abs(s / target - 1));
+  return error;
+}
+
+sinkhorn_scaling with(sinkhorn_scaling s, sinkhorn_domain d) {
+  s.domain = d;
+  return s;
+}
+
+constexpr sinkhorn_domain both_domains[] = {sinkhorn_domain::exponential,
+                                            sinkhorn_domain::logarithm};
+
+}  // namespace
+
+TEST_CASE("the plan is that of the double-precision iteration, with as many iterations") {
+  for (const auto& [tokens, experts] :
+       {std::pair<index_t, index_t>{1, 1}, {1, 7}, {5, 3}, {64, 8}, {300, 60}, {1100, 17}})
+    for (const auto order : {scaling_order::rows_then_columns, scaling_order::columns_then_rows})
+      for (const auto mass : {plan_mass::one, plan_mass::tokens})
+        for (const auto domain : both_domains) {
+          const auto z = test::make_logits(test::shape::normal, 7, tokens, experts);
+          const sinkhorn_scaling how{
+              .mass = mass, .order = order, .domain = domain, .temperature = 1.5f};
+          const auto T = static_cast<double>(tokens), E = static_cast<double>(experts);
+          const bool one = mass == plan_mass::one;
+          const oracle::plan expected = oracle::sinkhorn(
+              {z.begin(), z.end()}, tokens, experts, one ? 1 / T : 1.0, one ? 1 / E : T / E, 1.5,
+              domain == sinkhorn_domain::exponential ? 1e-8 : 0.0, 1e-4, 1000,
+              order == scaling_order::rows_then_columns ? oracle::scaling_order::rows_then_columns
+                                                        : oracle::scaling_order::columns_then_rows);
+          const planned p = plan_of(how, z, tokens, experts);
+          INFO("T=" << tokens << " E=" << experts << " order=" << int(order)
+                    << " mass=" << int(mass) << " domain=" << int(domain));
+          CHECK(p.iterations == expected.iterations);
+          CHECK(test::difference(p.values, expected.values, 2e-5) == "");
+        }
+}
+
+TEST_CASE("the sums that were scaled last are exact, the others within tolerance") {
+  constexpr index_t tokens = 500, experts = 24;
+  for (const test::shape shape : {test::shape::normal, test::shape::zipf, test::shape::quantised})
+    for (const auto domain : both_domains)
+      for (const auto order :
+           {scaling_order::rows_then_columns, scaling_order::columns_then_rows}) {
+        const auto z = test::make_logits(shape, 3, tokens, experts);
+        const planned p = plan_of({.mass = plan_mass::tokens,
+                                   .order = order,
+                                   .domain = domain,
+                                   .stop = sinkhorn_stop::column_error,
+                                   .eps = 0.0f,
+                                   .tolerance = 1e-4f},
+                                  z, tokens, experts);
+        const double rows = worst(sums(p.values, tokens, experts, true), 1.0);
+        const double columns =
+            worst(sums(p.values, tokens, experts, false), static_cast<double>(tokens) / experts);
+        const bool rows_last = order == scaling_order::columns_then_rows;
+        INFO(test::name(shape) << " " << int(domain) << " " << int(order) << " rows " << rows
+                               << " columns " << columns);
+        CHECK((rows_last ? rows : columns) < 3e-6);
+        CHECK((rows_last ? columns : rows) < 1.1e-4);
+      }
+}
+
+TEST_CASE("the two by two example has 0.715042 on its diagonal") {
+  const std::vector<float> z{0.73f, 0.27f, 0.27f, 0.73f};
+  for (const auto domain : both_domains) {
+    sinkhorn_scaling how = selective_sinkhorn{}.scaling;
+    how.temperature = 0.5f;
+    how.domain = domain;
+    const planned p = plan_of(how, z, 2, 2);
+    const std::vector<double> expected{0.715042, 0.284958, 0.284958, 0.715042};
+    CHECK(test::difference(p.values, expected, 2e-6) == "");
+  }
+}
+
+TEST_CASE("a skewed batch becomes nearly even") {
+  constexpr index_t tokens = 2048, experts = 8;
+  const auto z = test::make_logits(test::shape::zipf, 2, tokens, experts);
+  const auto most = [&](const assignment& a) {
+    std::vector<int> load(experts, 0);
+    for (const expert_id e : a.ids()) ++load[static_cast<std::size_t>(e)];
+    return static_cast<double>(*std::max_element(load.begin(), load.end())) * experts / tokens;
+  };
+  CHECK(most(routed(sinkhorn{}, z, tokens, experts)) < 1.15);
+  CHECK(most(routed(sinkhorn{.phase = routing_phase::evaluation}, z, tokens, experts)) > 1.8);
+}
+
+TEST_CASE(
+    "weights are sigmoid for one expert, softmax over all for more, and sum to 1 from the plan") {
+  constexpr index_t tokens = 40, experts = 12;
+  const auto z = test::make_logits(test::shape::normal, 5, tokens, experts);
+  const auto p = oracle::softmax_rows(z, tokens, experts);
+  const assignment one = routed(sinkhorn{.k = 1}, z, tokens, experts);
+  const assignment two = routed(sinkhorn{.k = 2}, z, tokens, experts);
+  std::vector<double> first, pair;
+  for (index_t t = 0; t < tokens; ++t) {
+    const double logit =
+        static_cast<double>(z[static_cast<std::size_t>(t * experts + one.ids(t)[0])]);
+    first.push_back(1 / (1 + std::exp(-logit)));
+    for (const expert_id e : two.ids(t))
+      pair.push_back(p[static_cast<std::size_t>(t * experts + e)]);
+  }
+  CHECK(test::difference(one.weights(), first, 3e-6) == "");
+  CHECK(test::difference(two.weights(), pair, 3e-6) == "");
+  for (const auto domain : both_domains) {
+    const assignment plan = routed(
+        sinkhorn{.k = 2, .weights = plan_weights::plan, .scaling = with(megatron_scaling, domain)},
+        z, tokens, experts);
+    for (index_t t = 0; t < tokens; ++t)
+      CHECK(std::abs(plan.weights(t)[0] + plan.weights(t)[1] - 1.0f) < 1e-6f);
+  }
+}
+
+TEST_CASE("evaluation routes by the logits alone") {
+  constexpr index_t tokens = 30, experts = 20;
+  const auto z = test::make_logits(test::shape::quantised, 5, tokens, experts);
+  const assignment a =
+      routed(sinkhorn{.k = 3, .phase = routing_phase::evaluation}, z, tokens, experts);
+  for (index_t t = 0; t < tokens; ++t)
+    CHECK(copy(a.ids(t)) == oracle::top_k(z.data() + t * experts, experts, 3));
+}
+
+TEST_CASE("shifting a token's logits changes no choice") {
+  constexpr index_t tokens = 200, experts = 16;
+  const auto z = test::make_logits(test::shape::quantised, 6, tokens, experts);
+  auto shifted = z;
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t e = 0; e < experts; ++e)
+      shifted[static_cast<std::size_t>(t * experts + e)] += static_cast<float>(t % 7) * 32.0f;
+  for (const auto domain : both_domains) {
+    const sinkhorn router{.k = 2, .scaling = with(megatron_scaling, domain)};
+    CHECK(copy(routed(router, z, tokens, experts).ids()) ==
+          copy(routed(router, shifted, tokens, experts).ids()));
+  }
+}
+
+TEST_CASE("plans stay finite and choices in range, whatever the logits") {
+  for (const test::shape shape : test::all_shapes)
+    for (const auto domain : both_domains)
+      for (const auto& [tokens, experts] :
+           {std::pair<index_t, index_t>{1, 1}, {1, 9}, {37, 1}, {64, 24}})
+        for (const auto& base : {megatron_scaling, kl_projection_scaling}) {
+          const auto z = test::make_logits(shape, 3, tokens, experts);
+          const auto how = with(base, domain);
+          const planned p = plan_of(how, z, tokens, experts);
+          INFO(test::name(shape) << " domain=" << int(domain) << " T=" << tokens
+                                 << " E=" << experts);
+          CHECK(std::all_of(p.values.begin(), p.values.end(),
+                            [](float x) { return std::isfinite(x) && x >= 0.0f; }));
+          for (const index_t k : {index_t{1}, experts}) {
+            const assignment a = routed(sinkhorn{.k = k, .scaling = how}, z, tokens, experts);
+            bool sound = true;
+            for (index_t t = 0; t < tokens; ++t) {
+              const auto open = oracle::order(z.data() + t * experts, experts);
+              for (std::size_t r = 0; r < a.ids(t).size(); ++r) {
+                const expert_id e = a.ids(t)[r];
+                const float w = a.weights(t)[r];
+                sound = sound && std::isfinite(w) && (e == no_expert) == (r >= open.size());
+                if (e == no_expert) {
+                  sound = sound && w == 0.0f;
+                } else {
+                  sound = sound && std::find(open.begin(), open.end(), e) != open.end();
+                }
+              }
+            }
+            CHECK(sound);
+          }
+        }
+}
+
+TEST_CASE("logits of 10000 are balanced in the log domain") {
+  // Two groups of tokens want one expert each by a margin that exp cannot hold.
+  constexpr index_t tokens = 64, experts = 4;
+  std::vector<float> z;
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t e = 0; e < experts; ++e)
+      z.push_back(e == 0 ? 1e4f : -1e4f + static_cast<float>((t * 7 + e * 3) % 11));
+  const planned p = plan_of({.mass = plan_mass::tokens,
+                             .domain = sinkhorn_domain::logarithm,
+                             .stop = sinkhorn_stop::column_error,
+                             .tolerance = 1e-3f,
+                             .most_iterations = 1000},
+                            z, tokens, experts);
+  CHECK(worst(sums(p.values, tokens, experts, true), 1.0) < 2e-2);
+  CHECK(worst(sums(p.values, tokens, experts, false), 16.0) < 2e-2);
+}
+
+TEST_CASE("an expert that no token can go to stops nobody from converging") {
+  constexpr index_t tokens = 80, experts = 5;
+  auto z = test::make_logits(test::shape::normal, 3, tokens, experts);
+  for (index_t t = 0; t < tokens; ++t)
+    z[static_cast<std::size_t>(t * experts + 2)] = -test::infinity;
+  for (const auto domain : both_domains)
+    for (const auto stop : {sinkhorn_stop::mean_change, sinkhorn_stop::column_error}) {
+      // The other columns hold 1/5 each of what rows of 1 cannot fill: only their ratio settles.
+      const planned p = plan_of({.mass = plan_mass::tokens,
+                                 .order = scaling_order::columns_then_rows,
+                                 .domain = domain,
+                                 .stop = stop,
+                                 .tolerance = 0.26f,
+                                 .most_iterations = 50},
+                                z, tokens, experts);
+      CHECK(p.iterations < 50);
+      const auto columns = sums(p.values, tokens, experts, false);
+      CHECK(columns[2] == 0.0);
+      CHECK(worst(sums(p.values, tokens, experts, true), 1.0) < 3e-6);
+    }
+}
+
+TEST_CASE("masked tokens have no part in the plan") {
+  constexpr index_t tokens = 60, experts = 8;
+  const auto z = test::make_logits(test::shape::normal, 3, tokens, experts);
+  std::vector<std::uint8_t> mask(tokens, 1);
+  std::vector<float> open;
+  for (index_t t = 0; t < tokens; ++t) {
+    if (t % 4 == 1) {
+      mask[static_cast<std::size_t>(t)] = 0;
+    } else {
+      open.insert(open.end(), z.begin() + t * experts, z.begin() + (t + 1) * experts);
+    }
+  }
+  const assignment all = routed(sinkhorn{.k = 2}, z, tokens, experts, {.mask = mask});
+  const assignment rest = routed(sinkhorn{.k = 2}, open, 45, experts);
+  index_t at = 0;
+  for (index_t t = 0; t < tokens; ++t) {
+    if (mask[static_cast<std::size_t>(t)] == 0) {
+      CHECK(copy(all.ids(t)) == std::vector<expert_id>{no_expert, no_expert});
+    } else {
+      CHECK(copy(all.ids(t)) == copy(rest.ids(at++)));
+    }
+  }
+  std::fill(mask.begin(), mask.end(), std::uint8_t{0});
+  const assignment none = routed(sinkhorn{.k = 2}, z, tokens, experts, {.mask = mask});
+  CHECK(std::all_of(none.ids().begin(), none.ids().end(),
+                    [](expert_id e) { return e == no_expert; }));
+}
+
+TEST_CASE("Sinkhorn has the same bits on every instruction set, executor and thread count") {
+  for (const test::shape shape : test::all_shapes)
+    for (const auto domain : both_domains) {
+      constexpr index_t tokens = 2500, experts = 40;
+      const auto z = test::make_logits(shape, 12, tokens, experts);
+      auto how = with(megatron_scaling, domain);
+      how.most_iterations = 12;
+      const sinkhorn router{.k = 4, .weights = plan_weights::plan, .scaling = how};
+      workspace ws;
+      assignment first, other;
+      route(router, rows_of(z, tokens, experts), ws, first);
+      INFO(test::name(shape) << " domain " << int(domain));
+      const auto same = [&] {
+        CHECK(copy(first.ids()) == copy(other.ids()));
+        CHECK(test::bit_difference(other.weights(), first.weights()) == "");
+      };
+      for (const int threads : {1, 2, 4}) {
+        route(router, rows_of(z, tokens, experts), ws, other, openmp{threads});
+        same();
+      }
+      test::for_each_arch<test::arches>([&](auto tag) {
+        router.route_batch<serial, decltype(tag)>(rows_of(z, tokens, experts), {}, ws, other, {});
+        same();
+      });
+    }
+}
+
+TEST_CASE("selective routing with probability 0 has the bits of a softmax top-k") {
+  for (const test::shape shape : test::all_shapes) {
+    constexpr index_t tokens = 33, experts = 24;
+    const auto z = test::make_logits(shape, 12, tokens, experts);
+    const assignment a =
+        routed(selective_sinkhorn{.k = 3, .probability = 0.0f}, z, tokens, experts);
+    const assignment b = routed(router<softmax>{.selection = {.k = 3}, .weight = sum_normalized}, z,
+                                tokens, experts);
+    const assignment c =
+        routed(selective_sinkhorn{.k = 3, .probability = 1.0f, .phase = routing_phase::evaluation},
+               z, tokens, experts);
+    CHECK(copy(a.ids()) == copy(b.ids()));
+    CHECK(copy(c.ids()) == copy(b.ids()));
+    CHECK(test::bit_difference(a.weights(), b.weights()) == "");
+    CHECK(test::bit_difference(c.weights(), b.weights()) == "");
+  }
+}
+
+TEST_CASE("selective routing takes the plan as often as it says, and the same steps again") {
+  const selective_sinkhorn router{.k = 1, .probability = 0.25f};
+  int balanced = 0;
+  for (std::uint64_t step = 0; step < 4000; ++step) {
+    const side_inputs side{.seed = 5, .step = step};
+    CHECK(router.balances(side) == router.balances(side));
+    balanced += router.balances(side);
+  }
+  CHECK(std::abs(balanced - 1000) < 140);  // 5 standard deviations
+}
+
+TEST_CASE("weights of a selective plan sum to 1 and its choices are even") {
+  constexpr index_t tokens = 512, experts = 8;
+  const auto z = test::make_logits(test::shape::one_hot_expert, 4, tokens, experts);
+  selective_sinkhorn router{.k = 1, .probability = 1.0f};
+  router.scaling.temperature = 1.0f;
+  const assignment a = routed(router, z, tokens, experts);
+  std::vector<int> load(experts, 0);
+  for (const expert_id e : a.ids()) ++load[static_cast<std::size_t>(e)];
+  CHECK(*std::max_element(load.begin(), load.end()) < 90);
+  CHECK(std::all_of(a.weights().begin(), a.weights().end(), [](float w) { return w == 1.0f; }));
+}
+
+TEST_CASE("Sinkhorn refuses what does not fit, by name") {
+  const auto refusal = [](const sinkhorn& r) { return test::refusal([&] { r.check(10, 4); }); };
+  CHECK(refusal({.k = 5}) == "moeroute::sinkhorn: k is 5, expected 1 to 4");
+  CHECK(refusal({.scaling = {.temperature = 0.0f}}) ==
+        "moeroute::sinkhorn: temperature is 0.000000, expected > 0");
+  CHECK(refusal({.scaling = {.most_iterations = 0}}) ==
+        "moeroute::sinkhorn: most_iterations is 0, expected 1 to 1073741824");
+  CHECK(refusal({.phase = routing_phase::evaluation, .weights = plan_weights::plan}) ==
+        "moeroute::sinkhorn: weights is plan and phase is evaluation, which has no plan");
+  CHECK(refusal({}) == "accepted");
+  CHECK(test::refusal([] { selective_sinkhorn{.probability = 1.5f}.check(10, 4); }) ==
+        "moeroute::selective_sinkhorn: probability is 1.500000, expected 0 to 1");
+}
