@@ -5,7 +5,7 @@
 //
 // The files' words are those of tests/golden/README.md. Bad input: one line that names file and
 // field, exit code 2.
-#include "support/route_file.hpp"
+#include "support/route_file_app.hpp"
 
 #include <iostream>
 

@@ -168,8 +168,8 @@ inline void read_table(const golden_fields& extra, std::optional<index_t> tokens
       continue;
     }
     if (static_cast<index_t>(row.size()) != k)
-      refuse(extra.where(), ": field 'tid2eid': expected rows of k = ", k, " experts, found one of ",
-             row.size());
+      refuse(extra.where(), ": field 'tid2eid': expected rows of k = ", k,
+             " experts, found one of ", row.size());
     for (const float_json& id : row) add(id);
   }
   made.table = told(extra.where() + ": field 'tid2eid'",
@@ -277,10 +277,10 @@ inline void read_table(const golden_fields& extra, std::optional<index_t> tokens
   s.softcap = number(fields, "logit_softcap", 0.0f);
   if (!(s.softcap >= 0.0f)) fields.wrong("logit_softcap", "a number from 0 on");
   if (fields.has("jitter_eps")) {
-    if (!mixes)
+    if (!mixes && number(fields, "jitter_eps", 0.0f) != 0.0f)
       refuse(where, ": jitter_eps clashes with score=", std::string(to_string(s.score)),
              ": only sparsemixer has a jitter");
-    s.jitter = number(fields, "jitter_eps", 0.0f);
+    if (mixes) s.jitter = number(fields, "jitter_eps", 0.0f);
     if (!(s.jitter >= 0.0f)) fields.wrong("jitter_eps", "a number from 0 on");
   }
   s.zero_experts = size("zero_experts", 0, 0, experts - 1);
@@ -290,12 +290,13 @@ inline void read_table(const golden_fields& extra, std::optional<index_t> tokens
     s.weight_on = one_of<weight_place>(
         fields, "weight_on", {{"output", weight_place::output}, {"input", weight_place::input}});
   s.capacity = size("capacity", 0, 1, 0x7fffffff);
-  if (fields.has("drop_order"))
+  if (fields.has("drop_order") != (s.capacity != 0))
+    refuse(where, ": capacity clashes with drop_order: expected both or neither, ",
+           s.capacity == 0 ? "capacity" : "drop_order", " is missing");
+  if (s.capacity != 0)
     s.drop_order = one_of<drop_order>(fields, "drop_order",
                                       {{"position_slot_major", drop_order::choice_major},
                                        {"batch_priority_slot_major", drop_order::batch_priority}});
-  else if (s.capacity != 0)
-    refuse(where, ": field 'drop_order' is missing, a capacity needs an order of dropping");
   s.normalize_before_drop = fields.flag("norm_before_drop", true);
 
   detail::told(where, [&] { check(s); });

@@ -42,9 +42,16 @@ struct route_file_arguments {
       ("mask", "1,1,0,... or a file of such: 0 for tokens that take no part", text(), "LIST")  //
       ("help", "this");
   options.parse_positional("input");
+  // cxxopts knows options of one letter by one dash only.
+  std::vector<std::string> spelled(words, words + count);
+  for (std::string& word : spelled)
+    if (word == "--k" || word.starts_with("--k="))
+      word = word == "--k" ? "-k" : "-k" + word.substr(4);
+  std::vector<const char*> list;
+  for (const std::string& word : spelled) list.push_back(word.c_str());
   cxxopts::ParseResult found;
   try {
-    found = options.parse(count, words);
+    found = options.parse(count, list.data());
   } catch (const std::exception& error) {
     refuse("command line: ", error.what(), " (--help lists the options)");
   }
