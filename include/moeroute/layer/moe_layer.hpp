@@ -28,9 +28,16 @@ template <token_router Router, class Experts, class A = simd::default_arch>
 class moe_layer {
  public:
   /// gate: weights [E, d], packed, with the bias if the gate has one.
+  ///
+  /// Throws: error where router or experts do not fit the gate.
   moe_layer(simd::packed_matrix<A> gate, Router router, Experts experts)
       : gate_(std::move(gate)), router_(std::move(router)), experts_(std::move(experts)) {
     router_.check(gate_.rows());
+    // Experts that say how many they are must be as many as the gate's outputs: ids index them unchecked.
+    if constexpr (requires { experts_.experts(); })
+      check_size("moe_layer", "experts.experts()", experts_.experts(), gate_.rows());
+    if constexpr (requires { experts_.d(); })
+      check_size("moe_layer", "experts.d()", experts_.d(), gate_.cols());
   }
 
   /// Runs the layer.
