@@ -1,31 +1,131 @@
-// Baseline of routing: std::partial_sort over the row, then the weights by std::exp.
+// Baseline of routing: a described top-k gate as one writes it in an afternoon, scores by std::exp
+// and the choice by std::partial_sort.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
+#include <vector>
+
+#include <moeroute/policy/router_spec.hpp>
 
 #include "support/plain_selection.hpp"
 
 namespace bench {
 
-/// What the weights of a plain softmax gate are divided by.
-enum class plain_divisor { row, winners };
+/// One row's ids and weights for the specs that choose the k best; memory is kept from row to row.
+class plain_gate {
+ public:
+  explicit plain_gate(const moeroute::router_spec& spec, std::span<const float> bias = {})
+      : spec_(spec), bias_(bias) {}
 
-/// Softmax over the row (or over the winners, which is the same as renormalising) and the k best of
-/// it.
-inline void plain_softmax_gate(plain_selection& select, const float* row, index_t experts,
-                               index_t k, plain_divisor divisor, std::int32_t* id, float* weight) {
-  select.partial_sort(row, experts, k, id, weight);
-  const float max = weight[0];
-  float sum = 0.0f;
-  if (divisor == plain_divisor::row)
-    for (index_t e = 0; e < experts; ++e) sum += row[e] == row[e] ? std::exp(row[e] - max) : 0.0f;
-  for (index_t r = 0; r < k; ++r) {
-    weight[r] = std::exp(weight[r] - max);
-    if (divisor == plain_divisor::winners) sum += weight[r];
+  /// Whether this gate can carry out a spec.
+  static bool can(const moeroute::router_spec& s) {
+    using namespace moeroute;
+    return s.selection == selection_kind::top_k && !s.per_expert_scale && s.softcap == 0.0f &&
+           s.temperature == 1.0f && s.normalize != normalization::lp &&
+           s.score != score_kind::uniform;
   }
-  for (index_t r = 0; r < k; ++r) weight[r] /= sum;
-}
+
+  void operator()(const float* row, std::int32_t* id, float* weight) {
+    using namespace moeroute;
+    const bool soft = spec_.score == score_kind::softmax;
+    // Softmax is cheapest on the winners; without a bias or groups the logits have its order.
+    if (soft && !spec_.selection_bias && spec_.groups == 1) {
+      select_.partial_sort(row, spec_.experts, spec_.k, id, weight);
+      const float max = weight[0];
+      const bool cancels =
+          spec_.domain == score_domain::selected ||
+          (spec_.normalize == normalization::sum && spec_.eps_where == eps_mode::none);
+      float sum = 0.0f;
+      if (!cancels)
+        for (index_t e = 0; e < spec_.experts; ++e)
+          sum += row[e] == row[e] ? std::exp(row[e] - max) : 0.0f;
+      for (index_t r = 0; r < spec_.k; ++r) {
+        weight[r] = id[r] < 0 ? 0.0f : std::exp(weight[r] - max);
+        if (cancels) sum += weight[r];
+      }
+      for (index_t r = 0; r < spec_.k; ++r) weight[r] /= sum;
+      if (!cancels && spec_.normalize == normalization::sum) finish(weight);
+      return;
+    }
+    scores(row);
+    choice_ = score_;
+    if (spec_.selection_bias)
+      for (std::size_t e = 0; e < choice_.size(); ++e) choice_[e] += bias_[e];
+    if (spec_.groups > 1) keep_groups();
+    select_.partial_sort(choice_.data(), spec_.experts, spec_.k, id, weight);
+    for (index_t r = 0; r < spec_.k; ++r)
+      weight[r] = id[r] < 0 ? 0.0f : score_[static_cast<std::size_t>(id[r])];
+    finish(weight);
+  }
+
+ private:
+  void scores(const float* row) {
+    using moeroute::score_kind;
+    const auto experts = static_cast<std::size_t>(spec_.experts);
+    score_.resize(experts);
+    if (spec_.score == score_kind::softmax) {
+      const float max = *std::max_element(row, row + experts);
+      float sum = 0.0f;
+      for (std::size_t e = 0; e < experts; ++e) sum += score_[e] = std::exp(row[e] - max);
+      for (float& s : score_) s /= sum;
+      return;
+    }
+    for (std::size_t e = 0; e < experts; ++e) {
+      const float z = row[e];
+      score_[e] = spec_.score == score_kind::sigmoid         ? 1.0f / (1.0f + std::exp(-z))
+                  : spec_.score == score_kind::sqrt_softplus ? std::sqrt(std::log1p(std::exp(z)))
+                  : spec_.score == score_kind::relu          ? std::max(z, 0.0f)
+                                                             : z;
+    }
+  }
+
+  // Only the best groups stay in the running.
+  void keep_groups() {
+    const index_t size = spec_.experts / spec_.groups;
+    group_.resize(static_cast<std::size_t>(spec_.groups));
+    for (index_t g = 0; g < spec_.groups; ++g) {
+      const float* of = choice_.data() + g * size;
+      float first = plain_selection::lowest, second = first;
+      for (index_t e = 0; e < size; ++e) {
+        if (of[e] > first) {
+          second = first;
+          first = of[e];
+        } else {
+          second = std::max(second, of[e]);
+        }
+      }
+      const bool pair = spec_.group_score == moeroute::group_score::top2_sum;
+      group_[static_cast<std::size_t>(g)] = {pair ? first + second : first, g};
+    }
+    std::partial_sort(group_.begin(), group_.begin() + spec_.topk_group, group_.end(),
+                      [](const auto& a, const auto& b) {
+                        return a.first > b.first || (a.first == b.first && a.second < b.second);
+                      });
+    for (auto g = group_.begin() + spec_.topk_group; g != group_.end(); ++g)
+      std::fill_n(choice_.data() + g->second * size, size, spec_.group_fill);
+  }
+
+  void finish(float* weight) const {
+    using moeroute::eps_mode;
+    float divisor = 1.0f;
+    if (spec_.normalize == moeroute::normalization::sum) {
+      divisor = 0.0f;
+      for (index_t r = 0; r < spec_.k; ++r) divisor += weight[r];
+      if (spec_.eps_where == eps_mode::add) divisor += spec_.eps;
+      if (spec_.eps_where == eps_mode::clamp) divisor = std::max(divisor, spec_.eps);
+    }
+    for (index_t r = 0; r < spec_.k; ++r) weight[r] = weight[r] / divisor * spec_.scale;
+  }
+
+  moeroute::router_spec spec_;
+  std::span<const float> bias_;
+  plain_selection select_;
+  std::vector<float> score_, choice_;
+  std::vector<std::pair<float, index_t>> group_;
+};
 
 }  // namespace bench

@@ -1,0 +1,103 @@
+// What a routing entry is measured with, whatever its router and wherever its logits come from.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <moeroute/policy/make_router.hpp>
+#include <moeroute/stage/route.hpp>
+
+#include "support/contest.hpp"
+#include "support/floors.hpp"
+#include "support/plain_gate.hpp"
+#include "support/shapes.hpp"
+
+namespace bench {
+
+/// The tensors that a described router needs, drawn where nobody brings them.
+struct drawn_tensors {
+  std::vector<float> bias, scale;
+  std::optional<moeroute::expert_table> table;
+  std::vector<std::int32_t> token_ids;
+
+  drawn_tensors(const moeroute::router_spec& spec, index_t tokens) {
+    std::mt19937 random(3);
+    std::uniform_real_distribution<float> small(-0.05f, 0.05f), near_one(0.9f, 1.1f);
+    const auto experts = static_cast<std::size_t>(spec.experts);
+    if (spec.selection_bias)
+      for (std::size_t e = 0; e < experts; ++e) bias.push_back(small(random));
+    if (spec.per_expert_scale)
+      for (std::size_t e = 0; e < experts; ++e) scale.push_back(near_one(random));
+    if (spec.selection == moeroute::selection_kind::expert_table) {
+      constexpr std::int32_t vocabulary = 4096;
+      const auto drawn = expert_ids("normal", vocabulary, spec.experts, spec.k);
+      table.emplace(std::vector<std::int32_t>(drawn.data(), drawn.data() + drawn.size()), spec.k,
+                    spec.experts);
+      for (index_t t = 0; t < tokens; ++t)
+        token_ids.push_back(static_cast<std::int32_t>(random() % vocabulary));
+    }
+  }
+
+  moeroute::router_tensors view() const {
+    return {.bias = bias, .per_expert_scale = scale, .table = table ? &*table : nullptr};
+  }
+};
+
+/// Routes `turns.step` tokens a call out of rows [turns.units, columns], with a SIMD max over the
+/// same rows as the floor and, where the spec is one that it can carry out, the plain gate as the
+/// baseline.
+inline void compete_routing(benchmark::State& state, const moeroute::router_spec& spec,
+                            const moeroute::router_tensors& tensors,
+                            std::span<const std::int32_t> token_ids, const float* logits,
+                            const rotation& turns) {
+  const index_t tokens = turns.step, columns = spec.columns();
+  const moeroute::any_router router = moeroute::make_router(spec, tensors);
+  moeroute::side_inputs side;
+  side.token_ids = token_ids.first(std::min(token_ids.size(), static_cast<std::size_t>(tokens)));
+  moeroute::workspace workspace;
+  moeroute::assignment choices;
+  const auto ours = [&](index_t first) {
+    moeroute::route(router,
+                    moeroute::matrix_view<const float>(logits + first * columns, tokens, columns),
+                    side, workspace, choices);
+    benchmark::DoNotOptimize(choices.ids().data());
+  };
+  std::vector<competitor> list;
+  list.push_back({"ours", over(turns, 0.0, [&](index_t first, index_t n) {
+                    for (index_t t = first; t < first + n; t += tokens) ours(t);
+                  })});
+  moeroute::buffer<float> best(turns.units);
+  const rotation rows = turns.row_by_row();
+  list.push_back({"floor", over(rows, 1.0 / 3, [&](index_t first, index_t n) {
+                    max_of_rows(logits + first * columns, n, columns, best.data());
+                  })});
+
+  plain_gate plain(spec, tensors.bias);
+  std::vector<std::int32_t> id(static_cast<std::size_t>(turns.chunk * spec.k));
+  std::vector<float> weight(id.size());
+  const auto baseline = [&](index_t first, index_t n) {
+    for (index_t t = 0; t < n; ++t)
+      plain(logits + (first + t) * columns, id.data() + t * spec.k, weight.data() + t * spec.k);
+    benchmark::DoNotOptimize(id.data());
+  };
+  if (plain_gate::can(spec)) {
+    ours(0);
+    baseline(0, tokens);
+    index_t different = 0;
+    for (index_t i = 0; i < tokens * spec.k; ++i)
+      different += id[static_cast<std::size_t>(i)] != choices.ids()[static_cast<std::size_t>(i)];
+    // std::exp rounds otherwise than ours: where the choice is made on scores, near ties may swap.
+    if (different * 50 > tokens * spec.k) {
+      state.SkipWithError("differs from the plain gate");
+      return;
+    }
+    list.push_back({"baseline", over(rows, 2.0 / 3, baseline)});
+  }
+  compete(state, static_cast<double>(turns.unit_bytes), std::move(list));
+}
+
+}  // namespace bench
