@@ -7,6 +7,7 @@
 
 #include <moeroute/base/rng.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/phase.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/policy/row_choice.hpp>
 #include <moeroute/policy/score.hpp>

@@ -7,6 +7,12 @@
 
 namespace moeroute::simd {
 
+/// The lanes that hold n.
+template <class A>
+MOEROUTE_INLINE vmask<A> lanes_equal(vint<A> x, std::int32_t n) {
+  return xsimd::batch_bool_cast<float>(x == vint<A>(n));
+}
+
 /// Rows and columns of a tile.
 inline constexpr int tile_size = block_rows;
 

@@ -1,0 +1,213 @@
+#include <moeroute/policy/base_assignment.hpp>
+//
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/exec/openmp.hpp>
+#include <moeroute/stage/route.hpp>
+#include <numeric>
+#include <vector>
+
+#include "oracle/batch_routing.hpp"
+#include "support/arches.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+constexpr base_assignment auction{};
+constexpr base_assignment optimal{.solver = assignment_solver::optimal};
+
+matrix_view<const float> rows_of(const std::vector<float>& z, index_t tokens, index_t experts) {
+  return {z.data(), tokens, experts};
+}
+
+assignment routed(const base_assignment& router, const std::vector<float>& z, index_t tokens,
+                  index_t experts, const side_inputs& side = {}) {
+  workspace ws;
+  assignment out;
+  route(router, rows_of(z, tokens, experts), side, ws, out);
+  return out;
+}
+
+double objective(const std::vector<float>& z, index_t experts, std::span<const expert_id> ids) {
+  double sum = 0;
+  for (std::size_t t = 0; t < ids.size(); ++t)
+    sum += static_cast<double>(
+        z[t * static_cast<std::size_t>(experts) + static_cast<std::size_t>(ids[t])]);
+  return sum;
+}
+
+std::vector<int> loads(std::span<const expert_id> ids, index_t experts) {
+  std::vector<int> load(static_cast<std::size_t>(experts), 0);
+  for (const expert_id e : ids)
+    if (e >= 0) ++load[static_cast<std::size_t>(e)];
+  return load;
+}
+
+}  // namespace
+
+TEST_CASE("every token has one expert and every expert T / E tokens") {
+  for (const auto& [tokens, experts] : {std::pair<index_t, index_t>{1, 1},
+                                        {5, 1},
+                                        {3, 3},
+                                        {16, 16},
+                                        {42, 7},
+                                        {64, 8},
+                                        {512, 32},
+                                        {2048, 8}})
+    for (const test::shape shape :
+         {test::shape::normal, test::shape::quantised, test::shape::all_equal,
+          test::shape::ascending, test::shape::one_hot_expert, test::shape::zipf,
+          test::shape::extreme, test::shape::signed_zeros, test::shape::plus_infs}) {
+      const auto z = test::make_logits(shape, 3, tokens, experts);
+      INFO(test::name(shape) << " T=" << tokens << " E=" << experts);
+      for (const base_assignment& router : {auction, optimal}) {
+        if (router.solver == assignment_solver::optimal && tokens > 600) continue;
+        const assignment a = routed(router, z, tokens, experts);
+        const auto load = loads(a.ids(), experts);
+        CHECK(std::all_of(load.begin(), load.end(),
+                          [&, each = tokens / experts](int n) { return n == each; }));
+        CHECK(std::all_of(a.weights().begin(), a.weights().end(),
+                          [](float w) { return w >= 0.0f && w <= 1.0f; }));
+      }
+    }
+}
+
+TEST_CASE("the auction comes near the optimum and beats random balanced assignments") {
+  for (const auto& [tokens, experts] : {std::pair<index_t, index_t>{32, 4}, {120, 8}, {256, 32}})
+    for (std::uint64_t seed = 1; seed <= 4; ++seed) {
+      const auto z = test::make_logits(test::shape::normal, seed, tokens, experts);
+      const double best = objective(z, experts, routed(optimal, z, tokens, experts).ids());
+      const double bid = objective(z, experts, routed(auction, z, tokens, experts).ids());
+      const auto [low, high] = std::minmax_element(z.begin(), z.end());
+      double bound = 0;
+      for (index_t t = 0; t < tokens; ++t)
+        bound += static_cast<double>(
+            *std::max_element(z.begin() + t * experts, z.begin() + (t + 1) * experts));
+      INFO("T=" << tokens << " E=" << experts << " auction " << bid << " optimum " << best);
+      CHECK(bid <= best + 1e-4);
+      CHECK(best <= bound + 1e-4);
+      CHECK(bid >= best - static_cast<double>(tokens) * static_cast<double>(*high - *low) / 50);
+      test::random rng(seed);
+      std::vector<expert_id> any(static_cast<std::size_t>(tokens));
+      for (index_t t = 0; t < tokens; ++t)
+        any[static_cast<std::size_t>(t)] = static_cast<expert_id>(t % experts);
+      for (index_t t = tokens - 1; t > 0; --t)
+        std::swap(any[static_cast<std::size_t>(t)],
+                  any[static_cast<std::size_t>(rng.below(t + 1))]);
+      CHECK(bid > objective(z, experts, any));
+    }
+}
+
+TEST_CASE("the optimum is that of all balanced assignments") {
+  // 6 tokens on 3 experts: 90 assignments, all tried.
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+    const auto z =
+        test::make_logits(seed % 2 == 0 ? test::shape::normal : test::shape::quantised, seed, 6, 3);
+    std::vector<expert_id> ids{0, 0, 1, 1, 2, 2};
+    double best = -1e30;
+    do best = std::max(best, objective(z, 3, ids));
+    while (std::next_permutation(ids.begin(), ids.end()));
+    CHECK(std::abs(objective(z, 3, routed(optimal, z, 6, 3).ids()) - best) < 1e-6);
+  }
+}
+
+TEST_CASE("weights are the sigmoid of the token's own expert") {
+  constexpr index_t tokens = 48, experts = 6;
+  const auto z = test::make_logits(test::shape::normal, 5, tokens, experts);
+  const assignment a = routed(auction, z, tokens, experts);
+  std::vector<double> expected;
+  for (index_t t = 0; t < tokens; ++t)
+    expected.push_back(1 / (1 + std::exp(-static_cast<double>(
+                                    z[static_cast<std::size_t>(t * experts + a.ids(t)[0])]))));
+  CHECK(test::difference(a.weights(), expected, 3e-6) == "");
+}
+
+TEST_CASE("evaluation takes each token's best expert") {
+  constexpr index_t tokens = 50, experts = 6;
+  const auto z = test::make_logits(test::shape::quantised, 5, tokens, experts);
+  const assignment a = routed({.phase = routing_phase::evaluation}, z, tokens, experts);
+  for (index_t t = 0; t < tokens; ++t)
+    CHECK(a.ids(t)[0] == oracle::top_k(z.data() + t * experts, experts, 1)[0]);
+}
+
+TEST_CASE("no token is put where its logit is -inf or NaN, masked tokens nowhere") {
+  for (const test::shape shape : {test::shape::masked, test::shape::half_nan, test::shape::all_nan,
+                                  test::shape::all_minus_inf, test::shape::plus_infs}) {
+    constexpr index_t tokens = 64, experts = 8;
+    const auto z = test::make_logits(shape, 5, tokens, experts);
+    std::vector<std::uint8_t> mask(tokens, 1);
+    for (std::size_t t = 0; t < tokens; t += 5) mask[t] = 0;
+    for (const base_assignment& router : {auction, optimal}) {
+      const assignment a = routed(router, z, tokens, experts, {.mask = mask});
+      bool sound = true;
+      for (index_t t = 0; t < tokens; ++t) {
+        const expert_id e = a.ids(t)[0];
+        const float w = a.weights(t)[0];
+        if (e == no_expert) {
+          sound = sound && w == 0.0f;
+        } else {
+          sound = sound && mask[static_cast<std::size_t>(t)] != 0 && std::isfinite(w) &&
+                  z[static_cast<std::size_t>(t * experts + e)] > -test::infinity;
+        }
+      }
+      CHECK(sound);
+      const auto load = loads(a.ids(), experts);
+      CHECK(*std::max_element(load.begin(), load.end()) <= tokens / experts);
+    }
+  }
+}
+
+TEST_CASE("the optimum avoids forbidden places where it can") {
+  // Token t may not go to expert t: a balanced assignment without them exists.
+  constexpr index_t n = 6;
+  std::vector<float> z(n * n, 0.0f);
+  for (std::size_t t = 0; t < n; ++t) z[t * n + t] = -test::infinity;
+  const assignment a = routed(optimal, z, n, n);
+  CHECK(std::none_of(a.ids().begin(), a.ids().end(), [](expert_id e) { return e == no_expert; }));
+}
+
+TEST_CASE("an auction that cannot settle falls back to the optimum") {
+  constexpr index_t tokens = 64, experts = 8;
+  auto z = test::make_logits(test::shape::normal, 5, tokens, experts);
+  for (float& x : z) x = 1e8f + 8.0f * std::round(x);
+  const auto load = loads(routed(auction, z, tokens, experts).ids(), experts);
+  CHECK(std::all_of(load.begin(), load.end(), [](int n) { return n == 8; }));
+}
+
+TEST_CASE("BASE has the same ids on every instruction set, executor and thread count") {
+  for (const test::shape shape : test::all_shapes) {
+    constexpr index_t tokens = 1280, experts = 40;
+    const auto z = test::make_logits(shape, 12, tokens, experts);
+    const base_assignment router{.most_rounds = 400};
+    workspace ws;
+    assignment first, other;
+    route(router, rows_of(z, tokens, experts), ws, first);
+    INFO(test::name(shape));
+    const auto same = [&] {
+      CHECK(std::equal(first.ids().begin(), first.ids().end(), other.ids().begin()));
+      CHECK(test::bit_difference(other.weights(), first.weights()) == "");
+    };
+    for (const int threads : {1, 2, 4}) {
+      route(router, rows_of(z, tokens, experts), ws, other, openmp{threads});
+      same();
+    }
+    test::for_each_arch<test::arches>([&](auto tag) {
+      router.route_batch<serial, decltype(tag)>(rows_of(z, tokens, experts), {}, ws, other, {});
+      same();
+    });
+  }
+}
+
+TEST_CASE("BASE refuses a batch that cannot be shared evenly, by name") {
+  CHECK(test::refusal([] { auction.check(10, 4); }) ==
+        "moeroute::base_assignment: tokens is 10, expected a multiple of experts = 4");
+  CHECK(test::refusal([] { auction.check(8, 4); }) == "accepted");
+  CHECK(test::refusal([] { base_assignment{.phase = routing_phase::evaluation}.check(10, 4); }) ==
+        "accepted");
+}
