@@ -14,12 +14,12 @@
 #endif
 
 int main(int argc, char** argv) {
-    return example::run_generate(argc, argv, std::cout, std::cerr, 1, [](int threads) {
+  return example::run_generate(argc, argv, std::cout, std::cerr, 1, [](int threads) {
 #if defined(_OPENMP)
-        return moeroute::openmp{threads};
+    return moeroute::openmp{threads};
 #else
         static_cast<void>(threads);
         return moeroute::serial{};
 #endif
-    });
+  });
 }

@@ -28,7 +28,8 @@ main { max-width: 1440px; margin: 0 auto; padding: 28px 32px 40px; }
 h1 { font-size: 26px; line-height: 1.2; margin: 0 0 6px; }
 h2 { font-size: 17px; margin: 0 0 6px; }
 h2 small { font-weight: 400; font-size: 13px; color: var(--soft); margin-left: 4px; }
-p { margin: 0 0 14px; max-width: 80ch; }
+p { margin: 0 0 14px; max-width: 88ch; }
+.lead { max-width: none; }
 .legend { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 18px;
   margin: 18px 0 22px; font-size: 13px; color: var(--soft); }
 .legend ul { display: flex; flex-wrap: wrap; gap: 4px 14px; margin: 0; padding: 0;
