@@ -84,4 +84,43 @@ inline plan sinkhorn(const std::vector<double>& z, index_t tokens, index_t exper
   return p;
 }
 
+/// Sparsity-constrained transport in the orientation of expert choice: softmax similarities, rows
+/// 1, columns T / E, at most k entries per column, `steps` steps of Adam on the semi-dual.
+inline std::vector<double> sparse_plan(const std::vector<double>& similarity, index_t tokens,
+                                       index_t experts, index_t k, double gamma, double rate,
+                                       index_t steps) {
+  const auto T = static_cast<std::size_t>(tokens), E = static_cast<std::size_t>(experts);
+  const double b = static_cast<double>(tokens) / static_cast<double>(experts);
+  std::vector<double> a(T, 0.0), m(T, 0.0), v(T, 0.0), plan;
+  for (index_t step = 0;; ++step) {
+    plan.assign(T * E, 0.0);
+    for (std::size_t e = 0; e < E; ++e) {
+      std::vector<double> x(T);
+      for (std::size_t t = 0; t < T; ++t) x[t] = (similarity[t * E + e] + a[t]) / (gamma * b);
+      auto order = column_order(x, tokens, 1, 0);
+      order.resize(static_cast<std::size_t>(k));
+      // The last i at which the i-th largest exceeds (sum of the i largest - 1) / i.
+      double sum = 0, theta = 0;
+      for (std::size_t i = 0; i < order.size(); ++i) {
+        sum += x[static_cast<std::size_t>(order[i])];
+        const double candidate = (sum - 1) / static_cast<double>(i + 1);
+        if (x[static_cast<std::size_t>(order[i])] > candidate) theta = candidate;
+      }
+      for (const index_t t : order)
+        plan[static_cast<std::size_t>(t) * E + e] =
+            b * std::max(0.0, x[static_cast<std::size_t>(t)] - theta);
+    }
+    if (step == steps) return plan;
+    for (std::size_t t = 0; t < T; ++t) {
+      double g = -1;
+      for (std::size_t e = 0; e < E; ++e) g += plan[t * E + e];
+      m[t] = 0.9 * m[t] + 0.1 * g;
+      v[t] = 0.999 * v[t] + 0.001 * g * g;
+      const auto n = static_cast<double>(step + 1);
+      a[t] -= rate * (m[t] / (1 - std::pow(0.9, n))) /
+              (std::sqrt(v[t] / (1 - std::pow(0.999, n))) + 1e-8);
+    }
+  }
+}
+
 }  // namespace oracle
