@@ -9,6 +9,10 @@
 #include <moeroute/base/config.hpp>
 #include <moeroute/base/index.hpp>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace moeroute::simd {
 
 /// The best instruction set that the compiler was told about. Arch is the last template parameter of
@@ -45,16 +49,45 @@ MOEROUTE_INLINE vint<A> load(const std::int32_t* p) {
   return vint<A>::load_unaligned(p);
 }
 
-/// The first n floats at p, the other lanes filled. n in [0, width].
+#if defined(__AVX2__)
+namespace detail {
+
+// All bits set in the first n of 8 lanes.
+MOEROUTE_INLINE __m256i first_lanes(index_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+}  // namespace detail
+#endif
+
+/// The first n floats at p, the other lanes filled; reads nothing else. n in [0, width].
 template <class A>
 MOEROUTE_INLINE vfloat<A> load_first(const float* p, index_t n, float fill) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16)
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << n) - 1), p);
+#endif
+#if defined(__AVX2__)
+  if constexpr (width<A> == 8)
+    return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, detail::first_lanes(n)),
+                            _mm256_castsi256_ps(detail::first_lanes(n)));
+#endif
   alignas(alignment) float lane[width<A>];
   for (int i = 0; i < width<A>; ++i) lane[i] = i < n ? p[i] : fill;
   return vfloat<A>::load_aligned(lane);
 }
 
+/// Writes the first n lanes to p and nothing else. n in [0, width].
 template <class A>
 MOEROUTE_INLINE void store_first(float* p, index_t n, vfloat<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16)
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (width<A> == 8) return _mm256_maskstore_ps(p, detail::first_lanes(n), v);
+#endif
   alignas(alignment) float lane[width<A>];
   v.store_aligned(lane);
   for (index_t i = 0; i < n; ++i) p[i] = lane[i];

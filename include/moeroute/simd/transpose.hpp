@@ -101,4 +101,31 @@ MOEROUTE_INLINE void load_transposed(const float* const* rows, index_t c, index_
   transpose<A>(out);
 }
 
+/// out[row * k + r] = ranks[r * 16 + row] for n rows: from one row per lane to one row after the other.
+///
+/// Any 32-bit values: bits are moved, nothing is computed. Writes out[0, n * k) only.
+template <class A = default_arch>
+void store_ranks(const float* ranks, int k, int n, float* out) {
+  constexpr int w = width<A>;
+  const int size = n * k;
+  for (int first = 0; first < n; first += w) {
+    for (int r = 0; r < k; r += w) {
+      vfloat<A> x[w];
+      MOEROUTE_UNROLL
+      for (int j = 0; j < w; ++j) x[j] = load<A>(ranks + (r + j < k ? r + j : k - 1) * block_rows + first);
+      transpose<A>(x);
+      const int rows = n - first < w ? n - first : w;
+      for (int i = 0; i < rows; ++i) {
+        // What a full register writes past the row is written again by the rows that follow.
+        const int at = (first + i) * k + r;
+        if (at + w <= size && (r + w <= k || k < w)) {
+          x[i].store_unaligned(out + at);
+        } else {
+          store_first<A>(out + at, k - r < w ? k - r : w, x[i]);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace moeroute::simd

@@ -99,6 +99,12 @@ void route_with(const Router& router, matrix_view<const T> logits, const side_in
       router.route_block(block, m.router, choices);
       expert_id* id = out.ids().data() + block.first_token * k;
       float* weight = out.weights().data() + block.first_token * k;
+      if (side.mask.empty() && side.k_of_token.empty()) {
+        simd::store_ranks<A>(reinterpret_cast<const float*>(m.id), k, block.rows,
+                             reinterpret_cast<float*>(id));
+        simd::store_ranks<A>(m.value, k, block.rows, weight);
+        return;
+      }
       for (int i = 0; i < block.rows; ++i) {
         const bool masked = side.masked(block.first_token + i);
         const int own = side.k_of_token.empty()
