@@ -1,78 +1,26 @@
-// Rows of hidden states: widen, narrow, copy, and the weighted sum of several rows.
+// Rows of hidden states: copy, widen, narrow, scale, and the weighted sum of several rows.
 #pragma once
 
-#include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/convert.hpp>
 
 namespace moeroute::simd {
-
-namespace detail {
-
-// The next `width` values of a row as floats.
-template <class A, storage T>
-MOEROUTE_INLINE vfloat<A> load_wide(const T* p) {
-  if constexpr (std::is_same_v<T, float>) {
-    return load<A>(p);
-  } else {
-    alignas(alignment) float lane[width<A>];
-    for (int i = 0; i < width<A>; ++i) {
-      if constexpr (std::is_same_v<T, bfloat16>) {
-        lane[i] = std::bit_cast<float>(static_cast<std::uint32_t>(std::bit_cast<std::uint16_t>(p[i]))
-                                       << 16);
-      } else {
-        lane[i] = static_cast<float>(p[i]);
-      }
-    }
-    return vfloat<A>::load_aligned(lane);
-  }
-}
-
-// To bfloat16, nearest, ties to even; NaN stays NaN.
-inline std::uint16_t bfloat16_bits(float x) {
-  const auto bits = std::bit_cast<std::uint32_t>(x);
-  const auto rounded = static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-  const auto quiet = static_cast<std::uint16_t>((bits >> 16) | 0x40u);
-  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
-}
-
-template <class A, storage T>
-MOEROUTE_INLINE void store_narrow(T* p, vfloat<A> v) {
-  if constexpr (std::is_same_v<T, float>) {
-    v.store_unaligned(p);
-  } else {
-    alignas(alignment) float lane[width<A>];
-    v.store_aligned(lane);
-    for (int i = 0; i < width<A>; ++i) {
-      if constexpr (std::is_same_v<T, bfloat16>) {
-        p[i] = std::bit_cast<bfloat16>(bfloat16_bits(lane[i]));
-      } else {
-        p[i] = static_cast<T>(lane[i]);
-      }
-    }
-  }
-}
-
-template <storage T>
-T narrowed(float x) {
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    return std::bit_cast<bfloat16>(bfloat16_bits(x));
-  } else {
-    return static_cast<T>(x);
-  }
-}
-
-}  // namespace detail
 
 /// to[i] = from[i], widened or narrowed (nearest, ties to even) where the types differ.
 template <class A = default_arch, storage From, storage To>
 void convert_row(const From* from, index_t n, To* to) {
   if constexpr (std::is_same_v<From, To>) {
-    std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(To));
+    if (n > 0) std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(To));
   } else {
     index_t i = 0;
     for (; i + width<A> <= n; i += width<A>)
@@ -81,44 +29,218 @@ void convert_row(const From* from, index_t n, To* to) {
   }
 }
 
-/// out[c] = sum over r < k of weight[r] * rows[row[r] * stride + c], where negative row[r] are skipped; zeros
-/// where nothing is left.
+/// to[i] = factor * from[i] in float, rounded once to To.
+template <class A = default_arch, storage From, storage To>
+void scale_row(const From* from, float factor, index_t n, To* to) {
+  const vfloat<A> f(factor);
+  index_t i = 0;
+  for (; i + width<A> <= n; i += width<A>)
+    detail::store_narrow<A>(to + i, f * detail::load_wide<A>(from + i));
+  for (; i < n; ++i) to[i] = detail::narrowed<To>(factor * static_cast<float>(from[i]));
+}
+
+#if defined(__SSE2__)
+/// Whether stream_bytes passes the caches by; if not, it is a plain copy.
+inline constexpr bool has_streaming_stores = true;
+#else
+inline constexpr bool has_streaming_stores = false;
+#endif
+
+/// Copies n bytes past the caches: for output that is much larger than they are.
 ///
+/// Requires: n is a multiple of 64 and `to` aligned to 64 (partial lines would be slow). The
+/// writing thread calls stream_fence() before it hands the bytes over.
+template <class A = default_arch>
+void stream_bytes(const std::byte* from, index_t n, std::byte* to) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16) {
+    for (index_t i = 0; i < n; i += 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+    return;
+  }
+#endif
+#if defined(__AVX__)
+  if constexpr (width<A> >= 8) {
+    for (index_t i = 0; i < n; i += 64) {
+      const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + 32));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), a);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + 32), b);
+    }
+    return;
+  }
+#endif
+#if defined(__SSE2__)
+  for (index_t i = 0; i < n; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#else
+  std::memcpy(to, from, static_cast<std::size_t>(n));
+#endif
+}
+
+/// Makes what this thread streamed visible to whoever it synchronises with next.
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+namespace detail {
+
+// v registers of a sum over rows, from column c on.
+template <class A, int v>
+struct row_sum {
+  static constexpr index_t columns = v * width<A>;
+  vfloat<A> sum[v];
+  index_t c;
+
+  template <class T>
+  MOEROUTE_INLINE void operator()(const T* row, float weight) {
+    const vfloat<A> w(weight);
+    MOEROUTE_UNROLL
+    for (int j = 0; j < v; ++j) sum[j] = fma<A>(w, load_wide<A>(row + c + j * width<A>), sum[j]);
+  }
+};
+
+// The columns [c, end) of a sum over rows, fewer than a register holds.
+template <class A>
+struct row_sum_tail {
+  static constexpr index_t columns = width<A>;
+  vfloat<A> sum;
+  index_t c;
+  index_t end;
+
+  template <class T>
+  MOEROUTE_INLINE void operator()(const T* row, float weight) {
+    alignas(alignment) float lane[width<A>] = {};
+    for (index_t j = c; j < end; ++j) lane[j - c] = static_cast<float>(row[j]);
+    sum = fma<A>(vfloat<A>(weight), vfloat<A>::load_aligned(lane), sum);
+  }
+};
+
+}  // namespace detail
+
+/// What a sum of rows begins with.
+enum class sum_start { zero, output };
+
+/// out[c] = start + the sum, in the order of the calls, of weight * row[c], where each(term) calls
+/// term(row, weight) for every term; rows may differ in type.
+///
+/// each is called once per tile of columns and must list the same terms every time.
+/// Accumulates in float with fused multiply-adds; one rounding to To at the end.
+/// Determinism: the same bits on every ISA.
+template <class A = default_arch, storage To, class Each>
+MOEROUTE_INLINE void sum_of_rows(index_t n, To* out, sum_start start, Each&& each) {
+  constexpr int registers = detail::has_fma<A> && width<A> == 16 ? 8 : 4;
+  index_t c = 0;
+  const auto tile = [&]<int v>(std::integral_constant<int, v>) {
+    detail::row_sum<A, v> total;
+    total.c = c;
+    MOEROUTE_UNROLL
+    for (int j = 0; j < v; ++j)
+      total.sum[j] =
+          start == sum_start::zero ? vfloat<A>(0.0f) : detail::load_wide<A>(out + c + j * width<A>);
+    each(total);
+    MOEROUTE_UNROLL
+    for (int j = 0; j < v; ++j) detail::store_narrow<A>(out + c + j * width<A>, total.sum[j]);
+    c += v * width<A>;
+  };
+  while (c + registers * width<A> <= n) tile(std::integral_constant<int, registers>{});
+  while (c + width<A> <= n) tile(std::integral_constant<int, 1>{});
+  if (c < n) {
+    alignas(alignment) float lane[width<A>] = {};
+    if (start == sum_start::output)
+      for (index_t j = c; j < n; ++j) lane[j - c] = static_cast<float>(out[j]);
+    detail::row_sum_tail<A> total{vfloat<A>::load_aligned(lane), c, n};
+    each(total);
+    total.sum.store_aligned(lane);
+    for (index_t j = c; j < n; ++j) out[j] = detail::narrowed<To>(lane[j - c]);
+  }
+}
+
+namespace detail {
+
+// Fetches `columns` columns, from c on, of every row that a later call will read.
+template <class From>
+MOEROUTE_INLINE void prefetch_rows(const From* rows, index_t stride, const std::int32_t* row,
+                                   index_t k, index_t c, index_t columns) {
+  constexpr index_t line = alignment / sizeof(From);
+  for (index_t r = 0; r < k; ++r) {
+    if (row[r] < 0) continue;
+    const From* from = rows + row[r] * stride + c;
+    for (index_t j = 0; j < columns; j += line) MOEROUTE_PREFETCH(from + j);
+  }
+}
+
+// Two bfloat16 lie in each lane of a register of integers: the upper is a float once the lower is
+// cleared, the lower once it is shifted up. Sums over the first columns of rows in such pairs, as
+// many as fill whole tiles; returns where they end.
+template <class A, storage To>
+index_t sum_of_bfloat16_pairs(const bfloat16* rows, index_t stride, const std::int32_t* row,
+                              const float* weight, index_t k, index_t n, To* out,
+                              const std::int32_t* next) {
+  using U = xsimd::batch<std::uint32_t, A>;
+  constexpr int w = width<A>, v = has_fma<A> && w == 16 ? 4 : 2;
+  const U upper(0xffff0000u);
+  index_t c = 0;
+  for (; c + 2 * v * w <= n; c += 2 * v * w) {
+    vfloat<A> even[v], odd[v];
+    MOEROUTE_UNROLL
+    for (int j = 0; j < v; ++j) even[j] = odd[j] = vfloat<A>(0.0f);
+    for (index_t r = 0; r < k; ++r) {
+      if (row[r] < 0) continue;
+      const auto* from = reinterpret_cast<const std::uint32_t*>(rows + row[r] * stride + c);
+      const vfloat<A> factor(weight[r]);
+      MOEROUTE_UNROLL
+      for (int j = 0; j < v; ++j) {
+        const U pair = U::load_unaligned(from + j * w);
+        even[j] = fma<A>(factor, xsimd::bitwise_cast<float>(pair << 16), even[j]);
+        odd[j] = fma<A>(factor, xsimd::bitwise_cast<float>(pair & upper), odd[j]);
+      }
+    }
+    if (next != nullptr) prefetch_rows(rows, stride, next, k, c, 2 * v * w);
+    MOEROUTE_UNROLL
+    for (int j = 0; j < v; ++j) {
+      To* to = out + c + 2 * j * w;
+      if constexpr (std::is_same_v<To, bfloat16>) {
+        const U pair = rounded_halves<A>(even[j]) | (rounded_halves<A>(odd[j]) << 16);
+        pair.store_unaligned(reinterpret_cast<std::uint32_t*>(to));
+      } else {
+        store_narrow<A>(to, xsimd::zip_lo(even[j], odd[j]));
+        store_narrow<A>(to + w, xsimd::zip_hi(even[j], odd[j]));
+      }
+    }
+  }
+  return c;
+}
+
+}  // namespace detail
+
+/// out[c] = sum over r < k of weight[r] * rows[row[r] * stride + c], where negative row[r] are
+/// skipped; zeros where nothing is left.
+///
+/// The lines of the rows next[0..k) are fetched along the way, for the next call.
 /// Accumulates in float in the order of r with fused multiply-adds; one rounding to To at the end.
 /// Cost: reads each row once, no allocation. Determinism: the same bits on every ISA.
 template <class A = default_arch, storage From, storage To>
 void weighted_sum_of_rows(const From* rows, index_t stride, const std::int32_t* row,
-                          const float* weight, index_t k, index_t n, To* out) {
-  index_t c = 0;
-  const auto tile = [&]<int v>(std::integral_constant<int, v>) {
-    vfloat<A> sum[v];
-    for (auto& s : sum) s = vfloat<A>(0.0f);
-    for (index_t r = 0; r < k; ++r) {
-      if (row[r] < 0) continue;
-      const From* from = rows + row[r] * stride + c;
-      const vfloat<A> w(weight[r]);
-      MOEROUTE_UNROLL
-      for (int j = 0; j < v; ++j)
-        sum[j] = fma<A>(w, detail::load_wide<A>(from + j * width<A>), sum[j]);
-    }
-    MOEROUTE_UNROLL
-    for (int j = 0; j < v; ++j) detail::store_narrow<A>(out + c + j * width<A>, sum[j]);
-    c += v * width<A>;
-  };
-  while (c + 4 * width<A> <= n) tile(std::integral_constant<int, 4>{});
-  while (c + width<A> <= n) tile(std::integral_constant<int, 1>{});
-  if (c < n) {
-    vfloat<A> sum(0.0f);
-    for (index_t r = 0; r < k; ++r) {
-      if (row[r] < 0) continue;
-      alignas(alignment) float lane[width<A>] = {};
-      for (index_t j = c; j < n; ++j) lane[j - c] = static_cast<float>(rows[row[r] * stride + j]);
-      sum = fma<A>(vfloat<A>(weight[r]), vfloat<A>::load_aligned(lane), sum);
-    }
-    alignas(alignment) float total[width<A>];
-    sum.store_aligned(total);
-    for (index_t j = c; j < n; ++j) out[j] = detail::narrowed<To>(total[j - c]);
+                          const float* weight, index_t k, index_t n, To* out,
+                          const std::int32_t* next = nullptr) {
+  if constexpr (std::is_same_v<From, bfloat16>) {
+    const index_t done =
+        detail::sum_of_bfloat16_pairs<A>(rows, stride, row, weight, k, n, out, next);
+    rows += done;
+    out += done;
+    n -= done;
   }
+  sum_of_rows<A>(n, out, sum_start::zero, [&](auto& sum) {
+    for (index_t r = 0; r < k; ++r) {
+      if (row[r] < 0) continue;
+      sum(rows + row[r] * stride, weight[r]);
+    }
+    if (next != nullptr) detail::prefetch_rows(rows, stride, next, k, sum.c, sum.columns);
+  });
 }
 
 }  // namespace moeroute::simd

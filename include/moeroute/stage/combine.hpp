@@ -2,37 +2,162 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <span>
 
 #include <moeroute/data/assignment.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
+#include <moeroute/matrix/check.hpp>
 #include <moeroute/stage/dispatch.hpp>
 
 namespace moeroute {
 
+/// What a slot's row is multiplied with.
+enum class combine_weight {
+  of_choice,
+  one,  ///< the weights were applied before: to the experts' input, or inside of them
+};
+
+/// What happens to what the output holds.
+enum class combine_output {
+  overwrite,
+  accumulate,  ///< the sum starts from it
+};
+
+/// What a token without any term gets: all of its choices dropped, or none made.
+enum class lost_token {
+  zero,
+  residual,  ///< its own hidden state
+};
+
+/// What combine does beyond the weighted sum; x and shared may be kept in types of their own.
+template <storage X = float, storage S = float>
+struct combine_options {
+  combine_weight weight = combine_weight::of_choice;
+  combine_output output = combine_output::overwrite;
+  lost_token lost = lost_token::zero;
+  /// Experts [identity_first, identity_end) give the token's own hidden state: their choices need
+  /// no slot, and add weight * x[t] in their place in the rank order.
+  expert_id identity_first = 0;
+  expert_id identity_end = 0;
+  /// [T, d], the tokens' hidden states: for identity experts and lost_token::residual.
+  matrix_view<const X> x{};
+  /// [T, d], what the shared experts gave, added last; or no rows.
+  matrix_view<const S> shared{};
+  /// [T], what a shared row is multiplied with (a shared expert's gate); empty: 1.
+  std::span<const float> shared_weight{};
+
+  bool plain() const {
+    return weight == combine_weight::of_choice && output == combine_output::overwrite &&
+           lost == lost_token::zero && identity_first == identity_end && shared.rows == 0;
+  }
+  bool needs_x() const { return lost == lost_token::residual || identity_first < identity_end; }
+};
+
+namespace detail {
+
+template <class A, class T, class U, class X, class S>
+void combine_token(index_t t, const matrix_view<const T>& slots, const dispatch_plan& plan,
+                   const assignment& choices, const matrix_view<U>& y,
+                   const combine_options<X, S>& o) {
+  const slot_id* slot = plan.slot_of_choice().data();
+  const float* weight = choices.weights().data();
+  const expert_id* id = choices.ids().data();
+  const index_t first = plan.first(t), last = plan.first(t + 1);
+  const auto is_identity = [&](index_t c) {
+    return slot[c] == no_slot && id[c] >= o.identity_first && id[c] < o.identity_end &&
+           choices.kept(c);
+  };
+  bool lost = true;
+  for (index_t c = first; c < last; ++c) lost = lost && slot[c] == no_slot && !is_identity(c);
+  const auto start =
+      o.output == combine_output::overwrite ? simd::sum_start::zero : simd::sum_start::output;
+  simd::sum_of_rows<A>(y.cols, y.data + t * y.stride, start, [&](auto& sum) {
+    for (index_t c = first; c < last; ++c) {
+      const float w = o.weight == combine_weight::of_choice ? weight[c] : 1.0f;
+      if (slot[c] != no_slot) {
+        sum(slots.data + slot[c] * slots.stride, w);
+      } else if (is_identity(c)) {
+        sum(o.x.data + t * o.x.stride, weight[c]);
+      }
+    }
+    if (lost && o.lost == lost_token::residual) sum(o.x.data + t * o.x.stride, 1.0f);
+    if (o.shared.rows > 0)
+      sum(o.shared.data + t * o.shared.stride,
+          o.shared_weight.empty() ? 1.0f : o.shared_weight[static_cast<std::size_t>(t)]);
+  });
+}
+
+}  // namespace detail
+
 /// y[t] = sum over the choices of t, in rank order, of weight * slots[slot of the choice].
 ///
-/// A token without any slot gets zeros. Accumulates in float with one rounding at the end.
-/// Shapes: slots [plan.slots(), d], y [T, d]; they must not overlap.
-/// Throws: error where the shapes do not fit. Cost: reads each slot once, no allocation.
+/// A choice without a slot adds nothing; a token without any gets zeros, or what options say.
+/// Accumulates in float with one rounding at the end. Padding rows of slots are not read.
+/// Shapes: slots [plan.slots(), d], y [T, d]; they must not overlap. options.x and options.shared
+/// [T, d] may be y itself.
+/// Throws: error where the shapes do not fit, the plan is of other choices by its sizes, rows run
+/// into one another, or memory overlaps.
+/// Cost: reads each slot once, no allocation.
 /// Determinism: the same bits for every executor, thread count and ISA.
-template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch>
+template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch,
+          storage H = float, storage S = float>
 void combine(const X& slot_rows, const dispatch_plan& plan, const assignment& choices, Y&& y_rows,
-             const Exec& exec = {}) {
-  const auto slots = const_view(slot_rows);
-  const auto y = view(y_rows);
+             const Exec& exec = {}, const combine_options<H, S>& options = {}) {
+  using T = element_of<const X>;
+  using U = element_of<Y>;
+  const matrix_view<const T> slots = const_view(slot_rows);
+  const matrix_view<U> y = view(y_rows);
   check_size("combine", "slots.rows()", slots.rows, plan.slots());
   check_size("combine", "choices.tokens()", choices.tokens(), plan.tokens());
   check_size("combine", "choices.k()", choices.k(), plan.k());
+  check_size("combine", "choices.choices()", choices.choices(), plan.choices());
   check_size("combine", "y.rows()", y.rows, plan.tokens());
   check_size("combine", "y.cols()", y.cols, slots.cols);
-  const index_t k = plan.k();
-  const slot_id* slot = plan.slot_of_choice().data();
-  const float* weight = choices.weights().data();
-  exec.parallel_for(y.rows, detail::row_grain(y.cols * k), [&](index_t begin, index_t end) {
+  check_stride("combine", "slots", slots);
+  check_stride("combine", "y", y);
+  check_apart("combine", "slots", slots, "y", y);
+
+  if (options.plain() && !plan.ragged()) {
+    const index_t k = plan.k();
+    const slot_id* slot = plan.slot_of_choice().data();
+    const float* weight = choices.weights().data();
+    exec.parallel_for(y.rows, detail::row_grain(y.cols * k), [&](index_t begin, index_t end) {
+      for (index_t t = begin; t < end; ++t)
+        simd::weighted_sum_of_rows<A>(slots.data, slots.stride, slot + t * k, weight + t * k, k,
+                                      y.cols, y.data + t * y.stride,
+                                      t + 1 < y.rows ? slot + (t + 1) * k : nullptr);
+    });
+    return;
+  }
+
+  if (options.needs_x()) {
+    check_size("combine", "x.rows()", options.x.rows, y.rows);
+    check_size("combine", "x.cols()", options.x.cols, y.cols);
+    check_stride("combine", "x", options.x);
+    check_apart_or_same("combine", "x", options.x, "y", y);
+  }
+  if (options.shared.rows > 0) {
+    check_size("combine", "shared.rows()", options.shared.rows, y.rows);
+    check_size("combine", "shared.cols()", options.shared.cols, y.cols);
+    check_stride("combine", "shared", options.shared);
+    check_apart_or_same("combine", "shared", options.shared, "y", y);
+  }
+  if (!options.shared_weight.empty())
+    check_size("combine", "shared_weight.size()",
+               static_cast<index_t>(options.shared_weight.size()), y.rows);
+  const index_t terms = std::max<index_t>(1, plan.k());
+  exec.parallel_for(y.rows, detail::row_grain(y.cols * terms), [&](index_t begin, index_t end) {
     for (index_t t = begin; t < end; ++t)
-      simd::weighted_sum_of_rows<A>(slots.data, slots.stride, slot + t * k, weight + t * k, k,
-                                    y.cols, y.data + t * y.stride);
+      detail::combine_token<A>(t, slots, plan, choices, y, options);
   });
+}
+
+/// The same with options and the serial executor.
+template <readable_rows X, writable_rows Y, storage H = float, storage S = float>
+void combine(const X& slots, const dispatch_plan& plan, const assignment& choices, Y&& y,
+             const combine_options<H, S>& options) {
+  combine(slots, plan, choices, y, serial{}, options);
 }
 
 }  // namespace moeroute

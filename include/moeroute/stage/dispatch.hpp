@@ -1,12 +1,33 @@
 // Dispatch: token rows to expert-major slots.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+
+#include <moeroute/base/error.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
 #include <moeroute/exec/executor.hpp>
+#include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/simd/rows.hpp>
 
 namespace moeroute {
+
+/// How dispatch writes.
+enum class store_path {
+  automatic,  ///< streamed where the output is several times a cache, aligned rows only
+  cached,     ///< through the caches: the experts run at once, on output that fits
+  streamed,   ///< past them, wherever rows are aligned
+};
+
+struct dispatch_options {
+  /// [choices]: what each choice's row is multiplied with on the way (weights on the expert's
+  /// input), or empty.
+  std::span<const float> scale{};
+  store_path stores = store_path::automatic;
+};
 
 namespace detail {
 
@@ -15,28 +36,141 @@ inline index_t row_grain(index_t cols) {
   return cols >= (index_t{1} << 16) ? 1 : (index_t{1} << 16) / (cols > 0 ? cols : 1);
 }
 
+// Output from here on is streamed: several times the second-level cache of today's cores.
+inline constexpr index_t streamed_bytes = index_t{8} << 20;
+
+// A piece of a row that stays in the first-level cache while it is written to k slots.
+inline constexpr index_t dispatch_chunk = 16384;
+
+template <class T>
+bool streams(const matrix_view<T>& slots, store_path path) {
+  if (!simd::has_streaming_stores || path == store_path::cached) return false;
+  const index_t size = static_cast<index_t>(sizeof(T));
+  const auto line = static_cast<index_t>(alignment);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(slots.data) % alignment == 0 &&
+                       slots.cols * size % line == 0 &&
+                       (slots.rows <= 1 || slots.stride * size % line == 0);
+  return aligned &&
+         (path == store_path::streamed || slots.rows * slots.cols * size >= streamed_bytes);
+}
+
+template <class A>
+void copy_bytes(const std::byte* from, index_t n, std::byte* to, bool stream) {
+  if (stream) {
+    simd::stream_bytes<A>(from, n, to);
+  } else {
+    std::memcpy(to, from, static_cast<std::size_t>(n));
+  }
+}
+
+// Token by token: piece(token, choice, column, columns, made, memory) returns the next columns of a
+// row for a choice; `made` is what it returned for the choice before, `memory` is room to make them
+// in.
+template <class A, class To, executor Exec, class Piece>
+void dispatch_rows(const dispatch_plan& plan, const matrix_view<To>& slots, store_path path,
+                   const Exec& exec, Piece&& piece) {
+  const slot_id* slot = plan.slot_of_choice().data();
+  const bool stream = streams(slots, path);
+  constexpr auto size = static_cast<index_t>(sizeof(To));
+  constexpr index_t chunk = dispatch_chunk / size;
+  const index_t k = plan.k() > 0 ? plan.k() : 1;
+  exec.parallel_for(plan.tokens(), row_grain(slots.cols * k), [&](index_t begin, index_t end) {
+    alignas(alignment) To memory[chunk];
+    for (index_t t = begin; t < end; ++t) {
+      const index_t first = plan.first(t), last = plan.first(t + 1);
+      for (index_t c = 0; c < slots.cols; c += chunk) {
+        const index_t n = std::min(chunk, slots.cols - c);
+        const To* row = nullptr;
+        for (index_t choice = first; choice < last; ++choice) {
+          if (slot[choice] == no_slot) continue;
+          row = piece(t, choice, c, n, row, memory);
+          copy_bytes<A>(reinterpret_cast<const std::byte*>(row), n * size,
+                        reinterpret_cast<std::byte*>(slots.data + slot[choice] * slots.stride + c),
+                        stream);
+        }
+      }
+    }
+    if (stream) simd::stream_fence();
+  });
+  if (plan.padding() == 0 || slots.cols == 0) return;
+  exec.parallel_for(plan.experts(), 64, [&](index_t begin, index_t end) {
+    for (index_t e = begin; e < end; ++e)
+      for (index_t s = plan.offsets()[static_cast<std::size_t>(e)] + plan.load(e);
+           s < plan.offsets()[static_cast<std::size_t>(e) + 1]; ++s)
+        std::memset(static_cast<void*>(slots.data + s * slots.stride), 0,
+                    static_cast<std::size_t>(slots.cols * size));
+  });
+}
+
 }  // namespace detail
 
-/// slots[s] = x[token of s] for every slot of the plan, widened or narrowed where the types differ.
+/// slots[s] = x[token of s] for every slot of the plan, widened or narrowed where the types differ,
+/// times the choice's scale if there is one; padding becomes zeros.
 ///
+/// A scaled row is multiplied in float and rounded once.
 /// Shapes: x [T, d], slots [plan.slots(), d]; they must not overlap.
-/// Throws: error where the shapes do not fit the plan.
-/// Cost: reads each row of x once and writes each slot once, no allocation. Determinism: exact.
+/// Throws: error where the shapes do not fit the plan, rows run into one another, or the two
+/// overlap. Cost: reads each row of x once and writes each slot once, no allocation. Determinism:
+/// exact.
 template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch>
-void dispatch(const X& x_rows, const dispatch_plan& plan, Y&& slot_rows, const Exec& exec = {}) {
-  const auto x = const_view(x_rows);
-  const auto slots = view(slot_rows);
+void dispatch(const X& x_rows, const dispatch_plan& plan, Y&& slot_rows, const Exec& exec = {},
+              const dispatch_options& options = {}) {
+  using From = element_of<const X>;
+  using To = element_of<Y>;
+  const matrix_view<const From> x = const_view(x_rows);
+  const matrix_view<To> slots = view(slot_rows);
   check_size("dispatch", "x.rows()", x.rows, plan.tokens());
   check_size("dispatch", "slots.rows()", slots.rows, plan.slots());
   check_size("dispatch", "slots.cols()", slots.cols, x.cols);
-  const index_t k = plan.k();
-  const slot_id* slot = plan.slot_of_choice().data();
-  exec.parallel_for(x.rows, detail::row_grain(x.cols * k), [&](index_t begin, index_t end) {
-    for (index_t t = begin; t < end; ++t)
-      for (index_t c = t * k; c < (t + 1) * k; ++c)
-        if (slot[c] != no_slot)
-          simd::convert_row<A>(x.data + t * x.stride, x.cols, slots.data + slot[c] * slots.stride);
-  });
+  check_stride("dispatch", "x", x);
+  check_stride("dispatch", "slots", slots);
+  check_apart("dispatch", "x", x, "slots", slots);
+  if (options.scale.empty()) {
+    detail::dispatch_rows<A>(
+        plan, slots, options.stores, exec,
+        [&](index_t t, index_t, index_t c, index_t n, const To* made, To* memory) -> const To* {
+          if constexpr (std::is_same_v<From, To>) {
+            return x.data + t * x.stride + c;
+          } else {
+            if (made == nullptr) simd::convert_row<A>(x.data + t * x.stride + c, n, memory);
+            return memory;
+          }
+        });
+  } else {
+    check_size("dispatch", "scale.size()", static_cast<index_t>(options.scale.size()),
+               plan.choices());
+    const float* scale = options.scale.data();
+    detail::dispatch_rows<A>(
+        plan, slots, options.stores, exec,
+        [&](index_t t, index_t choice, index_t c, index_t n, const To*, To* memory) -> const To* {
+          simd::scale_row<A>(x.data + t * x.stride + c, scale[choice], n, memory);
+          return memory;
+        });
+  }
+}
+
+/// The same with options and the serial executor.
+template <readable_rows X, writable_rows Y>
+void dispatch(const X& x, const dispatch_plan& plan, Y&& slots, const dispatch_options& options) {
+  dispatch(x, plan, slots, serial{}, options);
+}
+
+/// The same for rows of plain bytes: quantised rows with their scales, or anything else.
+///
+/// Shapes: x [T, row bytes], slots [plan.slots(), row bytes].
+template <executor Exec = serial, class A = simd::default_arch>
+void dispatch_bytes(const matrix_view<const std::byte>& x, const dispatch_plan& plan,
+                    const matrix_view<std::byte>& slots, const Exec& exec = {},
+                    store_path stores = store_path::automatic) {
+  check_size("dispatch_bytes", "x.rows()", x.rows, plan.tokens());
+  check_size("dispatch_bytes", "slots.rows()", slots.rows, plan.slots());
+  check_size("dispatch_bytes", "slots.cols()", slots.cols, x.cols);
+  check_stride("dispatch_bytes", "x", x);
+  check_stride("dispatch_bytes", "slots", slots);
+  check_apart("dispatch_bytes", "x", x, "slots", slots);
+  detail::dispatch_rows<A>(plan, slots, stores, exec,
+                           [&](index_t t, index_t, index_t c, index_t, const std::byte*,
+                               std::byte*) { return x.data + t * x.stride + c; });
 }
 
 }  // namespace moeroute

@@ -1,0 +1,53 @@
+#include <moeroute/matrix/check.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <vector>
+
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+
+TEST_CASE("matrices overlap where they share a byte, and only there") {
+  std::vector<float> memory(100);
+  float* p = memory.data();
+  const auto at = [&](index_t offset, index_t rows, index_t cols, index_t stride) {
+    return matrix_view<float>(p + offset, rows, cols, stride);
+  };
+  CHECK(overlap(at(0, 2, 10, 10), at(0, 2, 10, 10)));
+  CHECK(overlap(at(0, 2, 10, 10), at(19, 1, 1, 1)));
+  CHECK_FALSE(overlap(at(0, 2, 10, 10), at(20, 1, 1, 1)));
+  CHECK_FALSE(overlap(at(20, 1, 1, 1), at(0, 2, 10, 10)));
+  // Side by side in one matrix of ten columns.
+  CHECK_FALSE(overlap(at(0, 5, 4, 10), at(4, 5, 6, 10)));
+  CHECK_FALSE(overlap(at(4, 5, 6, 10), at(0, 5, 4, 10)));
+  CHECK(overlap(at(0, 5, 5, 10), at(4, 5, 6, 10)));
+  CHECK(overlap(at(4, 5, 6, 10), at(0, 5, 5, 10)));
+  CHECK(overlap(at(0, 5, 4, 10), at(14, 3, 7, 10)));
+  CHECK_FALSE(overlap(at(0, 5, 4, 10), at(14, 3, 6, 10)));
+  CHECK(overlap(at(0, 5, 4, 10), at(4, 5, 6, 9)));
+  // Nothing overlaps nothing.
+  CHECK_FALSE(overlap(at(0, 0, 10, 10), at(0, 2, 10, 10)));
+  CHECK_FALSE(overlap(at(0, 2, 0, 10), at(0, 2, 10, 10)));
+}
+
+TEST_CASE("the same matrix is let through where that is allowed, a shifted one is not") {
+  std::vector<float> memory(100);
+  const matrix_view<float> a(memory.data(), 3, 4, 10), b(memory.data() + 1, 3, 4, 10),
+      c(memory.data(), 3, 4, 9);
+  CHECK(test::refusal([&] { check_apart_or_same("stage", "x", a, "y", a); }) == "accepted");
+  CHECK(test::refusal([&] { check_apart_or_same("stage", "x", a, "y", b); }) ==
+        "moeroute::stage: x and y overlap, expected memory of their own");
+  CHECK(test::refusal([&] { check_apart_or_same("stage", "x", a, "y", c); }) ==
+        "moeroute::stage: x and y overlap, expected memory of their own");
+  CHECK(test::refusal([&] { check_apart("stage", "x", a, "y", a); }) ==
+        "moeroute::stage: x and y overlap, expected memory of their own");
+}
+
+TEST_CASE("rows that would run into one another are refused") {
+  matrix_view<float> m(nullptr, 2, 8, 8);
+  m.stride = 3;
+  CHECK(test::refusal([&] { check_stride("stage", "x", m); }) ==
+        "moeroute::stage: x.stride is 3, expected at least 8");
+  m.rows = 1;
+  CHECK(test::refusal([&] { check_stride("stage", "x", m); }) == "accepted");
+}
