@@ -1,0 +1,127 @@
+#include <moeroute/policy/router.hpp>
+
+#include <algorithm>
+#include <catch2/catch_template_test_macros.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "oracle/routing.hpp"
+#include "support/arches.hpp"
+#include "support/compare.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+using test::shape;
+
+namespace {
+
+/// A user's score that does not keep the order of logits: the nearer to 1, the higher.
+struct near_one {
+  static constexpr score_traits traits{.monotone = false, .shift_invariant = false};
+
+  template <class A = simd::default_arch>
+  static void score_row(const float* z, index_t experts, float* score) {
+    for (index_t e = 0; e < experts; ++e) score[e] = 4.0f - std::abs(z[e] - 1.0f);
+  }
+  template <class A = simd::default_arch>
+  static void score_choices(const logit_block&, choice_block&, score_scale) {}
+};
+static_assert(token_router<router<near_one>>);
+
+struct choices {
+  std::vector<expert_id> ids;  ///< [T, k]
+  std::vector<float> weights;  ///< [T, k]
+};
+
+/// Routes up to 16 rows on one instruction set.
+template <class A, class Router>
+choices block(const Router& r, const std::vector<float>& z, int tokens, index_t experts) {
+  r.check(experts);
+  workspace memory;
+  const auto scratch_of_block = memory.carve([&](scratch& tape) { return r.carve(tape, experts); });
+  const auto k = static_cast<std::size_t>(r.k());
+  std::vector<expert_id> id(k * block_rows);
+  std::vector<float> value(k * block_rows);
+  const side_inputs side;
+  choice_block c{static_cast<int>(k), id.data(), value.data()};
+  r.template route_block<A>(logit_block{z.data(), experts, tokens, experts, 0, &side},
+                            scratch_of_block, c);
+  choices out;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(tokens); ++i)
+    for (std::size_t rank = 0; rank < k; ++rank) {
+      out.ids.push_back(id[rank * block_rows + i]);
+      out.weights.push_back(value[rank * block_rows + i]);
+    }
+  return out;
+}
+
+template <class A, class Router>
+std::string differs(const Router& r) {
+  for (const shape s : test::all_shapes)
+    for (const index_t experts : {7, 16, 60, 72, 257}) {
+      const int tokens = 1 + static_cast<int>(experts) % block_rows;
+      const std::vector<float> z = test::make_logits(s, 8, tokens, experts);
+      const choices a = block<A>(r, z, tokens, experts);
+      const choices b = block<simd::default_arch>(r, z, tokens, experts);
+      std::string broken = test::bit_difference(a.ids, b.ids);
+      if (broken.empty()) broken = test::bit_difference(a.weights, b.weights);
+      if (!broken.empty())
+        return to_string(test::reproducer{s, 8, tokens, experts, r.k()}) + ": " + broken;
+    }
+  return "";
+}
+
+}  // namespace
+
+TEMPLATE_LIST_TEST_CASE("ids and weights have the same bits on every instruction set", "",
+                        test::widths) {
+  CHECK(differs<TestType>(router<softmax>{.selection = {.k = 6}}) == "");
+  CHECK(differs<TestType>(router<softmax>{.selection = {.k = 4}, .weight = sum_normalized}) == "");
+  CHECK(differs<TestType>(router<softmax>{
+            .selection = {.k = 3},
+            .weight = {.normalize = normalization::lp, .p = 3.0f, .scale = 2.5f}}) == "");
+  CHECK(differs<TestType>(router<softmax_selected>{.selection = {.k = 5}}) == "");
+}
+
+TEST_CASE("a score that does not keep the order of logits decides by itself") {
+  const index_t experts = 20;
+  const std::vector<float> z = test::make_logits(shape::quantised, 9, 16, experts);
+  const router<near_one> r{.selection = {.k = 4}};
+  REQUIRE_FALSE(r.selects_on_logits());
+  const choices got = block<simd::default_arch>(r, z, 16, experts);
+  std::vector<float> score(z.size());
+  near_one::score_row(z.data(), static_cast<index_t>(z.size()), score.data());
+  std::vector<expert_id> ids;
+  std::vector<float> weights;
+  for (index_t t = 0; t < 16; ++t)
+    for (const expert_id e : oracle::top_k(score.data() + t * experts, experts, 4)) {
+      ids.push_back(e);
+      weights.push_back(score[static_cast<std::size_t>(t * experts + e)]);
+    }
+  CHECK(test::bit_difference(got.ids, ids) == "");
+  CHECK(test::bit_difference(got.weights, weights) == "");
+}
+
+TEST_CASE("a masked logit is not chosen, whatever its score is") {
+  const std::vector<float> z = {-test::infinity, 5.0f, test::not_a_number, 4.0f};
+  const choices got = block<simd::default_arch>(router<near_one>{.selection = {.k = 4}}, z, 1, 4);
+  CHECK(got.ids == std::vector<expert_id>{3, 1, no_expert, no_expert});
+  CHECK(test::bit_difference(got.weights, std::vector<float>{1, 0, 0, 0}) == "");
+}
+
+TEST_CASE("monotone scores without a bias are chosen on logits, where scores would tie") {
+  // exp of both differences underflows: equal scores, different logits.
+  const std::vector<float> z = {-500.0f, 0.0f, -400.0f};
+  const router<softmax> r{.selection = {.k = 3}};
+  CHECK(r.selects_on_logits());
+  CHECK(block<simd::default_arch>(r, z, 1, 3).ids == std::vector<expert_id>{1, 2, 0});
+}
+
+TEST_CASE("a router needs no type but its score's") {
+  const router r{softmax{}, top_k{.k = 3}, sum_normalized};
+  CHECK(r.k() == 3);
+  const router by_rank{softmax_selected{}, top_k{.k = 4}};
+  CHECK(by_rank.k() == 4);
+}

@@ -1,0 +1,120 @@
+#include <moeroute/stage/combine.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "oracle/layer.hpp"
+#include "support/compare.hpp"
+#include "support/planned.hpp"
+#include "support/refusal.hpp"
+#if defined(_OPENMP)
+#include <moeroute/exec/openmp.hpp>
+#endif
+
+using namespace moeroute;
+
+TEST_CASE("a token gets the weighted sum of its slots") {
+  for (const index_t tokens : {0, 1, 17, 300}) {
+    const index_t d = 37, k = 3;
+    const test::planned p(tokens, 13, k);
+    const row_matrix<float> slots = test::random_rows(p.plan.slots(), d);
+    row_matrix<float> y = row_matrix<float>::Constant(tokens, d, 77.0f);
+    combine(slots, p.plan, p.choices, y);
+    const oracle::matrix expected = oracle::combine(oracle::matrix(slots.rows(), d, slots.data()),
+                                                    p.slow, p.choices.weights(), tokens, k);
+    CHECK(test::difference(test::values(y), expected.value, 1e-6, 1e-6) == "");
+  }
+}
+
+TEST_CASE(
+    "combine adds in rank order with fused multiply-adds and rounds to the output type once") {
+  const index_t tokens = 50, d = 21, k = 4;
+  const test::planned p(tokens, 8, k);
+  const row_matrix<bfloat16> slots = test::random_rows(p.plan.slots(), d).cast<bfloat16>();
+  row_matrix<float> y(tokens, d), expected(tokens, d);
+  row_matrix<bfloat16> y16(tokens, d);
+  combine(slots, p.plan, p.choices, y);
+  combine(slots, p.plan, p.choices, y16);
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t c = 0; c < d; ++c) {
+      float sum = 0.0f;
+      for (index_t i = t * k; i < (t + 1) * k; ++i) {
+        const slot_id s = p.slow.slot_of_choice[static_cast<std::size_t>(i)];
+        if (s != no_slot)
+          sum = std::fma(p.choices.weights()[static_cast<std::size_t>(i)],
+                         static_cast<float>(slots(s, c)), sum);
+      }
+      expected(t, c) = sum;
+    }
+  CHECK(test::bit_difference(test::values(y), test::values(expected)) == "");
+  const row_matrix<bfloat16> rounded = expected.cast<bfloat16>();
+  CHECK(test::bit_difference(test::values(y16), test::values(rounded)) == "");
+}
+
+TEST_CASE("a token without any slot gets zeros") {
+  assignment choices;
+  choices.reset(3, 4, 2);
+  for (std::size_t i = 0; i < 6; ++i) {
+    choices.ids()[i] = no_expert;
+    choices.weights()[i] = 0.0f;
+  }
+  dispatch_plan p;
+  plan(choices, p);
+  const row_matrix<float> slots(0, 5);
+  row_matrix<float> y = row_matrix<float>::Constant(3, 5, 77.0f);
+  combine(slots, p, choices, y);
+  CHECK(y == row_matrix<float>::Zero(3, 5));
+}
+
+TEST_CASE("combine undoes dispatch where the weights of a token sum to 1") {
+  const index_t tokens = 40, k = 4;
+  assignment choices;
+  choices.reset(tokens, 16, k);
+  for (index_t i = 0; i < tokens * k; ++i) {
+    choices.ids()[static_cast<std::size_t>(i)] = static_cast<expert_id>((i * 5) % 16);
+    choices.weights()[static_cast<std::size_t>(i)] = 0.25f;
+  }
+  dispatch_plan p;
+  plan(choices, p);
+  const row_matrix<float> x = test::random_rows(tokens, 30);
+  row_matrix<float> slots(p.slots(), 30), y(tokens, 30);
+  dispatch(x, p, slots);
+  combine(slots, p, choices, y);
+  CHECK(test::difference(test::values(y), test::values(x), 0.0) == "");
+}
+
+#if defined(_OPENMP)
+TEST_CASE("combine has the same bits for any number of threads") {
+  const test::planned p(400, 16, 4);
+  const row_matrix<float> slots = test::random_rows(p.plan.slots(), 500);
+  row_matrix<float> one(400, 500), many(400, 500);
+  combine(slots, p.plan, p.choices, one);
+  for (const int threads : {1, 2, 4}) {
+    many.setZero();
+    combine(slots, p.plan, p.choices, many, openmp{threads});
+    CHECK(test::bit_difference(test::values(many), test::values(one)) == "");
+  }
+}
+#endif
+
+TEST_CASE("combine refuses shapes that do not fit") {
+  const test::planned p(4, 6, 2), other_k(4, 6, 3), other_t(5, 6, 2);
+  const index_t slots = p.plan.slots();
+  const auto refusal = [&](const assignment& choices, index_t slot_rows, index_t rows,
+                           index_t cols) {
+    const row_matrix<float> in = row_matrix<float>::Zero(slot_rows, 7);
+    row_matrix<float> y(rows, cols);
+    return test::refusal([&] { combine(in, p.plan, choices, y); });
+  };
+  CHECK(refusal(p.choices, slots, 3, 7) == "moeroute::combine: y.rows() is 3, expected 4");
+  CHECK(refusal(p.choices, slots, 4, 8) == "moeroute::combine: y.cols() is 8, expected 7");
+  CHECK(refusal(p.choices, slots + 1, 4, 7) == "moeroute::combine: slots.rows() is " +
+                                                   std::to_string(slots + 1) + ", expected " +
+                                                   std::to_string(slots));
+  CHECK(refusal(other_k.choices, slots, 4, 7) == "moeroute::combine: choices.k() is 3, expected 2");
+  CHECK(refusal(other_t.choices, slots, 4, 7) ==
+        "moeroute::combine: choices.tokens() is 5, expected 4");
+  CHECK(refusal(p.choices, slots, 4, 7) == "accepted");
+}

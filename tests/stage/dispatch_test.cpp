@@ -1,0 +1,84 @@
+#include <moeroute/stage/dispatch.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <moeroute/stage/plan.hpp>
+#include <string>
+#include <vector>
+
+#include "oracle/layer.hpp"
+#include "support/compare.hpp"
+#include "support/planned.hpp"
+#include "support/refusal.hpp"
+#if defined(_OPENMP)
+#include <moeroute/exec/openmp.hpp>
+#endif
+
+using namespace moeroute;
+
+TEST_CASE("every slot holds its token's row, widened or narrowed") {
+  for (const index_t tokens : {0, 1, 17, 300}) {
+    const test::planned p(tokens, 13, 3);
+    const index_t d = 37, slots = p.plan.slots();
+    const row_matrix<float> x = test::random_rows(tokens, d);
+    const oracle::matrix expected = oracle::dispatch(oracle::matrix(tokens, d, x.data()), p.slow);
+    row_matrix<float> same(slots, d);
+    dispatch(x, p.plan, same);
+    CHECK(test::difference(test::values(same), expected.value, 0.0) == "");
+    row_matrix<bfloat16> narrow(slots, d);
+    dispatch(x, p.plan, narrow);
+    CHECK(test::difference(test::values(narrow), expected.value, 0.004) == "");
+    row_matrix<float> wide(slots, d);
+    const row_matrix<bfloat16> x16 = x.cast<bfloat16>();
+    dispatch(x16, p.plan, wide);
+    CHECK(test::difference(test::values(wide), test::values(narrow), 0.0) == "");
+  }
+}
+
+TEST_CASE("dispatch reads and writes rows by their strides") {
+  const test::planned p(20, 5, 2);
+  const row_matrix<float> x = test::random_rows(20, 12);
+  row_matrix<float> slots = row_matrix<float>::Constant(p.plan.slots(), 9, 7.0f);
+  const auto window = x.middleCols(3, 8);
+  dispatch(window, p.plan, slots.leftCols(8));
+  for (index_t s = 0; s < p.plan.slots(); ++s) {
+    CHECK(slots.row(s).head(8) ==
+          x.row(p.slow.token_of_slot[static_cast<std::size_t>(s)]).segment(3, 8));
+    CHECK(slots(s, 8) == 7.0f);
+  }
+}
+
+TEST_CASE("rows without columns are dispatched to nowhere") {
+  const test::planned p(5, 4, 2);
+  row_matrix<float> x(5, 0), slots(p.plan.slots(), 0);
+  CHECK(test::refusal([&] { dispatch(x, p.plan, slots); }) == "accepted");
+}
+
+#if defined(_OPENMP)
+TEST_CASE("dispatch has the same bits for any number of threads") {
+  const test::planned p(400, 16, 4);
+  const row_matrix<float> x = test::random_rows(400, 500);
+  row_matrix<float> one(p.plan.slots(), 500), many(p.plan.slots(), 500);
+  dispatch(x, p.plan, one);
+  for (const int threads : {1, 2, 4}) {
+    many.setZero();
+    dispatch(x, p.plan, many, openmp{threads});
+    CHECK(test::bit_difference(test::values(many), test::values(one)) == "");
+  }
+}
+#endif
+
+TEST_CASE("dispatch refuses shapes that do not fit the plan") {
+  const test::planned p(5, 4, 2);
+  const index_t slots = p.plan.slots();
+  const auto refusal = [&](index_t x_rows, index_t rows, index_t cols) {
+    const row_matrix<float> x = row_matrix<float>::Zero(x_rows, 6);
+    row_matrix<float> out(rows, cols);
+    return test::refusal([&] { dispatch(x, p.plan, out); });
+  };
+  CHECK(refusal(4, slots, 6) == "moeroute::dispatch: x.rows() is 4, expected 5");
+  CHECK(refusal(5, slots + 1, 6) == "moeroute::dispatch: slots.rows() is " +
+                                        std::to_string(slots + 1) + ", expected " +
+                                        std::to_string(slots));
+  CHECK(refusal(5, slots, 7) == "moeroute::dispatch: slots.cols() is 7, expected 6");
+  CHECK(refusal(5, slots, 6) == "accepted");
+}

@@ -1,0 +1,133 @@
+#include <moeroute/stage/route.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <cstdint>
+#include <moeroute/policy/router.hpp>
+#include <vector>
+
+#include "oracle/routing.hpp"
+#include "support/compare.hpp"
+#include "support/refusal.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+using test::shape;
+
+namespace {
+
+/// A user's router, from the concept alone: expert (token + r) % E with weight 1 / k.
+struct round_robin {
+  index_t choices = 2;
+
+  index_t k() const { return choices; }
+  static index_t experts(index_t columns) { return columns; }
+  void check(index_t experts) const { check_range("round_robin", "k", choices, 1, experts); }
+  static int carve(scratch&, index_t) { return 0; }
+  void route_block(const logit_block& z, int, choice_block& c) const {
+    for (int r = 0; r < c.k; ++r)
+      for (int i = 0; i < z.rows; ++i) {
+        c.id[r * block_rows + i] = static_cast<expert_id>((z.first_token + i + r) % z.experts);
+        c.value[r * block_rows + i] = 1.0f / static_cast<float>(c.k);
+      }
+  }
+};
+static_assert(token_router<round_robin>);
+
+assignment routed(const router<softmax>& r, const std::vector<float>& z, index_t tokens,
+                  index_t experts, const side_inputs& side = {}) {
+  workspace memory;
+  assignment out;
+  route(r, matrix_view<const float>(z.data(), tokens, experts), side, memory, out);
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("a user's own router plugs in, and hears each block's first token") {
+  const index_t tokens = 5000, experts = 7;
+  const std::vector<float> z(static_cast<std::size_t>(tokens * experts));
+  workspace memory;
+  assignment out;
+  route(round_robin{3}, matrix_view<const float>(z.data(), tokens, experts), memory, out);
+  bool right = out.k() == 3;
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t r = 0; r < 3; ++r)
+      right &= out.ids(t)[static_cast<std::size_t>(r)] == (t + r) % experts;
+  CHECK(right);
+}
+
+TEST_CASE("a router that does not fit is refused by name, and nothing is routed") {
+  const std::vector<float> z(12, 1.0f);
+  const auto refusal = [&](const router<softmax>& r, index_t experts) {
+    return test::refusal([&] { routed(r, z, 12 / experts, experts); });
+  };
+  CHECK(refusal({.selection = {.k = 0}}, 4) == "moeroute::top_k: k is 0, expected 1 to 4");
+  CHECK(refusal({.selection = {.k = 5}}, 4) == "moeroute::top_k: k is 5, expected 1 to 4");
+  CHECK(refusal({.selection = {.k = 4}}, 4) == "accepted");
+  CHECK(test::refusal([&] { routed({}, z, 3, 0); }) == "moeroute::top_k: k is 2, expected 1 to 0");
+}
+
+TEST_CASE("any row-major Eigen matrix is routed") {
+  const std::vector<float> z = test::make_logits(shape::normal, 1, 20, 8);
+  row_matrix<float> wide(20, 11);
+  wide.leftCols(8) = Eigen::Map<const row_matrix<float>>(z.data(), 20, 8);
+  workspace memory;
+  assignment out;
+  route(router<softmax>{}, wide.leftCols(8), memory, out);
+  const assignment expected = routed({}, z, 20, 8);
+  CHECK(test::bit_difference(out.ids(), expected.ids()) == "");
+  CHECK(test::bit_difference(out.weights(), expected.weights()) == "");
+}
+
+TEST_CASE("a masked token has no choices, and the others are as without the mask") {
+  const std::vector<float> z = test::make_logits(shape::normal, 2, 40, 8);
+  std::vector<std::uint8_t> mask(40, 1);
+  for (std::size_t t = 0; t < 40; t += 3) mask[t] = 0;
+  const assignment out = routed({}, z, 40, 8, {.mask = mask}), open = routed({}, z, 40, 8);
+  for (index_t t = 0; t < 40; ++t)
+    for (std::size_t r = 0; r < 2; ++r) {
+      const bool there = mask[static_cast<std::size_t>(t)] != 0;
+      CHECK(out.ids(t)[r] == (there ? open.ids(t)[r] : no_expert));
+      CHECK(out.weights(t)[r] == (there ? open.weights(t)[r] : 0.0f));
+    }
+}
+
+TEST_CASE("a token's own k cuts its choices short") {
+  const std::vector<float> z = test::make_logits(shape::normal, 3, 17, 16);
+  std::vector<std::int32_t> own;
+  for (int t = 0; t < 17; ++t) own.push_back(t % 5);
+  const router<softmax> r{.selection = {.k = 4}};
+  const assignment out = routed(r, z, 17, 16, {.k_of_token = own}), full = routed(r, z, 17, 16);
+  for (index_t t = 0; t < 17; ++t)
+    for (std::size_t i = 0; i < 4; ++i) {
+      const bool there = static_cast<std::int32_t>(i) < own[static_cast<std::size_t>(t)];
+      CHECK(out.ids(t)[i] == (there ? full.ids(t)[i] : no_expert));
+    }
+}
+
+TEST_CASE("side inputs of another length than T are refused") {
+  const std::vector<float> z(12);
+  const std::vector<std::uint8_t> mask(2, 1);
+  const std::vector<std::int32_t> own = {1, 3, 1};
+  CHECK(test::refusal([&] { routed({}, z, 3, 4, {.mask = mask}); }) ==
+        "moeroute::route: mask.size() is 2, expected 3");
+  CHECK(test::refusal([&] { routed({}, z, 3, 4, {.k_of_token = own}); }) ==
+        "moeroute::route: k_of_token is 3, expected 0 to 2");
+}
+
+TEST_CASE("pieces are whole blocks, and one piece needs one worker") {
+  for (const index_t experts : {1, 7, 64, 2048, 1 << 20}) {
+    const index_t grain = detail::route_grain(experts);
+    CHECK(grain % block_rows == 0);
+    CHECK((grain >= block_rows && grain <= 4096));
+    CHECK(detail::route_workers(serial{}, grain, experts) == 1);
+  }
+}
+
+TEST_CASE("the largest E is routed") {
+  std::vector<float> z(static_cast<std::size_t>(max_experts), -1.0f);
+  z.back() = 3.0f;
+  z[12345] = 2.0f;
+  const assignment out = routed({.weight = sum_normalized}, z, 1, max_experts);
+  CHECK((out.ids(0)[0] == max_experts - 1 && out.ids(0)[1] == 12345));
+}
