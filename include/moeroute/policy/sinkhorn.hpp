@@ -15,10 +15,6 @@
 
 namespace moeroute {
 
-/// Whether the batch is balanced: in evaluation a token's experts must not depend on its
-/// neighbours.
-enum class routing_phase { training, evaluation };
-
 /// Where the weights of the chosen experts come from.
 enum class plan_weights {
   by_k,     ///< sigmoid(z) where k is 1, softmax(z) over all experts otherwise (Megatron-LM)
