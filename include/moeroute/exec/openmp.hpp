@@ -2,9 +2,11 @@
 #pragma once
 
 #include <moeroute/exec/executor.hpp>
+#include <moeroute/exec/first_exception.hpp>
 
 #if !defined(_OPENMP)
-#error "[moeroute::openmp] exec/openmp.hpp needs OpenMP: compile with -fopenmp, or use moeroute::serial"
+#error \
+    "[moeroute::openmp] exec/openmp.hpp needs OpenMP: compile with -fopenmp, or use moeroute::serial"
 #endif
 
 #include <omp.h>
@@ -12,6 +14,8 @@
 namespace moeroute {
 
 /// Pieces run on an OpenMP team of `threads` threads; 0 means the OpenMP default.
+///
+/// What a piece throws reaches the caller; pieces that have not begun by then are left out.
 struct openmp {
   int threads = 0;
 
@@ -22,11 +26,13 @@ struct openmp {
   void parallel_for(index_t n, index_t grain, F&& f) const {
     const index_t pieces = ceil_div(n, grain);
     if (pieces <= 1 || concurrency() == 1) return serial{}.parallel_for(n, grain, f);
+    first_exception failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(concurrency())
     for (index_t piece = 0; piece < pieces; ++piece) {
       const index_t begin = piece * grain;
-      f(begin, begin + grain < n ? begin + grain : n);
+      failure.guard([&] { f(begin, begin + grain < n ? begin + grain : n); });
     }
+    failure.rethrow();
   }
 };
 static_assert(executor<openmp>);

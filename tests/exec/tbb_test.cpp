@@ -1,0 +1,59 @@
+// Where the build has no oneTBB this room's header cannot be compiled, and there is nothing to
+// test.
+#if defined(MOEROUTE_HAS_TBB)
+#include <moeroute/exec/tbb.hpp>
+
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+#include <vector>
+
+using namespace moeroute;
+
+namespace {
+
+using pieces = std::vector<std::pair<index_t, index_t>>;
+
+template <executor Exec>
+pieces cut(const Exec& exec, index_t n, index_t grain) {
+  pieces list;
+  std::mutex mutex;
+  exec.parallel_for(n, grain, [&](index_t b, index_t e) {
+    const std::lock_guard lock(mutex);
+    list.emplace_back(b, e);
+  });
+  std::sort(list.begin(), list.end());
+  return list;
+}
+
+}  // namespace
+
+TEST_CASE("oneTBB's pieces are the serial ones, in any arena") {
+  ::tbb::task_arena one(1), three(3);
+  for (const onetbb exec : {onetbb{}, onetbb{&one}, onetbb{&three}})
+    for (const index_t n : {0, 1, 2, 5, 16, 17, 100})
+      for (const index_t grain : {1, 2, 16, 1000})
+        CHECK(cut(exec, n, grain) == cut(serial{}, n, grain));
+  CHECK(onetbb{&three}.concurrency() == 3);
+  CHECK(onetbb{}.concurrency() >= 1);
+}
+
+TEST_CASE("what a oneTBB task throws reaches the caller") {
+  const auto loop = [] {
+    onetbb{}.parallel_for(20, 1, [](index_t b, index_t) {
+      if (b == 11) throw std::runtime_error("piece");
+    });
+  };
+  CHECK_THROWS_AS(loop(), std::runtime_error);
+}
+
+TEST_CASE("a loop of one piece makes no oneTBB task") {
+  const auto caller = std::this_thread::get_id();
+  std::thread::id runner;
+  onetbb{}.parallel_for(7, 7, [&](index_t, index_t) { runner = std::this_thread::get_id(); });
+  CHECK(runner == caller);
+}
+#endif
