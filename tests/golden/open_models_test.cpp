@@ -9,8 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "oracle/spec_routing.hpp"
 #include "support/golden.hpp"
 #include "support/golden_route.hpp"
+#include "support/random.hpp"
+#include "support/shapes.hpp"
 
 using example::golden_input;
 using moeroute::assignment;
@@ -72,4 +75,43 @@ TEST_CASE("open models: the catalogue's spec is that of the file's config") {
   }
   const auto all = open_models();
   CHECK(std::vector<std::string>(files.begin(), files.end()) == all);
+}
+
+TEST_CASE("catalogue: every router decides at its own size what float64 says, on every shape") {
+  constexpr moeroute::index_t tokens = 17;
+  for (const catalog_entry& entry : catalog) {
+    const moeroute::router_spec& spec = entry.spec;
+    golden_input in;
+    in.tokens = tokens;
+    in.router.spec = spec;
+    in.router.spec.capacity = 0;
+    in.router.spec.drop_order = moeroute::drop_order::choice_major;
+    test::random rng(42);
+    const auto experts = static_cast<std::size_t>(spec.experts);
+    // Biases on the scale of the scores, so that they decide something.
+    const float size = spec.score == moeroute::score_kind::softmax ? 0.01f : 0.3f;
+    for (std::size_t e = 0; e < experts; ++e) {
+      if (spec.selection_bias) in.router.bias.push_back(size * rng.normal());
+      if (spec.per_expert_scale) in.router.per_expert_scale.push_back(0.5f + rng.uniform());
+    }
+    if (spec.selection == moeroute::selection_kind::expert_table) {
+      in.router.table = moeroute::random_table(100, spec.k, spec.experts, 1);
+      for (int t = 0; t < tokens; ++t)
+        in.router.input_ids.push_back(static_cast<std::int32_t>(rng.below(100)));
+    }
+    for (const test::shape shape : test::all_shapes) {
+      const moeroute::index_t columns = spec.columns();
+      in.logits = test::make_logits(shape, 5, tokens, columns);
+      const assignment a = routed(in);
+      INFO(entry.name << ", " << test::name(shape));
+      for (moeroute::index_t t = 0; t < tokens; ++t) {
+        oracle::token_inputs token{in.logits.data() + t * columns, in.router.bias,
+                                   in.router.per_expert_scale};
+        if (in.router.table)
+          token.table = in.router.table->of(in.router.input_ids[static_cast<std::size_t>(t)]);
+        const std::string broken = oracle::break_of(in.router.spec, token, a.ids(t), a.weights(t));
+        if (!broken.empty()) FAIL_CHECK("token " << t << ", " << broken);
+      }
+    }
+  }
 }

@@ -55,10 +55,12 @@ struct logit_transform {
   template <class A = simd::default_arch>
   void apply_row(const float* z, index_t columns, float* out) const {
     using F = simd::vfloat<A>;
-    const F t(temperature), cap(softcap);
+    const F t(temperature), cap(softcap), never(simd::minus_infinity);
     simd::map_row<A>(z, columns, out, [&](F x) {
       if (temperature != 1.0f) x = x / t;
-      if (softcap != 0.0f) x = simd::tanh<A>(x / cap) * cap;
+      // The soft-cap would lift -inf to -softcap, and a masked expert with it.
+      if (softcap != 0.0f)
+        x = simd::select<A>(x > never, simd::tanh<A>(x / cap) * cap, never);
       return x;
     });
     if (!add.empty())
