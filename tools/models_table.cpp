@@ -1,0 +1,75 @@
+// docs/models.md from the catalogue.
+//
+//   models_table                        writes the page to stdout
+//   models_table --check docs/models.md  says where the page differs; exit code 1
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <moeroute/policy/catalog.hpp>
+#include <sstream>
+#include <string>
+#include <string_view>
+
+namespace {
+
+std::string page() {
+  std::ostringstream out;
+  int golden = 0;
+  for (const moeroute::catalog_entry& e : moeroute::catalog) golden += e.golden.empty() ? 0 : 1;
+  out << "# Routers of published models\n\n"
+         "<!-- Made by tools/models_table.cpp from include/moeroute/policy/catalog.hpp; a test "
+         "compares. "
+         "After a change: build/ci/tests/models_table > docs/models.md -->\n\n"
+         "Every router class of transformers 5.12.1 has an entry in `moeroute::catalog`; "
+         "`make_router(find_in_catalog(name)->spec)` is that router. The spec column is what "
+         "`to_string(spec)` prints: fields that are not there have the value of the plain softmax "
+         "top-k. "
+         "Its words are those of [the golden files](../tests/golden/README.md), so a spec can be "
+         "written "
+         "down as the `config` of a file for `./run example route_file`.\n\n"
+         "All "
+      << std::size(moeroute::catalog)
+      << " entries are recomputed in float64 at their own size on all input shapes; " << golden
+      << " are also compared with vectors of the real class, ids exactly and weights to 3e-6, "
+         "both in `tests/golden/open_models_test.cpp`.\n\n"
+         "| name | spec | source | checked by | remark |\n|---|---|---|---|---|\n";
+  for (const moeroute::catalog_entry& e : moeroute::catalog) {
+    out << "| " << e.name << " | `" << moeroute::to_string(e.spec) << "` | " << e.source << " | ";
+    if (e.golden.empty())
+      out << "float64";
+    else
+      out << "[golden](../tests/golden/open/" << e.golden << ".json), float64";
+    out << " | " << e.remark << " |\n";
+  }
+  out << "\nNot in the table: vitpose_backbone, whose experts are picked by the data set's id "
+         "without a "
+         "router (`moeroute::expert_table` is that).\n";
+  return out.str();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string made = page();
+  if (argc == 1) {
+    std::fwrite(made.data(), 1, made.size(), stdout);
+    return 0;
+  }
+  if (argc != 3 || std::string_view(argv[1]) != "--check") {
+    std::fputs("usage: models_table [--check FILE]\n", stderr);
+    return 2;
+  }
+  std::ifstream file(argv[2]);
+  std::istringstream now(made);
+  std::string there, expected;
+  for (int line = 1;; ++line) {
+    const bool more = static_cast<bool>(std::getline(now, expected));
+    const bool has = static_cast<bool>(std::getline(file, there));
+    if (!more && !has) return 0;
+    if (more != has || there != expected) {
+      std::fprintf(stderr, "%s:%d: differs from the catalogue, which has\n  %s\n", argv[2], line,
+                   more ? expected.c_str() : "no more lines");
+      return 1;
+    }
+  }
+}
