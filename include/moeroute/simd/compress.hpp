@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/mask.hpp>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -15,40 +16,44 @@ namespace moeroute::simd {
 
 /// The columns of one row whose bits are set, ascending; the first `slots` of them are kept.
 ///
-/// append() takes the masks of columns [0, 64), [64, 128), ... in turn. Cost: no branch that
-/// depends on the data where few bits are set.
+/// Cost: no branch that depends on the data where few bits are set.
 template <class A, int slots>
 class column_list {
  public:
   /// How many bits were set, which may be more than slots.
   std::int32_t size() const { return size_; }
 
-  MOEROUTE_INLINE void append(std::uint64_t bits, std::int32_t first) {
+  /// Appends the set columns of [first, end); first is a multiple of 64.
+  MOEROUTE_INLINE void append(const column_mask* masks, index_t first, index_t end) {
     constexpr std::uint64_t last = std::uint64_t{1}
                                    << 63;  // counting zeros of zero would cost a branch
-    std::int32_t* const out = column_ + (size_ < slots ? size_ : slots);
-    const int n = std::popcount(bits);
-    const auto pop = [&](int i) {
-      out[i] = first + std::countr_zero(bits | last);
-      bits &= bits - 1;
-    };
-    MOEROUTE_UNROLL
-    for (int i = 0; i < 4; ++i) pop(i);
-    if (n > 4) {
+    std::int32_t size = size_;
+    for (index_t c = first; c < end; c += 64) {
+      std::uint64_t bits = (masks++)->bits();
+      const int n = std::popcount(bits);
+      std::int32_t* const out = column_ + (size < slots ? size : slots);
+      const auto pop = [&](int i) {
+        out[i] = static_cast<std::int32_t>(c) + std::countr_zero(bits | last);
+        bits &= bits - 1;
+      };
       MOEROUTE_UNROLL
-      for (int i = 4; i < 12; ++i) pop(i);
-      for (int i = 12; i < n; ++i) pop(i);
+      for (int i = 0; i < 4; ++i) pop(i);
+      if (n > 4) {
+        MOEROUTE_UNROLL
+        for (int i = 4; i < 12; ++i) pop(i);
+        for (int i = 12; i < n; ++i) pop(i);
+      }
+      size += n;
     }
-    size_ += n;
+    size_ = size;
   }
 
-  /// Slots [r * width, (r + 1) * width); column 0 past the end.
+  /// The columns in slots [r * width, (r + 1) * width); 0 past the end.
   MOEROUTE_INLINE vint<A> columns(int r) const {
-    const vint<A> c = load<A>(column_ + r * width<A>);
-    return select<A>(in_list(r), c, vint<A>(0));
+    return select<A>(in_list(r), load<A>(column_ + r * width<A>), vint<A>(0));
   }
 
-  /// The slots of columns(r) that are in the list.
+  /// Which of these slots are in the list.
   MOEROUTE_INLINE vmask<A> in_list(int r) const {
     alignas(alignment) static constexpr auto lane = [] {
       std::array<std::int32_t, width<A>> list{};
@@ -66,48 +71,58 @@ class column_list {
 
 #if defined(__AVX512F__) && defined(__AVX512VBMI2__)
 
-/// One instruction compresses 64 columns: bytes hold the columns modulo 256, and every 256 columns
-/// the slots that are still free move on by 256.
+/// One instruction compresses 64 columns: bytes hold the columns modulo 256, and after every 256
+/// columns the slots that are still free move on by 256.
 template <class A, int slots>
 requires(width<A> == 16) class column_list<A, slots> {
  public:
   std::int32_t size() const { return size_; }
 
-  MOEROUTE_INLINE void append(std::uint64_t bits, std::int32_t first) {
-    const __m512i packed =
-        _mm512_maskz_compress_epi8(bits, _mm512_load_si512(numbers.data() + first % 256));
-    std::uint8_t* const out = low_ + (size_ < slots ? size_ : slots);
-    if constexpr (slots <= 16) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(packed));
-    } else if constexpr (slots <= 32) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(packed));
-    } else {
-      _mm512_storeu_si512(out, packed);
+  MOEROUTE_INLINE void append(const column_mask* masks, index_t first, index_t end) {
+    std::int32_t size = size_;
+    __m512i high[registers];
+    for (int r = 0; r < registers; ++r) high[r] = high_[r];
+    for (index_t c = first; c < end; c += 64) {
+      const std::uint64_t bits = (masks++)->bits();
+      const __m512i packed =
+          _mm512_maskz_compress_epi8(bits, _mm512_load_si512(numbers.data() + c % 256));
+      std::uint8_t* const out = low_ + (size < slots ? size : slots);
+      if constexpr (slots <= 16) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(packed));
+      } else if constexpr (slots <= 32) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(packed));
+      } else {
+        _mm512_storeu_si512(out, packed);
+      }
+      size += std::popcount(bits);
+      if (c % 256 == 192) {
+        const std::uint64_t free = ~below(size);
+        MOEROUTE_UNROLL
+        for (int r = 0; r < registers; ++r)
+          high[r] = _mm512_mask_add_epi32(high[r], static_cast<__mmask16>(free >> (16 * r)),
+                                          high[r], _mm512_set1_epi32(256));
+      }
     }
-    size_ += std::popcount(bits);
-    if (first % 256 == 192) {
-      MOEROUTE_UNROLL
-      for (int r = 0; r < registers; ++r)
-        high_[r] = _mm512_mask_add_epi32(high_[r], static_cast<__mmask16>(~before_end(r)), high_[r],
-                                         _mm512_set1_epi32(256));
-    }
+    for (int r = 0; r < registers; ++r) high_[r] = high[r];
+    size_ = size;
   }
 
   MOEROUTE_INLINE vint<A> columns(int r) const {
     const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low_ + 16 * r));
-    return _mm512_maskz_add_epi32(static_cast<__mmask16>(before_end(r)), _mm512_cvtepu8_epi32(low),
-                                  high_[r]);
+    return _mm512_maskz_add_epi32(in_list(r), _mm512_cvtepu8_epi32(low), high_[r]);
   }
 
-  MOEROUTE_INLINE vmask<A> in_list(int r) const { return static_cast<__mmask16>(before_end(r)); }
+  MOEROUTE_INLINE vmask<A> in_list(int r) const {
+    return static_cast<__mmask16>(below(size_) >> (16 * r));
+  }
 
  private:
+  static_assert(slots % 16 == 0 && slots <= 64);
   static constexpr int registers = slots / 16;
 
-  // Bits of the slots 16 r + i below the end.
-  unsigned before_end(int r) const {
-    const int n = size_ - 16 * r;
-    return n >= 16 ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1u;
+  // The first n bits.
+  static std::uint64_t below(std::int32_t n) {
+    return n < 64 ? (std::uint64_t{1} << n) - 1 : ~std::uint64_t{0};
   }
 
   alignas(alignment) static constexpr auto numbers = [] {
@@ -116,9 +131,9 @@ requires(width<A> == 16) class column_list<A, slots> {
     return list;
   }();
 
+  __m512i high_[registers] = {};
   std::uint8_t low_[slots + 64];
   std::int32_t size_ = 0;
-  __m512i high_[registers] = {};
 };
 
 #endif

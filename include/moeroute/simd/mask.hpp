@@ -42,34 +42,52 @@ MOEROUTE_INLINE vfloat<A> load_tail(const float* p, index_t n, float fill) {
   return load_first<A>(p, n, fill);
 }
 
+/// Bits of 64 columns in memory, which may be written in parts.
+struct column_mask {
+  std::uint16_t part[4];
+
+  std::uint64_t bits() const {
+    std::uint64_t all;
+    __builtin_memcpy(&all, part, sizeof all);
+    return all;
+  }
+};
+static_assert(std::endian::native == std::endian::little,
+              "[moeroute::simd] the parts of a column_mask are in little-endian order");
+
+/// How a mask gets to memory: in parts is cheaper, joined can be loaded at once.
+enum class mask_form { parts, joined };
+
 /// Sets bit c where column c of at most 64 is at least bound, which is not NaN and above -inf.
-template <class A>
-MOEROUTE_INLINE void store_bits_not_below(const float* row, index_t n, vfloat<A> bound,
-                                          std::uint64_t* bits) {
+template <class A, mask_form form = mask_form::parts>
+MOEROUTE_INLINE void mask_not_below(const float* row, index_t n, vfloat<A> bound,
+                                    column_mask& mask) {
   constexpr int w = width<A>;
+  const auto values = [&](int c) {
+    return n >= 64 ? load<A>(row + c)
+           : n > c ? load_tail<A>(row + c, n - c, minus_infinity)
+                   : vfloat<A>(minus_infinity);
+  };
 #if defined(__AVX512F__)
   if constexpr (w == 16) {
-    // Straight from mask registers to memory, four stores; joined in a register they would cost
-    // more.
-    auto* const part = reinterpret_cast<unsigned char*>(bits);
+    __mmask16 part[4];
     MOEROUTE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const vfloat<A> x = n >= 64      ? load<A>(row + 16 * j)
-                          : n > 16 * j ? load_tail<A>(row + 16 * j, n - 16 * j, minus_infinity)
-                                       : vfloat<A>(minus_infinity);
-      const __mmask16 m = _mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ);
-      __builtin_memcpy(part + 2 * j, &m, sizeof m);
+    for (int j = 0; j < 4; ++j) part[j] = _mm512_cmp_ps_mask(values(16 * j), bound, _CMP_GE_OQ);
+    if constexpr (form == mask_form::joined) {
+      const std::uint64_t all = std::uint64_t{_mm512_kunpackw(part[1], part[0])} |
+                                std::uint64_t{_mm512_kunpackw(part[3], part[2])} << 32;
+      __builtin_memcpy(mask.part, &all, sizeof all);
+    } else {
+      // Straight from mask registers; volatile, or compilers join the parts by slower inserts.
+      MOEROUTE_UNROLL
+      for (int j = 0; j < 4; ++j) static_cast<volatile std::uint16_t&>(mask.part[j]) = part[j];
     }
     return;
   }
 #endif
   std::uint64_t all = 0;
-  for (int c = 0; c < 64; c += w) {
-    if (c >= n) break;
-    const vfloat<A> x = n >= 64 ? load<A>(row + c) : load_tail<A>(row + c, n - c, minus_infinity);
-    all |= std::uint64_t{(x >= bound).mask()} << c;
-  }
-  *bits = all;
+  for (int c = 0; c < 64 && c < n; c += w) all |= std::uint64_t{(values(c) >= bound).mask()} << c;
+  __builtin_memcpy(mask.part, &all, sizeof all);
 }
 
 }  // namespace moeroute::simd

@@ -1,6 +1,7 @@
 // A value and its column as one number: the larger number goes first, and no two are equal.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -75,6 +76,13 @@ MOEROUTE_INLINE void unrank(const ranked<A>& x, vfloat<A>& value, vint<A>& colum
       vint<A>(detail::rank_offset);
   value = xsimd::bitwise_cast<float>(bits);
   column = ~(low ^ (bits >> 31));
+}
+
+/// The column of a single rank.
+inline std::int32_t column_of(double rank) {
+  const auto bits = std::bit_cast<std::uint64_t>(rank);
+  const auto sign = static_cast<std::uint32_t>(static_cast<std::int64_t>(bits) >> 63);
+  return static_cast<std::int32_t>(~(static_cast<std::uint32_t>(bits) ^ sign));
 }
 
 /// Puts the one that goes first into a, the other into b.

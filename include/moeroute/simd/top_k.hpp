@@ -7,10 +7,9 @@
 
 #include <moeroute/base/contract.hpp>
 #include <moeroute/simd/batch.hpp>
-#include <moeroute/simd/network.hpp>
-#include <moeroute/simd/ranked.hpp>
 #include <moeroute/simd/top_k_bound.hpp>
-#include <moeroute/simd/transpose.hpp>
+#include <moeroute/simd/top_k_lanes.hpp>
+#include <moeroute/simd/top_k_row.hpp>
 
 namespace moeroute::simd {
 
@@ -21,32 +20,6 @@ inline constexpr int max_lane_k = 64;
 constexpr index_t top_k_scratch(index_t cols, index_t k) { return k > max_lane_k ? cols : 0; }
 
 namespace detail {
-
-// One row per lane: sorted runs of K columns are merged into the best K so far.
-template <class A, int K>
-void top_k_lanes(const float* const* rows, index_t cols, int k, float* value,
-                 std::int32_t* column) {
-  constexpr int w = width<A>;
-  constexpr int chunk = K > w ? K : w;
-  ranked<A> top[K];
-  for (auto& t : top) t = rank_nothing<A>();
-  for (index_t c = 0; c < cols; c += chunk) {
-    vfloat<A> x[chunk];
-    MOEROUTE_UNROLL
-    for (int j = 0; j < chunk; j += w) load_transposed<A>(rows, c + j, cols, minus_infinity, x + j);
-    MOEROUTE_UNROLL
-    for (int g = 0; g < chunk; g += K) {
-      ranked<A> run[K];
-      MOEROUTE_UNROLL
-      for (int j = 0; j < K; ++j)
-        run[j] = rank<A>(nan_to_minus_infinity<A>(x[g + j]),
-                         vint<A>(static_cast<std::int32_t>(c) + g + j));
-      sort<A, K>(run);
-      merge_keep_first<A, K>(top, run);
-    }
-  }
-  store_ranks<A>(top, k, rows, value, column);
-}
 
 // A float's place in the descending order, so that keys ascend: NaN and -inf last, -0 equal to +0.
 inline std::uint32_t descending_key(float x) {
@@ -67,6 +40,37 @@ inline void top_k_one_row(const float* row, index_t cols, int k, float* value, s
     const bool found = (key[r] >> 32) != 0xffffffffu;
     value[r * block_rows] = found ? row[c] : minus_infinity;
     column[r * block_rows] = found ? c : no_expert;
+  }
+}
+
+// Up to `width` rows, one per lane, `lanes` of them wanted. k <= max_lane_k.
+template <class A>
+void top_k_lane_group(const float* const* rows, int lanes, index_t cols, int k, float* value,
+                      std::int32_t* column) {
+  if (lanes <= 6 && k <= 8) {
+    int i = 0;
+    while (i < lanes && top_k_row<A>(rows[i], cols, k, value + i, column + i)) ++i;
+    if (i == lanes) return;
+  }
+  if (k <= 1) {
+    top_k_insert<A, 1>(rows, cols, k, value, column);
+  } else if (k <= 2) {
+    if (cols >= 32 && top_k_bound<A, 2, 32, 16>(rows, cols, k, value, column)) return;
+    top_k_insert<A, 2>(rows, cols, k, value, column);
+  } else if (k <= 4) {
+    if (cols >= 32 && top_k_bound<A, 4, 32, 16>(rows, cols, k, value, column)) return;
+    top_k_lanes<A, 4>(rows, cols, k, value, column);
+  } else if (k <= 8) {
+    if (cols >= 48 && top_k_bound<A, 8, 32, 16>(rows, cols, k, value, column)) return;
+    top_k_lanes<A, 8>(rows, cols, k, value, column);
+  } else if (k <= 16) {
+    if (cols >= 80 && top_k_bound<A, 16, 64, 32>(rows, cols, k, value, column)) return;
+    top_k_lanes<A, 16>(rows, cols, k, value, column);
+  } else if (k <= 32) {
+    if (cols >= 96 && top_k_bound<A, 32, 64, 64>(rows, cols, k, value, column)) return;
+    top_k_lanes<A, 32>(rows, cols, k, value, column);
+  } else {
+    top_k_lanes<A, 64>(rows, cols, k, value, column);
   }
 }
 
@@ -91,28 +95,8 @@ void top_k_block(const float* rows, index_t stride, int n, index_t cols, int k, 
   for (int first = 0; first < n; first += width<A>) {
     const float* row[width<A>];
     for (int i = 0; i < width<A>; ++i) row[i] = rows + std::min(first + i, n - 1) * stride;
-    float* v = value + first;
-    std::int32_t* c = column + first;
-    if constexpr (width<A> == 16) {
-      if (cols >= 64 && k <= 8) {
-        if (detail::top_k_bound<A, 8, 32, 16>(row, cols, k, v, c)) continue;
-      }
-    }
-    if (k <= 1) {
-      detail::top_k_lanes<A, 1>(row, cols, k, v, c);
-    } else if (k <= 2) {
-      detail::top_k_lanes<A, 2>(row, cols, k, v, c);
-    } else if (k <= 4) {
-      detail::top_k_lanes<A, 4>(row, cols, k, v, c);
-    } else if (k <= 8) {
-      detail::top_k_lanes<A, 8>(row, cols, k, v, c);
-    } else if (k <= 16) {
-      detail::top_k_lanes<A, 16>(row, cols, k, v, c);
-    } else if (k <= 32) {
-      detail::top_k_lanes<A, 32>(row, cols, k, v, c);
-    } else {
-      detail::top_k_lanes<A, 64>(row, cols, k, v, c);
-    }
+    detail::top_k_lane_group<A>(row, std::min(n - first, width<A>), cols, k, value + first,
+                                column + first);
   }
 }
 

@@ -9,56 +9,49 @@
 #include <moeroute/simd/compress.hpp>
 #include <moeroute/simd/mask.hpp>
 #include <moeroute/simd/network.hpp>
+#include <moeroute/simd/pick.hpp>
 #include <moeroute/simd/ranked.hpp>
 
 namespace moeroute::simd {
 
 namespace detail {
 
-// The columns of `width` rows that reach their row's bound; false where a row has more than slots.
+// The columns of n rows that reach their row's bound; false where a row has more than slots.
 template <class A, int slots>
-MOEROUTE_INLINE bool collect(const float* const* rows, index_t cols, const float* bound,
+MOEROUTE_INLINE bool collect(const float* const* rows, int n, index_t cols, const float* bound,
                              column_list<A, slots>* found) {
-  constexpr int w = width<A>;
   constexpr index_t panel = 1024;
-  std::uint64_t bits[w][panel / 64];
+  column_mask masks[width<A>][panel / 64];
   for (index_t first = 0; first < cols; first += panel) {
     const index_t end = std::min(first + panel, cols);
-    for (int i = 0; i < w; ++i) {
+    for (int i = 0; i < n; ++i) {
       const vfloat<A> b(bound[i]);
       for (index_t c = first; c < end; c += 64)
-        store_bits_not_below<A>(rows[i] + c, end - c, b, &bits[i][(c - first) / 64]);
+        mask_not_below<A>(rows[i] + c, end - c, b, masks[i][(c - first) / 64]);
     }
-    // After all rows: a mask's four parts have reached memory by now and load as one.
-    for (int i = 0; i < w; ++i)
-      for (index_t c = first; c < end; c += 64)
-        found[i].append(bits[i][(c - first) / 64], static_cast<std::int32_t>(c));
+    // After all rows: the parts of a mask have reached memory by now and load as one.
+    for (int i = 0; i < n; ++i) found[i].append(masks[i], first, end);
   }
   std::int32_t most = 0;
-  for (int i = 0; i < w; ++i) most = std::max(most, found[i].size());
+  for (int i = 0; i < n; ++i) most = std::max(most, found[i].size());
   return most <= slots;
 }
 
-// The listed values of `width` rows as ranks, slot by slot; nothing in the slots past the end.
+// The listed values of n rows as ranks, in any order; nothing in the slots past the end.
 template <class A, int slots>
-MOEROUTE_INLINE void rank_survivors(const float* const* rows, const column_list<A, slots>* found,
+MOEROUTE_INLINE void rank_survivors(const float* const* rows, int n, index_t cols,
+                                    const column_list<A, slots>* found,
                                     double (*rank_of_slot)[slots]) {
   constexpr int w = width<A>;
   alignas(alignment) std::int32_t column[w][slots];
   alignas(alignment) float value[w][slots];
   // Three loops, so that no wide load waits for the narrow stores just before it.
-  for (int i = 0; i < w; ++i) {
+  for (int i = 0; i < n; ++i) {
     MOEROUTE_UNROLL
     for (int r = 0; r < slots / w; ++r) found[i].columns(r).store_aligned(column[i] + r * w);
   }
-  // Volatile keeps compilers from replacing plain copies by inserts into registers or by a gather:
-  // slower.
-  for (int i = 0; i < w; ++i) {
-    MOEROUTE_UNROLL
-    for (int s = 0; s < slots; ++s)
-      static_cast<volatile float&>(value[i][s]) = rows[i][column[i][s]];
-  }
-  for (int i = 0; i < w; ++i) {
+  pick<A, slots>(rows, n, cols, column, value);
+  for (int i = 0; i < n; ++i) {
     MOEROUTE_UNROLL
     for (int r = 0; r < slots / w; ++r) {
       const vfloat<A> v = vfloat<A>::load_aligned(value[i] + r * w);
@@ -80,10 +73,10 @@ template <class A, int K, int G, int slots>
   xsimd::max(column_bound<A, G, K>(rows, cols, k), vfloat<A>(std::numeric_limits<float>::lowest()))
       .store_aligned(bound);
   column_list<A, slots> found[w];
-  if (!collect<A, slots>(rows, cols, bound, found)) return false;
+  if (!collect<A, slots>(rows, w, cols, bound, found)) return false;
 
   alignas(alignment) double rank_of_slot[w][slots];
-  rank_survivors<A, slots>(rows, found, rank_of_slot);
+  rank_survivors<A, slots>(rows, w, cols, found, rank_of_slot);
   constexpr int chunk = std::max(K, half);
   ranked<A> top[K];
   MOEROUTE_UNROLL
