@@ -1,8 +1,15 @@
-// A whole mixture-of-experts layer: gate, route, plan, dispatch, experts, combine, with one workspace.
+// A whole mixture-of-experts layer: gate, route, capacity, plan, dispatch, experts, combine, with
+// memory of its own.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <type_traits>
 #include <utility>
 
+#include <moeroute/stage/capacity.hpp>
 #include <moeroute/stage/combine.hpp>
 #include <moeroute/stage/dispatch.hpp>
 #include <moeroute/stage/expert.hpp>
@@ -20,22 +27,89 @@ struct no_probe {
   void operator()(layer_step) const {}
 };
 
-/// y = the weighted sum over each token's chosen experts of expert(x).
+/// A layer without shared experts.
+struct no_shared_experts {};
+
+/// Experts that are not networks. Ids outside of both ranges belong to the layer's Experts; a
+/// constant expert is an expert function like any other.
+struct special_experts {
+  /// Their output is the token itself: weight * x[t] enters the sum in rank order.
+  expert_id identity_first = 0;
+  expert_id identity_end = 0;
+  /// Their output is zero: the token spends a choice and nothing else.
+  expert_id zero_first = 0;
+  expert_id zero_end = 0;
+
+  bool any() const { return identity_first < identity_end || zero_first < zero_end; }
+  bool contains(index_t e) const {
+    return (e >= identity_first && e < identity_end) || (e >= zero_first && e < zero_end);
+  }
+};
+
+/// Where a choice's weight is applied.
+enum class weight_on {
+  output,  ///< to what the expert gives
+  input,   ///< to what the expert gets (Llama 4)
+};
+
+struct moe_layer_options {
+  std::optional<capacity_policy> capacity{};
+  special_experts special{};
+  weight_on weights = weight_on::output;
+  lost_token lost = lost_token::zero;
+  /// Most rows that an expert is called with at once, 0: all that it has.
+  index_t rows_per_call = 0;
+};
+
+/// Tokens up to which a layer runs experts on the rows of x itself instead of gathered copies.
+inline constexpr index_t decode_tokens = 8;
+
+/// y = the weighted sum over each token's chosen experts of expert(x), plus what shared experts
+/// give.
 ///
-/// Router is a token_router; Experts an expert_function (float rows in, float rows out), with or without
-/// scratch. A layer is used by one caller at a time: it owns the workspace, the assignment and the plan.
-template <token_router Router, class Experts, class A = simd::default_arch>
+/// Router is of any kind; Experts an expert_function (float rows in, float rows out), with or
+/// without scratch; Shared one that is called with expert 0 and all tokens, its output is added
+/// with weight 1. A layer is used by one caller at a time: it owns the workspaces, the assignment
+/// and the plan. After an exception it can be used as before.
+template <any_kind_of_router Router, class Experts, class Shared = no_shared_experts,
+          class A = simd::default_arch>
 class moe_layer {
  public:
-  /// gate: weights [E, d], packed, with the bias if the gate has one.
+  /// gate: weights [columns, d], packed, with the bias if the gate has one.
   ///
-  /// Throws: error where router or experts do not fit the gate.
-  moe_layer(simd::packed_matrix<A> gate, Router router, Experts experts)
-      : gate_(std::move(gate)), router_(std::move(router)), experts_(std::move(experts)) {
-    router_.check(gate_.rows());
-    // Experts that say how many they are must be as many as the gate's outputs: ids index them unchecked.
-    if constexpr (requires { experts_.experts(); })
-      check_size("moe_layer", "experts.experts()", experts_.experts(), gate_.rows());
+  /// Throws: error where router, experts or options do not fit the gate.
+  moe_layer(simd::packed_matrix<A> gate, Router router, Experts experts,
+            const moe_layer_options& options = {}, Shared shared = {})
+      : gate_(std::move(gate)),
+        router_(std::move(router)),
+        experts_(std::move(experts)),
+        shared_(std::move(shared)),
+        options_(options) {
+    if constexpr (!batch_router<Router>) router_.check(gate_.rows());
+    const special_experts& s = options_.special;
+    const auto total = static_cast<expert_id>(this->experts());
+    check_range("moe_layer", "identity_first", s.identity_first, 0, s.identity_end);
+    check_range("moe_layer", "identity_end", s.identity_end, 0, total);
+    check_range("moe_layer", "zero_first", s.zero_first, 0, s.zero_end);
+    check_range("moe_layer", "zero_end", s.zero_end, 0, total);
+    index_t networks = total;
+    if (s.any()) {
+      owned_.resize(total);
+      networks = 0;
+      for (index_t e = 0; e < total; ++e) {
+        owned_[e] = s.contains(e) ? 0 : 1;
+        if (owned_[e] != 0) networks = e + 1;
+      }
+    }
+    if (options_.capacity) options_.capacity->rule.check();
+    // Experts that say how many they are must cover every id that reaches them: it is not checked.
+    if constexpr (requires { experts_.experts(); }) {
+      if (s.any()) {
+        check_range("moe_layer", "experts.experts()", experts_.experts(), networks, total);
+      } else {
+        check_size("moe_layer", "experts.experts()", experts_.experts(), total);
+      }
+    }
     if constexpr (requires { experts_.d(); })
       check_size("moe_layer", "experts.d()", experts_.d(), gate_.cols());
   }
@@ -43,47 +117,101 @@ class moe_layer {
   /// Runs the layer.
   ///
   /// Shapes: x and y [T, d], each in float, bfloat16 or float16; they may be the same memory.
-  /// Throws: error where the shapes do not fit.
-  /// Cost: allocates only where T (or the executor's concurrency) exceeds every earlier one, and then at the
-  /// start of the call. probe(step) is called as each step begins.
-  /// Determinism: the same bits for every executor and thread count.
+  /// Throws: error where the shapes do not fit; what an expert throws.
+  /// Cost: allocates only where T (or the executor's concurrency) exceeds every earlier one, and
+  /// then at the start of the call; where the router sees the whole batch, also when it has run. Up
+  /// to decode_tokens tokens are not copied. probe(step) is called as each step begins.
+  /// Determinism: the same bits for every executor and thread count; the same bits with and without
+  /// copies where an expert's rows do not depend on one another.
   template <readable_rows X, writable_rows Y, executor Exec = serial, class Probe = no_probe>
-  void forward(const X& x_rows, Y&& y_rows, const Exec& exec = {}, Probe&& probe = {}) {
-    const auto x = const_view(x_rows);
+  void forward(const X& x, Y&& y, const Exec& exec = {}, Probe&& probe = {}) {
+    forward(x, y, side_inputs{}, exec, std::forward<Probe>(probe));
+  }
+
+  /// The same with side inputs: a token mask, ids for tables, a seed.
+  template <readable_rows X, writable_rows Y, executor Exec = serial, class Probe = no_probe>
+  void forward(const X& x_rows, Y&& y_rows, const side_inputs& side, const Exec& exec = {},
+               Probe&& probe = {}) {
+    using T = element_of<const X>;
+    const matrix_view<const T> x = const_view(x_rows);
     const auto y = view(y_rows);
     check_size("moe_layer", "x.cols()", x.cols, gate_.cols());
     check_size("moe_layer", "y.rows()", y.rows, x.rows);
     check_size("moe_layer", "y.cols()", y.cols, x.cols);
-    const int workers = detail::route_workers(exec, x.rows, experts());
-    const memory m = reserve(x.rows, workers, exec.concurrency());
-    logits_ = matrix_view<float>(m.logits, x.rows, gate_.rows());
+    check_stride("moe_layer", "x", x);
+    check_stride("moe_layer", "y", y);
+    check_apart_or_same("moe_layer", "x", x, "y", y);
+    const index_t tokens = x.rows, columns = gate_.rows();
+    const int workers = detail::route_workers(exec, tokens, columns);
+    const early_memory early = reserve_early(tokens, workers);
+    memory m{};
+    if constexpr (!batch_router<Router>) m = reserve(tokens, exec.concurrency());
+    logits_ = matrix_view<float>(early.logits, tokens, columns);
 
     probe(layer_step::gate);
     gate(x, gate_, logits_, exec);
     probe(layer_step::route);
-    detail::route_with<A>(router_, const_view(logits_), side_inputs{}, m.route, workers, choices_, exec);
+    if constexpr (batch_router<Router>) {
+      route(router_, logits_, side, batch_workspace_, choices_, exec);
+      m = reserve(tokens, exec.concurrency());
+    } else {
+      detail::check_side(side, tokens, choices_.k());
+      detail::route_with<A>(router_, const_view(logits_), side, early.route, workers, choices_,
+                            exec);
+    }
+    if (options_.capacity) apply_capacity(choices_, *options_.capacity, capacity_workspace_);
     probe(layer_step::plan);
-    moeroute::plan(choices_, plan_);
+    plan_options planning;
+    if (options_.special.any()) planning.owned = owned_;
+    moeroute::plan<A>(choices_, plan_, planning);
+
     const index_t slots = plan_.slots();
     const matrix_view<float> in(m.in, slots, x.cols), out(m.out, slots, x.cols);
+    const bool copied = tokens > decode_tokens || options_.weights == weight_on::input;
     probe(layer_step::dispatch);
-    dispatch(x, plan_, in, exec);
-    probe(layer_step::experts);
-    if constexpr (with_scratch) {
-      for_each_expert(plan_, in, out, experts_, m.experts, exec);
+    matrix_view<const float> rows(m.in, tokens, x.cols);
+    if (copied) {
+      dispatch_options moving;
+      if (options_.weights == weight_on::input) moving.scale = choices_.weights();
+      dispatch(x, plan_, in, exec, moving);
+    } else if constexpr (std::is_same_v<T, float>) {
+      rows = x;
     } else {
-      for_each_expert(plan_, in, out, experts_, exec);
+      for (index_t t = 0; t < tokens; ++t)
+        simd::convert_row<A>(x.data + t * x.stride, x.cols, m.in + t * x.cols);
     }
+    probe(layer_step::experts);
+    if (copied) {
+      run_copies(in, out, m.experts, exec);
+    } else {
+      run_in_place(rows, out, m, exec);
+    }
+    if constexpr (with_shared) run_shared(x, m, exec);
     probe(layer_step::combine);
-    combine(out, plan_, choices_, y, exec);
+    combine_options<T, float> combining;
+    if (options_.weights == weight_on::input) combining.weight = combine_weight::one;
+    combining.lost = options_.lost;
+    combining.identity_first = options_.special.identity_first;
+    combining.identity_end = options_.special.identity_end;
+    combining.x = x;
+    if constexpr (with_shared)
+      combining.shared = matrix_view<const float>(m.shared_out, tokens, x.cols);
+    combine(out, plan_, choices_, y, exec, combining);
     probe(layer_step::done);
   }
 
-  index_t experts() const { return gate_.rows(); }
+  index_t experts() const {
+    if constexpr (requires { router_.experts(index_t{}); }) {
+      return router_.experts(gate_.rows());
+    } else {
+      return gate_.rows();
+    }
+  }
   index_t d() const { return gate_.cols(); }
   const Router& router() const { return router_; }
+  const moe_layer_options& options() const { return options_; }
 
-  /// Of the last call: logits [T, E], valid until the next one.
+  /// Of the last call: logits [T, columns of the gate], valid until the next one.
   matrix_view<const float> logits() const { return logits_; }
   /// Of the last call: every token's experts and weights.
   const assignment& choices() const { return choices_; }
@@ -94,36 +222,169 @@ class moe_layer {
   static constexpr bool with_scratch = expert_function_with_scratch<Experts, float, float>;
   static_assert(with_scratch || expert_function<Experts, float, float>,
                 "[moeroute::moe_layer] Experts must be callable as f(expert, in, out)");
+  static constexpr bool with_shared = !std::is_same_v<Shared, no_shared_experts>;
+  static constexpr bool shared_with_scratch = expert_function_with_scratch<Shared, float, float>;
+  static_assert(!with_shared || shared_with_scratch || expert_function<Shared, float, float>,
+                "[moeroute::moe_layer] Shared must be callable as f(0, in, out)");
+  // Tokens that pass through the shared experts at a time.
+  static constexpr index_t shared_tile = 96;
 
-  struct memory {
+  // Rows of x at equal distances that go to one expert: one call without a copy.
+  struct run {
+    expert_id expert;
+    std::int32_t slot;
+    std::int32_t rows;
+    std::int32_t token;
+    std::int32_t step;
+  };
+
+  template <class R>
+  struct route_memory_of {
+    using type = detail::route_memory<R, float>;
+  };
+  template <batch_router R>
+  struct route_memory_of<R> {
+    using type = std::byte;  // a batch router carves for itself
+  };
+  struct early_memory {
     float* logits;
+    const typename route_memory_of<Router>::type* route;
+  };
+  struct memory {
     float* in;
     float* out;
     float* experts;
-    const detail::route_memory<Router, float>* route;
+    float* shared_in;
+    float* shared_out;
+    float* shared;
+    run* runs;
   };
 
-  memory reserve(index_t tokens, int route_workers, int concurrency) {
-    const index_t slots = tokens * router_.k();
-    index_t expert_scratch = 0;
-    if constexpr (with_scratch)
-      expert_scratch = experts_.scratch_floats() * worker_slots::count(concurrency);
-    choices_.reset(tokens, experts(), router_.k());
-    plan_.reset(tokens, experts(), router_.k());
+  // What is known before the router has run.
+  early_memory reserve_early(index_t tokens, int workers) {
+    const index_t columns = gate_.rows();
+    if constexpr (ragged_router<Router>) {
+      choices_.reset_ragged(tokens, experts(), router_.max_choices(columns));
+    } else if constexpr (!batch_router<Router>) {
+      choices_.reset(tokens, experts(), router_.k());
+    }
+    return early_workspace_.carve([&](scratch& tape) {
+      float* logits = tape.take<float>(tokens * columns);
+      if constexpr (batch_router<Router>) {
+        return early_memory{logits, nullptr};
+      } else {
+        return early_memory{
+            logits, detail::route_memory<Router, float>::carve(tape, router_, columns, workers)};
+      }
+    });
+  }
+
+  // The rest, for as many choices as there is room for.
+  memory reserve(index_t tokens, int concurrency) {
+    const index_t slots = choices_.room();
+    plan_.reset(tokens, experts(), choices_.k(), slots, slots);
+    if (options_.capacity)
+      capacity_workspace_.carve([&](scratch& tape) {
+        return detail::capacity_memory::carve(tape, choices_, options_.capacity->order);
+      });
+    const index_t workers = worker_slots::count(concurrency);
+    index_t expert_scratch = 0, shared_scratch = 0, shared_rows = 0;
+    if constexpr (with_scratch) expert_scratch = experts_.scratch_floats() * workers;
+    if constexpr (shared_with_scratch) shared_scratch = shared_.scratch_floats() * workers;
+    if constexpr (with_shared) shared_rows = tokens;
     return workspace_.carve([&](scratch& tape) {
-      return memory{tape.take<float>(tokens * experts()), tape.take<float>(slots * d()),
-                    tape.take<float>(slots * d()), tape.take<float>(expert_scratch),
-                    detail::route_memory<Router, float>::carve(tape, router_, experts(),
-                                                               route_workers)};
+      return memory{tape.take<float>(std::max(slots, tokens) * d()),
+                    tape.take<float>(slots * d()),
+                    tape.take<float>(expert_scratch),
+                    tape.take<float>(shared_rows > 0 ? workers * shared_tile * d() : 0),
+                    tape.take<float>(shared_rows * d()),
+                    tape.take<float>(shared_scratch),
+                    tape.take<run>(tokens <= decode_tokens ? slots : 0)};
+    });
+  }
+
+  template <class Exec>
+  void run_copies(const matrix_view<float>& in, const matrix_view<float>& out,
+                  float* scratch_memory, const Exec& exec) {
+    const expert_options cut{.rows_per_call = options_.rows_per_call};
+    if constexpr (with_scratch) {
+      for_each_expert(plan_, in, out, experts_, scratch_memory, exec, cut);
+    } else {
+      for_each_expert(plan_, in, out, experts_, exec, cut);
+    }
+  }
+
+  // Each expert's tokens, cut where their distance changes: a view with that distance as its stride
+  // needs no copy, and two tokens always have one.
+  template <class Exec>
+  void run_in_place(const matrix_view<const float>& x, const matrix_view<float>& out,
+                    const memory& m, const Exec& exec) {
+    const slot_id* token = plan_.token_of_slot().data();
+    index_t runs = 0;
+    for (index_t e = 0; e < plan_.experts(); ++e) {
+      const index_t first = plan_.offsets()[static_cast<std::size_t>(e)];
+      const index_t end = first + plan_.load(e);
+      for (index_t s = first; s < end;) {
+        index_t n = 1;
+        const slot_id step = s + 1 < end ? token[s + 1] - token[s] : 1;
+        while (step > 0 && s + n < end && token[s + n] - token[s + n - 1] == step) ++n;
+        m.runs[runs++] = {static_cast<expert_id>(e), static_cast<std::int32_t>(s),
+                          static_cast<std::int32_t>(n), token[s], step};
+        s += n;
+      }
+    }
+    worker_slots workers(exec.concurrency());
+    exec.parallel_for(runs, 1, [&](index_t begin, index_t last) {
+      for (index_t i = begin; i < last; ++i) {
+        const run& r = m.runs[i];
+        const matrix_view<const float> in(x.data + r.token * x.stride, r.rows, x.cols,
+                                          r.rows > 1 ? r.step * x.stride : x.cols);
+        const matrix_view<float> result = out.middle_rows(r.slot, r.rows);
+        if constexpr (with_scratch) {
+          const worker_slots::held worker(workers);
+          experts_(r.expert, in, result, m.experts + worker * experts_.scratch_floats());
+        } else {
+          experts_(r.expert, in, result);
+        }
+      }
+    });
+  }
+
+  template <class T, class Exec>
+  void run_shared(const matrix_view<const T>& x, const memory& m, const Exec& exec) {
+    worker_slots workers(exec.concurrency());
+    exec.parallel_for(x.rows, shared_tile, [&](index_t begin, index_t end) {
+      const worker_slots::held worker(workers);
+      matrix_view<const float> in;
+      if constexpr (std::is_same_v<T, float>) {
+        in = x.middle_rows(begin, end - begin);
+      } else {
+        float* const wide = m.shared_in + worker * shared_tile * d();
+        for (index_t t = begin; t < end; ++t)
+          simd::convert_row<A>(x.data + t * x.stride, x.cols, wide + (t - begin) * x.cols);
+        in = matrix_view<const float>(wide, end - begin, x.cols);
+      }
+      const matrix_view<float> out(m.shared_out + begin * d(), end - begin, d());
+      if constexpr (shared_with_scratch) {
+        shared_(expert_id{0}, in, out, m.shared + worker * shared_.scratch_floats());
+      } else {
+        shared_(expert_id{0}, in, out);
+      }
     });
   }
 
   simd::packed_matrix<A> gate_;
   Router router_;
   Experts experts_;
+  Shared shared_;
+  moe_layer_options options_;
+  buffer<std::uint8_t> owned_;
   matrix_view<float> logits_;
   assignment choices_;
   dispatch_plan plan_;
+  workspace early_workspace_;
+  workspace batch_workspace_;
+  workspace capacity_workspace_;
   workspace workspace_;
 };
 

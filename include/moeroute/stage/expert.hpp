@@ -1,20 +1,26 @@
 // Running the experts: one contiguous block of rows per expert that has any.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <span>
+
 #include <moeroute/data/dispatch_plan.hpp>
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/exec/worker_slots.hpp>
+#include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
 
 namespace moeroute {
 
-/// What runs an expert: f(expert, in, out) with in [n, d] and out [n, d'], n >= 1 rows of its tokens.
+/// What runs an expert: f(expert, in, out) with in [n, d] and out [n, d'], n >= 1 rows of its
+/// tokens.
 template <class F, class In, class Out>
-concept expert_function = requires(F& f, expert_id e, matrix_view<const In> in, matrix_view<Out> out) {
-  f(e, in, out);
-};
+concept expert_function =
+    requires(F& f, expert_id e, matrix_view<const In> in, matrix_view<Out> out) { f(e, in, out); };
 
-/// An expert function that wants scratch: f(expert, in, out, memory) with scratch_floats() floats of its own.
+/// An expert function that wants scratch: f(expert, in, out, memory) with scratch_floats() floats
+/// of its own.
 template <class F, class In, class Out>
 concept expert_function_with_scratch =
     requires(F& f, expert_id e, matrix_view<const In> in, matrix_view<Out> out, float* memory) {
@@ -22,19 +28,60 @@ concept expert_function_with_scratch =
       f(e, in, out, memory);
     };
 
-/// Calls f for every expert that has tokens, with the rows of its slots.
+/// How for_each_expert cuts its work.
+struct expert_options {
+  /// Most rows per call, 0: an expert's rows are never split. Otherwise the slots are cut every so
+  /// many rows, so that one busy expert keeps several threads busy: for experts whose rows do not
+  /// depend on one another.
+  index_t rows_per_call = 0;
+};
+
+namespace detail {
+
+// Calls f for the experts' rows within the slots [begin, end).
+template <class In, class Out, class F>
+void run_slots(const dispatch_plan& plan, const matrix_view<const In>& in,
+               const matrix_view<Out>& out, index_t begin, index_t end, F& f) {
+  const std::span<const slot_id> offsets = plan.offsets();
+  // The first expert that ends behind begin.
+  const auto behind = std::upper_bound(offsets.begin() + 1, offsets.end(), begin);
+  for (index_t e = behind - offsets.begin() - 1; e < plan.experts(); ++e) {
+    const index_t first = std::max<index_t>(begin, offsets[static_cast<std::size_t>(e)]);
+    if (first >= end) break;
+    const index_t last =
+        std::min(end, offsets[static_cast<std::size_t>(e)] + plan.load(e));  // without padding
+    if (first < last)
+      f(static_cast<expert_id>(e), in.middle_rows(first, last - first),
+        out.middle_rows(first, last - first));
+  }
+}
+
+}  // namespace detail
+
+/// Calls f for every expert that has tokens, with the rows of its slots; padding is left out.
 ///
 /// Shapes: in [plan.slots(), d], out [plan.slots(), d'].
-/// Throws: error where the shapes do not fit the plan. Cost: what f costs; experts run on the executor's
-/// threads, so f must allow that. Determinism: as f's; a block is never split.
+/// Throws: error where the shapes do not fit the plan; what f throws. Cost: what f costs; calls run
+/// on the executor's threads, so f must allow that.
+/// Determinism: as f's; what a call sees depends on the plan and options only, never on threads.
 template <readable_rows X, writable_rows Y, class F, executor Exec = serial>
   requires expert_function<F, element_of<const X>, element_of<Y>>
 void for_each_expert(const dispatch_plan& plan, const X& in_rows, Y&& out_rows, F&& f,
-                     const Exec& exec = {}) {
-  const auto in = const_view(in_rows);
+                     const Exec& exec = {}, const expert_options& options = {}) {
+  const matrix_view<const element_of<const X>> in = const_view(in_rows);
   const auto out = view(out_rows);
   check_size("for_each_expert", "in.rows()", in.rows, plan.slots());
   check_size("for_each_expert", "out.rows()", out.rows, plan.slots());
+  check_stride("for_each_expert", "in", in);
+  check_stride("for_each_expert", "out", out);
+  check_range("for_each_expert", "rows_per_call", options.rows_per_call, 0,
+              std::int32_t{0x7fffffff});
+  if (options.rows_per_call > 0) {
+    exec.parallel_for(plan.slots(), options.rows_per_call, [&](index_t begin, index_t end) {
+      detail::run_slots(plan, in, out, begin, end, f);
+    });
+    return;
+  }
   exec.parallel_for(plan.experts(), 1, [&](index_t begin, index_t end) {
     for (index_t e = begin; e < end; ++e) {
       const index_t first = plan.offsets()[static_cast<std::size_t>(e)], n = plan.load(e);
@@ -48,7 +95,7 @@ void for_each_expert(const dispatch_plan& plan, const X& in_rows, Y&& out_rows, 
 template <readable_rows X, writable_rows Y, class F, executor Exec = serial>
   requires expert_function_with_scratch<F, element_of<const X>, element_of<Y>>
 void for_each_expert(const dispatch_plan& plan, const X& in, Y&& out, F&& f, float* memory,
-                     const Exec& exec = {}) {
+                     const Exec& exec = {}, const expert_options& options = {}) {
   worker_slots workers(exec.concurrency());
   for_each_expert(
       plan, in, out,
@@ -57,7 +104,7 @@ void for_each_expert(const dispatch_plan& plan, const X& in, Y&& out, F&& f, flo
         const worker_slots::held worker(workers);
         f(e, rows, results, memory + worker * f.scratch_floats());
       },
-      exec);
+      exec, options);
 }
 
 }  // namespace moeroute

@@ -12,6 +12,7 @@
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/simd/rows.hpp>
+#include <moeroute/simd/transpose.hpp>
 
 namespace moeroute {
 
