@@ -83,8 +83,10 @@ struct weight_rule {
       });
     }
     if (!expert_scale.empty())
+      // no_expert is out of range, and so may be what stands in lanes without a row.
       for (int i = 0; i < c.k * block_rows; ++i)
-        if (c.id[i] != no_expert) c.value[i] *= expert_scale[static_cast<std::size_t>(c.id[i])];
+        if (const auto e = static_cast<std::size_t>(c.id[i]); e < expert_scale.size())
+          c.value[i] *= expert_scale[e];
     for (int lane = 0; lane < block_rows; lane += simd::width<A>)
       detail::for_each_rank<A>(c, lane, [&](F w, simd::vmask<A>) {
         w = simd::select<A>(w > most, most, w);
