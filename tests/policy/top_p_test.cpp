@@ -1,0 +1,134 @@
+#include <moeroute/policy/top_p.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "oracle/routing.hpp"
+#include "support/compare.hpp"
+#include "support/refusal.hpp"
+#include "support/routed.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+using test::routed;
+
+namespace {
+
+// Whether `count` experts are a right answer in double, where a sum within rounding of p may go
+// either way.
+std::string count_break(const top_p& rule, const std::vector<expert_id>& order,
+                        const std::vector<double>& score, index_t count) {
+  const double p = static_cast<double>(rule.p), slack = 1e-5;
+  const auto there = static_cast<index_t>(order.size());
+  const index_t most = rule.max_k > 0 ? std::min(rule.max_k, there) : there;
+  double sum = 0;
+  // The fewest and the most experts that a sum within slack of p allows.
+  index_t fewest = there, greatest = there;
+  bool first = true;
+  for (index_t r = 0; r < there; ++r) {
+    sum += score[static_cast<std::size_t>(order[static_cast<std::size_t>(r)])];
+    const index_t in = rule.crossing == crossing::exclude ? r : r + 1;
+    if (first && sum >= p - slack) fewest = in, first = false;
+    if (sum > p + slack) {
+      greatest = in;
+      break;
+    }
+  }
+  const auto bounded = [&](index_t n) { return std::min(std::max(n, rule.min_k), most); };
+  return count >= bounded(fewest) && count <= bounded(greatest)
+             ? ""
+             : std::to_string(count) + " experts, expected " + std::to_string(bounded(fewest)) +
+                   " to " + std::to_string(bounded(greatest));
+}
+
+void agrees(const top_p& rule, index_t experts) {
+  for (const test::shape s : test::all_shapes) {
+    const index_t tokens = 19;
+    const std::vector<float> logits = test::make_logits(s, 3, tokens, experts);
+    const assignment a = routed(rule, logits, experts);
+    INFO(test::name(s) << ", p = " << rule.p << ", E = " << experts);
+    for (index_t t = 0; t < tokens; ++t) {
+      const float* row = logits.data() + t * experts;
+      const std::vector<expert_id> order = oracle::order(row, experts);
+      const std::vector<double> score = oracle::softmax(row, experts, order);
+      const std::string broken = count_break(rule, order, score, a.count(t));
+      if (!broken.empty()) FAIL("token " << t << ": " << broken);
+      std::vector<double> weight;
+      double sum = 0;
+      for (index_t r = 0; r < a.count(t); ++r) {
+        REQUIRE(a.ids(t)[static_cast<std::size_t>(r)] == order[static_cast<std::size_t>(r)]);
+        weight.push_back(score[static_cast<std::size_t>(order[static_cast<std::size_t>(r)])]);
+        sum += weight.back();
+      }
+      if (rule.weight.normalize == normalization::sum)
+        for (double& w : weight) w /= sum;
+      CHECK(test::difference(a.weights(t), weight, 3e-6, 1e-36) == "");
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("top-p takes the shortest prefix that reaches the mass, on every shape") {
+  for (const index_t experts : {1, 3, 16, 60, 257})
+    for (const float p : {0.1f, 0.4f, 0.75f, 0.99f}) {
+      agrees({.p = p}, experts);
+      agrees({.p = p, .weight = sum_normalized}, experts);
+    }
+}
+
+TEST_CASE("top-p leaves out the crossing expert where it is told to") {
+  agrees({.p = 0.6f, .crossing = crossing::exclude}, 16);
+  agrees({.p = 0.6f, .crossing = crossing::include_strict}, 16);
+}
+
+TEST_CASE("a floor and a cap bound the number of experts") {
+  agrees({.p = 0.3f, .min_k = 4}, 60);
+  agrees({.p = 0.9f, .max_k = 3}, 60);
+  agrees({.p = 0.5f, .crossing = crossing::exclude, .min_k = 2, .max_k = 20}, 60);
+  // More than the sixteen that are looked at first.
+  agrees({.p = 0.2f, .min_k = 40}, 257);
+}
+
+TEST_CASE("a token has at least one expert where it can have one, whatever the reading") {
+  const std::vector<float> sharp = {20.0f, 0.0f, 0.0f};
+  for (const crossing how : {crossing::include, crossing::include_strict, crossing::exclude}) {
+    const assignment a = routed(top_p{.p = 0.1f, .crossing = how}, sharp, 3);
+    CHECK(test::listed(a.ids(0)) == std::vector<expert_id>{0});
+  }
+  CHECK(routed(top_p{}, {test::not_a_number, -test::infinity, -test::infinity}, 3).count(0) == 0);
+}
+
+TEST_CASE("a mass of 1 takes every expert that can be chosen, up to rounding of the sum") {
+  const std::vector<float> logits = {0.0f, 1.0f, test::not_a_number, 2.0f};
+  const assignment a = routed(top_p{.p = 1.0f, .crossing = crossing::include_strict}, logits, 4);
+  CHECK(test::listed(a.ids(0)) == std::vector<expert_id>{3, 1, 0});
+}
+
+TEST_CASE("equal probabilities are taken by ascending id") {
+  const assignment a = routed(top_p{.p = 0.3f}, std::vector<float>(10, 0.5f), 10);
+  for (std::size_t r = 0; r < a.ids(0).size(); ++r) CHECK(a.ids(0)[r] == static_cast<expert_id>(r));
+}
+
+TEST_CASE("the experts of a smaller mass begin those of a larger one") {
+  const std::vector<float> logits = test::make_logits(test::shape::quantised, 8, 40, 60);
+  const assignment few = routed(top_p{.p = 0.3f}, logits, 60);
+  const assignment many = routed(top_p{.p = 0.8f}, logits, 60);
+  for (index_t t = 0; t < 40; ++t) {
+    REQUIRE(few.count(t) <= many.count(t));
+    for (std::size_t r = 0; r < few.ids(t).size(); ++r) CHECK(few.ids(t)[r] == many.ids(t)[r]);
+  }
+}
+
+TEST_CASE("a mass, floor or cap that makes no sense is refused") {
+  const auto refused = [](const top_p& rule) { return test::refusal([&] { rule.check(8); }); };
+  CHECK(refused({.p = 0.0f}) ==
+        "moeroute::top_p: p is 0.000000, expected more than 0 and at most 1");
+  CHECK(refused({.p = 1.5f}) ==
+        "moeroute::top_p: p is 1.500000, expected more than 0 and at most 1");
+  CHECK(refused({.p = test::not_a_number}).find("p is nan") != std::string::npos);
+  CHECK(refused({.min_k = 9}) == "moeroute::top_p: min_k is 9, expected 1 to 8");
+  CHECK(refused({.min_k = 3, .max_k = 2}).find("max_k is 2, expected 3") != std::string::npos);
+}
