@@ -76,18 +76,12 @@ struct bidding_strip {
   template <class A>
   MOEROUTE_INLINE simd::vfloat<A> values(index_t tile, int column, int lane) const {
     const simd::vfloat<A> a = simd::load<A>(strip + simd::panel_shape::lanes(tile, column) + lane);
-    const index_t row = tile * simd::tile_size + lane;
-    const auto mine = simd::lanes_equal<A>(simd::load<A>(holder + row),
+    const index_t place = tile * simd::tile_size + lane;
+    const auto mine = simd::lanes_equal<A>(simd::load<A>(holder + place),
                                            static_cast<std::int32_t>(first + column));
     // Rows past the last token are -inf, and nobody holds them.
     return simd::select<A>(mine, held_is_raw ? a : simd::vfloat<A>(held),
-                           a - simd::load<A>(price + row));
-  }
-  float at(index_t row, int column) const {
-    const float a =
-        strip[simd::panel_shape::lanes(row / simd::tile_size, column) + row % simd::tile_size];
-    if (holder[row] != first + column) return a - price[row];
-    return held_is_raw ? a : held;
+                           a - simd::load<A>(price + place));
   }
 };
 
@@ -117,13 +111,32 @@ struct auction_memory {
   }
 };
 
-// Moves the worst of a column's picks to the end: the smallest key, the last row among equals.
-inline void worst_last(std::int32_t* row, std::int32_t* key, index_t n) {
+// Moves the worst of a column's picks to the end: the smallest key, the last token among equals.
+inline void worst_last(std::int32_t* place, std::int32_t* key, index_t n, simd::panel_shape shape) {
   index_t worst = 0;
   for (index_t i = 1; i < n; ++i)
-    if (key[i] <= key[worst]) worst = i;
-  std::swap(row[worst], row[n - 1]);
+    if (key[i] < key[worst] ||
+        (key[i] == key[worst] && shape.row_of(place[i]) > shape.row_of(place[worst])))
+      worst = i;
+  std::swap(place[worst], place[n - 1]);
   std::swap(key[worst], key[n - 1]);
+}
+
+// Affinities into the panel.
+template <class A>
+void fill_auction_panel(const affinity& a, const auction_memory& m, const column_scopes& s) {
+  const simd::panel_shape shape{s.tiles()};
+  const index_t stride = round_up(s.experts, simd::tile_size);
+  std::fill_n(m.factor, simd::tile_size, 1.0f);
+  for (index_t tile = 0; tile < s.tiles(); ++tile) {
+    std::fill_n(m.row, simd::tile_size * stride, simd::minus_infinity);
+    for (index_t lane = 0; lane < simd::tile_size; ++lane) {
+      const index_t t = shape.row(tile, lane);
+      if (t >= s.tokens) continue;
+      for (index_t e = 0; e < s.experts; ++e) m.row[lane * stride + e] = a.auction_value(t, e);
+    }
+    simd::pack_tiles<A>(m.row, stride, m.factor, s.experts, m.panel, shape, tile);
+  }
 }
 
 // The auction. Fills expert_of [T] and returns true, or false where it has not settled after
@@ -134,21 +147,13 @@ bool run_auction(const affinity& a, const auction_memory& m, const column_scopes
   // Up to here every bid keeps what it won cheaply; from here on prices alone decide, which settles
   // quickly.
   constexpr index_t patient_rounds = 100;
-  const index_t tokens = s.tokens, experts = s.experts, jobs = tokens / experts;
-  const index_t padded = round_up(tokens, simd::tile_size);
-  const index_t stride = round_up(experts, simd::tile_size);
-  std::fill_n(m.factor, simd::tile_size, 1.0f);
-  for (index_t tile = 0; tile < s.tiles(); ++tile) {
-    std::fill_n(m.row, simd::tile_size * stride, simd::minus_infinity);
-    for (index_t t = tile * simd::tile_size; t < std::min(tokens, (tile + 1) * simd::tile_size);
-         ++t)
-      for (index_t e = 0; e < experts; ++e)
-        m.row[t % simd::tile_size * stride + e] = a.auction_value(t, e);
-    simd::pack_tiles<A>(m.row, stride, m.factor, experts, m.panel, {s.tiles()}, tile);
-  }
+  const simd::panel_shape shape{s.tiles()};
+  const index_t jobs = s.tokens / s.experts, places = round_up(s.tokens, simd::tile_size);
+  fill_auction_panel<A>(a, m, s);
   const float eps = std::max((a.most - a.least) / 50.0f, 1e-4f);
-  std::fill_n(m.price, padded, 0.0f);
-  std::fill_n(m.holder, padded, -1);
+  // Prices, bids and holders are kept by the panel's places.
+  std::fill_n(m.price, places, 0.0f);
+  std::fill_n(m.holder, places, -1);
   for (index_t round = 0; round < most_rounds; ++round) {
     // What the last round won is worth most while the auction is patient.
     const bool raw = round > patient_rounds;
@@ -163,42 +168,42 @@ bool run_auction(const affinity& a, const auction_memory& m, const column_scopes
                                raw};
         },
         m.columns, workers, m.picks, exec);
-    std::fill_n(m.best_bid, tokens, 0.0f);
-    std::fill_n(m.bidder, tokens, -1);
-    std::fill_n(expert_of, tokens, -1);
+    std::fill_n(m.best_bid, places, 0.0f);
+    std::fill_n(m.bidder, places, -1);
+    std::fill_n(expert_of, s.tokens, -1);
     const bool retains = round > 0 && round < patient_rounds;
-    const auto bid = [&](index_t t, index_t e, float amount) {
-      if (amount > m.best_bid[t]) {
-        m.best_bid[t] = amount;
-        m.bidder[t] = static_cast<std::int32_t>(e);
-      }
-    };
     index_t placed = 0;
-    for (index_t e = 0; e < experts; ++e) {
-      std::int32_t* const row = m.picks.row + e * s.capacity;
+    for (index_t e = 0; e < s.experts; ++e) {
+      std::int32_t* const place = m.picks.place + e * s.capacity;
       std::int32_t* const key = m.picks.key + e * s.capacity;
-      worst_last(row, key, jobs + 1);
+      worst_last(place, key, jobs + 1, shape);
       const float next = simd::value_of_key(key[jobs]);
       for (index_t i = 0; i < jobs; ++i) {
-        const std::int32_t t = row[i];
-        placed += expert_of[t] < 0;
-        expert_of[t] = static_cast<std::int32_t>(e);
-        if (retains && m.holder[t] == e) continue;
-        bid(t, e, (simd::value_of_key(key[i]) - next) + eps);
+        const std::int32_t at = place[i];
+        std::int32_t& owner = expert_of[shape.row_of(at)];
+        placed += owner < 0;
+        owner = static_cast<std::int32_t>(e);
+        if (retains && m.holder[at] == e) continue;
+        const float bid = (simd::value_of_key(key[i]) - next) + eps;
+        if (bid > m.best_bid[at]) {
+          m.best_bid[at] = bid;
+          m.bidder[at] = static_cast<std::int32_t>(e);
+        }
       }
     }
     // Every expert lists T / E tokens, so all tokens are placed when none is listed twice.
-    if (placed == tokens) return true;
-    for (index_t t = 0; t < tokens; ++t) {
-      // A retaining bid is the smallest; equal bids go to the lowest expert.
-      if (retains && m.holder[t] >= 0 &&
-          (eps > m.best_bid[t] || (eps == m.best_bid[t] && m.holder[t] < m.bidder[t]))) {
-        m.best_bid[t] = eps;
-        m.bidder[t] = m.holder[t];
+    if (placed == s.tokens) return true;
+    for (index_t at = 0; at < places; ++at) {
+      // Whoever won a token last time bids the least for it; equal bids go to the lowest expert.
+      const std::int32_t holder = retains ? m.holder[at] : -1;
+      if (holder >= 0 &&
+          (eps > m.best_bid[at] || (eps == m.best_bid[at] && holder < m.bidder[at]))) {
+        m.best_bid[at] = eps;
+        m.bidder[at] = holder;
       }
-      m.price[t] += m.best_bid[t];
+      m.price[at] += m.best_bid[at];
     }
-    std::copy_n(m.bidder, tokens, m.holder);
+    std::copy_n(m.bidder, places, m.holder);
   }
   return false;
 }

@@ -40,9 +40,6 @@ struct stored_strip {
   MOEROUTE_INLINE simd::vfloat<A> values(index_t tile, int column, int lane) const {
     return simd::load<A>(strip + simd::panel_shape::lanes(tile, column) + lane);
   }
-  float at(index_t row, int column) const {
-    return strip[simd::panel_shape::lanes(row / simd::tile_size, column) + row % simd::tile_size];
-  }
 };
 
 // Runs column_top_k over every strip of every scope; make(scope, strip) is its source.
@@ -57,9 +54,9 @@ void pick_columns(const column_scopes& s, const Make& make,
       const index_t scope = piece / s.strips(), strip = piece % s.strips();
       const index_t first = strip * simd::tile_size, column = scope * s.experts + first;
       const auto width = static_cast<int>(std::min<index_t>(simd::tile_size, s.experts - first));
-      simd::column_top_k<A>(
-          make(scope, strip), s.length, width, s.capacity, memories[worker],
-          {picks.row + column * s.capacity, picks.key + column * s.capacity, picks.count + column});
+      simd::column_top_k<A>(make(scope, strip), s.length, width, s.capacity, memories[worker],
+                            {picks.place + column * s.capacity, picks.key + column * s.capacity,
+                             picks.count + column});
     }
   });
 }
@@ -82,13 +79,15 @@ void rows_from_picks(const column_scopes& s, const simd::column_picks& picks, st
   out.reset_ragged(s.tokens, s.experts, most, s.picks());
   const assignment::parts p = out.to_fill();
   std::fill_n(p.offsets, s.tokens + 1, 0);
+  const simd::panel_shape shape{s.tiles()};
   const auto for_each_pick = [&](auto&& f) {
     for (index_t scope = 0; scope < s.scopes; ++scope)
       for (index_t e = 0; e < s.experts; ++e) {
         const index_t column = scope * s.experts + e;
+        const std::int32_t* const place = picks.place + column * s.capacity;
+        const std::int32_t* const key = picks.key + column * s.capacity;
         for (index_t i = 0; i < picks.count[column]; ++i)
-          f(scope * s.length + picks.row[column * s.capacity + i], e,
-            picks.key[column * s.capacity + i]);
+          f(scope * s.length + shape.row_of(place[i]), e, key[i]);
       }
   };
   for_each_pick([&](index_t token, index_t, std::int32_t) { ++p.offsets[token + 1]; });

@@ -13,7 +13,7 @@
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/score.hpp>
 #include <moeroute/simd/column_top_k.hpp>
-#include <moeroute/simd/reduce.hpp>
+#include <moeroute/simd/softmax_rows.hpp>
 
 namespace moeroute {
 
@@ -72,35 +72,12 @@ enum class token_renormalization {
 
 namespace detail {
 
-// One row of softmax up to its row factor: exp(z - max), -inf where the logit is NaN or -inf.
-// Returns the factor that makes it a softmax.
-template <class A>
-float exp_choice_row(const float* z, index_t experts, float* choice) {
-  using F = simd::vfloat<A>;
-  const float max = simd::row_max<A>(z, experts);
-  const F top(max), never(simd::minus_infinity);
-  if (!(max > simd::minus_infinity)) {
-    std::fill_n(choice, experts, simd::minus_infinity);
-    return 1.0f;
-  }
-  simd::partials<A> sum(0.0f);
-  float* out = choice;
-  simd::detail::for_each_register<A>(z, experts, simd::minus_infinity, [&](int r, F x) {
-    const F e = simd::exp_below_max<A>(x, top);
-    sum.part[r] += e;
-    simd::select<A>(x > never, e, never).store_unaligned(out);
-    out += simd::width<A>;
-  });
-  return 1.0f / simd::sum_of<A>(sum);
-}
-
-// The same for any score: the scores themselves, -inf where the logit is NaN or -inf.
+// One row of any score: -inf where the logit is NaN or -inf, and past the last expert.
 template <class A, class Score>
-float score_choice_row(const Score& score, const float* z, index_t experts, float* choice) {
+void score_choice_row(const Score& score, const float* z, index_t experts, float* choice) {
   score.template score_row<A>(z, experts, choice);
   for (index_t e = 0; e < experts; ++e)
     if (!(z[e] > simd::minus_infinity)) choice[e] = simd::minus_infinity;
-  return 1.0f;
 }
 
 // 16 rows of choice scores on their way into a panel.
@@ -133,47 +110,47 @@ void fill_panels(const Score& score, matrix_view<const float> z, const side_inpu
   exec.parallel_for(s.scopes * s.tiles(), grain, [&](index_t begin, index_t end) {
     const worker_slots::held worker(slots);
     const choice_rows& m = memories[worker];
-    // What the rows do not write stays out of every choice.
-    std::fill_n(m.rows, simd::tile_size * m.stride, simd::minus_infinity);
+    const simd::panel_shape shape{s.tiles()};
     for (index_t piece = begin; piece < end; ++piece) {
       const index_t scope = piece / s.tiles(), tile = piece % s.tiles();
-      const index_t first = tile * simd::tile_size;
-      for (index_t i = 0; i < simd::tile_size; ++i) {
-        float* const row = m.rows + i * m.stride;
-        const index_t token = scope * s.length + first + i;
-        m.factor[i] = 1.0f;
-        if (first + i >= s.length || side.masked(token)) {
-          std::fill_n(row, s.experts, simd::minus_infinity);
-        } else if constexpr (std::is_same_v<Score, softmax>) {
-          m.factor[i] = exp_choice_row<A>(z.row(token), s.experts, row);
-        } else {
-          m.factor[i] = score_choice_row<A>(score, z.row(token), s.experts, row);
-        }
+      const float* row[simd::tile_size];
+      for (index_t lane = 0; lane < simd::tile_size; ++lane) {
+        const index_t local = shape.row(tile, lane), token = scope * s.length + local;
+        row[lane] = local < s.length && !side.masked(token) ? z.row(token) : nullptr;
       }
-      simd::pack_tiles<A>(m.rows, m.stride, m.factor, s.experts, panels + scope * s.panel(),
-                          {s.tiles()}, tile);
+      if constexpr (std::is_same_v<Score, softmax>) {
+        simd::exp_rows<A>(row, s.experts, m.rows, m.stride, m.factor);
+      } else {
+        std::fill_n(m.rows, simd::tile_size * m.stride, simd::minus_infinity);
+        std::fill_n(m.factor, simd::tile_size, 1.0f);
+        for (index_t lane = 0; lane < simd::tile_size; ++lane)
+          if (row[lane] != nullptr)
+            score_choice_row<A>(score, row[lane], s.experts, m.rows + lane * m.stride);
+      }
+      simd::pack_tiles<A>(m.rows, m.stride, m.factor, s.experts, panels + scope * s.panel(), shape,
+                          tile);
     }
   });
 }
 
+// A weight that no rule can make infinite.
+inline float finite_weight(double w) {
+  constexpr double most = std::numeric_limits<float>::max();
+  return static_cast<float>(std::clamp(w, -most, most));
+}
+
 // weight = score / (sum over the token's experts + eps) * scale, in double so that nothing
 // overflows.
-inline void weigh_tokens(token_renormalization normalize, float eps, float scale, assignment& out) {
-  constexpr double most = std::numeric_limits<float>::max();
+inline void share_weights(float eps, float scale, assignment& out) {
   const assignment::parts p = out.to_fill();
   for (index_t t = 0; t < out.tokens(); ++t) {
-    double divisor = 1.0;
-    if (normalize == token_renormalization::sum) {
-      divisor = 0.0;
-      for (std::int32_t i = p.offsets[t]; i < p.offsets[t + 1]; ++i)
-        divisor += static_cast<double>(p.weights[i]);
-      divisor += static_cast<double>(eps);
-    }
-    for (std::int32_t i = p.offsets[t]; i < p.offsets[t + 1]; ++i) {
-      const double share = divisor > 0.0 ? static_cast<double>(p.weights[i]) / divisor : 0.0;
-      const double w = std::clamp(share * static_cast<double>(scale), -most, most);
-      p.weights[i] = static_cast<float>(w);
-    }
+    double sum = 0.0;
+    for (std::int32_t i = p.offsets[t]; i < p.offsets[t + 1]; ++i)
+      sum += static_cast<double>(p.weights[i]);
+    sum += static_cast<double>(eps);
+    for (std::int32_t i = p.offsets[t]; i < p.offsets[t + 1]; ++i)
+      p.weights[i] = finite_weight(
+          sum > 0.0 ? static_cast<double>(p.weights[i]) / sum * static_cast<double>(scale) : 0.0);
   }
 }
 
@@ -257,11 +234,19 @@ struct expert_choice {
                                       strip * s.tiles() * simd::tile_size * simd::tile_size};
         },
         m.columns, workers, m.picks, exec);
-    detail::rows_from_picks(
-        s, m.picks, m.cursor, most, out,
-        [](index_t, index_t, std::int32_t key) { return simd::value_of_key(key); });
+    detail::rows_from_picks(s, m.picks, m.cursor, most, out,
+                            [](index_t, index_t, std::int32_t key) {
+                              const float value = simd::value_of_key(key);
+                              // A score of +inf is a weight like any other, only finite.
+                              return std::min(value, std::numeric_limits<float>::max());
+                            });
     if (most < experts || !side.k_of_token.empty()) detail::release_above_cap(side, most, out);
-    detail::weigh_tokens(normalize, eps, scale, out);
+    if (normalize == token_renormalization::sum) {
+      detail::share_weights(eps, scale, out);
+    } else if (scale != 1.0f) {
+      for (float& w : out.weights())
+        w = detail::finite_weight(static_cast<double>(w) * static_cast<double>(scale));
+    }
   }
 };
 

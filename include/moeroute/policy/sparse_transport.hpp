@@ -27,14 +27,13 @@ namespace detail {
 // Similarity plus the tokens' potentials, never stored.
 struct shifted_strip {
   stored_strip similarity;
-  const float* potential;  ///< [T rounded up to 16]
+  const float* potential;  ///< [T rounded up to 16], by places of the panel
 
   template <class A>
   MOEROUTE_INLINE simd::vfloat<A> values(index_t tile, int column, int lane) const {
     return similarity.values<A>(tile, column, lane) +
            simd::load<A>(potential + tile * simd::tile_size + lane);
   }
-  float at(index_t row, int column) const { return similarity.at(row, column) + potential[row]; }
 };
 
 // The threshold of the Euclidean projection of n values, each divided by `scale`, onto the simplex:
@@ -132,7 +131,7 @@ struct sparse_transport {
     for (index_t e = 0; e < z.cols; ++e)
       for (index_t i = 0; i < s.picks.count[e]; ++i) {
         const index_t at = e * s.scopes.capacity + i;
-        plan(s.picks.row[at], e) = s.mass(e, s.picks.key[at]);
+        plan(s.shape().row_of(s.picks.place[at]), e) = s.mass(e, s.picks.key[at]);
       }
   }
 
@@ -146,10 +145,11 @@ struct sparse_transport {
     simd::column_top_k_buffers* columns;
     simd::column_picks picks;
     std::int32_t* cursor;
-    float *potential, *gradient, *mean, *square;  ///< [T rounded up to 16]
+    float *potential, *gradient, *mean, *square;  ///< [T rounded up to 16], by places of the panel
     double* threshold;                            ///< [E]
     double column_mass, scale;
 
+    simd::panel_shape shape() const { return {scopes.tiles()}; }
     auto source() const {
       return [this](index_t, index_t strip) {
         return detail::shifted_strip{
@@ -162,8 +162,11 @@ struct sparse_transport {
       return over > 0.0 ? static_cast<float>(over * column_mass) : 0.0f;
     }
     float similarity(index_t t, index_t e) const {
-      return detail::stored_strip{panel + simd::panel_shape{scopes.tiles()}.strip(e)}.at(
-          t, static_cast<int>(e % simd::tile_size));
+      const index_t place = shape().place_of(t);
+      return panel[shape().strip(e) +
+                   simd::panel_shape::lanes(place / simd::tile_size,
+                                            static_cast<int>(e % simd::tile_size)) +
+                   place % simd::tile_size];
     }
   };
 
@@ -210,7 +213,7 @@ struct sparse_transport {
       std::fill_n(s.gradient, padded, -1.0f);
       for (index_t e = 0; e < experts; ++e)
         for (index_t i = 0; i < s.picks.count[e]; ++i)
-          s.gradient[s.picks.row[e * k + i]] += s.mass(e, s.picks.key[e * k + i]);
+          s.gradient[s.picks.place[e * k + i]] += s.mass(e, s.picks.key[e * k + i]);
       adam.step<A>(learning_rate, s.gradient, padded, s.mean, s.square, s.potential);
     }
   }

@@ -29,10 +29,10 @@ inline float value_of_key(std::int32_t key) {
   return std::bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff));
 }
 
-/// Candidates of 16 columns, and a place for one column's sample.
+/// Candidates of 16 columns.
 struct column_top_k_buffers {
-  std::int32_t* key;  ///< [16][room]
-  std::int32_t* row;  ///< [16][room]
+  std::int32_t* key;    ///< [16][room]
+  std::int32_t* place;  ///< [16][room]
   index_t room;
 
   static column_top_k_buffers carve(scratch& tape, index_t rows) {
@@ -43,9 +43,10 @@ struct column_top_k_buffers {
   }
 };
 
-/// The picks of up to 16 columns. Column c has count[c] of them at [c * k], in ascending row order.
+/// The picks of up to 16 columns. Column c has count[c] of them at [c * k], in ascending order of
+/// places.
 struct column_picks {
-  std::int32_t* row;
+  std::int32_t* place;
   std::int32_t* key;  ///< ordered_key of the value
   std::int32_t* count;
 };
@@ -57,22 +58,23 @@ inline constexpr std::int32_t lowest_key = std::numeric_limits<std::int32_t>::mi
 
 // Stores the lanes of m one after the other at `at` and returns what follows them.
 template <class A>
-MOEROUTE_INLINE index_t append(xsimd::batch_bool<std::int32_t, A> m, vint<A> key, vint<A> row,
-                               std::int32_t* keys, std::int32_t* rows, index_t at) {
+MOEROUTE_INLINE index_t append_lanes(xsimd::batch_bool<std::int32_t, A> m, vint<A> key,
+                                     vint<A> place, std::int32_t* keys, std::int32_t* places,
+                                     index_t at) {
   std::uint64_t bits = m.mask();
   if constexpr (std::derived_from<A, xsimd::avx512f>) {
     xsimd::compress(key, m).store_unaligned(keys + at);
-    xsimd::compress(row, m).store_unaligned(rows + at);
+    xsimd::compress(place, m).store_unaligned(places + at);
     return at + std::popcount(bits);
   } else {
     if (bits == 0) return at;
-    alignas(alignment) std::int32_t k[width<A>], r[width<A>];
+    alignas(alignment) std::int32_t k[width<A>], p[width<A>];
     key.store_aligned(k);
-    row.store_aligned(r);
+    place.store_aligned(p);
     for (; bits != 0; bits &= bits - 1, ++at) {
       const int lane = std::countr_zero(bits);
       keys[at] = k[lane];
-      rows[at] = r[lane];
+      places[at] = p[lane];
     }
     return at;
   }
@@ -91,23 +93,19 @@ MOEROUTE_INLINE index_t count_at_least(const std::int32_t* key, index_t n, std::
 
 // The largest bound that at least k of n keys reach, or an earlier one that exactly k reach.
 //
-// The keys are padded; 1 <= k <= n. Steps by interpolation, every third one by halves, until at
-// most `slack` more than k reach the bound.
+// The keys are padded; 1 <= k <= n; where fewer than k are above the lowest key the bound is some
+// key. Steps by interpolation, every third one by halves, until at most `slack` more than k reach
+// the bound.
 template <class A>
 std::int32_t kth_largest_bound(const std::int32_t* key, index_t n, index_t k, index_t slack) {
-  vint<A> least(std::numeric_limits<std::int32_t>::max()), most(lowest_key);
-  index_t i = 0;
-  for (; i + width<A> <= n; i += width<A>) {
+  constexpr std::int32_t top = std::numeric_limits<std::int32_t>::max();
+  vint<A> least(top), most(lowest_key);
+  for (index_t i = 0; i < n; i += width<A>) {
     const vint<A> x = load<A>(key + i);
-    least = xsimd::min(least, x);
+    least = xsimd::min(least, xsimd::select(x == vint<A>(lowest_key), vint<A>(top), x));
     most = xsimd::max(most, x);
   }
-  std::int64_t low = xsimd::reduce_min(least), high = xsimd::reduce_max(most);
-  for (; i < n; ++i) {
-    low = std::min<std::int64_t>(low, key[i]);
-    high = std::max<std::int64_t>(high, key[i]);
-  }
-  ++high;
+  std::int64_t low = xsimd::reduce_min(least), high = std::int64_t{xsimd::reduce_max(most)} + 1;
   // At least k keys reach `low`, fewer than k reach `high`.
   index_t reach_low = n, reach_high = 0;
   for (int step = 1; high - low > 1 && reach_low > k + slack; ++step) {
@@ -141,28 +139,37 @@ std::int32_t sampled_bound(const Source& source, index_t rows, int column, index
   const auto rank =
       static_cast<index_t>(std::ceil(expected + 3.5 * std::sqrt(expected * (1.0 - share))) + 1.0);
   if (rows < 4 * column_sample || rank >= column_sample) return lowest_key;
-  alignas(alignment) std::int32_t sample[column_sample + tile_size];
-  for (index_t i = 0; i < column_sample; ++i) {
-    const float x = source.at(i * rows / column_sample, column);
-    sample[i] = x > minus_infinity ? ordered_key(x) : lowest_key;
-  }
-  pad_keys(sample, column_sample);
+  alignas(alignment) std::int32_t sample[column_sample];
+  constexpr index_t taken = column_sample / tile_size;
+  const index_t tiles = ceil_div(rows, tile_size);
+  for (index_t i = 0; i < taken; ++i)
+    for (int r = 0; r < registers_per_block<A>; ++r) {
+      const vfloat<A> x = source.template values<A>(i * tiles / taken, column, r * width<A>);
+      const auto possible = xsimd::batch_bool_cast<std::int32_t>(x > vfloat<A>(minus_infinity));
+      xsimd::select(possible, ordered_key<A>(x), vint<A>(lowest_key))
+          .store_aligned(sample + i * tile_size + r * width<A>);
+    }
   const std::int32_t bound = kth_largest_bound<A>(sample, column_sample, rank, 2);
   return count_at_least<A>(sample, column_sample, std::max(bound, lowest_key + 1)) >= rank
              ? bound
              : lowest_key;
 }
 
-// Everything in columns [first, last) that reaches its bound and is not -inf, in row order.
+// Everything in columns [first, last) that reaches its bound and is not -inf, in the order of
+// places.
 template <class A, class Source>
-void collect(const Source& source, index_t rows, int first, int last, const std::int32_t* bound,
-             const column_top_k_buffers& memory, index_t* found) {
-  float least[tile_size];
+void collect_columns(const Source& source, index_t rows, int first, int last,
+                     const std::int32_t* bound, const column_top_k_buffers& memory,
+                     index_t* found) {
+  vfloat<A> least[tile_size];
+  index_t at[tile_size];
   for (int c = first; c < last; ++c) {
-    least[c] = bound[c] == lowest_key ? minus_infinity : value_of_key(bound[c]);
-    found[c] = 0;
+    // -inf itself never reaches what is left of the range.
+    const float value =
+        bound[c] == lowest_key ? std::numeric_limits<float>::lowest() : value_of_key(bound[c]);
+    least[c] = vfloat<A>(value);
+    at[c] = 0;
   }
-  const vfloat<A> never(minus_infinity);
   alignas(alignment) std::int32_t iota[width<A>];
   for (int i = 0; i < width<A>; ++i) iota[i] = i;
   const vint<A> lanes = vint<A>::load_aligned(iota);
@@ -170,59 +177,74 @@ void collect(const Source& source, index_t rows, int first, int last, const std:
     for (int c = first; c < last; ++c)
       for (int r = 0; r < registers_per_block<A>; ++r) {
         const vfloat<A> x = source.template values<A>(tile, c, r * width<A>);
-        const vmask<A> reaches = (x >= vfloat<A>(least[c])) & (x > never);
-        const auto row = static_cast<std::int32_t>(tile * tile_size + r * width<A>);
-        found[c] = append<A>(xsimd::batch_bool_cast<std::int32_t>(reaches), ordered_key<A>(x),
-                             lanes + vint<A>(row), memory.key + c * memory.room,
-                             memory.row + c * memory.room, found[c]);
+        const auto place = static_cast<std::int32_t>(tile * tile_size + r * width<A>);
+        at[c] =
+            append_lanes<A>(xsimd::batch_bool_cast<std::int32_t>(x >= least[c]), ordered_key<A>(x),
+                            lanes + vint<A>(place), memory.key + c * memory.room,
+                            memory.place + c * memory.room, at[c]);
       }
+  std::copy(at + first, at + last, found + first);
 }
 
-// The k best of one column's candidates, ties to the first; returns how many there are.
+// The k best of more candidates than that where equal keys have to be told apart: those of the
+// lowest rows, which are the lowest lanes, and the lowest tiles within a lane.
 template <class A>
-index_t pick(const std::int32_t* key, const std::int32_t* row, index_t n, index_t k,
-             std::int32_t* out_key, std::int32_t* out_row) {
+void pick_among_ties(const std::int32_t* key, const std::int32_t* place, index_t n, index_t k,
+                     std::int32_t bound, std::int32_t* out_key, std::int32_t* out_place) {
+  index_t ties_of_lane[tile_size] = {}, left = k;
+  for (index_t i = 0; i < n; ++i) {
+    left -= key[i] > bound;
+    ties_of_lane[place[i] % tile_size] += key[i] == bound;
+  }
+  for (index_t& ties : ties_of_lane) {
+    ties = std::min(ties, left);
+    left -= ties;
+  }
+  for (index_t i = 0, at = 0; at < k; ++i) {
+    if (key[i] < bound || (key[i] == bound && ties_of_lane[place[i] % tile_size]-- <= 0)) continue;
+    out_key[at] = key[i];
+    out_place[at++] = place[i];
+  }
+}
+
+// The k best of one column's candidates; returns how many there are.
+template <class A>
+index_t pick_column(const std::int32_t* key, const std::int32_t* place, index_t n, index_t k,
+                    std::int32_t* out_key, std::int32_t* out_place) {
   if (n <= k) {
     std::copy_n(key, n, out_key);
-    std::copy_n(row, n, out_row);
+    std::copy_n(place, n, out_place);
     return n;
   }
   const std::int32_t bound = kth_largest_bound<A>(key, n, k, 0);
-  if (count_at_least<A>(key, n, bound) == k) {
-    // Registers are stored whole, and the next column's picks follow: the last ones go one by one.
-    index_t at = 0, i = 0;
-    for (; i + width<A> <= n && at + width<A> <= k; i += width<A>) {
-      const vint<A> x = load<A>(key + i);
-      at = append<A>(x >= vint<A>(bound), x, load<A>(row + i), out_key, out_row, at);
-    }
-    for (; at < k; ++i) {
-      if (key[i] < bound) continue;
-      out_key[at] = key[i];
-      out_row[at++] = row[i];
-    }
+  if (count_at_least<A>(key, n, bound) != k) {
+    pick_among_ties<A>(key, place, n, k, bound, out_key, out_place);
     return k;
   }
-  index_t ties = k - (bound == std::numeric_limits<std::int32_t>::max()
-                          ? 0
-                          : count_at_least<A>(key, n, bound + 1));
-  for (index_t i = 0, at = 0; at < k; ++i) {
-    if (key[i] < bound || (key[i] == bound && ties-- <= 0)) continue;
+  // Registers are stored whole, and the next column's picks follow: the last ones go one by one.
+  index_t at = 0, i = 0;
+  for (; i + width<A> <= n && at + width<A> <= k; i += width<A>) {
+    const vint<A> x = load<A>(key + i);
+    at = append_lanes<A>(x >= vint<A>(bound), x, load<A>(place + i), out_key, out_place, at);
+  }
+  for (; at < k; ++i) {
+    if (key[i] < bound) continue;
     out_key[at] = key[i];
-    out_row[at++] = row[i];
+    out_place[at++] = place[i];
   }
   return k;
 }
 
 }  // namespace detail
 
-/// The k best rows of up to 16 columns.
+/// The k best rows of up to 16 columns of a panel.
 ///
-/// Shapes: out.row and out.key are [columns, k], out.count is [columns]. A column with fewer than k
-/// values above -inf has fewer picks. Requires: source.values<A>(tile, column, lane) is the
-/// register of rows [16 tile + lane, ...) and -inf past the last row; source.at(row, column) is one
-/// value of it; 1 <= k <= rows < 2^31. Cost: one sweep that keeps what reaches the bound of a
-/// 256-row sample, then interpolated bisection over the survivors; two sweeps for a column whose
-/// sample misled. No allocation. Determinism: exact; the same on every ISA.
+/// Shapes: out.place and out.key are [columns, k], out.count is [columns]. A column with fewer than
+/// k values above -inf has fewer picks. Requires: source.values<A>(tile, column, lane) is the
+/// register of the places [16 tile + lane, ...), -inf at places without a row; 1 <= k <= rows <
+/// 2^31. Cost: one sweep that keeps what reaches the bound of a 256-row sample, then interpolated
+/// bisection over the survivors; two sweeps for a column whose sample misled. No allocation.
+/// Determinism: exact; the same on every ISA.
 template <class A = default_arch, class Source>
 void column_top_k(const Source& source, index_t rows, int columns, index_t k,
                   const column_top_k_buffers& memory, const column_picks& out) {
@@ -230,16 +252,16 @@ void column_top_k(const Source& source, index_t rows, int columns, index_t k,
   std::int32_t bound[tile_size];
   index_t found[tile_size];
   for (int c = 0; c < columns; ++c) bound[c] = detail::sampled_bound<A>(source, rows, c, k);
-  detail::collect<A>(source, rows, 0, columns, bound, memory, found);
+  detail::collect_columns<A>(source, rows, 0, columns, bound, memory, found);
   for (int c = 0; c < columns; ++c) {
     if (found[c] < k && bound[c] != detail::lowest_key) {
       bound[c] = detail::lowest_key;
-      detail::collect<A>(source, rows, c, c + 1, bound, memory, found);
+      detail::collect_columns<A>(source, rows, c, c + 1, bound, memory, found);
     }
     std::int32_t* const key = memory.key + c * memory.room;
     detail::pad_keys(key, found[c]);
-    out.count[c] = static_cast<std::int32_t>(detail::pick<A>(
-        key, memory.row + c * memory.room, found[c], k, out.key + c * k, out.row + c * k));
+    out.count[c] = static_cast<std::int32_t>(detail::pick_column<A>(
+        key, memory.place + c * memory.room, found[c], k, out.key + c * k, out.place + c * k));
   }
 }
 

@@ -21,17 +21,23 @@ constexpr index_t panel_size(index_t rows, index_t cols) {
   return round_up(rows, tile_size) * round_up(cols, tile_size);
 }
 
-/// Where things are in a panel: strips of 16 columns, each a run of tiles of 16 rows, each tile
-/// column by column with one row per lane.
+/// Where things are in a panel: strips of 16 columns, each a run of tiles, each tile column by
+/// column with one row per lane. Tile b holds the rows b, b + tiles, b + 2 tiles, ...: a few whole
+/// tiles are an even sample of all rows, whatever order the rows came in. A row's place is 16 tile
+/// + lane.
 struct panel_shape {
   index_t tiles;  ///< in a strip: ceil(rows / 16)
 
   index_t strip(index_t column) const { return column / tile_size * tiles * tile_size * tile_size; }
-  /// The 16 rows of `tile` in a column that is numbered within its strip.
+  /// The 16 places of `tile` in a column that is numbered within its strip.
   static index_t lanes(index_t tile, int column) { return (tile * tile_size + column) * tile_size; }
+  index_t row(index_t tile, index_t lane) const { return lane * tiles + tile; }
+  index_t row_of(index_t place) const { return row(place / tile_size, place % tile_size); }
+  index_t place_of(index_t row) const { return row % tiles * tile_size + row / tiles; }
 };
 
-/// Writes one tile of every strip: 16 rows, each times its factor, become columns.
+/// Writes one tile of every strip: the 16 rows that it holds, each times its factor, become
+/// columns.
 ///
 /// Shapes: rows is [16, stride] with stride >= cols rounded up to 16, factor is [16].
 /// Requires: the caller has filled what lies beyond the matrix (with -inf where it must not be
