@@ -56,10 +56,10 @@ void check_sort_and_merge() {
         std::sort(list->begin(), list->end(), std::greater<>());
       both.back().resize(n);
     }
-    simd::sort<A, n>(x);
-    simd::sort<A, n>(y);
+    simd::sort<n>(x);
+    simd::sort<n>(y);
     for (int i = 0; i < w; ++i) sorted &= lane(x, i) == expected[static_cast<std::size_t>(i)];
-    simd::merge_keep_first<A, n>(x, y);
+    simd::merge_keep_first<n>(x, y);
     for (int i = 0; i < w; ++i) merged &= lane(x, i) == both[static_cast<std::size_t>(i)];
   }
   INFO("n = " << n);

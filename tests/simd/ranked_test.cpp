@@ -48,7 +48,8 @@ simd::ranked<A> everywhere(const pick& p) {
 
 }  // namespace
 
-TEMPLATE_LIST_TEST_CASE("a pair comes back from its rank, zeros without their sign", "", test::widths) {
+TEMPLATE_LIST_TEST_CASE("a pair comes back from its rank, zeros without their sign", "",
+                        test::widths) {
   for (const pick& p : picks()) {
     const pick back = lane<TestType>(everywhere<TestType>(p), simd::width<TestType> - 1);
     const float unsigned_zero = p.value == 0.0f ? 0.0f : p.value;
@@ -57,15 +58,17 @@ TEMPLATE_LIST_TEST_CASE("a pair comes back from its rank, zeros without their si
   }
 }
 
-TEMPLATE_LIST_TEST_CASE("an exchange orders every two pairs: value descending, then column ascending",
-                        "", test::widths) {
+TEMPLATE_LIST_TEST_CASE("ranks order every two pairs: value descending, then column ascending", "",
+                        test::widths) {
   const auto list = picks();
   bool right = true;
   for (const pick& p : list) {
     for (const pick& q : list) {
-      auto first = everywhere<TestType>(p), second = everywhere<TestType>(q);
-      simd::exchange<TestType>(first, second);
-      const pick f = lane<TestType>(first, 0), s = lane<TestType>(second, 0);
+      simd::ranks<TestType, 2> both;
+      both.set(0, everywhere<TestType>(p));
+      both.set(1, everywhere<TestType>(q));
+      simd::sort(both);
+      const pick f = lane<TestType>(both.get(0), 0), s = lane<TestType>(both.get(1), 0);
       right &= !goes_before(s, f);
       right &= f.column == (goes_before(q, p) ? q : p).column;
       right &= s.column == (goes_before(q, p) ? p : q).column;
@@ -78,14 +81,17 @@ TEMPLATE_LIST_TEST_CASE("nothing goes after everything, and is stored as (-inf, 
                         test::widths) {
   using A = TestType;
   for (const pick& p : picks()) {
-    auto nothing = simd::rank_nothing<A>(), other = everywhere<A>(p);
-    simd::exchange<A>(nothing, other);
-    CHECK(lane<A>(nothing, 0).column == p.column);
+    simd::ranks<A, 2> both;
+    both.set(0, simd::rank_nothing<A>());
+    both.set(1, everywhere<A>(p));
+    simd::sort(both);
+    CHECK(lane<A>(both.get(0), 0).column == p.column);
   }
   alignas(alignment) std::array<float, block_rows> value{};
   alignas(alignment) std::array<std::int32_t, block_rows> column{};
-  const simd::ranked<A> top = simd::rank_nothing<A>();
-  simd::store_ranks<A>(&top, 1, nullptr, value.data(), column.data());
+  simd::ranks<A, 1> top;
+  top.set(0, simd::rank_nothing<A>());
+  simd::store_top(top, 1, nullptr, value.data(), column.data());
   CHECK(value[0] == simd::minus_infinity);
   CHECK(column[0] == no_expert);
 }

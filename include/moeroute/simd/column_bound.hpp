@@ -1,7 +1,7 @@
 // A value that at least k columns of each row reach, found without selecting anything.
 #pragma once
 
-#include <concepts>
+#include <algorithm>
 
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/mask.hpp>
@@ -34,7 +34,8 @@ MOEROUTE_INLINE vfloat<A> column_bound(const float* const* rows, index_t cols, i
     MOEROUTE_UNROLL
     for (int r = 0; r < registers; ++r) {
       if (c < cols)
-        most[r] = max_or_second<A>(load_tail<A>(row + c, cols - c, minus_infinity), most[r]);
+        most[r] = max_or_second<A>(
+            load_first<A>(row + c, std::min<index_t>(cols - c, w), minus_infinity), most[r]);
       c += w;
     }
     MOEROUTE_UNROLL
@@ -52,12 +53,12 @@ MOEROUTE_INLINE vfloat<A> column_bound(const float* const* rows, index_t cols, i
     }
     MOEROUTE_UNROLL
     for (int h = 0; h < (K > w ? K : w); h += K) {
-      sort<A, K>(x + h);
+      sort<K>(x + h);
       if (g + h == 0) {
         MOEROUTE_UNROLL
         for (int j = 0; j < K; ++j) top[j] = x[j];
       } else {
-        merge_keep_first<A, K>(top, x + h);
+        merge_keep_first<K>(top, x + h);
       }
     }
   }

@@ -1,6 +1,7 @@
 // Comparisons as bits, and the ragged end of a row.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -20,26 +21,6 @@ MOEROUTE_INLINE vfloat<A> max_or_second(vfloat<A> x, vfloat<A> y) {
 #else
   return select<A>(x > y, x, y);
 #endif
-}
-
-/// The first min(n, width) floats at p, the other lanes filled; reads nothing else. n >= 0.
-template <class A>
-MOEROUTE_INLINE vfloat<A> load_tail(const float* p, index_t n, float fill) {
-  constexpr int w = width<A>;
-  if (n >= w) return load<A>(p);
-#if defined(__AVX512F__)
-  if constexpr (w == 16)
-    return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << n) - 1), p);
-#endif
-#if defined(__AVX2__)
-  if constexpr (w == 8) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i mine = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
-    return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mine),
-                            _mm256_castsi256_ps(mine));
-  }
-#endif
-  return load_first<A>(p, n, fill);
 }
 
 /// Bits of 64 columns in memory, which may be written in parts.
@@ -65,7 +46,7 @@ MOEROUTE_INLINE void mask_not_below(const float* row, index_t n, vfloat<A> bound
   constexpr int w = width<A>;
   const auto values = [&](int c) {
     return n >= 64 ? load<A>(row + c)
-           : n > c ? load_tail<A>(row + c, n - c, minus_infinity)
+           : n > c ? load_first<A>(row + c, std::min<index_t>(n - c, w), minus_infinity)
                    : vfloat<A>(minus_infinity);
   };
 #if defined(__AVX512F__)

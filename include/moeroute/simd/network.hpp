@@ -10,17 +10,11 @@
 namespace moeroute::simd {
 
 /// Puts the larger value into a, the smaller into b. No NaN.
-template <class A>
-MOEROUTE_INLINE void exchange(vfloat<A>& a, vfloat<A>& b) {
-  const vfloat<A> first = a;
+template <class T, class A>
+MOEROUTE_INLINE void exchange(xsimd::batch<T, A>& a, xsimd::batch<T, A>& b) {
+  const xsimd::batch<T, A> first = a;
   a = xsimd::max(first, b);
   b = xsimd::min(first, b);
-}
-
-/// Puts the larger value into a. No NaN.
-template <class A>
-MOEROUTE_INLINE void keep_first(vfloat<A>& a, const vfloat<A>& b) {
-  a = xsimd::max(a, b);
 }
 
 namespace detail {
@@ -75,35 +69,63 @@ inline constexpr auto bitonic_clean_network = [] {
   return list;
 }();
 
-template <class A, const auto& network, class T, std::size_t... s>
-MOEROUTE_INLINE void run_unrolled(T* x, std::index_sequence<s...>) {
-  (exchange<A>(x[network[s].low], x[network[s].high]), ...);
+// Networks of more registers than any machine has are built from these, which are not repeated in
+// the code.
+inline constexpr int largest_unrolled = 16;
+
+template <const auto& network, class V, std::size_t... s>
+MOEROUTE_INLINE void run_network(V* x, std::index_sequence<s...>) {
+  (exchange(x[network[s].low], x[network[s].high]), ...);
 }
 
-// Small networks are unrolled into registers; large ones work in L1 and would only bloat the code.
-template <class A, const auto& network, class T>
-MOEROUTE_INLINE void run_network(T* x) {
-  if constexpr (network.size() <= 64) {
-    run_unrolled<A, network>(x, std::make_index_sequence<network.size()>{});
-  } else {
-    for (const comparator c : network) exchange<A>(x[c.low], x[c.high]);
+template <const auto& network, class V>
+MOEROUTE_INLINE void run_network(V* x) {
+  run_network<network>(x, std::make_index_sequence<network.size()>{});
+}
+
+template <const auto& network, class V>
+[[gnu::noinline]] void call_network(V* x) {
+  run_network<network>(x);
+}
+
+// Sorts a bitonic run.
+template <int n, class V>
+MOEROUTE_INLINE void clean(V* x) {
+  if constexpr (n > largest_unrolled) {
+    for (int i = 0; i < n / 2; ++i) exchange(x[i], x[n / 2 + i]);
+    clean<n / 2>(x);
+    clean<n / 2>(x + n / 2);
+  } else if constexpr (n == largest_unrolled) {
+    call_network<bitonic_clean_network<n>>(x);
+  } else if constexpr (n > 1) {
+    run_network<bitonic_clean_network<n>>(x);
   }
 }
 
 }  // namespace detail
 
-/// Sorts n = 2^m elements.
-template <class A, int n, class T>
-MOEROUTE_INLINE void sort(T* x) {
-  if constexpr (n > 1) detail::run_network<A, detail::batcher_network<n>>(x);
+/// Sorts n = 2^m registers, lane by lane, the largest first.
+template <int n, class V>
+MOEROUTE_INLINE void sort(V* x) {
+  if constexpr (n > detail::largest_unrolled) {
+    sort<n / 2>(x);
+    sort<n / 2>(x + n / 2);
+    for (int i = 0; i < n / 2; ++i) exchange(x[i], x[n - 1 - i]);
+    detail::clean<n / 2>(x);
+    detail::clean<n / 2>(x + n / 2);
+  } else if constexpr (n == detail::largest_unrolled) {
+    detail::call_network<detail::batcher_network<n>>(x);
+  } else if constexpr (n > 1) {
+    detail::run_network<detail::batcher_network<n>>(x);
+  }
 }
 
-/// Merges two sorted runs of n = 2^m elements; top keeps the n that go first, sorted.
-template <class A, int n, class T>
-MOEROUTE_INLINE void merge_keep_first(T* top, const T* run) {
+/// Merges two sorted runs of n = 2^m registers; top keeps the n largest, sorted.
+template <int n, class V>
+MOEROUTE_INLINE void merge_keep_first(V* top, const V* run) {
   MOEROUTE_UNROLL
-  for (int i = 0; i < n; ++i) keep_first<A>(top[i], run[n - 1 - i]);
-  if constexpr (n > 1) detail::run_network<A, detail::bitonic_clean_network<n>>(top);
+  for (int i = 0; i < n; ++i) top[i] = xsimd::max(top[i], run[n - 1 - i]);
+  detail::clean<n>(top);
 }
 
 }  // namespace moeroute::simd

@@ -1,6 +1,7 @@
 // The values of a row at a short list of columns.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include <moeroute/simd/batch.hpp>
@@ -23,7 +24,7 @@ MOEROUTE_INLINE void pick(const float* const* rows, int n, index_t cols,
         __m512 x[4];
         MOEROUTE_UNROLL
         for (int j = 0; j < 4; ++j)
-          x[j] = load_tail<A>(rows[i] + 16 * j, cols > 16 * j ? cols - 16 * j : 0, 0.0f);
+          x[j] = load_first<A>(rows[i] + 16 * j, std::clamp<index_t>(cols - 16 * j, 0, 16), 0.0f);
         MOEROUTE_UNROLL
         for (int s = 0; s < slots; s += 16) {
           const __m512i c = _mm512_load_si512(column[i] + s);

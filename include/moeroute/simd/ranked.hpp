@@ -7,6 +7,7 @@
 #include <utility>
 
 #include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/network.hpp>
 #include <moeroute/simd/transpose.hpp>
 
 namespace moeroute::simd {
@@ -85,22 +86,31 @@ inline std::int32_t column_of(double rank) {
   return static_cast<std::int32_t>(~(static_cast<std::uint32_t>(bits) ^ sign));
 }
 
-/// Puts the one that goes first into a, the other into b.
-template <class A>
-MOEROUTE_INLINE void exchange(ranked<A>& a, ranked<A>& b) {
-  MOEROUTE_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const auto first = a.part[h];
-    a.part[h] = xsimd::max(first, b.part[h]);
-    b.part[h] = xsimd::min(first, b.part[h]);
+/// n ranks of every row of the block. The two halves of the rows are apart, so that each is sorted
+/// alone and twice as many ranks fit into the registers.
+template <class A, int n>
+struct ranks {
+  vdouble<A> part[2][n];
+
+  MOEROUTE_INLINE void set(int r, const ranked<A>& x) {
+    part[0][r] = x.part[0];
+    part[1][r] = x.part[1];
   }
+  MOEROUTE_INLINE ranked<A> get(int r) const { return {{part[0][r], part[1][r]}}; }
+};
+
+/// Sorts n = 2^m ranks.
+template <class A, int n>
+MOEROUTE_INLINE void sort(ranks<A, n>& x) {
+  MOEROUTE_UNROLL
+  for (int h = 0; h < 2; ++h) sort<n>(x.part[h]);
 }
 
-/// Puts the one that goes first into a.
-template <class A>
-MOEROUTE_INLINE void keep_first(ranked<A>& a, const ranked<A>& b) {
+/// Merges two sorted runs of n = 2^m ranks; top keeps the n that go first, sorted.
+template <class A, int n>
+MOEROUTE_INLINE void merge_keep_first(ranks<A, n>& top, const ranks<A, n>& run) {
   MOEROUTE_UNROLL
-  for (int h = 0; h < 2; ++h) a.part[h] = xsimd::max(a.part[h], b.part[h]);
+  for (int h = 0; h < 2; ++h) merge_keep_first<n>(top.part[h], run.part[h]);
 }
 
 /// What goes after everything that can be selected.
@@ -113,14 +123,14 @@ MOEROUTE_INLINE ranked<A> rank_nothing() {
 /// select.
 ///
 /// rows[i] is the row in lane i, from which zeros take their sign back.
-template <class A>
-MOEROUTE_INLINE void store_ranks(const ranked<A>* top, int k, const float* const* rows,
-                                 float* value, std::int32_t* column) {
+template <class A, int n>
+MOEROUTE_INLINE void store_top(const ranks<A, n>& top, int k, const float* const* rows,
+                               float* value, std::int32_t* column) {
   vmask<A> zeros(false);
   for (int r = 0; r < k; ++r) {
     vfloat<A> v;
     vint<A> c;
-    unrank<A>(top[r], v, c);
+    unrank<A>(top.get(r), v, c);
     zeros = zeros | (v == vfloat<A>(0.0f));
     v.store_unaligned(value + r * block_rows);
     select<A>(v > vfloat<A>(minus_infinity), c, vint<A>(no_expert))

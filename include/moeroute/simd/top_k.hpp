@@ -47,7 +47,7 @@ inline void top_k_one_row(const float* row, index_t cols, int k, float* value, s
 template <class A>
 void top_k_lane_group(const float* const* rows, int lanes, index_t cols, int k, float* value,
                       std::int32_t* column) {
-  if (lanes <= 6 && k <= 8) {
+  if (3 * lanes <= width<A> && k <= 8) {
     int i = 0;
     while (i < lanes && top_k_row<A>(rows[i], cols, k, value + i, column + i)) ++i;
     if (i == lanes) return;

@@ -78,10 +78,10 @@ template <class A, int K, int G, int slots>
   alignas(alignment) double rank_of_slot[w][slots];
   rank_survivors<A, slots>(rows, w, cols, found, rank_of_slot);
   constexpr int chunk = std::max(K, half);
-  ranked<A> top[K];
+  ranks<A, K> top;
   MOEROUTE_UNROLL
   for (int s = 0; s < slots; s += chunk) {
-    ranked<A> run[chunk];
+    ranks<A, K> run[chunk / K];
     MOEROUTE_UNROLL
     for (int j = 0; j < chunk; j += half) {
       MOEROUTE_UNROLL
@@ -92,21 +92,20 @@ template <class A, int K, int G, int slots>
           x[i] = vdouble<A>::load_aligned(&rank_of_slot[ranked<A>::lane(part, i)][s + j]);
         transpose<A>(x);
         MOEROUTE_UNROLL
-        for (int i = 0; i < half; ++i) run[j + i].part[part] = x[i];
+        for (int i = 0; i < half; ++i) run[(j + i) / K].part[part][(j + i) % K] = x[i];
       }
     }
     MOEROUTE_UNROLL
-    for (int j = 0; j < chunk; j += K) {
-      sort<A, K>(run + j);
+    for (int j = 0; j < chunk / K; ++j) {
+      sort(run[j]);
       if (s + j == 0) {
-        MOEROUTE_UNROLL
-        for (int i = 0; i < K; ++i) top[i] = run[i];
+        top = run[0];
       } else {
-        merge_keep_first<A, K>(top, run + j);
+        merge_keep_first(top, run[j]);
       }
     }
   }
-  store_ranks<A>(top, k, rows, value, column);
+  store_top(top, k, rows, value, column);
   return true;
 }
 

@@ -54,24 +54,24 @@ void top_k_lanes(const float* const* rows, index_t cols, int k, float* value,
                  std::int32_t* column) {
   constexpr int w = width<A>;
   constexpr int chunk = K > w ? K : w;
-  ranked<A> top[K];
-  for (auto& t : top) t = rank_nothing<A>();
+  ranks<A, K> top;
+  for (int r = 0; r < K; ++r) top.set(r, rank_nothing<A>());
   for (index_t c = 0; c < cols; c += chunk) {
     vfloat<A> x[chunk];
     MOEROUTE_UNROLL
     for (int j = 0; j < chunk; j += w) load_transposed<A>(rows, c + j, cols, minus_infinity, x + j);
     MOEROUTE_UNROLL
     for (int g = 0; g < chunk; g += K) {
-      ranked<A> run[K];
+      ranks<A, K> run;
       MOEROUTE_UNROLL
       for (int j = 0; j < K; ++j)
-        run[j] = rank<A>(nan_to_minus_infinity<A>(x[g + j]),
-                         vint<A>(static_cast<std::int32_t>(c) + g + j));
-      sort<A, K>(run);
-      merge_keep_first<A, K>(top, run);
+        run.set(j, rank<A>(nan_to_minus_infinity<A>(x[g + j]),
+                           vint<A>(static_cast<std::int32_t>(c) + g + j)));
+      sort(run);
+      merge_keep_first(top, run);
     }
   }
-  store_ranks<A>(top, k, rows, value, column);
+  store_top(top, k, rows, value, column);
 }
 
 }  // namespace detail

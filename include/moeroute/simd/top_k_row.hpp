@@ -29,7 +29,8 @@ MOEROUTE_INLINE float row_bound(const float* row, index_t cols, int k) {
     for (int r = 0; r < n; ++r) most[r] = max_or_second<A>(load<A>(row + c + r * w), most[r]);
   }
   for (int r = 0; c < cols; ++r, c += w)
-    most[r] = max_or_second<A>(load_tail<A>(row + c, cols - c, minus_infinity), most[r]);
+    most[r] = max_or_second<A>(
+        load_first<A>(row + c, std::min<index_t>(cols - c, w), minus_infinity), most[r]);
   alignas(alignment) float group[block_rows];
   for (int r = 0; r < n; ++r) most[r].store_aligned(group + r * w);
   for (const float g : group) {
@@ -85,7 +86,9 @@ bool top_k_row(const float* row, index_t cols, int k, float* value, std::int32_t
   MOEROUTE_UNROLL
   for (int r = 0; r < slots / half; ++r) before[r].store_aligned(place + r * half);
   std::int32_t best[slots + 1];
-  for (int s = 0; s < slots; ++s) best[place[s]] = column_of(x[s]);
+  // Volatile for the same reason as in pick(): compilers would scatter.
+  for (int s = 0; s < slots; ++s)
+    static_cast<volatile std::int32_t&>(best[place[s]]) = column_of(x[s]);
   for (int r = 0; r < k; ++r) {
     const bool is_there = r < found.size();
     column[r * block_rows] = is_there ? best[r] : no_expert;

@@ -1,8 +1,9 @@
 // Square transposes of registers: rows of tokens become lanes of tokens.
 #pragma once
 
+#include <algorithm>
+
 #include <moeroute/simd/batch.hpp>
-#include <moeroute/simd/mask.hpp>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -96,12 +97,14 @@ MOEROUTE_INLINE void load_transposed(const float* const* rows, index_t c, index_
     MOEROUTE_UNROLL
     for (int i = 0; i < w; ++i) out[i] = load<A>(rows[i] + c);
   } else {
-    for (int i = 0; i < w; ++i) out[i] = load_tail<A>(rows[i] + c, cols > c ? cols - c : 0, fill);
+    for (int i = 0; i < w; ++i)
+      out[i] = load_first<A>(rows[i] + c, std::clamp<index_t>(cols - c, 0, w), fill);
   }
   transpose<A>(out);
 }
 
-/// out[row * k + r] = ranks[r * 16 + row] for n rows: from one row per lane to one row after the other.
+/// out[row * k + r] = ranks[r * 16 + row] for n rows: from one row per lane to one row after the
+/// other.
 ///
 /// Any 32-bit values: bits are moved, nothing is computed. Writes out[0, n * k) only.
 template <class A = default_arch>
@@ -112,7 +115,8 @@ void store_ranks(const float* ranks, int k, int n, float* out) {
     for (int r = 0; r < k; r += w) {
       vfloat<A> x[w];
       MOEROUTE_UNROLL
-      for (int j = 0; j < w; ++j) x[j] = load<A>(ranks + (r + j < k ? r + j : k - 1) * block_rows + first);
+      for (int j = 0; j < w; ++j)
+        x[j] = load<A>(ranks + (r + j < k ? r + j : k - 1) * block_rows + first);
       transpose<A>(x);
       const int rows = n - first < w ? n - first : w;
       for (int i = 0; i < rows; ++i) {
