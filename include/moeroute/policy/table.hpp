@@ -67,6 +67,9 @@ class expert_table {
 /// k distinct random experts per token id; the same seed gives the same table. Source: Roller et al. 2021.
 inline expert_table random_table(index_t vocabulary, index_t k, index_t experts,
                                  std::uint64_t seed) {
+  check_range("random_table", "vocabulary", vocabulary, 0, std::int32_t{0x7fffffff});
+  check_range("random_table", "experts", experts, 1, max_experts);
+  check_range("random_table", "k", k, 1, experts);
   std::vector<expert_id> ids;
   ids.reserve(static_cast<std::size_t>(vocabulary * k));
   for (index_t t = 0; t < vocabulary; ++t) {
@@ -84,6 +87,10 @@ inline expert_table random_table(index_t vocabulary, index_t k, index_t experts,
 /// ascending order. Source: Roller et al. 2021 ('balanced').
 inline expert_table balanced_table(std::span<const std::int64_t> frequency, index_t experts) {
   check_range("balanced_table", "experts", experts, 1, max_experts);
+  for (std::size_t t = 0; t < frequency.size(); ++t)
+    if (frequency[t] < 0)
+      fail("balanced_table", "frequency of token id " + std::to_string(t) + " is " +
+                                 std::to_string(frequency[t]) + ", expected >= 0");
   std::vector<std::int32_t> order(frequency.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
@@ -104,6 +111,7 @@ inline expert_table balanced_table(std::span<const std::int64_t> frequency, inde
 
 /// Each token id to the expert of its cluster: cluster c to expert c % E. Source: Roller et al. 2021.
 inline expert_table clustered_table(std::span<const std::int32_t> cluster, index_t experts) {
+  check_range("clustered_table", "experts", experts, 1, max_experts);
   std::vector<expert_id> ids(cluster.size());
   for (std::size_t t = 0; t < ids.size(); ++t) {
     if (cluster[t] < 0)
