@@ -88,7 +88,7 @@ struct sinkhorn_state {
   float* change;      ///< [stride]
   float* partial;     ///< [pieces, stride]
   std::int32_t* live_of_piece;
-  float* row;  ///< [workers, stride], log domain only
+  float* block;  ///< [workers, 16, stride], scratch of the log domain
   int workers;
   float row_mass, column_mass;
 
@@ -108,7 +108,7 @@ struct sinkhorn_state {
     s.change = tape.take<float>(s.stride);
     s.partial = tape.take<float>(s.pieces() * s.stride);
     s.live_of_piece = tape.take<std::int32_t>(s.pieces());
-    s.row = tape.take<float>(workers * s.stride);
+    s.block = tape.take<float>(workers * block_rows * s.stride);
     return s;
   }
 };
@@ -186,7 +186,7 @@ class sinkhorn_engine {
     worker_slots slots(s_.workers);
     exec.parallel_for(s_.tokens, s_.grain, [&](index_t begin, index_t end) {
       const worker_slots::held worker(slots);
-      f(begin / s_.grain, begin, end, s_.row + worker * s_.stride);
+      f(begin / s_.grain, begin, end, s_.block + worker * block_rows * s_.stride);
     });
   }
 
@@ -244,7 +244,7 @@ class sinkhorn_engine {
   // Token factors from the expert factors, and the column sums under both.
   template <executor Exec>
   void sweep(const Exec& exec) const {
-    over_pieces(exec, [&](index_t piece, index_t begin, index_t end, float* row) {
+    over_pieces(exec, [&](index_t piece, index_t begin, index_t end, float* block) {
       float* const sum = s_.partial + piece * s_.stride;
       std::fill_n(sum, s_.stride, 0.0f);
       const float* const k = s_.kernel + begin * s_.stride;
@@ -253,9 +253,10 @@ class sinkhorn_engine {
                                 s_.u + begin, sum);
         return;
       }
-      for (index_t t = begin; t < end; ++t)
-        s_.u[t] = simd::sinkhorn_log_row<A>(s_.kernel + t * s_.stride, s_.v, s_.stride, s_.row_mass,
-                                            row, sum);
+      for (index_t t = begin; t < end; t += block_rows)
+        simd::sinkhorn_log_block<A>(s_.kernel + t * s_.stride, s_.stride,
+                                    static_cast<int>(std::min<index_t>(block_rows, end - t)), s_.v,
+                                    s_.stride, s_.row_mass, block, s_.u + t, sum);
     });
     join_pieces();
   }

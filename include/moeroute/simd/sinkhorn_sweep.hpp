@@ -2,10 +2,9 @@
 // column sums.
 #pragma once
 
-#include <limits>
-
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/elementwise.hpp>
+#include <moeroute/simd/join.hpp>
 #include <moeroute/simd/reduce.hpp>
 
 namespace moeroute::simd {
@@ -14,20 +13,38 @@ namespace moeroute::simd {
 /// slow.
 inline constexpr float sinkhorn_flush = 1e-30f;
 
-/// row / (dot + eps), 0 where the row has no mass, never infinite.
-MOEROUTE_INLINE float sinkhorn_factor(float marginal, float mass, float eps) {
-  constexpr float most = 1e30f;
-  if (!(mass > 0.0f)) return 0.0f;
-  const float factor = marginal / (mass + eps);
-  return factor < most ? factor : most;
-}
-
 namespace detail {
 
-// R rows at once share the loads of v and of the column sums.
+// column_sum[c] += sum over R rows of factor[i] row[i][c], row by row.
 template <class A, int R>
-MOEROUTE_INLINE void sinkhorn_rows(const float* k, index_t stride, const float* v, index_t cols,
-                                   float marginal, float eps, float* u, float* column_sum) {
+MOEROUTE_INLINE void add_scaled_rows(const float* rows, index_t stride, const float* factor,
+                                     index_t cols, float* column_sum) {
+  using F = vfloat<A>;
+  F times[R];
+  MOEROUTE_UNROLL
+  for (int i = 0; i < R; ++i) times[i] = F(factor[i]);
+  for (index_t c = 0; c < cols; c += width<A>) {
+    F sum = load<A>(column_sum + c);
+    MOEROUTE_UNROLL
+    for (int i = 0; i < R; ++i) sum = fma<A>(load<A>(rows + i * stride + c), times[i], sum);
+    sum.store_unaligned(column_sum + c);
+  }
+}
+
+// The same for n rows, up to 16: eight at once where there are eight.
+template <class A>
+MOEROUTE_INLINE void add_scaled_block(const float* rows, index_t stride, int n, const float* factor,
+                                      index_t cols, float* column_sum) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8)
+    add_scaled_rows<A, 8>(rows + i * stride, stride, factor + i, cols, column_sum);
+  for (; i < n; ++i) add_scaled_rows<A, 1>(rows + i * stride, stride, factor + i, cols, column_sum);
+}
+
+// The 16 partial dot products with v of R rows.
+template <class A, int R>
+MOEROUTE_INLINE void partial_dots(const float* rows, index_t stride, const float* v, index_t cols,
+                                  float* partial) {
   using F = vfloat<A>;
   constexpr int w = width<A>, n = registers_per_block<A>;
   F dot[R][n];
@@ -39,23 +56,16 @@ MOEROUTE_INLINE void sinkhorn_rows(const float* k, index_t stride, const float* 
       const F factor = load<A>(v + c + r * w);
       MOEROUTE_UNROLL
       for (int i = 0; i < R; ++i)
-        dot[i][r] = fma<A>(load<A>(k + i * stride + c + r * w), factor, dot[i][r]);
+        dot[i][r] = fma<A>(load<A>(rows + i * stride + c + r * w), factor, dot[i][r]);
     }
   }
-  F row_factor[R];
-  for (int i = 0; i < R; ++i) {
-    partials<A> sum(0.0f);
-    for (int r = 0; r < n; ++r) sum.part[r] = dot[i][r];
-    u[i] = sinkhorn_factor(marginal, sum_of<A>(sum), eps);
-    row_factor[i] = F(u[i]);
-  }
-  for (index_t c = 0; c < cols; c += w) {
-    F sum = load<A>(column_sum + c);
-    MOEROUTE_UNROLL
-    for (int i = 0; i < R; ++i) sum = fma<A>(load<A>(k + i * stride + c), row_factor[i], sum);
-    sum.store_unaligned(column_sum + c);
-  }
+  for (int i = 0; i < R; ++i)
+    for (int r = 0; r < n; ++r) dot[i][r].store_unaligned(partial + i * block_rows + r * w);
 }
+
+// Rows that share their loads of v: as many as registers allow.
+template <class A>
+inline constexpr int rows_at_once = registers_per_block<A> == 1 ? 4 : 2;
 
 }  // namespace detail
 
@@ -63,17 +73,34 @@ MOEROUTE_INLINE void sinkhorn_rows(const float* k, index_t stride, const float* 
 /// row.
 ///
 /// Shapes: k is [rows, stride] with stride and cols multiples of 16 and zeros past the last expert;
-/// v and column_sum are [cols]. Ensures: u is finite, and 0 for a row of zeros. Cost: one read of
-/// k; four rows at once. No allocation. Determinism: the same bits on every ISA; column sums are
-/// added in row order.
+/// v and column_sum are [cols]. Ensures: u is finite, and 0 for a row of zeros. Cost: one read of k
+/// from memory and one from cache, 16 rows at a time. No allocation. Determinism: the same bits on
+/// every ISA; column sums are added in row order.
 template <class A = default_arch>
 void sinkhorn_sweep(const float* k, index_t rows, index_t stride, const float* v, index_t cols,
                     float marginal, float eps, float* u, float* column_sum) {
-  index_t t = 0;
-  for (; t + 4 <= rows; t += 4)
-    detail::sinkhorn_rows<A, 4>(k + t * stride, stride, v, cols, marginal, eps, u + t, column_sum);
-  for (; t < rows; ++t)
-    detail::sinkhorn_rows<A, 1>(k + t * stride, stride, v, cols, marginal, eps, u + t, column_sum);
+  using F = vfloat<A>;
+  constexpr int at_once = detail::rows_at_once<A>;
+  alignas(alignment) float partial[block_rows * block_rows] = {}, factor[block_rows];
+  for (index_t t = 0; t < rows; t += block_rows) {
+    const int n = static_cast<int>(rows - t < block_rows ? rows - t : block_rows);
+    const float* const block = k + t * stride;
+    int i = 0;
+    for (; i + at_once <= n; i += at_once)
+      detail::partial_dots<A, at_once>(block + i * stride, stride, v, cols,
+                                       partial + i * block_rows);
+    for (; i < n; ++i)
+      detail::partial_dots<A, 1>(block + i * stride, stride, v, cols, partial + i * block_rows);
+    join_partials<A>(partial, factor, [](F a, F b) { return a + b; });
+    for (int lane = 0; lane < block_rows; lane += width<A>) {
+      const F dot = load<A>(factor + lane), most(1e30f), zero(0.0f);
+      F row_factor = F(marginal) / (dot + F(eps));
+      row_factor = select<A>(row_factor < most, row_factor, most);
+      select<A>(dot > zero, row_factor, zero).store_unaligned(factor + lane);
+    }
+    for (int row = 0; row < n; ++row) u[t + row] = factor[row];
+    detail::add_scaled_block<A>(block, stride, n, factor, cols, column_sum);
+  }
 }
 
 /// One row of the kernel matrix: exp(x), or x itself where `logarithm`, for x = (z - max z) /
@@ -94,7 +121,9 @@ bool sinkhorn_kernel_row(const float* z, index_t cols, float temperature, bool l
   if (!live) return false;
   const F top(max), t(temperature), flush(sinkhorn_flush), zero(0.0f);
   map_row<A>(z, cols, k, [&](F x) {
-    const F below = select<A>(x == top, zero, nan_to_minus_infinity<A>(x - top) / t);
+    F below = nan_to_minus_infinity<A>(x - top);
+    if (temperature != 1.0f) below = below / t;
+    below = select<A>(x == top, zero, below);
     if (logarithm) return below;
     const F e = exp_nonpositive<A>(below);
     return select<A>(e >= flush, e, zero);
@@ -102,45 +131,57 @@ bool sinkhorn_kernel_row(const float* z, index_t cols, float temperature, bool l
   return true;
 }
 
-/// column_sum[e] += marginal p[e] / sum of p, with p[e] = exp(x[e] + g[e] - their maximum): the
-/// sweep in the log domain for one row, in which nothing is flushed or overflows, whatever the
-/// spread of x. Returns the logarithm of the token factor, -inf for a row without mass.
+/// The sweep in the log domain, for up to 16 rows: with p[e] = exp(x[e] + g[e] - their maximum),
+/// column_sum[e] += marginal p[e] / sum of p, row by row. Nothing is flushed or overflows, whatever
+/// the spread of x. u receives the logarithms of the token factors, -inf for a row without mass.
 ///
-/// Shapes: x, g, p and column_sum are [cols], cols a multiple of 16, x = -inf past the last expert;
-/// p is scratch. Cost: one exponential per element. Determinism: the same bits on every ISA.
+/// Shapes: x is [n, stride], g and column_sum are [cols], cols a multiple of 16, x = -inf past the
+/// last expert; p is scratch of [16, cols]. Cost: one exponential per element. Determinism: the
+/// same bits on every ISA.
 template <class A = default_arch>
-float sinkhorn_log_row(const float* x, const float* g, index_t cols, float marginal, float* p,
-                       float* column_sum) {
+void sinkhorn_log_block(const float* x, index_t stride, int n, const float* g, index_t cols,
+                        float marginal, float* p, float* u, float* column_sum) {
   using F = vfloat<A>;
-  constexpr int w = width<A>, n = registers_per_block<A>;
-  partials<A> best(minus_infinity);
-  for (index_t c = 0; c < cols; c += block_rows) {
-    MOEROUTE_UNROLL
-    for (int r = 0; r < n; ++r) {
-      const F s = load<A>(x + c + r * w) + load<A>(g + c + r * w);
-      best.part[r] = select<A>(s > best.part[r], s, best.part[r]);
+  constexpr int w = width<A>, regs = registers_per_block<A>;
+  alignas(alignment) float partial[block_rows * block_rows] = {};
+  alignas(alignment) float max[block_rows], factor[block_rows];
+  for (int i = 0; i < n; ++i) {
+    const float* const row = x + i * stride;
+    partials<A> best(minus_infinity);
+    for (index_t c = 0; c < cols; c += block_rows) {
+      MOEROUTE_UNROLL
+      for (int r = 0; r < regs; ++r)
+        best.part[r] = larger<A>(best.part[r], load<A>(row + c + r * w) + load<A>(g + c + r * w));
     }
+    store_partials<A>(best, partial + i * block_rows);
   }
-  alignas(alignment) float lane[block_rows];
-  for (int r = 0; r < n; ++r) best.part[r].store_aligned(lane + r * w);
-  float max = lane[0];
-  for (int i = 1; i < block_rows; ++i) max = lane[i] > max ? lane[i] : max;
-  if (!(max > minus_infinity)) return minus_infinity;
-  const F top(max);
-  partials<A> sum(0.0f);
-  for (index_t c = 0; c < cols; c += block_rows) {
-    MOEROUTE_UNROLL
-    for (int r = 0; r < n; ++r) {
-      const F s = load<A>(x + c + r * w) + load<A>(g + c + r * w);
-      const F e = exp_nonpositive<A>(s - top);
-      sum.part[r] += e;
-      e.store_unaligned(p + c + r * w);
+  join_partials<A>(partial, max, larger<A>);
+  for (int i = 0; i < n; ++i) {
+    const float* const row = x + i * stride;
+    // A row without mass must not make NaN of -inf - -inf: its values are all 0.
+    const F top(max[i] > minus_infinity ? max[i] : 0.0f);
+    partials<A> sum(0.0f);
+    for (index_t c = 0; c < cols; c += block_rows) {
+      MOEROUTE_UNROLL
+      for (int r = 0; r < regs; ++r) {
+        const F s = load<A>(row + c + r * w) + load<A>(g + c + r * w);
+        const F e = exp_nonpositive<A>(s - top);
+        sum.part[r] += e;
+        e.store_unaligned(p + i * cols + c + r * w);
+      }
     }
+    store_partials<A>(sum, partial + i * block_rows);
   }
-  const F factor(marginal / sum_of<A>(sum));
-  for (index_t c = 0; c < cols; c += w)
-    fma<A>(load<A>(p + c), factor, load<A>(column_sum + c)).store_unaligned(column_sum + c);
-  return log<A>(factor).get(0) - max;
+  join_partials<A>(partial, factor, [](F a, F b) { return a + b; });
+  for (int lane = 0; lane < block_rows; lane += w) {
+    const F sum = load<A>(factor + lane), zero(0.0f);
+    const F row_factor = F(marginal) / sum;
+    select<A>(sum > zero, row_factor, zero).store_unaligned(factor + lane);
+    select<A>(sum > zero, log<A>(row_factor) - load<A>(max + lane), F(minus_infinity))
+        .store_unaligned(max + lane);
+  }
+  for (int i = 0; i < n; ++i) u[i] = max[i];
+  detail::add_scaled_block<A>(p, cols, n, factor, cols, column_sum);
 }
 
 }  // namespace moeroute::simd

@@ -2,33 +2,10 @@
 #pragma once
 
 #include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/join.hpp>
 #include <moeroute/simd/reduce.hpp>
-#include <moeroute/simd/transpose.hpp>
 
 namespace moeroute::simd {
-
-namespace detail {
-
-// Joins 16 partial values of each of 16 rows: out[i] is row i's, in the tree of sum_of (distance 8,
-// 4, 2, 1).
-template <class A, class Join>
-MOEROUTE_INLINE void join_partials(const float* partial, float* out, Join join) {
-  constexpr int w = width<A>;
-  for (int row = 0; row < block_rows; row += w) {
-    vfloat<A> lane[block_rows];
-    for (int c = 0; c < block_rows; c += w) {
-      MOEROUTE_UNROLL
-      for (int i = 0; i < w; ++i) lane[c + i] = load<A>(partial + (row + i) * block_rows + c);
-      transpose<A>(lane + c);
-    }
-    MOEROUTE_UNROLL
-    for (int distance = block_rows / 2; distance > 0; distance /= 2)
-      for (int i = 0; i < distance; ++i) lane[i] = join(lane[i], lane[i + distance]);
-    lane[0].store_unaligned(out + row);
-  }
-}
-
-}  // namespace detail
 
 /// exp(z - max z) of 16 rows and, for each, the factor that makes it a softmax: the rounded
 /// reciprocal of its sum.
@@ -49,10 +26,9 @@ void exp_rows(const float* const* row, index_t cols, float* out, index_t stride,
       detail::for_each_register<A>(row[i], cols, minus_infinity, [&](int r, F x) {
         best.part[r] = select<A>(x > best.part[r], x, best.part[r]);
       });
-    for (int r = 0; r < partials<A>::n; ++r)
-      best.part[r].store_aligned(partial + i * block_rows + r * w);
+    store_partials<A>(best, partial + i * block_rows);
   }
-  detail::join_partials<A>(partial, max, [](F a, F b) { return select<A>(b > a, b, a); });
+  join_partials<A>(partial, max, larger<A>);
   for (int i = 0; i < block_rows; ++i) {
     float* to = out + i * stride;
     partials<A> sum(0.0f);
@@ -68,10 +44,9 @@ void exp_rows(const float* const* row, index_t cols, float* out, index_t stride,
       sum = partials<A>(1.0f);  // any sum but 0
     }
     for (; to < out + (i + 1) * stride; to += w) never.store_unaligned(to);
-    for (int r = 0; r < partials<A>::n; ++r)
-      sum.part[r].store_aligned(partial + i * block_rows + r * w);
+    store_partials<A>(sum, partial + i * block_rows);
   }
-  detail::join_partials<A>(partial, factor, [](F a, F b) { return a + b; });
+  join_partials<A>(partial, factor, [](F a, F b) { return a + b; });
   for (int i = 0; i < block_rows; i += w)
     (F(1.0f) / load<A>(factor + i)).store_unaligned(factor + i);
 }

@@ -1,0 +1,42 @@
+// Joining the partial values of 16 rows at once: 16 reductions for the price of a transpose.
+#pragma once
+
+#include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/reduce.hpp>
+#include <moeroute/simd/transpose.hpp>
+
+namespace moeroute::simd {
+
+/// out[i] = the 16 values of row i of `partial`, joined in the tree of sum_of: distance 8, 4, 2, 1.
+///
+/// Shapes: partial is [16, 16], out is [16]. Determinism: the bits of sum_of where join is the sum.
+template <class A, class Join>
+MOEROUTE_INLINE void join_partials(const float* partial, float* out, Join join) {
+  constexpr int w = width<A>;
+  for (int row = 0; row < block_rows; row += w) {
+    vfloat<A> lane[block_rows];
+    for (int c = 0; c < block_rows; c += w) {
+      MOEROUTE_UNROLL
+      for (int i = 0; i < w; ++i) lane[c + i] = load<A>(partial + (row + i) * block_rows + c);
+      transpose<A>(lane + c);
+    }
+    MOEROUTE_UNROLL
+    for (int distance = block_rows / 2; distance > 0; distance /= 2)
+      for (int i = 0; i < distance; ++i) lane[i] = join(lane[i], lane[i + distance]);
+    lane[0].store_unaligned(out + row);
+  }
+}
+
+/// Stores a row's partial values where join_partials reads them.
+template <class A>
+MOEROUTE_INLINE void store_partials(const partials<A>& p, float* partial_row) {
+  for (int r = 0; r < partials<A>::n; ++r) p.part[r].store_unaligned(partial_row + r * width<A>);
+}
+
+/// The larger of two values, neither of which is NaN.
+template <class A>
+MOEROUTE_INLINE vfloat<A> larger(vfloat<A> a, vfloat<A> b) {
+  return select<A>(b > a, b, a);
+}
+
+}  // namespace moeroute::simd
