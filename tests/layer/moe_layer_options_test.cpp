@@ -1,0 +1,313 @@
+// What a layer does beyond the plain sum: few tokens without copies, executors, kinds of routers
+// and experts, capacity, shared experts, exceptions.
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/exec/callable.hpp>
+#include <moeroute/layer/moe_layer.hpp>
+#include <moeroute/layer/swiglu_experts.hpp>
+#include <moeroute/policy/expert_choice.hpp>
+#include <moeroute/policy/router.hpp>
+#include <moeroute/policy/top_p.hpp>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "support/allocations.hpp"
+#include "support/compare.hpp"
+#include "support/planned.hpp"
+#include "support/refusal.hpp"
+#if defined(_OPENMP)
+#include <moeroute/exec/openmp.hpp>
+#endif
+#if defined(MOEROUTE_HAS_TBB)
+#include <moeroute/exec/tbb.hpp>
+#endif
+
+using namespace moeroute;
+
+namespace {
+
+constexpr index_t d = 40, experts = 12, k = 3;
+
+// Element by element, so a row depends on no other: out = tanh(x) * (e + 1) + e.
+struct curves {
+  expert_id fails = no_expert;
+  void operator()(expert_id e, matrix_view<const float> in, matrix_view<float> out) const {
+    if (e == fails) throw std::runtime_error("expert");
+    const auto f = static_cast<float>(e);
+    for (index_t r = 0; r < in.rows; ++r)
+      for (index_t c = 0; c < in.cols; ++c) out(r, c) = std::fma(std::tanh(in(r, c)), f + 1.0f, f);
+  }
+};
+
+simd::packed_matrix<> gate_weights() {
+  const row_matrix<float> w = test::random_rows(experts, d, 1);
+  return simd::packed_matrix<>(const_view(w));
+}
+
+router<softmax> mixtral() { return {.selection = {.k = k}, .weight = sum_normalized}; }
+
+swiglu_experts<> networks(index_t n, index_t ff) {
+  swiglu_experts<> list(n, d, ff);
+  for (expert_id e = 0; e < n; ++e) {
+    const auto seed = static_cast<std::uint64_t>(10 + 3 * e);
+    list.set_gate(e, const_view(test::random_rows(ff, d, seed)));
+    list.set_up(e, const_view(test::random_rows(ff, d, seed + 1)));
+    list.set_down(e, const_view(test::random_rows(d, ff, seed + 2)));
+  }
+  return list;
+}
+
+template <class Layer, class Exec = serial>
+row_matrix<float> run(Layer& layer, const row_matrix<float>& x, const Exec& exec = {},
+                      const side_inputs& side = {}) {
+  row_matrix<float> y = row_matrix<float>::Constant(x.rows(), x.cols(), 77.0f);
+  layer.forward(matrix_view<const float>(x.data(), x.rows(), x.cols()),
+                matrix_view<float>(y.data(), y.rows(), y.cols()), side, exec);
+  return y;
+}
+
+// The sum as one writes it down, from the layer's own choices.
+template <class Layer, class Expert>
+row_matrix<float> by_choices(const Layer& layer, const row_matrix<float>& x, Expert&& expert,
+                             weight_on where = weight_on::output) {
+  row_matrix<float> y = row_matrix<float>::Zero(x.rows(), x.cols());
+  std::vector<float> in(d), out(d);
+  const assignment& a = layer.choices();
+  for (index_t t = 0; t < x.rows(); ++t)
+    for (index_t c = a.first(t); c < a.first(t + 1); ++c) {
+      const expert_id e = a.ids()[static_cast<std::size_t>(c)];
+      if (e < 0 || !a.kept(c)) continue;
+      const float w = a.weights()[static_cast<std::size_t>(c)];
+      for (index_t i = 0; i < d; ++i)
+        in[static_cast<std::size_t>(i)] = (where == weight_on::input ? w : 1.0f) * x(t, i);
+      expert(e, matrix_view<const float>(in.data(), 1, d), matrix_view<float>(out.data(), 1, d));
+      for (index_t i = 0; i < d; ++i)
+        y(t, i) = std::fma(where == weight_on::input ? 1.0f : w, out[static_cast<std::size_t>(i)],
+                           y(t, i));
+    }
+  return y;
+}
+
+std::string differ(const row_matrix<float>& a, const row_matrix<float>& b) {
+  return test::bit_difference(test::values(a), test::values(b));
+}
+
+auto threads() {
+  return callable_executor(
+      [](index_t n, index_t grain, loop_body body) {
+        std::vector<std::thread> pool;
+        for (index_t b = 0; b < n; b += grain)
+          pool.emplace_back([=] { body(b, std::min(n, b + grain)); });
+        for (auto& t : pool) t.join();
+      },
+      3);
+}
+
+template <class F>
+void for_each_executor(F&& f) {
+  f(serial{});
+  f(threads());
+#if defined(_OPENMP)
+  for (const int n : {1, 2, 5}) f(openmp{n});
+#endif
+#if defined(MOEROUTE_HAS_TBB)
+  f(onetbb{});
+#endif
+}
+
+}  // namespace
+
+TEST_CASE("a few tokens, run on the rows of x itself, have the bits that they have among many") {
+  moe_layer few(gate_weights(), mixtral(), networks(experts, 24));
+  moe_layer many(gate_weights(), mixtral(), networks(experts, 24));
+  const row_matrix<float> x = test::random_rows(64, d, 5);
+  const row_matrix<float> y = run(many, x);
+  CHECK(many.plan().tokens() > decode_tokens);
+  for (const index_t tokens : {1, 2, 3, 4, 5, 6, 7, 8})
+    for (const index_t first : {0, 11, 56}) {
+      const row_matrix<float> part = x.middleRows(first, tokens);
+      const row_matrix<float> expected = y.middleRows(first, tokens);
+      CHECK(differ(run(few, part), expected) == "");
+    }
+}
+
+TEST_CASE("equal tokens go to one expert as one block, whatever their distances") {
+  // Tokens of two kinds in patterns: their experts see runs of every distance.
+  const row_matrix<float> kinds = test::random_rows(2, d, 6);
+  moe_layer layer(gate_weights(), mixtral(), curves{});
+  for (int pattern = 0; pattern < 256; ++pattern) {
+    row_matrix<float> x(8, d);
+    for (int t = 0; t < 8; ++t) x.row(t) = kinds.row(pattern >> t & 1);
+    const row_matrix<float> y = run(layer, x);
+    CHECK(differ(y, by_choices(layer, x, curves{})) == "");
+  }
+}
+
+TEST_CASE("a layer has the same bits under every executor and any number of threads") {
+  const row_matrix<float> x = test::random_rows(300, d, 7);
+  moe_layer reference(gate_weights(), mixtral(), networks(experts, 24), {}, networks(1, 32));
+  for (const index_t tokens : {0, 1, 5, 8, 9, 300}) {
+    const row_matrix<float> part = x.topRows(tokens);
+    const row_matrix<float> expected = run(reference, part);
+    for_each_executor([&](const auto& exec) {
+      moe_layer layer(gate_weights(), mixtral(), networks(experts, 24), {.rows_per_call = 7},
+                      networks(1, 32));
+      CHECK(differ(run(layer, part, exec), expected) == "");
+    });
+  }
+}
+
+TEST_CASE("routers with a varying k and routers of the whole batch run through a layer") {
+  const row_matrix<float> x = test::random_rows(50, d, 8);
+  for (const index_t tokens : {1, 8, 50}) {
+    const row_matrix<float> part = x.topRows(tokens);
+    moe_layer ragged(gate_weights(), top_p{.p = 0.7f, .max_k = 6}, curves{});
+    const row_matrix<float> y = run(ragged, part);
+    CHECK(differ(y, by_choices(ragged, part, curves{})) == "");
+    CHECK(ragged.choices().ragged());
+    moe_layer batch(gate_weights(), expert_choice<softmax>{}, curves{});
+    const row_matrix<float> z = run(batch, part);
+    CHECK(differ(z, by_choices(batch, part, curves{})) == "");
+    CHECK(batch.plan().kept() == batch.choices().choices());
+  }
+}
+
+TEST_CASE("weights on the input scale what an expert gets, not what it gives") {
+  moe_layer layer(gate_weights(), mixtral(), curves{}, {.weights = weight_on::input});
+  for (const index_t tokens : {1, 8, 40}) {
+    const row_matrix<float> x = test::random_rows(tokens, d, 9);
+    const row_matrix<float> y = run(layer, x);
+    CHECK(differ(y, by_choices(layer, x, curves{}, weight_on::input)) == "");
+  }
+}
+
+TEST_CASE("identity experts give the token, zero experts nothing, and neither is called") {
+  const special_experts special{
+      .identity_first = 4, .identity_end = 7, .zero_first = 7, .zero_end = 12};
+  moe_layer layer(gate_weights(), mixtral(), curves{}, {.special = special});
+  const auto each = [&](expert_id e, matrix_view<const float> in, matrix_view<float> out) {
+    if (e < 4) return curves{}(e, in, out);
+    for (index_t i = 0; i < d; ++i) out(0, i) = e < 7 ? in(0, i) : 0.0f;
+  };
+  for (const index_t tokens : {1, 8, 60}) {
+    const row_matrix<float> x = test::random_rows(tokens, d, 10);
+    const row_matrix<float> y = run(layer, x);
+    CHECK((y - by_choices(layer, x, each)).cwiseAbs().maxCoeff() == 0.0f);
+    for (index_t e = 4; e < 12; ++e) CHECK(layer.plan().load(e) == 0);
+    CHECK(layer.plan().kept() + layer.plan().elsewhere() == tokens * k);
+  }
+}
+
+TEST_CASE("a layer drops by its capacity, and lost tokens are zero or pass through") {
+  for (const lost_token lost : {lost_token::zero, lost_token::residual}) {
+    moe_layer layer(
+        gate_weights(), mixtral(), curves{},
+        {.capacity = capacity_policy{.rule = {.formula = capacity_formula::fixed, .count = 5}},
+         .lost = lost});
+    const row_matrix<float> x = test::random_rows(60, d, 11);
+    const row_matrix<float> y = run(layer, x);
+    row_matrix<float> expected = by_choices(layer, x, curves{});
+    index_t lost_tokens = 0;
+    for (index_t t = 0; t < 60; ++t) {
+      bool all = true;
+      for (index_t c = t * k; c < (t + 1) * k; ++c) all &= !layer.choices().kept(c);
+      lost_tokens += all;
+      if (all && lost == lost_token::residual) expected.row(t) = x.row(t);
+    }
+    CHECK(lost_tokens > 0);
+    CHECK(differ(y, expected) == "");
+    for (index_t e = 0; e < experts; ++e) CHECK(layer.plan().load(e) <= 5);
+  }
+}
+
+TEST_CASE("shared experts see every token and are added with weight 1") {
+  moe_layer layer(gate_weights(), mixtral(), curves{}, {}, curves{});
+  for (const index_t tokens : {1, 8, 200}) {
+    const row_matrix<float> x = test::random_rows(tokens, d, 12);
+    const row_matrix<float> y = run(layer, x);
+    row_matrix<float> expected = by_choices(layer, x, curves{});
+    for (index_t t = 0; t < tokens; ++t)
+      for (index_t i = 0; i < d; ++i) expected(t, i) += std::fma(std::tanh(x(t, i)), 1.0f, 0.0f);
+    CHECK(differ(y, expected) == "");
+    const row_matrix<bfloat16> x16 = x.cast<bfloat16>();
+    const row_matrix<float> wide = x16.cast<float>();
+    row_matrix<float> y16(tokens, d);
+    layer.forward(x16, y16);
+    CHECK(differ(y16, run(layer, wide)) == "");
+  }
+}
+
+TEST_CASE("a masked token gets zeros and costs no expert a row") {
+  moe_layer layer(gate_weights(), mixtral(), curves{});
+  const row_matrix<float> x = test::random_rows(20, d, 13);
+  std::vector<std::uint8_t> mask(20);
+  for (std::size_t t = 0; t < 20; ++t) mask[t] = t % 3 != 0;
+  const row_matrix<float> y = run(layer, x, serial{}, {.mask = mask});
+  for (index_t t = 0; t < 20; t += 3) CHECK(y.row(t).isZero(0.0f));
+  CHECK(layer.plan().kept() == 13 * k);
+}
+
+TEST_CASE("after an expert has thrown the layer gives what it gave before") {
+  const row_matrix<float> x = test::random_rows(40, d, 14);
+  for_each_executor([&](const auto& exec) {
+    expert_id fails = no_expert;
+    moe_layer layer(gate_weights(), mixtral(),
+                    [&](expert_id e, matrix_view<const float> in, matrix_view<float> out) {
+                      curves{fails}(e, in, out);
+                    });
+    for (const index_t tokens : {3, 40}) {
+      const row_matrix<float> part = x.topRows(tokens);
+      fails = no_expert;
+      const row_matrix<float> y = run(layer, part, exec);
+      fails = layer.choices().ids()[0];
+      CHECK_THROWS_AS(run(layer, part, exec), std::runtime_error);
+      fails = no_expert;
+      CHECK(differ(run(layer, part, exec), y) == "");
+    }
+  });
+}
+
+TEST_CASE("a warm layer of any kind never allocates") {
+  const row_matrix<float> x = test::random_rows(60, d, 15);
+  row_matrix<float> y(60, d);
+  moe_layer plain(gate_weights(), mixtral(), networks(experts, 24),
+                  {.capacity = capacity_policy{.rule = {.formula = capacity_formula::megatron},
+                                               .order = drop_order::by_weight}},
+                  networks(1, 32));
+  moe_layer ragged(gate_weights(), top_p{.p = 0.7f, .max_k = 6}, curves{});
+  const auto all = [&] {
+    for (const index_t tokens : {60, 8, 1}) {
+      const matrix_view<const float> in(x.data(), tokens, d);
+      const matrix_view<float> out(y.data(), tokens, d);
+      plain.forward(in, out);
+      ragged.forward(in, out);
+    }
+  };
+  all();
+  CHECK(test::allocations_during(all) == 0);
+}
+
+TEST_CASE("options that do not fit the gate are refused by name") {
+  const auto made = [](const moe_layer_options& o) {
+    return test::refusal([&] { moe_layer(gate_weights(), mixtral(), curves{}, o); });
+  };
+  CHECK(made({}) == "accepted");
+  CHECK(made({.special = {.identity_first = 3, .identity_end = 13}}) ==
+        "moeroute::moe_layer: identity_end is 13, expected 0 to 12");
+  CHECK(made({.special = {.zero_first = 5, .zero_end = 4}}) ==
+        "moeroute::moe_layer: zero_first is 5, expected 0 to 4");
+  CHECK(made({.capacity =
+                  capacity_policy{.rule = {.formula = capacity_formula::megatron, .factor = -1.0}}})
+            .starts_with("moeroute::capacity_rule: factor is -1"));
+  CHECK(test::refusal([] { moe_layer(gate_weights(), mixtral(), networks(11, 8)); }) ==
+        "moeroute::moe_layer: experts.experts() is 11, expected 12");
+  moe_layer layer(gate_weights(), mixtral(), curves{});
+  row_matrix<float> x = test::random_rows(20, d, 16);
+  CHECK(test::refusal([&] {
+          layer.forward(matrix_view<const float>(x.data(), 10, d),
+                        matrix_view<float>(x.data() + d, 10, d));
+        }) == "moeroute::moe_layer: x and y overlap, expected memory of their own");
+}
