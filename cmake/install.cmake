@@ -15,4 +15,6 @@ configure_package_config_file(cmake/moeroute-config.cmake.in moeroute-config.cma
 write_basic_package_version_file(moeroute-config-version.cmake COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
 install(FILES "${PROJECT_BINARY_DIR}/moeroute-config.cmake" "${PROJECT_BINARY_DIR}/moeroute-config-version.cmake"
         DESTINATION "${package_dir}")
+install(FILES cmake/dispatch.cmake DESTINATION "${package_dir}")
+install(DIRECTORY cmake/dispatch DESTINATION "${package_dir}")
 install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DOCDIR}")

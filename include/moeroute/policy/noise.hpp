@@ -37,7 +37,7 @@ MOEROUTE_INLINE simd::vfloat<A> normal_quantile(simd::vfloat<A> u) {
                              -0.00367342844f,  0.00573950773f,  -0.0076224613f,
                              0.00943887047f,   1.00167406f,     2.83297682f};
   const F near = polynomial(w - F(2.5f), central);
-  const F far = polynomial(xsimd::sqrt(simd::select<A>(w < F(5.0f), F(5.0f), w)) - F(3.0f), tail);
+  const F far = polynomial(simd::square_root<A>(simd::select<A>(w < F(5.0f), F(5.0f), w)) - F(3.0f), tail);
   return simd::select<A>(w < F(5.0f), near, far) * x * F(1.41421356f);
 }
 

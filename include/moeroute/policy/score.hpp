@@ -38,7 +38,7 @@ MOEROUTE_INLINE void for_each_rank(choice_block& c, int lane, F&& f) {
   for (int r = 0; r < c.k; ++r) {
     float* value = c.value + r * block_rows + lane;
     const simd::vint<A> id = simd::load<A>(c.id + r * block_rows + lane);
-    const auto present = xsimd::batch_bool_cast<float>(id != none);
+    const auto present = simd::differs<A>(id, none);
     f(simd::load<A>(value), present).store_unaligned(value);
   }
 }

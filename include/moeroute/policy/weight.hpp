@@ -69,7 +69,7 @@ struct weight_rule {
       F divisor(1.0f);
       if (normalize != normalization::none) {
         divisor = this->template norm<A>(c, lane);
-        if (xsimd::any(divisor > most)) divisor = this->template tame<A>(c, lane, divisor);
+        if (simd::any<A>(divisor > most)) divisor = this->template tame<A>(c, lane, divisor);
         if (eps_where == eps_mode::add) divisor += F(eps);
         if (eps_where == eps_mode::clamp)
           divisor = simd::select<A>(divisor > F(eps), divisor, F(eps));

@@ -9,7 +9,7 @@
 #include <moeroute/base/config.hpp>
 #include <moeroute/base/index.hpp>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -102,6 +102,24 @@ MOEROUTE_INLINE vfloat<A> select(vmask<A> m, vfloat<A> a, vfloat<A> b) {
   return xsimd::select(m, a, b);
 }
 
+/// Lanes whose ids differ, as a mask for floats.
+template <class A>
+MOEROUTE_INLINE vmask<A> differs(vint<A> a, vint<A> b) {
+  return xsimd::batch_bool_cast<float>(a != b);
+}
+template <class A>
+MOEROUTE_INLINE bool any(vmask<A> m) {
+  return xsimd::any(m);
+}
+template <class A>
+MOEROUTE_INLINE vfloat<A> absolute(vfloat<A> x) {
+  return xsimd::abs(x);
+}
+template <class A>
+MOEROUTE_INLINE vfloat<A> square_root(vfloat<A> x) {
+  return xsimd::sqrt(x);
+}
+
 /// NaN becomes -inf: a masked expert and a broken logit are the same thing.
 template <class A>
 MOEROUTE_INLINE vfloat<A> nan_to_minus_infinity(vfloat<A> x) {
@@ -126,9 +144,64 @@ inline constexpr bool has_fma = std::derived_from<A, xsimd::avx512f>
 
 }  // namespace detail
 
-/// a * b + c with one rounding, the same bits on every ISA. Where the hardware has no fused form it is
-/// emulated exactly: the product of two floats is exact in double, the sum is rounded to odd in double,
-/// and a double that was rounded to odd rounds correctly to float.
+namespace detail {
+
+// a * b + c with one rounding, without hardware for it. The product of two floats is exact in double; the sum is
+// rounded to odd there (an inexact sum takes the neighbour with an odd last bit, on the side of the error), and
+// a double that was rounded to odd rounds correctly to float.
+MOEROUTE_INLINE float fma_by_double(float a, float b, float c) {
+  const double product = static_cast<double>(a) * static_cast<double>(b);
+  const double addend = static_cast<double>(c);
+  const double sum = product + addend;
+  const double back = sum - product;
+  const double error = (product - (sum - back)) + (addend - back);
+  std::uint64_t bits;
+  __builtin_memcpy(&bits, &sum, sizeof bits);
+  // The error is NaN where the sum is infinite or NaN, which stays as it is.
+  const bool rounded = error < 0.0 || error > 0.0;
+  const std::uint64_t inexact = static_cast<std::uint64_t>(rounded && (bits & 1) == 0);
+  const std::uint64_t outward = static_cast<std::uint64_t>((error > 0.0) == (sum > 0.0));
+  bits += inexact * (2 * outward - 1);
+  double odd;
+  __builtin_memcpy(&odd, &bits, sizeof odd);
+  return static_cast<float>(odd);
+}
+
+#if defined(__SSE2__)
+// Four at a time: rounding to double and then to float goes wrong only where the double lies half-way between two
+// floats, or the float is denormal; both are rare, and seen in the bits.
+MOEROUTE_INLINE __m128 fma_by_double(__m128 a, __m128 b, __m128 c) {
+  const auto half = [](__m128 x, __m128 y, __m128 z) {
+    return _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
+  };
+  const __m128d low = half(a, b, c);
+  const __m128d high = half(_mm_movehl_ps(a, a), _mm_movehl_ps(b, b), _mm_movehl_ps(c, c));
+  const auto suspicious = [](__m128d sum) {
+    const __m128i tail = _mm_and_si128(_mm_castpd_si128(sum), _mm_set1_epi64x(0x1fffffff));
+    const __m128i middle = _mm_cmpeq_epi32(tail, _mm_set1_epi64x(0x10000000));
+    // The upper halves are 0 on both sides, hence always equal: only the lower ones speak.
+    const __m128i lower = _mm_and_si128(middle, _mm_set1_epi64x(0xffffffff));
+    const __m128d size = _mm_andnot_pd(_mm_set1_pd(-0.0), sum);
+    const __m128d denormal = _mm_and_pd(_mm_cmplt_pd(size, _mm_set1_pd(0x1p-126)),
+                                        _mm_cmpneq_pd(sum, _mm_setzero_pd()));
+    return _mm_or_si128(lower, _mm_castpd_si128(denormal));
+  };
+  const __m128i flags = _mm_or_si128(suspicious(low), suspicious(high));
+  const __m128 sum = _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
+  if (_mm_movemask_epi8(_mm_cmpeq_epi8(flags, _mm_setzero_si128())) == 0xffff) [[likely]]
+    return sum;
+  alignas(16) float x[4], y[4], z[4];
+  _mm_store_ps(x, a);
+  _mm_store_ps(y, b);
+  _mm_store_ps(z, c);
+  for (int i = 0; i < 4; ++i) z[i] = fma_by_double(x[i], y[i], z[i]);
+  return _mm_load_ps(z);
+}
+#endif
+
+}  // namespace detail
+
+/// a * b + c with one rounding, the same bits on every ISA: emulated exactly where the hardware has no fused form.
 template <class A>
 MOEROUTE_INLINE vfloat<A> fma(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
   if constexpr (detail::has_fma<A>) {
@@ -138,24 +211,13 @@ MOEROUTE_INLINE vfloat<A> fma(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
     a.store_aligned(x);
     b.store_aligned(y);
     c.store_aligned(z);
-    for (int i = 0; i < width<A>; ++i) {
-      const double product = static_cast<double>(x[i]) * static_cast<double>(y[i]);
-      const double addend = static_cast<double>(z[i]);
-      const double sum = product + addend;
-      const double back = sum - product;
-      const double error = (product - (sum - back)) + (addend - back);
-      std::uint64_t bits;
-      __builtin_memcpy(&bits, &sum, sizeof bits);
-      // Round to odd: an inexact sum takes the neighbour with an odd last bit, on the side of the error.
-      // The error is NaN where the sum is infinite or NaN, which stays as it is.
-      const bool rounded = error < 0.0 || error > 0.0;
-      const std::uint64_t inexact = static_cast<std::uint64_t>(rounded && (bits & 1) == 0);
-      const std::uint64_t outward = static_cast<std::uint64_t>((error > 0.0) == (sum > 0.0));
-      bits += inexact * (2 * outward - 1);
-      double odd;
-      __builtin_memcpy(&odd, &bits, sizeof odd);
-      z[i] = static_cast<float>(odd);
-    }
+#if defined(__SSE2__)
+    for (int i = 0; i < width<A>; i += 4)
+      _mm_store_ps(z + i, detail::fma_by_double(_mm_load_ps(x + i), _mm_load_ps(y + i),
+                                                _mm_load_ps(z + i)));
+#else
+    for (int i = 0; i < width<A>; ++i) z[i] = detail::fma_by_double(x[i], y[i], z[i]);
+#endif
     return vfloat<A>::load_aligned(z);
   }
 }
