@@ -1,7 +1,9 @@
 // The routers that obey the laws: the one list. A new router is one entry.
 #pragma once
 
+#include <algorithm>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <moeroute/policy/router.hpp>
 #include <string>
@@ -21,11 +23,26 @@ struct listed_router {
   /// What it should decide: in double, [T, k].
   std::function<oracle::decision(const std::vector<float>& logits, index_t tokens, index_t experts,
                                  index_t k)>
-      reference;
+      reference{};
+  /// In its place: the first thing that is wrong with what it decided, recomputed in double.
+  std::function<std::string(const std::vector<float>& logits, index_t tokens, index_t experts,
+                            index_t k, const std::vector<moeroute::expert_id>& ids,
+                            const std::vector<float>& weights)>
+      verify{};
   bool shift_invariant = false;  ///< adding a constant to a row changes nothing
-  bool permutable = true;        ///< experts can be renumbered: no bias, no table, no groups
+  bool permutable = true;  ///< experts can be renumbered: no bias, no table, no groups, no scales
+  bool compact = true;     ///< a missing choice is behind those that were made: no table
+  bool shares = true;      ///< equal scores have equal weights: no scale per expert, no sparsemixer
   index_t least_k = 1;
+  index_t most_k = moeroute::max_experts;
+
+  bool takes(index_t k) const { return k >= least_k && k <= most_k; }
+  /// A k that it takes, as close to the wanted one as it gets.
+  index_t near(index_t k) const { return std::clamp(k, least_k, most_k); }
 };
+
+/// The kinds of routers of the catalogue, each at any size. Defined in catalogue_routers_test.cpp.
+std::vector<listed_router> catalogue_routers();
 
 /// An entry of a router that the softmax oracle describes.
 template <class Score>
@@ -49,7 +66,7 @@ inline std::vector<listed_router> listed_routers() {
   using moeroute::softmax_selected;
   const auto all = oracle::domain::all, selected = oracle::domain::selected;
   const auto sum = oracle::divisor::sum, lp = oracle::divisor::lp;
-  return {
+  std::vector<listed_router> list = {
       softmax_family<softmax>("softmax", {}, {.scored = all}),
       softmax_family<softmax>("softmax, sum", {.normalize = normalization::sum},
                               {.scored = all, .normalize = sum}),
@@ -73,6 +90,8 @@ inline std::vector<listed_router> listed_routers() {
       softmax_family<softmax_selected>("softmax of the selected, scaled", {.scale = -0.5f},
                                        {.scored = selected, .scale = -0.5}),
   };
+  std::ranges::move(catalogue_routers(), std::back_inserter(list));
+  return list;
 }
 
 }  // namespace test

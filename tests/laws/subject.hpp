@@ -20,6 +20,8 @@ using moeroute::matrix_view;
 class subject {
  public:
   virtual ~subject() = default;
+  /// Whether it takes 16-bit logits: a router picked at run time is compiled for one type only.
+  virtual bool narrow() const { return true; }
   virtual void route(matrix_view<const float> logits, assignment& out) = 0;
   virtual void route(matrix_view<const bfloat16> logits, assignment& out) = 0;
   virtual void route(matrix_view<const float16> logits, assignment& out) = 0;

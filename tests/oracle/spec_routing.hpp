@@ -263,11 +263,13 @@ inline std::string break_of(const router_spec& s, const token_inputs& in,
                                     ? detail::sparsemixer_weights(s, z, ids, undecided)
                                     : detail::weights_of(s, in, score, ids);
   constexpr double most = static_cast<double>(std::numeric_limits<float>::max());
+  // A divisor is a chain of k additions.
+  const double rounding = std::max(3e-6, 1e-8 * static_cast<double>(s.k));
   // What exp would give as a denormal is 0 in float.
   const double flushed = 1.2e-38 * std::max(1.0, std::abs(static_cast<double>(s.scale)));
   for (std::size_t r = 0; r < w.size() && !undecided; ++r) {
     const double got = static_cast<double>(weights[r]), right = std::clamp(w[r], -most, most);
-    if (!(std::abs(got - right) <= 3e-6 * std::abs(right) + flushed))
+    if (!(std::abs(got - right) <= rounding * std::abs(right) + flushed))
       return "rank " + std::to_string(r) + ": " + detail::told("weight", got, right);
   }
   return "";

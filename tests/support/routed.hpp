@@ -2,6 +2,8 @@
 #pragma once
 
 #include <moeroute/stage/route.hpp>
+#include <span>
+#include <type_traits>
 #include <vector>
 
 namespace test {
@@ -19,7 +21,7 @@ moeroute::assignment routed(const Router& router, const std::vector<float>& logi
 }
 
 template <class T>
-std::vector<T> listed(std::span<const T> values) {
+std::vector<std::remove_const_t<T>> listed(std::span<T> values) {
   return {values.begin(), values.end()};
 }
 

@@ -1,0 +1,155 @@
+// The catalogue's routers in the list that the laws run over, by way of make_router. Entries that
+// differ in their sizes only are one kind; every kind is tried at the sizes of the laws.
+#include <catch2/catch_test_macros.hpp>
+#include <map>
+#include <memory>
+#include <moeroute/policy/catalog.hpp>
+#include <moeroute/policy/make_router.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "laws/routers.hpp"
+#include "oracle/spec_routing.hpp"
+#include "support/random.hpp"
+
+using moeroute::router_spec;
+using moeroute::selection_kind;
+
+namespace test {
+
+namespace {
+
+// The spec for another E and k: groups and zero experts as near to its own as these allow.
+router_spec resized(router_spec s, index_t k, index_t experts) {
+  s.experts = experts;
+  s.k = k;
+  while (experts % s.groups != 0) --s.groups;
+  const index_t size = experts / s.groups;
+  s.topk_group = std::clamp((k + size - 1) / size, std::min(s.topk_group, s.groups), s.groups);
+  s.zero_experts = s.zero_experts == 0 ? 0 : experts / 3;
+  // Dropping is a stage of its own, with tests of its own.
+  s.capacity = 0;
+  s.drop_order = moeroute::drop_order::choice_major;
+  s.normalize_before_drop = true;
+  return s;
+}
+
+// A router of the catalogue with tensors by a fixed seed. Every token has the same id, so that the
+// laws of rows hold for tables too.
+class catalogue_subject final : public subject {
+ public:
+  static constexpr std::int32_t token_id = 3;
+
+  catalogue_subject(const router_spec& spec) : spec_(spec) {
+    random rng(7);
+    const float size = spec.score == moeroute::score_kind::softmax ? 0.02f : 0.3f;
+    for (index_t e = 0; e < spec.experts; ++e) {
+      if (spec.selection_bias) bias_.push_back(size * rng.normal());
+      if (spec.per_expert_scale) scale_.push_back(0.5f + rng.uniform());
+    }
+    if (spec.selection == selection_kind::expert_table)
+      table_ = moeroute::random_table(8, spec.k, spec.experts, 11);
+    router_ = std::make_unique<moeroute::any_router>(
+        moeroute::make_router(spec, {.bias = bias_, .per_expert_scale = scale_, .table = &table_}));
+  }
+
+  bool narrow() const override { return false; }
+  void route(matrix_view<const float> z, assignment& out) override {
+    moeroute::route(*router_, z, side(z.rows), memory_, out);
+  }
+  void route(matrix_view<const bfloat16>, assignment&) override { FAIL("compiled for float"); }
+  void route(matrix_view<const float16>, assignment&) override { FAIL("compiled for float"); }
+  void route(matrix_view<const float> z, [[maybe_unused]] int threads, assignment& out) override {
+#if defined(_OPENMP)
+    moeroute::route(*router_, z, side(z.rows), memory_, out, moeroute::openmp{threads});
+#else
+    moeroute::route(*router_, z, side(z.rows), memory_, out);
+#endif
+  }
+
+  // The first token that float64 decides otherwise.
+  std::string break_of(const std::vector<float>& logits, index_t tokens,
+                       const std::vector<moeroute::expert_id>& ids,
+                       const std::vector<float>& weights) const {
+    oracle::token_inputs in{nullptr, bias_, scale_};
+    if (spec_.selection == selection_kind::expert_table) in.table = table_.of(token_id);
+    const auto k = static_cast<std::size_t>(spec_.k);
+    for (index_t t = 0; t < tokens; ++t) {
+      in.logits = logits.data() + t * spec_.experts;
+      const std::string broken = oracle::break_of(spec_, in, {ids.data() + t * spec_.k, k},
+                                                  {weights.data() + t * spec_.k, k});
+      if (!broken.empty()) return "token " + std::to_string(t) + ", " + broken;
+    }
+    return "";
+  }
+
+ private:
+  moeroute::side_inputs side(index_t tokens) {
+    if (spec_.selection != selection_kind::expert_table) return {};
+    if (static_cast<index_t>(tokens_.size()) < tokens)
+      tokens_.resize(static_cast<std::size_t>(tokens), token_id);
+    return {.token_ids = {tokens_.data(), static_cast<std::size_t>(tokens)}};
+  }
+
+  router_spec spec_;
+  std::vector<float> bias_, scale_;
+  moeroute::expert_table table_;
+  std::vector<std::int32_t> tokens_;
+  std::unique_ptr<moeroute::any_router> router_;
+  moeroute::workspace memory_;
+};
+
+// Product keys have columns of another number than experts: product_keys_test.cpp has laws of its
+// own.
+bool listed(const router_spec& s) { return s.selection != selection_kind::product_keys; }
+
+}  // namespace
+
+std::vector<listed_router> catalogue_routers() {
+  std::vector<listed_router> list;
+  std::map<std::string, std::string> kinds;
+  for (const moeroute::catalog_entry& entry : moeroute::catalog) {
+    if (!listed(entry.spec)) continue;
+    const router_spec spec = entry.spec;
+    if (!kinds.emplace(to_string(resized(spec, 2, 64)), entry.name).second) continue;
+    const moeroute::router_traits traits = moeroute::traits_of(spec);
+    const bool table = spec.selection == selection_kind::expert_table;
+    const bool mixes = spec.selection == selection_kind::sparsemixer;
+    const bool pair = mixes || spec.selection == selection_kind::top2;
+    list.push_back({.name = std::string(entry.name),
+                    .make = [spec](index_t k, index_t experts) -> std::unique_ptr<subject> {
+                      return std::make_unique<catalogue_subject>(resized(spec, k, experts));
+                    },
+                    .verify =
+                        [spec](const std::vector<float>& logits, index_t tokens, index_t experts,
+                               index_t k, const std::vector<moeroute::expert_id>& ids,
+                               const std::vector<float>& weights) {
+                          return catalogue_subject(resized(spec, k, experts))
+                              .break_of(logits, tokens, ids, weights);
+                        },
+                    .shift_invariant = traits.shift_invariant,
+                    .permutable = traits.monotone && !spec.per_expert_scale,
+                    .compact = !table,
+                    .shares = !spec.per_expert_scale && !mixes,
+                    .least_k = pair ? 2 : 1,
+                    .most_k = pair ? 2 : moeroute::max_experts});
+  }
+  return list;
+}
+
+}  // namespace test
+
+TEST_CASE("the laws run over every kind of router of the catalogue") {
+  const auto list = test::catalogue_routers();
+  CHECK(list.size() >= 20);
+  for (const moeroute::catalog_entry& entry : moeroute::catalog) {
+    if (!test::listed(entry.spec)) continue;
+    bool found = false;
+    for (const test::listed_router& kind : list)
+      found = found || to_string(test::resized(moeroute::find_in_catalog(kind.name)->spec, 2,
+                                               64)) == to_string(test::resized(entry.spec, 2, 64));
+    INFO(entry.name);
+    CHECK(found);
+  }
+}
