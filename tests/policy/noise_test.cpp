@@ -1,0 +1,149 @@
+#include <moeroute/policy/noise.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/policy/router.hpp>
+#include <string>
+#include <vector>
+
+#include "support/arches.hpp"
+#include "support/compare.hpp"
+#include "support/routed.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+using test::routed;
+
+namespace {
+
+std::vector<float> noise_of(const logit_noise& how, index_t tokens, index_t columns,
+                            const side_inputs& side) {
+  std::vector<float> z(static_cast<std::size_t>(tokens * columns), 0.0f);
+  for (index_t t = 0; t < tokens; ++t) how.add_to_row(z.data() + t * columns, columns, t, side);
+  return z;
+}
+
+struct moments {
+  double mean = 0, variance = 0;
+};
+
+moments of(const std::vector<float>& values) {
+  moments m;
+  const auto n = static_cast<double>(values.size());
+  for (const float v : values) m.mean += static_cast<double>(v) / n;
+  for (const float v : values) m.variance += std::pow(static_cast<double>(v) - m.mean, 2) / n;
+  return m;
+}
+
+}  // namespace
+
+TEST_CASE("the normal quantile is the inverse of the normal distribution") {
+  using A = simd::default_arch;
+  for (const double p : {1e-6, 1e-4, 0.01, 0.2, 0.4999, 0.5, 0.6, 0.9, 0.999, 0.99999}) {
+    const auto u = static_cast<float>(p);
+    float x[simd::width<A>];
+    detail::normal_quantile<A>(simd::vfloat<A>(u)).store_unaligned(x);
+    const double back = 0.5 * std::erfc(-static_cast<double>(x[0]) / std::sqrt(2.0));
+    INFO("p = " << p << ", x = " << x[0]);
+    // The slope of the distribution times the rounding of u and x.
+    CHECK(std::abs(back - static_cast<double>(u)) <= 2e-6 * std::min(back, 1 - back) + 6e-8);
+  }
+}
+
+TEST_CASE("the normal quantile is finite for every number that is drawn") {
+  using A = simd::default_arch;
+  for (const std::uint32_t word : {0u, 1u << 9, 0x7fffffffu, 0x80000000u, 0xffffffffu}) {
+    float x[simd::width<A>];
+    detail::normal_quantile<A>(simd::vfloat<A>(open_u01_of(word))).store_unaligned(x);
+    CHECK(std::isfinite(x[0]));
+    CHECK(std::abs(x[0]) < 6.0f);
+  }
+}
+
+TEST_CASE("Gaussian noise has mean 0 and the variance asked for") {
+  const moments m =
+      of(noise_of({.kind = noise_kind::gaussian, .sigma = 2.0f}, 400, 100, {.seed = 3}));
+  CHECK(std::abs(m.mean) < 0.04);
+  CHECK(std::abs(m.variance - 4) < 0.12);
+}
+
+TEST_CASE("Gumbel noise has Euler's mean and variance pi^2 / 6") {
+  const moments m = of(noise_of({.kind = noise_kind::gumbel}, 400, 100, {.seed = 3}));
+  CHECK(std::abs(m.mean - 0.5772) < 0.03);
+  CHECK(std::abs(m.variance - 1.6449) < 0.08);
+}
+
+TEST_CASE("the largest logit with Gumbel noise follows the softmax") {
+  const index_t tokens = 20000;
+  std::vector<float> logits;
+  for (index_t t = 0; t < tokens; ++t)
+    logits.insert(logits.end(), {std::log(1.0f), std::log(2.0f), std::log(7.0f)});
+  const router<softmax> sampler{.selection = {.k = 1},
+                                .transform = {.noise = {.kind = noise_kind::gumbel}}};
+  const assignment a = routed(sampler, logits, 3, {.seed = 21});
+  std::vector<int> count(3, 0);
+  for (const expert_id e : a.ids()) ++count[static_cast<std::size_t>(e)];
+  CHECK(std::abs(count[0] - 2000) < 200);
+  CHECK(std::abs(count[1] - 4000) < 260);
+  CHECK(std::abs(count[2] - 14000) < 300);
+}
+
+TEST_CASE("noise replays by seed, step and token, and no two of them share it") {
+  const logit_noise how{.kind = noise_kind::gaussian};
+  const auto once = noise_of(how, 3, 37, {.seed = 1, .step = 2});
+  CHECK(test::bit_difference(once, noise_of(how, 3, 37, {.seed = 1, .step = 2})) == "");
+  CHECK(test::bit_difference(once, noise_of(how, 3, 37, {.seed = 1, .step = 3})) != "");
+  CHECK(test::bit_difference(once, noise_of(how, 3, 37, {.seed = 2, .step = 2})) != "");
+  CHECK(std::vector<float>(once.begin(), once.begin() + 37) !=
+        std::vector<float>(once.begin() + 37, once.begin() + 74));
+}
+
+TEST_CASE("noise has the same bits on every instruction set") {
+  const side_inputs side{.seed = 9};
+  for (const noise_kind kind : {noise_kind::gaussian, noise_kind::gumbel}) {
+    std::vector<float> expected(53, 0.5f);
+    logit_noise{.kind = kind}.add_to_row(expected.data(), 53, 4, side);
+    test::for_each_arch<test::widths>([&]<class A>(A) {
+      std::vector<float> z(53, 0.5f);
+      logit_noise{.kind = kind}.add_to_row<A>(z.data(), 53, 4, side);
+      CHECK(test::bit_difference(z, expected) == "");
+    });
+  }
+}
+
+TEST_CASE("a noise gate scales the noise by softplus + floor") {
+  const std::vector<float> gate = {-100.0f, -1.0f, 0.0f, 1.0f, 30.0f};
+  const side_inputs plain{.seed = 4};
+  side_inputs gated = plain;
+  gated.noise_logits = {gate.data(), 1, 5};
+  const logit_noise how{.kind = noise_kind::gaussian, .floor = 0.01f};
+  const auto unit = noise_of(how, 1, 5, plain), scaled = noise_of(how, 1, 5, gated);
+  std::vector<double> expected;
+  for (std::size_t e = 0; e < gate.size(); ++e)
+    expected.push_back(static_cast<double>(unit[e]) *
+                       (std::log1p(std::exp(static_cast<double>(gate[e]))) + 0.01));
+  CHECK(test::difference(scaled, expected, 1e-6) == "");
+}
+
+TEST_CASE("noise leaves masked experts masked") {
+  const std::vector<float> logits = test::make_logits(test::shape::masked, 2, 50, 16);
+  const router<softmax> noisy{.transform = {.noise = {.kind = noise_kind::gaussian, .sigma = 50}}};
+  const assignment a = routed(noisy, logits, 16, {.seed = 1});
+  for (index_t c = 0; c < a.choices(); ++c) {
+    const expert_id e = a.ids()[static_cast<std::size_t>(c)];
+    if (e != no_expert) CHECK(logits[static_cast<std::size_t>(c / 2 * 16 + e)] > -test::infinity);
+  }
+}
+
+TEST_CASE("jitter multiplies every element by a number within eps of 1, and replays") {
+  const std::vector<float> x(60, 2.0f);
+  std::vector<float> y(60), again(60);
+  const matrix_view<const float> from(x.data(), 6, 10);
+  jitter_rows(from, 0.125f, {.seed = 5}, matrix_view<float>(y.data(), 6, 10));
+  jitter_rows(from, 0.125f, {.seed = 5}, matrix_view<float>(again.data(), 6, 10));
+  CHECK(test::bit_difference(y, again) == "");
+  const moments m = of(y);
+  CHECK(std::abs(m.mean - 2) < 0.07);
+  for (const float v : y) CHECK((v >= 1.75f && v <= 2.25f));
+  CHECK(m.variance > 0.005);
+}
