@@ -148,15 +148,24 @@ class sinkhorn_engine {
   /// Choice scores of a row, in the order of the plan's row: -inf for what may not be chosen. In
   /// the exponential domain the plan without its token factor, in the log domain its logarithm.
   void choice_row(index_t token, const float* z, float* choice) const {
+    using F = simd::vfloat<A>;
     const float* k = s_.kernel + token * s_.stride;
+    const F never(simd::minus_infinity), lowest(std::numeric_limits<float>::lowest());
     const bool log = log_domain();
-    for (index_t e = 0; e < s_.experts; ++e) {
+    const auto one = [&](index_t e, F logit) {
+      const F kernel = simd::load<A>(k + e), v = simd::load<A>(s_.v + e);
       // Beside a +inf logit a finite one is -inf below the maximum: it comes last, but it may be
       // chosen.
-      const float value =
-          log ? std::max(k[e] + s_.v[e], std::numeric_limits<float>::lowest()) : k[e] * s_.v[e];
-      choice[e] = z[e] > simd::minus_infinity ? value : simd::minus_infinity;
-    }
+      const F value = log ? simd::larger<A>(kernel + v, lowest) : kernel * v;
+      return simd::select<A>(logit > never, value, never);
+    };
+    index_t e = 0;
+    for (; e + simd::width<A> <= s_.experts; e += simd::width<A>)
+      one(e, simd::load<A>(z + e)).store_unaligned(choice + e);
+    if (e < s_.experts)
+      simd::store_first<A>(
+          choice + e, s_.experts - e,
+          one(e, simd::load_first<A>(z + e, s_.experts - e, simd::minus_infinity)));
   }
 
   /// One row of the plan.
@@ -201,22 +210,23 @@ class sinkhorn_engine {
   index_t load_kernel(matrix_view<const float> z, const side_inputs& side, const Exec& exec) const {
     over_pieces(exec, [&](index_t piece, index_t begin, index_t end, float*) {
       std::int32_t live = 0;
-      for (index_t t = begin; t < end; ++t) {
+      for (index_t t = begin; t < end; t += block_rows) {
+        const int n = static_cast<int>(std::min<index_t>(block_rows, end - t));
         float* const k = s_.kernel + t * s_.stride;
-        if (side.masked(t)) {
-          std::fill_n(k, s_.stride, log_domain() ? simd::minus_infinity : 0.0f);
-        } else {
-          const float* similarity = z.row(t);
-          if (how_.similarity == plan_similarity::softmax) {
-            softmax::score_row<A>(z.row(t), s_.experts, k);
+        const float* row[block_rows];
+        for (int i = 0; i < n; ++i) {
+          row[i] = side.masked(t + i) ? nullptr : z.row(t + i);
+          if (how_.similarity == plan_similarity::softmax && row[i] != nullptr) {
+            float* const similarity = k + i * s_.stride;
+            softmax::score_row<A>(row[i], s_.experts, similarity);
             // A probability of 0 is still a similarity; a masked expert is none.
             for (index_t e = 0; e < s_.experts; ++e)
-              if (!(z(t, e) > simd::minus_infinity)) k[e] = simd::minus_infinity;
-            similarity = k;
+              if (!(row[i][e] > simd::minus_infinity)) similarity[e] = simd::minus_infinity;
+            row[i] = similarity;
           }
-          live += simd::sinkhorn_kernel_row<A>(similarity, s_.experts, how_.temperature,
-                                               log_domain(), k, s_.stride);
         }
+        live += simd::sinkhorn_kernel_block<A>(row, n, s_.experts, how_.temperature, log_domain(),
+                                               k, s_.stride);
       }
       s_.live_of_piece[piece] = live;
     });

@@ -28,6 +28,9 @@ MOEROUTE_INLINE void add_scaled_rows(const float* rows, index_t stride, const fl
     MOEROUTE_UNROLL
     for (int i = 0; i < R; ++i) sum = fma<A>(load<A>(rows + i * stride + c), times[i], sum);
     sum.store_unaligned(column_sum + c);
+    // While this block is in cache the next one comes: the dot products would wait for it.
+    MOEROUTE_UNROLL
+    for (int i = 0; i < R; ++i) MOEROUTE_PREFETCH(rows + (i + block_rows) * stride + c);
   }
 }
 
@@ -103,32 +106,53 @@ void sinkhorn_sweep(const float* k, index_t rows, index_t stride, const float* v
   }
 }
 
-/// One row of the kernel matrix: exp(x), or x itself where `logarithm`, for x = (z - max z) /
+/// 16 rows of the kernel matrix: exp(x), or x itself where `logarithm`, for x = (z - max z) /
 /// temperature.
 ///
+/// Shapes: row[i] points at cols logits, or is null for a row without any; k is [n, stride].
 /// NaN and -inf logits become 0 (-inf as a logarithm), as do values below the flush level and what
-/// lies in [cols, stride). Returns whether the row has a logit above -inf. +inf logits are 1, their
-/// row's others 0.
+/// lies in [cols, stride). +inf logits are 1, their row's others 0. k may be where the logits are.
+/// Returns how many rows have a logit above -inf.
 template <class A = default_arch>
-bool sinkhorn_kernel_row(const float* z, index_t cols, float temperature, bool logarithm, float* k,
-                         index_t stride) {
+int sinkhorn_kernel_block(const float* const* row, int n, index_t cols, float temperature,
+                          bool logarithm, float* k, index_t stride) {
   using F = vfloat<A>;
-  const F nothing(logarithm ? minus_infinity : 0.0f);
-  const float max = row_max<A>(z, cols);
-  const bool live = max > minus_infinity;
-  const index_t whole = live ? cols / width<A> * width<A> : 0;
-  for (index_t c = whole; c < stride; c += width<A>) nothing.store_unaligned(k + c);
-  if (!live) return false;
-  const F top(max), t(temperature), flush(sinkhorn_flush), zero(0.0f);
-  map_row<A>(z, cols, k, [&](F x) {
-    F below = nan_to_minus_infinity<A>(x - top);
-    if (temperature != 1.0f) below = below / t;
-    below = select<A>(x == top, zero, below);
-    if (logarithm) return below;
-    const F e = exp_nonpositive<A>(below);
-    return select<A>(e >= flush, e, zero);
-  });
-  return true;
+  alignas(alignment) float partial[block_rows * block_rows] = {}, max[block_rows];
+  for (int i = 0; i < n; ++i) {
+    partials<A> best(minus_infinity);
+    if (row[i] != nullptr)
+      detail::for_each_register<A>(row[i], cols, minus_infinity, [&](int r, F x) {
+        best.part[r] = select<A>(x > best.part[r], x, best.part[r]);
+      });
+    store_partials<A>(best, partial + i * block_rows);
+  }
+  join_partials<A>(partial, max, larger<A>);
+  const F nothing(logarithm ? minus_infinity : 0.0f), t(temperature), flush(sinkhorn_flush);
+  const F zero(0.0f);
+  int live = 0;
+  for (int i = 0; i < n; ++i) {
+    float* const to = k + i * stride;
+    const F top(max[i]);
+    const auto one = [&](F x) {
+      F below = nan_to_minus_infinity<A>(x - top);
+      if (temperature != 1.0f) below = below / t;
+      below = select<A>(x == top, zero, below);
+      if (logarithm) return below;
+      const F e = exp_nonpositive<A>(below);
+      return select<A>(e >= flush, e, zero);
+    };
+    index_t c = 0;
+    if (max[i] > minus_infinity) {
+      ++live;
+      for (; c + width<A> <= cols; c += width<A>) one(load<A>(row[i] + c)).store_unaligned(to + c);
+      if (c < cols) {
+        one(load_first<A>(row[i] + c, cols - c, minus_infinity)).store_unaligned(to + c);
+        c += width<A>;
+      }
+    }
+    for (; c < stride; c += width<A>) nothing.store_unaligned(to + c);
+  }
+  return live;
 }
 
 /// The sweep in the log domain, for up to 16 rows: with p[e] = exp(x[e] + g[e] - their maximum),
