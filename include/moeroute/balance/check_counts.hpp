@@ -1,0 +1,41 @@
+// What every controller asks of the counts and options it is handed.
+#pragma once
+
+#include <cmath>
+#include <span>
+#include <string>
+#include <type_traits>
+
+#include <moeroute/base/error.hpp>
+
+namespace moeroute::detail {
+
+inline void check_nonnegative(const char* where, const char* what, double value) {
+  if (!(value >= 0.0) || !std::isfinite(value))
+    fail(where, std::string(what) + " is " + std::to_string(value) + ", expected >= 0 and finite");
+}
+
+inline void check_between(const char* where, const char* what, double value, double low,
+                          double high) {
+  if (!(value >= low && value <= high))
+    fail(where, std::string(what) + " is " + std::to_string(value) + ", expected " +
+                    std::to_string(low) + " to " + std::to_string(high));
+}
+
+// The sum of counts [E]. Throws: error where the length differs or a count is negative or no
+// number.
+template <class N>
+double checked_sum(const char* where, std::span<const N> counts, index_t experts) {
+  check_size(where, "counts.size()", static_cast<index_t>(counts.size()), experts);
+  double sum = 0.0;
+  bool broken = false;
+  for (const N n : counts) {
+    const auto x = static_cast<double>(n);
+    broken |= !(x >= 0.0) || !std::isfinite(x);
+    sum += x;
+  }
+  if (broken) fail(where, "counts must be finite and not negative");
+  return sum;
+}
+
+}  // namespace moeroute::detail

@@ -1,0 +1,169 @@
+// The two half steps of balancing by duality: a price per token from its row, a price per expert
+// from its column.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <span>
+
+#include <moeroute/balance/check_counts.hpp>
+#include <moeroute/exec/executor.hpp>
+#include <moeroute/exec/worker_slots.hpp>
+#include <moeroute/matrix/matrix.hpp>
+#include <moeroute/simd/kth_largest.hpp>
+#include <moeroute/simd/panel.hpp>
+
+namespace moeroute::detail {
+
+// What the expert's price is counted from: a strip of scores, less the price of each token.
+struct priced_strip {
+  const float* strip;
+  const float* price;
+
+  template <class A>
+  MOEROUTE_INLINE simd::vfloat<A> values(index_t tile, int column, int lane) const {
+    return simd::load<A>(strip + simd::panel_shape::lanes(tile, column) + lane) -
+           simd::load<A>(price + tile * simd::tile_size + lane);
+  }
+};
+
+// Scores that are not finite, masked tokens and places without a token become -inf; a price of +inf
+// takes a token out of every column.
+struct dual_memory {
+  struct worker {
+    float* rows;  // [16, round_up(E, 16)]
+    simd::kth_largest_buffers row;
+    simd::column_top_k_buffers column;
+  };
+  float* panel;
+  float* price;  // [16 tiles], by place
+  worker* workers;
+
+  static dual_memory carve(scratch& tape, index_t tokens, index_t experts, index_t k, int count) {
+    const index_t stride = round_up(experts, simd::tile_size);
+    dual_memory m{tape.take<float>(simd::panel_size(tokens, experts)),
+                  tape.take<float>(round_up(tokens, simd::tile_size)), tape.take<worker>(count)};
+    for (int w = 0; w < count; ++w) {
+      const worker memory{tape.take<float>(simd::tile_size * stride),
+                          simd::kth_largest_buffers::carve(tape, experts, k),
+                          simd::column_top_k_buffers::carve(tape, tokens)};
+      if (m.workers != nullptr) std::construct_at(m.workers + w, memory);
+    }
+    return m;
+  }
+};
+
+template <class A, executor Exec>
+class dual_prices {
+ public:
+  dual_prices(matrix_view<const float> scores, std::span<const std::uint8_t> mask,
+              const dual_memory& memory, int workers, const Exec& exec)
+      : scores_(scores), mask_(mask), memory_(memory), slots_(workers), exec_(exec) {
+    constexpr int size = simd::tile_size;
+    float one[size];
+    std::fill_n(one, size, 1.0f);
+    for_each_tile([&](const dual_memory::worker& m, index_t tile) {
+      gather(tile, nullptr, m.rows);
+      simd::pack_tiles<A>(m.rows, stride(), one, scores_.cols, memory_.panel, shape(), tile);
+    });
+  }
+
+  // Tokens that take part.
+  index_t tokens() const {
+    if (mask_.empty()) return scores_.rows;
+    return static_cast<index_t>(
+        std::count_if(mask_.begin(), mask_.end(), [](std::uint8_t m) { return m != 0; }));
+  }
+
+  // price = adjust(k-th largest of score + bias), of every token.
+  template <class Adjust>
+  void price_tokens(const float* bias, index_t k, Adjust&& adjust) {
+    for_each_tile([&](const dual_memory::worker& m, index_t tile) {
+      gather(tile, bias, m.rows);
+      float* const price = memory_.price + tile * simd::tile_size;
+      simd::kth_largest_of_block<A>(m.rows, stride(), scores_.cols, k, m.row, price);
+      for (int lane = 0; lane < simd::tile_size; ++lane) price[lane] = adjust(price[lane]);
+    });
+  }
+
+  void price_tokens_at_zero() {
+    std::fill_n(memory_.price, round_up(scores_.rows, simd::tile_size), 0.0f);
+  }
+
+  // out[e] = rank-th largest of score - price down column e, -inf where there is none.
+  void price_experts(index_t rank, float* out) {
+    const index_t strips = ceil_div(scores_.cols, simd::tile_size);
+    exec_.parallel_for(strips, 1, [&](index_t begin, index_t end) {
+      const worker_slots::held worker(slots_);
+      for (index_t strip = begin; strip < end; ++strip) {
+        const index_t first = strip * simd::tile_size;
+        const auto columns =
+            static_cast<int>(std::min<index_t>(simd::tile_size, scores_.cols - first));
+        const priced_strip source{memory_.panel + shape().strip(first), memory_.price};
+        simd::kth_largest_of_columns<A>(source, scores_.rows, columns, rank,
+                                        memory_.workers[worker].column, out + first);
+      }
+    });
+  }
+
+  float price_of(index_t token) const { return memory_.price[shape().place_of(token)]; }
+
+ private:
+  index_t stride() const { return round_up(scores_.cols, simd::tile_size); }
+  simd::panel_shape shape() const { return {ceil_div(scores_.rows, simd::tile_size)}; }
+
+  template <class F>
+  void for_each_tile(F&& f) {
+    const index_t tiles = shape().tiles;
+    const index_t grain = std::max<index_t>(1, (index_t{1} << 11) / scores_.cols);
+    exec_.parallel_for(tiles, grain, [&](index_t begin, index_t end) {
+      const worker_slots::held worker(slots_);
+      for (index_t tile = begin; tile < end; ++tile) f(memory_.workers[worker], tile);
+    });
+  }
+
+  // The 16 rows of a tile, a bias added.
+  void gather(index_t tile, const float* bias, float* out) const {
+    using F = simd::vfloat<A>;
+    constexpr int w = simd::width<A>;
+    const F never(simd::minus_infinity), most(std::numeric_limits<float>::max());
+    const index_t cols = scores_.cols;
+    for (int lane = 0; lane < simd::tile_size; ++lane, out += stride()) {
+      const index_t t = shape().row(tile, lane);
+      if (t >= scores_.rows || (!mask_.empty() && mask_[static_cast<std::size_t>(t)] == 0)) {
+        std::fill_n(out, stride(), simd::minus_infinity);
+        continue;
+      }
+      const float* const row = scores_.row(t);
+      index_t c = 0;
+      for (; c < cols; c += w) {
+        const index_t n = std::min<index_t>(w, cols - c);
+        const F x =
+            n == w ? simd::load<A>(row + c) : simd::load_first<A>(row + c, n, simd::minus_infinity);
+        F y = x;
+        if (bias != nullptr)
+          y += n == w ? simd::load<A>(bias + c) : simd::load_first<A>(bias + c, n, 0.0f);
+        simd::select<A>(simd::absolute<A>(x) <= most, y, never).store_unaligned(out + c);
+      }
+      for (; c < stride(); c += w) never.store_unaligned(out + c);
+    }
+  }
+
+  matrix_view<const float> scores_;
+  std::span<const std::uint8_t> mask_;
+  dual_memory memory_;
+  worker_slots slots_;
+  const Exec& exec_;
+};
+
+inline void check_scores(const char* where, matrix_view<const float> scores,
+                         std::span<const std::uint8_t> mask, index_t experts) {
+  check_size(where, "scores.cols", scores.cols, experts);
+  check_range(where, "scores.rows", scores.rows, 0, std::int32_t{0x7fffffff});
+  if (!mask.empty())
+    check_size(where, "mask.size()", static_cast<index_t>(mask.size()), scores.rows);
+}
+
+}  // namespace moeroute::detail
