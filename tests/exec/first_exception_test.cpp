@@ -10,7 +10,7 @@
 
 using moeroute::first_exception;
 
-TEST_CASE("the first exception is thrown again, later work is left out, and only once") {
+TEST_CASE("the first exception is thrown again, later pieces are left out, and only once") {
   first_exception failure;
   int ran = 0;
   failure.guard([&] { ++ran; });
