@@ -41,6 +41,8 @@ class any_router {
   any_router(router_spec spec, kinds kind) : spec_(spec), kind_(std::move(kind)) {}
 
   const router_spec& spec() const { return spec_; }
+  /// Columns of the logits that it takes.
+  index_t columns() const { return spec_.columns(); }
 
   /// f(the router), whatever its type.
   template <class F>
@@ -59,16 +61,17 @@ class any_router {
 /// than E. The spec's capacity is applied by the stage of that name, not by the router.
 inline any_router make_router(const router_spec& s, const router_tensors& tensors = {}) {
   check(s);
-  const auto needed = [&](std::span<const float> list, bool wanted, const char* name) {
+  const auto needed = [&](std::span<const float> list, bool wanted, const std::string& name) {
     const index_t expected = wanted ? s.experts : 0;
-    check_size("make_router", name, static_cast<index_t>(list.size()), expected);
+    check_size("make_router", (name + ".size()").c_str(), static_cast<index_t>(list.size()),
+               expected);
     for (std::size_t i = 0; i < list.size(); ++i)
       if (std::isnan(list[i]))
-        fail("make_router", std::string(name) + ": value " + std::to_string(i) +
+        fail("make_router", name + ": value " + std::to_string(i) +
                                 " is NaN, expected a number");
   };
-  needed(tensors.bias, s.selection_bias, "bias.size()");
-  needed(tensors.per_expert_scale, s.per_expert_scale, "per_expert_scale.size()");
+  needed(tensors.bias, s.selection_bias, "bias");
+  needed(tensors.per_expert_scale, s.per_expert_scale, "per_expert_scale");
   if (!tensors.gamma.empty())
     check_size("make_router", "gamma.size()", static_cast<index_t>(tensors.gamma.size()), s.experts);
 

@@ -16,7 +16,12 @@ namespace moeroute {
 class selection_bias {
  public:
   selection_bias() = default;
-  selection_bias(std::span<const float> values) : values_(values) {}
+  /// Throws: error where a value is NaN, which would put its expert anywhere.
+  selection_bias(std::span<const float> values) : values_(values) {
+    for (std::size_t e = 0; e < values.size(); ++e)
+      if (std::isnan(values[e]))
+        fail("selection_bias", "bias: value " + std::to_string(e) + " is NaN, expected a number");
+  }
 
   template <class T>
     requires(sizeof(T) == 2)
@@ -28,7 +33,7 @@ class selection_bias {
   bool empty() const { return values_.empty(); }
   std::span<const float> values() const { return values_; }
 
-  /// Throws: error where the length is not E or a value is NaN.
+  /// Throws: error where the length is not E.
   void check(index_t experts) const {
     if (empty()) return;
     check_size("selection_bias", "bias.size()", static_cast<index_t>(values_.size()), experts);

@@ -222,11 +222,15 @@ void route(const Router& router, const Z& logit_rows, const side_inputs& side, w
   }
 }
 
-/// The same for a router picked at run time.
+/// The same for a router picked at run time. Throws: error also where it is made for another number of columns.
 template <class Router, readable_rows Z, executor Exec = serial, class A = simd::default_arch>
-  requires requires(const Router& r) { r.visit([](const auto&) {}); }
+  requires requires(const Router& r) {
+    r.visit([](const auto&) {});
+    r.columns();
+  }
 void route(const Router& router, const Z& logits, const side_inputs& side, workspace& ws,
            assignment& out, const Exec& exec = {}) {
+  check_size("route", "logits.cols", const_view(logits).cols, router.columns());
   router.visit([&]<class Kind>(const Kind& kind) {
     route<Kind, Z, Exec, A>(kind, logits, side, ws, out, exec);
   });

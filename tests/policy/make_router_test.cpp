@@ -1,0 +1,97 @@
+#include <moeroute/policy/make_router.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <string>
+#include <vector>
+
+#include "support/compare.hpp"
+#include "support/refusal.hpp"
+#include "support/routed.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+using test::routed;
+
+namespace {
+
+std::string refused(const router_spec& spec, const router_tensors& tensors = {}) {
+  return test::refusal([&] { make_router(spec, tensors); });
+}
+
+}  // namespace
+
+TEST_CASE("a router from a spec decides what the same router from templates decides, to the bit") {
+  const std::vector<float> logits = test::make_logits(test::shape::quantised, 3, 50, 16);
+  const std::vector<float> bias = test::make_logits(test::shape::normal, 4, 1, 16);
+  const auto same = [&](const router_spec& spec, const auto& router, router_tensors tensors = {}) {
+    const assignment a = routed(make_router(spec, tensors), logits, 16);
+    const assignment b = routed(router, logits, 16);
+    REQUIRE(a.choices() == b.choices());
+    CHECK(test::bit_difference(a.ids(), b.ids()) == "");
+    CHECK(test::bit_difference(a.weights(), b.weights()) == "");
+  };
+  same({.experts = 16, .normalize = normalization::sum}, router<softmax>{.weight = sum_normalized});
+  same({.experts = 16, .domain = score_domain::selected, .softcap = 3.0f},
+       router<softmax_selected>{.transform = {.softcap = 3.0f}});
+  same({.experts = 16,
+        .score = score_kind::sigmoid,
+        .selection_bias = true,
+        .groups = 4,
+        .topk_group = 2,
+        .scale = 2.5f},
+       router<sigmoid>{.selection = {.groups = 4, .topk_group = 2},
+                       .weight = {.scale = 2.5f},
+                       .bias = selection_bias(bias)},
+       {.bias = bias});
+  same({.experts = 16, .selection = selection_kind::top_p, .top_p = 0.5f, .max_k = 3},
+       top_p{.p = 0.5f, .max_k = 3});
+  same({.experts = 16,
+        .score = score_kind::relu,
+        .selection = selection_kind::threshold,
+        .row_norm = threshold_norm::rms},
+       threshold_router<relu>{.norm = threshold_norm::rms});
+  same({.experts = 16, .selection = selection_kind::sparsemixer}, sparsemixer{});
+  same({.experts = 16, .selection = selection_kind::random}, random_choice{2});
+}
+
+TEST_CASE("a tensor that is missing, too many, or of another length is refused by name") {
+  const std::vector<float> eight(8, 1.0f), seven(7, 1.0f);
+  CHECK(refused({.selection_bias = true}) == "moeroute::make_router: bias.size() is 0, expected 8");
+  CHECK(refused({.selection_bias = true}, {.bias = seven}) ==
+        "moeroute::make_router: bias.size() is 7, expected 8");
+  CHECK(refused({}, {.bias = eight}) == "moeroute::make_router: bias.size() is 8, expected 0");
+  CHECK(refused({.per_expert_scale = true}, {.per_expert_scale = seven}) ==
+        "moeroute::make_router: per_expert_scale.size() is 7, expected 8");
+  CHECK(refused({.score = score_kind::relu, .selection = selection_kind::threshold},
+                {.gamma = seven}) == "moeroute::make_router: gamma.size() is 7, expected 8");
+}
+
+TEST_CASE("a bias with NaN is refused with its place") {
+  std::vector<float> bias(8, 0.0f);
+  bias[5] = test::not_a_number;
+  CHECK(refused({.selection_bias = true}, {.bias = bias}) ==
+        "moeroute::make_router: bias: value 5 is NaN, expected a number");
+}
+
+TEST_CASE("a table that is missing or made for another router is refused") {
+  const expert_table table({0, 1, 2, 3}, 2, 8);
+  router_spec spec{.score = score_kind::sigmoid, .selection = selection_kind::expert_table};
+  CHECK(refused(spec).find("table is missing") != std::string::npos);
+  CHECK(refused(spec, {.table = &table}) == "accepted");
+  spec.k = 1;
+  CHECK(refused(spec, {.table = &table}) == "moeroute::make_router: table k is 2, expected 1");
+  spec.k = 2;
+  spec.experts = 9;
+  CHECK(refused(spec, {.table = &table}) ==
+        "moeroute::make_router: table experts is 8, expected 9");
+}
+
+TEST_CASE("logits of another number of columns than the spec's E are refused") {
+  const any_router router = make_router({.experts = 16, .k = 2});
+  CHECK(test::refusal([&] { routed(router, std::vector<float>(24, 0.0f), 8); }) ==
+        "moeroute::route: logits.cols is 8, expected 16");
+}
+
+TEST_CASE("a spec that clashes makes no router") {
+  CHECK(refused({.eps_where = eps_mode::add}).find("clashes") != std::string::npos);
+}
