@@ -6,8 +6,7 @@
 #include <moeroute/data/expert_load.hpp>
 #include <vector>
 
-#include "support/compare.hpp"
-#include "support/losses.hpp"
+#include "support/loss_agreement.hpp"
 #include "support/refusal.hpp"
 
 using namespace moeroute;
@@ -19,21 +18,11 @@ namespace {
 
 constexpr double tight = 1e-12;
 
-// One loss against its oracle: value, gradient by differences, gradient in float.
+// The agreement as an assertion.
 template <class L>
 void agrees(const oracle::batch& b, const loss_options& how, const L& loss,
             const std::function<double(const oracle::batch&)>& formula) {
-  const auto exact = test::run_losses<double>(b, how, loss);
-  CHECK(exact.values[0] == Approx(formula(b)).epsilon(tight));
-  const row slope = oracle::derivative(b.logits, [&](const row& z) {
-    oracle::batch moved = b;
-    moved.logits = z;
-    return formula(moved);
-  });
-  CHECK(test::difference(exact.gradient, slope, 1e-7, 1e-10) == "");
-  const auto single = test::run_losses<float>(b, how, loss);
-  CHECK(single.values[0] == Approx(formula(b)).epsilon(1e-5));
-  CHECK(test::difference(single.gradient, exact.gradient, 1e-4, 1e-7) == "");
+  CHECK(test::disagreement(b, how, loss, formula) == "");
 }
 
 }  // namespace

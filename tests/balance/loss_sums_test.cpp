@@ -1,0 +1,107 @@
+#include <moeroute/balance/loss_sums.hpp>
+
+#include <catch2/catch_approx.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+
+#include "support/loss_agreement.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+using Catch::Approx;
+using oracle::row;
+
+TEST_CASE("importance is CV^2 of the summed probabilities, by either variance") {
+  for (const bool masked : {false, true})
+    for (const auto kind : {variance::population, variance::unbiased}) {
+      const auto b = test::random_batch(31, 12, 21, masked);
+      CHECK(test::disagreement(b, {}, importance_loss{.coefficient = 0.4, .kind = kind},
+                               [&](const oracle::batch& x) {
+                                 return 0.4 * oracle::importance_loss(oracle::probabilities(x),
+                                                                      kind == variance::unbiased);
+                               }) == "");
+    }
+}
+
+TEST_CASE("mean importance and batch entropy are their formulas") {
+  const auto b = test::random_batch(33, 11, 18, true);
+  CHECK(test::disagreement(b, {}, mean_importance_loss{.coefficient = 0.4},
+                           [](const oracle::batch& x) {
+                             return 0.4 * oracle::mean_importance_loss(oracle::probabilities(x));
+                           }) == "");
+  CHECK(
+      test::disagreement(b, {}, batch_entropy_loss{.coefficient = 0.4}, [](const oracle::batch& x) {
+        return -0.4 * oracle::entropy(oracle::mean(oracle::probabilities(x), 18));
+      }) == "");
+}
+
+TEST_CASE("sums of normalised sigmoids are differentiated through the normalisation") {
+  const auto b = test::random_batch(35, 7, 17);
+  const loss_options how{.scores = probability::normalized_sigmoid};
+  CHECK(test::disagreement(b, how, importance_loss{.coefficient = 1.0}, [](const oracle::batch& x) {
+          return oracle::importance_loss(
+              oracle::probabilities(x, oracle::normalized_sigmoid, 0, x.tokens), false);
+        }) == "");
+}
+
+TEST_CASE("at balance CV^2 is 0, mean importance 1, batch entropy -ln E, and nothing pulls") {
+  const oracle::batch b{6, 8, row(48, -1.5), {}};
+  const auto run = test::run_losses<double>(b, {}, importance_loss{.coefficient = 1.0},
+                                            mean_importance_loss{.coefficient = 1.0},
+                                            batch_entropy_loss{.coefficient = 1.0});
+  CHECK(run.values[0] == Approx(0.0).margin(1e-15));
+  CHECK(run.values[1] == Approx(1.0).epsilon(1e-12));
+  CHECK(run.values[2] == Approx(-std::log(8.0)).epsilon(1e-12));
+  CHECK(test::difference(run.gradient, row(48, 0.0), 0.0, 1e-15) == "");
+}
+
+TEST_CASE("with everything on one expert CV^2 is E - 1, or E unbiased, and mean importance E") {
+  oracle::batch b{5, 6, row(30, -200.0), {}};
+  for (std::size_t t = 0; t < 5; ++t) b.logits[t * 6 + 2] = 200.0;
+  const auto run = test::run_losses<double>(
+      b, {}, importance_loss{.coefficient = 1.0, .eps = 0.0},
+      importance_loss{.coefficient = 1.0, .kind = variance::unbiased, .eps = 0.0},
+      mean_importance_loss{.coefficient = 1.0}, batch_entropy_loss{.coefficient = 1.0});
+  CHECK(run.values[0] == Approx(5.0).epsilon(1e-12));
+  CHECK(run.values[1] == Approx(6.0).epsilon(1e-12));
+  CHECK(run.values[2] == Approx(6.0).epsilon(1e-12));
+  CHECK(run.values[3] == Approx(0.0).margin(1e-12));
+}
+
+TEST_CASE("CV^2 does not change with the scale of its input, so its slope is orthogonal to it") {
+  const double x[] = {1.0, 4.0, 2.5, 0.5, 3.0};
+  double c[5] = {}, scaled[5] = {}, twice[5];
+  for (int e = 0; e < 5; ++e) twice[e] = 2.0 * x[e];
+  for (const auto kind : {variance::population, variance::unbiased}) {
+    std::fill_n(c, 5, 0.0);
+    const double value = detail::squared_variation(1.0, kind, 0.0, 5, x, c);
+    CHECK(detail::squared_variation(1.0, kind, 0.0, 5, twice, scaled) == Approx(value));
+    double along = 0.0;
+    for (int e = 0; e < 5; ++e) along += x[e] * c[e];
+    CHECK(along == Approx(0.0).margin(1e-14));
+  }
+}
+
+TEST_CASE("one expert has no variance: unbiased is 0, not 0 / 0") {
+  const oracle::batch b{3, 1, row(3, 0.5), {}};
+  const auto run = test::run_losses<double>(
+      b, {}, importance_loss{.coefficient = 1.0, .kind = variance::unbiased},
+      batch_entropy_loss{.coefficient = 1.0});
+  CHECK(run.values.total() == 0.0);
+  CHECK(run.gradient == row(3, 0.0));
+}
+
+TEST_CASE("arguments of losses of sums are refused by name") {
+  const auto b = test::random_batch(37, 4, 6);
+  const auto refusal = [&](const auto& loss) {
+    return test::refusal([&] { test::run_losses<double>(b, {}, loss); });
+  };
+  CHECK(refusal(importance_loss{.coefficient = -1.0}) ==
+        "moeroute::importance_loss: coefficient is -1.000000, expected >= 0");
+  CHECK(refusal(importance_loss{.eps = -1.0}) ==
+        "moeroute::importance_loss: eps is -1.000000, expected >= 0");
+  CHECK(refusal(mean_importance_loss{.coefficient = std::nan("")}) ==
+        "moeroute::mean_importance_loss: coefficient is nan, expected >= 0");
+  CHECK(refusal(batch_entropy_loss{.coefficient = -2.0}) ==
+        "moeroute::batch_entropy_loss: coefficient is -2.000000, expected >= 0");
+}

@@ -1,0 +1,123 @@
+#include <moeroute/balance/loss_token.hpp>
+
+#include <catch2/catch_approx.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+
+#include "support/loss_agreement.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+using Catch::Approx;
+using oracle::row;
+
+namespace {
+
+row shifted(row z, double by) {
+  for (double& x : z) x += by;
+  return z;
+}
+
+}  // namespace
+
+TEST_CASE("losses of tokens are their formulas, and their gradients the derivatives") {
+  for (const bool masked : {false, true})
+    for (const index_t experts : {1, 7, 16, 33}) {
+      const auto b = test::random_batch(41, 20, experts, masked);
+      CHECK(test::disagreement(
+                b, {}, router_z_loss{.coefficient = 0.2},
+                [](const oracle::batch& x) { return 0.2 * oracle::router_z_loss(x); }) == "");
+      CHECK(test::disagreement(
+                b, {}, token_entropy_loss{.coefficient = 0.2}, [](const oracle::batch& x) {
+                  return 0.2 * oracle::mean_of(oracle::probabilities(x), oracle::entropy);
+                }) == "");
+      CHECK(
+          test::disagreement(b, {}, sparsity_loss{.coefficient = 0.2}, [](const oracle::batch& x) {
+            return 0.2 * oracle::mean_of(oracle::probabilities(x), oracle::sparsity);
+          }) == "");
+      for (const double q : {0.5, 1.1, 1.5, 2.0, 3.5})
+        CHECK(test::disagreement(
+                  b, {}, tsallis_loss{.coefficient = 0.2, .q = q}, [q](const oracle::batch& x) {
+                    return 0.2 * oracle::mean_of(oracle::probabilities(x), [q](const row& p) {
+                             return oracle::tsallis(p, q);
+                           });
+                  }) == "");
+    }
+}
+
+TEST_CASE("the gradient of the z-loss sums to 2 c lse / T in each row, all others to 0") {
+  const auto b = test::random_batch(43, 6, 12);
+  const auto z = test::run_losses<double>(b, {}, router_z_loss{.coefficient = 0.3});
+  for (index_t t = 0; t < 6; ++t) {
+    double sum = 0.0;
+    for (std::size_t e = 0; e < 12; ++e) sum += z.gradient[static_cast<std::size_t>(t) * 12 + e];
+    CHECK(sum == Approx(2.0 * 0.3 * oracle::log_sum_exp(b.of(t)) / 6.0).epsilon(1e-10));
+  }
+}
+
+TEST_CASE("the z-loss does not pull where the logits' lse is 0") {
+  const oracle::batch b{2, 4, row(8, -std::log(4.0)), {}};
+  const auto run = test::run_losses<double>(b, {}, router_z_loss{.coefficient = 1.0});
+  CHECK(run.values[0] == Approx(0.0).margin(1e-28));
+  CHECK(test::difference(run.gradient, row(8, 0.0), 0.0, 1e-15) == "");
+}
+
+TEST_CASE(
+    "entropy, Tsallis entropy and sparsity end where one expert or all experts have the mass") {
+  const auto values = [](const row& z) {
+    const oracle::batch b{3, 9, z, {}};
+    return test::run_losses<double>(b, {}, token_entropy_loss{.coefficient = 1.0},
+                                    tsallis_loss{.coefficient = 1.0, .q = 1.5},
+                                    sparsity_loss{.coefficient = 1.0})
+        .values;
+  };
+  const auto even = values(row(27, 3.0));
+  CHECK(even[0] == Approx(std::log(9.0)));
+  CHECK(even[1] == Approx((1.0 - std::pow(9.0, -0.5)) / 0.5));
+  CHECK(even[2] == Approx(3.0));
+  row one(27, 0.0);
+  for (std::size_t t = 0; t < 3; ++t) one[t * 9 + 4] = 900.0;
+  const auto sharp = values(one);
+  CHECK(sharp[0] == Approx(0.0).margin(1e-12));
+  CHECK(sharp[1] == Approx(0.0).margin(1e-12));
+  CHECK(sharp[2] == Approx(1.0));
+}
+
+TEST_CASE("Tsallis entropy nears Shannon's as q nears 1") {
+  const auto b = test::random_batch(45, 5, 10);
+  const auto run = test::run_losses<double>(b, {}, token_entropy_loss{.coefficient = 1.0});
+  const auto near = test::run_losses<double>(b, {}, tsallis_loss{.coefficient = 1.0, .q = 1.002});
+  CHECK(near.values[0] == Approx(run.values[0]).epsilon(5e-3));
+}
+
+TEST_CASE("a shift of all logits changes no loss of probabilities") {
+  const auto b = test::random_batch(47, 5, 10);
+  oracle::batch moved = b;
+  moved.logits = shifted(b.logits, 7.0);
+  const auto run = [](const oracle::batch& x) {
+    return test::run_losses<double>(x, {}, token_entropy_loss{.coefficient = 1.0},
+                                    tsallis_loss{.coefficient = 1.0}, sparsity_loss{});
+  };
+  CHECK(run(moved).values.total() == Approx(run(b).values.total()).epsilon(1e-12));
+  CHECK(test::difference(run(moved).gradient, run(b).gradient, 1e-9, 1e-14) == "");
+}
+
+TEST_CASE("arguments of losses of tokens are refused by name") {
+  const auto b = test::random_batch(49, 4, 6);
+  const auto refusal = [&](const auto&... loss) {
+    return test::refusal([&] { test::run_losses<double>(b, {}, loss...); });
+  };
+  CHECK(refusal(router_z_loss{.coefficient = -1.0}) ==
+        "moeroute::router_z_loss: coefficient is -1.000000, expected >= 0");
+  CHECK(refusal(token_entropy_loss{.coefficient = -1.0}) ==
+        "moeroute::token_entropy_loss: coefficient is -1.000000, expected >= 0");
+  CHECK(refusal(sparsity_loss{.coefficient = -1.0}) ==
+        "moeroute::sparsity_loss: coefficient is -1.000000, expected >= 0");
+  CHECK(refusal(tsallis_loss{.q = 1.0}) ==
+        "moeroute::tsallis_loss: q is 1.000000, expected > 0 and not 1");
+  CHECK(refusal(tsallis_loss{.q = 2.0}, tsallis_loss{.q = 1.5}) ==
+        "moeroute::balance_loss: q is 1.500000, expected 2.000000 as in the other loss");
+  const loss_options sigmoid{.scores = probability::normalized_sigmoid};
+  CHECK(test::refusal([&] { test::run_losses<double>(b, sigmoid, router_z_loss{}); }) ==
+        "moeroute::balance_loss: scores are sigmoids, expected the softmax for losses of rows");
+}
