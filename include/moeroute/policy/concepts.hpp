@@ -48,6 +48,7 @@ struct choice_block {
   int k;
   expert_id* id;  ///< [k][16], no_expert where a row has no rank r
   float* value;   ///< [k][16], what was selected on, then scores, then weights
+  bool has_row_max = false;  ///< the values are logits, and each row's largest is among them
 };
 
 /// Token choice with a fixed k: the stage hands it one block after the other, possibly from several threads

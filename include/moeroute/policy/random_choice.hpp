@@ -91,6 +91,7 @@ struct gshard_top2 {
         if (const expert_id e = c.id[block_rows + i]; e != no_expert)
           c.value[block_rows + i] = z.row(i)[e];
     }
+    c.has_row_max = true;
     softmax::score_choices<A>(z, c, score_scale::exact);
     if (policy == second_expert::random) {
       const std::uint64_t stream =

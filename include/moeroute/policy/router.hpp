@@ -86,6 +86,7 @@ struct router {
     if (transform.active()) z = transform.template apply<A>(z, memory.logits);
     if (selects_on_logits()) {
       selection.template select<A>(z, nullptr, c, memory.select);
+      c.has_row_max = true;
       score.template score_choices<A>(z, c, weight.needs());
     } else {
       this->template score_rows<A>(z, memory);

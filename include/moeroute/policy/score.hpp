@@ -73,7 +73,7 @@ struct softmax {
     if (scale == score_scale::exact) {
       for (int i = 0; i < z.rows; ++i) {
         // The winners of a top-k hold the row's maximum; those of a table need not.
-        max[i] = std::max(max[i], simd::row_max<A>(z.row(i), z.experts));
+        if (!c.has_row_max) max[i] = std::max(max[i], simd::row_max<A>(z.row(i), z.experts));
         total[i] = simd::row_sum_exp<A>(z.row(i), z.experts, max[i]);
       }
     }

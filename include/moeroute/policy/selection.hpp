@@ -5,6 +5,7 @@
 
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/simd/elementwise.hpp>
+#include <moeroute/simd/group_best.hpp>
 #include <moeroute/simd/top_k.hpp>
 
 namespace moeroute {
@@ -61,12 +62,16 @@ struct top_k {
   struct buffers {
     std::uint64_t* key;
     float* worth;          ///< [groups][16], one row per lane
-    float* value;          ///< the best of 16 groups
-    std::int32_t* column;
+    float* value;          ///< [groups][16] seconds; with more than two counted, the best of 16 groups
+    std::int32_t* column;  ///< likewise
   };
 
   buffers carve(scratch& tape, index_t experts) const {
     const index_t size = experts / groups, best = masks_experts() ? counted(size) : 0;
+    if (best <= 2)
+      return {tape.take<std::uint64_t>(simd::top_k_scratch(experts, k)),
+              tape.take<float>(best > 0 ? groups * block_rows : 0),
+              tape.take<float>(best > 0 ? groups * block_rows : 0), nullptr};
     return {tape.take<std::uint64_t>(
                 std::max(simd::top_k_scratch(experts, k),
                          masks_experts() ? simd::top_k_scratch(size, best) : index_t{0})),
@@ -94,11 +99,20 @@ struct top_k {
   }
 
   // worth[g][row] = the sum of the group's best, from the largest down; experts that cannot be chosen count as
-  // absent. Groups are rows of E / groups columns to the kernel.
+  // absent. For more than two, groups are rows of E / groups columns to the selection kernel.
   template <class A>
   void weigh_groups(const float* rows, int n, index_t experts, const buffers& m) const {
     const index_t size = experts / groups;
     const int best = static_cast<int>(counted(size));
+    if (best <= 2) {
+      using F = simd::vfloat<A>;
+      simd::best_two_of_groups<A>(rows, experts, n, groups, size, m.worth, m.value);
+      for (index_t i = 0; best == 2 && i < groups * block_rows; i += simd::width<A>) {
+        const F one = simd::load<A>(m.worth + i), two = simd::load<A>(m.value + i);
+        simd::select<A>(two > F(simd::minus_infinity), one + two, one).store_unaligned(m.worth + i);
+      }
+      return;
+    }
     const index_t all = n * groups;
     for (index_t first = 0; first < all; first += block_rows) {
       const int here = static_cast<int>(std::min<index_t>(block_rows, all - first));

@@ -69,6 +69,7 @@ struct top_p {
     for (index_t k = std::min<index_t>(most, 16);; k = std::min(most, 4 * k)) {
       c.k = static_cast<int>(k);
       simd::top_k_block<A>(z.logits, z.stride, z.rows, z.experts, c.k, c.value, c.id, memory.key);
+      c.has_row_max = true;
       softmax::score_choices<A>(z, c, score_scale::exact);
       bool enough = true;
       for (int i = 0; i < z.rows; ++i) {
