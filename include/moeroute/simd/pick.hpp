@@ -15,7 +15,7 @@ namespace moeroute::simd {
 
 /// value[i][s] = rows[i][column[i][s]] for n rows. Every column is in [0, cols).
 template <class A, int slots>
-MOEROUTE_INLINE void pick(const float* const* rows, int n, index_t cols,
+MOEROUTE_INLINE void pick(const float* const* rows, int n, [[maybe_unused]] index_t cols,
                           const std::int32_t (*column)[slots], float (*value)[slots]) {
 #if defined(__AVX512F__)
   if constexpr (width<A> == 16) {
