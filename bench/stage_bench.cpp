@@ -10,6 +10,10 @@
 #include <moeroute/stage/gate.hpp>
 #include <moeroute/stage/plan.hpp>
 
+#if defined(_OPENMP)
+#include <moeroute/exec/openmp.hpp>
+#endif
+
 #include "support/contest.hpp"
 #include "support/floors.hpp"
 #include "support/moving.hpp"
@@ -195,6 +199,44 @@ void combine(benchmark::State& state, index_t tokens, index_t d, index_t experts
   bench::compete(state, rows.bytes(), std::move(list));
 }
 
+#if defined(_OPENMP)
+// Both stages on several threads, as whole calls, beside a memcpy or a read of the same bytes that
+// is split over the same threads, and beside one thread.
+template <class T>
+void moves_by_threads(benchmark::State& state, bool combining, int threads, index_t tokens,
+                      index_t d, index_t experts, index_t k) {
+  moved_rows<T> rows(tokens, d, experts, k);
+  const auto source = bench::hidden_states<T>(combining ? 1 : tokens * k, d);
+  const moeroute::openmp team{threads};
+  const auto whole = [tokens](auto call) -> bench::turn {
+    return [=](bench::stopwatch& watch) { watch.time(tokens, call); };
+  };
+  const auto stage = [&](const auto& exec) {
+    if (combining)
+      moeroute::combine(rows.slot_rows(), rows.plan, rows.choices, rows.y_rows(), exec);
+    else
+      moeroute::dispatch(rows.x_rows(), rows.plan, rows.slot_rows(), exec);
+  };
+  const auto floor = [&] {
+    team.parallel_for(tokens * k, std::max<index_t>(1, (1 << 18) / rows.slot_bytes()),
+                      [&](index_t first, index_t end) {
+                        const index_t bytes = (end - first) * rows.slot_bytes();
+                        T* const slots = rows.slots.data() + first * d;
+                        if (combining)
+                          benchmark::DoNotOptimize(bench::read_pass(slots, bytes));
+                        else
+                          std::memcpy(static_cast<void*>(slots), source.data() + first * d,
+                                      static_cast<std::size_t>(bytes));
+                      });
+  };
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", whole([&] { stage(team); })});
+  list.push_back({"floor", whole(floor)});
+  list.push_back({"one_thread", whole([&] { stage(moeroute::serial{}); })});
+  bench::compete(state, rows.bytes(), std::move(list));
+}
+#endif
+
 // --- gate ------------------------------------------------------------------------------------
 
 void gate(benchmark::State& state, index_t tokens, index_t d, index_t experts) {
@@ -253,6 +295,14 @@ void add_moves(index_t tokens, index_t d) {
                [=](benchmark::State& state) { dispatch<T>(state, tokens, d, experts, k); });
   bench::entry("combine" + shape,
                [=](benchmark::State& state) { combine<T>(state, tokens, d, experts, k); });
+#if defined(_OPENMP)
+  if (tokens < 64) return;
+  for (const bool combining : {false, true})
+    bench::entry((combining ? "combine" : "dispatch") + shape + "/threads:2",
+                 [=](benchmark::State& state) {
+                   moves_by_threads<T>(state, combining, 2, tokens, d, experts, k);
+                 });
+#endif
 }
 
 const bool registered = [] {
@@ -268,8 +318,10 @@ const bool registered = [] {
       add_moves<moeroute::bfloat16>(tokens, d);
     }
   }
-  add_moves<moeroute::bfloat16>(4096, 2048);
-  add_moves<float>(4096, 2048);
+  for (const index_t d : {2048, 7168}) {
+    add_moves<moeroute::bfloat16>(4096, d);
+    add_moves<float>(4096, d);
+  }
 
   for (const index_t d : {2048, 7168})
     for (const index_t experts : {64, 128, 256})

@@ -81,6 +81,20 @@ TEST_CASE("aligned blocks list each expert's choices in order, padded with the s
   });
 }
 
+TEST_CASE("a block of nothing but padding starts where its expert's tokens end") {
+  assignment a;
+  a.reset(3, 2, 1);
+  std::ranges::copy(ints{1, 1, 0}, a.ids().begin());
+  dispatch_plan p;
+  plan(a, p, {.block = 2, .capacity = 6});
+  ints sorted(12), experts(6), starts(6);
+  export_aligned_blocks(
+      p, 2, {.sorted_choices = sorted, .block_experts = experts, .block_starts = starts});
+  CHECK(sorted == ints{2, 3, 3, 3, 3, 3, 0, 1, 3, 3, 3, 3});
+  CHECK(experts == ints{0, 0, 0, 1, 1, 1});
+  CHECK(starts == ints{0, 1, 1, 1, 3, 3});
+}
+
 TEST_CASE("the row-id map lists a token's slots from the last to the first") {
   dispatch_plan p;
   for_each_assignment([&](const assignment& a) {
