@@ -1,0 +1,122 @@
+#include <moeroute/simd/sinkhorn_sweep.hpp>
+//
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <vector>
+
+#include "support/arches.hpp"
+#include "support/compare.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+struct swept {
+  std::vector<float> u, column_sum;
+};
+
+template <class A>
+swept sweep(const std::vector<float>& k, index_t rows, index_t stride,
+            const std::vector<float>& v) {
+  swept s{std::vector<float>(static_cast<std::size_t>(rows)), std::vector<float>(v.size(), 0.25f)};
+  simd::sinkhorn_sweep<A>(k.data(), rows, stride, v.data(), stride, 0.5f, 1e-8f, s.u.data(),
+                          s.column_sum.data());
+  return s;
+}
+
+template <class A>
+swept log_sweep(const std::vector<float>& x, index_t rows, index_t stride,
+                const std::vector<float>& g) {
+  swept s{std::vector<float>(static_cast<std::size_t>(rows)), std::vector<float>(g.size(), 0.25f)};
+  std::vector<float> p(static_cast<std::size_t>(16 * stride));
+  for (index_t t = 0; t < rows; t += 16)
+    simd::sinkhorn_log_block<A>(x.data() + t * stride, stride,
+                                static_cast<int>(std::min<index_t>(16, rows - t)), g.data(), stride,
+                                0.5f, p.data(), s.u.data() + t, s.column_sum.data());
+  return s;
+}
+
+}  // namespace
+
+TEST_CASE(
+    "a sweep gives token factors and adds the column sums, with the same bits on every arch") {
+  for (const auto& [rows, stride] :
+       {std::pair<index_t, index_t>{1, 16}, {3, 32}, {16, 16}, {29, 64}, {64, 48}}) {
+    test::random rng(static_cast<std::uint64_t>(rows));
+    std::vector<float> k(static_cast<std::size_t>(rows * stride)),
+        v(static_cast<std::size_t>(stride));
+    for (float& x : k) x = rng.uniform();
+    for (float& x : v) x = rng.uniform() + 0.1f;
+    std::fill_n(k.begin(), stride, 0.0f);  // a row without mass
+    std::vector<double> u, sum(static_cast<std::size_t>(stride), 0.25);
+    for (index_t t = 0; t < rows; ++t) {
+      double dot = 0;
+      for (index_t e = 0; e < stride; ++e)
+        dot += static_cast<double>(k[static_cast<std::size_t>(t * stride + e)]) *
+               static_cast<double>(v[static_cast<std::size_t>(e)]);
+      u.push_back(dot > 0 ? 0.5 / (dot + 1e-8) : 0);
+      for (index_t e = 0; e < stride; ++e)
+        sum[static_cast<std::size_t>(e)] +=
+            u.back() * static_cast<double>(k[static_cast<std::size_t>(t * stride + e)]);
+    }
+    const swept s = sweep<simd::default_arch>(k, rows, stride, v);
+    CHECK(test::difference(s.u, u, 1e-5) == "");
+    CHECK(test::difference(s.column_sum, sum, 1e-5) == "");
+    // The logarithms of the same matrix: the same factors, as logarithms, of the plan itself.
+    std::vector<float> x(k.size()), g(v.size());
+    for (std::size_t i = 0; i < k.size(); ++i) x[i] = std::log(k[i]);
+    for (std::size_t i = 0; i < v.size(); ++i) g[i] = std::log(v[i]);
+    const swept l = log_sweep<simd::default_arch>(x, rows, stride, g);
+    std::vector<double> log_u, plan_sum;
+    for (const double factor : u) log_u.push_back(factor > 0 ? std::log(factor) : 0.0);
+    for (std::size_t e = 0; e < sum.size(); ++e)
+      plan_sum.push_back((sum[e] - 0.25) * static_cast<double>(v[e]) + 0.25);
+    CHECK(l.u[0] == -test::infinity);
+    std::vector<float> finite_u = l.u;
+    finite_u[0] = 0.0f;
+    CHECK(test::difference(finite_u, log_u, 1e-5, 2e-6) == "");
+    CHECK(test::difference(l.column_sum, plan_sum, 1e-5) == "");
+    test::for_each_arch<test::arches>([&](auto tag) {
+      const swept other = sweep<decltype(tag)>(k, rows, stride, v);
+      CHECK(test::bit_difference(other.u, s.u) == "");
+      CHECK(test::bit_difference(other.column_sum, s.column_sum) == "");
+      const swept log_other = log_sweep<decltype(tag)>(x, rows, stride, g);
+      CHECK(test::bit_difference(log_other.u, l.u) == "");
+      CHECK(test::bit_difference(log_other.column_sum, l.column_sum) == "");
+    });
+  }
+}
+
+TEST_CASE("kernel values are in [0, 1], 1 at the maximum, never denormal, and 0 for NaN and -inf") {
+  for (const test::shape shape : test::all_shapes)
+    for (const index_t cols : {1, 7, 16, 40}) {
+      const auto z = test::make_logits(shape, 2, 16, cols);
+      const index_t stride = round_up(cols, 16);
+      const float* row[16];
+      for (index_t i = 0; i < 16; ++i) row[i] = i == 5 ? nullptr : z.data() + i * cols;
+      std::vector<float> k(static_cast<std::size_t>(16 * stride));
+      const int live = simd::sinkhorn_kernel_block(row, 16, cols, 1.0f, false, k.data(), stride);
+      int expected_live = 0;
+      bool sound = true;
+      for (index_t i = 0; i < 16; ++i) {
+        float top = 0;
+        for (index_t e = 0; e < stride; ++e) {
+          const float x = k[static_cast<std::size_t>(i * stride + e)];
+          top = std::max(top, x);
+          sound = sound && (x == 0.0f || (x >= simd::sinkhorn_flush && x <= 1.0f));
+          if (e >= cols || row[i] == nullptr || !(row[i][e] > -test::infinity))
+            sound = sound && x == 0.0f;
+        }
+        const bool any = row[i] != nullptr && std::any_of(row[i], row[i] + cols, [](float x) {
+                           return x > -test::infinity;
+                         });
+        expected_live += any;
+        sound = sound && top == (any ? 1.0f : 0.0f);
+      }
+      INFO(test::name(shape) << " cols=" << cols);
+      CHECK(sound);
+      CHECK(live == expected_live);
+    }
+}

@@ -1,0 +1,62 @@
+#include <moeroute/simd/softmax_rows.hpp>
+//
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <vector>
+
+#include "oracle/routing.hpp"
+#include "support/arches.hpp"
+#include "support/compare.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+
+TEST_CASE("times their factor the rows are a softmax, with the same bits on every arch") {
+  for (const test::shape shape : test::all_shapes)
+    for (const index_t cols : {1, 5, 16, 17, 64, 100}) {
+      const auto z = test::make_logits(shape, 4, block_rows, cols);
+      const index_t stride = round_up(cols, block_rows);
+      const float* row[block_rows];
+      for (index_t i = 0; i < block_rows; ++i) row[i] = i == 3 ? nullptr : z.data() + i * cols;
+      std::vector<float> out(static_cast<std::size_t>(block_rows * stride)), factor(block_rows);
+      simd::exp_rows(row, cols, out.data(), stride, factor.data());
+      INFO(test::name(shape) << " cols=" << cols);
+      for (index_t i = 0; i < block_rows; ++i) {
+        std::vector<double> expected(static_cast<std::size_t>(stride), -HUGE_VAL);
+        if (row[i] != nullptr) {
+          const auto open = oracle::order(row[i], cols);
+          const auto p = oracle::softmax(row[i], cols, open);
+          for (const expert_id e : open)
+            expected[static_cast<std::size_t>(e)] = p[static_cast<std::size_t>(e)];
+        }
+        CHECK(std::isfinite(factor[static_cast<std::size_t>(i)]));
+        bool close = true;
+        for (std::size_t e = 0; e < expected.size(); ++e) {
+          const auto got = static_cast<double>(out[static_cast<std::size_t>(i * stride) + e] *
+                                               factor[static_cast<std::size_t>(i)]);
+          close = close && (got == expected[e] ||
+                            std::abs(got - expected[e]) <= 2e-6 * expected[e] + 1.2e-38);
+        }
+        CHECK(close);
+      }
+      test::for_each_arch<test::arches>([&](auto tag) {
+        std::vector<float> other(out.size()), other_factor(block_rows);
+        simd::exp_rows<decltype(tag)>(row, cols, other.data(), stride, other_factor.data());
+        CHECK(test::bit_difference(other, out) == "");
+        CHECK(test::bit_difference(other_factor, factor) == "");
+      });
+    }
+}
+
+TEST_CASE("16 joined sums have the bits of sum_of") {
+  test::random rng(5);
+  std::vector<float> partial(256), out(16);
+  for (float& x : partial) x = rng.normal();
+  std::vector<float> expected;
+  for (int i = 0; i < 16; ++i) expected.push_back(simd::row_sum(partial.data() + i * 16, 16));
+  test::for_each_arch<test::arches>([&](auto tag) {
+    simd::join_partials<decltype(tag)>(partial.data(), out.data(),
+                                       [](auto a, auto b) { return a + b; });
+    CHECK(test::bit_difference(out, expected) == "");
+  });
+}
