@@ -9,6 +9,7 @@
 #include <span>
 
 #include <moeroute/balance/check_counts.hpp>
+#include <moeroute/base/workspace.hpp>
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/exec/worker_slots.hpp>
 #include <moeroute/matrix/matrix.hpp>
@@ -16,6 +17,27 @@
 #include <moeroute/simd/panel.hpp>
 
 namespace moeroute::detail {
+
+// out[e] = row[e] + bias[e], -inf where row[e] is not finite and up to the next multiple of 16; all
+// -inf for no row.
+template <class A>
+void finite_row(const float* row, const float* bias, index_t cols, float* out) {
+  using F = simd::vfloat<A>;
+  constexpr int w = simd::width<A>;
+  const F never(simd::minus_infinity), most(std::numeric_limits<float>::max());
+  const index_t stride = round_up(cols, simd::tile_size);
+  index_t c = 0;
+  for (; row != nullptr && c < cols; c += w) {
+    const index_t n = std::min<index_t>(w, cols - c);
+    const F x =
+        n == w ? simd::load<A>(row + c) : simd::load_first<A>(row + c, n, simd::minus_infinity);
+    F y = x;
+    if (bias != nullptr)
+      y += n == w ? simd::load<A>(bias + c) : simd::load_first<A>(bias + c, n, 0.0f);
+    simd::select<A>(simd::absolute<A>(x) <= most, y, never).store_unaligned(out + c);
+  }
+  for (; c < stride; c += w) never.store_unaligned(out + c);
+}
 
 // What the expert's price is counted from: a strip of scores, less the price of each token.
 struct priced_strip {
@@ -35,7 +57,7 @@ struct dual_memory {
   struct worker {
     float* rows;  // [16, round_up(E, 16)]
     simd::kth_largest_buffers row;
-    simd::column_top_k_buffers column;
+    simd::kth_column_buffers column;
   };
   float* panel;
   float* price;  // [16 tiles], by place
@@ -48,7 +70,7 @@ struct dual_memory {
     for (int w = 0; w < count; ++w) {
       const worker memory{tape.take<float>(simd::tile_size * stride),
                           simd::kth_largest_buffers::carve(tape, experts, k),
-                          simd::column_top_k_buffers::carve(tape, tokens)};
+                          simd::kth_column_buffers::carve(tape, tokens)};
       if (m.workers != nullptr) std::construct_at(m.workers + w, memory);
     }
     return m;
@@ -65,7 +87,8 @@ class dual_prices {
     float one[size];
     std::fill_n(one, size, 1.0f);
     for_each_tile([&](const dual_memory::worker& m, index_t tile) {
-      gather(tile, nullptr, m.rows);
+      for (int lane = 0; lane < size; ++lane)
+        copy_row(shape().row(tile, lane), nullptr, m.rows + lane * stride());
       simd::pack_tiles<A>(m.rows, stride(), one, scores_.cols, memory_.panel, shape(), tile);
     });
   }
@@ -81,10 +104,13 @@ class dual_prices {
   template <class Adjust>
   void price_tokens(const float* bias, index_t k, Adjust&& adjust) {
     for_each_tile([&](const dual_memory::worker& m, index_t tile) {
-      gather(tile, bias, m.rows);
-      float* const price = memory_.price + tile * simd::tile_size;
+      // Neighbours in memory; their places lie apart. Rows past the end have places too.
+      float price[simd::tile_size];
+      const index_t first = tile * simd::tile_size;
+      for (int i = 0; i < simd::tile_size; ++i) copy_row(first + i, bias, m.rows + i * stride());
       simd::kth_largest_of_block<A>(m.rows, stride(), scores_.cols, k, m.row, price);
-      for (int lane = 0; lane < simd::tile_size; ++lane) price[lane] = adjust(price[lane]);
+      for (int i = 0; i < simd::tile_size; ++i)
+        memory_.price[shape().place_of(first + i)] = adjust(price[i]);
     });
   }
 
@@ -124,31 +150,11 @@ class dual_prices {
     });
   }
 
-  // The 16 rows of a tile, a bias added.
-  void gather(index_t tile, const float* bias, float* out) const {
-    using F = simd::vfloat<A>;
-    constexpr int w = simd::width<A>;
-    const F never(simd::minus_infinity), most(std::numeric_limits<float>::max());
-    const index_t cols = scores_.cols;
-    for (int lane = 0; lane < simd::tile_size; ++lane, out += stride()) {
-      const index_t t = shape().row(tile, lane);
-      if (t >= scores_.rows || (!mask_.empty() && mask_[static_cast<std::size_t>(t)] == 0)) {
-        std::fill_n(out, stride(), simd::minus_infinity);
-        continue;
-      }
-      const float* const row = scores_.row(t);
-      index_t c = 0;
-      for (; c < cols; c += w) {
-        const index_t n = std::min<index_t>(w, cols - c);
-        const F x =
-            n == w ? simd::load<A>(row + c) : simd::load_first<A>(row + c, n, simd::minus_infinity);
-        F y = x;
-        if (bias != nullptr)
-          y += n == w ? simd::load<A>(bias + c) : simd::load_first<A>(bias + c, n, 0.0f);
-        simd::select<A>(simd::absolute<A>(x) <= most, y, never).store_unaligned(out + c);
-      }
-      for (; c < stride(); c += w) never.store_unaligned(out + c);
-    }
+  // out = the row of a token, a bias added; -inf where there is no such token.
+  void copy_row(index_t t, const float* bias, float* out) const {
+    const bool taken =
+        t < scores_.rows && (mask_.empty() || mask_[static_cast<std::size_t>(t)] != 0);
+    finite_row<A>(taken ? scores_.row(t) : nullptr, bias, scores_.cols, out);
   }
 
   matrix_view<const float> scores_;

@@ -167,13 +167,10 @@ class quantile_histogram {
     for (index_t first = 0; first < scores.rows; first += block_rows) {
       const index_t n = std::min<index_t>(block_rows, scores.rows - first);
       for (index_t i = 0; i < block_rows; ++i) {
-        float* const row = m.rows + i * stride;
         const bool taken =
             i < n && (mask.empty() || mask[static_cast<std::size_t>(first + i)] != 0);
-        for (index_t e = 0; e < experts; ++e) {
-          const float s = taken ? scores(first + i, e) : simd::minus_infinity;
-          row[e] = std::isfinite(s) ? s + bias_[static_cast<std::size_t>(e)] : simd::minus_infinity;
-        }
+        detail::finite_row<A>(taken ? scores.row(first + i) : nullptr, bias_.data(), experts,
+                              m.rows + i * stride);
       }
       float alpha[block_rows];
       simd::kth_largest_of_block<A>(m.rows, stride, experts, options_.k + 1, m.kth, alpha);
