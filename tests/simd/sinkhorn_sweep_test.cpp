@@ -120,3 +120,14 @@ TEST_CASE("kernel values are in [0, 1], 1 at the maximum, never denormal, and 0 
       CHECK(live == expected_live);
     }
 }
+
+TEST_CASE("kernel values below the flush level are 0, those above it are not") {
+  const float z[] = {0.0f, -68.0f, -70.0f, -80.0f, -87.0f};
+  const float* row[] = {z};
+  std::vector<float> k(16);
+  CHECK(simd::sinkhorn_kernel_block(row, 1, 5, 1.0f, false, k.data(), 16) == 1);
+  CHECK(k[1] > 0.0f);
+  CHECK(k[2] == 0.0f);
+  CHECK(k[3] == 0.0f);
+  CHECK(k[4] == 0.0f);
+}
