@@ -33,6 +33,14 @@ struct loss_options {
   index_t sequence_length = 0;                ///< of losses by sequence; 0: there are none
 };
 
+/// Where a loss of its own function puts its gradient, and which tokens take part.
+struct token_options {
+  gradient_to gradient = gradient_to::write;  ///< write: masked rows become 0; add: they stay
+  std::span<const std::uint8_t> mask{};       ///< [T], 0: the token takes no part; empty: all do
+
+  bool masked(index_t t) const { return !mask.empty() && mask[static_cast<std::size_t>(t)] == 0; }
+};
+
 /// What a loss knows before the first sweep.
 struct loss_shape {
   index_t experts;
@@ -112,6 +120,26 @@ inline void check_counts(const char* where, std::span<const double> counts, inde
       fail(where, "a count is " + std::to_string(c) + ", expected >= 0");
 }
 
+// The shapes that every loss of logits has in common.
+template <class F>
+void check_loss_shapes(const char* where, gradient_to gradient, std::span<const std::uint8_t> mask,
+                       const matrix_view<const F>& z, const matrix_view<F>& dz) {
+  check_range(where, "experts", z.cols, 1, max_experts);
+  check_stride(where, "logits", z);
+  if (!mask.empty()) check_size(where, "mask.size", static_cast<index_t>(mask.size()), z.rows);
+  if (gradient == gradient_to::nowhere) return;
+  check_size(where, "dlogits.rows", dz.rows, z.rows);
+  check_size(where, "dlogits.cols", dz.cols, z.cols);
+  check_stride(where, "dlogits", dz);
+  check_apart(where, "logits", z, "dlogits", dz);
+}
+
+inline index_t live_tokens(const token_options& how, index_t tokens) {
+  index_t n = 0;
+  for (index_t t = 0; t < tokens; ++t) n += !how.masked(t);
+  return n;
+}
+
 // Pieces of a sweep: at least 64 tokens each, at most 1024 of them.
 inline index_t loss_grain(index_t tokens) {
   return round_up(std::max<index_t>(64, ceil_div(tokens, 1024)), block_rows);
@@ -158,16 +186,7 @@ class loss_engine {
               const L&... loss)
       : how_(how), z_(z), dz_(dz), exec_(exec), list_(loss...), slots_(exec.concurrency()) {
     constexpr const char* where = "balance_loss";
-    check_range(where, "experts", z.cols, 1, max_experts);
-    check_stride(where, "logits", z);
-    if (!how.mask.empty())
-      check_size(where, "mask.size", static_cast<index_t>(how.mask.size()), z.rows);
-    if (how.gradient != gradient_to::nowhere) {
-      check_size(where, "dlogits.rows", dz.rows, z.rows);
-      check_size(where, "dlogits.cols", dz.cols, z.cols);
-      check_stride(where, "dlogits", dz);
-      check_apart(where, "logits", z, "dlogits", dz);
-    }
+    check_loss_shapes(where, how.gradient, how.mask, z, dz);
     if (!(how.sigmoid_eps >= 0.0f)) fail(where, "sigmoid_eps is negative, expected >= 0");
     if (how.scores != probability::softmax && uses != simd::no_function)
       fail(where, "scores are sigmoids, expected the softmax for losses of rows");

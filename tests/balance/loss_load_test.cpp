@@ -1,0 +1,128 @@
+#include <moeroute/balance/loss_load.hpp>
+
+#include <algorithm>
+#include <catch2/catch_approx.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/exec/openmp.hpp>
+
+#include "support/gradient.hpp"
+#include "support/losses.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+using Catch::Approx;
+using oracle::row;
+
+namespace {
+
+struct noisy_batch {
+  oracle::batch b;
+  row noise, sigma;  // sigma [T, E], or one value
+};
+
+noisy_batch make(bool masked, bool constant) {
+  noisy_batch n{test::random_batch(91, 70, 9, masked), {}, {}};
+  test::random rng(92);
+  for (std::size_t i = 0; i < n.b.logits.size(); ++i) {
+    n.noise.push_back(static_cast<double>(rng.normal()));
+    if (!constant) n.sigma.push_back(0.3 + static_cast<double>(rng.uniform()));
+  }
+  if (constant) n.sigma = {1.0 / 9.0};
+  return n;
+}
+
+double sigma_of(const noisy_batch& n, std::size_t i) {
+  return n.sigma.size() == 1 ? n.sigma[0] : n.sigma[i];
+}
+
+template <class Exec = serial>
+double run(const noisy_batch& n, const row& z, const load_loss& loss, row* gradient,
+           const Exec& exec = {}) {
+  row noisy(z.size()), unused(z.size());
+  for (std::size_t i = 0; i < z.size(); ++i) noisy[i] = z[i] + n.noise[i] * sigma_of(n, i);
+  workspace ws;
+  const bool constant = n.sigma.size() == 1;
+  return noisy_load_loss(
+      loss, {.mask = n.b.mask}, matrix_view<const double>(z.data(), 70, 9),
+      matrix_view<const double>(noisy.data(), 70, 9),
+      matrix_view<const double>(n.sigma.data(), constant ? 1 : 70, constant ? 1 : 9),
+      matrix_view<double>((gradient != nullptr ? *gradient : unused).data(), 70, 9), ws, exec);
+}
+
+double formula(const noisy_batch& n, const load_loss& loss) {
+  row load(9, 0.0);
+  for (std::size_t t = 0; t < 70; ++t) {
+    if (!n.b.live(static_cast<index_t>(t))) continue;
+    row h;
+    for (std::size_t e = 0; e < 9; ++e)
+      h.push_back(n.b.logits[t * 9 + e] + n.noise[t * 9 + e] * sigma_of(n, t * 9 + e));
+    for (std::size_t e = 0; e < 9; ++e) {
+      row others = h;
+      if (loss.threshold == load_threshold::without_self)
+        others.erase(others.begin() + static_cast<std::ptrdiff_t>(e));
+      std::sort(others.rbegin(), others.rend());
+      const auto k = static_cast<std::size_t>(loss.k);
+      const double u = k > others.size()
+                           ? std::numeric_limits<double>::infinity()
+                           : (n.b.logits[t * 9 + e] - others[k - 1]) / sigma_of(n, t * 9 + e);
+      load[e] += 0.5 * std::erfc(-u / std::sqrt(2.0));
+    }
+  }
+  return loss.coefficient *
+         oracle::squared_variation(load, loss.kind == variance::unbiased, loss.eps);
+}
+
+}  // namespace
+
+TEST_CASE("the load loss is its formula by both thresholds, and its gradient the derivative") {
+  for (const bool masked : {false, true})
+    for (const bool constant : {false, true})
+      for (const auto threshold : {load_threshold::without_self, load_threshold::kth})
+        for (const index_t k : {1, 2, 9}) {
+          const noisy_batch n = make(masked, constant);
+          const load_loss loss{.coefficient = 0.5, .k = k, .threshold = threshold};
+          row gradient(n.b.logits.size(), 7.0), other = gradient;
+          const double value = run(n, n.b.logits, loss, &gradient);
+          CHECK(value == Approx(formula(n, loss)).epsilon(1e-11).margin(1e-13));
+          CHECK(run(n, n.b.logits, loss, &other, openmp{3}) == value);
+          CHECK(gradient == other);
+          if (!(masked && k == 2)) continue;
+          // Only entries whose threshold does not change hands within the difference.
+          const row slope = oracle::derivative(
+              n.b.logits, [&](const row& z) { return run(n, z, loss, nullptr); });
+          int apart = 0;
+          for (std::size_t i = 0; i < slope.size(); ++i)
+            apart += std::abs(slope[i] - gradient[i]) > 1e-7 * std::abs(slope[i]) + 1e-8;
+          CHECK(apart <= 2);
+        }
+}
+
+TEST_CASE("every expert selected: probability 1 for all, no loss and no gradient") {
+  const noisy_batch n = make(false, true);
+  row gradient(630, 7.0);
+  CHECK(run(n, n.b.logits, {.k = 9}, &gradient) == Approx(0.0).margin(1e-20));
+  CHECK(gradient == row(630, 0.0));
+}
+
+TEST_CASE("NaN and infinite logits leave the load loss finite") {
+  noisy_batch n = make(false, true);
+  n.b.logits[0] = std::nan("");
+  n.b.logits[9] = std::numeric_limits<double>::infinity();
+  n.b.logits[10] = std::numeric_limits<double>::infinity();
+  for (std::size_t e = 0; e < 9; ++e) n.b.logits[18 + e] = -std::numeric_limits<double>::infinity();
+  for (const index_t k : {1, 2}) {
+    row gradient(630);
+    CHECK(std::isfinite(run(n, n.b.logits, {.k = k}, &gradient)));
+    for (const double g : gradient)
+      if (!std::isfinite(g)) FAIL("a gradient is not finite");
+  }
+}
+
+TEST_CASE("arguments of the load loss are refused by name") {
+  const noisy_batch n = make(false, true);
+  CHECK(test::refusal([&] { run(n, n.b.logits, {.k = 10}, nullptr); }) ==
+        "moeroute::load_loss: k is 10, expected 1 to 9");
+  CHECK(test::refusal([&] { run(n, n.b.logits, {.coefficient = -1.0}, nullptr); }) ==
+        "moeroute::load_loss: coefficient is -1.000000, expected >= 0");
+}
