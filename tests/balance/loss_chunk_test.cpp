@@ -1,0 +1,150 @@
+#include <moeroute/balance/loss_chunk.hpp>
+
+#include <catch2/catch_approx.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/exec/openmp.hpp>
+
+#include "support/gradient.hpp"
+#include "support/losses.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+using Catch::Approx;
+using oracle::row;
+
+namespace {
+
+template <class Exec = serial>
+double run(const oracle::batch& b, const row& z, const chunk_sparsity_loss& loss, row* gradient,
+           const Exec& exec = {}) {
+  workspace ws;
+  row unused(z.size());
+  return chunk_sparsity(
+      loss, {.mask = b.mask}, matrix_view<const double>(z.data(), b.tokens, b.experts),
+      matrix_view<double>((gradient != nullptr ? *gradient : unused).data(), b.tokens, b.experts),
+      ws, exec);
+}
+
+// Shares of one token, step by step as published: rectify, normalise, divide by the sum.
+row shares(const oracle::batch& b, index_t t, bool normalized) {
+  row r = b.of(t);
+  double squares = 0.0, sum = 0.0;
+  for (double& x : r) x = x > 0.0 && b.live(t) ? x : 0.0;
+  for (const double x : r) squares += x * x / static_cast<double>(r.size());
+  if (normalized)
+    for (double& x : r) x /= std::sqrt(squares + 1e-6);
+  for (const double x : r) sum += x;
+  for (double& x : r) x /= sum + 1e-5;
+  return r;
+}
+
+double formula(const oracle::batch& b, index_t chunk, bool normalized) {
+  double value = 0.0, n = 0.0;
+  for (index_t c = 0; c < b.tokens / chunk; ++c)
+    for (std::size_t e = 0; e < static_cast<std::size_t>(b.experts); ++e) {
+      double log_product = 0.0;
+      for (index_t t = c * chunk; t < (c + 1) * chunk; ++t)
+        log_product += std::log(1.0 - shares(b, t, normalized)[e] + 1e-5);
+      value += 1.0 - std::exp(log_product);
+      n += 1.0;
+    }
+  return value / n;
+}
+
+// Away from 0, where the rectifier bends.
+oracle::batch smooth_batch(std::uint64_t seed, index_t tokens, index_t experts, bool masked) {
+  auto b = test::random_batch(seed, tokens, experts, masked);
+  for (double& x : b.logits) x += x > 0.0 ? 0.05 : -0.05;
+  return b;
+}
+
+double run_locality(const oracle::batch& b, const row& z, const locality_loss& loss,
+                    row* gradient) {
+  row unused(z.size());
+  return activation_locality(
+      loss, {.mask = b.mask}, matrix_view<const double>(z.data(), b.tokens, b.experts),
+      matrix_view<double>((gradient != nullptr ? *gradient : unused).data(), b.tokens, b.experts));
+}
+
+}  // namespace
+
+TEST_CASE("chunk sparsity is its formula, and its gradient the derivative") {
+  for (const bool masked : {false, true})
+    for (const bool normalized : {false, true})
+      for (const index_t chunk : {1, 4, 12}) {
+        const auto b = smooth_batch(121, 24, 7, masked);
+        const chunk_sparsity_loss loss{
+            .coefficient = 1.0, .chunk = chunk, .normalized = normalized};
+        row gradient(168, 7.0), other(168, 7.0);
+        CHECK(run(b, b.logits, loss, &gradient) ==
+              Approx(formula(b, chunk, normalized)).epsilon(1e-10));
+        run(b, b.logits, loss, &other, openmp{3});
+        CHECK(other == gradient);
+        CHECK(test::gradient_difference(
+                  b.logits, [&](const row& z, row* out) { return run(b, z, loss, out); }) == "");
+      }
+}
+
+TEST_CASE(
+    "chunk sparsity does not fall when chunks are merged, and of single tokens it is the mean") {
+  const auto b = smooth_batch(123, 64, 10, false);
+  double last = -1.0;
+  for (const index_t chunk : {1, 2, 4, 8, 16, 32, 64}) {
+    const double value = run(b, b.logits, {.coefficient = 1.0, .chunk = chunk}, nullptr);
+    CHECK(value >= last);
+    CHECK(value >= -static_cast<double>(chunk) * 1e-5);
+    CHECK(value <= 1.0);
+    last = value;
+  }
+  double mean = 0.0;
+  for (index_t t = 0; t < 64; ++t)
+    for (const double s : shares(b, t, true)) mean += s / 640.0;
+  CHECK(run(b, b.logits, {.coefficient = 1.0, .chunk = 1}, nullptr) == Approx(mean - 1e-5));
+}
+
+TEST_CASE("locality is the cross-entropy of neighbours, and its gradient the derivative") {
+  const std::int32_t neighbour[] = {-1, 0, 1, 1, 3, -1, 5, 2};
+  for (const bool masked : {false, true}) {
+    auto b = test::random_batch(125, 8, 6, masked);
+    const locality_loss loss{.coefficient = 0.5, .beta = 2.0, .neighbour = neighbour};
+    double expected = 0.0, n = 0.0;
+    for (index_t t = 0; t < 8; ++t) {
+      const index_t nb = neighbour[t];
+      if (nb < 0 || !b.live(t) || !b.live(nb)) continue;
+      for (index_t e = 0; e < 6; ++e, n += 1.0) {
+        const double y = 1.0 / (1.0 + std::exp(-2.0 * b.at(t, e)));
+        const double p = 1.0 / (1.0 + std::exp(-2.0 * b.at(nb, e)));
+        expected -= 0.5 * (y * std::log(p) + (1.0 - y) * std::log(1.0 - p));
+      }
+    }
+    row gradient(48, 7.0);
+    CHECK(run_locality(b, b.logits, loss, &gradient) == Approx(expected / n).epsilon(1e-11));
+    CHECK(test::gradient_difference(b.logits, [&](const row& z, row* out) {
+            return run_locality(b, z, loss, out);
+          }) == "");
+  }
+}
+
+TEST_CASE("NaN, infinities, empty rows and no tokens are defined for chunks and neighbours") {
+  const double infinity = std::numeric_limits<double>::infinity(), nan = std::nan("");
+  const oracle::batch b{
+      4, 3, {nan, 1.0, 2.0, -1.0, -2.0, -infinity, infinity, 0.0, 1.0, 0, 0, 0}, {}};
+  row gradient(12, 7.0);
+  CHECK(std::isfinite(run(b, b.logits, {.chunk = 2}, &gradient)));
+  for (std::size_t i = 0; i < 12; ++i)
+    if (!std::isfinite(gradient[i]) || (i >= 3 && gradient[i] != 0.0)) FAIL(i);
+  const std::int32_t previous[] = {-1, 0, 1, 2}, outside[] = {-1, 0, 1, 4},
+                     none[] = {-1, -1, -1, -1};
+  CHECK(std::isfinite(run_locality(b, b.logits, {.neighbour = previous}, &gradient)));
+  for (const double g : gradient)
+    if (!std::isfinite(g)) FAIL("a gradient is not finite");
+  CHECK(run_locality(b, b.logits, {.neighbour = none}, &gradient) == 0.0);
+  CHECK(run({0, 3, {}, {}}, {}, {}, nullptr) == 0.0);
+  CHECK(test::refusal([&] { run(b, b.logits, {.chunk = 3}, nullptr); }) ==
+        "moeroute::chunk_sparsity: tokens % chunk is 1, expected 0");
+  CHECK(test::refusal([&] { run(b, b.logits, {.coefficient = -1.0, .chunk = 2}, nullptr); }) ==
+        "moeroute::chunk_sparsity: coefficient is -1.000000, expected >= 0");
+  CHECK(test::refusal([&] { run_locality(b, b.logits, {.neighbour = outside}, nullptr); }) ==
+        "moeroute::activation_locality: neighbour is 4, expected -1 to 3");
+}

@@ -1,0 +1,132 @@
+#include <moeroute/balance/loss_router.hpp>
+
+#include <catch2/catch_approx.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/exec/openmp.hpp>
+
+#include "support/gradient.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+using Catch::Approx;
+using oracle::row;
+
+namespace {
+
+constexpr index_t E = 4, D = 6, H = 3;
+
+row normals(std::uint64_t seed, index_t n) {
+  test::random rng(seed);
+  row x;
+  for (index_t i = 0; i < n; ++i) x.push_back(static_cast<double>(rng.normal()));
+  return x;
+}
+
+template <class Exec = serial>
+double run(const row& router, const row& delta, const row& expert, const coupling_loss& loss,
+           row* drouter, row* dexpert, gradient_to to = gradient_to::write, const Exec& exec = {}) {
+  workspace ws;
+  row r(router.size()), w(expert.size());
+  return expert_router_coupling(
+      loss, to, matrix_view<const double>(router.data(), E, D),
+      matrix_view<const double>(delta.data(), E, D),
+      matrix_view<const double>(expert.data(), E * H, D),
+      matrix_view<double>((drouter != nullptr ? *drouter : r).data(), E, D),
+      matrix_view<double>((dexpert != nullptr ? *dexpert : w).data(), E * H, D), ws, exec);
+}
+
+double formula(const row& router, const row& delta, const row& expert, double alpha) {
+  double m[E][E] = {}, value = 0.0;
+  for (index_t i = 0; i < E; ++i)
+    for (index_t j = 0; j < E; ++j) {
+      for (index_t h = 0; h < H; ++h) {
+        double x = 0.0;
+        for (index_t c = 0; c < D; ++c) {
+          const auto at = static_cast<std::size_t>(i * D + c);
+          x += expert[static_cast<std::size_t>((j * H + h) * D + c)] * router[at] * delta[at];
+        }
+        m[i][j] += x * x;
+      }
+      m[i][j] = std::sqrt(m[i][j]);
+    }
+  for (index_t i = 0; i < E; ++i)
+    for (index_t j = 0; j < E; ++j)
+      if (i != j)
+        value +=
+            std::max(0.0, m[i][j] - alpha * m[i][i]) + std::max(0.0, m[j][i] - alpha * m[i][i]);
+  return value / (E * E);
+}
+
+}  // namespace
+
+TEST_CASE("coupling is its formula, and both gradients the derivatives") {
+  const row router = normals(111, E * D), expert = normals(112, E * H * D);
+  row delta(router.size());
+  fill_router_noise(matrix_view<const double>(router.data(), E, D), 5, 0,
+                    matrix_view<double>(delta.data(), E, D));
+  for (const double alpha : {0.0, 0.5, 1.0}) {
+    const coupling_loss loss{.coefficient = 1.0, .alpha = alpha};
+    row drouter(router.size(), 7.0), dexpert(expert.size(), 7.0);
+    const double value = run(router, delta, expert, loss, &drouter, &dexpert);
+    CHECK(value == Approx(formula(router, delta, expert, alpha)).epsilon(1e-12));
+    row r(router.size()), w(expert.size());
+    CHECK(run(router, delta, expert, loss, &r, &w, gradient_to::write, openmp{3}) == value);
+    CHECK(r == drouter);
+    CHECK(w == dexpert);
+    CHECK(test::gradient_difference(router, [&](const row& x, row* g) {
+            return run(x, delta, expert, loss, g, nullptr);
+          }) == "");
+    CHECK(test::gradient_difference(expert, [&](const row& x, row* g) {
+            return run(router, delta, x, loss, nullptr, g);
+          }) == "");
+    row added(router.size(), 7.0), more(expert.size(), 7.0);
+    run(router, delta, expert, loss, &added, &more, gradient_to::add);
+    for (double& g : added) g -= 7.0;
+    for (double& g : more) g -= 7.0;
+    CHECK(test::difference(added, drouter, 0.0, 1e-13) == "");
+    CHECK(test::difference(more, dexpert, 0.0, 1e-13) == "");
+  }
+}
+
+TEST_CASE("experts that answer only their own row have no coupling loss") {
+  row router(E * D, 0.0), expert(E * H * D, 0.0);
+  for (index_t e = 0; e < E; ++e) {
+    router[static_cast<std::size_t>(e * D + e)] = 2.0;
+    expert[static_cast<std::size_t>(e * H * D + e)] = 1.0;
+  }
+  row drouter(router.size(), 7.0);
+  CHECK(run(router, row(E * D, 1.0), expert, {.alpha = 0.1}, &drouter, nullptr) == 0.0);
+  CHECK(drouter == row(E * D, 0.0));
+}
+
+TEST_CASE("noise keeps each router row nearer to itself than to any other, and replays") {
+  const row router = normals(113, E * D);
+  row a(router.size()), b(router.size());
+  const matrix_view<const double> r(router.data(), E, D);
+  fill_router_noise(r, 9, 3, matrix_view<double>(a.data(), E, D));
+  fill_router_noise(r, 9, 3, matrix_view<double>(b.data(), E, D));
+  CHECK(a == b);
+  const auto distance = [&](index_t i, index_t j) {
+    double squares = 0.0;
+    for (index_t c = 0; c < D; ++c)
+      squares += std::pow(
+          router[static_cast<std::size_t>(i * D + c)] * a[static_cast<std::size_t>(i * D + c)] -
+              router[static_cast<std::size_t>(j * D + c)],
+          2);
+    return squares;
+  };
+  for (index_t i = 0; i < E; ++i)
+    for (index_t j = 0; j < E; ++j)
+      if (i != j) CHECK(distance(i, i) < distance(i, j));
+}
+
+TEST_CASE("arguments of the coupling loss are refused by name") {
+  const row router = normals(114, E * D), expert = normals(115, E * H * D), delta(E * D, 1.0);
+  CHECK(test::refusal([&] { run(router, delta, expert, {.alpha = 1.5}, nullptr, nullptr); }) ==
+        "moeroute::expert_router_coupling: alpha is 1.500000, expected 0 to 1");
+  CHECK(test::refusal([&] {
+          run(router, delta, expert, {.coefficient = -1.0}, nullptr, nullptr);
+        }) == "moeroute::expert_router_coupling: coefficient is -1.000000, expected >= 0");
+}
