@@ -37,3 +37,22 @@ TEST_CASE("a gate of another width is refused") {
   CHECK(test::refusal([&] { gate(x, packed, logits); }) ==
         "moeroute::gemm: x.cols() is 7, expected 8");
 }
+
+TEST_CASE("a cosine gate sees directions only: |logit| <= scale, whatever the lengths") {
+  row_matrix<float> x = row_matrix<float>::Random(9, 40), w = row_matrix<float>::Random(6, 40);
+  row_matrix<float> unit = w, logits(9, 6), longer_logits(9, 6);
+  unit_rows(unit);
+  cosine_gate(x, simd::packed_matrix<>(view(unit)), 10.0f, logits);
+  for (index_t t = 0; t < 9; ++t)
+    for (index_t e = 0; e < 6; ++e) {
+      const double cosine = x.row(t).cast<double>().dot(w.row(e).cast<double>()) /
+                            (x.row(t).cast<double>().norm() * w.row(e).cast<double>().norm());
+      CHECK(std::abs(double{logits(t, e)} - 10.0 * cosine) < 1e-5);
+    }
+  row_matrix<float> longer = 4.0f * x;
+  cosine_gate(longer, simd::packed_matrix<>(view(unit)), 10.0f, longer_logits);
+  CHECK((longer_logits - logits).cwiseAbs().maxCoeff() < 1e-5f);
+  longer.setZero();
+  cosine_gate(longer, simd::packed_matrix<>(view(unit)), 10.0f, logits);
+  CHECK(logits.isZero());
+}
