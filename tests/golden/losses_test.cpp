@@ -6,10 +6,12 @@
 #include <moeroute/balance/loss_sums.hpp>
 #include <moeroute/balance/loss_token.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -39,8 +41,17 @@ struct golden_loss {
     value = j.at("value").get<double>();
     k = j.at("k").get<index_t>();
     counts.assign(static_cast<std::size_t>(experts), 0.0);
-    if (!j.contains("ids")) return;
-    const auto ids = j.at("ids").get<std::vector<std::vector<expert_id>>>();
+    // A file without a selection means the k largest logits.
+    std::vector<std::vector<expert_id>> ids;
+    if (j.contains("ids")) ids = j.at("ids").get<std::vector<std::vector<expert_id>>>();
+    for (index_t t = 0; !j.contains("ids") && t < tokens; ++t) {
+      std::vector<expert_id> order(static_cast<std::size_t>(experts));
+      std::iota(order.begin(), order.end(), 0);
+      const double* const z = logits.data() + t * experts;
+      std::sort(order.begin(), order.end(), [&](expert_id x, expert_id y) { return z[x] > z[y]; });
+      order.resize(static_cast<std::size_t>(k));
+      ids.push_back(order);
+    }
     k = static_cast<index_t>(ids.front().size());
     choices.reset(tokens, experts, k);
     std::size_t i = 0;
