@@ -1,5 +1,5 @@
-// A mixture-of-experts layer, step by step: describe a router, then gate, route, plan, dispatch, run your
-// experts, combine.
+// A mixture-of-experts layer, step by step: describe a router, then gate, route, plan, dispatch,
+// run your experts, combine.
 #include <Eigen/Core>
 #include <cstdio>
 #include <moeroute/policy/router.hpp>
@@ -31,21 +31,20 @@ int main() {
   moeroute::assignment choices;
   moeroute::dispatch_plan plan;
 
-  moeroute::gate(x, gate, logits);                         // logits = x W^T
-  moeroute::route(router, logits, workspace, choices);     // which experts, what weights
-  moeroute::plan(choices, plan);                           // expert-major slots
+  moeroute::gate(x, gate, logits);                      // logits = x W^T
+  moeroute::route(router, logits, workspace, choices);  // which experts, what weights
+  moeroute::plan(choices, plan);                        // expert-major slots
   matrix in(plan.slots(), d), out(plan.slots(), d);
-  moeroute::dispatch(x, plan, in);                         // one contiguous block of rows per expert
+  moeroute::dispatch(x, plan, in);  // one contiguous block of rows per expert
   moeroute::for_each_expert(plan, in, out, [&](int e, auto block, auto result) {
-    using rows = Eigen::Map<const matrix>;                 // your own code here
+    using rows = Eigen::Map<const matrix>;  // your own code here
     Eigen::Map<matrix>(result.data, result.rows, result.cols).noalias() =
         rows(block.data, block.rows, block.cols) * expert_weight[static_cast<size_t>(e)];
   });
-  moeroute::combine(out, plan, choices, y);                // the weighted sum, back in token order
+  moeroute::combine(out, plan, choices, y);  // the weighted sum, back in token order
 
   std::printf("token 0 goes to experts %d and %d with weights %.3f and %.3f\n", choices.ids(0)[0],
               choices.ids(0)[1], choices.weights(0)[0], choices.weights(0)[1]);
-  for (int e = 0; e < experts; ++e)
-    std::printf("expert %d serves %3td tokens\n", e, plan.load(e));
+  for (int e = 0; e < experts; ++e) std::printf("expert %d serves %3td tokens\n", e, plan.load(e));
   std::printf("y is %td x %td, |y| = %.3f\n", y.rows(), y.cols(), static_cast<double>(y.norm()));
 }

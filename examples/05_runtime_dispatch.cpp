@@ -1,4 +1,5 @@
-// One program for every x86-64: built without -march, it routes with the best instruction set it finds.
+// One program for every x86-64: built without -march, it routes with the best instruction set it
+// finds.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>

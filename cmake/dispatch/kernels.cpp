@@ -1,6 +1,6 @@
-// The kernels for one instruction set: compiled once per set, with MOEROUTE_DISPATCH_ISA as its name. Everything
-// in the object but its table is made local afterwards, so no inline function of one set can stand in for
-// another's.
+// The kernels for one instruction set: compiled once per set, with MOEROUTE_DISPATCH_ISA as its
+// name. Everything in the object but its table is made local afterwards, so no inline function of
+// one set can stand in for another's.
 #include <algorithm>
 #include <cstring>
 #include <moeroute/policy/make_router.hpp>

@@ -1,7 +1,9 @@
-// Routing on the best instruction set of the machine that runs, from a program built for any of its kind.
+// Routing on the best instruction set of the machine that runs, from a program built for any of its
+// kind.
 //
-// moeroute_add_dispatch(<target>) in CMake compiles the kernels once per instruction set and links them to the
-// target; this header is what the target includes. The headers of moeroute itself may be included beside it.
+// moeroute_add_dispatch(<target>) in CMake compiles the kernels once per instruction set and links
+// them to the target; this header is what the target includes. The headers of moeroute itself may
+// be included beside it.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +22,8 @@ struct tensors {
   std::span<const float> per_expert_scale{};
 };
 
-/// What one instruction set offers. All of it is behind plain functions, so that nothing but this table is
-/// shared between objects that were compiled with different flags.
+/// What one instruction set offers. All of it is behind plain functions, so that nothing but this
+/// table is shared between objects that were compiled with different flags.
 struct kernels {
   const char* name;
   void* (*open)(const void* spec, std::size_t spec_size, const float* bias, std::int64_t bias_size,
@@ -31,8 +33,8 @@ struct kernels {
   void (*close)(void* session);
 };
 
-/// The kernels that this machine can run, the fastest first. The environment variable MOEROUTE_ISA may name
-/// one to be used instead.
+/// The kernels that this machine can run, the fastest first. The environment variable MOEROUTE_ISA
+/// may name one to be used instead.
 const std::vector<const kernels*>& available();
 
 /// A router for repeated calls by one caller at a time; holds its own workspace.

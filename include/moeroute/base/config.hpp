@@ -1,11 +1,13 @@
-// Everything that depends on the compiler: the version, attributes, and the settings a user may define.
+// Everything that depends on the compiler: the version, attributes, and the settings a user may
+// define.
 #pragma once
 
 #define MOEROUTE_VERSION_MAJOR 0
 #define MOEROUTE_VERSION_MINOR 1
 #define MOEROUTE_VERSION_PATCH 0
 
-// NaN and infinities are data here (a NaN logit counts as -inf), so finite-math modes break the promises.
+// NaN and infinities are data here (a NaN logit counts as -inf), so finite-math modes break the
+// promises.
 #if defined(__FAST_MATH__) && !defined(MOEROUTE_ALLOW_FAST_MATH)
 #error \
     "[moeroute] -ffast-math breaks NaN, infinity and tie handling; compile without it, or define MOEROUTE_ALLOW_FAST_MATH to accept wrong routing"
@@ -38,7 +40,8 @@
 #define MOEROUTE_EXCEPTIONS 0
 #endif
 
-// Checks of our own invariants. On in debug builds; define MOEROUTE_CONTRACTS to 0 or 1 to decide yourself.
+// Checks of our own invariants. On in debug builds; define MOEROUTE_CONTRACTS to 0 or 1 to decide
+// yourself.
 #if !defined(MOEROUTE_CONTRACTS)
 #if defined(NDEBUG)
 #define MOEROUTE_CONTRACTS 0

@@ -1,4 +1,5 @@
-// How the library refuses what comes from outside: one sentence that names stage, argument and both values.
+// How the library refuses what comes from outside: one sentence that names stage, argument and both
+// values.
 #pragma once
 
 #include <cstdio>
@@ -57,7 +58,8 @@ namespace detail {
 
 /// One compare on the hot path; the message is built only when it fails.
 inline void check_size(const char* where, const char* what, index_t actual, index_t expected) {
-  if (actual != expected) [[unlikely]] detail::fail_size(where, what, actual, expected);
+  if (actual != expected) [[unlikely]]
+    detail::fail_size(where, what, actual, expected);
 }
 
 inline void check_range(const char* where, const char* what, index_t actual, index_t low,

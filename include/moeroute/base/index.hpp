@@ -12,7 +12,8 @@ using index_t = std::ptrdiff_t;
 /// An expert's number in [0, E), or no_expert.
 using expert_id = std::int32_t;
 
-/// A token's number in [0, T), or a slot's number in [0, S). T * k stays below 2^31; row * stride is 64-bit.
+/// A token's number in [0, T), or a slot's number in [0, S). T * k stays below 2^31; row * stride
+/// is 64-bit.
 using slot_id = std::int32_t;
 
 /// A pick that could not be made: the row has fewer than k experts that are not masked.

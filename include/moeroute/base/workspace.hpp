@@ -1,4 +1,5 @@
-// Memory: `buffer` (one array that only grows), `scratch` (the tape that measures and carves) and `workspace`.
+// Memory: `buffer` (one array that only grows), `scratch` (the tape that measures and carves) and
+// `workspace`.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,8 @@
 
 namespace moeroute {
 
-/// An aligned array of plain values that grows and never shrinks, so that a warm call allocates nothing.
+/// An aligned array of plain values that grows and never shrinks, so that a warm call allocates
+/// nothing.
 ///
 /// Cost: resize() allocates only where n exceeds every earlier n; contents are lost when it does.
 template <class T>
@@ -99,7 +101,8 @@ class scratch {
   index_t used_ = 0;
 };
 
-/// Reusable scratch memory of one caller. Not to be shared between threads that run at the same time.
+/// Reusable scratch memory of one caller. Not to be shared between threads that run at the same
+/// time.
 class workspace {
  public:
   /// Runs `layout(scratch&)` once to measure and once to carve, and returns what it returns.

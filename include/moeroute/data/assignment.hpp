@@ -73,7 +73,8 @@ class assignment {
   bool ragged() const { return ragged_; }
   /// All choices: T * k in the fixed form.
   index_t choices() const { return choices_; }
-  /// Choices that there is room for: what the shapes allow, where choices() varies from call to call.
+  /// Choices that there is room for: what the shapes allow, where choices() varies from call to
+  /// call.
   index_t room() const { return ids_.size(); }
 
   /// Index of a token's first choice.

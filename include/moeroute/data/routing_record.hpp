@@ -14,8 +14,8 @@
 
 namespace moeroute {
 
-/// The expert ids of an assignment in the fixed form, kept as Id; no_expert is the largest value of Id, so E
-/// may be at most that. Drops are not recorded: a replay decides them again.
+/// The expert ids of an assignment in the fixed form, kept as Id; no_expert is the largest value of
+/// Id, so E may be at most that. Drops are not recorded: a replay decides them again.
 template <class Id>
 class routing_record {
   static_assert(std::is_same_v<Id, std::uint8_t> || std::is_same_v<Id, std::uint16_t> ||
@@ -25,18 +25,19 @@ class routing_record {
  public:
   static constexpr Id none = std::is_signed_v<Id> ? Id(-1) : std::numeric_limits<Id>::max();
 
-  /// Throws: error where Id is too small for E, or the assignment is ragged. Cost: O(T k), no allocation warm.
+  /// Throws: error where Id is too small for E, or the assignment is ragged. Cost: O(T k), no
+  /// allocation warm.
   void record(const assignment& choices) {
-    if (choices.ragged()) fail("routing_record", "the assignment is ragged, expected the fixed form");
+    if (choices.ragged())
+      fail("routing_record", "the assignment is ragged, expected the fixed form");
     if constexpr (!std::is_signed_v<Id>)
       check_range("routing_record", "E", choices.experts(), 1, static_cast<index_t>(none));
     tokens_ = choices.tokens();
     experts_ = choices.experts();
     k_ = choices.k();
     ids_.resize(choices.choices());
-    std::transform(choices.ids().begin(), choices.ids().end(), ids_.data(), [](expert_id e) {
-      return e == no_expert ? none : static_cast<Id>(e);
-    });
+    std::transform(choices.ids().begin(), choices.ids().end(), ids_.data(),
+                   [](expert_id e) { return e == no_expert ? none : static_cast<Id>(e); });
   }
 
   index_t tokens() const { return tokens_; }

@@ -8,7 +8,8 @@
 
 namespace moeroute {
 
-/// Runs f(begin, end) over pieces of [0, n) that cover it once, each piece `grain` long but for the last.
+/// Runs f(begin, end) over pieces of [0, n) that cover it once, each piece `grain` long but for the
+/// last.
 ///
 /// The pieces are cut by (n, grain) alone, never by the number of threads, so results that are
 /// computed piece by piece have the same bits under every executor.

@@ -73,8 +73,8 @@ concept eigen_rows = requires(M& m) {
 
 }  // namespace detail
 
-/// A matrix_view of a row-major Eigen matrix, map, ref or block; of a std::span (one row); or the view itself.
-/// Read-only where m is.
+/// A matrix_view of a row-major Eigen matrix, map, ref or block; of a std::span (one row); or the
+/// view itself. Read-only where m is.
 template <class M>
   requires(detail::is_matrix_view<std::remove_cvref_t<M>> || detail::eigen_rows<M> ||
            requires(M& m) { std::span(m); })

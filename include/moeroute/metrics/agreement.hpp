@@ -12,8 +12,9 @@ namespace moeroute {
 struct disagreement {
   index_t tokens = 0;            ///< compared
   index_t differing_tokens = 0;  ///< whose sets of experts differ
-  index_t differing_choices = 0;  ///< choices of the first that the second does not make for that token
-  index_t choices = 0;           ///< of the first, without no_expert
+  index_t differing_choices =
+      0;                ///< choices of the first that the second does not make for that token
+  index_t choices = 0;  ///< of the first, without no_expert
 
   /// Share of tokens that go elsewhere.
   double token_rate() const {
@@ -26,8 +27,8 @@ struct disagreement {
   }
 };
 
-/// Compares the sets of experts, token by token; order and weights do not matter. Throws: error where the
-/// numbers of tokens differ. Cost: O(T k^2).
+/// Compares the sets of experts, token by token; order and weights do not matter. Throws: error
+/// where the numbers of tokens differ. Cost: O(T k^2).
 inline disagreement selection_disagreement(const assignment& a, const assignment& b) {
   check_size("selection_disagreement", "b.tokens", b.tokens(), a.tokens());
   disagreement out{.tokens = a.tokens()};
@@ -39,7 +40,8 @@ inline disagreement selection_disagreement(const assignment& a, const assignment
       ++own;
       missing += std::find(other.begin(), other.end(), e) == other.end();
     }
-    const auto theirs = std::count_if(other.begin(), other.end(), [](expert_id e) { return e != no_expert; });
+    const auto theirs =
+        std::count_if(other.begin(), other.end(), [](expert_id e) { return e != no_expert; });
     out.choices += own;
     out.differing_choices += missing;
     out.differing_tokens += missing != 0 || theirs != own;

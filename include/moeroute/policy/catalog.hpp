@@ -10,30 +10,33 @@ namespace moeroute {
 /// A published model's router.
 struct catalog_entry {
   std::string_view name;
-  std::string_view source;  ///< the class in transformers 5.12.1, and the model that the sizes are of
+  std::string_view
+      source;  ///< the class in transformers 5.12.1, and the model that the sizes are of
   router_spec spec;
-  std::string_view golden = {};  ///< reference vectors of the real class; without them, a float64 recompute
+  std::string_view golden =
+      {};  ///< reference vectors of the real class; without them, a float64 recompute
   std::string_view remark = {};
 };
 
 /// What holds for a router because of its spec. A law of the tests runs where its trait holds.
 struct router_traits {
-  bool monotone;           ///< a larger logit never loses to a smaller one
-  bool shift_invariant;    ///< adding a constant to a row changes neither choice nor weights
-  bool relabelling;        ///< permuting experts (with bias and scales) permutes the ids
+  bool monotone;         ///< a larger logit never loses to a smaller one
+  bool shift_invariant;  ///< adding a constant to a row changes neither choice nor weights
+  bool relabelling;      ///< permuting experts (with bias and scales) permutes the ids
   bool weights_sum_to_one;
   bool fixed_k;
   bool needs_token_ids;
   bool random;
-  bool capacity_bound;     ///< other tokens can take a choice away
+  bool capacity_bound;  ///< other tokens can take a choice away
 };
 
 constexpr router_traits traits_of(const router_spec& s) {
-  const bool by_score = s.selection == selection_kind::top_k || s.selection == selection_kind::top2 ||
-                        s.selection == selection_kind::top_p ||
-                        s.selection == selection_kind::threshold;
+  const bool by_score =
+      s.selection == selection_kind::top_k || s.selection == selection_kind::top2 ||
+      s.selection == selection_kind::top_p || s.selection == selection_kind::threshold;
   const bool plain = !s.selection_bias && s.groups == 1;
-  const bool softmax_selected = s.score == score_kind::softmax && s.domain == score_domain::selected;
+  const bool softmax_selected =
+      s.score == score_kind::softmax && s.domain == score_domain::selected;
   const bool scaled = s.scale != 1.0f || s.divide_by_k || s.per_expert_scale ||
                       s.selection == selection_kind::sparsemixer;
   return {
@@ -88,8 +91,9 @@ inline constexpr auto renormalized = normalization::sum;
 
 }  // namespace detail
 
-/// Every router of transformers 5.12.1, with the sizes of a published model. Facts and reference vectors were
-/// taken from that release; what differs there from the models' papers is in the remark.
+/// Every router of transformers 5.12.1, with the sizes of a published model. Facts and reference
+/// vectors were taken from that release; what differs there from the models' papers is in the
+/// remark.
 inline constexpr catalog_entry catalog[] = {
     // softmax over all experts, divided by their sum
     {"mixtral", "MixtralTopKRouter; Mixtral-8x7B", detail::softmax_all(8, 2, detail::renormalized),
@@ -103,9 +107,8 @@ inline constexpr catalog_entry catalog[] = {
      "qwen3_next", "one shared expert behind a sigmoid gate"},
     {"qwen3_5_moe", "Qwen3_5MoeTopKRouter", detail::softmax_all(256, 8, detail::renormalized), "",
      "one shared expert behind a sigmoid gate"},
-    {"qwen3_vl_moe", "Qwen3VLMoeTextTopKRouter",
-     detail::softmax_all(60, 4, detail::renormalized), "qwen3_vl_moe",
-     "the published 30B-A3B has 128 experts, 8 per token"},
+    {"qwen3_vl_moe", "Qwen3VLMoeTextTopKRouter", detail::softmax_all(60, 4, detail::renormalized),
+     "qwen3_vl_moe", "the published 30B-A3B has 128 experts, 8 per token"},
     {"qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerTextTopKRouter",
      detail::softmax_all(128, 8, detail::renormalized), "qwen3_omni_moe_thinker"},
     {"mellum", "MellumTopKRouter", detail::softmax_all(64, 8, detail::renormalized), "mellum"},
@@ -262,14 +265,24 @@ inline constexpr catalog_entry catalog[] = {
                     s.softcap = 4.0f;
                   }),
      "laguna_softcap"},
-    {"llama4_scout", "Llama4Router; Scout",
-     {.experts = 16, .k = 1, .score = score_kind::sigmoid, .domain = score_domain::selected,
+    {"llama4_scout",
+     "Llama4Router; Scout",
+     {.experts = 16,
+      .k = 1,
+      .score = score_kind::sigmoid,
+      .domain = score_domain::selected,
       .weight_on = weight_place::input},
-     "llama4_scout", "the weight multiplies the expert's input; one shared expert"},
-    {"llama4_maverick", "Llama4Router; Maverick",
-     {.experts = 128, .k = 1, .score = score_kind::sigmoid, .domain = score_domain::selected,
+     "llama4_scout",
+     "the weight multiplies the expert's input; one shared expert"},
+    {"llama4_maverick",
+     "Llama4Router; Maverick",
+     {.experts = 128,
+      .k = 1,
+      .score = score_kind::sigmoid,
+      .domain = score_domain::selected,
       .weight_on = weight_place::input},
-     "llama4_maverick", "as llama4_scout"},
+     "llama4_maverick",
+     "as llama4_scout"},
     // sqrt(softplus)
     {"deepseek_v4", "DeepseekV4 router",
      detail::with(detail::biased_sigmoid(256, 6, 1.5f),
@@ -284,17 +297,33 @@ inline constexpr catalog_entry catalog[] = {
                   }),
      "deepseek_v4_hash", "ids by token id; weights from the gate"},
     // others
-    {"phimoe", "PhimoeTopKRouter; Phi-3.5-MoE",
-     {.experts = 16, .k = 2, .selection = selection_kind::sparsemixer}, "phimoe",
+    {"phimoe",
+     "PhimoeTopKRouter; Phi-3.5-MoE",
+     {.experts = 16, .k = 2, .selection = selection_kind::sparsemixer},
+     "phimoe",
      "the two weights do not sum to 1"},
-    {"nllb_moe", "NllbMoeTop2Router; nllb-moe-54b",
-     {.experts = 128, .k = 2, .selection = selection_kind::top2, .normalize = normalization::sum,
-      .eps_where = eps_mode::clamp, .eps = 1.1920929e-7f, .capacity = 20,
-      .drop_order = drop_order::choice_major, .normalize_before_drop = false},
-     "nllb_moe", "capacity as in evaluation of 20 tokens; the block's combine is broken there"},
-    {"nllb_moe_bpr", "NllbMoeTop2Router with batch priority",
-     {.experts = 128, .k = 2, .selection = selection_kind::top2, .normalize = normalization::sum,
-      .eps_where = eps_mode::clamp, .eps = 1.1920929e-7f, .capacity = 2,
+    {"nllb_moe",
+     "NllbMoeTop2Router; nllb-moe-54b",
+     {.experts = 128,
+      .k = 2,
+      .selection = selection_kind::top2,
+      .normalize = normalization::sum,
+      .eps_where = eps_mode::clamp,
+      .eps = 1.1920929e-7f,
+      .capacity = 20,
+      .drop_order = drop_order::choice_major,
+      .normalize_before_drop = false},
+     "nllb_moe",
+     "capacity as in evaluation of 20 tokens; the block's combine is broken there"},
+    {"nllb_moe_bpr",
+     "NllbMoeTop2Router with batch priority",
+     {.experts = 128,
+      .k = 2,
+      .selection = selection_kind::top2,
+      .normalize = normalization::sum,
+      .eps_where = eps_mode::clamp,
+      .eps = 1.1920929e-7f,
+      .capacity = 2,
       .drop_order = drop_order::batch_priority},
      "nllb_moe_bpr"},
 };

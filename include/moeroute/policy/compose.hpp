@@ -9,9 +9,9 @@ namespace moeroute {
 
 /// Two routers with experts of their own; side_inputs::modality says which serves a token.
 ///
-/// Shapes: logits [T, E0 + E1]: a token of modality 0 is routed by `first` on the first E0 columns, one of
-/// modality 1 by `second` on the others, with ids from E0 on. Both have the same k.
-/// Source: Ernie 4.5 VL (2025).
+/// Shapes: logits [T, E0 + E1]: a token of modality 0 is routed by `first` on the first E0 columns,
+/// one of modality 1 by `second` on the others, with ids from E0 on. Both have the same k. Source:
+/// Ernie 4.5 VL (2025).
 template <token_router First, token_router Second = First>
 struct by_modality {
   First first{};
@@ -55,9 +55,8 @@ struct by_modality {
     for (int i = 0; i < z.rows; ++i) {
       if (z.side->modality[static_cast<std::size_t>(z.first_token + i)] == 0) continue;
       for (int at = i; at < c.k * block_rows; at += block_rows) {
-        c.id[at] = other.id[at] == no_expert
-                       ? no_expert
-                       : other.id[at] + static_cast<expert_id>(first_experts);
+        c.id[at] = other.id[at] == no_expert ? no_expert
+                                             : other.id[at] + static_cast<expert_id>(first_experts);
         c.value[at] = other.value[at];
       }
     }
@@ -66,8 +65,9 @@ struct by_modality {
 
 /// A router's choices followed by `shared` experts that every token takes, with ids from E on.
 ///
-/// Their weight is side_inputs::shared_weight of the token where given (a shared expert behind a gate, as in
-/// Qwen2-MoE), else `weight`. The logits keep their E columns; the assignment has E + shared experts.
+/// Their weight is side_inputs::shared_weight of the token where given (a shared expert behind a
+/// gate, as in Qwen2-MoE), else `weight`. The logits keep their E columns; the assignment has E +
+/// shared experts.
 template <token_router Router>
 struct with_shared {
   Router router{};

@@ -1,4 +1,5 @@
-// What a router and its parts must offer. Policies see blocks of up to 16 token rows, or the whole batch.
+// What a router and its parts must offer. Policies see blocks of up to 16 token rows, or the whole
+// batch.
 #pragma once
 
 #include <concepts>
@@ -17,14 +18,14 @@ namespace moeroute {
 
 /// What routing may need beside the logits. Empty spans are "not given".
 struct side_inputs {
-  std::span<const std::int32_t> token_ids{};  ///< [T], for tables by token id
-  std::span<const std::uint8_t> mask{};       ///< [T], 0: the token takes no part (padding)
+  std::span<const std::int32_t> token_ids{};   ///< [T], for tables by token id
+  std::span<const std::uint8_t> mask{};        ///< [T], 0: the token takes no part (padding)
   std::span<const std::int32_t> k_of_token{};  ///< [T], at most the router's k: each token's own k
-  std::span<const std::uint8_t> modality{};    ///< [T], 0 or 1: which of two routers serves the token
-  std::span<const float> shared_weight{};      ///< [T], of shared experts with a gate of their own
-  matrix_view<const float> noise_logits{};     ///< [T, E], the noise gate of noisy top-k
-  std::uint64_t seed = 0;                     ///< of everything random; the same seed replays
-  std::uint64_t step = 0;                     ///< training step or call number, mixed into the seed
+  std::span<const std::uint8_t> modality{};  ///< [T], 0 or 1: which of two routers serves the token
+  std::span<const float> shared_weight{};    ///< [T], of shared experts with a gate of their own
+  matrix_view<const float> noise_logits{};   ///< [T, E], the noise gate of noisy top-k
+  std::uint64_t seed = 0;                    ///< of everything random; the same seed replays
+  std::uint64_t step = 0;                    ///< training step or call number, mixed into the seed
 
   bool masked(index_t token) const {
     return !mask.empty() && mask[static_cast<std::size_t>(token)] == 0;
@@ -35,9 +36,9 @@ struct side_inputs {
 struct logit_block {
   const float* logits;  ///< row i at logits + i * stride
   index_t stride;
-  int rows;              ///< 1 to 16
-  index_t experts;       ///< columns
-  index_t first_token;   ///< the token of row 0
+  int rows;             ///< 1 to 16
+  index_t experts;      ///< columns
+  index_t first_token;  ///< the token of row 0
   const side_inputs* side;
 
   const float* row(int i) const { return logits + i * stride; }
@@ -46,18 +47,18 @@ struct logit_block {
 /// The choices of a block, rank-major with one token per lane: rank r of row i is at [r * 16 + i].
 struct choice_block {
   int k;
-  expert_id* id;  ///< [k][16], no_expert where a row has no rank r
-  float* value;   ///< [k][16], what was selected on, then scores, then weights
+  expert_id* id;             ///< [k][16], no_expert where a row has no rank r
+  float* value;              ///< [k][16], what was selected on, then scores, then weights
   bool has_row_max = false;  ///< the values are logits, and each row's largest is among them
 };
 
-/// Token choice with a fixed k: the stage hands it one block after the other, possibly from several threads
-/// at once, each with scratch of its own.
+/// Token choice with a fixed k: the stage hands it one block after the other, possibly from several
+/// threads at once, each with scratch of its own.
 template <class R>
 concept token_router = requires(const R& r, const logit_block& z, choice_block& c, scratch& s) {
   { r.k() } -> std::convertible_to<index_t>;
   { r.experts(index_t{}) } -> std::convertible_to<index_t>;  // E, from the columns of the logits
-  { r.check(index_t{}) };    // throws error where the router does not fit that many columns
+  { r.check(index_t{}) };     // throws error where the router does not fit that many columns
   { r.carve(s, index_t{}) };  // scratch of one running block
   { r.route_block(z, r.carve(s, index_t{}), c) };
 };

@@ -11,10 +11,12 @@
 
 namespace moeroute {
 
-/// z' = softcap * tanh((z / temperature) / softcap) + add + noise, in this order; a soft-cap of 0 is off.
+/// z' = softcap * tanh((z / temperature) / softcap) + add + noise, in this order; a soft-cap of 0
+/// is off.
 ///
-/// Determinism: the same bits on every ISA. Source: soft-capping as in Gemma 2 (2024) and Laguna; an additive
-/// vector is steering (Bandarkar et al. 2026) or the delta of Rewiring Experts on the Fly (2025).
+/// Determinism: the same bits on every ISA. Source: soft-capping as in Gemma 2 (2024) and Laguna;
+/// an additive vector is steering (Bandarkar et al. 2026) or the delta of Rewiring Experts on the
+/// Fly (2025).
 struct logit_transform {
   float temperature = 1.0f;
   float softcap = 0.0f;
@@ -25,7 +27,8 @@ struct logit_transform {
     return temperature != 1.0f || softcap != 0.0f || !add.empty() || noise.active();
   }
 
-  /// Throws: error where temperature is not positive, softcap is negative, or add has another length.
+  /// Throws: error where temperature is not positive, softcap is negative, or add has another
+  /// length.
   void check(index_t columns) const {
     if (!(temperature > 0.0f) || !std::isfinite(temperature))
       fail("logit_transform", "temperature is " + std::to_string(temperature) + ", expected > 0");
@@ -42,8 +45,7 @@ struct logit_transform {
     for (int i = 0; i < z.rows; ++i) {
       float* row = rows + i * z.experts;
       this->template apply_row<A>(z.row(i), z.experts, row);
-      if (noise.active())
-        noise.template add_to_row<A>(row, z.experts, z.first_token + i, *z.side);
+      if (noise.active()) noise.template add_to_row<A>(row, z.experts, z.first_token + i, *z.side);
     }
     z.logits = rows;
     z.stride = z.experts;
@@ -51,7 +53,6 @@ struct logit_transform {
   }
 
  private:
-
   template <class A = simd::default_arch>
   void apply_row(const float* z, index_t columns, float* out) const {
     using F = simd::vfloat<A>;
@@ -59,8 +60,7 @@ struct logit_transform {
     simd::map_row<A>(z, columns, out, [&](F x) {
       if (temperature != 1.0f) x = x / t;
       // The soft-cap would lift -inf to -softcap, and a masked expert with it.
-      if (softcap != 0.0f)
-        x = simd::select<A>(x > never, simd::tanh<A>(x / cap) * cap, never);
+      if (softcap != 0.0f) x = simd::select<A>(x > never, simd::tanh<A>(x / cap) * cap, never);
       return x;
     });
     if (!add.empty())

@@ -29,14 +29,12 @@ struct router_tensors {
 /// Cost: the kind is looked up once per call of route(), not per token.
 class any_router {
  public:
-  using kinds =
-      std::variant<router<softmax>, router<softmax_selected>, router<sigmoid>, router<sqrt_softplus>,
-                   router<relu>, router<identity_score>, table_router<softmax>,
-                   table_router<softmax_selected>, table_router<sigmoid>,
-                   table_router<sqrt_softplus>, table_router<uniform_score>, top_p,
-                   threshold_router<relu>, threshold_router<sigmoid>,
-                   threshold_router<identity_score>, product_keys<softmax_selected>, sparsemixer,
-                   gshard_top2, random_choice>;
+  using kinds = std::variant<
+      router<softmax>, router<softmax_selected>, router<sigmoid>, router<sqrt_softplus>,
+      router<relu>, router<identity_score>, table_router<softmax>, table_router<softmax_selected>,
+      table_router<sigmoid>, table_router<sqrt_softplus>, table_router<uniform_score>, top_p,
+      threshold_router<relu>, threshold_router<sigmoid>, threshold_router<identity_score>,
+      product_keys<softmax_selected>, sparsemixer, gshard_top2, random_choice>;
 
   any_router(router_spec spec, kinds kind) : spec_(spec), kind_(std::move(kind)) {}
 
@@ -57,8 +55,9 @@ class any_router {
 
 /// The router that a spec describes.
 ///
-/// Throws: error where the spec contradicts itself, or a tensor that it needs is missing or has another length
-/// than E. The spec's capacity is applied by the stage of that name, not by the router.
+/// Throws: error where the spec contradicts itself, or a tensor that it needs is missing or has
+/// another length than E. The spec's capacity is applied by the stage of that name, not by the
+/// router.
 inline any_router make_router(const router_spec& s, const router_tensors& tensors = {}) {
   check(s);
   const auto needed = [&](std::span<const float> list, bool wanted, const std::string& name) {
@@ -67,13 +66,13 @@ inline any_router make_router(const router_spec& s, const router_tensors& tensor
                expected);
     for (std::size_t i = 0; i < list.size(); ++i)
       if (std::isnan(list[i]))
-        fail("make_router", name + ": value " + std::to_string(i) +
-                                " is NaN, expected a number");
+        fail("make_router", name + ": value " + std::to_string(i) + " is NaN, expected a number");
   };
   needed(tensors.bias, s.selection_bias, "bias");
   needed(tensors.per_expert_scale, s.per_expert_scale, "per_expert_scale");
   if (!tensors.gamma.empty())
-    check_size("make_router", "gamma.size()", static_cast<index_t>(tensors.gamma.size()), s.experts);
+    check_size("make_router", "gamma.size()", static_cast<index_t>(tensors.gamma.size()),
+               s.experts);
 
   weight_rule weight{.normalize = s.normalize,
                      .p = s.lp_p,
@@ -94,8 +93,7 @@ inline any_router make_router(const router_spec& s, const router_tensors& tensor
         return any_router(s, router(score, rule, weight, selection_bias(tensors.bias), transform));
       };
       switch (s.score) {
-        case score_kind::softmax:
-          return selected ? with(softmax_selected{}) : with(softmax{});
+        case score_kind::softmax: return selected ? with(softmax_selected{}) : with(softmax{});
         case score_kind::sigmoid: return with(sigmoid{});
         case score_kind::sqrt_softplus: return with(sqrt_softplus{});
         case score_kind::relu: return with(relu{});
@@ -103,15 +101,15 @@ inline any_router make_router(const router_spec& s, const router_tensors& tensor
       }
     }
     case selection_kind::expert_table: {
-      if (tensors.table == nullptr) fail("make_router", "table is missing, expected one of k ids per token");
+      if (tensors.table == nullptr)
+        fail("make_router", "table is missing, expected one of k ids per token");
       check_size("make_router", "table k", tensors.table->k(), s.k);
       check_size("make_router", "table experts", tensors.table->experts(), s.experts);
       const auto with = [&]<class Score>(Score score) {
         return any_router(s, table_router<Score>{tensors.table, score, weight, transform});
       };
       switch (s.score) {
-        case score_kind::softmax:
-          return selected ? with(softmax_selected{}) : with(softmax{});
+        case score_kind::softmax: return selected ? with(softmax_selected{}) : with(softmax{});
         case score_kind::sigmoid: return with(sigmoid{});
         case score_kind::sqrt_softplus: return with(sqrt_softplus{});
         case score_kind::uniform: return with(uniform_score{});
@@ -124,21 +122,19 @@ inline any_router make_router(const router_spec& s, const router_tensors& tensor
       return {s, top_p{s.top_p, s.crossing, s.min_k, s.max_k, weight, transform}};
     case selection_kind::threshold: {
       const auto with = [&]<class Score>(Score score) {
-        return any_router(
-            s, threshold_router<Score>{.threshold = s.threshold,
-                                       .score = score,
-                                       .norm = s.row_norm,
-                                       .eps = s.eps > 0.0f ? s.eps : 1e-5f,
-                                       .scale = weight.scale,
-                                       .gamma = tensors.gamma,
-                                       .transform = transform});
+        return any_router(s, threshold_router<Score>{.threshold = s.threshold,
+                                                     .score = score,
+                                                     .norm = s.row_norm,
+                                                     .eps = s.eps > 0.0f ? s.eps : 1e-5f,
+                                                     .scale = weight.scale,
+                                                     .gamma = tensors.gamma,
+                                                     .transform = transform});
       };
       if (s.score == score_kind::relu) return with(relu{});
       if (s.score == score_kind::sigmoid) return with(sigmoid{});
       return with(identity_score{});
     }
-    case selection_kind::product_keys:
-      return {s, product_keys<>{.choices = s.k, .weight = weight}};
+    case selection_kind::product_keys: return {s, product_keys<>{.choices = s.k, .weight = weight}};
     case selection_kind::sparsemixer: return {s, sparsemixer{s.jitter}};
     case selection_kind::top2:
       return {s, gshard_top2{.policy = second_expert::best, .weight = weight}};

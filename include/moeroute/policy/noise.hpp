@@ -13,19 +13,25 @@ namespace moeroute {
 namespace detail {
 
 // Streams of random numbers, one per use, so that no two uses share a number.
-enum class random_use : std::uint64_t { logit_noise = 1, second_expert = 2, random_choice = 3, jitter = 4 };
+enum class random_use : std::uint64_t {
+  logit_noise = 1,
+  second_expert = 2,
+  random_choice = 3,
+  jitter = 4
+};
 
 inline std::uint64_t random_stream(random_use use, std::uint64_t step) {
   return static_cast<std::uint64_t>(use) << 56 | (step & 0x00ffffffffffffffull);
 }
 
-// The normal quantile of u in (0, 1): M. Giles 2012, "Approximating the erfinv function", single precision.
+// The normal quantile of u in (0, 1): M. Giles 2012, "Approximating the erfinv function", single
+// precision.
 template <class A>
 MOEROUTE_INLINE simd::vfloat<A> normal_quantile(simd::vfloat<A> u) {
   using F = simd::vfloat<A>;
   const F x = u + u - F(1.0f);
   const F w = -simd::log<A>((F(1.0f) - x) * (F(1.0f) + x));
-  const auto polynomial = [](F t, const float (&c)[9]) {
+  const auto polynomial = [](F t, const float(&c)[9]) {
     F p(c[0]);
     for (int i = 1; i < 9; ++i) p = simd::fma<A>(p, t, F(c[i]));
     return p;
@@ -37,7 +43,8 @@ MOEROUTE_INLINE simd::vfloat<A> normal_quantile(simd::vfloat<A> u) {
                              -0.00367342844f,  0.00573950773f,  -0.0076224613f,
                              0.00943887047f,   1.00167406f,     2.83297682f};
   const F near = polynomial(w - F(2.5f), central);
-  const F far = polynomial(simd::square_root<A>(simd::select<A>(w < F(5.0f), F(5.0f), w)) - F(3.0f), tail);
+  const F far =
+      polynomial(simd::square_root<A>(simd::select<A>(w < F(5.0f), F(5.0f), w)) - F(3.0f), tail);
   return simd::select<A>(w < F(5.0f), near, far) * x * F(1.41421356f);
 }
 
@@ -50,8 +57,8 @@ enum class noise_kind {
   gumbel,    ///< -log(-log(u)): sampling from the softmax by its largest noisy logit
 };
 
-/// z + n * sigma, with n by counter from side_inputs seed and step. Where side_inputs::noise_logits is given,
-/// sigma is softplus(noise logit) + floor instead.
+/// z + n * sigma, with n by counter from side_inputs seed and step. Where side_inputs::noise_logits
+/// is given, sigma is softplus(noise logit) + floor instead.
 ///
 /// Cost: about 3 ns per logit. Determinism: the same bits on every ISA.
 /// Source: noisy top-k (Shazeer et al. 2017); with a constant sigma V-MoE (Riquelme et al. 2021).
@@ -64,8 +71,10 @@ struct logit_noise {
 
   /// Throws: error where sigma or floor is negative.
   void check() const {
-    if (!(sigma >= 0.0f)) fail("logit_noise", "sigma is " + std::to_string(sigma) + ", expected >= 0");
-    if (!(floor >= 0.0f)) fail("logit_noise", "floor is " + std::to_string(floor) + ", expected >= 0");
+    if (!(sigma >= 0.0f))
+      fail("logit_noise", "sigma is " + std::to_string(sigma) + ", expected >= 0");
+    if (!(floor >= 0.0f))
+      fail("logit_noise", "floor is " + std::to_string(floor) + ", expected >= 0");
   }
 
   /// Adds the noise of one token to its row.
@@ -78,9 +87,9 @@ struct logit_noise {
     for (index_t c = 0; c < columns; c += block_rows) {
       alignas(alignment) float u[block_rows];
       for (index_t j = 0; j < block_rows; j += 4) {
-        const random_words r =
-            random_block(side.seed, stream, static_cast<std::uint64_t>(token) * blocks +
-                                                static_cast<std::uint64_t>((c + j) / 4));
+        const random_words r = random_block(
+            side.seed, stream,
+            static_cast<std::uint64_t>(token) * blocks + static_cast<std::uint64_t>((c + j) / 4));
         for (int i = 0; i < 4; ++i) u[j + i] = open_u01_of(r.word[i]);
       }
       for (index_t j = 0; j < block_rows && c + j < columns; j += simd::width<A>) {
@@ -98,8 +107,8 @@ struct logit_noise {
   }
 };
 
-/// out = x * u with u uniform in [1 - eps, 1 + eps) for every element: the input jitter of Switch (Fedus et al.
-/// 2021) and Mixtral. Training only; out may be x.
+/// out = x * u with u uniform in [1 - eps, 1 + eps) for every element: the input jitter of Switch
+/// (Fedus et al. 2021) and Mixtral. Training only; out may be x.
 template <readable_rows X, writable_rows Y>
 void jitter_rows(const X& x_rows, float eps, const side_inputs& side, Y&& out_rows) {
   const auto x = const_view(x_rows);
@@ -110,8 +119,8 @@ void jitter_rows(const X& x_rows, float eps, const side_inputs& side, Y&& out_ro
   for (index_t t = 0; t < x.rows; ++t)
     for (index_t c = 0; c < x.cols; ++c) {
       const float u = random_u01(side.seed, stream, static_cast<std::uint64_t>(t * x.cols + c));
-      out(t, c) = static_cast<element_of<Y>>(static_cast<float>(x(t, c)) *
-                                             (1.0f - eps + 2.0f * eps * u));
+      out(t, c) =
+          static_cast<element_of<Y>>(static_cast<float>(x(t, c)) * (1.0f - eps + 2.0f * eps * u));
     }
 }
 

@@ -10,11 +10,12 @@
 
 namespace moeroute {
 
-/// Expert i * n + j has the logit z[i] + z[n + j]; the k largest are chosen, the lowest id first among equals.
+/// Expert i * n + j has the logit z[i] + z[n + j]; the k largest are chosen, the lowest id first
+/// among equals.
 ///
-/// Exactly the top-k of all n^2 sums, without forming them: only columns that reach the k-th sum are looked at.
-/// Shapes: logits [T, 2n]; E = n^2. Cost: O(n) + O(k n) compares per row in the worst case.
-/// Source: Lample et al. 2019; PEER (He 2024).
+/// Exactly the top-k of all n^2 sums, without forming them: only columns that reach the k-th sum
+/// are looked at. Shapes: logits [T, 2n]; E = n^2. Cost: O(n) + O(k n) compares per row in the
+/// worst case. Source: Lample et al. 2019; PEER (He 2024).
 template <score_function Score = softmax_selected>
 struct product_keys {
   index_t choices = 16;
@@ -44,8 +45,9 @@ struct product_keys {
   buffers carve(scratch& tape, index_t columns) const {
     const index_t n = columns / 2, half_k = std::min(choices, n);
     return {tape.take<std::uint64_t>(std::max(simd::top_k_scratch(n, half_k), room())),
-            tape.take<float>(2 * half_k * block_rows), tape.take<expert_id>(2 * half_k * block_rows),
-            tape.take<float>(room()), tape.take<std::int32_t>(room())};
+            tape.take<float>(2 * half_k * block_rows),
+            tape.take<expert_id>(2 * half_k * block_rows), tape.take<float>(room()),
+            tape.take<std::int32_t>(room())};
   }
 
   template <class A = simd::default_arch>
@@ -95,9 +97,11 @@ struct product_keys {
     return m.sums[choices - 1];
   }
 
-  // All pairs above the limit and the first of those at it, by ascending id: keys order them by sum, then id.
+  // All pairs above the limit and the first of those at it, by ascending id: keys order them by
+  // sum, then id.
   template <class A>
-  index_t gather(const float* z, index_t n, float best_second, float limit, const buffers& m) const {
+  index_t gather(const float* z, index_t n, float best_second, float limit,
+                 const buffers& m) const {
     index_t count = 0, equal = 0;
     const float* second = z + n;
     for (index_t i = 0; i < n; ++i) {

@@ -11,8 +11,8 @@
 
 namespace moeroute {
 
-/// k distinct experts per token, uniformly at random, each with weight 1 / k. Looks at no logit, only at their
-/// shape; replays from side_inputs seed and step. For benchmarks and as a baseline.
+/// k distinct experts per token, uniformly at random, each with weight 1 / k. Looks at no logit,
+/// only at their shape; replays from side_inputs seed and step. For benchmarks and as a baseline.
 ///
 /// Cost: O(k^2) per token, so k should be small against E.
 struct random_choice {
@@ -28,11 +28,11 @@ struct random_choice {
     const std::uint64_t stream =
         detail::random_stream(detail::random_use::random_choice, z.side->step);
     for (int i = 0; i < z.rows; ++i) {
-      // Floyd's sampling: the r-th draw is from E - k + r + 1 and yields to the new largest when taken.
+      // Floyd's sampling: the r-th draw is from E - k + r + 1 and yields to the new largest when
+      // taken.
       for (int r = 0; r < c.k; ++r) {
         const auto limit = static_cast<std::uint32_t>(z.experts - choices + r + 1);
-        const auto counter =
-            static_cast<std::uint64_t>((z.first_token + i) * choices + r);
+        const auto counter = static_cast<std::uint64_t>((z.first_token + i) * choices + r);
         auto e = static_cast<expert_id>(random_below(limit, z.side->seed, stream, counter));
         for (int before = 0; before < r; ++before)
           if (c.id[before * block_rows + i] == e) e = static_cast<expert_id>(limit) - 1;
@@ -51,7 +51,8 @@ enum class second_expert {
   random,    ///< the second largest, kept with probability min(1, 2 g2)
 };
 
-/// Top-2: the first expert by probability, the second by `policy`; weights from the softmax over all experts.
+/// Top-2: the first expert by probability, the second by `policy`; weights from the softmax over
+/// all experts.
 ///
 /// Source: GShard (Lepikhin et al. 2020); NLLB-MoE (2022).
 struct gshard_top2 {
@@ -97,8 +98,8 @@ struct gshard_top2 {
       const std::uint64_t stream =
           detail::random_stream(detail::random_use::second_expert, z.side->step);
       for (int i = 0; i < z.rows; ++i) {
-        const float u = random_u01(z.side->seed, stream,
-                                   static_cast<std::uint64_t>(z.first_token + i));
+        const float u =
+            random_u01(z.side->seed, stream, static_cast<std::uint64_t>(z.first_token + i));
         if (2.0f * c.value[block_rows + i] <= u) {
           c.id[block_rows + i] = no_expert;
           c.value[block_rows + i] = 0.0f;

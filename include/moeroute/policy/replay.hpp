@@ -9,11 +9,11 @@
 
 namespace moeroute {
 
-/// A router that takes its experts from a record and weighs them by the current logits with the score and
-/// weight rules of the router that was recorded.
+/// A router that takes its experts from a record and weighs them by the current logits with the
+/// score and weight rules of the router that was recorded.
 ///
-/// An expert that is masked now (NaN or -inf) is not taken. Cost: O(k) per row, plus a pass over the row where
-/// the score needs it.
+/// An expert that is masked now (NaN or -inf) is not taken. Cost: O(k) per row, plus a pass over
+/// the row where the score needs it.
 template <score_function Score, class Id>
 struct replay {
   const routing_record<Id>* record = nullptr;
@@ -45,8 +45,7 @@ struct replay {
     if (transform.active()) z = transform.template apply<A>(z, memory.logits);
     for (int i = 0; i < block_rows; ++i)
       for (int r = 0; r < c.k; ++r) {
-        const expert_id e =
-            i < z.rows ? record->id((z.first_token + i) * c.k + r) : no_expert;
+        const expert_id e = i < z.rows ? record->id((z.first_token + i) * c.k + r) : no_expert;
         const bool there = e != no_expert && z.row(i)[e] > simd::minus_infinity;
         c.id[r * block_rows + i] = there ? e : no_expert;
         c.value[r * block_rows + i] = there ? z.row(i)[e] : simd::minus_infinity;

@@ -14,8 +14,8 @@ namespace moeroute {
 
 namespace detail {
 
-// The choice scores of one row: score + bias, and -inf for what may never be chosen. score(z, e) gives the
-// scores of a register of logits at expert e.
+// The choice scores of one row: score + bias, and -inf for what may never be chosen. score(z, e)
+// gives the scores of a register of logits at expert e.
 template <class A, class Score>
 void choice_row(const float* z, const float* bias, index_t experts, float* choice, Score&& score) {
   using F = simd::vfloat<A>;
@@ -40,8 +40,9 @@ void choice_row(const float* z, const float* bias, index_t experts, float* choic
 
 /// A token-choice router: each token picks its experts from its own row of logits.
 ///
-/// The choice is made on the logits where the score keeps their order and nothing else moves it, so only the
-/// winners are scored and ties are ties of logits; otherwise on score + bias. The weight never sees the bias.
+/// The choice is made on the logits where the score keeps their order and nothing else moves it, so
+/// only the winners are scored and ties are ties of logits; otherwise on score + bias. The weight
+/// never sees the bias.
 template <score_function Score, selection_rule Selection = top_k>
 struct router {
   [[no_unique_address]] Score score{};
@@ -75,7 +76,8 @@ struct router {
   buffers carve(scratch& tape, index_t experts) const {
     const index_t block = block_rows * experts;
     // A register may be read past the last score.
-    const index_t scores = selects_on_logits() || Score::traits.elementwise ? 0 : block + block_rows;
+    const index_t scores =
+        selects_on_logits() || Score::traits.elementwise ? 0 : block + block_rows;
     return {selection.carve(tape, experts), tape.take<float>(transform.active() ? block : 0),
             tape.take<float>(scores), tape.take<float>(selects_on_logits() ? 0 : block)};
   }
@@ -94,7 +96,8 @@ struct router {
       choice.logits = memory.choice;
       choice.stride = z.experts;
       selection.template select<A>(choice, memory.choice, c, memory.select);
-      // The value of a choice held score + bias, and subtracting the bias would not give back the score.
+      // The value of a choice held score + bias, and subtracting the bias would not give back the
+      // score.
       const float* from = Score::traits.elementwise ? z.logits : memory.scores;
       const index_t stride = Score::traits.elementwise ? z.stride : z.experts;
       for (int r = 0; r < c.k; ++r)

@@ -31,7 +31,7 @@ enum class selection_kind {
   expert_table,
   product_keys,
   sparsemixer,
-  top2,    ///< first by probability, second by logit without the first (GShard, NLLB)
+  top2,  ///< first by probability, second by logit without the first (GShard, NLLB)
   random,
 };
 
@@ -45,8 +45,8 @@ enum class scale_place {
   output,  ///< the routed sum: weights are left alone, multiply the combined row by `scale`
 };
 
-/// A router described at run time. Defaults are the plain softmax top-k; names and meanings are those of
-/// docs/models.md.
+/// A router described at run time. Defaults are the plain softmax top-k; names and meanings are
+/// those of docs/models.md.
 struct router_spec {
   index_t experts = 8;  ///< E, zero experts included
   index_t k = 2;
@@ -64,23 +64,23 @@ struct router_spec {
   float eps = 0.0f;
   float scale = 1.0f;
   scale_place scale_where = scale_place::weights;
-  bool divide_by_k = false;      ///< weights / k after everything else
-  float output_scale = 1.0f;     ///< of the routed sum
+  bool divide_by_k = false;       ///< weights / k after everything else
+  float output_scale = 1.0f;      ///< of the routed sum
   bool per_expert_scale = false;  ///< a learned factor per expert, after normalising
-  bool gate_bias = false;        ///< the gate has a bias; it is part of the logits
+  bool gate_bias = false;         ///< the gate has a bias; it is part of the logits
   float softcap = 0.0f;
   float temperature = 1.0f;
-  float jitter = 0.01f;          ///< sparsemixer: half its threshold
+  float jitter = 0.01f;  ///< sparsemixer: half its threshold
   float top_p = 0.0f;
   moeroute::crossing crossing = moeroute::crossing::include;
   index_t min_k = 1;
   index_t max_k = 0;
   float threshold = 0.0f;
   threshold_norm row_norm = threshold_norm::none;
-  index_t zero_experts = 0;      ///< identity experts, the last ids
-  index_t shared_experts = 0;    ///< always on, outside the routing
+  index_t zero_experts = 0;    ///< identity experts, the last ids
+  index_t shared_experts = 0;  ///< always on, outside the routing
   weight_place weight_on = weight_place::output;
-  index_t capacity = 0;          ///< tokens per expert, 0: no limit
+  index_t capacity = 0;  ///< tokens per expert, 0: no limit
   moeroute::drop_order drop_order = moeroute::drop_order::choice_major;
   bool normalize_before_drop = true;  ///< false: over the choices that were kept
 
@@ -215,8 +215,7 @@ inline void check(const router_spec& s) {
   const bool ranked = s.selection == selection_kind::top_k;
   if (s.groups != 1 && !ranked)
     clash("groups=" + std::to_string(s.groups), selection, "only top_k limits groups");
-  if (ranked)
-    top_k{s.k, s.groups, s.topk_group, s.group_score, s.group_fill}.check(s.experts);
+  if (ranked) top_k{s.k, s.groups, s.topk_group, s.group_score, s.group_fill}.check(s.experts);
   if (s.selection_bias && !ranked)
     clash("bias=selection", selection, "only top_k adds a selection bias");
   if (s.selection_bias && s.domain == score_domain::selected)
@@ -261,8 +260,8 @@ inline void check(const router_spec& s) {
       clash(selection, score, "product keys weigh by the softmax over the selected sums");
     const index_t n = s.columns() / 2;
     if (n * n != s.experts)
-      fail("router_spec", "experts is " + std::to_string(s.experts) +
-                              ", expected a square for product_keys");
+      fail("router_spec",
+           "experts is " + std::to_string(s.experts) + ", expected a square for product_keys");
   }
   if (s.score == score_kind::uniform && s.selection != selection_kind::expert_table &&
       s.selection != selection_kind::random)
@@ -287,8 +286,8 @@ inline void check(const router_spec& s) {
   }
 }
 
-/// The capacity of a spec, for apply_capacity(). NLLB and V-MoE rank tokens by their largest probability:
-/// set `priority` where the weights are not probabilities.
+/// The capacity of a spec, for apply_capacity(). NLLB and V-MoE rank tokens by their largest
+/// probability: set `priority` where the weights are not probabilities.
 inline capacity_policy capacity_of(const router_spec& s) {
   using enum renormalization;
   if (s.capacity == 0) return {};

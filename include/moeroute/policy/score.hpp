@@ -9,19 +9,20 @@ namespace moeroute {
 
 /// What a score function promises about its row.
 struct score_traits {
-  bool monotone;         ///< a larger logit never has a smaller score in the same row
-  bool shift_invariant;  ///< adding a constant to the row changes nothing
+  bool monotone;             ///< a larger logit never has a smaller score in the same row
+  bool shift_invariant;      ///< adding a constant to the row changes nothing
   bool elementwise = false;  ///< a score depends on its own logit only: S::value<A>(register)
 };
 
 /// How exact the scores of the winners must be.
 enum class score_scale {
   exact,
-  up_to_row_factor,  ///< a positive factor common to a row may be left out: the weight rule divides it away
+  up_to_row_factor,  ///< a positive factor common to a row may be left out: the weight rule divides
+                     ///< it away
 };
 
-/// A score function evaluates a whole row, or only the winners of a block: there c.value holds their logits,
-/// in any order, and becomes their scores.
+/// A score function evaluates a whole row, or only the winners of a block: there c.value holds
+/// their logits, in any order, and becomes their scores.
 template <class S>
 concept score_function = requires(const S& s, const logit_block& z, choice_block& c, float* row) {
   { S::traits } -> std::convertible_to<score_traits>;
@@ -31,7 +32,8 @@ concept score_function = requires(const S& s, const logit_block& z, choice_block
 
 namespace detail {
 
-// Calls f(values of one rank, mask of the rows that have it) and stores what it returns, rank by rank.
+// Calls f(values of one rank, mask of the rows that have it) and stores what it returns, rank by
+// rank.
 template <class A, class F>
 MOEROUTE_INLINE void for_each_rank(choice_block& c, int lane, F&& f) {
   const simd::vint<A> none(no_expert);
@@ -58,8 +60,8 @@ MOEROUTE_INLINE simd::vfloat<A> largest_choice(choice_block& c, int lane) {
 
 /// Softmax over all experts: score e = exp(z_e) / sum over j of exp(z_j).
 ///
-/// Several +inf logits share the row equally. Cost: k exponentials per row up to a row factor, else E.
-/// Source: Shazeer et al. 2017; Fedus et al. 2021.
+/// Several +inf logits share the row equally. Cost: k exponentials per row up to a row factor, else
+/// E. Source: Shazeer et al. 2017; Fedus et al. 2021.
 struct softmax {
   static constexpr score_traits traits{.monotone = true, .shift_invariant = true};
 
@@ -134,7 +136,8 @@ struct softmax_selected {
 };
 static_assert(score_function<softmax_selected>);
 
-/// A score that looks at one logit only. F has `template <class A> static vfloat<A> value(vfloat<A>)`.
+/// A score that looks at one logit only. F has `template <class A> static vfloat<A>
+/// value(vfloat<A>)`.
 template <class F>
 struct elementwise_score {
   static constexpr score_traits traits{
@@ -150,8 +153,7 @@ struct elementwise_score {
 
   template <class A = simd::default_arch>
   static void score_row(const float* z, index_t experts, float* score) {
-    simd::map_row<A>(z, experts, score,
-                     [](simd::vfloat<A> x) { return F::template value<A>(x); });
+    simd::map_row<A>(z, experts, score, [](simd::vfloat<A> x) { return F::template value<A>(x); });
   }
 };
 
@@ -191,7 +193,8 @@ struct identity_score : elementwise_score<identity_score> {
 };
 static_assert(score_function<identity_score>);
 
-/// 1 for every expert: tables and random choices without a gate. Source: Hash Layers (Roller et al. 2021).
+/// 1 for every expert: tables and random choices without a gate. Source: Hash Layers (Roller et al.
+/// 2021).
 struct uniform_score : elementwise_score<uniform_score> {
   template <class A>
   MOEROUTE_INLINE static simd::vfloat<A> value(simd::vfloat<A>) {

@@ -10,8 +10,8 @@
 
 namespace moeroute {
 
-/// A selection rule fills ids and values of a block from its choice scores, where NaN and -inf mean "not this
-/// one".
+/// A selection rule fills ids and values of a block from its choice scores, where NaN and -inf mean
+/// "not this one".
 template <class S>
 concept selection_rule =
     requires(const S& s, const logit_block& choice, choice_block& c, float* rows, scratch& tape) {
@@ -28,10 +28,11 @@ enum class group_score {
   top_sum,   ///< the sum of its k / topk_group best (Megatron-LM)
 };
 
-/// The k experts with the largest choice scores, the lowest id first among equals; with groups > 1 only
-/// experts of the topk_group best groups stay, equal groups in ascending order.
+/// The k experts with the largest choice scores, the lowest id first among equals; with groups > 1
+/// only experts of the topk_group best groups stay, equal groups in ascending order.
 ///
-/// NaN and -inf are never selected. Cost: O(E) per row. Source: Shazeer et al. 2017; groups: DeepSeek-V2 2024.
+/// NaN and -inf are never selected. Cost: O(E) per row. Source: Shazeer et al. 2017; groups:
+/// DeepSeek-V2 2024.
 struct top_k {
   index_t k = 2;
   index_t groups = 1;      ///< of E / groups experts each
@@ -42,27 +43,28 @@ struct top_k {
   index_t choices() const { return k; }
   bool masks_experts() const { return groups > 1; }
 
-  /// Throws: error where k is outside [1, E], groups do not divide E, or topk_group groups hold fewer than k.
+  /// Throws: error where k is outside [1, E], groups do not divide E, or topk_group groups hold
+  /// fewer than k.
   void check(index_t experts) const {
     check_range("top_k", "k", k, 1, experts);
     if (groups == 1) return;
     check_range("top_k", "groups", groups, 1, experts);
     if (experts % groups != 0)
-      fail("top_k", "groups is " + std::to_string(groups) + ", expected a divisor of E = " +
-                        std::to_string(experts));
+      fail("top_k", "groups is " + std::to_string(groups) +
+                        ", expected a divisor of E = " + std::to_string(experts));
     check_range("top_k", "topk_group", topk_group, 1, groups);
     if (topk_group * (experts / groups) < k)
       fail("top_k", "topk_group is " + std::to_string(topk_group) + " groups of " +
-                        std::to_string(experts / groups) + " experts, expected room for k = " +
-                        std::to_string(k));
+                        std::to_string(experts / groups) +
+                        " experts, expected room for k = " + std::to_string(k));
     if (group_fill != simd::minus_infinity && group_fill != 0.0f)
       fail("top_k", "group_fill is " + std::to_string(group_fill) + ", expected -inf or 0");
   }
 
   struct buffers {
     std::uint64_t* key;
-    float* worth;          ///< [groups][16], one row per lane
-    float* value;          ///< [groups][16] seconds; with more than two counted, the best of 16 groups
+    float* worth;  ///< [groups][16], one row per lane
+    float* value;  ///< [groups][16] seconds; with more than two counted, the best of 16 groups
     std::int32_t* column;  ///< likewise
   };
 
@@ -98,8 +100,9 @@ struct top_k {
     return std::clamp<index_t>(k / topk_group, 1, size);
   }
 
-  // worth[g][row] = the sum of the group's best, from the largest down; experts that cannot be chosen count as
-  // absent. For more than two, groups are rows of E / groups columns to the selection kernel.
+  // worth[g][row] = the sum of the group's best, from the largest down; experts that cannot be
+  // chosen count as absent. For more than two, groups are rows of E / groups columns to the
+  // selection kernel.
   template <class A>
   void weigh_groups(const float* rows, int n, index_t experts, const buffers& m) const {
     const index_t size = experts / groups;

@@ -11,8 +11,8 @@ namespace moeroute {
 
 /// A float per expert, added to the scores for the choice only; empty for none.
 ///
-/// 16-bit biases do not compile: rounding them changes who is chosen. Source: DeepSeek-V3 (2024), the
-/// auxiliary-loss-free bias of Wang et al. 2024.
+/// 16-bit biases do not compile: rounding them changes who is chosen. Source: DeepSeek-V3 (2024),
+/// the auxiliary-loss-free bias of Wang et al. 2024.
 class selection_bias {
  public:
   selection_bias() = default;
@@ -26,8 +26,9 @@ class selection_bias {
   template <class T>
     requires(sizeof(T) == 2)
   selection_bias(std::span<T>) {
-    static_assert(sizeof(T) != 2,
-                  "[moeroute::selection_bias] a selection bias is float: 16 bits would change who is chosen");
+    static_assert(
+        sizeof(T) != 2,
+        "[moeroute::selection_bias] a selection bias is float: 16 bits would change who is chosen");
   }
 
   bool empty() const { return values_.empty(); }

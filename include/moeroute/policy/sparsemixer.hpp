@@ -9,8 +9,9 @@
 
 namespace moeroute {
 
-/// Twice: m = the largest logit left; experts with (m - z) / max(|z|, m) > 2 jitter are out; the best of the
-/// rest is chosen with its softmax over the rest as weight. The two weights do not sum to 1. k is 2.
+/// Twice: m = the largest logit left; experts with (m - z) / max(|z|, m) > 2 jitter are out; the
+/// best of the rest is chosen with its softmax over the rest as weight. The two weights do not sum
+/// to 1. k is 2.
 ///
 /// A quotient that is NaN (m = z = 0) counts as close. Cost: O(E) per row.
 /// Source: Phi-3.5-MoE (Microsoft 2024), evaluation form.

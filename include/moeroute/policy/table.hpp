@@ -25,8 +25,8 @@ class expert_table {
  public:
   expert_table() = default;
 
-  /// Throws: error where the size is not a multiple of k, an id is outside [0, experts), or an expert is
-  /// repeated within a token.
+  /// Throws: error where the size is not a multiple of k, an id is outside [0, experts), or an
+  /// expert is repeated within a token.
   expert_table(std::vector<expert_id> ids, index_t k, index_t experts)
       : ids_(std::move(ids)), k_(k), experts_(experts) {
     check_range("expert_table", "experts", experts, 1, max_experts);
@@ -64,7 +64,8 @@ class expert_table {
   index_t experts_ = 1;
 };
 
-/// k distinct random experts per token id; the same seed gives the same table. Source: Roller et al. 2021.
+/// k distinct random experts per token id; the same seed gives the same table. Source: Roller et
+/// al. 2021.
 inline expert_table random_table(index_t vocabulary, index_t k, index_t experts,
                                  std::uint64_t seed) {
   check_range("random_table", "vocabulary", vocabulary, 0, std::int32_t{0x7fffffff});
@@ -75,16 +76,16 @@ inline expert_table random_table(index_t vocabulary, index_t k, index_t experts,
   for (index_t t = 0; t < vocabulary; ++t) {
     const auto first = static_cast<index_t>(ids.size());
     for (std::uint64_t draw = 0; static_cast<index_t>(ids.size()) - first < k; ++draw) {
-      const auto e = static_cast<expert_id>(
-          random_below(static_cast<std::uint32_t>(experts), seed, static_cast<std::uint64_t>(t), draw));
+      const auto e = static_cast<expert_id>(random_below(static_cast<std::uint32_t>(experts), seed,
+                                                         static_cast<std::uint64_t>(t), draw));
       if (std::find(ids.begin() + first, ids.end(), e) == ids.end()) ids.push_back(e);
     }
   }
   return {std::move(ids), k, experts};
 }
 
-/// Token ids by descending frequency, each to the expert with the least frequency so far; equal ones in
-/// ascending order. Source: Roller et al. 2021 ('balanced').
+/// Token ids by descending frequency, each to the expert with the least frequency so far; equal
+/// ones in ascending order. Source: Roller et al. 2021 ('balanced').
 inline expert_table balanced_table(std::span<const std::int64_t> frequency, index_t experts) {
   check_range("balanced_table", "experts", experts, 1, max_experts);
   for (std::size_t t = 0; t < frequency.size(); ++t)
@@ -109,7 +110,8 @@ inline expert_table balanced_table(std::span<const std::int64_t> frequency, inde
   return {std::move(ids), 1, experts};
 }
 
-/// Each token id to the expert of its cluster: cluster c to expert c % E. Source: Roller et al. 2021.
+/// Each token id to the expert of its cluster: cluster c to expert c % E. Source: Roller et al.
+/// 2021.
 inline expert_table clustered_table(std::span<const std::int32_t> cluster, index_t experts) {
   check_range("clustered_table", "experts", experts, 1, max_experts);
   std::vector<expert_id> ids(cluster.size());
@@ -125,13 +127,14 @@ inline expert_table clustered_table(std::span<const std::int32_t> cluster, index
 /// How a token's experts follow from ids.
 enum class table_key {
   token,   ///< the row of the token's id
-  bigram,  ///< a hash of the previous token's id and its own, modulo the table's rows (Roller et al. 2021)
+  bigram,  ///< a hash of the previous token's id and its own, modulo the table's rows (Roller et
+           ///< al. 2021)
 };
 
 /// A router whose experts come from a table, while the weights come from the gate's logits.
 ///
-/// Needs side_inputs::token_ids in [0, vocabulary). With uniform_score and a sum the weights are 1 / k.
-/// Cost: O(k) per row, plus a pass over the row where the score needs it (softmax).
+/// Needs side_inputs::token_ids in [0, vocabulary). With uniform_score and a sum the weights are 1
+/// / k. Cost: O(k) per row, plus a pass over the row where the score needs it (softmax).
 template <score_function Score>
 struct table_router {
   const expert_table* table = nullptr;
@@ -183,7 +186,8 @@ struct table_router {
   index_t row_of(const side_inputs& side, index_t token) const {
     const std::int32_t id = side.token_ids[static_cast<std::size_t>(token)];
     if (key == table_key::bigram) {
-      const std::int32_t before = token > 0 ? side.token_ids[static_cast<std::size_t>(token - 1)] : -1;
+      const std::int32_t before =
+          token > 0 ? side.token_ids[static_cast<std::size_t>(token - 1)] : -1;
       return static_cast<index_t>(random_below(static_cast<std::uint32_t>(table->vocabulary()), 0,
                                                static_cast<std::uint32_t>(before),
                                                static_cast<std::uint32_t>(id)));

@@ -22,8 +22,8 @@ enum class threshold_norm {
 
 /// Every expert with score > threshold; none is possible. With relu and 0 this is ReLU routing.
 ///
-/// A ragged router: choices come by ascending expert. The norm runs over the chosen scores (the others count as
-/// 0). Cost: one pass over the row. Determinism: the same bits on every ISA.
+/// A ragged router: choices come by ascending expert. The norm runs over the chosen scores (the
+/// others count as 0). Cost: one pass over the row. Determinism: the same bits on every ISA.
 /// Source: ReMoE (Wang et al. 2024), BlockFFN (Song et al. 2025).
 template <score_function Score = relu>
 struct threshold_router {
@@ -48,7 +48,8 @@ struct threshold_router {
   void check(index_t experts) const {
     check_range("threshold_router", "E", experts, 1, max_experts);
     if (std::isnan(threshold)) fail("threshold_router", "threshold is NaN, expected a number");
-    if (!(eps >= 0.0f)) fail("threshold_router", "eps is " + std::to_string(eps) + ", expected >= 0");
+    if (!(eps >= 0.0f))
+      fail("threshold_router", "eps is " + std::to_string(eps) + ", expected >= 0");
     if (!std::isfinite(scale) || !std::isfinite(norm_scale))
       fail("threshold_router", "scale and norm_scale must be finite");
     if (!gamma.empty())
@@ -67,7 +68,8 @@ struct threshold_router {
     if (transform.active()) z = transform.template apply<A>(z, memory.logits);
     index_t at = 0;
     for (int i = 0; i < z.rows; ++i) {
-      count[i] = this->template route_row<A>(z.row(i), z.experts, memory.scores, id + at, weight + at);
+      count[i] =
+          this->template route_row<A>(z.row(i), z.experts, memory.scores, id + at, weight + at);
       at += count[i];
     }
     return at;
@@ -85,7 +87,8 @@ struct threshold_router {
     for (index_t c = 0; c < experts; c += w) {
       const index_t lanes = std::min<index_t>(w, experts - c);
       const bool whole = lanes == w;
-      const F logit = whole ? simd::load<A>(z + c) : simd::load_first<A>(z + c, lanes, simd::minus_infinity);
+      const F logit =
+          whole ? simd::load<A>(z + c) : simd::load_first<A>(z + c, lanes, simd::minus_infinity);
       const F x = whole ? simd::load<A>(s + c) : simd::load_first<A>(s + c, lanes, 0.0f);
       const auto in = (x > limit) & (logit > never);
       if (norm != threshold_norm::none) {
@@ -108,8 +111,7 @@ struct threshold_router {
     constexpr float most = std::numeric_limits<float>::max();
     float divisor = 1.0f;
     if (norm == threshold_norm::sum) divisor = sum * norm_scale + eps;
-    if (norm == threshold_norm::rms)
-      divisor = std::sqrt(sum / static_cast<float>(experts) + eps);
+    if (norm == threshold_norm::rms) divisor = std::sqrt(sum / static_cast<float>(experts) + eps);
     for (int r = 0; r < n; ++r) {
       float w = weight[r];
       if (norm != threshold_norm::none)

@@ -19,8 +19,9 @@ enum class crossing {
   exclude,         ///< only those with cumulative sum <= p (DynMoLE, Li et al. 2025)
 };
 
-/// The shortest prefix of the experts, by descending probability, that reaches the mass p; at least min_k and
-/// at most max_k of them. Probabilities are the softmax over all experts; the weight rule sees the chosen ones.
+/// The shortest prefix of the experts, by descending probability, that reaches the mass p; at least
+/// min_k and at most max_k of them. Probabilities are the softmax over all experts; the weight rule
+/// sees the chosen ones.
 ///
 /// A ragged router: choices come best first. Cost: O(E log k) per row.
 /// Source: "Harder Tasks Need More Experts" (Huang et al. 2024).
@@ -39,7 +40,9 @@ struct top_p {
     float* value;
   };
 
-  index_t max_choices(index_t columns) const { return max_k > 0 ? std::min(max_k, columns) : columns; }
+  index_t max_choices(index_t columns) const {
+    return max_k > 0 ? std::min(max_k, columns) : columns;
+  }
   static index_t experts(index_t columns) { return columns; }
 
   /// Throws: error where p is outside (0, 1], min_k outside [1, E] or max_k below min_k.

@@ -25,11 +25,12 @@ enum class eps_mode {
   clamp,  ///< max(sum, eps)
 };
 
-/// weight = score / divisor / divide * scale * expert_scale[id], where the divisor runs over the row's choices
-/// in rank order.
+/// weight = score / divisor / divide * scale * expert_scale[id], where the divisor runs over the
+/// row's choices in rank order.
 ///
-/// Weights are finite: a divisor of 0 gives weights of 0, scores of +inf share the weight equally, and what
-/// would overflow is the largest float. Cost: O(k) per row. Determinism: the same bits on every ISA.
+/// Weights are finite: a divisor of 0 gives weights of 0, scores of +inf share the weight equally,
+/// and what would overflow is the largest float. Cost: O(k) per row. Determinism: the same bits on
+/// every ISA.
 struct weight_rule {
   normalization normalize = normalization::none;
   float p = 1.0f;  ///< of the Lp norm
@@ -46,7 +47,8 @@ struct weight_rule {
                : score_scale::exact;
   }
 
-  /// Throws: error where eps < 0, p < 1, a factor is not finite, or expert_scale has another length than E.
+  /// Throws: error where eps < 0, p < 1, a factor is not finite, or expert_scale has another length
+  /// than E.
   void check(index_t experts) const {
     if (!(eps >= 0.0f) || !std::isfinite(eps))
       fail("weight_rule", "eps is " + std::to_string(eps) + ", expected >= 0");
@@ -109,7 +111,8 @@ struct weight_rule {
     return plain ? sum : power<A>(sum, 1.0f / p);
   }
 
-  // Rows whose divisor overflowed: +inf scores become 1 and the others 0; finite ones are scaled down.
+  // Rows whose divisor overflowed: +inf scores become 1 and the others 0; finite ones are scaled
+  // down.
   template <class A>
   simd::vfloat<A> tame(choice_block& c, int lane, simd::vfloat<A> divisor) const {
     using F = simd::vfloat<A>;

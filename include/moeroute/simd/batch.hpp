@@ -1,4 +1,5 @@
-// The door to xsimd: registers of floats and expert ids, and the few operations whose bits we fix ourselves.
+// The door to xsimd: registers of floats and expert ids, and the few operations whose bits we fix
+// ourselves.
 #pragma once
 
 #include <concepts>
@@ -15,8 +16,9 @@
 
 namespace moeroute::simd {
 
-/// The best instruction set that the compiler was told about. Arch is the last template parameter of
-/// everything in simd/, so that one program may hold several (one per translation unit and flag set).
+/// The best instruction set that the compiler was told about. Arch is the last template parameter
+/// of everything in simd/, so that one program may hold several (one per translation unit and flag
+/// set).
 using default_arch = xsimd::default_arch;
 
 template <class A = default_arch>
@@ -146,9 +148,9 @@ inline constexpr bool has_fma = std::derived_from<A, xsimd::avx512f>
 
 namespace detail {
 
-// a * b + c with one rounding, without hardware for it. The product of two floats is exact in double; the sum is
-// rounded to odd there (an inexact sum takes the neighbour with an odd last bit, on the side of the error), and
-// a double that was rounded to odd rounds correctly to float.
+// a * b + c with one rounding, without hardware for it. The product of two floats is exact in
+// double; the sum is rounded to odd there (an inexact sum takes the neighbour with an odd last bit,
+// on the side of the error), and a double that was rounded to odd rounds correctly to float.
 MOEROUTE_INLINE float fma_by_double(float a, float b, float c) {
   const double product = static_cast<double>(a) * static_cast<double>(b);
   const double addend = static_cast<double>(c);
@@ -168,8 +170,8 @@ MOEROUTE_INLINE float fma_by_double(float a, float b, float c) {
 }
 
 #if defined(__SSE2__)
-// Four at a time: rounding to double and then to float goes wrong only where the double lies half-way between two
-// floats, or the float is denormal; both are rare, and seen in the bits.
+// Four at a time: rounding to double and then to float goes wrong only where the double lies
+// half-way between two floats, or the float is denormal; both are rare, and seen in the bits.
 MOEROUTE_INLINE __m128 fma_by_double(__m128 a, __m128 b, __m128 c) {
   const auto half = [](__m128 x, __m128 y, __m128 z) {
     return _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
@@ -182,8 +184,8 @@ MOEROUTE_INLINE __m128 fma_by_double(__m128 a, __m128 b, __m128 c) {
     // The upper halves are 0 on both sides, hence always equal: only the lower ones speak.
     const __m128i lower = _mm_and_si128(middle, _mm_set1_epi64x(0xffffffff));
     const __m128d size = _mm_andnot_pd(_mm_set1_pd(-0.0), sum);
-    const __m128d denormal = _mm_and_pd(_mm_cmplt_pd(size, _mm_set1_pd(0x1p-126)),
-                                        _mm_cmpneq_pd(sum, _mm_setzero_pd()));
+    const __m128d denormal =
+        _mm_and_pd(_mm_cmplt_pd(size, _mm_set1_pd(0x1p-126)), _mm_cmpneq_pd(sum, _mm_setzero_pd()));
     return _mm_or_si128(lower, _mm_castpd_si128(denormal));
   };
   const __m128i flags = _mm_or_si128(suspicious(low), suspicious(high));
@@ -201,7 +203,8 @@ MOEROUTE_INLINE __m128 fma_by_double(__m128 a, __m128 b, __m128 c) {
 
 }  // namespace detail
 
-/// a * b + c with one rounding, the same bits on every ISA: emulated exactly where the hardware has no fused form.
+/// a * b + c with one rounding, the same bits on every ISA: emulated exactly where the hardware has
+/// no fused form.
 template <class A>
 MOEROUTE_INLINE vfloat<A> fma(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
   if constexpr (detail::has_fma<A>) {
@@ -213,8 +216,8 @@ MOEROUTE_INLINE vfloat<A> fma(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
     c.store_aligned(z);
 #if defined(__SSE2__)
     for (int i = 0; i < width<A>; i += 4)
-      _mm_store_ps(z + i, detail::fma_by_double(_mm_load_ps(x + i), _mm_load_ps(y + i),
-                                                _mm_load_ps(z + i)));
+      _mm_store_ps(
+          z + i, detail::fma_by_double(_mm_load_ps(x + i), _mm_load_ps(y + i), _mm_load_ps(z + i)));
 #else
     for (int i = 0; i < width<A>; ++i) z[i] = detail::fma_by_double(x[i], y[i], z[i]);
 #endif
@@ -222,8 +225,8 @@ MOEROUTE_INLINE vfloat<A> fma(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
   }
 }
 
-/// 2^n * m for n integral in [-126, 127 + 1] and m in (0.5, 2): the exponent field is added, not multiplied,
-/// so no compiler can fuse it with a neighbouring addition.
+/// 2^n * m for n integral in [-126, 127 + 1] and m in (0.5, 2): the exponent field is added, not
+/// multiplied, so no compiler can fuse it with a neighbouring addition.
 template <class A>
 MOEROUTE_INLINE vfloat<A> scale_by_power_of_two(vfloat<A> m, vint<A> n) {
   return xsimd::bitwise_cast<float>(xsimd::bitwise_cast<std::int32_t>(m) + (n << 23));

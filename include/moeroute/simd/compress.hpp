@@ -74,7 +74,8 @@ class column_list {
 /// One instruction compresses 64 columns: bytes hold the columns modulo 256, and after every 256
 /// columns the slots that are still free move on by 256.
 template <class A, int slots>
-requires(width<A> == 16) class column_list<A, slots> {
+  requires(width<A> == 16)
+class column_list<A, slots> {
  public:
   std::int32_t size() const { return size_; }
 

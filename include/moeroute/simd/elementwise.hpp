@@ -1,4 +1,5 @@
-// exp, sigmoid, silu, tanh, softplus on registers and rows. Relative error at most 2.5e-7; the same bits on every ISA.
+// exp, sigmoid, silu, tanh, softplus on registers and rows. Relative error at most 2.5e-7; the same
+// bits on every ISA.
 #pragma once
 
 #include <moeroute/simd/batch.hpp>
@@ -7,7 +8,8 @@ namespace moeroute::simd {
 
 namespace detail {
 
-// exp(x) for x in [-87.3365, 88.7228]: n = round(x / ln 2), a polynomial of degree 6 in the remainder.
+// exp(x) for x in [-87.3365, 88.7228]: n = round(x / ln 2), a polynomial of degree 6 in the
+// remainder.
 template <class A>
 MOEROUTE_INLINE vfloat<A> exp_core(vfloat<A> x) {
   using F = vfloat<A>;
@@ -56,8 +58,8 @@ MOEROUTE_INLINE vfloat<A> reciprocal(vfloat<A> d) {
   const vfloat<A> one(1.0f);
 #if defined(__AVX512F__)
   if constexpr (std::derived_from<A, xsimd::avx512f>) {
-    // The division takes 16 cycles. Two Newton steps from 14 bits give its bits for every mantissa but the one
-    // of all ones (tried on all 2^23 of them), where the quotient is a step further up.
+    // The division takes 16 cycles. Two Newton steps from 14 bits give its bits for every mantissa
+    // but the one of all ones (tried on all 2^23 of them), where the quotient is a step further up.
     constexpr float largest = 0x1p125f;  // above, the quotient would be denormal
     if (xsimd::any(d > vfloat<A>(largest))) [[unlikely]]
       return one / d;
@@ -67,8 +69,8 @@ MOEROUTE_INLINE vfloat<A> reciprocal(vfloat<A> d) {
     const __m512 r2 = _mm512_fmadd_ps(_mm512_fnmadd_ps(x, r1, one), r1, r1);
     const __m512i ones = _mm512_or_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7f800000));
     const __mmask16 last = _mm512_cmpeq_epi32_mask(ones, _mm512_set1_epi32(0x7fffffff));
-    return _mm512_castsi512_ps(_mm512_mask_add_epi32(_mm512_castps_si512(r2), last,
-                                                     _mm512_castps_si512(r2), _mm512_set1_epi32(1)));
+    return _mm512_castsi512_ps(_mm512_mask_add_epi32(
+        _mm512_castps_si512(r2), last, _mm512_castps_si512(r2), _mm512_set1_epi32(1)));
   }
 #endif
   return one / d;
@@ -83,12 +85,14 @@ class divider {
   /// x / d for x in [0, 1] or NaN.
   MOEROUTE_INLINE vfloat<A> operator()(vfloat<A> x) const {
     if constexpr (detail::has_fma<A>) {
-      // The quotient by the rounded reciprocal is at most a step off; its exact remainder says where to.
+      // The quotient by the rounded reciprocal is at most a step off; its exact remainder says
+      // where to.
       const vfloat<A> q = x * reciprocal_;
       const vfloat<A> corrected = fma<A>(fma<A>(-q, d_, x), reciprocal_, q);
       // Below, the remainder may be denormal and lose the bits that decide.
       const auto tiny = x < vfloat<A>(0x1p-80f);
-      if (!xsimd::any(tiny & (x > vfloat<A>(0.0f)))) [[likely]] return corrected;
+      if (!xsimd::any(tiny & (x > vfloat<A>(0.0f)))) [[likely]]
+        return corrected;
       return select<A>(tiny, x / d_, corrected);
     } else {
       return x / d_;
@@ -147,7 +151,8 @@ MOEROUTE_INLINE vfloat<A> softplus(vfloat<A> x) {
   return select<A>(x == x, y, x);
 }
 
-/// log(x) for normal x > 0; anything else gives some number. Relative error at most 4e-7 away from x = 1.
+/// log(x) for normal x > 0; anything else gives some number. Relative error at most 4e-7 away from
+/// x = 1.
 template <class A>
 MOEROUTE_INLINE vfloat<A> log(vfloat<A> x) {
   using F = vfloat<A>;
@@ -165,7 +170,8 @@ MOEROUTE_INLINE vfloat<A> log(vfloat<A> x) {
   return fma<A>(xsimd::to_float(n), F(0.693147181f), log_m);
 }
 
-/// sqrt(softplus(x)), which is exp(x / 2) where softplus would underflow: 0 below -174, no 0 / 0 above.
+/// sqrt(softplus(x)), which is exp(x / 2) where softplus would underflow: 0 below -174, no 0 / 0
+/// above.
 template <class A>
 MOEROUTE_INLINE vfloat<A> sqrt_softplus(vfloat<A> x) {
   using F = vfloat<A>;

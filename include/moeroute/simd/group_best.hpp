@@ -11,9 +11,10 @@ namespace moeroute::simd {
 
 /// best and second of the `size` columns of each group, for n rows (1 to 16).
 ///
-/// Shapes: rows of groups * size floats, `stride` apart, without NaN; best and second are [groups][16], group by
-/// group, one row per lane; lanes at or past n repeat the last row. second is -inf where size is 1.
-/// Cost: a transpose and three operations per register, no allocation. Determinism: exact.
+/// Shapes: rows of groups * size floats, `stride` apart, without NaN; best and second are
+/// [groups][16], group by group, one row per lane; lanes at or past n repeat the last row. second
+/// is -inf where size is 1. Cost: a transpose and three operations per register, no allocation.
+/// Determinism: exact.
 template <class A = default_arch>
 void best_two_of_groups(const float* rows, index_t stride, int n, index_t groups, index_t size,
                         float* best, float* second) {

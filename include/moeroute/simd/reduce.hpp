@@ -9,7 +9,8 @@
 
 namespace moeroute::simd {
 
-/// One value for each of 16 strided positions: partial[j] belongs to the columns c with c % 16 == j.
+/// One value for each of 16 strided positions: partial[j] belongs to the columns c with c % 16 ==
+/// j.
 template <class A = default_arch>
 struct partials {
   static constexpr int n = registers_per_block<A>;
@@ -61,7 +62,8 @@ float row_max(const float* row, index_t cols) {
   return largest;
 }
 
-/// The sum of the row: 16 strided partial sums joined in one fixed tree, the same bits on every ISA.
+/// The sum of the row: 16 strided partial sums joined in one fixed tree, the same bits on every
+/// ISA.
 template <class A = default_arch>
 float row_sum(const float* row, index_t cols) {
   partials<A> sum(0.0f);
@@ -83,8 +85,8 @@ float row_norm(const T* row, index_t cols) {
   return std::sqrt(sum_of<A>(sum) + tail);
 }
 
-/// exp(x - max) where max is the row's largest value: 1 at the maximum itself (also where both are +inf), 0 for
-/// NaN and -inf.
+/// exp(x - max) where max is the row's largest value: 1 at the maximum itself (also where both are
+/// +inf), 0 for NaN and -inf.
 template <class A>
 MOEROUTE_INLINE vfloat<A> exp_below_max(vfloat<A> x, vfloat<A> max) {
   return select<A>(x == max, vfloat<A>(1.0f), exp_nonpositive<A>(x - max));
@@ -113,7 +115,8 @@ float row_exp(const float* row, index_t cols, float max, float* out) {
   partials<A> sum(0.0f);
   const vfloat<A> top(max);
   map_row<A>(row, cols, out, [&](vfloat<A> x) { return exp_below_max<A>(x, top); });
-  detail::for_each_register<A>(out, cols, 0.0f, [&](int part, vfloat<A> e) { sum.part[part] += e; });
+  detail::for_each_register<A>(out, cols, 0.0f,
+                               [&](int part, vfloat<A> e) { sum.part[part] += e; });
   return sum_of<A>(sum);
 }
 

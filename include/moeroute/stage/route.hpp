@@ -121,7 +121,8 @@ void route_with(const Router& router, matrix_view<const T> logits, const side_in
   });
 }
 
-// The ragged form. Every piece writes to the room of its first token; then the pieces are moved together.
+// The ragged form. Every piece writes to the room of its first token; then the pieces are moved
+// together.
 template <class A, class T, ragged_router Router, executor Exec>
 void route_with(const Router& router, matrix_view<const T> logits, const side_inputs& side,
                 const route_memory<Router, T>* memories, int workers, assignment& out,
@@ -185,13 +186,12 @@ inline void check_side(const side_inputs& side, index_t tokens, index_t k) {
 
 /// Decides for every token which experts it goes to, and with which weights.
 ///
-/// Shapes: logits [T, E] in float, bfloat16 or float16 (widened once); out becomes [T, k], or ragged where
-/// the router's k varies.
-/// Ensures: ids are in [0, E) or no_expert with weight 0; weights are finite; a NaN logit counts as -inf and
-/// a -inf logit is never chosen; a masked token has no choices (no_expert in the fixed form).
-/// Throws: error where the router does not fit E, or a side input does not fit T.
-/// Cost: no allocation once ws and out are warm.
-/// Determinism: the same ids on every ISA, executor and thread count. Token routers: rows are independent.
+/// Shapes: logits [T, E] in float, bfloat16 or float16 (widened once); out becomes [T, k], or
+/// ragged where the router's k varies. Ensures: ids are in [0, E) or no_expert with weight 0;
+/// weights are finite; a NaN logit counts as -inf and a -inf logit is never chosen; a masked token
+/// has no choices (no_expert in the fixed form). Throws: error where the router does not fit E, or
+/// a side input does not fit T. Cost: no allocation once ws and out are warm. Determinism: the same
+/// ids on every ISA, executor and thread count. Token routers: rows are independent.
 template <any_kind_of_router Router, readable_rows Z, executor Exec = serial,
           class A = simd::default_arch>
 void route(const Router& router, const Z& logit_rows, const side_inputs& side, workspace& ws,
@@ -222,7 +222,8 @@ void route(const Router& router, const Z& logit_rows, const side_inputs& side, w
   }
 }
 
-/// The same for a router picked at run time. Throws: error also where it is made for another number of columns.
+/// The same for a router picked at run time. Throws: error also where it is made for another number
+/// of columns.
 template <class Router, readable_rows Z, executor Exec = serial, class A = simd::default_arch>
   requires requires(const Router& r) {
     r.visit([](const auto&) {});
