@@ -1,0 +1,146 @@
+#include <moeroute/balance/bip.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <limits>
+#include <moeroute/exec/openmp.hpp>
+#include <vector>
+
+#include "support/allocations.hpp"
+#include "support/compare.hpp"
+#include "support/refusal.hpp"
+#include "support/skewed.hpp"
+
+using namespace moeroute;
+using test::skewed_scores;
+
+TEST_CASE("more iterations balance better, within the sheet's bands") {
+  const double band[] = {0.93, 0.90, 0.63, 0.30};
+  const int iterations[] = {1, 2, 4, 8};
+  for (int i = 0; i < 4; ++i) {
+    double mean = 0;
+    for (const std::uint64_t seed : {1, 2, 3, 4, 5}) {
+      const skewed_scores data(seed);
+      bip_balancer b(16, {.k = 4, .iterations = iterations[i]});
+      workspace ws;
+      b.update(data.view(), ws);
+      mean += data.max_violation(b.bias()) / 5;
+    }
+    INFO(iterations[i] << " iterations: " << mean);
+    CHECK(mean < band[i] * 1.3);
+    CHECK(mean > band[i] * 0.7);
+  }
+}
+
+TEST_CASE("prices are not negative, and one iteration is the oracle's") {
+  const skewed_scores d(5, 333, 10, 3);
+  bip_balancer b(10, {.k = 3, .iterations = 1});
+  workspace ws;
+  b.update(d.view(), ws);
+  std::vector<double> p, q;
+  for (index_t t = 0; t < d.tokens; ++t) {
+    std::vector<double> row;
+    for (index_t e = 0; e < 10; ++e)
+      row.push_back(static_cast<double>(d.score[static_cast<std::size_t>(t * 10 + e)]));
+    p.push_back(std::max(0.0, test::nth_largest(row, 4)));
+  }
+  for (index_t e = 0; e < 10; ++e) {
+    std::vector<double> column;
+    for (index_t t = 0; t < d.tokens; ++t)
+      column.push_back(static_cast<double>(d.score[static_cast<std::size_t>(t * 10 + e)]) -
+                       p[static_cast<std::size_t>(t)]);
+    q.push_back(std::max(0.0, test::nth_largest(column, 3 * d.tokens / 10 + 1)));
+  }
+  CHECK(test::difference(b.token_prices(), p, 1e-6) == "");
+  CHECK(test::difference(b.prices(), q, 1e-5, 1e-7) == "");
+  for (std::size_t e = 0; e < 10; ++e) CHECK(b.bias()[e] == -b.prices()[e]);
+}
+
+TEST_CASE("prices go on from batch to batch unless they start at zero, whatever the executor") {
+  const skewed_scores data;
+  workspace ws;
+  bip_balancer whole(16, {.k = 4, .iterations = 6}), halves(16, {.k = 4, .iterations = 3}),
+      anew(16, {.k = 4, .iterations = 3, .start = price_start::zero}),
+      once(16, {.k = 4, .iterations = 3});
+  whole.update(data.view(), ws, openmp{});
+  for (int i = 0; i < 2; ++i) {
+    halves.update(data.view(), ws);
+    anew.update(data.view(), ws);
+  }
+  once.update(data.view(), ws);
+  CHECK(test::bit_difference(halves.bias(), whole.bias()) == "");
+  CHECK(test::bit_difference(anew.bias(), once.bias()) == "");
+}
+
+TEST_CASE("the online form balances a stream better than no form at all") {
+  const skewed_scores data(3, 4096);
+  bip_online b(16, 4, 1024);
+  std::vector<std::int64_t> load(16, 0);
+  for (index_t t = 0; t < data.tokens; ++t) {
+    if (t == 1024 || t == 2048 || t == 3072) b.next_window();
+    for (const index_t e : data.choose(t, b.bias())) load[static_cast<std::size_t>(e)] += t >= 2048;
+    b.update({data.score.data() + t * 16, 16});
+  }
+  const auto most = static_cast<double>(*std::max_element(load.begin(), load.end()));
+  CHECK(most / (2048.0 * 4 / 16) - 1 < 0.5 * data.max_violation());
+  for (const float x : b.bias()) CHECK(x <= 0.0f);
+}
+
+TEST_CASE("a heap keeps the best of its tokens: the online price is the batch's order statistic") {
+  const skewed_scores data(4, 256, 8, 2);
+  bip_online b(8, 2, 256);
+  std::vector<std::vector<double>> pushed(8);
+  for (index_t t = 0; t < data.tokens; ++t) {
+    std::vector<double> row;
+    for (std::size_t e = 0; e < 8; ++e)
+      row.push_back(
+          static_cast<double>(data.score[static_cast<std::size_t>(t) * 8 + e] + b.bias()[e]));
+    const double p = std::max(0.0, test::nth_largest(row, 3));
+    for (std::size_t e = 0; e < 8; ++e)
+      pushed[e].push_back(static_cast<double>(data.score[static_cast<std::size_t>(t) * 8 + e]) - p);
+    b.update({data.score.data() + t * 8, 8});
+  }
+  for (std::size_t e = 0; e < 8; ++e)
+    CHECK(std::abs(static_cast<double>(b.bias()[e]) +
+                   std::max(0.0, test::nth_largest(pushed[e], 65))) < 1e-5);
+}
+
+TEST_CASE("warm updates allocate nothing") {
+  const skewed_scores data;
+  bip_balancer b(16, {.k = 4});
+  bip_online o(16, 4, 1024);
+  workspace ws;
+  b.update(data.view(), ws);
+  CHECK(test::allocations_during([&] {
+          b.update(data.view(), ws);
+          o.update({data.score.data(), 16});
+        }) == 0);
+}
+
+TEST_CASE("without tokens prices stay; scores that are no numbers are never chosen") {
+  const float nan = std::numeric_limits<float>::quiet_NaN(),
+              inf = std::numeric_limits<float>::infinity();
+  workspace ws;
+  bip_balancer b(2, {.k = 1});
+  b.update(matrix_view<const float>(nullptr, 0, 2), ws);
+  CHECK(b.bias()[0] == 0.0f);
+  const std::vector<float> s{nan, inf, -inf, nan};
+  b.update(matrix_view<const float>(s.data(), 2, 2), ws);
+  CHECK(b.bias()[0] == 0.0f);
+  CHECK(b.bias()[1] == 0.0f);
+  b.update(matrix_view<const float>(s.data(), 2, 2), std::vector<std::uint8_t>{0, 0}, ws);
+  bip_balancer all(2, {.k = 2});
+  const std::vector<float> two{1, 2};
+  all.update(matrix_view<const float>(two.data(), 1, 2), ws);
+  CHECK(all.bias()[0] == 0.0f);
+  bip_balancer one(1, {.k = 1});
+  one.update(matrix_view<const float>(two.data(), 2, 1), ws);
+  CHECK(one.bias()[0] == 0.0f);
+  bip_online online(2, 1, 4);
+  online.update(std::vector{nan, inf});
+  CHECK(online.bias()[0] == 0.0f);
+  CHECK(test::refusal([&] { online.update(std::vector{1.0f}); }) ==
+        "moeroute::bip_online: scores.size() is 1, expected 2");
+  CHECK(test::refusal([&] { b.update(matrix_view<const float>(s.data(), 1, 3), ws); }) ==
+        "moeroute::bip_balancer: scores.cols is 3, expected 2");
+}

@@ -1,0 +1,253 @@
+#include <moeroute/balance/quantile.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/generators/catch_generators.hpp>
+#include <cmath>
+#include <limits>
+#include <moeroute/exec/openmp.hpp>
+#include <vector>
+
+#include "support/allocations.hpp"
+#include "support/compare.hpp"
+#include "support/refusal.hpp"
+#include "support/skewed.hpp"
+
+using namespace moeroute;
+using test::skewed_scores;
+
+namespace {
+
+// D(alpha, beta) = sum max(0, s - alpha - beta) + k sum alpha + q sum beta, in double.
+double objective(const skewed_scores& d, const std::vector<double>& alpha,
+                 const std::vector<double>& beta) {
+  double sum = 0;
+  for (index_t t = 0; t < d.tokens; ++t)
+    for (index_t e = 0; e < d.experts; ++e)
+      sum +=
+          std::max(0.0, static_cast<double>(d.score[static_cast<std::size_t>(t * d.experts + e)]) -
+                            alpha[static_cast<std::size_t>(t)] - beta[static_cast<std::size_t>(e)]);
+  for (const double a : alpha) sum += static_cast<double>(d.k) * a;
+  for (const double b : beta) sum += static_cast<double>(d.k * d.tokens / d.experts) * b;
+  return sum;
+}
+
+std::vector<double> alphas(const skewed_scores& d, const std::vector<double>& beta) {
+  std::vector<double> out;
+  for (index_t t = 0; t < d.tokens; ++t) {
+    std::vector<double> row;
+    for (index_t e = 0; e < d.experts; ++e)
+      row.push_back(static_cast<double>(d.score[static_cast<std::size_t>(t * d.experts + e)]) -
+                    beta[static_cast<std::size_t>(e)]);
+    out.push_back(test::nth_largest(row, d.k + 1));
+  }
+  return out;
+}
+
+std::vector<double> betas(const skewed_scores& d, const std::vector<double>& alpha) {
+  std::vector<double> out;
+  for (index_t e = 0; e < d.experts; ++e) {
+    std::vector<double> column;
+    for (index_t t = 0; t < d.tokens; ++t)
+      column.push_back(static_cast<double>(d.score[static_cast<std::size_t>(t * d.experts + e)]) -
+                       alpha[static_cast<std::size_t>(t)]);
+    out.push_back(test::nth_largest(column, d.k * d.tokens / d.experts + 1));
+  }
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("the sheet's hand example: loads 4 and 0 become 2 and 2") {
+  const std::vector<float> s{.9f, .5f, .8f, .7f, .7f, .2f, .6f, .45f};
+  quantile_balancer b(2, {.k = 1});
+  workspace ws;
+  b.observe(matrix_view<const float>(s.data(), 4, 2), ws);
+  b.update();
+  // beta = (.15, 0), less its mean; the bias is its negative.
+  CHECK(test::difference(b.bias(), std::vector{-.075f, .075f}, 1e-6) == "");
+  // Tokens 1 and 3 keep expert 1, token 2 goes; token 4 ties exactly in the reals.
+  const float gap[] = {.9f - .5f - .15f, .8f - .7f - .15f, .7f - .2f - .15f};
+  CHECK(gap[0] > 0);
+  CHECK(gap[1] < 0);
+  CHECK(gap[2] > 0);
+  CHECK(std::abs((.6f + b.bias()[0]) - (.45f + b.bias()[1])) < 1e-6f);
+
+  skewed_scores d(1, 4, 2, 1);
+  d.score = s;
+  const std::vector<double> zero{0, 0}, alpha = alphas(d, zero), beta = betas(d, alpha);
+  CHECK(std::abs(objective(d, alpha, zero) - 3.0) < 1e-6);
+  CHECK(std::abs(objective(d, alpha, beta) - 2.75) < 1e-6);
+  CHECK(std::abs(beta[0] - .15) < 1e-6);
+}
+
+TEST_CASE("quantile balancing reaches the sheet's bands on the recipe's scores") {
+  double sum[4] = {};
+  for (const std::uint64_t seed : {1, 2, 3, 4, 5}) {
+    const skewed_scores data(seed);
+    quantile_balancer b(16, {.k = 4});
+    workspace ws;
+    int slot = 0;
+    for (int step = 1; step <= 8; ++step) {
+      b.observe(data.view(), ws);
+      b.update();
+      if (step == 1 || step == 2 || step == 4 || step == 8)
+        sum[slot++] += data.max_violation(b.bias()) / 5;
+    }
+  }
+  // One token of 256 is 0.004: what is near a token has no 30 % band.
+  const double band[] = {0.27, 0.12, 0.03, 0.01};
+  for (int i = 0; i < 4; ++i) {
+    INFO("slot " << i << ": " << sum[i]);
+    CHECK(sum[i] < band[i] * 1.3 + 0.02);
+    CHECK(sum[i] > band[i] * 0.7 - 0.02);
+  }
+}
+
+TEST_CASE("each half step lowers the dual objective, and the estimate is the oracle's") {
+  const skewed_scores d(7, 96, 8, 2);
+  std::vector<double> beta(8, 0.0), alpha = alphas(d, beta);
+  double last = objective(d, alpha, beta);
+  quantile_balancer b(8, {.k = 2});
+  workspace ws;
+  for (int step = 0; step < 6; ++step) {
+    beta = betas(d, alpha);
+    CHECK(objective(d, alpha, beta) <= last + 1e-9);
+    last = objective(d, alpha, beta);
+    alpha = alphas(d, beta);
+    CHECK(objective(d, alpha, beta) <= last + 1e-9);
+    last = objective(d, alpha, beta);
+    b.observe(d.view(), ws);
+    b.update();
+    double mean = 0;
+    for (const double x : beta) mean += x / 8;
+    std::vector<double> expected;
+    for (const double x : beta) expected.push_back(mean - x);
+    CHECK(test::difference(b.bias(), expected, 1e-5, 1e-6) == "");
+  }
+}
+
+TEST_CASE("large and odd sizes, every k and masked tokens agree with the oracle") {
+  struct size {
+    index_t tokens, experts, k;
+  };
+  const auto [tokens, experts, k] = GENERATE(size{5000, 3, 1}, size{1237, 20, 7}, size{700, 90, 70},
+                                             size{17, 5, 4}, size{1, 4, 2}, size{2048, 16, 8});
+  INFO(tokens << " " << experts << " " << k);
+  skewed_scores d(11, tokens, experts, k);
+  for (float& s : d.score) s = std::round(s * 64) / 64;  // ties everywhere
+  std::vector<std::uint8_t> mask(static_cast<std::size_t>(tokens));
+  skewed_scores kept = d;
+  kept.score.clear();
+  kept.tokens = 0;
+  for (index_t t = 0; t < tokens; ++t) {
+    mask[static_cast<std::size_t>(t)] = t % 5 != 3;
+    if (t % 5 == 3) continue;
+    kept.score.insert(kept.score.end(), d.score.begin() + t * experts,
+                      d.score.begin() + (t + 1) * experts);
+    ++kept.tokens;
+  }
+  const std::vector<double> beta =
+      betas(kept, alphas(kept, std::vector<double>(static_cast<std::size_t>(experts), 0.0)));
+  double mean = 0;
+  for (const double x : beta) mean += x / static_cast<double>(experts);
+  std::vector<double> expected;
+  for (const double x : beta) expected.push_back(mean - x);
+  quantile_balancer one(experts, {.k = k}), two(experts, {.k = k});
+  workspace ws;
+  one.observe(d.view(), mask, ws);
+  one.update();
+  CHECK(test::difference(one.bias(), expected, 1e-5, 1e-6) == "");
+  two.observe(d.view(), mask, ws, openmp{});
+  two.update();
+  CHECK(test::bit_difference(two.bias(), one.bias()) == "");
+}
+
+TEST_CASE(
+    "the histogram's bias is within a bucket of the exact one, however the tokens are split") {
+  const skewed_scores data;
+  quantile_balancer exact(16, {.k = 4});
+  quantile_histogram whole(16, {.k = 4}), left(16, {.k = 4}), right(16, {.k = 4});
+  workspace ws;
+  for (int step = 0; step < 3; ++step) {
+    const float width = whole.bucket_width();
+    exact.observe(data.view(), ws);
+    exact.update();
+    whole.observe(data.view(), ws);
+    left.observe(data.view().middle_rows(0, 300), ws);
+    right.observe(data.view().middle_rows(300, 724), ws);
+    for (std::size_t i = 0; i < left.counts().size(); ++i) left.counts()[i] += right.counts()[i];
+    whole.update();
+    left.update();
+    CHECK(test::bit_difference(left.bias(), whole.bias()) == "");
+    // Both are centred: two widths.
+    if (step == 0)
+      CHECK(test::difference(whole.bias(), exact.bias(), 0.0, 2 * static_cast<double>(width)) ==
+            "");
+    right = left;
+  }
+  CHECK(data.max_violation(whole.bias()) < 0.12);
+}
+
+TEST_CASE("a moving average keeps its share of the old bias; estimates of batches are averaged") {
+  const skewed_scores a(1), b(2);
+  workspace ws;
+  const auto bias_after = [&](float ema, std::initializer_list<const skewed_scores*> batches) {
+    quantile_balancer q(16, {.k = 4, .ema = ema});
+    for (const auto* batch : batches) q.observe(batch->view(), ws);
+    q.update();
+    return std::vector<float>(q.bias().begin(), q.bias().end());
+  };
+  const auto of_a = bias_after(0, {&a}), of_b = bias_after(0, {&b}), both = bias_after(0, {&a, &b}),
+             half = bias_after(0.5f, {&a});
+  for (std::size_t e = 0; e < 16; ++e) {
+    CHECK(std::abs(both[e] - (of_a[e] + of_b[e]) / 2) < 1e-6f);
+    CHECK(std::abs(half[e] - of_a[e] / 2) < 1e-6f);
+  }
+}
+
+TEST_CASE("a warm observation allocates nothing") {
+  const skewed_scores data;
+  quantile_balancer q(16, {.k = 4});
+  quantile_histogram h(16, {.k = 4});
+  workspace ws;
+  const auto step = [&] {
+    q.observe(data.view(), ws);
+    q.update();
+    h.observe(data.view(), ws);
+    h.update();
+  };
+  step();
+  CHECK(test::allocations_during(step) == 0);
+}
+
+TEST_CASE("what has nothing to decide moves no bias") {
+  const float nan = std::numeric_limits<float>::quiet_NaN(),
+              inf = std::numeric_limits<float>::infinity();
+  workspace ws;
+  const auto bias_of = [&](const std::vector<float>& s, index_t experts, index_t k,
+                           std::vector<std::uint8_t> mask = {}) {
+    quantile_balancer q(experts, {.k = k});
+    quantile_histogram h(experts, {.k = k});
+    const matrix_view<const float> v(s.data(), static_cast<index_t>(s.size()) / experts, experts);
+    q.observe(v, mask, ws);
+    q.update();
+    h.observe(v, mask, ws);
+    h.update();
+    for (const float b : h.bias()) CHECK(b == 0.0f);
+    return std::vector<float>(q.bias().begin(), q.bias().end());
+  };
+  const std::vector<float> zero{0, 0};
+  CHECK(bias_of({}, 2, 1) == zero);
+  CHECK(bias_of({1, 2, 3, 4}, 2, 1, {0, 0}) == zero);
+  CHECK(bias_of({1, 2, 3, 4}, 2, 2) == zero);
+  CHECK(bias_of({nan, nan, inf, -inf}, 2, 1) == zero);
+  CHECK(bias_of({1, 2}, 1, 1) == std::vector<float>{0});
+  quantile_balancer q(2, {.k = 1});
+  CHECK(test::refusal([&] { q.observe(matrix_view<const float>(zero.data(), 1, 1), ws); }) ==
+        "moeroute::quantile_balancer: scores.cols is 1, expected 2");
+  CHECK(test::refusal([&] {
+          q.observe(matrix_view<const float>(zero.data(), 1, 2), std::vector<std::uint8_t>(2), ws);
+        }) == "moeroute::quantile_balancer: mask.size() is 2, expected 1");
+  CHECK(test::refusal([] { quantile_balancer(2, {.k = 3}); }) ==
+        "moeroute::quantile_balancer: k is 3, expected 1 to 2");
+}

@@ -1,0 +1,176 @@
+#include <moeroute/balance/sparsity_controller.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/balance/expert_threshold.hpp>
+#include <moeroute/balance/schedule.hpp>
+#include <string>
+#include <vector>
+
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/skewed.hpp"
+
+using namespace moeroute;
+
+TEST_CASE("lambda grows by the factor while too many experts are active, else shrinks") {
+  lambda_controller c({.experts = 8, .k = 2});
+  for (int i = 0; i < 10; ++i) c.update(5, 16);
+  CHECK(std::abs(c.lambda() / (1e-8 * std::pow(1.2, 10)) - 1) < 1e-12);
+  for (int i = 0; i < 10; ++i) c.update(3, 16);
+  CHECK(std::abs(c.lambda() / 1e-8 - 1) < 1e-12);
+  c.update(4, 16);  // on target
+  CHECK(std::abs(c.lambda() * 1.2 / 1e-8 - 1) < 1e-12);
+  lambda_controller held({.experts = 8, .k = 2, .equal = at_target::hold});
+  held.update(4, 16);
+  CHECK(held.lambda() == 1e-8);
+  held.update(0, 0);
+  CHECK(held.lambda() == 1e-8);
+}
+
+TEST_CASE("a floor bounds the way back from a dead phase") {
+  const auto steps_back = [](double floor) {
+    lambda_controller c({.experts = 8, .k = 2, .floor = floor});
+    for (int i = 0; i < 500; ++i) c.update(0, 800);
+    int steps = 0;
+    for (; c.lambda() < 1e-6; ++steps) c.update(800, 800);
+    return steps;
+  };
+  CHECK(steps_back(0.0) > 500);
+  CHECK(steps_back(1e-8) < 30);
+}
+
+TEST_CASE("lambda settles descent on random logits near k active experts") {
+  // Each place drifts up and is pushed down by lambda; noise moves it.
+  test::random rng(9);
+  const index_t tokens = 256, experts = 8;
+  std::vector<double> z(static_cast<std::size_t>(tokens * experts));
+  for (double& x : z) x = static_cast<double>(rng.normal());
+  lambda_controller c({.experts = experts, .k = 2, .start = 1e-3});
+  double mean = 0;
+  for (int step = 0; step < 1500; ++step) {
+    std::int64_t active = 0;
+    for (double& x : z) {
+      const bool on = x > 0;
+      active += on;
+      x += 0.02 * (0.0 - x) + 0.1 * static_cast<double>(rng.normal()) - (on ? c.lambda() : 0.0);
+    }
+    c.update(active, tokens * experts);
+    if (step >= 1000) mean += static_cast<double>(active) / static_cast<double>(tokens) / 500;
+  }
+  CHECK(std::abs(mean - 2.0) < 0.1);
+}
+
+TEST_CASE("the target controller steers the mean number of experts and keeps its bounds") {
+  for (const target_rule rule : {target_rule::proportional, target_rule::sign}) {
+    target_controller c({.start = 0.1f, .target = 3.0f, .step = 0.02f, .rule = rule});
+    double p = 0;
+    for (int step = 0; step < 400; ++step) {
+      p = static_cast<double>(c.value());
+      c.update(static_cast<std::int64_t>(1000 * (1 + 7 * p * p)), 1000);
+    }
+    CHECK(std::abs(1 + 7 * p * p - 3) < 0.25);
+  }
+  target_controller stuck({.target = 3.0f});
+  for (int step = 0; step < 1000; ++step) stuck.update(0, 10);
+  CHECK(stuck.value() == 1.0f);
+  stuck.update(0, 0);
+  CHECK(stuck.value() == 1.0f);
+}
+
+TEST_CASE("thresholds give each expert its share of tokens that it has not seen") {
+  expert_thresholds th(16, {.k = 4.0f, .ema = 0.9f});
+  workspace ws;
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+    th.observe(test::skewed_scores(seed).view(), ws);
+    th.update();
+  }
+  const test::skewed_scores fresh(77);
+  double all = 0;
+  for (std::size_t e = 0; e < 16; ++e) {
+    double n = 0;
+    for (std::size_t t = 0; t < 1024; ++t) n += fresh.score[t * 16 + e] > th.thresholds()[e];
+    CHECK(std::abs(n / 1024 - 0.25) < 0.06);
+    all += n / 1024;
+    CHECK(th.bias()[e] == -th.thresholds()[e]);
+  }
+  CHECK(std::abs(all - 4) < 0.25);
+}
+
+TEST_CASE("the first threshold is the batch's own, and batches without a whole token have none") {
+  const std::vector<float> s{1, 5, 2, 6, 3, 7, 4, 8};
+  workspace ws;
+  expert_thresholds th(2, {.k = 1.0f});
+  th.observe(matrix_view<const float>(s.data(), 1, 2), ws);
+  th.update();
+  CHECK(th.thresholds()[0] == 0.0f);
+  th.observe(matrix_view<const float>(s.data(), 4, 2), ws);
+  th.update();
+  CHECK(th.thresholds()[0] == 3.0f);
+  CHECK(th.thresholds()[1] == 7.0f);
+  th.observe(matrix_view<const float>(s.data(), 4, 2), std::vector<std::uint8_t>(4, 0), ws);
+  th.update();
+  CHECK(th.thresholds()[0] == 3.0f);
+}
+
+TEST_CASE("annealing holds its ends and passes the middle as its shape says") {
+  annealing a{.from = 2, .to = 8, .begin = 10, .end = 20};
+  for (const anneal_shape shape : {anneal_shape::linear, anneal_shape::cosine,
+                                   anneal_shape::exponential, anneal_shape::step}) {
+    a.shape = shape;
+    a.check();
+    CHECK(a.at(0) == 2);
+    CHECK(a.at(20) == 8);
+    CHECK(a.at(1000) == 8);
+    for (int step = 0; step < 30; ++step) CHECK(a.at(step + 1) >= a.at(step));
+  }
+  a.shape = anneal_shape::linear;
+  CHECK(a.at(15) == 5);
+  CHECK(a.k_at(15, 4) == 4);
+  a.shape = anneal_shape::exponential;
+  CHECK(std::abs(a.at(15) - 4) < 1e-12);
+  a.from = 0;
+  CHECK(test::refusal([&] { a.check(); }) ==
+        "moeroute::annealing: from and to of an exponential must be positive");
+  CHECK(capacity_factors{}.at(routing_phase::training) == 1.25);
+  CHECK(capacity_factors{}.at(routing_phase::evaluation) == 2.0);
+}
+
+TEST_CASE("the six layer schedules have their ends, order and symmetry") {
+  const layer_schedule_options o{.layers = 9, .least = 4, .most = 20};
+  const auto at = [&](layer_schedule s, index_t layer) { return experts_of_layer(s, layer, o); };
+  for (index_t l = 0; l < 9; ++l) {
+    CHECK(at(layer_schedule::uniform, l) == 20);
+    CHECK(at(layer_schedule::descending, l) == at(layer_schedule::ascending, 8 - l));
+    CHECK(at(layer_schedule::pyramid_up, l) == at(layer_schedule::pyramid_up, 8 - l));
+    CHECK(at(layer_schedule::pyramid_up, l) + at(layer_schedule::pyramid_down, l) == 24);
+    CHECK(at(layer_schedule::wave, l) >= 4);
+    CHECK(at(layer_schedule::wave, l) <= 20);
+    if (l > 0) CHECK(at(layer_schedule::ascending, l) > at(layer_schedule::ascending, l - 1));
+  }
+  CHECK(at(layer_schedule::descending, 0) == 20);
+  CHECK(at(layer_schedule::descending, 8) == 4);
+  CHECK(at(layer_schedule::pyramid_up, 4) == 20);
+  CHECK(at(layer_schedule::wave, 2) == 20);
+  CHECK(at(layer_schedule::wave, 6) == 4);
+  CHECK(experts_of_layer(layer_schedule::ascending, 0, {.layers = 1, .least = 2, .most = 3}) == 2);
+}
+
+TEST_CASE("controllers of sparsity refuse what makes no sense") {
+  CHECK(test::refusal([] {
+          lambda_controller({.experts = 2, .k = 3});
+        }).starts_with("moeroute::lambda_controller: k is 3"));
+  CHECK(test::refusal([] {
+          lambda_controller({.factor = 0.5});
+        }).starts_with("moeroute::lambda_controller: factor"));
+  CHECK(test::refusal([] { lambda_controller({}).update(3, 2); }) ==
+        "moeroute::lambda_controller: active is 3, expected 0 to 2");
+  CHECK(test::refusal([] {
+          target_controller({.start = 2.0f});
+        }).starts_with("moeroute::target_controller: start"));
+  CHECK(test::refusal([] {
+          expert_thresholds(2, {.k = std::nanf("")});
+        }).starts_with("moeroute::expert_thresholds: k is nan"));
+  CHECK(test::refusal([] { experts_of_layer(layer_schedule::wave, 2, {.layers = 2}); }) ==
+        "moeroute::experts_of_layer: layer is 2, expected 0 to 1");
+}
