@@ -1,0 +1,131 @@
+#include <moeroute/metrics/cache.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <set>
+#include <vector>
+
+#include "support/assignments.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/split.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+constexpr cache_policy policies[] = {cache_policy::lru, cache_policy::lfu, cache_policy::segment,
+                                     cache_policy::belady};
+
+index_t hits(const expert_trace& trace, cache_policy policy, index_t capacity,
+             cold_misses cold = cold_misses::counted, index_t window = 16) {
+  return simulate_cache(trace,
+                        {.policy = policy, .capacity = capacity, .window = window, .cold = cold})
+      .hits;
+}
+
+expert_trace singles(std::initializer_list<expert_id> ids, index_t experts) {
+  expert_trace trace(experts);
+  for (const expert_id e : ids) {
+    assignment a;
+    a.reset(1, experts, 1);
+    a.ids()[0] = e;
+    trace.add(a);
+  }
+  return trace;
+}
+
+// The most hits that any way of evicting reaches, by trying all of them.
+index_t most_hits(const expert_trace& trace, index_t token, const std::set<expert_id>& held,
+                  index_t capacity) {
+  if (token == trace.tokens()) return 0;
+  index_t now = 0;
+  std::set<expert_id> with = held;
+  for (const expert_id e : trace.ids(token)) {
+    now += held.contains(e);
+    with.insert(e);
+  }
+  const index_t extra = static_cast<index_t>(with.size()) - capacity;
+  if (extra <= 0) return now + most_hits(trace, token + 1, with, capacity);
+  std::vector<expert_id> free;
+  for (const expert_id e : with)
+    if (std::find(trace.ids(token).begin(), trace.ids(token).end(), e) == trace.ids(token).end())
+      free.push_back(e);
+  index_t best = 0;
+  for (unsigned choice = 0; choice < (1u << free.size()); ++choice) {
+    if (std::popcount(choice) != extra) continue;
+    std::set<expert_id> next = with;
+    for (std::size_t i = 0; i < free.size(); ++i)
+      if (choice >> i & 1) next.erase(free[i]);
+    best = std::max(best, most_hits(trace, token + 1, next, capacity));
+  }
+  return now + best;
+}
+
+}  // namespace
+
+TEST_CASE("hand traces: who leaves under each policy") {
+  const expert_trace t = singles({0, 1, 2, 0, 3, 1, 0}, 4);
+  CHECK(hits(t, cache_policy::lru, 3) == 2);     // 0 and, at the end, 0: 1 left for 3
+  CHECK(hits(t, cache_policy::belady, 3) == 3);  // 2 leaves for 3
+  const expert_trace u = singles({0, 0, 1, 2, 0}, 3);
+  CHECK(hits(u, cache_policy::lru, 2) == 1);
+  CHECK(hits(u, cache_policy::lfu, 2) == 2);  // 1 leaves
+  CHECK(hits(u, cache_policy::segment, 2, cold_misses::counted, 3) == 2);
+}
+
+TEST_CASE("Belady is the best of all ways to evict, so of every other cache") {
+  test::random rng(3);
+  for (int trial = 0; trial < 6; ++trial) {
+    expert_trace trace(5);
+    trace.add(test::fixed_choices(rng, 9, 5, trial % 2 + 1));
+    for (index_t c = 2; c <= 4; ++c)
+      CHECK(hits(trace, cache_policy::belady, c) == most_hits(trace, 0, {}, c));
+  }
+  for (int trial = 0; trial < 20; ++trial) {
+    expert_trace trace(16);
+    trace.add(test::fixed_choices(rng, 200, 16, 3, 8, 1.0));
+    for (index_t c = 3; c <= 16; ++c)
+      for (const cache_policy p : policies)
+        for (const cold_misses cold : {cold_misses::counted, cold_misses::free})
+          REQUIRE(hits(trace, cache_policy::belady, c, cold) >= hits(trace, p, c, cold));
+  }
+}
+
+TEST_CASE(
+    "a larger cache never hits less (LRU, segment, Belady), and one for all misses cold only") {
+  test::random rng(4);
+  expert_trace trace(12);
+  trace.add(test::fixed_choices(rng, 300, 12, 2, 0, 0.5));
+  const std::set<expert_id> used(trace.ids().begin(), trace.ids().end());
+  for (const cache_policy p : policies) {
+    for (index_t c = 3; c <= 12 && p != cache_policy::lfu; ++c)
+      CHECK(hits(trace, p, c) >= hits(trace, p, c - 1));
+    CHECK(hits(trace, p, 12) == trace.lookups() - static_cast<index_t>(used.size()));
+    CHECK(hits(trace, p, 12, cold_misses::free) == trace.lookups());
+    CHECK(hits(trace, p, 5, cold_misses::free) == hits(trace, p, 5) + 5);
+  }
+}
+
+TEST_CASE("a trace fed batch by batch is the whole one") {
+  test::random rng(5);
+  const assignment whole = test::fixed_choices(rng, 70, 9, 2, 6);
+  expert_trace one(9), many(9);
+  one.add(whole);
+  test::for_each_part(whole, {20, 0, 50}, [&](const assignment& part) { many.add(part); });
+  CHECK(one.tokens() == many.tokens());
+  CHECK(std::vector<expert_id>(one.ids().begin(), one.ids().end()) ==
+        std::vector<expert_id>(many.ids().begin(), many.ids().end()));
+  CHECK(hits(one, cache_policy::segment, 4) == hits(many, cache_policy::segment, 4));
+}
+
+TEST_CASE("an empty trace has no hits; a cache below one token's experts is refused") {
+  expert_trace trace(4);
+  CHECK(simulate_cache(trace, {.capacity = 2}).hit_rate() == 0);
+  test::random rng(6);
+  trace.add(test::fixed_choices(rng, 3, 4, 2));
+  CHECK(test::refusal([&] { simulate_cache(trace, {.capacity = 1}); }) ==
+        "moeroute::simulate_cache: capacity is 1, expected 2 to 4");
+  CHECK(test::refusal([&] { simulate_cache(trace, {.capacity = 5}); }) ==
+        "moeroute::simulate_cache: capacity is 5, expected 2 to 4");
+}

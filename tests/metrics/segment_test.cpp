@@ -1,0 +1,204 @@
+#include <moeroute/metrics/segment.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/metrics/committee.hpp>
+#include <moeroute/metrics/saturation.hpp>
+#include <moeroute/metrics/sparsity.hpp>
+#include <moeroute/metrics/specialisation.hpp>
+#include <vector>
+
+#include "support/assignments.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/split.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+bool near(double a, double b) { return std::abs(a - b) < 1e-12; }
+
+bool uses(const assignment& a, index_t t, index_t e) {
+  const auto ids = a.ids(t);
+  return std::find(ids.begin(), ids.end(), static_cast<expert_id>(e)) != ids.end();
+}
+
+// The definition, window by window.
+double srp(const assignment& a, index_t first, index_t last, index_t m) {
+  double best = 0;
+  for (index_t threshold = 0; threshold <= m; ++threshold) {
+    double matches = 0, predicted = 0, active = 0;
+    for (index_t e = first; e < last; ++e)
+      for (index_t w = 0; w + m <= a.tokens(); ++w) {
+        index_t f = 0;
+        for (index_t t = w; t < w + m; ++t) f += uses(a, t, e);
+        active += static_cast<double>(f);
+        if (f < threshold) continue;
+        matches += static_cast<double>(f);
+        predicted += static_cast<double>(m);
+      }
+    if (active > 0) best = std::max(best, 2 * matches / (predicted + active));
+  }
+  return best;
+}
+
+}  // namespace
+
+TEST_CASE("segment performance is its definition, for an expert, for all, and fed in batches") {
+  test::random rng(1);
+  const assignment a = test::fixed_choices(rng, 83, 7, 2, 0, 1.0);
+  for (const index_t m : {1, 4, 16, 83}) {
+    segment_meter one(7, m), many(7, m);
+    one.add(a);
+    test::for_each_part(a, {3, 0, 30, 50}, [&](const assignment& part) { many.add(part); });
+    CHECK(one.windows() == 84 - m);
+    CHECK(near(one.all().f1, srp(a, 0, 7, m)));
+    for (index_t e = 0; e < 7; ++e) {
+      CHECK(near(one.of(e).f1, srp(a, e, e + 1, m)));
+      CHECK(one.of(e).f1 == many.of(e).f1);
+    }
+    CHECK(many.all().threshold == one.all().threshold);
+  }
+}
+
+TEST_CASE("always active scores 1, never active 0, and windows of one token 1") {
+  assignment a;
+  a.reset(20, 3, 2);
+  for (std::size_t t = 0; t < 20; ++t) {
+    a.ids()[2 * t] = 0;
+    a.ids()[2 * t + 1] = t % 2 == 0 ? 1 : no_expert;
+  }
+  segment_meter four(3, 4), single(3, 1), longer(3, 21);
+  four.add(a);
+  single.add(a);
+  longer.add(a);
+  CHECK(four.of(0).f1 == 1);
+  CHECK(four.of(2).f1 == 0);
+  CHECK(single.of(1).f1 == 1);
+  CHECK(near(four.of(1).f1, 2.0 / 3));
+  CHECK(longer.windows() == 0);
+  CHECK(longer.all().f1 == 0);
+  CHECK(test::refusal([] { segment_meter(3, 0); }) ==
+        "moeroute::segment_meter: window is 0, expected 1 to 65536");
+}
+
+TEST_CASE("chunks of one token have the token's sparsity; longer ones never more; batches join") {
+  test::random rng(2);
+  const assignment a = test::fixed_choices(rng, 64, 10, 2, 5);
+  double last = 1;
+  for (const index_t length : {1, 2, 4, 8, 64}) {
+    sparsity_meter one(10, length), many(10, length);
+    one.add(a);
+    test::for_each_part(a, {3, 40, 21}, [&](const assignment& part) { many.add(part); });
+    CHECK(one.chunk_level() == many.chunk_level());
+    CHECK(one.chunk_level() <= last);
+    last = one.chunk_level();
+    if (length == 1) CHECK(one.chunk_level() == one.token_level());
+    double expected = 0;
+    for (index_t c = 0; c < 64 / length; ++c)
+      for (index_t e = 0; e < 10; ++e) {
+        bool any = false;
+        for (index_t t = c * length; t < (c + 1) * length; ++t) any |= uses(a, t, e);
+        expected += any;
+      }
+    CHECK(near(one.chunk_level(), 1 - expected / (10.0 * 64 / static_cast<double>(length))));
+  }
+  CHECK(sparsity_meter(4, 2).chunk_level() == 0);
+}
+
+TEST_CASE("saturation against itself is 1; change is what the later one lacks") {
+  test::random rng(3);
+  const assignment a = test::fixed_choices(rng, 40, 6, 2), b = test::fixed_choices(rng, 40, 6, 2);
+  saturation_meter self, other, back;
+  self.add(a, a);
+  other.add(a, b);
+  back.add(b, a);
+  CHECK(self.saturation() == 1);
+  CHECK(self.change() == 0);
+  CHECK(near(other.saturation() + other.change(), 1));
+  CHECK(near(other.saturation(), back.saturation()));
+  CHECK(saturation_meter{}.saturation() == 0);
+  CHECK(test::refusal([&] { self.add(a, assignment{}); }) ==
+        "moeroute::saturation_meter: later.tokens is 0, expected 40");
+}
+
+TEST_CASE("fluctuation: the last checkpoint with another target, never rising, 0 at the end") {
+  fluctuation_meter m;
+  const expert_id targets[4][3] = {{0, 0, 0}, {0, 1, 1}, {0, 1, 0}, {0, 1, 2}};
+  for (const auto& row : targets) {
+    assignment a;
+    a.reset(3, 4, 1);
+    std::copy(row, row + 3, a.ids().begin());
+    m.add(a);
+  }
+  CHECK(near(m.still_changing_after(1), 2.0 / 3));
+  CHECK(near(m.still_changing_after(2), 1.0 / 3));
+  CHECK(near(m.still_changing_after(3), 1.0 / 3));
+  CHECK(m.still_changing_after(4) == 0);
+  CHECK(test::refusal([&] { (void)m.still_changing_after(5); }) ==
+        "moeroute::fluctuation_meter: n is 5, expected 1 to 4");
+}
+
+TEST_CASE("domains that use the same experts do not diverge; disjoint ones do wholly") {
+  specialisation_meter m(3, 4);
+  const expert_id used[3][2] = {{0, 1}, {1, 0}, {2, 3}};
+  for (index_t d = 0; d < 3; ++d) {
+    assignment a;
+    a.reset(2, 4, 1);
+    std::copy(used[d], used[d] + 2, a.ids().begin());
+    m.add(d, a);
+  }
+  CHECK(m.divergence(0, 1) == 0);
+  CHECK(near(m.divergence(0, 2), 1));
+  CHECK(near(m.divergence(2, 0), m.divergence(0, 2)));
+  CHECK(m.kl(0, 1) == 0);
+  CHECK(m.kl(0, 2) > 0);
+  CHECK(std::isinf(m.kl(0, 2, 0.0)));
+  CHECK(near(m.preference(2, 2), 3));
+  CHECK(near(m.preference(0, 0), 1.5));
+  CHECK(test::refusal([&] { m.add(3, assignment{}); }) ==
+        "moeroute::specialisation_meter: domain is 3, expected 0 to 2");
+}
+
+TEST_CASE(
+    "the committee is present everywhere, undominated, and does not depend on the domains' order") {
+  // Expert 0 first in every domain, 1 second in most, the others by turns.
+  const std::vector<std::vector<float>> logits{
+      {5, 4, 3, 0, 0, 0}, {5, 4, 0, 3, 0, 0}, {5, 0, 0, 4, 3, 0}, {5, 4, 0, 0, 0, 3}};
+  const auto audit = [&](const std::vector<std::size_t>& order, double presence) {
+    committee_meter m(4, 6);
+    for (std::size_t d = 0; d < 4; ++d)
+      m.add(static_cast<index_t>(d), matrix_view<const float>(logits[order[d]].data(), 1, 6));
+    return m.audit({.k = 3, .presence = presence});
+  };
+  const standing_committee all = audit({0, 1, 2, 3}, 0.8), some = audit({0, 1, 2, 3}, 0.75);
+  CHECK(all.members == std::vector<expert_id>{0});
+  // Expert 1 is a candidate now, but expert 0 beats it in mean and in variance.
+  CHECK(some.members == std::vector<expert_id>{0});
+  const standing_committee turned = audit({3, 1, 0, 2}, 0.8);
+  CHECK(turned.members == all.members);
+  CHECK(near(turned.coverage, all.coverage));
+  CHECK(near(turned.jaccard, all.jaccard));
+  CHECK(all.coverage > 0.5);
+  CHECK(near(all.ratio, all.coverage / (1 - all.coverage) * 5));
+  CHECK(all.jaccard < 1);
+}
+
+TEST_CASE("the committee fed in batches is one shot's; rows without a logit do not count") {
+  test::random rng(8);
+  std::vector<float> z(30 * 5);
+  for (float& x : z) x = rng.normal();
+  const matrix_view<const float> rows(z.data(), 30, 5);
+  committee_meter one(1, 5), many(1, 5);
+  one.add(0, rows);
+  many.add(0, rows.middle_rows(0, 11));
+  many.add(0, rows.middle_rows(11, 19));
+  const std::vector<float> nothing(5, -HUGE_VALF);
+  many.add(0, matrix_view<const float>(nothing.data(), 1, 5));
+  for (index_t e = 0; e < 5; ++e) CHECK(near(one.contribution(0, e), many.contribution(0, e)));
+  const standing_committee c = committee_meter(2, 5).audit({.k = 5});
+  CHECK(c.jaccard == 1);
+  CHECK(test::refusal([&] { one.add(0, matrix_view<const float>(z.data(), 1, 4)); }) ==
+        "moeroute::committee_meter: logits.cols is 4, expected 5");
+}
