@@ -91,6 +91,31 @@ TEST_CASE("one expert has no variance: unbiased is 0, not 0 / 0") {
   CHECK(run.gradient == row(3, 0.0));
 }
 
+TEST_CASE(
+    "rows of NaN, -inf and +inf: float agrees with double, and broken rows have no gradient") {
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (const index_t experts : {13, 32}) {
+    auto b = test::random_batch(36, 40, experts, true);
+    const auto n = static_cast<std::size_t>(experts);
+    for (std::size_t e = 0; e < n; ++e) {
+      if (e % 3 == 0) b.logits[e] = std::nan("");
+      b.logits[2 * n + e] = e % 2 != 0 ? std::nan("") : -infinity;
+    }
+    b.logits[3 * n + 1] = b.logits[3 * n + 4] = infinity;
+    const auto run = [&](auto number, const loss_options& how) {
+      return test::run_losses<decltype(number)>(b, how, importance_loss{.coefficient = 1.0},
+                                                batch_entropy_loss{.coefficient = 1.0});
+    };
+    const auto exact = run(1.0, {}), single = run(1.0, {.gradient = gradient_to::add});
+    const auto written = run(1.0f, {});
+    CHECK(written.values.total() == Approx(exact.values.total()).epsilon(1e-5));
+    CHECK(single.values.total() == exact.values.total());
+    CHECK(test::difference(written.gradient, exact.gradient, 1e-4, 1e-7) == "");
+    for (std::size_t e = 2 * n; e < 4 * n; ++e)
+      if (written.gradient[e] != 0.0f) FAIL(e);
+  }
+}
+
 TEST_CASE("arguments of losses of sums are refused by name") {
   const auto b = test::random_batch(37, 4, 6);
   const auto refusal = [&](const auto& loss) {

@@ -2,153 +2,24 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <concepts>
-#include <cstdint>
-#include <span>
 #include <string>
 #include <tuple>
 #include <type_traits>
 
-#include <moeroute/base/error.hpp>
+#include <moeroute/balance/loss_term.hpp>
 #include <moeroute/base/workspace.hpp>
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/exec/worker_slots.hpp>
-#include <moeroute/matrix/check.hpp>
-#include <moeroute/matrix/matrix.hpp>
-#include <moeroute/simd/probability_rows.hpp>
 
 namespace moeroute {
 
-using simd::gradient_to;
-using simd::probability;
-
-/// What the losses of one call have in common.
-struct loss_options {
-  probability scores = probability::softmax;
-  gradient_to gradient = gradient_to::write;  ///< write: masked rows become 0; add: they stay
-  float sigmoid_eps = 0.0f;                   ///< added to the sum of a row's sigmoids
-  std::span<const std::uint8_t> mask{};       ///< [T], 0: the token takes no part; empty: all do
-  index_t sequence_length = 0;                ///< of losses by sequence; 0: there are none
-};
-
-/// Where a loss of its own function puts its gradient, and which tokens take part.
-struct token_options {
-  gradient_to gradient = gradient_to::write;  ///< write: masked rows become 0; add: they stay
-  std::span<const std::uint8_t> mask{};       ///< [T], 0: the token takes no part; empty: all do
-
-  bool masked(index_t t) const { return !mask.empty() && mask[static_cast<std::size_t>(t)] == 0; }
-};
-
-/// What a loss knows before the first sweep.
-struct loss_shape {
-  index_t experts;
-  index_t tokens;     ///< without the masked ones
-  index_t sequences;  ///< that have at least one token
-  index_t all_sequences;
-};
-
-/// A loss by its parts; it has at least one of
-///
-///   expert_slope(shape, c)   c[e] += d value / d sum_e, known beforehand; sum_e = sum over tokens
-///                            of p[t, e], and the value is linear in it
-///   from_sums(shape, sum, c) the value; c[e] += its derivative by sum[e]. Costs a second sweep.
-///   functions                a static set of simd::row_function, with row_weights(shape) and
-///                            value = sum of weight * function over tokens
-///   sequence_slope(shape, sequence, tokens, c)  as expert_slope, for one sequence
-///
-/// Counts are constants in all of them. Reason: with these four, one pass over the softmax serves
-/// every loss.
-template <class L>
-concept loss_term = requires(const L& loss, const loss_shape& shape) {
-  { loss.check(shape) };  // throws error where the loss does not fit
-} && (requires(const L& l, const loss_shape& s, double* c) { l.expert_slope(s, c); } ||
-      requires(const L& l, const loss_shape& s, const double* sum, double* c) {
-        { l.from_sums(s, sum, c) } -> std::convertible_to<double>;
-      } || requires(const L& l, const loss_shape& s) {
-        { l.row_weights(s) } -> std::same_as<simd::row_functions<double>>;
-      } || requires(const L& l, const loss_shape& s, index_t n, double* c) {
-        l.sequence_slope(s, n, n, c);
-      });
-
-/// The values of n losses, in the order of the arguments.
-template <std::size_t n>
-struct loss_values {
-  std::array<double, n> value{};
-
-  double total() const {
-    double sum = 0.0;
-    for (const double v : value) sum += v;
-    return sum;
-  }
-  double operator[](std::size_t i) const { return value[i]; }
-};
-
 namespace detail {
-
-template <class L>
-concept has_expert_slope =
-    requires(const L& l, const loss_shape& s, double* c) { l.expert_slope(s, c); };
-template <class L>
-concept has_sums = requires(const L& l, const loss_shape& s, const double* sum, double* c) {
-  l.from_sums(s, sum, c);
-};
-template <class L>
-concept has_row_functions = requires(const L& l, const loss_shape& s) { l.row_weights(s); };
-template <class L>
-concept has_sequences = requires(const L& l, const loss_shape& s, index_t n, double* c) {
-  l.sequence_slope(s, n, n, c);
-};
-
-template <class L>
-constexpr unsigned functions_of() {
-  if constexpr (has_row_functions<L>) return L::functions;
-  return simd::no_function;
-}
-
-// Coefficients must not be negative: a loss of the wrong sign unbalances in silence.
-inline void check_coefficient(const char* where, double coefficient) {
-  if (!(coefficient >= 0.0) || std::isinf(coefficient)) [[unlikely]]
-    fail(where, "coefficient is " + std::to_string(coefficient) + ", expected >= 0");
-}
-
-inline void check_counts(const char* where, std::span<const double> counts, index_t expected) {
-  check_size(where, "counts.size", static_cast<index_t>(counts.size()), expected);
-  for (const double c : counts)
-    if (!(c >= 0.0) || std::isinf(c)) [[unlikely]]
-      fail(where, "a count is " + std::to_string(c) + ", expected >= 0");
-}
-
-// The shapes that every loss of logits has in common.
-template <class F>
-void check_loss_shapes(const char* where, gradient_to gradient, std::span<const std::uint8_t> mask,
-                       const matrix_view<const F>& z, const matrix_view<F>& dz) {
-  check_range(where, "experts", z.cols, 1, max_experts);
-  check_stride(where, "logits", z);
-  if (!mask.empty()) check_size(where, "mask.size", static_cast<index_t>(mask.size()), z.rows);
-  if (gradient == gradient_to::nowhere) return;
-  check_size(where, "dlogits.rows", dz.rows, z.rows);
-  check_size(where, "dlogits.cols", dz.cols, z.cols);
-  check_stride(where, "dlogits", dz);
-  check_apart(where, "logits", z, "dlogits", dz);
-}
-
-inline index_t live_tokens(const token_options& how, index_t tokens) {
-  index_t n = 0;
-  for (index_t t = 0; t < tokens; ++t) n += !how.masked(t);
-  return n;
-}
-
-// Pieces of a sweep: at least 64 tokens each, at most 1024 of them.
-inline index_t loss_grain(index_t tokens) {
-  return round_up(std::max<index_t>(64, ceil_div(tokens, 1024)), block_rows);
-}
 
 // One call's memory.
 template <class F>
 struct loss_memory {
-  F* block;                        // [workers][16 * stride]
+  F* block;                        // [workers][16 * stride], twice that for powers
   F* coefficient;                  // [1, or one per sequence][stride], padded with 0
   F* piece_sum;                    // [pieces][stride]
   F* run_sum;                      // [workers][stride], of a part of a sequence
@@ -161,7 +32,7 @@ struct loss_memory {
 
   static loss_memory carve(scratch& tape, index_t stride, index_t pieces, index_t sequences,
                            index_t losses, int workers) {
-    return {tape.take<F>(workers * block_rows * stride),
+    return {tape.take<F>(workers * 2 * block_rows * stride),
             tape.take<F>(std::max<index_t>(1, sequences) * stride),
             tape.take<F>(pieces * stride),
             tape.take<F>(workers * stride),
@@ -181,6 +52,8 @@ class loss_engine {
   static constexpr unsigned uses = (functions_of<L>() | ...);
   static constexpr bool by_sequence = (has_sequences<L> || ...);
   static constexpr bool by_sums = (has_sums<L> || ...);
+  static constexpr bool may_keep =
+      std::is_same_v<F, float> && by_sums && !by_sequence && uses == simd::no_function;
 
   loss_engine(const loss_options& how, matrix_view<const F> z, matrix_view<F> dz, const Exec& exec,
               const L&... loss)
@@ -216,15 +89,22 @@ class loss_engine {
         loss.expert_slope(shape_, m_.slope);
     });
     set_functions();
-    if (by_sums && how_.gradient != gradient_to::nowhere) {
-      set_coefficients();  // unused by this sweep, but read
-      sweep_to<simd::no_function, gradient_to::nowhere>();
-      each([&](index_t, const auto& loss) {
-        if constexpr (has_sums<std::remove_cvref_t<decltype(loss)>>)
-          loss.from_sums(shape_, m_.sum, m_.slope);
-      });
-    }
     set_coefficients();
+    if constexpr (may_keep) {
+      if (how_.gradient == gradient_to::write && how_.scores == probability::softmax) {
+        // The first sweep leaves p where the gradient will be: no second exponential.
+        sweep<probability::softmax, simd::no_function, gradient_to::write, true>();
+        add_slopes_of_sums();
+        set_coefficients();
+        finish_kept();
+        return values();
+      }
+    }
+    if (by_sums && how_.gradient != gradient_to::nowhere) {
+      sweep_to<simd::no_function, gradient_to::nowhere>();
+      add_slopes_of_sums();
+      set_coefficients();
+    }
     switch (how_.gradient) {
       case gradient_to::nowhere: sweep_to<uses, gradient_to::nowhere>(); break;
       case gradient_to::write: sweep_to<uses, gradient_to::write>(); break;
@@ -243,6 +123,13 @@ class loss_engine {
           (f(i++, loss), ...);
         },
         list_);
+  }
+
+  void add_slopes_of_sums() {
+    each([&](index_t, const auto& loss) {
+      if constexpr (has_sums<std::remove_cvref_t<decltype(loss)>>)
+        loss.from_sums(shape_, m_.sum, m_.slope);
+    });
   }
 
   bool masked(index_t t) const {
@@ -313,7 +200,7 @@ class loss_engine {
     sweep<probability::softmax, functions, to>();
   }
 
-  template <probability scores, unsigned functions, gradient_to to>
+  template <probability scores, unsigned functions, gradient_to to, bool keep = false>
   void sweep() {
     exec_.parallel_for(z_.rows, grain_, [&](index_t begin, index_t end) {
       const worker_slots::held worker(slots_);
@@ -328,7 +215,8 @@ class loss_engine {
         const index_t stop = std::min(end, (s + 1) * sequence_length_);
         const F* const coefficient = m_.coefficient + (by_sequence ? s * stride_ : 0);
         if (by_sequence) std::fill_n(run_sum, stride_, F{0});
-        run_of_rows<scores, functions, to>(t, stop, worker, coefficient, m_.piece[piece], run_sum);
+        run_of_rows<scores, functions, to, keep>(t, stop, worker, coefficient, m_.piece[piece],
+                                                 run_sum);
         if constexpr (by_sequence) close_run(s, worker, piece, run_sum, piece_sum);
         t = stop;
       }
@@ -340,11 +228,12 @@ class loss_engine {
         m_.sum[e] += static_cast<double>(m_.piece_sum[p * stride_ + e]);
   }
 
-  template <probability scores, unsigned functions, gradient_to to>
+  template <probability scores, unsigned functions, gradient_to to, bool keep>
   void run_of_rows(index_t begin, index_t end, int worker, const F* coefficient,
                    simd::row_function_sums& total, F* column_sum) {
     simd::probability_block<F> block;
-    block.unscaled = m_.block + worker * block_rows * stride_;
+    block.unscaled = m_.block + worker * 2 * block_rows * stride_;
+    block.powers = block.unscaled + block_rows * stride_;
     block.stride = stride_;
     const F* row[block_rows];
     F* gradient[block_rows];
@@ -361,9 +250,28 @@ class loss_engine {
       if (n == 0) continue;
       simd::open_probability_rows<scores, functions>(row, n, z_.cols, coefficient, functions_,
                                                      block, total);
-      simd::close_probability_rows<scores, functions, to>(row, n, z_.cols, coefficient, functions_,
-                                                          block, gradient, column_sum);
+      if constexpr (keep) {
+        simd::keep_probability_rows(block, n, z_.cols, gradient, column_sum);
+      } else {
+        simd::close_probability_rows<scores, functions, to>(
+            row, n, z_.cols, coefficient, functions_, block, gradient, column_sum);
+      }
     }
+  }
+
+  void finish_kept()
+    requires may_keep
+  {
+    exec_.parallel_for(z_.rows, grain_, [&](index_t begin, index_t end) {
+      float* kept[block_rows];
+      int n = 0;
+      for (index_t t = begin; t < end; ++t) {
+        if (!masked(t)) kept[n++] = dz_.row(t);
+        if (n < block_rows && t + 1 < end) continue;
+        if (n > 0) simd::gradient_of_probability_rows(kept, n, z_.cols, m_.coefficient);
+        n = 0;
+      }
+    });
   }
 
   // The values of one part of one sequence, whose slopes are its own.

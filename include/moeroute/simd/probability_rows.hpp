@@ -46,8 +46,9 @@ enum class gradient_to { nowhere, write, add };
 /// Rows [16, stride] of unscaled probabilities and, per row, what makes them p and its gradient.
 template <class F>
 struct probability_block {
-  F* unscaled;                                ///< [16, stride]; zero past the last column
-  index_t stride;                             ///< a multiple of 16
+  F* unscaled;     ///< [16, stride]; zero past the last column
+  F* powers;       ///< [16, stride] for power: unscaled^(q - 1), 0 where unscaled is
+  index_t stride;  ///< a multiple of 16
   alignas(alignment) F scale[block_rows];     ///< p = scale * unscaled; 0 for a row without mass
   alignas(alignment) F slope[block_rows];     ///< scale, or 0 where the gradient is 0
   alignas(alignment) F center[block_rows];    ///< sum p G - (what the row as a whole adds to G)
@@ -85,7 +86,7 @@ MOEROUTE_INLINE void close_row(probability_block<F>& b, const row_functions<F>& 
   }
   if constexpr ((uses & power) != 0) {
     const F order = f.q - F{1};
-    const F scaled = live ? std::pow(scale, order) : F{0};
+    const F scaled = live ? at.scale_to_order : F{0};
     const F sum_of_powers = at.powers * scaled * scale;
     b.to_power[i] = -f.power * f.q / order * scaled;
     center -= f.power * f.q / order * sum_of_powers;
@@ -104,6 +105,7 @@ MOEROUTE_INLINE void close_row(probability_block<F>& b, const row_functions<F>& 
 template <class F>
 struct row_sums {
   F sum, dot, log_sum, mean_below, powers, squares;
+  F scale_to_order;  // sum^(1 - q)
 };
 
 // Partial sums of 16 rows, joined at once: out[i] is row i's sum in the tree of sum_of.
@@ -190,9 +192,11 @@ void open_probability_rows(const float* const* row, int n, index_t cols, const f
         d.part[r] = fma<A>(e, load<A>(coefficient + c), d.part[r]);
         if constexpr ((uses & entropy) != 0)
           m.part[r] = fma<A>(e, select<A>(e > zero, t, zero), m.part[r]);
-        if constexpr ((uses & power) != 0)
-          e_to_q.part[r] =
-              fma<A>(e, select<A>(e > zero, simd::exp<A>(order * t), zero), e_to_q.part[r]);
+        if constexpr ((uses & power) != 0) {
+          const F to_order = select<A>(e > zero, simd::exp<A>(order * t), zero);
+          to_order.store_aligned(b.powers + i * b.stride + c);
+          e_to_q.part[r] = fma<A>(e, to_order, e_to_q.part[r]);
+        }
         if constexpr ((uses & inverse_norm) != 0) sq.part[r] = fma<A>(e, e, sq.part[r]);
       });
     }
@@ -207,11 +211,14 @@ void open_probability_rows(const float* const* row, int n, index_t cols, const f
   if constexpr ((uses & entropy) != 0) below.join<A>();
   if constexpr ((uses & power) != 0) powers.join<A>();
   if constexpr ((uses & inverse_norm) != 0) squares.join<A>();
-  alignas(alignment) float log_sum[block_rows] = {};
-  if constexpr ((uses & (square_lse | entropy)) != 0)
+  alignas(alignment) float log_sum[block_rows] = {}, scale_to_order[block_rows] = {};
+  if constexpr ((uses & (square_lse | entropy | power)) != 0)
     for (int i = 0; i < block_rows; i += width<A>) {
       const F x = load<A>(sum.row + i);
-      select<A>(x == one, zero, log<A>(x)).store_aligned(log_sum + i);
+      const F logarithm = select<A>(x == one, zero, log<A>(x));
+      logarithm.store_aligned(log_sum + i);
+      if constexpr ((uses & power) != 0)
+        simd::exp<A>(-order * logarithm).store_aligned(scale_to_order + i);
     }
   for (int i = 0; i < n; ++i) {
     const detail::row_sums<float> at{sum.row[i],
@@ -219,7 +226,8 @@ void open_probability_rows(const float* const* row, int n, index_t cols, const f
                                      log_sum[i],
                                      (uses & entropy) != 0 ? below.row[i] : 0.0f,
                                      (uses & power) != 0 ? powers.row[i] : 0.0f,
-                                     (uses & inverse_norm) != 0 ? squares.row[i] : 0.0f};
+                                     (uses & inverse_norm) != 0 ? squares.row[i] : 0.0f,
+                                     scale_to_order[i]};
     detail::close_row<uses>(b, functions, i, at, total);
   }
 }
@@ -234,7 +242,7 @@ MOEROUTE_INLINE void close_rows(const float* const* row, int first, index_t cols
                                 float* column_sum) {
   using F = vfloat<A>;
   constexpr int w = width<A>;
-  const F zero(0.0f), one(1.0f), order(functions.q - 1.0f), log_factor(-functions.entropy);
+  const F zero(0.0f), one(1.0f), log_factor(-functions.entropy);
   const auto columns = [&](index_t c, index_t m) {
     const F weight = load<A>(coefficient + c);
     F sum = load<A>(column_sum + c);
@@ -245,15 +253,14 @@ MOEROUTE_INLINE void close_rows(const float* const* row, int first, index_t cols
       sum = fma<A>(e, F(b.scale[i]), sum);
       if constexpr (to != gradient_to::nowhere) {
         F g = weight - F(b.center[i]);
-        if constexpr ((uses & (entropy | power)) != 0) {
+        if constexpr ((uses & entropy) != 0) {
           const F x = m == w ? load<A>(row[i] + c) : load_first<A>(row[i] + c, m, minus_infinity);
           const F top(b.top[i]);
           const F t = select<A>(x == top, zero, x - top);
-          if constexpr ((uses & entropy) != 0)
-            g = fma<A>(log_factor, select<A>(e > zero, t - F(b.log_sum[i]), zero), g);
-          if constexpr ((uses & power) != 0)
-            g = fma<A>(F(b.to_power[i]), select<A>(e > zero, simd::exp<A>(order * t), zero), g);
+          g = fma<A>(log_factor, select<A>(e > zero, t - F(b.log_sum[i]), zero), g);
         }
+        if constexpr ((uses & power) != 0)
+          g = fma<A>(F(b.to_power[i]), F::load_aligned(b.powers + i * b.stride + c), g);
         if constexpr ((uses & inverse_norm) != 0) g = fma<A>(F(b.along[i]) * F(b.scale[i]), e, g);
         F slope = e * F(b.slope[i]);
         if constexpr (kind == probability::normalized_sigmoid) slope = slope * (one - e);
@@ -280,8 +287,8 @@ MOEROUTE_INLINE void close_rows(const float* const* row, int first, index_t cols
 /// column_sum += p.
 ///
 /// Shapes: as open_probability_rows, with the same arguments; gradient[i] is [cols], unused for
-/// gradient_to::nowhere; column_sum is [stride]. Cost: one pass, one exponential per element for
-/// power. No allocation. Determinism: as open_probability_rows; columns are added in row order.
+/// gradient_to::nowhere; column_sum is [stride]. Cost: one pass. No allocation. Determinism: as
+/// open_probability_rows; columns are added in row order.
 template <probability kind, unsigned uses, gradient_to to, class A = default_arch>
 void close_probability_rows(const float* const* row, int n, index_t cols, const float* coefficient,
                             const row_functions<float>& functions,
@@ -294,6 +301,76 @@ void close_probability_rows(const float* const* row, int n, index_t cols, const 
   for (; i < n; ++i)
     detail::close_rows<kind, uses, to, A, 1>(row, i, cols, coefficient, functions, b, gradient,
                                              column_sum);
+}
+
+namespace detail {
+
+template <class A, int R>
+MOEROUTE_INLINE void keep_rows(const probability_block<float>& b, int first, index_t cols,
+                               float* const* out, float* column_sum) {
+  using F = vfloat<A>;
+  constexpr int w = width<A>;
+  for (index_t c = 0; c < cols; c += w) {
+    F sum = load<A>(column_sum + c);
+    MOEROUTE_UNROLL
+    for (int j = 0; j < R; ++j) {
+      const int i = first + j;
+      const F e = F::load_aligned(b.unscaled + i * b.stride + c);
+      sum = fma<A>(e, F(b.scale[i]), sum);
+      const F p = e * F(b.slope[i]);
+      if (c + w <= cols) {
+        p.store_unaligned(out[i] + c);
+      } else {
+        store_first<A>(out[i] + c, cols - c, p);
+      }
+    }
+    sum.store_unaligned(column_sum + c);
+  }
+}
+
+}  // namespace detail
+
+/// out = p for the rows of a block, 0 for rows whose gradient is 0; column_sum += p. The first half
+/// of a gradient whose weights are not known yet; gradient_of_probability_rows is the second.
+///
+/// Shapes: out[i] is [cols], column_sum [stride]. Cost: one pass. No allocation.
+template <class A = default_arch>
+void keep_probability_rows(const probability_block<float>& b, int n, index_t cols,
+                           float* const* out, float* column_sum) {
+  int i = 0;
+  for (; i + 4 <= n; i += 4) detail::keep_rows<A, 4>(b, i, cols, out, column_sum);
+  for (; i < n; ++i) detail::keep_rows<A, 1>(b, i, cols, out, column_sum);
+}
+
+/// p becomes p * (c - sum p c), for n rows p of a softmax, 1 <= n <= 16.
+///
+/// Shapes: row[i] is [cols], coefficient [cols rounded up to 16], zero past cols. Cost: one read
+/// and one write. No allocation.
+template <class A = default_arch>
+void gradient_of_probability_rows(float* const* row, int n, index_t cols,
+                                  const float* coefficient) {
+  using F = vfloat<A>;
+  constexpr int w = width<A>;
+  detail::joined_sums dot;
+  for (int i = 0; i < block_rows; ++i) {
+    partials<A> d(0.0f);
+    if (i < n)
+      detail::for_each_column<A>(row[i], cols, 0.0f, [&](int r, index_t c, F p) {
+        d.part[r] = fma<A>(p, load<A>(coefficient + c), d.part[r]);
+      });
+    dot.keep<A>(i, d);
+  }
+  dot.join<A>();
+  for (int i = 0; i < n; ++i) {
+    const F mean(dot.row[i]);
+    float* const p = row[i];
+    index_t c = 0;
+    for (; c + w <= cols; c += w)
+      (load<A>(p + c) * (load<A>(coefficient + c) - mean)).store_unaligned(p + c);
+    if (c < cols)
+      store_first<A>(p + c, cols - c,
+                     load_first<A>(p + c, cols - c, 0.0f) * (load<A>(coefficient + c) - mean));
+  }
 }
 
 /// The same in double, element by element: for tests of gradients.
@@ -325,6 +402,7 @@ void open_probability_rows(const double* const* row, int n, index_t cols, const 
     }
     b.top[i] = top;
     at.log_sum = std::log(at.sum);
+    at.scale_to_order = std::exp((1.0 - functions.q) * at.log_sum);
     detail::close_row<uses>(b, functions, i, at, total);
   }
 }
