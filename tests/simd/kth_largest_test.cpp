@@ -1,0 +1,116 @@
+#include <moeroute/simd/kth_largest.hpp>
+
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <moeroute/simd/histogram.hpp>
+#include <vector>
+
+#include "support/arches.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+// Kinds of values: spread, tied, all equal, both signs of zero, mostly masked, NaN among them, of
+// many magnitudes.
+std::vector<float> values(int kind, index_t n, std::uint64_t seed) {
+  test::random rng(seed);
+  std::vector<float> x(static_cast<std::size_t>(n));
+  for (float& v : x) {
+    v = rng.normal();
+    if (kind == 1) v = std::round(v);
+    if (kind == 2) v = 0.25f;
+    if (kind == 3) v = rng.below(2) == 0 ? 0.0f : -0.0f;
+    if (kind == 4 && rng.below(5) != 0) v = -infinity;
+    if (kind == 5 && rng.below(3) == 0) v = std::nanf("");
+    if (kind == 6) v *= std::ldexp(1.0f, static_cast<int>(rng.below(200)) - 100);
+  }
+  return x;
+}
+
+float oracle(std::vector<float> x, index_t k) {
+  std::erase_if(x, [](float v) { return !(v > -infinity); });
+  if (k > static_cast<index_t>(x.size())) return -infinity;
+  std::sort(x.begin(), x.end(), std::greater<>());
+  return x[static_cast<std::size_t>(k - 1)] + 0.0f;
+}
+
+struct panel_of {
+  const float* data;
+  template <class A>
+  simd::vfloat<A> values(index_t tile, int column, int lane) const {
+    return simd::load<A>(data + simd::panel_shape::lanes(tile, column) + lane);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, for every kind") {
+  for (const index_t rows : {1, 15, 100, 700, 3000})
+    for (int kind = 0; kind < 7; ++kind) {
+      const simd::panel_shape shape{ceil_div(rows, simd::tile_size)};
+      std::vector<std::vector<float>> columns;
+      std::vector<float> panel(static_cast<std::size_t>(simd::panel_size(rows, 16)), -infinity);
+      for (int c = 0; c < 5; ++c) {
+        columns.push_back(values(kind, rows, static_cast<std::uint64_t>(c + 1)));
+        for (index_t t = 0; t < rows; ++t) {
+          const index_t place = shape.place_of(t);
+          panel[static_cast<std::size_t>(simd::panel_shape::lanes(place / 16, c) + place % 16)] =
+              columns.back()[static_cast<std::size_t>(t)];
+        }
+      }
+      for (const index_t k : {index_t{1}, index_t{3}, rows / 8 + 1, rows / 2 + 1, rows, rows + 1}) {
+        std::vector<float> expected;
+        for (const auto& column : columns) expected.push_back(oracle(column, k));
+        test::for_each_arch<test::widths>([&](auto tag) {
+          using A = decltype(tag);
+          workspace ws;
+          const auto m =
+              ws.carve([&](scratch& t) { return simd::kth_column_buffers::carve(t, rows); });
+          std::vector<float> out(5);
+          simd::kth_largest_of_columns<A>(panel_of{panel.data()}, rows, 5, k, m, out.data());
+          for (std::size_t c = 0; c < 5; ++c) {
+            INFO("rows " << rows << " kind " << kind << " k " << k << " column " << c);
+            REQUIRE(out[c] == expected[c]);
+          }
+        });
+      }
+    }
+  for (const index_t cols : {1, 7, 16, 90, 300})
+    for (int kind = 0; kind < 7; ++kind)
+      for (const index_t k : {1, 2, 9, 64, 65, 90, 301}) {
+        const std::vector<float> rows = values(kind, 16 * cols, 9);
+        test::for_each_arch<test::widths>([&](auto tag) {
+          using A = decltype(tag);
+          workspace ws;
+          const auto m =
+              ws.carve([&](scratch& t) { return simd::kth_largest_buffers::carve(t, cols, k); });
+          float out[16];
+          simd::kth_largest_of_block<A>(rows.data(), cols, cols, k, m, out);
+          for (index_t i = 0; i < 16; ++i) {
+            INFO("cols " << cols << " kind " << kind << " k " << k << " row " << i);
+            REQUIRE(out[i] == oracle({rows.begin() + i * cols, rows.begin() + (i + 1) * cols}, k));
+          }
+        });
+      }
+}
+
+TEST_CASE("a row counts once in each histogram; what lies outside counts at the nearer end") {
+  const std::vector<float> row{0.0f,   -1.0f,         -2.5f,     9.0f,
+                               -99.0f, std::nanf(""), -infinity, infinity};
+  test::for_each_arch<test::widths>([&](auto tag) {
+    std::vector<std::int32_t> counts(8 * 4, 0), bucket(16);
+    simd::count_row<decltype(tag)>(row.data(), 8, 0.5f, 1.0f, 4, bucket.data(), counts.data());
+    const int expected[] = {0, 1, 3, 0, 3, 3, 3, 0};
+    for (std::size_t c = 0; c < 8; ++c)
+      for (int b = 0; b < 4; ++b)
+        CHECK(counts[c * 4 + static_cast<std::size_t>(b)] == (b == expected[c] ? 1 : 0));
+  });
+}
