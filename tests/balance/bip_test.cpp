@@ -3,10 +3,10 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <limits>
-#include <moeroute/exec/openmp.hpp>
 #include <vector>
 
 #include "support/allocations.hpp"
+#include "support/backwards.hpp"
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
 #include "support/skewed.hpp"
@@ -19,7 +19,7 @@ TEST_CASE("more iterations balance better, within the sheet's bands") {
   const int iterations[] = {1, 2, 4, 8};
   for (int i = 0; i < 4; ++i) {
     double mean = 0;
-    for (const std::uint64_t seed : {1, 2, 3, 4, 5}) {
+    for (const std::uint64_t seed : {1u, 2u, 3u, 4u, 5u}) {
       const skewed_scores data(seed);
       bip_balancer b(16, {.k = 4, .iterations = iterations[i]});
       workspace ws;
@@ -62,7 +62,7 @@ TEST_CASE("prices go on from batch to batch unless they start at zero, whatever 
   bip_balancer whole(16, {.k = 4, .iterations = 6}), halves(16, {.k = 4, .iterations = 3}),
       anew(16, {.k = 4, .iterations = 3, .start = price_start::zero}),
       once(16, {.k = 4, .iterations = 3});
-  whole.update(data.view(), ws, openmp{});
+  whole.update(data.view(), ws, test::backwards{});
   for (int i = 0; i < 2; ++i) {
     halves.update(data.view(), ws);
     anew.update(data.view(), ws);

@@ -4,10 +4,10 @@
 #include <catch2/generators/catch_generators.hpp>
 #include <cmath>
 #include <limits>
-#include <moeroute/exec/openmp.hpp>
 #include <vector>
 
 #include "support/allocations.hpp"
+#include "support/backwards.hpp"
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
 #include "support/skewed.hpp"
@@ -82,7 +82,7 @@ TEST_CASE("the sheet's hand example: loads 4 and 0 become 2 and 2") {
 
 TEST_CASE("quantile balancing reaches the sheet's bands on the recipe's scores") {
   double sum[4] = {};
-  for (const std::uint64_t seed : {1, 2, 3, 4, 5}) {
+  for (const std::uint64_t seed : {1u, 2u, 3u, 4u, 5u}) {
     const skewed_scores data(seed);
     quantile_balancer b(16, {.k = 4});
     workspace ws;
@@ -157,7 +157,7 @@ TEST_CASE("large and odd sizes, every k and masked tokens agree with the oracle"
   one.observe(d.view(), mask, ws);
   one.update();
   CHECK(test::difference(one.bias(), expected, 1e-5, 1e-6) == "");
-  two.observe(d.view(), mask, ws, openmp{});
+  two.observe(d.view(), mask, ws, test::backwards{});
   two.update();
   CHECK(test::bit_difference(two.bias(), one.bias()) == "");
 }

@@ -1,5 +1,7 @@
 #include <moeroute/metrics/cache.hpp>
 
+#include <algorithm>
+#include <bit>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <set>
