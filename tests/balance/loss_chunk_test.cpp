@@ -3,11 +3,11 @@
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
-#include <moeroute/exec/openmp.hpp>
 
 #include "support/gradient.hpp"
 #include "support/losses.hpp"
 #include "support/refusal.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 using Catch::Approx;
@@ -79,7 +79,7 @@ TEST_CASE("chunk sparsity is its formula, and its gradient the derivative") {
         row gradient(168, 7.0), other(168, 7.0);
         CHECK(run(b, b.logits, loss, &gradient) ==
               Approx(formula(b, chunk, normalized)).epsilon(1e-10));
-        run(b, b.logits, loss, &other, openmp{3});
+        run(b, b.logits, loss, &other, test::several_threads{3});
         CHECK(other == gradient);
         CHECK(test::gradient_difference(
                   b.logits, [&](const row& z, row* out) { return run(b, z, loss, out); }) == "");

@@ -4,11 +4,11 @@
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
-#include <moeroute/exec/openmp.hpp>
 
 #include "support/gradient.hpp"
 #include "support/losses.hpp"
 #include "support/refusal.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 using Catch::Approx;
@@ -85,7 +85,7 @@ TEST_CASE("the load loss is its formula by both thresholds, and its gradient the
           row gradient(n.b.logits.size(), 7.0), other = gradient;
           const double value = run(n, n.b.logits, loss, &gradient);
           CHECK(value == Approx(formula(n, loss)).epsilon(1e-11).margin(1e-13));
-          CHECK(run(n, n.b.logits, loss, &other, openmp{3}) == value);
+          CHECK(run(n, n.b.logits, loss, &other, test::several_threads{3}) == value);
           CHECK(gradient == other);
           if (!(masked && k == 2)) continue;
           // Only entries whose threshold does not change hands within the difference.

@@ -3,11 +3,11 @@
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
-#include <moeroute/exec/openmp.hpp>
 
 #include "support/gradient.hpp"
 #include "support/losses.hpp"
 #include "support/refusal.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 using Catch::Approx;
@@ -83,7 +83,7 @@ TEST_CASE("the prior's loss is the squared distance of ranks, and its gradient t
       }
     row gradient(100, 7.0), other(100, 7.0), added(100, 7.0);
     CHECK(run(b, b.logits, loss, &gradient) == Approx(expected).epsilon(1e-12));
-    CHECK(run(b, b.logits, loss, &other, gradient_to::write, openmp{3}) ==
+    CHECK(run(b, b.logits, loss, &other, gradient_to::write, test::several_threads{3}) ==
           run(b, b.logits, loss, nullptr));
     CHECK(other == gradient);
     run(b, b.logits, loss, &added, gradient_to::add);

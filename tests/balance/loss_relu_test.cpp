@@ -3,11 +3,11 @@
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
-#include <moeroute/exec/openmp.hpp>
 
 #include "support/gradient.hpp"
 #include "support/losses.hpp"
 #include "support/refusal.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 using Catch::Approx;
@@ -68,8 +68,8 @@ TEST_CASE("ReMoE's losses are their formulas and their gradients the derivatives
         const auto single = run<float>(b, loss);
         CHECK(single.values[0] == Approx(run<double>(b, loss).values[0]).epsilon(1e-5));
         CHECK(test::difference(single.gradient, run<double>(b, loss).gradient, 1e-6) == "");
-        CHECK(test::bit_difference(run<float>(b, loss, {}, openmp{3}).gradient, single.gradient) ==
-              "");
+        CHECK(test::bit_difference(run<float>(b, loss, {}, test::several_threads{3}).gradient,
+                                   single.gradient) == "");
         const auto added = run<double>(b, loss, {.gradient = gradient_to::add});
         const auto written = run<double>(b, loss);
         for (std::size_t i = 0; i < added.gradient.size(); ++i)

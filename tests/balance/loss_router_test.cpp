@@ -3,11 +3,11 @@
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
-#include <moeroute/exec/openmp.hpp>
 
 #include "support/gradient.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 using Catch::Approx;
@@ -72,7 +72,8 @@ TEST_CASE("coupling is its formula, and both gradients the derivatives") {
     const double value = run(router, delta, expert, loss, &drouter, &dexpert);
     CHECK(value == Approx(formula(router, delta, expert, alpha)).epsilon(1e-12));
     row r(router.size()), w(expert.size());
-    CHECK(run(router, delta, expert, loss, &r, &w, gradient_to::write, openmp{3}) == value);
+    CHECK(run(router, delta, expert, loss, &r, &w, gradient_to::write, test::several_threads{3}) ==
+          value);
     CHECK(r == drouter);
     CHECK(w == dexpert);
     CHECK(test::gradient_difference(router, [&](const row& x, row* g) {

@@ -3,12 +3,12 @@
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
-#include <moeroute/exec/openmp.hpp>
 
 #include "support/assignments.hpp"
 #include "support/gradient.hpp"
 #include "support/losses.hpp"
 #include "support/refusal.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 using Catch::Approx;
@@ -50,7 +50,7 @@ TEST_CASE("importance over the gates is CV^2 of their sums, and its gradient the
     CHECK(importance(b.logits, a, loss, how, &one) ==
           Approx(0.5 * oracle::squared_variation(sum, kind == variance::unbiased, 1e-10))
               .epsilon(1e-12));
-    CHECK(importance(b.logits, a, loss, how, &three, openmp{3}) ==
+    CHECK(importance(b.logits, a, loss, how, &three, test::several_threads{3}) ==
           importance(b.logits, a, loss, how, nullptr));
     CHECK(one == three);
     CHECK(test::gradient_difference(b.logits, [&](const row& z, row* gradient) {

@@ -8,13 +8,13 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <limits>
-#include <moeroute/exec/openmp.hpp>
 #include <vector>
 
 #include "support/compare.hpp"
 #include "support/counting_new.hpp"
 #include "support/losses.hpp"
 #include "support/refusal.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 using Catch::Approx;
@@ -178,7 +178,7 @@ TEST_CASE(
   CHECK(test::allocations_during([&] { run(one, ws, serial{}); }) == 0);
   for (const int threads : {1, 2, 5}) {
     workspace own;
-    const auto values = run(other, own, openmp{threads});
+    const auto values = run(other, own, test::several_threads{threads});
     CHECK(values.value == expected.value);
     CHECK(test::bit_difference(other, one) == "");
   }

@@ -2,7 +2,6 @@
 //
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
-#include <moeroute/exec/openmp.hpp>
 #include <moeroute/stage/route.hpp>
 #include <set>
 #include <vector>
@@ -12,6 +11,7 @@
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
 #include "support/shapes.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 
@@ -268,7 +268,7 @@ TEST_CASE("expert choice has the same bits on every instruction set, executor an
       CHECK(test::bit_difference(other.weights(), first.weights()) == "");
     };
     for (const int threads : {1, 2, 4}) {
-      route(router, rows_of(z, tokens, experts), ws, other, openmp{threads});
+      route(router, rows_of(z, tokens, experts), ws, other, test::several_threads{threads});
       same();
     }
     test::for_each_arch<test::arches>([&](auto tag) {

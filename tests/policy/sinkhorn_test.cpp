@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
-#include <moeroute/exec/openmp.hpp>
 #include <moeroute/stage/route.hpp>
 #include <numeric>
 #include <vector>
@@ -13,6 +12,7 @@
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
 #include "support/shapes.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 
@@ -314,7 +314,7 @@ TEST_CASE("Sinkhorn has the same bits on every instruction set, executor and thr
         CHECK(test::bit_difference(other.weights(), first.weights()) == "");
       };
       for (const int threads : {1, 2, 4}) {
-        route(router, rows_of(z, tokens, experts), ws, other, openmp{threads});
+        route(router, rows_of(z, tokens, experts), ws, other, test::several_threads{threads});
         same();
       }
       test::for_each_arch<test::arches>([&](auto tag) {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
-#include <moeroute/exec/openmp.hpp>
 #include <moeroute/stage/route.hpp>
 #include <vector>
 
@@ -12,6 +11,7 @@
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
 #include "support/shapes.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 
@@ -188,7 +188,7 @@ TEST_CASE(
       CHECK(test::bit_difference(other.weights(), first.weights()) == "");
     };
     for (const int threads : {1, 2, 4}) {
-      route(router, rows_of(z, tokens, experts), ws, other, openmp{threads});
+      route(router, rows_of(z, tokens, experts), ws, other, test::several_threads{threads});
       same();
     }
     test::for_each_arch<test::arches>([&](auto tag) {
