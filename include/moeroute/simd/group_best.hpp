@@ -5,13 +5,14 @@
 
 #include <moeroute/base/index.hpp>
 #include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/mask.hpp>
 #include <moeroute/simd/transpose.hpp>
 
 namespace moeroute::simd {
 
-/// best and second of the `size` columns of each group, for n rows (1 to 16).
+/// best and second of the `size` columns of each group, for n rows (1 to 16); NaN counts as -inf.
 ///
-/// Shapes: rows of groups * size floats, `stride` apart, without NaN; best and second are
+/// Shapes: rows of groups * size floats, `stride` apart; best and second are
 /// [groups][16], group by group, one row per lane; lanes at or past n repeat the last row. second
 /// is -inf where size is 1. Cost: a transpose and three operations per register, no allocation.
 /// Determinism: exact.
@@ -30,8 +31,9 @@ void best_two_of_groups(const float* rows, index_t stride, int n, index_t groups
         load_transposed<A>(row, c, (g + 1) * size, minus_infinity, x);
         MOEROUTE_UNROLL
         for (int j = 0; j < w; ++j) {
-          two = xsimd::max(two, xsimd::min(one, x[j]));
-          one = xsimd::max(one, x[j]);
+          const F value = max_or_second<A>(x[j], F(minus_infinity));
+          two = xsimd::max(two, xsimd::min(one, value));
+          one = xsimd::max(one, value);
         }
       }
       one.store_unaligned(best + g * block_rows + lane);
