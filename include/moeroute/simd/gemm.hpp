@@ -74,6 +74,7 @@ class packed_matrix {
     check_size("packed_matrix::set_rows", "w.cols()", w.cols, cols_);
     check_range("packed_matrix::set_rows", "w.rows()", w.rows, 0, rows_);
     check_range("packed_matrix::set_rows", "first", first, 0, rows_ - w.rows);
+    if (cols_ == 0) return;  // no panel to point into
     for (index_t r = 0; r < w.rows; ++r) {
       const index_t p = (first + r) / panel_width;
       const index_t step = registers(p) * width<A>;

@@ -230,7 +230,7 @@ void weighted_sum_of_rows(const From* rows, index_t stride, const std::int32_t* 
   if constexpr (std::is_same_v<From, bfloat16>) {
     const index_t done =
         detail::sum_of_bfloat16_pairs<A>(rows, stride, row, weight, k, n, out, next);
-    rows += done;
+    if (rows != nullptr) rows += done;  // null where every row is skipped
     out += done;
     n -= done;
   }
