@@ -97,6 +97,31 @@ TEMPLATE_LIST_TEST_CASE("every number of rows in a block is selected, row by row
     }
 }
 
+TEMPLATE_LIST_TEST_CASE("a row alone is selected as it is in a block", "", test::widths) {
+  for (const shape s : test::all_shapes)
+    for (const index_t cols : {index_t{1}, index_t{15}, index_t{64}, index_t{65}, index_t{255},
+                               index_t{256}, index_t{257}, index_t{320}, index_t{1040}}) {
+      const std::vector<float> rows = test::make_logits(s, 9, block_rows, cols);
+      for (const int k : {1, 3, 8, 9}) {
+        if (k > cols) continue;
+        const block all = select<TestType>(rows, cols, block_rows, cols, k);
+        for (int i = 0; i < block_rows; ++i) {
+          const std::vector<float> row(rows.begin() + i * cols, rows.begin() + (i + 1) * cols);
+          const block& one = select<TestType>(row, cols, 1, cols, k);
+          bool same = true;
+          for (std::size_t r = 0; r < static_cast<std::size_t>(k); ++r) {
+            const std::size_t here = r * block_rows, there = here + static_cast<std::size_t>(i);
+            same = same && one.column[here] == all.column[there] &&
+                   std::bit_cast<std::uint32_t>(one.value[here]) ==
+                       std::bit_cast<std::uint32_t>(all.value[there]);
+          }
+          INFO(to_string(test::reproducer{s, 9, block_rows, cols, k}) << " row " << i);
+          CHECK(same);
+        }
+      }
+    }
+}
+
 TEMPLATE_LIST_TEST_CASE("columns between cols and stride are not looked at", "", test::widths) {
   const index_t cols = 13, stride = 20;
   std::vector<float> rows = test::make_logits(shape::normal, 7, 16, stride);

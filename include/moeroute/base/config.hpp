@@ -18,12 +18,17 @@
 #define MOEROUTE_COLD [[gnu::cold, gnu::noinline]]
 #define MOEROUTE_RESTRICT __restrict__
 #define MOEROUTE_PREFETCH(address) __builtin_prefetch(address)
+#define MOEROUTE_FORGET(address) asm volatile("" : : "r"(address) : "memory")
 #else
 #define MOEROUTE_INLINE inline
 #define MOEROUTE_COLD
 #define MOEROUTE_RESTRICT
 #define MOEROUTE_PREFETCH(address) static_cast<void>(address)
+#define MOEROUTE_FORGET(address) static_cast<void>(address)
 #endif
+
+// MOEROUTE_FORGET: the compiler forgets what it has stored at an address and loads it. From what it
+// knows it would make one lane of a register by two or three shuffles, which all take one port.
 
 // Loops over register arrays must be unrolled completely, or the array spills to the stack.
 #if defined(__clang__)

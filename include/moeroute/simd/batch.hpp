@@ -2,6 +2,7 @@
 // ourselves.
 #pragma once
 
+#include <array>
 #include <concepts>
 #include <cstdint>
 #include <limits>
@@ -49,6 +50,17 @@ MOEROUTE_INLINE vfloat<A> load(const float* p) {
 template <class A>
 MOEROUTE_INLINE vint<A> load(const std::int32_t* p) {
   return vint<A>::load_unaligned(p);
+}
+
+/// 0, 1, 2, ... in the lanes of a register.
+template <class A>
+MOEROUTE_INLINE vint<A> lane_numbers() {
+  alignas(alignment) static constexpr auto number = [] {
+    std::array<std::int32_t, width<A>> list{};
+    for (int i = 0; i < width<A>; ++i) list[static_cast<std::size_t>(i)] = i;
+    return list;
+  }();
+  return vint<A>::load_aligned(number.data());
 }
 
 #if defined(__AVX2__)

@@ -55,13 +55,7 @@ class column_list {
 
   /// Which of these slots are in the list.
   MOEROUTE_INLINE vmask<A> in_list(int r) const {
-    alignas(alignment) static constexpr auto lane = [] {
-      std::array<std::int32_t, width<A>> list{};
-      for (int i = 0; i < width<A>; ++i) list[static_cast<std::size_t>(i)] = i;
-      return list;
-    }();
-    return xsimd::batch_bool_cast<float>(vint<A>::load_aligned(lane.data()) <
-                                         vint<A>(size_ - r * width<A>));
+    return xsimd::batch_bool_cast<float>(lane_numbers<A>() < vint<A>(size_ - r * width<A>));
   }
 
  private:
@@ -70,6 +64,16 @@ class column_list {
 };
 
 #if defined(__AVX512F__) && defined(__AVX512VBMI2__)
+
+namespace detail {
+
+alignas(alignment) inline constexpr auto byte_numbers = [] {
+  std::array<std::uint8_t, 256> list{};
+  for (std::size_t i = 0; i < list.size(); ++i) list[i] = static_cast<std::uint8_t>(i);
+  return list;
+}();
+
+}  // namespace detail
 
 /// One instruction compresses 64 columns: bytes hold the columns modulo 256, and after every 256
 /// columns the slots that are still free move on by 256.
@@ -85,8 +89,8 @@ class column_list<A, slots> {
     for (int r = 0; r < registers; ++r) high[r] = high_[r];
     for (index_t c = first; c < end; c += 64) {
       const std::uint64_t bits = (masks++)->bits();
-      const __m512i packed =
-          _mm512_maskz_compress_epi8(bits, _mm512_load_si512(numbers.data() + c % 256));
+      const __m512i packed = _mm512_maskz_compress_epi8(
+          bits, _mm512_load_si512(detail::byte_numbers.data() + c % 256));
       std::uint8_t* const out = low_ + (size < slots ? size : slots);
       if constexpr (slots <= 16) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(packed));
@@ -125,12 +129,6 @@ class column_list<A, slots> {
   static std::uint64_t below(std::int32_t n) {
     return n < 64 ? (std::uint64_t{1} << n) - 1 : ~std::uint64_t{0};
   }
-
-  alignas(alignment) static constexpr auto numbers = [] {
-    std::array<std::uint8_t, 256> list{};
-    for (int i = 0; i < 256; ++i) list[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(i);
-    return list;
-  }();
 
   __m512i high_[registers] = {};
   std::uint8_t low_[slots + 64];

@@ -43,20 +43,15 @@ inline void top_k_one_row(const float* row, index_t cols, int k, float* value, s
   }
 }
 
-// Up to `width` rows, one per lane, `lanes` of them wanted. k <= max_lane_k.
+// `width` rows, one per lane. k <= max_lane_k.
 template <class A>
-void top_k_lane_group(const float* const* rows, int lanes, index_t cols, int k, float* value,
+void top_k_lane_group(const float* const* rows, index_t cols, int k, float* value,
                       std::int32_t* column) {
   // Columns from which a bound wins, measured: with 16 lanes insertion of two still wins at 128
   // columns and the network at 32, with 8 lanes insertion and the network win at 64 and lose at
   // 128.
   constexpr index_t bound_of_two = width<A> == 16 ? 192 : 80;
   constexpr index_t bound_of_few = width<A> == 16 ? 64 : 80;
-  if (3 * lanes <= width<A> && k <= 8) {
-    int i = 0;
-    while (i < lanes && top_k_row<A>(rows[i], cols, k, value + i, column + i)) ++i;
-    if (i == lanes) return;
-  }
   if (k <= 1) {
     top_k_insert<A, 1>(rows, cols, k, value, column);
   } else if (k <= 2) {
@@ -98,10 +93,16 @@ void top_k_block(const float* rows, index_t stride, int n, index_t cols, int k, 
     return;
   }
   for (int first = 0; first < n; first += width<A>) {
+    // The lanes of a third of a register cost more together than so many rows one by one.
+    if (3 * (n - first) <= width<A> && k <= 8) {
+      while (first < n &&
+             detail::top_k_row<A>(rows + first * stride, cols, k, value + first, column + first))
+        ++first;
+      if (first == n) return;
+    }
     const float* row[width<A>];
     for (int i = 0; i < width<A>; ++i) row[i] = rows + std::min(first + i, n - 1) * stride;
-    detail::top_k_lane_group<A>(row, std::min(n - first, width<A>), cols, k, value + first,
-                                column + first);
+    detail::top_k_lane_group<A>(row, cols, k, value + first, column + first);
   }
 }
 
