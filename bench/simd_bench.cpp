@@ -97,6 +97,12 @@ void top_k(benchmark::State& state, index_t rows, index_t experts, int k, const 
     list.push_back(
         {"eigen", bench::over(by_row, 2.0 / 3, row_by_row([&](auto... a) { plain.eigen(a...); }))});
   }
+  kernel eight(experts, 8);
+  if (k == 32)
+    list.push_back({"k8", bench::over(logits.turns, 1.0 / 3, [&](index_t first, index_t n) {
+                      for (index_t r = first; r < first + n; r += rows)
+                        eight(logits.row(r), rows, experts);
+                    })});
   bench::compete(state, logits.bytes(), std::move(list));
 }
 

@@ -58,6 +58,7 @@ MOEROUTE_INLINE vfloat<A> column_bound(const float* const* rows, index_t cols, i
         MOEROUTE_UNROLL
         for (int j = 0; j < K; ++j) top[j] = x[j];
       } else {
+        if (g + h + K == G && k == K) return last_of_merged<K>(top, x + h);
         merge_keep_first<K>(top, x + h);
       }
     }

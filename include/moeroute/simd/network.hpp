@@ -120,12 +120,21 @@ MOEROUTE_INLINE void sort(V* x) {
   }
 }
 
-/// Merges two sorted runs of n = 2^m registers; top keeps the n largest, sorted.
-template <int n, class V>
+/// Merges sorted runs of n = 2^m and r <= n registers; top keeps the n largest, sorted.
+template <int n, int r = n, class V>
 MOEROUTE_INLINE void merge_keep_first(V* top, const V* run) {
   MOEROUTE_UNROLL
-  for (int i = 0; i < n; ++i) top[i] = xsimd::max(top[i], run[n - 1 - i]);
+  for (int i = 0; i < r; ++i) top[n - r + i] = xsimd::max(top[n - r + i], run[r - 1 - i]);
   detail::clean<n>(top);
+}
+
+/// The n-th largest of two sorted runs of n registers.
+template <int n, class V>
+MOEROUTE_INLINE V last_of_merged(const V* first, const V* second) {
+  V least = xsimd::max(first[0], second[n - 1]);
+  MOEROUTE_UNROLL
+  for (int i = 1; i < n; ++i) least = xsimd::min(least, xsimd::max(first[i], second[n - 1 - i]));
+  return least;
 }
 
 }  // namespace moeroute::simd

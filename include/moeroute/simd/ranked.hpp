@@ -106,11 +106,11 @@ MOEROUTE_INLINE void sort(ranks<A, n>& x) {
   for (int h = 0; h < 2; ++h) sort<n>(x.part[h]);
 }
 
-/// Merges two sorted runs of n = 2^m ranks; top keeps the n that go first, sorted.
-template <class A, int n>
-MOEROUTE_INLINE void merge_keep_first(ranks<A, n>& top, const ranks<A, n>& run) {
+/// Merges sorted runs of n = 2^m and r <= n ranks; top keeps the n that go first, sorted.
+template <class A, int n, int r>
+MOEROUTE_INLINE void merge_keep_first(ranks<A, n>& top, const ranks<A, r>& run) {
   MOEROUTE_UNROLL
-  for (int h = 0; h < 2; ++h) merge_keep_first<n>(top.part[h], run.part[h]);
+  for (int h = 0; h < 2; ++h) merge_keep_first<n, r>(top.part[h], run.part[h]);
 }
 
 /// What goes after everything that can be selected.

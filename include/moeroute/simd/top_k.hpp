@@ -64,10 +64,11 @@ void top_k_lane_group(const float* const* rows, index_t cols, int k, float* valu
     if (cols >= bound_of_few && top_k_bound<A, 8, 32, 16>(rows, cols, k, value, column)) return;
     top_k_lanes<A, 8>(rows, cols, k, value, column);
   } else if (k <= 16) {
-    if (cols >= 80 && top_k_bound<A, 16, 64, 32>(rows, cols, k, value, column)) return;
+    if (cols >= bound_of_few && top_k_bound<A, 16, 32, 32, 16>(rows, cols, k, value, column))
+      return;
     top_k_lanes<A, 16>(rows, cols, k, value, column);
   } else if (k <= 32) {
-    if (cols >= 96 && top_k_bound<A, 32, 64, 64>(rows, cols, k, value, column)) return;
+    if (cols >= 96 && top_k_bound<A, 32, 64, 64, 48>(rows, cols, k, value, column)) return;
     top_k_lanes<A, 32>(rows, cols, k, value, column);
   } else {
     top_k_lanes<A, 64>(rows, cols, k, value, column);
