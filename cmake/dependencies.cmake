@@ -9,16 +9,21 @@ endif()
 
 # moeroute_dependency(<package> <at least> <target> GIT <repository> TAG <tag> [HEADERS <folder>])
 #
+# At least: a list where a package takes itself to be compatible within a major version only.
 # HEADERS: the library is headers only, found in that folder of its source. It becomes an imported
 # target, so that its own build does not run and our export set need not carry it.
-function(moeroute_dependency package version target)
+function(moeroute_dependency package versions target)
   if(TARGET ${target})
     return() # The project around us brought it.
   endif()
   cmake_parse_arguments(PARSE_ARGV 3 arg "" "GIT;TAG;HEADERS" "")
   string(TOUPPER ${package} upper)
   if(NOT FETCHCONTENT_SOURCE_DIR_${upper})
-    find_package(${package} ${version} CONFIG QUIET GLOBAL)
+    foreach(version IN LISTS versions)
+      if(NOT ${package}_FOUND)
+        find_package(${package} ${version} CONFIG QUIET GLOBAL)
+      endif()
+    endforeach()
   endif()
   if(NOT TARGET ${target})
     message(STATUS "${package}: no installed version ${version} or newer; building from source")
@@ -42,8 +47,8 @@ function(moeroute_dependency package version target)
   endif()
 endfunction()
 
-moeroute_dependency(Eigen3 3.4 Eigen3::Eigen GIT https://gitlab.com/libeigen/eigen.git TAG 3.4.0 HEADERS .)
-moeroute_dependency(xsimd 13 xsimd GIT https://github.com/xtensor-stack/xsimd.git TAG 13.2.0 HEADERS include)
+moeroute_dependency(Eigen3 "5;3.4" Eigen3::Eigen GIT https://gitlab.com/libeigen/eigen.git TAG 3.4.0 HEADERS .)
+moeroute_dependency(xsimd "14;13" xsimd GIT https://github.com/xtensor-stack/xsimd.git TAG 13.2.0 HEADERS include)
 
 if(MOEROUTE_BUILD_TESTS)
   moeroute_dependency(Catch2 3 Catch2::Catch2WithMain GIT https://github.com/catchorg/Catch2.git TAG v3.7.1)

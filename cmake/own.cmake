@@ -1,6 +1,6 @@
 # How this project builds its own programs. None of it reaches the users of moeroute::moeroute.
 set(MOEROUTE_ARCH native CACHE STRING "What the project's own programs are built for")
-set_property(CACHE MOEROUTE_ARCH PROPERTY STRINGS native sse2 avx2 avx512)
+set_property(CACHE MOEROUTE_ARCH PROPERTY STRINGS native baseline avx2 avx512)
 
 if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set_property(CACHE CMAKE_BUILD_TYPE PROPERTY VALUE Release)
@@ -13,12 +13,12 @@ if(CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
 endif()
 
 set(arch_native -march=native)
-set(arch_sse2 "")
+set(arch_baseline "")
 set(arch_avx2 -mavx2 -mfma -mbmi -mbmi2 -mf16c)
 set(arch_avx512 ${arch_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd)
 if(NOT DEFINED arch_${MOEROUTE_ARCH})
-  message(FATAL_ERROR "MOEROUTE_ARCH is '${MOEROUTE_ARCH}', expected native, sse2, avx2 or avx512")
-elseif(NOT MOEROUTE_ARCH STREQUAL "native" AND NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  message(FATAL_ERROR "MOEROUTE_ARCH is '${MOEROUTE_ARCH}', expected native, baseline, avx2 or avx512")
+elseif(MOEROUTE_ARCH MATCHES "avx" AND NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   message(FATAL_ERROR "MOEROUTE_ARCH=${MOEROUTE_ARCH} is for x86-64, this is ${CMAKE_SYSTEM_PROCESSOR}")
 endif()
 
