@@ -217,23 +217,81 @@ index_t sum_of_bfloat16_pairs(const bfloat16* rows, index_t stride, const std::i
 
 }  // namespace detail
 
+namespace detail {
+
+// Most rows that are read side by side: their pointers and weights stay in registers.
+inline constexpr int rows_side_by_side = 8;
+
+// The sum of K rows of floats over the columns [0, n rounded down to whole registers); returns
+// where they end. Each load instruction walks along one row, which the hardware's prefetchers
+// follow; a tile of one row after the other defeats them, and fetching by hand fills the first
+// cache with rows that are pushed out again before their turn.
+template <class A, int K, storage To>
+index_t sum_side_by_side(const float* const* rows, const float* weight, index_t n, To* out) {
+  constexpr int w = width<A>;
+  const float* from[K];
+  vfloat<A> factor[K];
+  MOEROUTE_UNROLL
+  for (int r = 0; r < K; ++r) {
+    from[r] = rows[r];
+    factor[r] = vfloat<A>(weight[r]);
+  }
+  index_t c = 0;
+  for (; c + w <= n; c += w) {
+    vfloat<A> sum(0.0f);
+    MOEROUTE_UNROLL
+    for (int r = 0; r < K; ++r) sum = fma<A>(factor[r], load<A>(from[r] + c), sum);
+    store_narrow<A>(out + c, sum);
+  }
+  return c;
+}
+
+// The same for as many of the k rows as are there; 0 where there are none, or too many.
+template <class A, storage To>
+index_t sum_of_float_rows(const float* rows, index_t stride, const std::int32_t* row,
+                          const float* weight, index_t k, index_t n, To* out) {
+  if (k > rows_side_by_side) return 0;
+  const float* from[rows_side_by_side];
+  float factor[rows_side_by_side];
+  int there = 0;
+  for (index_t r = 0; r < k; ++r) {
+    if (row[r] < 0) continue;
+    from[there] = rows + row[r] * stride;
+    factor[there++] = weight[r];
+  }
+  switch (there) {
+    case 1: return sum_side_by_side<A, 1>(from, factor, n, out);
+    case 2: return sum_side_by_side<A, 2>(from, factor, n, out);
+    case 3: return sum_side_by_side<A, 3>(from, factor, n, out);
+    case 4: return sum_side_by_side<A, 4>(from, factor, n, out);
+    case 5: return sum_side_by_side<A, 5>(from, factor, n, out);
+    case 6: return sum_side_by_side<A, 6>(from, factor, n, out);
+    case 7: return sum_side_by_side<A, 7>(from, factor, n, out);
+    case 8: return sum_side_by_side<A, 8>(from, factor, n, out);
+  }
+  return 0;
+}
+
+}  // namespace detail
+
 /// out[c] = sum over r < k of weight[r] * rows[row[r] * stride + c], where negative row[r] are
 /// skipped; zeros where nothing is left.
 ///
-/// The lines of the rows next[0..k) are fetched along the way, for the next call.
+/// The lines of the rows next[0..k) may be fetched along the way, for the next call.
 /// Accumulates in float in the order of r with fused multiply-adds; one rounding to To at the end.
 /// Cost: reads each row once, no allocation. Determinism: the same bits on every ISA.
 template <class A = default_arch, storage From, storage To>
 void weighted_sum_of_rows(const From* rows, index_t stride, const std::int32_t* row,
                           const float* weight, index_t k, index_t n, To* out,
                           const std::int32_t* next = nullptr) {
-  if constexpr (std::is_same_v<From, bfloat16>) {
-    const index_t done =
-        detail::sum_of_bfloat16_pairs<A>(rows, stride, row, weight, k, n, out, next);
-    if (rows != nullptr) rows += done;  // null where every row is skipped
-    out += done;
-    n -= done;
-  }
+  index_t done = 0;
+  if constexpr (std::is_same_v<From, bfloat16>)
+    done = detail::sum_of_bfloat16_pairs<A>(rows, stride, row, weight, k, n, out, next);
+  else if constexpr (std::is_same_v<From, float> && detail::has_fma<A>)
+    done = detail::sum_of_float_rows<A>(rows, stride, row, weight, k, n, out);
+  if (rows != nullptr) rows += done;  // null where every row is skipped
+  out += done;
+  n -= done;
   sum_of_rows<A>(n, out, sum_start::zero, [&](auto& sum) {
     for (index_t r = 0; r < k; ++r) {
       if (row[r] < 0) continue;

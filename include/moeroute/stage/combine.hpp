@@ -118,15 +118,19 @@ void combine(const X& slot_rows, const dispatch_plan& plan, const assignment& ch
   check_stride("combine", "y", y);
   check_apart("combine", "slots", slots, "y", y);
 
-  if (options.plain() && !plan.ragged()) {
-    const index_t k = plan.k();
+  if (options.plain()) {
     const slot_id* slot = plan.slot_of_choice().data();
     const float* weight = choices.weights().data();
-    exec.parallel_for(y.rows, detail::row_grain(y.cols * k), [&](index_t begin, index_t end) {
-      for (index_t t = begin; t < end; ++t)
-        simd::weighted_sum_of_rows<A>(slots.data, slots.stride, slot + t * k, weight + t * k, k,
+    const index_t terms = std::max<index_t>(1, plan.k());
+    exec.parallel_for(y.rows, detail::row_grain(y.cols * terms), [&](index_t begin, index_t end) {
+      for (index_t t = begin; t < end; ++t) {
+        const index_t first = plan.first(t), count = plan.count(t);
+        // The next token's rows are fetched along the way, if it has as many.
+        const bool fetch = t + 1 < y.rows && plan.count(t + 1) >= count;
+        simd::weighted_sum_of_rows<A>(slots.data, slots.stride, slot + first, weight + first, count,
                                       y.cols, y.data + t * y.stride,
-                                      t + 1 < y.rows ? slot + (t + 1) * k : nullptr);
+                                      fetch ? slot + first + count : nullptr);
+      }
     });
     return;
   }
