@@ -13,6 +13,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "support/allocations.hpp"
@@ -388,41 +389,92 @@ TEST_CASE("warm dispatch and combine never allocate, in any dtype and with any o
 }
 
 #if defined(__linux__)
-TEST_CASE("rows beyond 2^31 elements are addressed right") {
-  // Address space only: a page is real once it is touched.
-  constexpr index_t rows = 5, stride = (index_t{1} << 31) + 64, d = 16;
-  const auto size = static_cast<std::size_t>(rows * stride) * sizeof(float);
-  const auto reserve = [&] {
-    void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return p == MAP_FAILED ? nullptr : static_cast<float*>(p);
-  };
-  float* const memory = reserve();
-  float* const target = reserve();
-  if (memory == nullptr || target == nullptr) SKIP("no address space of 86 GB to reserve");
+namespace {
+
+// Rows far apart in address space of which only the rows themselves are memory: the rest is
+// reserved without any right to it, which no limit on memory counts.
+template <class T>
+class sparse_rows {
+ public:
+  sparse_rows(index_t rows, index_t cols, index_t stride)
+      : size_(static_cast<std::size_t>((rows - 1) * stride + cols) * sizeof(T)),
+        at_(mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)),
+        rows_(static_cast<T*>(at_), rows, cols, stride) {
+    if (at_ == MAP_FAILED) FAIL("no address space of " << size_ << " bytes");
+    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    for (index_t r = 0; r < rows; ++r) {
+      const auto begin = reinterpret_cast<std::uintptr_t>(rows_.data + r * stride) / page * page;
+      const auto end = reinterpret_cast<std::uintptr_t>(rows_.data + r * stride + cols);
+      if (mprotect(reinterpret_cast<void*>(begin), end - begin, PROT_READ | PROT_WRITE) != 0)
+        FAIL("no memory for row " << r);
+    }
+  }
+  sparse_rows(const sparse_rows&) = delete;
+  sparse_rows& operator=(const sparse_rows&) = delete;
+  ~sparse_rows() { munmap(at_, size_); }
+
+  const matrix_view<T>& view() const { return rows_; }
+
+ private:
+  std::size_t size_;
+  void* at_;
+  matrix_view<T> rows_;
+};
+
+template <class T>
+void check_far_rows() {
+  // The last row begins at element 2^31 + 256.
+  constexpr index_t rows = 5, stride = (index_t{1} << 29) + 64, d = 80;
+  const sparse_rows<T> x_memory(rows, d, stride), slot_memory(rows, d, stride);
+  const matrix_view<T> x = x_memory.view(), slots = slot_memory.view();
   assignment a;
   a.reset(rows, 2, 1);
   for (index_t t = 0; t < rows; ++t) {
     a.ids()[static_cast<std::size_t>(t)] = static_cast<expert_id>(1 - t % 2);
     a.weights()[static_cast<std::size_t>(t)] = 2.0f;
-    for (index_t i = 0; i < d; ++i) memory[t * stride + i] = static_cast<float>(100 * t + i);
+    for (index_t i = 0; i < d; ++i) x(t, i) = static_cast<T>(static_cast<float>(16 * t + i % 16));
   }
   dispatch_plan p;
   plan(a, p);
-  const matrix_view<float> x(memory, rows, d, stride), slots(target, rows, d, stride);
   dispatch(x, p, slots);
   bool right = true;
   for (index_t s = 0; s < rows; ++s)
     for (index_t i = 0; i < d; ++i)
-      right &= target[s * stride + i] ==
-               static_cast<float>(100 * p.token_of_slot()[static_cast<std::size_t>(s)] + i);
+      right &= static_cast<float>(slots(s, i)) ==
+               static_cast<float>(16 * p.token_of_slot()[static_cast<std::size_t>(s)] + i % 16);
   CHECK(right);
-  combine(slots, p, a, x);
+  // The plain path and the one with options.
+  for (const combine_output output : {combine_output::overwrite, combine_output::accumulate}) {
+    combine(slots, p, a, x, {.output = output});
+    const float times = output == combine_output::overwrite ? 2.0f : 4.0f;
+    for (index_t t = 0; t < rows; ++t)
+      for (index_t i = 0; i < d; ++i)
+        right &= static_cast<float>(x(t, i)) == times * static_cast<float>(16 * t + i % 16);
+    CHECK(right);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("rows beyond 2^31 elements are addressed right") {
+  check_far_rows<float>();
+  check_far_rows<bfloat16>();
+}
+
+TEST_CASE("rows of bytes beyond 2^31 of them are addressed right") {
+  constexpr index_t rows = 5, stride = (index_t{1} << 29) + 64, bytes = 80;
+  const sparse_rows<std::byte> x(rows, bytes, stride), slots(rows, bytes, stride);
+  test::random rng(52);
+  const assignment a = test::fixed_choices(rng, rows, 3, 1);
+  dispatch_plan p;
+  plan(a, p);
   for (index_t t = 0; t < rows; ++t)
-    for (index_t i = 0; i < d; ++i)
-      right &= memory[t * stride + i] == static_cast<float>(2 * (100 * t + i));
+    for (index_t i = 0; i < bytes; ++i) x.view()(t, i) = static_cast<std::byte>(rng.below(256));
+  dispatch_bytes(matrix_view<const std::byte>(x.view()), p, slots.view());
+  bool right = true;
+  for (index_t s = 0; s < rows; ++s)
+    right &= std::equal(slots.view().data + s * stride, slots.view().data + s * stride + bytes,
+                        x.view().data + p.token_of_slot()[static_cast<std::size_t>(s)] * stride);
   CHECK(right);
-  munmap(memory, size);
-  munmap(target, size);
 }
 #endif
