@@ -75,6 +75,14 @@ std::string wrong_dispatch(const assignment& a, const plan_options& plan_with, i
   buffer<To> slots(p.slots() * d), expected(p.slots() * d);
   std::fill_n(slots.data(), slots.size(), static_cast<To>(77.0f));
   std::fill_n(expected.data(), expected.size(), static_cast<To>(0.0f));
+  // Every slot with a token as if it were a spare one, then those that choices have.
+  for (index_t s = 0; s < p.slots(); ++s) {
+    const slot_id t = p.token_of_slot()[static_cast<std::size_t>(s)];
+    for (index_t i = 0; t != no_token && i < d; ++i) {
+      const float value = static_cast<float>(x[t * d + i]);
+      expected[s * d + i] = static_cast<To>(scaled ? 0.0f * value : value);
+    }
+  }
   const auto token = test::tokens_of(a);
   for (std::size_t c = 0; c < token.size(); ++c) {
     const slot_id s = p.slot_of_choice()[c];
@@ -92,12 +100,16 @@ std::string wrong_dispatch(const assignment& a, const plan_options& plan_with, i
 
 }  // namespace
 
-TEST_CASE("every slot gets its token's row, padding gets zeros, on every path of stores") {
+TEST_CASE(
+    "every slot gets its token's row, a spare token's too, empty ones zeros, on every path of "
+    "stores") {
   for_each_assignment([&](const assignment& a) {
     for (const store_path stores :
          {store_path::automatic, store_path::cached, store_path::streamed})
       for (const index_t d : {1, 16, 32, 64, 5000})
-        for (const plan_options& o : {plan_options{}, plan_options{.block = 4}}) {
+        for (const plan_options& o :
+             {plan_options{}, plan_options{.block = 4},
+              plan_options{.block = 4, .padding = slot_padding::spare_tokens}}) {
           CHECK(wrong_dispatch<float, float>(a, o, d, stores, false) == "");
           CHECK(wrong_dispatch<bfloat16, bfloat16>(a, o, d, stores, false) == "");
         }
@@ -112,6 +124,10 @@ TEST_CASE("dispatch widens, narrows and scales with one rounding") {
         CHECK(wrong_dispatch<float, bfloat16>(a, {}, d, stores, false) == "");
         CHECK(wrong_dispatch<float16, float>(a, {}, d, stores, true) == "");
         CHECK(wrong_dispatch<float, float>(a, {.block = 3}, d, stores, true) == "");
+        CHECK(wrong_dispatch<bfloat16, float>(
+                  a, {.block = 5, .padding = slot_padding::spare_tokens}, d, stores, false) == "");
+        CHECK(wrong_dispatch<float, float>(a, {.block = 5, .padding = slot_padding::spare_tokens},
+                                           d, stores, true) == "");
         CHECK(wrong_dispatch<bfloat16, bfloat16>(a, {}, d, stores, true) == "");
       }
   });
@@ -167,14 +183,15 @@ TEST_CASE("padded rows never reach the output") {
     test::random rng(45);
     dispatch_plan plain, padded;
     plan(a, plain);
-    plan(a, padded, {.block = 8});
+    plan(a, padded, {.block = 8, .padding = slot_padding::spare_tokens});
     const buffer<float> x = rows_of<float>(rng, a.tokens(), d);
     buffer<float> in(plain.slots() * d), in_padded(padded.slots() * d), y(x.size()),
         y_padded(x.size());
     dispatch(as_rows(x, a.tokens(), d), plain, as_rows(in, plain.slots(), d));
     dispatch(as_rows(x, a.tokens(), d), padded, as_rows(in_padded, padded.slots(), d));
-    for (index_t s = 0; s < padded.slots(); ++s)
-      if (padded.token_of_slot()[static_cast<std::size_t>(s)] == no_token)
+    for (index_t e = 0; e < padded.experts(); ++e)
+      for (index_t s = padded.offsets()[static_cast<std::size_t>(e)] + padded.load(e);
+           s < padded.offsets()[static_cast<std::size_t>(e) + 1]; ++s)
         std::fill_n(in_padded.data() + s * d, d, std::nanf(""));
     combine(as_rows(in, plain.slots(), d), plain, a, as_rows(y, a.tokens(), d));
     combine(as_rows(in_padded, padded.slots(), d), padded, a, as_rows(y_padded, a.tokens(), d));

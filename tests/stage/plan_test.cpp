@@ -53,6 +53,15 @@ expectation by_brute_force(const assignment& a, const plan_options& o) {
     p.load.push_back(load);
     index_t rows = o.capacity == as_needed ? load : o.capacity;
     while (rows % o.block != 0) ++rows;
+    const auto own = p.token_of_slot.end() - load;
+    const ints served(own, p.token_of_slot.end());
+    if (o.padding == slot_padding::spare_tokens)
+      for (std::int32_t t = 0; t < a.tokens() && load < rows; ++t)
+        if ((o.mask.empty() || o.mask[static_cast<std::size_t>(t)] != 0) &&
+            std::find(served.begin(), served.end(), t) == served.end()) {
+          p.token_of_slot.push_back(t);
+          --rows;
+        }
     for (index_t r = load; r < rows; ++r) p.token_of_slot.push_back(no_token);
   }
   p.offsets.push_back(static_cast<std::int32_t>(p.token_of_slot.size()));
@@ -149,6 +158,28 @@ TEST_CASE("padded to a capacity every expert has exactly that many slots") {
   });
 }
 
+TEST_CASE("padded with spare tokens a slot has the lowest token that its expert does not serve") {
+  dispatch_plan p;
+  test::random rng(8);
+  for_each_assignment([&](const assignment& a) {
+    plan(a, p);
+    index_t greatest = 0;
+    for (index_t e = 0; e < a.experts(); ++e) greatest = std::max(greatest, p.load(e));
+    flags owned(static_cast<std::size_t>(a.experts())), mask(static_cast<std::size_t>(a.tokens()));
+    for (auto& x : owned) x = static_cast<std::uint8_t>(rng.below(2));
+    for (auto& x : mask) x = static_cast<std::uint8_t>(rng.below(3) != 0);
+    constexpr auto spare = slot_padding::spare_tokens;
+    for (const plan_options& o :
+         {plan_options{.padding = spare}, plan_options{.block = 8, .padding = spare},
+          plan_options{.capacity = greatest, .padding = spare},
+          plan_options{.block = 4, .capacity = greatest + 3, .padding = spare},
+          plan_options{.block = 16, .padding = spare, .owned = owned, .mask = mask}}) {
+      plan(a, p, o);
+      CHECK(difference(p, by_brute_force(a, o)) == "");
+    }
+  });
+}
+
 TEST_CASE("kept, dropped, elsewhere and unrouted add up to all choices, and the loads to kept") {
   dispatch_plan p;
   for_each_assignment([&](const assignment& a) {
@@ -195,6 +226,7 @@ TEST_CASE("a warm plan never allocates, whatever its options") {
       plan(*a, p);
       plan(*a, p, {.block = 16});
       plan(*a, p, {.capacity = 100});
+      plan(*a, p, {.block = 16, .padding = slot_padding::spare_tokens});
       plan(*a, p, {.owned = owned});
     }
   };

@@ -12,14 +12,17 @@
 namespace test::detail {
 
 inline std::atomic<long> count{0};
+inline std::atomic<long> bytes{0};
 
 inline void* allocate(std::size_t n) {
   ++count;
+  bytes += static_cast<long>(n);
   return std::malloc(n > 0 ? n : 1);
 }
 
 inline void* allocate(std::size_t n, std::align_val_t alignment) {
   ++count;
+  bytes += static_cast<long>(n);
   const auto a = static_cast<std::size_t>(alignment);
   return std::aligned_alloc(a, (n / a + 1) * a);  // a multiple of the alignment, never 0
 }
@@ -32,6 +35,7 @@ inline void* or_throw(void* p) {
 }  // namespace test::detail
 
 long test::allocations() { return test::detail::count; }
+long test::allocated_bytes() { return test::detail::bytes; }
 
 using test::detail::allocate;
 using test::detail::or_throw;

@@ -13,7 +13,7 @@
 
 namespace moeroute {
 
-/// A slot that holds no token: padding behind an expert's rows.
+/// A slot that holds no token: empty padding behind an expert's rows.
 inline constexpr slot_id no_token = -1;
 
 /// The expert-major order of an assignment's choices.
@@ -64,7 +64,7 @@ class dispatch_plan {
   index_t slots() const { return experts_ == 0 ? 0 : offsets_[experts_]; }
   /// Choices with a slot.
   index_t kept() const { return slots() - padding_; }
-  /// Slots that hold no token.
+  /// Slots that no choice has: behind each expert's own, empty or with spare tokens.
   index_t padding() const { return padding_; }
   /// Choices that capacity dropped.
   index_t dropped() const { return dropped_; }
@@ -85,7 +85,7 @@ class dispatch_plan {
     MOEROUTE_EXPECTS(e >= 0 && e < experts_);
     return offsets_[e + 1] - offsets_[e];
   }
-  /// The token whose row belongs in each slot, no_token in padding: [slots].
+  /// The token whose row belongs in each slot, no_token where the padding is empty: [slots].
   std::span<const slot_id> token_of_slot() const {
     return {token_of_slot_.data(), static_cast<std::size_t>(slots())};
   }

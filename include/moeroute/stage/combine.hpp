@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
+#include <utility>
 
 #include <moeroute/data/assignment.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
@@ -56,17 +57,23 @@ struct combine_options {
 
 namespace detail {
 
+// The weights of a plan's choices; ids and flags where identity experts need them.
+struct choice_weights {
+  const float* weight;
+  const assignment* choices = nullptr;
+};
+
 template <class A, class T, class U, class X, class S>
 void combine_token(index_t t, const matrix_view<const T>& slots, const dispatch_plan& plan,
-                   const assignment& choices, const matrix_view<U>& y,
+                   const choice_weights& of, const matrix_view<U>& y,
                    const combine_options<X, S>& o) {
   const slot_id* slot = plan.slot_of_choice().data();
-  const float* weight = choices.weights().data();
-  const expert_id* id = choices.ids().data();
+  const float* weight = of.weight;
+  const expert_id* id = of.choices == nullptr ? nullptr : of.choices->ids().data();
   const index_t first = plan.first(t), last = plan.first(t + 1);
   const auto is_identity = [&](index_t c) {
-    return slot[c] == no_slot && id[c] >= o.identity_first && id[c] < o.identity_end &&
-           choices.kept(c);
+    return slot[c] == no_slot && id != nullptr && id[c] >= o.identity_first &&
+           id[c] < o.identity_end && of.choices->kept(c);
   };
   bool lost = true;
   for (index_t c = first; c < last; ++c) lost = lost && slot[c] == no_slot && !is_identity(c);
@@ -88,30 +95,14 @@ void combine_token(index_t t, const matrix_view<const T>& slots, const dispatch_
   });
 }
 
-}  // namespace detail
-
-/// y[t] = sum over the choices of t, in rank order, of weight * slots[slot of the choice].
-///
-/// A choice without a slot adds nothing; a token without any gets zeros, or what options say.
-/// Accumulates in float with one rounding at the end. Padding rows of slots are not read.
-/// Shapes: slots [plan.slots(), d], y [T, d]; they must not overlap. options.x and options.shared
-/// [T, d] may be y itself.
-/// Throws: error where the shapes do not fit, the plan is of other choices by its sizes, rows run
-/// into one another, or memory overlaps.
-/// Cost: reads each slot once, no allocation.
-/// Determinism: the same bits for every executor, thread count and ISA.
-template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch,
-          storage H = float, storage S = float>
-void combine(const X& slot_rows, const dispatch_plan& plan, const assignment& choices, Y&& y_rows,
-             const Exec& exec = {}, const combine_options<H, S>& options = {}) {
+template <class X, class Y, class Exec, class A, class H, class S>
+void combine_rows(const X& slot_rows, const dispatch_plan& plan, const choice_weights& of,
+                  Y&& y_rows, const Exec& exec, const combine_options<H, S>& options) {
   using T = element_of<const X>;
   using U = element_of<Y>;
   const matrix_view<const T> slots = const_view(slot_rows);
   const matrix_view<U> y = view(y_rows);
   check_size("combine", "slots.rows()", slots.rows, plan.slots());
-  check_size("combine", "choices.tokens()", choices.tokens(), plan.tokens());
-  check_size("combine", "choices.k()", choices.k(), plan.k());
-  check_size("combine", "choices.choices()", choices.choices(), plan.choices());
   check_size("combine", "y.rows()", y.rows, plan.tokens());
   check_size("combine", "y.cols()", y.cols, slots.cols);
   check_stride("combine", "slots", slots);
@@ -120,9 +111,9 @@ void combine(const X& slot_rows, const dispatch_plan& plan, const assignment& ch
 
   if (options.plain()) {
     const slot_id* slot = plan.slot_of_choice().data();
-    const float* weight = choices.weights().data();
+    const float* weight = of.weight;
     const index_t terms = std::max<index_t>(1, plan.k());
-    exec.parallel_for(y.rows, detail::row_grain(y.cols * terms), [&](index_t begin, index_t end) {
+    exec.parallel_for(y.rows, row_grain(y.cols * terms), [&](index_t begin, index_t end) {
       for (index_t t = begin; t < end; ++t) {
         const index_t first = plan.first(t), count = plan.count(t);
         // The next token's rows are fetched along the way, if it has as many.
@@ -151,10 +142,44 @@ void combine(const X& slot_rows, const dispatch_plan& plan, const assignment& ch
     check_size("combine", "shared_weight.size()",
                static_cast<index_t>(options.shared_weight.size()), y.rows);
   const index_t terms = std::max<index_t>(1, plan.k());
-  exec.parallel_for(y.rows, detail::row_grain(y.cols * terms), [&](index_t begin, index_t end) {
-    for (index_t t = begin; t < end; ++t)
-      detail::combine_token<A>(t, slots, plan, choices, y, options);
+  exec.parallel_for(y.rows, row_grain(y.cols * terms), [&](index_t begin, index_t end) {
+    for (index_t t = begin; t < end; ++t) combine_token<A>(t, slots, plan, of, y, options);
   });
+}
+
+}  // namespace detail
+
+/// y[t] = sum over the choices of t, in rank order, of weight * slots[slot of the choice].
+///
+/// A choice without a slot adds nothing; a token without any gets zeros, or what options say.
+/// Accumulates in float with one rounding at the end. Padding rows of slots are not read.
+/// Shapes: slots [plan.slots(), d], y [T, d]; they must not overlap. options.x and options.shared
+/// [T, d] may be y itself.
+/// Throws: error where the shapes do not fit, the plan is of other choices by its sizes, rows run
+/// into one another, or memory overlaps.
+/// Cost: reads each slot once, no allocation.
+/// Determinism: the same bits for every executor, thread count and ISA.
+template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch,
+          storage H = float, storage S = float>
+void combine(const X& slots, const dispatch_plan& plan, const assignment& choices, Y&& y,
+             const Exec& exec = {}, const combine_options<H, S>& options = {}) {
+  check_size("combine", "choices.tokens()", choices.tokens(), plan.tokens());
+  check_size("combine", "choices.k()", choices.k(), plan.k());
+  check_size("combine", "choices.choices()", choices.choices(), plan.choices());
+  detail::combine_rows<X, Y, Exec, A, H, S>(slots, plan, {choices.weights().data(), &choices},
+                                            std::forward<Y>(y), exec, options);
+}
+
+/// The same with the weights alone, in the order of the plan's choices: for a plan that was made of
+/// expert lists. Identity experts need an assignment.
+template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch,
+          storage H = float, storage S = float>
+void combine(const X& slots, const dispatch_plan& plan, std::span<const float> weights, Y&& y,
+             const Exec& exec = {}, const combine_options<H, S>& options = {}) {
+  check_size("combine", "weights.size()", static_cast<index_t>(weights.size()), plan.choices());
+  check_range("combine", "identity_end", options.identity_end, 0, options.identity_first);
+  detail::combine_rows<X, Y, Exec, A, H, S>(slots, plan, {weights.data()}, std::forward<Y>(y), exec,
+                                            options);
 }
 
 /// The same with options and the serial executor.

@@ -64,8 +64,8 @@ void copy_bytes(const std::byte* from, index_t n, std::byte* to, bool stream) {
 }
 
 // Token by token: piece(token, choice, column, columns, made, memory) returns the next columns of a
-// row for a choice; `made` is what it returned for the choice before, `memory` is room to make them
-// in.
+// row for a choice, or for a spare token where choice is -1; `made` is what it returned for the
+// choice before, `memory` is room to make them in.
 template <class A, class To, executor Exec, class Piece>
 void dispatch_rows(const dispatch_plan& plan, const matrix_view<To>& slots, store_path path,
                    const Exec& exec, Piece&& piece) {
@@ -93,19 +93,28 @@ void dispatch_rows(const dispatch_plan& plan, const matrix_view<To>& slots, stor
     if (stream) simd::stream_fence();
   });
   if (plan.padding() == 0 || slots.cols == 0) return;
+  const slot_id* token = plan.token_of_slot().data();
   exec.parallel_for(plan.experts(), 64, [&](index_t begin, index_t end) {
+    alignas(alignment) To memory[chunk];
     for (index_t e = begin; e < end; ++e)
       for (index_t s = plan.offsets()[static_cast<std::size_t>(e)] + plan.load(e);
            s < plan.offsets()[static_cast<std::size_t>(e) + 1]; ++s)
-        std::memset(static_cast<void*>(slots.data + s * slots.stride), 0,
-                    static_cast<std::size_t>(slots.cols * size));
+        for (index_t c = 0; c < slots.cols; c += chunk) {
+          const index_t n = std::min(chunk, slots.cols - c);
+          void* const to = slots.data + s * slots.stride + c;
+          if (token[s] == no_token)
+            std::memset(to, 0, static_cast<std::size_t>(n * size));
+          else
+            std::memcpy(to, piece(token[s], index_t{-1}, c, n, nullptr, memory),
+                        static_cast<std::size_t>(n * size));
+        }
   });
 }
 
 }  // namespace detail
 
 /// slots[s] = x[token of s] for every slot of the plan, widened or narrowed where the types differ,
-/// times the choice's scale if there is one; padding becomes zeros.
+/// times the choice's scale if there is one, which is 0 for spare tokens; empty slots become zeros.
 ///
 /// A scaled row is multiplied in float and rounded once.
 /// Shapes: x [T, d], slots [plan.slots(), d]; they must not overlap.
@@ -143,7 +152,8 @@ void dispatch(const X& x_rows, const dispatch_plan& plan, Y&& slot_rows, const E
     detail::dispatch_rows<A>(
         plan, slots, options.stores, exec,
         [&](index_t t, index_t choice, index_t c, index_t n, const To*, To* memory) -> const To* {
-          simd::scale_row<A>(x.data + t * x.stride + c, scale[choice], n, memory);
+          simd::scale_row<A>(x.data + t * x.stride + c, choice < 0 ? 0.0f : scale[choice], n,
+                             memory);
           return memory;
         });
   }

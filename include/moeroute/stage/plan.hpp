@@ -9,6 +9,7 @@
 #include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
+#include <moeroute/data/expert_lists.hpp>
 #include <moeroute/simd/counting_sort.hpp>
 
 namespace moeroute {
@@ -16,12 +17,23 @@ namespace moeroute {
 /// Every expert gets as many slots as it has tokens.
 inline constexpr index_t as_needed = -1;
 
+/// What is in the slots behind an expert's own tokens.
+enum class slot_padding {
+  empty,  ///< no_token: dispatch writes zeros
+  /// Tokens without a slot of that expert, the lowest first, masked ones aside: dispatch writes
+  /// their rows, so that a kernel over all slots sees real values; combine reads none of them.
+  /// Where there are too few, the rest is empty. Source: Megatron (pad to capacity, pad the routing
+  /// map).
+  spare_tokens,
+};
+
 /// What a plan does beyond giving each choice its slot.
 struct plan_options {
   /// Each expert's number of slots is rounded up to a multiple of this: blocks of a tiled kernel.
   index_t block = 1;
   /// Every expert gets exactly this many slots (rounded up to `block`), or as_needed.
   index_t capacity = as_needed;
+  slot_padding padding = slot_padding::empty;
   /// [E], 0: the plan leaves this expert to others (another rank, another device). Empty: all.
   std::span<const std::uint8_t> owned{};
   /// [T], 0: the token takes no part. Empty: all take part.
@@ -36,6 +48,23 @@ namespace detail {
       std::find_if(ids.begin(), ids.end(), [&](expert_id e) { return e < -1 || e >= experts; });
   fail("plan", "the id of choice " + std::to_string(bad - ids.begin()) + " is " +
                    std::to_string(*bad) + ", expected -1 to " + std::to_string(experts - 1));
+}
+
+inline void check_plan_options(const plan_options& options, index_t tokens, index_t experts) {
+  check_range("plan", "block", options.block, 1, std::int32_t{0x7fffffff});
+  check_range("plan", "capacity", options.capacity, as_needed, std::int32_t{0x7fffffff});
+  if (!options.owned.empty())
+    check_size("plan", "owned.size()", static_cast<index_t>(options.owned.size()), experts);
+  if (!options.mask.empty())
+    check_size("plan", "mask.size()", static_cast<index_t>(options.mask.size()), tokens);
+}
+
+[[noreturn]] MOEROUTE_COLD inline void fail_list_token(std::span<const std::int32_t> token,
+                                                       index_t tokens) {
+  const auto bad = std::find_if(token.begin(), token.end(),
+                                [&](std::int32_t t) { return t < -1 || t >= tokens; });
+  fail("plan", "place " + std::to_string(bad - token.begin()) + " of the lists has token " +
+                   std::to_string(*bad) + ", expected -1 to " + std::to_string(tokens - 1));
 }
 
 // An upper bound of the slots that depends on shapes only, so that a warm plan never allocates.
@@ -94,6 +123,21 @@ inline index_t pad_offsets(const dispatch_plan::parts& p, std::int32_t* load, in
   return padding;
 }
 
+// Writes spare tokens over the empty slots. An expert's own tokens ascend, so one walk finds those
+// that are not among them.
+inline void fill_spare_tokens(const dispatch_plan& plan, std::span<const std::uint8_t> mask,
+                              slot_id* token_of_slot) {
+  for (index_t e = 0; e < plan.experts(); ++e) {
+    index_t own = plan.offsets()[static_cast<std::size_t>(e)], to = own + plan.load(e);
+    const index_t behind = to, end = plan.offsets()[static_cast<std::size_t>(e) + 1];
+    for (index_t t = 0; t < plan.tokens() && to < end; ++t) {
+      bool taken = !mask.empty() && mask[static_cast<std::size_t>(t)] == 0;
+      for (; own < behind && token_of_slot[own] == t; ++own) taken = true;
+      if (!taken) token_of_slot[to++] = static_cast<slot_id>(t);
+    }
+  }
+}
+
 }  // namespace detail
 
 /// Gives every choice that takes part a slot: expert by expert, in token order within one.
@@ -110,12 +154,7 @@ void plan(const assignment& choices, dispatch_plan& out, const plan_options& opt
   const index_t tokens = choices.tokens(), experts = choices.experts();
   const std::span<const expert_id> ids = choices.ids();
   const index_t n = choices.choices();
-  check_range("plan", "block", options.block, 1, std::int32_t{0x7fffffff});
-  check_range("plan", "capacity", options.capacity, as_needed, std::int32_t{0x7fffffff});
-  if (!options.owned.empty())
-    check_size("plan", "owned.size()", static_cast<index_t>(options.owned.size()), experts);
-  if (!options.mask.empty())
-    check_size("plan", "mask.size()", static_cast<index_t>(options.mask.size()), tokens);
+  detail::check_plan_options(options, tokens, experts);
   if (!simd::keys_in_range<A>(ids.data(), n, experts)) [[unlikely]]
     detail::fail_expert_id(ids, experts);
 
@@ -156,6 +195,109 @@ void plan(const assignment& choices, dispatch_plan& out, const plan_options& opt
     simd::place_keys<A>(key, n, token_of_choice, p.cursor, p.slot_of_choice, p.token_of_slot);
   }
   out.set_counts(counts.dropped, counts.elsewhere, padding);
+  if (options.padding == slot_padding::spare_tokens && padding > 0)
+    detail::fill_spare_tokens(out, options.mask, p.token_of_slot);
+}
+
+/// The same from lists of tokens: the plan that the lists' assignment has, a token's experts in
+/// ascending order, without making that assignment.
+///
+/// weights, if given, become those of the lists in the order of the plan's choices, for combine.
+/// Shapes: weights [E * C], of which out.choices() are written; or empty.
+/// Throws: error where a list or an option has the wrong size, a token is outside [-1, T), or as
+/// above. Cost: O(E C + T), O(C log C) on top for each list that does not ascend; no allocation
+/// once the plan is warm. Determinism: exact.
+template <class A = simd::default_arch>
+void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& options = {},
+          std::span<float> weights = {}) {
+  constexpr index_t most = std::int32_t{0x7fffffff};
+  const index_t tokens = lists.tokens, experts = lists.experts, capacity = lists.capacity;
+  check_range("plan", "lists.tokens", tokens, 0, most);
+  check_range("plan", "lists.experts", experts, 1, max_experts);
+  check_range("plan", "lists.capacity", capacity, 0, most);
+  const index_t n = experts * capacity;
+  check_range("plan", "lists.experts * capacity", n, 0, most);
+  check_size("plan", "lists.token.size()", static_cast<index_t>(lists.token.size()), n);
+  if (!lists.weight.empty())
+    check_size("plan", "lists.weight.size()", static_cast<index_t>(lists.weight.size()), n);
+  if (!weights.empty()) {
+    check_size("plan", "weights.size()", static_cast<index_t>(weights.size()), n);
+    check_size("plan", "lists.weight.size()", static_cast<index_t>(lists.weight.size()), n);
+  }
+  detail::check_plan_options(options, tokens, experts);
+  const std::int32_t* token = lists.token.data();
+  if (!simd::keys_in_range<A>(token, n, tokens)) [[unlikely]]
+    detail::fail_list_token(lists.token, tokens);
+
+  out.reset(tokens, experts, experts, n, detail::most_slots(n, experts, options));
+  std::int32_t* const first = out.first_to_fill();
+  const dispatch_plan::parts p = out.writable();
+  const auto is_masked = [&](std::int32_t t) {
+    return !options.mask.empty() && options.mask[static_cast<std::size_t>(t)] == 0;
+  };
+  const auto is_owned = [&](index_t e) {
+    return options.owned.empty() || options.owned[static_cast<std::size_t>(e)] != 0;
+  };
+
+  // How many experts each token has, and how many tokens each expert.
+  std::fill_n(first, tokens + 1, 0);
+  index_t elsewhere = 0;
+  for (index_t e = 0; e < experts; ++e) {
+    std::int32_t load = 0;
+    for (index_t i = e * capacity; i < (e + 1) * capacity; ++i) {
+      if (token[i] < 0) continue;
+      ++first[token[i] + 1];
+      if (!is_masked(token[i])) ++load;
+    }
+    if (!is_owned(e)) elsewhere += load;
+    p.cursor[e] = is_owned(e) ? load : 0;
+  }
+  for (index_t t = 0; t < tokens; ++t) first[t + 1] += first[t];
+  out.set_choices(first[tokens]);
+
+  const bool padded = options.block > 1 || options.capacity != as_needed;
+  index_t padding = 0;
+  if (padded) {
+    padding = detail::pad_offsets(p, out.loads_to_fill(), experts, options);
+  } else {
+    simd::exclusive_scan(p.cursor, experts, p.offsets);
+  }
+  out.set_counts(0, elsewhere, padding);
+
+  // Moved up by one, each token's first choice becomes a cursor over its choices; when all are
+  // written the cursors are the first choices of the next tokens, which is where they began.
+  const auto as_cursors = [&] {
+    std::copy_backward(first, first + tokens, first + tokens + 1);
+    return first + 1;
+  };
+  if (tokens == 0) return;
+  std::int32_t* cursor = as_cursors();
+  for (index_t e = 0; e < experts; ++e) {
+    slot_id* const own = p.token_of_slot + p.offsets[e];
+    index_t load = 0;
+    bool ascending = true;
+    for (index_t i = e * capacity; i < (e + 1) * capacity; ++i) {
+      if (token[i] < 0) continue;
+      if (is_masked(token[i]) || !is_owned(e)) {
+        p.slot_of_choice[cursor[token[i]]++] = no_slot;
+        continue;
+      }
+      ascending = ascending && (load == 0 || own[load - 1] <= token[i]);
+      own[load++] = token[i];
+    }
+    if (!ascending) std::sort(own, own + load);
+    for (index_t i = 0; i < load; ++i)
+      p.slot_of_choice[cursor[own[i]]++] = static_cast<slot_id>(p.offsets[e] + i);
+  }
+  if (!weights.empty()) {
+    cursor = as_cursors();
+    for (index_t i = 0; i < n; ++i)
+      if (token[i] >= 0)
+        weights[static_cast<std::size_t>(cursor[token[i]]++)] =
+            lists.weight[static_cast<std::size_t>(i)];
+  }
+  if (options.padding == slot_padding::spare_tokens && padding > 0)
+    detail::fill_spare_tokens(out, options.mask, p.token_of_slot);
 }
 
 }  // namespace moeroute
