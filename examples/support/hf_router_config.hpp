@@ -107,6 +107,8 @@ inline constexpr hf_model hf_models[] = {
     {"minimax_m2", "minimax_m2", "num_local_experts", "num_experts_per_tok"},
     {"minimax_m3_vl", "minimax_m3_vl", "num_local_experts", "num_experts_per_tok", "text_config",
      hf_model::always, false, "routed_scaling_factor", 2.0f},
+    {"minimax_m3_vl_text", "minimax_m3_vl", "num_local_experts", "num_experts_per_tok", nullptr,
+     hf_model::always, false, "routed_scaling_factor", 2.0f},
     {"hy_v3", "hy_v3", "num_experts", "num_experts_per_tok", nullptr, hf_model::always, false,
      "router_scaling_factor", 2.826f},
     {"laguna", "laguna", "num_experts", "num_experts_per_tok", nullptr, hf_model::always, false,
@@ -225,7 +227,14 @@ inline void set_own(const hf_model& model, const json_fields& fields, router_spe
                    : 0.01f;
   }
   if (entry == "lfm2_moe" && !fields.flag("use_expert_bias", true)) s.selection_bias = false;
-  if (entry == "minimax_m2" && !fields.flag("use_routing_bias", true)) s.selection_bias = false;
+  if ((entry == "minimax_m2" || entry == "minimax_m3_vl") && !fields.flag("use_routing_bias", true))
+    s.selection_bias = false;
+  if (entry == "hy_v3" && !fields.flag("moe_router_enable_expert_bias", true))
+    s.selection_bias = false;
+  // Checkpoints say what the class does anyway; one that says otherwise is not one of its own.
+  if (entry == "hy_v3" || entry == "laguna")
+    for (const char* field : {"moe_router_use_sigmoid", "route_norm", "norm_topk_prob"})
+      if (!fields.flag(field, true)) fields.wrong(field, "true: the class knows nothing else");
   if (entry == "afmoe" && !fields.flag("route_norm", true)) {
     s.normalize = normalization::none;
     s.eps_where = moeroute::eps_mode::none;

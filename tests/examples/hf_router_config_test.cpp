@@ -100,12 +100,17 @@ constexpr sample samples[] = {
         "zero_expert_num": 256, "moe_topk": 12})"},
     {"minimax_m2", R"({"model_type": "minimax_m2", "num_local_experts": 256,
         "num_experts_per_tok": 8, "scoring_func": "sigmoid", "use_routing_bias": true})"},
-    {"minimax_m3_vl", R"({"model_type": "minimax_m3_vl", "text_config": {"num_local_experts": 128,
-        "num_experts_per_tok": 4}})"},
+    {"minimax_m3_vl", R"({"model_type": "minimax_m3_vl", "text_config": {"model_type": "minimax_m2",
+        "num_local_experts": 128, "num_experts_per_tok": 4, "scoring_func": "sigmoid",
+        "routed_scaling_factor": 2.0, "use_routing_bias": true}})"},
+    {"minimax_m3_vl", R"({"model_type": "minimax_m3_vl_text", "num_local_experts": 128,
+        "num_experts_per_tok": 4})"},
     {"hy_v3", R"({"model_type": "hy_v3", "num_experts": 192, "num_experts_per_tok": 8,
-        "router_scaling_factor": 2.826})"},
+        "router_scaling_factor": 2.826, "moe_router_use_sigmoid": true, "route_norm": true,
+        "moe_router_enable_expert_bias": true})"},
     {"laguna", R"({"model_type": "laguna", "num_experts": 256, "num_experts_per_tok": 8,
-        "moe_routed_scaling_factor": 2.5, "moe_router_logit_softcapping": 0.0})"},
+        "moe_routed_scaling_factor": 2.5, "moe_router_logit_softcapping": 0.0,
+        "norm_topk_prob": true})"},
     {"laguna_softcap", R"({"model_type": "laguna", "num_experts": 256, "num_experts_per_tok": 8,
         "moe_router_logit_softcapping": 4.0})"},
     {"lfm2_moe", R"({"model_type": "lfm2_moe", "num_experts": 32, "num_experts_per_tok": 4})"},
@@ -184,6 +189,14 @@ TEST_CASE("the flags of a config move the spec") {
   CHECK_FALSE(read(R"({"model_type": "lfm2_moe", "num_experts": 8, "num_experts_per_tok": 2,
                        "use_expert_bias": false})")
                   .selection_bias);
+  CHECK_FALSE(read(R"({"model_type": "hy_v3", "num_experts": 8, "num_experts_per_tok": 2,
+                       "moe_router_enable_expert_bias": false})")
+                  .selection_bias);
+  CHECK_FALSE(read(R"({"model_type": "minimax_m3_vl", "text_config": {"num_local_experts": 8,
+                       "num_experts_per_tok": 2, "use_routing_bias": false}})")
+                  .selection_bias);
+  CHECK(read(R"({"model_type": "laguna", "num_experts": 8, "num_experts_per_tok": 2})").scale ==
+        1.0f);
 }
 
 TEST_CASE("what is missing, unknown or wrong is named") {
@@ -211,6 +224,10 @@ TEST_CASE("what is missing, unknown or wrong is named") {
   CHECK(refusal(R"({"model_type": "deepseek_v3", "n_routed_experts": 256, "num_experts_per_tok": 8,
                     "n_group": 7, "topk_group": 4})") ==
         "config.json: moeroute::top_k: groups is 7, expected a divisor of E = 256");
+  CHECK(refusal(R"({"model_type": "hy_v3", "num_experts": 192, "num_experts_per_tok": 8,
+                    "moe_router_use_sigmoid": false})") ==
+        "config.json: field 'moe_router_use_sigmoid': expected true: the class knows nothing else, "
+        "found false");
   CHECK(refusal(R"({"model_type": "phimoe", "num_local_experts": 16, "num_experts_per_tok": 4})") ==
         "config.json: field 'num_experts_per_tok': expected 2: sparsemixer makes two choices, "
         "found 4");
