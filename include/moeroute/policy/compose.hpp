@@ -45,15 +45,21 @@ struct by_modality {
 
   void route_block(const logit_block& z, const buffers& memory, choice_block& c) const {
     if (z.side->modality.empty()) fail("by_modality", "side_inputs::modality is missing");
+    const auto modality = z.side->modality.subspan(static_cast<std::size_t>(z.first_token),
+                                                   static_cast<std::size_t>(z.rows));
+    // Modalities come in runs: most blocks need one router only.
+    const auto others =
+        std::count_if(modality.begin(), modality.end(), [](auto m) { return m != 0; });
     logit_block part = z;
     part.experts = first_experts;
-    first.route_block(part, memory.first, c);
+    if (others < z.rows) first.route_block(part, memory.first, c);
+    if (others == 0) return;
     part.logits = z.logits + first_experts;
     part.experts = z.experts - first_experts;
     choice_block other{c.k, memory.id, memory.value};
     second.route_block(part, memory.second, other);
     for (int i = 0; i < z.rows; ++i) {
-      if (z.side->modality[static_cast<std::size_t>(z.first_token + i)] == 0) continue;
+      if (modality[static_cast<std::size_t>(i)] == 0) continue;
       for (int at = i; at < c.k * block_rows; at += block_rows) {
         c.id[at] = other.id[at] == no_expert ? no_expert
                                              : other.id[at] + static_cast<expert_id>(first_experts);

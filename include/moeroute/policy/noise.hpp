@@ -7,6 +7,7 @@
 #include <moeroute/base/rng.hpp>
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/simd/elementwise.hpp>
+#include <moeroute/simd/random.hpp>
 
 namespace moeroute {
 
@@ -84,15 +85,17 @@ struct logit_noise {
     const std::uint64_t stream = detail::random_stream(detail::random_use::logit_noise, side.step);
     const auto blocks = static_cast<std::uint64_t>(ceil_div(columns, 4));
     const float* scale = side.noise_logits.data == nullptr ? nullptr : side.noise_logits.row(token);
-    for (index_t c = 0; c < columns; c += block_rows) {
-      alignas(alignment) float u[block_rows];
-      for (index_t j = 0; j < block_rows; j += 4) {
-        const random_words r = random_block(
-            side.seed, stream,
-            static_cast<std::uint64_t>(token) * blocks + static_cast<std::uint64_t>((c + j) / 4));
-        for (int i = 0; i < 4; ++i) u[j + i] = open_u01_of(r.word[i]);
-      }
-      for (index_t j = 0; j < block_rows && c + j < columns; j += simd::width<A>) {
+    simd::random_lanes<A> random;
+    // A block of random numbers serves four columns, 16 of them 64.
+    for (index_t c = 0; c < columns; c += 64) {
+      random.place_all(
+          stream, static_cast<std::uint64_t>(token) * blocks + static_cast<std::uint64_t>(c / 4),
+          1);
+      random.draw(side.seed);
+      alignas(alignment) float u[64];
+      for (int j = 0; j < 4; ++j)
+        for (int i = 0; i < block_rows; ++i) u[4 * i + j] = open_u01_of(random.word(j, i));
+      for (index_t j = 0; j < 64 && c + j < columns; j += simd::width<A>) {
         const index_t n = std::min<index_t>(simd::width<A>, columns - c - j);
         const F x = simd::load<A>(u + j);
         const F noise = kind == noise_kind::gaussian ? detail::normal_quantile<A>(x)

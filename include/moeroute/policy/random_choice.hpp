@@ -7,6 +7,7 @@
 #include <moeroute/policy/noise.hpp>
 #include <moeroute/policy/score.hpp>
 #include <moeroute/policy/weight.hpp>
+#include <moeroute/simd/random.hpp>
 #include <moeroute/simd/top_k.hpp>
 
 namespace moeroute {
@@ -24,21 +25,29 @@ struct random_choice {
   void check(index_t experts) const { check_range("random_choice", "k", choices, 1, experts); }
   static buffers carve(scratch&, index_t) { return {}; }
 
+  template <class A = simd::default_arch>
   void route_block(const logit_block& z, const buffers&, choice_block& c) const {
     const std::uint64_t stream =
         detail::random_stream(detail::random_use::random_choice, z.side->step);
-    for (int i = 0; i < z.rows; ++i) {
-      // Floyd's sampling: the r-th draw is from E - k + r + 1 and yields to the new largest when
-      // taken.
-      for (int r = 0; r < c.k; ++r) {
-        const auto limit = static_cast<std::uint32_t>(z.experts - choices + r + 1);
-        const auto counter = static_cast<std::uint64_t>((z.first_token + i) * choices + r);
-        auto e = static_cast<expert_id>(random_below(limit, z.side->seed, stream, counter));
-        for (int before = 0; before < r; ++before)
-          if (c.id[before * block_rows + i] == e) e = static_cast<expert_id>(limit) - 1;
-        c.id[r * block_rows + i] = e;
-        c.value[r * block_rows + i] = 1.0f / static_cast<float>(choices);
-      }
+    const auto step = static_cast<std::uint64_t>(choices);
+    simd::random_lanes<A> random;
+    // Floyd's sampling: the r-th draw is from E - k + r + 1 and yields to the new largest when
+    // taken.
+    for (int r = 0; r < c.k; ++r) {
+      random.place_all(stream,
+                       static_cast<std::uint64_t>(z.first_token) * step + static_cast<unsigned>(r),
+                       step);
+      random.draw(z.side->seed);
+      const auto limit = static_cast<std::uint32_t>(z.experts - choices + r + 1);
+      expert_id* const id = c.id + r * block_rows;
+      expert_id drawn[block_rows];
+      for (int i = 0; i < block_rows; ++i)
+        id[i] = drawn[i] = static_cast<expert_id>(random.below(limit, i));
+      for (int before = 0; before < r; ++before)
+        for (int i = 0; i < block_rows; ++i)
+          id[i] =
+              c.id[before * block_rows + i] == drawn[i] ? static_cast<expert_id>(limit) - 1 : id[i];
+      std::fill_n(c.value + r * block_rows, block_rows, 1.0f / static_cast<float>(choices));
     }
   }
 };
@@ -78,11 +87,14 @@ struct gshard_top2 {
   void route_block(const logit_block& z, const buffers& memory, choice_block& c) const {
     simd::top_k_block<A>(z.logits, z.stride, z.rows, z.experts, 2, c.value, c.id, nullptr);
     if (policy == second_expert::sampling) {
+      // Sampling is from the softmax: a noise gate that is there for others does not widen it.
+      side_inputs plain = *z.side;
+      plain.noise_logits = {};
       for (int i = 0; i < z.rows; ++i) {
         float* row = memory.noisy + i * z.experts;
         std::copy_n(z.row(i), z.experts, row);
         logit_noise{.kind = noise_kind::gumbel}.add_to_row<A>(row, z.experts, z.first_token + i,
-                                                              *z.side);
+                                                              plain);
         if (c.id[i] != no_expert) row[c.id[i]] = simd::minus_infinity;
       }
       alignas(alignment) float value[block_rows];
@@ -95,11 +107,12 @@ struct gshard_top2 {
     c.has_row_max = true;
     softmax::score_choices<A>(z, c, score_scale::exact);
     if (policy == second_expert::random) {
-      const std::uint64_t stream =
-          detail::random_stream(detail::random_use::second_expert, z.side->step);
+      simd::random_lanes<A> random;
+      random.place_all(detail::random_stream(detail::random_use::second_expert, z.side->step),
+                       static_cast<std::uint64_t>(z.first_token), 1);
+      random.draw(z.side->seed);
       for (int i = 0; i < z.rows; ++i) {
-        const float u =
-            random_u01(z.side->seed, stream, static_cast<std::uint64_t>(z.first_token + i));
+        const float u = u01_of(random.word(0, i));
         if (2.0f * c.value[block_rows + i] <= u) {
           c.id[block_rows + i] = no_expert;
           c.value[block_rows + i] = 0.0f;

@@ -3,6 +3,7 @@
 
 #include <moeroute/data/routing_record.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/given_choice.hpp>
 #include <moeroute/policy/logit_transform.hpp>
 #include <moeroute/policy/score.hpp>
 #include <moeroute/policy/weight.hpp>
@@ -43,13 +44,8 @@ struct replay {
   void route_block(logit_block z, const buffers& memory, choice_block& c) const {
     check_range("replay", "tokens", z.first_token + z.rows, 0, record->tokens());
     if (transform.active()) z = transform.template apply<A>(z, memory.logits);
-    for (int i = 0; i < block_rows; ++i)
-      for (int r = 0; r < c.k; ++r) {
-        const expert_id e = i < z.rows ? record->id((z.first_token + i) * c.k + r) : no_expert;
-        const bool there = e != no_expert && z.row(i)[e] > simd::minus_infinity;
-        c.id[r * block_rows + i] = there ? e : no_expert;
-        c.value[r * block_rows + i] = there ? z.row(i)[e] : simd::minus_infinity;
-      }
+    const index_t first = z.first_token * c.k;
+    detail::take_given<A>(z, c, [&](int i, int r) { return record->id(first + i * c.k + r); });
     score.template score_choices<A>(z, c, weight.needs());
     weight.template apply<A>(c);
   }

@@ -12,9 +12,11 @@
 
 #include <moeroute/base/rng.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/given_choice.hpp>
 #include <moeroute/policy/logit_transform.hpp>
 #include <moeroute/policy/score.hpp>
 #include <moeroute/policy/weight.hpp>
+#include <moeroute/simd/random.hpp>
 
 namespace moeroute {
 
@@ -167,33 +169,36 @@ struct table_router {
   void route_block(logit_block z, const buffers& memory, choice_block& c) const {
     if (transform.active()) z = transform.template apply<A>(z, memory.logits);
     if (z.side->token_ids.empty()) fail("table_router", "side_inputs::token_ids is missing");
-    for (int i = 0; i < block_rows; ++i) {
-      const bool row = i < z.rows;
-      const auto ids = table->of(row ? row_of(*z.side, z.first_token + i) : 0);
-      for (int r = 0; r < c.k; ++r) {
-        const expert_id e = row ? ids[static_cast<std::size_t>(r)] : no_expert;
-        // An expert that is masked in the logits cannot be had through the table either.
-        const bool there = e != no_expert && z.row(i)[e] > simd::minus_infinity;
-        c.id[r * block_rows + i] = there ? e : no_expert;
-        c.value[r * block_rows + i] = there ? z.row(i)[e] : simd::minus_infinity;
+    const expert_id* list[block_rows];
+    if (key == table_key::bigram) {
+      this->template bigram_rows<A>(z, list);
+    } else {
+      for (int i = 0; i < z.rows; ++i) {
+        const std::int32_t id = z.side->token_ids[static_cast<std::size_t>(z.first_token + i)];
+        check_range("table_router", "token id", id, 0, table->vocabulary() - 1);
+        list[i] = table->of(id).data();
       }
     }
+    detail::take_given<A>(z, c, [&](int i, int r) { return list[i][r]; });
     score.template score_choices<A>(z, c, weight.needs());
     weight.template apply<A>(c);
   }
 
  private:
-  index_t row_of(const side_inputs& side, index_t token) const {
-    const std::int32_t id = side.token_ids[static_cast<std::size_t>(token)];
-    if (key == table_key::bigram) {
+  template <class A>
+  void bigram_rows(const logit_block& z, const expert_id** list) const {
+    simd::random_lanes<A> hash;
+    for (int i = 0; i < block_rows; ++i) {
+      // Lanes past the last row hash some pair of ids.
+      const index_t token = z.first_token + std::min(i, z.rows - 1);
+      const std::int32_t id = z.side->token_ids[static_cast<std::size_t>(token)];
       const std::int32_t before =
-          token > 0 ? side.token_ids[static_cast<std::size_t>(token - 1)] : -1;
-      return static_cast<index_t>(random_below(static_cast<std::uint32_t>(table->vocabulary()), 0,
-                                               static_cast<std::uint32_t>(before),
-                                               static_cast<std::uint32_t>(id)));
+          token > 0 ? z.side->token_ids[static_cast<std::size_t>(token - 1)] : -1;
+      hash.place(i, static_cast<std::uint32_t>(before), static_cast<std::uint32_t>(id));
     }
-    check_range("table_router", "token id", id, 0, table->vocabulary() - 1);
-    return id;
+    hash.draw(0);
+    for (int i = 0; i < z.rows; ++i)
+      list[i] = table->of(hash.below(static_cast<std::uint32_t>(table->vocabulary()), i)).data();
   }
 };
 static_assert(token_router<table_router<sqrt_softplus>>);

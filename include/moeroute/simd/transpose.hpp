@@ -111,6 +111,12 @@ template <class A = default_arch>
 void store_ranks(const float* ranks, int k, int n, float* out) {
   constexpr int w = width<A>;
   const int size = n * k;
+  if (size <= 2 * block_rows) {
+    // One by one: a transpose costs more than 32 moves.
+    for (int i = 0; i < n; ++i)
+      for (int r = 0; r < k; ++r) __builtin_memcpy(out++, ranks + r * block_rows + i, sizeof *out);
+    return;
+  }
   for (int first = 0; first < n; first += w) {
     for (int r = 0; r < k; r += w) {
       vfloat<A> x[w];
