@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/score.hpp>
@@ -104,12 +105,13 @@ struct product_keys {
                  const buffers& m) const {
     index_t count = 0, equal = 0;
     const float* second = z + n;
+    float bound = limit;
     for (index_t i = 0; i < n; ++i) {
       const float first = z[i];
-      if (!(first + best_second >= limit)) continue;
+      if (!(first + best_second >= bound)) continue;
       const auto take = [&](index_t j) {
         const float s = first + second[j];
-        if (!(s >= limit) || !(s > simd::minus_infinity)) return;
+        if (!(s >= bound) || !(s > simd::minus_infinity)) return;
         if (s == limit && ++equal > choices) return;
         m.sums[count] = s;
         m.pair[count] = static_cast<std::int32_t>(i * n + j);
@@ -118,12 +120,15 @@ struct product_keys {
         ++count;
       };
       constexpr int w = simd::width<A>;
-      const simd::vfloat<A> f(first), l(limit);
+      const simd::vfloat<A> f(first), l(bound);
       index_t j = 0;
       for (; j + w <= n; j += w)
         for (auto bits = (f + simd::load<A>(second + j) >= l).mask(); bits != 0; bits &= bits - 1)
           take(j + std::countr_zero(bits));
       for (; j < n; ++j) take(j);
+      // Ids ascend: where there are enough at the limit, only what is above it is wanted from here
+      // on.
+      if (equal >= choices) bound = std::nextafter(limit, simd::plus_infinity);
     }
     return count;
   }

@@ -41,8 +41,8 @@ struct sparsemixer {
       simd::map_row<A>(z.row(i), z.experts, row,
                        [](F x) { return simd::nan_to_minus_infinity<A>(x); });
       for (int r = 0; r < 2; ++r) {
-        const index_t best = std::max_element(row, row + z.experts) - row;
-        const float max = row[best];
+        const float max = simd::row_max<A>(row, z.experts);
+        const index_t best = simd::first_column<A>(row, z.experts, max);
         const bool found = max > simd::minus_infinity;
         c.id[r * block_rows + i] = found ? static_cast<expert_id>(best) : no_expert;
         c.value[r * block_rows + i] = found ? 1.0f / close_to<A>(row, z.experts, max) : 0.0f;

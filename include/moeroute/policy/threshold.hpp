@@ -1,7 +1,6 @@
 // Threshold and ReLU routing: every expert whose score is above a threshold, as many as there are.
 #pragma once
 
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <span>
@@ -10,6 +9,7 @@
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/logit_transform.hpp>
 #include <moeroute/policy/score.hpp>
+#include <moeroute/simd/compress.hpp>
 
 namespace moeroute {
 
@@ -38,7 +38,7 @@ struct threshold_router {
 
   struct buffers {
     float* logits;
-    float* scores;
+    float* scores;  ///< [E] where a score depends on its whole row
   };
 
   static index_t max_choices(index_t columns) { return columns; }
@@ -59,7 +59,7 @@ struct threshold_router {
 
   buffers carve(scratch& tape, index_t columns) const {
     return {tape.take<float>(transform.active() ? block_rows * columns : 0),
-            tape.take<float>(columns)};
+            tape.take<float>(Score::traits.elementwise ? 0 : columns)};
   }
 
   template <class A = simd::default_arch>
@@ -79,7 +79,7 @@ struct threshold_router {
   template <class A>
   int route_row(const float* z, index_t experts, float* s, expert_id* id, float* weight) const {
     using F = simd::vfloat<A>;
-    score.template score_row<A>(z, experts, s);
+    if constexpr (!Score::traits.elementwise) score.template score_row<A>(z, experts, s);
     simd::partials<A> sum(0.0f);
     const F limit(threshold), never(simd::minus_infinity), zero(0.0f);
     int n = 0;
@@ -89,19 +89,19 @@ struct threshold_router {
       const bool whole = lanes == w;
       const F logit =
           whole ? simd::load<A>(z + c) : simd::load_first<A>(z + c, lanes, simd::minus_infinity);
-      const F x = whole ? simd::load<A>(s + c) : simd::load_first<A>(s + c, lanes, 0.0f);
+      F x;
+      if constexpr (Score::traits.elementwise) {
+        x = Score::template value<A>(logit);
+      } else {
+        x = whole ? simd::load<A>(s + c) : simd::load_first<A>(s + c, lanes, 0.0f);
+      }
       const auto in = (x > limit) & (logit > never);
       if (norm != threshold_norm::none) {
         const F value = simd::select<A>(in, x, zero);
         auto& part = sum.part[(c / w) % simd::partials<A>::n];
         part = norm == threshold_norm::sum ? part + value : simd::fma<A>(value, value, part);
       }
-      for (auto bits = in.mask(); bits != 0; bits &= bits - 1) {
-        const index_t e = c + std::countr_zero(bits);
-        id[n] = static_cast<expert_id>(e);
-        weight[n] = s[e];
-        ++n;
-      }
+      n += simd::store_chosen<A>(in, x, static_cast<std::int32_t>(c), weight + n, id + n);
     }
     finish(experts, simd::sum_of<A>(sum), id, weight, n);
     return n;

@@ -8,6 +8,7 @@
 #include <moeroute/policy/logit_transform.hpp>
 #include <moeroute/policy/score.hpp>
 #include <moeroute/policy/weight.hpp>
+#include <moeroute/simd/rank_columns.hpp>
 #include <moeroute/simd/top_k.hpp>
 
 namespace moeroute {
@@ -38,6 +39,9 @@ struct top_p {
     float* logits;
     expert_id* id;
     float* value;
+    std::int32_t* rank_key;  ///< of one row, where rows come alone
+    expert_id* order;
+    float* score;
   };
 
   index_t max_choices(index_t columns) const {
@@ -59,29 +63,23 @@ struct top_p {
     const index_t most = max_choices(columns);
     return {tape.take<std::uint64_t>(simd::top_k_scratch(columns, most)),
             tape.take<float>(transform.active() ? block_rows * columns : 0),
-            tape.take<expert_id>(block_rows * most), tape.take<float>(block_rows * most)};
+            tape.take<expert_id>(block_rows * most),
+            tape.take<float>(block_rows * most),
+            tape.take<std::int32_t>(short_row(columns) ? simd::rank_columns_scratch(columns) : 0),
+            tape.take<expert_id>(short_row(columns) ? columns : 0),
+            tape.take<float>(short_row(columns) ? columns : 0)};
   }
 
   template <class A = simd::default_arch>
   index_t route_block(logit_block z, const buffers& memory, expert_id* id, float* weights,
                       std::int32_t* count) const {
     if (transform.active()) z = transform.template apply<A>(z, memory.logits);
-    const index_t most = max_choices(z.experts);
-    // Few experts suffice almost always: look at more only where a row asks for them.
     choice_block c{0, memory.id, memory.value};
-    for (index_t k = std::min<index_t>(most, 16);; k = std::min(most, 4 * k)) {
-      c.k = static_cast<int>(k);
-      simd::top_k_block<A>(z.logits, z.stride, z.rows, z.experts, c.k, c.value, c.id, memory.key);
-      c.has_row_max = true;
-      softmax::score_choices<A>(z, c, score_scale::exact);
-      bool enough = true;
-      for (int i = 0; i < z.rows; ++i) {
-        count[i] = prefix(c, i, most);
-        enough = enough && count[i] <= c.k;
-      }
-      if (enough || k == most) break;
-    }
-    for (int i = 0; i < z.rows; ++i) count[i] = std::min(count[i], c.k);
+    // The lanes of a third of a register cost more together than so many short rows one by one.
+    if (short_row(z.experts) && 3 * z.rows <= simd::width<A>)
+      this->template choose_row_by_row<A>(z, memory, c, count);
+    else
+      this->template choose_together<A>(z, memory, c, count);
     for (int r = 0; r < c.k; ++r)
       for (int i = 0; i < block_rows; ++i)
         if (i >= z.rows || r >= count[i]) c.id[r * block_rows + i] = no_expert;
@@ -96,25 +94,70 @@ struct top_p {
   }
 
  private:
-  // How many of row i's ranks are in; more than c.k where the ranks at hand do not settle it.
-  int prefix(const choice_block& c, int i, index_t most) const {
+  // Rows whose experts are best ranked by counting.
+  static bool short_row(index_t columns) { return columns <= 256; }
+
+  template <class A>
+  void choose_together(const logit_block& z, const buffers& memory, choice_block& c,
+                       std::int32_t* count) const {
+    const index_t most = max_choices(z.experts);
+    // Few experts suffice almost always: look at more only where a row asks for them.
+    for (index_t k = std::min<index_t>(most, 16);; k = std::min(most, 4 * k)) {
+      c.k = static_cast<int>(k);
+      simd::top_k_block<A>(z.logits, z.stride, z.rows, z.experts, c.k, c.value, c.id, memory.key);
+      c.has_row_max = true;
+      softmax::score_choices<A>(z, c, score_scale::exact);
+      bool enough = true;
+      for (int i = 0; i < z.rows; ++i) {
+        const expert_id* const id = c.id + i;
+        int there = 0;
+        while (there < c.k && id[there * block_rows] != no_expert) ++there;
+        count[i] = prefix(c.value + i, block_rows, there, c.k, most);
+        enough = enough && count[i] <= c.k;
+      }
+      if (enough || k == most) break;
+    }
+    for (int i = 0; i < z.rows; ++i) count[i] = std::min(count[i], c.k);
+  }
+
+  // The same choices and scores.
+  template <class A>
+  void choose_row_by_row(const logit_block& z, const buffers& memory, choice_block& c,
+                         std::int32_t* count) const {
+    using F = simd::vfloat<A>;
+    const index_t most = max_choices(z.experts);
+    for (int i = 0; i < z.rows; ++i) {
+      const index_t there =
+          std::min(most, simd::rank_columns<A>(z.row(i), z.experts, memory.rank_key, memory.order));
+      for (index_t r = 0; r < there; ++r) memory.score[r] = z.row(i)[memory.order[r]];
+      const float max = there > 0 ? memory.score[0] : simd::minus_infinity;
+      const F top(max), sum(simd::row_sum_exp<A>(z.row(i), z.experts, max));
+      simd::map_row<A>(memory.score, there, memory.score,
+                       [&](F x) { return simd::exp_below_max<A>(x, top) / sum; });
+      const int k = static_cast<int>(most);
+      count[i] = prefix(memory.score, 1, static_cast<int>(there), k, most);
+      for (int r = 0; r < count[i]; ++r) {
+        c.id[r * block_rows + i] = memory.order[r];
+        c.value[r * block_rows + i] = memory.score[r];
+      }
+      c.k = std::max(c.k, count[i]);
+    }
+  }
+
+  // How many of a row's k best are in, of which `there` exist; more than k where these do not
+  // settle it.
+  int prefix(const float* score, int stride, int there, int k, index_t most) const {
     float sum = 0.0f;
-    for (int r = 0; r < c.k; ++r) {
-      if (c.id[r * block_rows + i] == no_expert) return r;
-      sum += c.value[r * block_rows + i];
+    for (int r = 0; r < there; ++r) {
+      sum += score[r * stride];
       const bool crossed = crossing == moeroute::crossing::include ? sum >= p : sum > p;
       if (!crossed) continue;
       const int in = crossing == moeroute::crossing::exclude ? r : r + 1;
-      return static_cast<int>(settle(c, i, std::max<index_t>(in, std::min(min_k, most))));
+      // min_k may ask for ranks beyond those that exist or are at hand.
+      const int wanted = std::max(in, static_cast<int>(std::min(min_k, most)));
+      return there < k ? std::min(wanted, there) : wanted > k ? k + 1 : wanted;
     }
-    return c.k < most ? c.k + 1 : c.k;
-  }
-
-  // min_k may ask for ranks beyond those that exist or are at hand.
-  static index_t settle(const choice_block& c, int i, index_t in) {
-    index_t there = 0;
-    while (there < std::min<index_t>(in, c.k) && c.id[there * block_rows + i] != no_expert) ++there;
-    return there == c.k && in > c.k ? c.k + 1 : there;
+    return there < k ? there : k < most ? k + 1 : k;
   }
 };
 static_assert(ragged_router<top_p>);

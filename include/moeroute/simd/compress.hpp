@@ -137,4 +137,29 @@ class column_list<A, slots> {
 
 #endif
 
+/// Writes the lanes of x that are in the mask, and the numbers of these lanes from `first` on, one
+/// after the other; nothing past them. Returns how many.
+template <class A>
+MOEROUTE_INLINE int store_chosen(vmask<A> mask, vfloat<A> x, std::int32_t first, float* value,
+                                 std::int32_t* column) {
+  const auto bits = mask.mask();
+  const int n = std::popcount(bits);
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16) {
+    _mm512_mask_compressstoreu_ps(value, mask, x);
+    _mm512_mask_compressstoreu_epi32(column, mask, lane_numbers<A>() + vint<A>(first));
+    return n;
+  }
+#endif
+  alignas(alignment) float lane[width<A>];
+  x.store_aligned(lane);
+  auto left = bits;
+  for (int i = 0; i < n; ++i, left &= left - 1) {
+    const int at = std::countr_zero(left);
+    value[i] = lane[at];
+    column[i] = first + at;
+  }
+  return n;
+}
+
 }  // namespace moeroute::simd

@@ -1,7 +1,9 @@
 // Sums and maxima of a row, with bits that do not depend on the register width.
 #pragma once
 
+#include <bit>
 #include <cmath>
+#include <limits>
 
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/elementwise.hpp>
@@ -60,6 +62,20 @@ float row_max(const float* row, index_t cols) {
   float largest = lane[0];
   for (int i = 1; i < block_rows; ++i) largest = lane[i] > largest ? lane[i] : largest;
   return largest;
+}
+
+/// The first column that holds `value` (-0 equal to +0); cols where none does. Requires: not NaN.
+template <class A = default_arch>
+index_t first_column(const float* row, index_t cols, float value) {
+  const vfloat<A> sought(value);
+  for (index_t c = 0; c < cols; c += width<A>) {
+    const vfloat<A> x =
+        cols - c >= width<A>
+            ? load<A>(row + c)
+            : load_first<A>(row + c, cols - c, std::numeric_limits<float>::quiet_NaN());
+    if (const auto bits = (x == sought).mask(); bits != 0) return c + std::countr_zero(bits);
+  }
+  return cols;
 }
 
 /// The sum of the row: 16 strided partial sums joined in one fixed tree, the same bits on every
