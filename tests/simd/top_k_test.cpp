@@ -122,6 +122,20 @@ TEMPLATE_LIST_TEST_CASE("a row alone is selected as it is in a block", "", test:
     }
 }
 
+TEMPLATE_LIST_TEST_CASE("a row that many columns tie in does not touch the rows before it", "",
+                        test::widths) {
+  constexpr index_t cols = 64;
+  for (const int n : {1, 2, 3, 4, 5})
+    for (const int k : {2, 4, 8}) {
+      std::vector<float> rows = test::make_logits(test::shape::normal, 4, n, cols);
+      std::fill_n(rows.end() - cols, cols, 1.0f);
+      std::vector<std::vector<expert_id>> order;
+      for (int i = 0; i < n; ++i) order.push_back(oracle::order(rows.data() + i * cols, cols));
+      INFO(n << " rows, k " << k);
+      CHECK(wrong(select<TestType>(rows, cols, n, cols, k), rows, cols, order, k) == "");
+    }
+}
+
 TEMPLATE_LIST_TEST_CASE("columns between cols and stride are not looked at", "", test::widths) {
   const index_t cols = 13, stride = 20;
   std::vector<float> rows = test::make_logits(shape::normal, 7, 16, stride);
