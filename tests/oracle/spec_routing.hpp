@@ -233,7 +233,12 @@ inline std::string break_of(const router_spec& s, const token_inputs& in,
   std::vector<expert_id> all;
   for (std::size_t e = 0; e < z.size(); ++e) all.push_back(static_cast<expert_id>(e));
 
-  const bool selected = s.domain == moeroute::score_domain::selected;
+  // Divided by their sum, the probabilities of all experts are those among the selected: without
+  // the underflow.
+  const bool selected = s.domain == moeroute::score_domain::selected ||
+                        (s.selection == selection_kind::expert_table &&
+                         s.normalize == moeroute::normalization::sum &&
+                         s.eps_where == moeroute::eps_mode::none);
   const std::vector<expert_id> chosen(ids.begin(), ids.end());
   std::vector<double> score;
   if (s.score == score_kind::softmax && s.selection != selection_kind::sparsemixer)

@@ -266,10 +266,35 @@ inline void check(const router_spec& s) {
   if (s.score == score_kind::uniform && s.selection != selection_kind::expert_table &&
       s.selection != selection_kind::random)
     clash(score, selection, "equal scores choose nothing");
+  const bool of_rows =
+      ranked || s.selection == selection_kind::expert_table || s.selection == selection_kind::top_p;
+  if (!of_rows && s.selection != selection_kind::threshold &&
+      (s.softcap != 0.0f || s.temperature != 1.0f))
+    clash("logit_softcap or temperature", selection, "it takes logits as they are");
+  if (!of_rows && (s.divide_by_k || s.per_expert_scale) &&
+      s.selection != selection_kind::product_keys && s.selection != selection_kind::top2)
+    clash("post_divide_by_k or per_expert_scale", selection, "it has weights of its own");
+  if (s.selection == selection_kind::random &&
+      (s.normalize != normalization::none || s.scale != 1.0f))
+    clash("normalize or scale", selection, "every choice weighs 1 / k");
+  const auto finite = [](float x, const char* field) {
+    if (!std::isfinite(x))
+      fail("router_spec",
+           std::string(field) + " is " + detail::number(x) + ", expected a finite number");
+  };
+  finite(s.scale, "scale");
+  finite(s.output_scale, "output_scale");
+  finite(s.eps, "eps");
+  finite(s.softcap, "logit_softcap");
+  finite(s.temperature, "temperature");
+  finite(s.threshold, "threshold");
+  finite(s.jitter, "jitter_eps");
   if (!(s.softcap >= 0.0f))
     fail("router_spec", "logit_softcap is " + detail::number(s.softcap) + ", expected >= 0");
   if (!(s.temperature > 0.0f))
     fail("router_spec", "temperature is " + detail::number(s.temperature) + ", expected > 0");
+  if (!(s.jitter >= 0.0f))
+    fail("router_spec", "jitter_eps is " + detail::number(s.jitter) + ", expected >= 0");
   check_range("router_spec", "zero_experts", s.zero_experts, 0, s.experts - 1);
   check_range("router_spec", "capacity", s.capacity, 0, std::int32_t{0x7fffffff});
   if (s.capacity == 0 && s.drop_order != drop_order::choice_major)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <concepts>
 #include <cstdint>
 
 #include <moeroute/simd/batch.hpp>
@@ -16,11 +17,18 @@ namespace moeroute::simd {
 /// The larger of x and y; y where x is NaN.
 template <class A>
 MOEROUTE_INLINE vfloat<A> max_or_second(vfloat<A> x, vfloat<A> y) {
-#if defined(__SSE2__)
-  return xsimd::max(x, y);  // maxps itself returns its second operand
-#else
-  return select<A>(x > y, x, y);
+  // maxps itself returns its second operand; which of its two that is differs between versions of
+  // xsimd.
+#if XSIMD_WITH_AVX512F
+  if constexpr (std::derived_from<A, xsimd::avx512f>) return _mm512_max_ps(x, y);
 #endif
+#if XSIMD_WITH_AVX
+  if constexpr (std::derived_from<A, xsimd::avx>) return _mm256_max_ps(x, y);
+#endif
+#if XSIMD_WITH_SSE2
+  if constexpr (std::derived_from<A, xsimd::sse2>) return _mm_max_ps(x, y);
+#endif
+  return select<A>(x > y, x, y);
 }
 
 /// Bits of 64 columns in memory, which may be written in parts.

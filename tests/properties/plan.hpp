@@ -1,0 +1,109 @@
+// Property: any ids are planned as brute force plans them, or refused by their place.
+#pragma once
+
+#include <moeroute/stage/plan.hpp>
+
+#include "oracle/layer.hpp"
+#include "properties/bytes.hpp"
+
+namespace test {
+
+namespace detail {
+
+inline moeroute::assignment any_assignment(bytes& in, bool sound) {
+  const index_t experts = 1 + in.below(in.flag() ? 400 : 9);
+  const index_t tokens = in.below(50);
+  const index_t k = 1 + in.below(std::min<index_t>(9, experts));
+  moeroute::assignment a;
+  const bool ragged = in.flag();
+  if (ragged)
+    a.reset_ragged(tokens, experts, k);
+  else
+    a.reset(tokens, experts, k);
+  const auto id = [&]() -> moeroute::expert_id {
+    const index_t b = in.below(64);
+    if (b == 0) return moeroute::no_expert;
+    if (b == 1 && !sound) return in.take<std::int32_t>();
+    return static_cast<moeroute::expert_id>(in.below(experts));
+  };
+  if (ragged) {
+    const moeroute::assignment::parts p = a.to_fill();
+    p.offsets[0] = 0;
+    for (index_t t = 0; t < tokens; ++t) {
+      const auto n = static_cast<std::int32_t>(in.below(k + 1));
+      for (std::int32_t c = p.offsets[t]; c < p.offsets[t] + n; ++c) {
+        p.ids[c] = id();
+        p.weights[c] = p.ids[c] < 0 ? 0.0f : static_cast<float>(in.below(8)) / 8.0f;
+      }
+      p.offsets[t + 1] = p.offsets[t] + n;
+    }
+    a.close();
+  } else {
+    for (std::size_t c = 0; c < a.ids().size(); ++c) {
+      a.ids()[c] = id();
+      a.weights()[c] = a.ids()[c] < 0 ? 0.0f : static_cast<float>(in.below(8)) / 8.0f;
+    }
+  }
+  return a;
+}
+
+}  // namespace detail
+
+inline std::string plan_property(bytes in) {
+  using namespace moeroute;
+  assignment a = detail::any_assignment(in, false);
+  if (in.flag())
+    for (std::uint8_t& kept : a.kept_to_change()) kept = in.below(5) != 0;
+  std::vector<std::uint8_t> owned, mask;
+  if (in.flag())
+    for (index_t e = 0; e < a.experts(); ++e) owned.push_back(in.flag());
+  if (in.flag())
+    for (index_t t = 0; t < a.tokens(); ++t) mask.push_back(in.flag());
+  const plan_options options{.block = in.usually<index_t>(1, [&] { return in.below(20); }),
+                             .capacity = in.usually(as_needed, [&] { return in.below(60); }),
+                             .owned = owned,
+                             .mask = mask};
+  dispatch_plan p;
+  const bool sound = std::all_of(a.ids().begin(), a.ids().end(),
+                                 [&](expert_id e) { return e >= -1 && e < a.experts(); });
+  try {
+    plan(a, p, options);
+  } catch (const error& refused) {
+    const bool expected = !sound || options.block < 1 || options.capacity != as_needed;
+    return expected ? "" : std::string("refused: ") + refused.what();
+  }
+  if (!sound) return "an id out of range was planned";
+
+  // Expert by expert all choices are looked at.
+  std::vector<slot_id> offsets{0}, token_of_slot;
+  std::vector<slot_id> slot_of_choice(static_cast<std::size_t>(a.choices()), no_slot);
+  for (index_t e = 0; e < a.experts(); ++e) {
+    for (index_t t = 0; t < a.tokens(); ++t)
+      for (index_t c = a.first(t); c < a.first(t + 1); ++c) {
+        const auto at = static_cast<std::size_t>(c);
+        if (a.ids()[at] != e || !a.kept(c) ||
+            (!owned.empty() && owned[static_cast<std::size_t>(e)] == 0) ||
+            (!mask.empty() && mask[static_cast<std::size_t>(t)] == 0))
+          continue;
+        slot_of_choice[at] = static_cast<slot_id>(token_of_slot.size());
+        token_of_slot.push_back(static_cast<slot_id>(t));
+      }
+    const index_t own = static_cast<index_t>(token_of_slot.size()) - offsets.back();
+    if (p.load(e) != own) return "load of expert " + std::to_string(e);
+    const index_t rows =
+        round_up(options.capacity == as_needed ? own : options.capacity, options.block);
+    if (rows < own) return "more tokens than slots were planned";
+    token_of_slot.resize(token_of_slot.size() + static_cast<std::size_t>(rows - own), no_token);
+    offsets.push_back(static_cast<slot_id>(token_of_slot.size()));
+  }
+  const auto same = [](auto a_span, const auto& list) {
+    return std::equal(a_span.begin(), a_span.end(), list.begin(), list.end());
+  };
+  if (!same(p.offsets(), offsets)) return "offsets";
+  if (!same(p.token_of_slot(), token_of_slot)) return "token_of_slot";
+  if (!same(p.slot_of_choice(), slot_of_choice)) return "slot_of_choice";
+  if (p.kept() + p.dropped() + p.elsewhere() + p.unrouted() != a.choices()) return "counts";
+  return "";
+}
+
+}  // namespace test

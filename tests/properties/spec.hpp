@@ -1,0 +1,137 @@
+// Property: a router_spec of any content is refused in a sentence, or routes as it says.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <moeroute/policy/catalog.hpp>
+#include <moeroute/policy/make_router.hpp>
+#include <moeroute/stage/route.hpp>
+
+#include "oracle/spec_routing.hpp"
+#include "properties/bytes.hpp"
+
+namespace test {
+
+namespace detail {
+
+// Numbers that a field may be given by mistake among those that it is meant for.
+inline float parameter(bytes& in, float usual) {
+  constexpr float odd[] = {0.0f, 1.0f, 0.5f, 2.5f, 1e-20f, -1.0f, 1e-3f};
+  const auto b = in.below(32);
+  if (b < 7) return odd[b];
+  if (b == 7) return in.raw();
+  return usual;
+}
+
+inline moeroute::router_spec any_spec(bytes& in) {
+  using namespace moeroute;
+  router_spec s;
+  const index_t start = in.below(static_cast<index_t>(std::size(catalog)) + 1);
+  if (start > 0) s = catalog[static_cast<std::size_t>(start - 1)].spec;
+  s.experts = in.usually(s.experts > 300 ? 64 : s.experts, [&] { return in.below(300); });
+  s.k = in.usually(std::min(s.k, s.experts), [&] { return in.below(20); });
+  const auto change = [&] { return in.below(8) == 0; };
+  if (change()) s.score = in.one_of(score_kind::uniform);
+  if (change()) s.domain = in.one_of(score_domain::selected);
+  if (change()) s.selection = in.one_of(selection_kind::random);
+  if (change()) s.selection_bias = in.flag();
+  if (change()) s.groups = in.below(17);
+  if (change()) s.topk_group = in.below(9);
+  if (change()) s.group_score = in.one_of(group_score::top_sum);
+  if (change()) s.group_fill = parameter(in, 0.0f);
+  if (change()) s.normalize = in.one_of(normalization::lp);
+  if (change()) s.lp_p = parameter(in, 2.0f);
+  if (change()) s.eps_where = in.one_of(eps_mode::clamp);
+  if (change()) s.eps = parameter(in, 1e-9f);
+  if (change()) s.scale = parameter(in, 2.5f);
+  if (change()) s.scale_where = in.one_of(scale_place::output);
+  if (change()) s.divide_by_k = in.flag();
+  if (change()) s.output_scale = parameter(in, 2.0f);
+  if (change()) s.per_expert_scale = in.flag();
+  if (change()) s.softcap = parameter(in, 30.0f);
+  if (change()) s.temperature = parameter(in, 1.5f);
+  if (change()) s.jitter = parameter(in, 0.1f);
+  if (change()) s.top_p = parameter(in, 0.7f);
+  if (change()) s.crossing = in.one_of(crossing::exclude);
+  if (change()) s.min_k = in.below(10);
+  if (change()) s.max_k = in.below(20);
+  if (change()) s.threshold = parameter(in, 0.1f);
+  if (change()) s.row_norm = in.one_of(threshold_norm::rms);
+  if (change()) s.zero_experts = in.below(20);
+  if (change()) s.capacity = in.below(5);
+  return s;
+}
+
+// What holds for every decision.
+inline std::string shape_break(const moeroute::assignment& a) {
+  for (index_t t = 0; t < a.tokens(); ++t) {
+    std::vector<moeroute::expert_id> ids(a.ids(t).begin(), a.ids(t).end());
+    for (std::size_t r = 0; r < ids.size(); ++r) {
+      const float w = a.weights(t)[r];
+      if (ids[r] < -1 || ids[r] >= a.experts()) return "id " + std::to_string(ids[r]);
+      if (!std::isfinite(w)) return "weight " + std::to_string(w);
+      if (ids[r] < 0 && w != 0.0f) return "a weight without an expert";
+    }
+    std::erase(ids, moeroute::no_expert);
+    std::sort(ids.begin(), ids.end());
+    if (std::adjacent_find(ids.begin(), ids.end()) != ids.end()) return "an expert twice";
+  }
+  return "";
+}
+
+}  // namespace detail
+
+inline std::string spec_property(bytes in) {
+  using namespace moeroute;
+  const router_spec s = detail::any_spec(in);
+  const index_t tokens = in.below(36);
+  std::vector<float> bias, scale;
+  std::vector<std::int32_t> token_ids;
+  for (index_t e = 0; e < std::max<index_t>(0, s.experts); ++e) {
+    const auto number = static_cast<float>(in.below(64));
+    if (s.selection_bias) bias.push_back((number - 32.0f) / 256.0f);
+    if (s.per_expert_scale) scale.push_back(0.5f + number / 64.0f);
+  }
+  expert_table table;
+  std::string told = to_string(s);
+  try {
+    check(s);
+    if (s.selection == selection_kind::expert_table)
+      table = random_table(5, s.k, s.experts, in.take<std::uint32_t>());
+    const any_router router =
+        make_router(s, {.bias = bias, .per_expert_scale = scale, .table = &table});
+    const std::vector<float> z = in.logits(tokens * s.columns());
+    for (index_t t = 0; t < tokens; ++t)
+      token_ids.push_back(static_cast<std::int32_t>(in.below(5)));
+    workspace memory;
+    assignment out;
+    route(router, matrix_view<const float>(z.data(), tokens, s.columns()), {.token_ids = token_ids},
+          memory, out);
+    if (const std::string broken = detail::shape_break(out); !broken.empty())
+      return told + ": " + broken;
+    if (out.ragged() || s.selection == selection_kind::random ||
+        s.selection == selection_kind::top2)
+      return "";
+    // Products of the parameters beyond what a float holds are the caller's choice.
+    const double size = std::abs(static_cast<double>(s.scale)) *
+                        std::max(1.0, static_cast<double>(s.eps)) *
+                        std::max(1.0, static_cast<double>(s.lp_p));
+    if (size > 1e6 || (s.scale != 0.0f && size < 1e-6) || s.temperature < 1e-3f || s.lp_p < 0.1f)
+      return "";
+    for (index_t t = 0; t < tokens; ++t) {
+      const oracle::token_inputs token{z.data() + t * s.columns(), bias, scale,
+                                       s.selection == selection_kind::expert_table
+                                           ? table.of(token_ids[static_cast<std::size_t>(t)])
+                                           : std::span<const expert_id>{}};
+      if (const std::string broken = oracle::break_of(s, token, out.ids(t), out.weights(t));
+          !broken.empty())
+        return told + ": token " + std::to_string(t) + ": " + broken;
+    }
+  } catch (const error& refused) {
+    const std::string_view sentence = refused.what();
+    if (sentence.find(':') == std::string_view::npos) return "refused without a place";
+  }
+  return "";
+}
+
+}  // namespace test
