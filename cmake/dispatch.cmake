@@ -16,6 +16,9 @@ function(moeroute_add_dispatch target)
   set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd)
 
   if(NOT TARGET moeroute_dispatch)
+    # Whatever links the program: only GNU's linker lets go of the groups that share functions.
+    find_program(MOEROUTE_LD NAMES ld.bfd ld REQUIRED)
+    mark_as_advanced(MOEROUTE_LD)
     add_library(moeroute_dispatch STATIC "${MOEROUTE_DISPATCH_DIR}/pick.cpp")
     target_include_directories(moeroute_dispatch PUBLIC "${MOEROUTE_DISPATCH_DIR}")
     target_link_libraries(moeroute_dispatch PUBLIC moeroute::moeroute)
@@ -23,13 +26,13 @@ function(moeroute_add_dispatch target)
       set(object moeroute_kernels_${set})
       add_library(${object} OBJECT "${MOEROUTE_DISPATCH_DIR}/kernels.cpp")
       target_compile_definitions(${object} PRIVATE MOEROUTE_DISPATCH_ISA=${set})
-      target_compile_options(${object} PRIVATE ${flags_${set}} -fno-lto -fno-gnu-unique)
+      target_compile_options(${object} PRIVATE ${flags_${set}} -fno-lto $<$<CXX_COMPILER_ID:GNU>:-fno-gnu-unique>)
       target_link_libraries(${object} PRIVATE moeroute::moeroute)
       set_target_properties(${object} PROPERTIES POSITION_INDEPENDENT_CODE ON)
       set(local "${CMAKE_CURRENT_BINARY_DIR}/${object}.o")
       add_custom_command(
         OUTPUT "${local}"
-        COMMAND "${CMAKE_LINKER}" -r --force-group-allocation -o "${local}.joined" "$<TARGET_OBJECTS:${object}>"
+        COMMAND "${MOEROUTE_LD}" -r --force-group-allocation -o "${local}.joined" "$<TARGET_OBJECTS:${object}>"
         COMMAND "${CMAKE_OBJCOPY}" --keep-global-symbol=${object} "${local}.joined" "${local}"
         DEPENDS ${object} "$<TARGET_OBJECTS:${object}>"
         COMMENT "Keeping the kernels for ${set} to themselves"

@@ -99,7 +99,8 @@ inline std::string choice_break(const router_spec& s, const token_inputs& in,
     if (z[e] == never) continue;
     const double b = in.bias.empty() ? 0 : static_cast<double>(in.bias[e]);
     choice[e] = score[e] + b;
-    slack[e] = 3e-6 * (std::abs(score[e]) + std::abs(b)) + 1e-36;
+    // Infinity is not rounded.
+    if (std::isfinite(score[e])) slack[e] = 3e-6 * (std::abs(score[e]) + std::abs(b)) + 1e-36;
   }
   enum { in_group, out_of_group, either };
   std::vector<int> status(n, in_group);
@@ -233,11 +234,11 @@ inline std::string break_of(const router_spec& s, const token_inputs& in,
   std::vector<expert_id> all;
   for (std::size_t e = 0; e < z.size(); ++e) all.push_back(static_cast<expert_id>(e));
 
-  // Divided by their sum, the probabilities of all experts are those among the selected: without
+  // Divided by a norm, the probabilities of all experts are those among the selected: without
   // the underflow.
   const bool selected = s.domain == moeroute::score_domain::selected ||
                         (s.selection == selection_kind::expert_table &&
-                         s.normalize == moeroute::normalization::sum &&
+                         s.normalize != moeroute::normalization::none &&
                          s.eps_where == moeroute::eps_mode::none);
   const std::vector<expert_id> chosen(ids.begin(), ids.end());
   std::vector<double> score;

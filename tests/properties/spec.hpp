@@ -116,14 +116,19 @@ inline std::string spec_property(bytes in) {
     const double size = std::abs(static_cast<double>(s.scale)) *
                         std::max(1.0, static_cast<double>(s.eps)) *
                         std::max(1.0, static_cast<double>(s.lp_p));
-    if (size > 1e6 || (s.scale != 0.0f && size < 1e-6) || s.temperature < 1e-3f || s.lp_p < 0.1f)
+    if (size > 1e6 || size < 1e-6 || s.temperature < 0.1f || s.lp_p < 0.1f)
       return "";
+    router_spec decided = s;
+    if (s.capacity != 0 && !s.normalize_before_drop) {
+      decided.normalize = normalization::none;  // left to the stage that drops
+      decided.eps_where = eps_mode::none;
+    }
     for (index_t t = 0; t < tokens; ++t) {
       const oracle::token_inputs token{z.data() + t * s.columns(), bias, scale,
                                        s.selection == selection_kind::expert_table
                                            ? table.of(token_ids[static_cast<std::size_t>(t)])
                                            : std::span<const expert_id>{}};
-      if (const std::string broken = oracle::break_of(s, token, out.ids(t), out.weights(t));
+      if (const std::string broken = oracle::break_of(decided, token, out.ids(t), out.weights(t));
           !broken.empty())
         return told + ": token " + std::to_string(t) + ": " + broken;
     }

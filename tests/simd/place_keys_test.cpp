@@ -64,7 +64,7 @@ placed by_counting(ints key, index_t values, simd::groups g, bool in_place) {
 TEST_CASE("every key's place is its stable rank among all keys") {
   test::for_each_arch<test::arches>([]<class A>(A) {
     test::random rng(1);
-    for (const std::size_t n : {0, 1, 7, 15, 16, 17, 31, 32, 33, 100, 1000})
+    for (const std::size_t n : {0u, 1u, 7u, 15u, 16u, 17u, 31u, 32u, 33u, 100u, 1000u})
       for (const index_t values : {1, 2, 5, 64, 300})
         for (const index_t size : {1, 2, 3, 5, 8, 16, 17, 100})
           for (const bool negatives : {false, true}) {
@@ -120,7 +120,7 @@ TEST_CASE("few keys are sorted to the same result as many") {
 
 TEST_CASE("a key outside of [-1, values) is found wherever it is") {
   test::for_each_arch<test::arches>([]<class A>(A) {
-    for (const std::size_t n : {1, 5, 16, 40, 100})
+    for (const std::size_t n : {1u, 5u, 16u, 40u, 100u})
       for (std::size_t at = 0; at < n; ++at) {
         ints key(n, 6);
         key[at] = -1;

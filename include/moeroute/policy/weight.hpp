@@ -91,7 +91,7 @@ struct weight_rule {
           c.value[i] *= expert_scale[e];
     for (int lane = 0; lane < block_rows; lane += simd::width<A>)
       detail::for_each_rank<A>(c, lane, [&](F w, simd::vmask<A>) {
-        w = simd::select<A>(w > most, most, w);
+        w = simd::select<A>(w > most, most, simd::select<A>(w == w, w, zero));  // 0 * infinity
         return simd::select<A>(w < -most, -most, w);
       });
   }
