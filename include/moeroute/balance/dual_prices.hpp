@@ -51,7 +51,7 @@ struct priced_strip {
   }
 };
 
-// Scores that are not finite, masked tokens and places without a token become -inf; a price of +inf
+// Scores that are not finite, masked tokens and rows without a token become -inf; a price of +inf
 // takes a token out of every column.
 struct dual_memory {
   struct worker {
@@ -60,7 +60,7 @@ struct dual_memory {
     simd::kth_column_buffers column;
   };
   float* panel;
-  float* price;  // [16 tiles], by place
+  float* price;  // [16 tiles]
   worker* workers;
 
   static dual_memory carve(scratch& tape, index_t tokens, index_t experts, index_t k, int count) {
@@ -88,7 +88,7 @@ class dual_prices {
     std::fill_n(one, size, 1.0f);
     for_each_tile([&](const dual_memory::worker& m, index_t tile) {
       for (int lane = 0; lane < size; ++lane)
-        copy_row(shape().row(tile, lane), nullptr, m.rows + lane * stride());
+        copy_row(tile * size + lane, nullptr, m.rows + lane * stride());
       simd::pack_tiles<A>(m.rows, stride(), one, scores_.cols, memory_.panel, shape(), tile);
     });
   }
@@ -104,13 +104,12 @@ class dual_prices {
   template <class Adjust>
   void price_tokens(const float* bias, index_t k, Adjust&& adjust) {
     for_each_tile([&](const dual_memory::worker& m, index_t tile) {
-      // Neighbours in memory; their places lie apart. Rows past the end have places too.
+      // Rows past the end have prices too.
       float price[simd::tile_size];
       const index_t first = tile * simd::tile_size;
       for (int i = 0; i < simd::tile_size; ++i) copy_row(first + i, bias, m.rows + i * stride());
       simd::kth_largest_of_block<A>(m.rows, stride(), scores_.cols, k, m.row, price);
-      for (int i = 0; i < simd::tile_size; ++i)
-        memory_.price[shape().place_of(first + i)] = adjust(price[i]);
+      for (int i = 0; i < simd::tile_size; ++i) memory_.price[first + i] = adjust(price[i]);
     });
   }
 
@@ -134,7 +133,7 @@ class dual_prices {
     });
   }
 
-  float price_of(index_t token) const { return memory_.price[shape().place_of(token)]; }
+  float price_of(index_t token) const { return memory_.price[token]; }
 
  private:
   index_t stride() const { return round_up(scores_.cols, simd::tile_size); }

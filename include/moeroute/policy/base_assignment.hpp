@@ -112,13 +112,11 @@ struct auction_memory {
 };
 
 // Moves the worst of a column's picks to the end: the smallest key, the last token among equals.
-inline void worst_last(std::int32_t* place, std::int32_t* key, index_t n, simd::panel_shape shape) {
+inline void worst_last(std::int32_t* token, std::int32_t* key, index_t n) {
   index_t worst = 0;
   for (index_t i = 1; i < n; ++i)
-    if (key[i] < key[worst] ||
-        (key[i] == key[worst] && shape.row_of(place[i]) > shape.row_of(place[worst])))
-      worst = i;
-  std::swap(place[worst], place[n - 1]);
+    if (key[i] < key[worst] || (key[i] == key[worst] && token[i] > token[worst])) worst = i;
+  std::swap(token[worst], token[n - 1]);
   std::swap(key[worst], key[n - 1]);
 }
 
@@ -131,7 +129,7 @@ void fill_auction_panel(const affinity& a, const auction_memory& m, const column
   for (index_t tile = 0; tile < s.tiles(); ++tile) {
     std::fill_n(m.row, simd::tile_size * stride, simd::minus_infinity);
     for (index_t lane = 0; lane < simd::tile_size; ++lane) {
-      const index_t t = shape.row(tile, lane);
+      const index_t t = tile * simd::tile_size + lane;
       if (t >= s.tokens) continue;
       for (index_t e = 0; e < s.experts; ++e) m.row[lane * stride + e] = a.auction_value(t, e);
     }
@@ -147,11 +145,9 @@ bool run_auction(const affinity& a, const auction_memory& m, const column_scopes
   // Up to here every bid keeps what it won cheaply; from here on prices alone decide, which settles
   // quickly.
   constexpr index_t patient_rounds = 100;
-  const simd::panel_shape shape{s.tiles()};
   const index_t jobs = s.tokens / s.experts, places = round_up(s.tokens, simd::tile_size);
   fill_auction_panel<A>(a, m, s);
   const float eps = std::max((a.most - a.least) / 50.0f, 1e-4f);
-  // Prices, bids and holders are kept by the panel's places.
   std::fill_n(m.price, places, 0.0f);
   std::fill_n(m.holder, places, -1);
   for (index_t round = 0; round < most_rounds; ++round) {
@@ -174,13 +170,13 @@ bool run_auction(const affinity& a, const auction_memory& m, const column_scopes
     const bool retains = round > 0 && round < patient_rounds;
     index_t placed = 0;
     for (index_t e = 0; e < s.experts; ++e) {
-      std::int32_t* const place = m.picks.place + e * s.capacity;
+      std::int32_t* const token = m.picks.row + e * s.capacity;
       std::int32_t* const key = m.picks.key + e * s.capacity;
-      worst_last(place, key, jobs + 1, shape);
+      worst_last(token, key, jobs + 1);
       const float next = simd::value_of_key(key[jobs]);
       for (index_t i = 0; i < jobs; ++i) {
-        const std::int32_t at = place[i];
-        std::int32_t& owner = expert_of[shape.row_of(at)];
+        const std::int32_t at = token[i];
+        std::int32_t& owner = expert_of[at];
         placed += owner < 0;
         owner = static_cast<std::int32_t>(e);
         if (retains && m.holder[at] == e) continue;

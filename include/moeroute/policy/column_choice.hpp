@@ -54,9 +54,9 @@ void pick_columns(const column_scopes& s, const Make& make,
       const index_t scope = piece / s.strips(), strip = piece % s.strips();
       const index_t first = strip * simd::tile_size, column = scope * s.experts + first;
       const auto width = static_cast<int>(std::min<index_t>(simd::tile_size, s.experts - first));
-      simd::column_top_k<A>(make(scope, strip), s.length, width, s.capacity, memories[worker],
-                            {picks.place + column * s.capacity, picks.key + column * s.capacity,
-                             picks.count + column});
+      simd::column_top_k<A>(
+          make(scope, strip), s.length, width, s.capacity, memories[worker],
+          {picks.row + column * s.capacity, picks.key + column * s.capacity, picks.count + column});
     }
   });
 }
@@ -71,35 +71,60 @@ inline simd::column_top_k_buffers* carve_column_buffers(scratch& tape, index_t r
   return list;
 }
 
+// Hands the picks [begin, end) of expert e to their tokens' rows. Not inlined: its few values stay
+// in registers.
+template <class Weight>
+[[gnu::noinline]] void deal_picks(const std::int32_t* row, const std::int32_t* key,
+                                  std::int32_t begin, std::int32_t end, index_t first_token,
+                                  index_t e, std::int32_t* cursor, const assignment::parts& p,
+                                  const Weight& weight) {
+  expert_id* const ids = p.ids;
+  float* const weights = p.weights;
+  for (std::int32_t i = begin; i < end; ++i) {
+    const index_t token = first_token + row[i];
+    const std::int32_t at = cursor[token]++;
+    ids[at] = static_cast<expert_id>(e);
+    weights[at] = weight(token, e, key[i]);
+  }
+}
+
 // Turns columns of picks into token rows, experts in ascending order. weight(token, expert, key) is
-// the weight.
+// the weight. cursor is [tokens + experts].
 template <class Weight>
 void rows_from_picks(const column_scopes& s, const simd::column_picks& picks, std::int32_t* cursor,
                      index_t most, assignment& out, const Weight& weight) {
   out.reset_ragged(s.tokens, s.experts, most, s.picks());
   const assignment::parts p = out.to_fill();
   std::fill_n(p.offsets, s.tokens + 1, 0);
-  const simd::panel_shape shape{s.tiles()};
-  const auto for_each_pick = [&](auto&& f) {
-    for (index_t scope = 0; scope < s.scopes; ++scope)
-      for (index_t e = 0; e < s.experts; ++e) {
-        const index_t column = scope * s.experts + e;
-        const std::int32_t* const place = picks.place + column * s.capacity;
-        const std::int32_t* const key = picks.key + column * s.capacity;
-        for (index_t i = 0; i < picks.count[column]; ++i)
-          f(scope * s.length + shape.row_of(place[i]), e, key[i]);
-      }
-  };
-  for_each_pick([&](index_t token, index_t, std::int32_t) { ++p.offsets[token + 1]; });
+  for (index_t column = 0; column < s.columns(); ++column) {
+    std::int32_t* const count_of = p.offsets + 1 + column / s.experts * s.length;
+    const std::int32_t* const row = picks.row + column * s.capacity;
+    for (index_t i = 0; i < picks.count[column]; ++i) ++count_of[row[i]];
+  }
   for (index_t t = 0; t < s.tokens; ++t) {
     p.offsets[t + 1] += p.offsets[t];
     cursor[t] = p.offsets[t];
   }
-  for_each_pick([&](index_t token, index_t e, std::int32_t key) {
-    const std::int32_t at = cursor[token]++;
-    p.ids[at] = static_cast<expert_id>(e);
-    p.weights[at] = weight(token, e, key);
-  });
+  // A few tiles of tokens at a time: their rows stay in cache while the experts write to them.
+  constexpr index_t cached_picks = 3072;
+  const index_t places = round_up(
+      std::max<index_t>(1, cached_picks * s.length / (s.capacity * s.experts)), simd::tile_size);
+  std::int32_t* const done = cursor + s.tokens;
+  for (index_t scope = 0; scope < s.scopes; ++scope) {
+    std::fill_n(done, s.experts, 0);
+    const index_t first = scope * s.length;
+    for (index_t end = places; end < s.tiles() * simd::tile_size + places; end += places)
+      for (index_t e = 0; e < s.experts; ++e) {
+        const index_t column = scope * s.experts + e;
+        const std::int32_t* const row = picks.row + column * s.capacity;
+        const std::int32_t* const key = picks.key + column * s.capacity;
+        const std::int32_t count = picks.count[column];
+        std::int32_t last = done[e];
+        while (last < count && row[last] < end) ++last;
+        deal_picks(row, key, done[e], last, first, e, cursor, p, weight);
+        done[e] = last;
+      }
+  }
   out.close();
 }
 

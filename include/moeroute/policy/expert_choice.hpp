@@ -115,7 +115,7 @@ void fill_panels(const Score& score, matrix_view<const float> z, const side_inpu
       const index_t scope = piece / s.tiles(), tile = piece % s.tiles();
       const float* row[simd::tile_size];
       for (index_t lane = 0; lane < simd::tile_size; ++lane) {
-        const index_t local = shape.row(tile, lane), token = scope * s.length + local;
+        const index_t local = tile * simd::tile_size + lane, token = scope * s.length + local;
         row[lane] = local < s.length && !side.masked(token) ? z.row(token) : nullptr;
       }
       if constexpr (std::is_same_v<Score, softmax>) {
@@ -224,7 +224,7 @@ struct expert_choice {
       return memory{tape.take<float>(s.scopes * s.panel()),
                     detail::choice_rows::carve(tape, experts, workers),
                     detail::carve_column_buffers(tape, length, workers),
-                    detail::carve_picks(tape, s), tape.take<std::int32_t>(tokens)};
+                    detail::carve_picks(tape, s), tape.take<std::int32_t>(tokens + experts)};
     });
     detail::fill_panels<A>(score, z, side, s, m.rows, workers, m.panels, exec);
     detail::pick_columns<A>(

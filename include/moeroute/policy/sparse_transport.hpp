@@ -27,7 +27,7 @@ namespace detail {
 // Similarity plus the tokens' potentials, never stored.
 struct shifted_strip {
   stored_strip similarity;
-  const float* potential;  ///< [T rounded up to 16], by places of the panel
+  const float* potential;  ///< [T rounded up to 16]
 
   template <class A>
   MOEROUTE_INLINE simd::vfloat<A> values(index_t tile, int column, int lane) const {
@@ -131,7 +131,7 @@ struct sparse_transport {
     for (index_t e = 0; e < z.cols; ++e)
       for (index_t i = 0; i < s.picks.count[e]; ++i) {
         const index_t at = e * s.scopes.capacity + i;
-        plan(s.shape().row_of(s.picks.place[at]), e) = s.mass(e, s.picks.key[at]);
+        plan(s.picks.row[at], e) = s.mass(e, s.picks.key[at]);
       }
   }
 
@@ -145,7 +145,7 @@ struct sparse_transport {
     simd::column_top_k_buffers* columns;
     simd::column_picks picks;
     std::int32_t* cursor;
-    float *potential, *gradient, *mean, *square;  ///< [T rounded up to 16], by places of the panel
+    float *potential, *gradient, *mean, *square;  ///< [T rounded up to 16]
     double* threshold;                            ///< [E]
     double column_mass, scale;
 
@@ -162,11 +162,10 @@ struct sparse_transport {
       return over > 0.0 ? static_cast<float>(over * column_mass) : 0.0f;
     }
     float similarity(index_t t, index_t e) const {
-      const index_t place = shape().place_of(t);
       return panel[shape().strip(e) +
-                   simd::panel_shape::lanes(place / simd::tile_size,
+                   simd::panel_shape::lanes(t / simd::tile_size,
                                             static_cast<int>(e % simd::tile_size)) +
-                   place % simd::tile_size];
+                   t % simd::tile_size];
     }
   };
 
@@ -188,7 +187,7 @@ struct sparse_transport {
       detail::column_scopes most = r.scopes;
       most.capacity = std::max(k, c);
       r.picks = detail::carve_picks(tape, most);
-      r.cursor = tape.take<std::int32_t>(tokens);
+      r.cursor = tape.take<std::int32_t>(tokens + experts);
       r.potential = tape.take<float>(padded);
       r.gradient = tape.take<float>(padded);
       r.mean = tape.take<float>(padded);
@@ -213,7 +212,7 @@ struct sparse_transport {
       std::fill_n(s.gradient, padded, -1.0f);
       for (index_t e = 0; e < experts; ++e)
         for (index_t i = 0; i < s.picks.count[e]; ++i)
-          s.gradient[s.picks.place[e * k + i]] += s.mass(e, s.picks.key[e * k + i]);
+          s.gradient[s.picks.row[e * k + i]] += s.mass(e, s.picks.key[e * k + i]);
       adam.step<A>(learning_rate, s.gradient, padded, s.mean, s.square, s.potential);
     }
   }

@@ -237,8 +237,9 @@ MOEROUTE_INLINE vfloat<A> fma(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
   }
 }
 
-/// 2^n * m for n integral in [-126, 127 + 1] and m in (0.5, 2): the exponent field is added, not
-/// multiplied, so no compiler can fuse it with a neighbouring addition.
+/// 2^n * m for n in [-126, 127 + 1], of which only the lowest nine bits count, and m in (0.5, 2):
+/// the exponent field is added, not multiplied, so no compiler can fuse it with a neighbouring
+/// addition.
 template <class A>
 MOEROUTE_INLINE vfloat<A> scale_by_power_of_two(vfloat<A> m, vint<A> n) {
   return xsimd::bitwise_cast<float>(xsimd::bitwise_cast<std::int32_t>(m) + (n << 23));

@@ -18,8 +18,8 @@ namespace moeroute::simd {
 
 /// Candidates of 16 columns.
 struct column_top_k_buffers {
-  std::int32_t* key;    ///< [16][room]
-  std::int32_t* place;  ///< [16][room]
+  std::int32_t* key;  ///< [16][room]
+  std::int32_t* row;  ///< [16][room]
   index_t room;
 
   static column_top_k_buffers carve(scratch& tape, index_t rows) {
@@ -31,9 +31,9 @@ struct column_top_k_buffers {
 };
 
 /// The picks of up to 16 columns. Column c has count[c] of them at [c * k], in ascending order of
-/// places.
+/// rows.
 struct column_picks {
-  std::int32_t* place;
+  std::int32_t* row;
   std::int32_t* key;  ///< ordered_key of the value
   std::int32_t* count;
 };
@@ -45,23 +45,22 @@ inline constexpr std::int32_t lowest_key = std::numeric_limits<std::int32_t>::mi
 
 // Stores the lanes of m one after the other at `at` and returns what follows them.
 template <class A>
-MOEROUTE_INLINE index_t append_lanes(xsimd::batch_bool<std::int32_t, A> m, vint<A> key,
-                                     vint<A> place, std::int32_t* keys, std::int32_t* places,
-                                     index_t at) {
+MOEROUTE_INLINE index_t append_lanes(xsimd::batch_bool<std::int32_t, A> m, vint<A> key, vint<A> row,
+                                     std::int32_t* keys, std::int32_t* rows, index_t at) {
   std::uint64_t bits = m.mask();
   if constexpr (std::derived_from<A, xsimd::avx512f>) {
     xsimd::compress(key, m).store_unaligned(keys + at);
-    xsimd::compress(place, m).store_unaligned(places + at);
+    xsimd::compress(row, m).store_unaligned(rows + at);
     return at + std::popcount(bits);
   } else {
     if (bits == 0) return at;
     alignas(alignment) std::int32_t k[width<A>], p[width<A>];
     key.store_aligned(k);
-    place.store_aligned(p);
+    row.store_aligned(p);
     for (; bits != 0; bits &= bits - 1, ++at) {
       const int lane = std::countr_zero(bits);
       keys[at] = k[lane];
-      places[at] = p[lane];
+      rows[at] = p[lane];
     }
     return at;
   }
@@ -126,16 +125,14 @@ std::int32_t sampled_bound(const Source& source, index_t rows, int column, index
   const auto rank =
       static_cast<index_t>(std::ceil(expected + 3.5 * std::sqrt(expected * (1.0 - share))) + 1.0);
   if (rows < 4 * column_sample || rank >= column_sample) return lowest_key;
+  alignas(alignment) float value[column_sample];
   alignas(alignment) std::int32_t sample[column_sample];
-  constexpr index_t taken = column_sample / tile_size;
-  const index_t tiles = ceil_div(rows, tile_size);
-  for (index_t i = 0; i < taken; ++i)
-    for (int r = 0; r < registers_per_block<A>; ++r) {
-      const vfloat<A> x = source.template values<A>(i * tiles / taken, column, r * width<A>);
-      const auto possible = xsimd::batch_bool_cast<std::int32_t>(x > vfloat<A>(minus_infinity));
-      xsimd::select(possible, ordered_key<A>(x), vint<A>(lowest_key))
-          .store_aligned(sample + i * tile_size + r * width<A>);
-    }
+  sample_column<A>(source, rows, column, column_sample, value);
+  for (index_t i = 0; i < column_sample; i += width<A>) {
+    const vfloat<A> x = load<A>(value + i);
+    const auto possible = xsimd::batch_bool_cast<std::int32_t>(x > vfloat<A>(minus_infinity));
+    xsimd::select(possible, ordered_key<A>(x), vint<A>(lowest_key)).store_aligned(sample + i);
+  }
   const std::int32_t bound = kth_largest_bound<A>(sample, column_sample, rank, 2);
   return count_at_least<A>(sample, column_sample, std::max(bound, lowest_key + 1)) >= rank
              ? bound
@@ -143,7 +140,7 @@ std::int32_t sampled_bound(const Source& source, index_t rows, int column, index
 }
 
 // Everything in columns [first, last) that reaches its bound and is not -inf, in the order of
-// places.
+// rows.
 template <class A, class Source>
 void collect_columns(const Source& source, index_t rows, int first, int last,
                      const std::int32_t* bound, const column_top_k_buffers& memory,
@@ -164,60 +161,51 @@ void collect_columns(const Source& source, index_t rows, int first, int last,
     for (int c = first; c < last; ++c)
       for (int r = 0; r < registers_per_block<A>; ++r) {
         const vfloat<A> x = source.template values<A>(tile, c, r * width<A>);
-        const auto place = static_cast<std::int32_t>(tile * tile_size + r * width<A>);
-        at[c] =
-            append_lanes<A>(xsimd::batch_bool_cast<std::int32_t>(x >= least[c]), ordered_key<A>(x),
-                            lanes + vint<A>(place), memory.key + c * memory.room,
-                            memory.place + c * memory.room, at[c]);
+        const auto row = static_cast<std::int32_t>(tile * tile_size + r * width<A>);
+        at[c] = append_lanes<A>(xsimd::batch_bool_cast<std::int32_t>(x >= least[c]),
+                                ordered_key<A>(x), lanes + vint<A>(row),
+                                memory.key + c * memory.room, memory.row + c * memory.room, at[c]);
       }
   std::copy(at + first, at + last, found + first);
 }
 
 // The k best of more candidates than that where equal keys have to be told apart: those of the
-// lowest rows, which are the lowest lanes, and the lowest tiles within a lane.
-template <class A>
-void pick_among_ties(const std::int32_t* key, const std::int32_t* place, index_t n, index_t k,
-                     std::int32_t bound, std::int32_t* out_key, std::int32_t* out_place) {
-  index_t ties_of_lane[tile_size] = {}, left = k;
-  for (index_t i = 0; i < n; ++i) {
-    left -= key[i] > bound;
-    ties_of_lane[place[i] % tile_size] += key[i] == bound;
-  }
-  for (index_t& ties : ties_of_lane) {
-    ties = std::min(ties, left);
-    left -= ties;
-  }
+// lowest rows.
+inline void pick_among_ties(const std::int32_t* key, const std::int32_t* row, index_t n, index_t k,
+                            std::int32_t bound, std::int32_t* out_key, std::int32_t* out_row) {
+  index_t ties = k;
+  for (index_t i = 0; i < n; ++i) ties -= key[i] > bound;
   for (index_t i = 0, at = 0; at < k; ++i) {
-    if (key[i] < bound || (key[i] == bound && ties_of_lane[place[i] % tile_size]-- <= 0)) continue;
+    if (key[i] < bound || (key[i] == bound && ties-- <= 0)) continue;
     out_key[at] = key[i];
-    out_place[at++] = place[i];
+    out_row[at++] = row[i];
   }
 }
 
 // The k best of one column's candidates; returns how many there are.
 template <class A>
-index_t pick_column(const std::int32_t* key, const std::int32_t* place, index_t n, index_t k,
-                    std::int32_t* out_key, std::int32_t* out_place) {
+index_t pick_column(const std::int32_t* key, const std::int32_t* row, index_t n, index_t k,
+                    std::int32_t* out_key, std::int32_t* out_row) {
   if (n <= k) {
     std::copy_n(key, n, out_key);
-    std::copy_n(place, n, out_place);
+    std::copy_n(row, n, out_row);
     return n;
   }
   const std::int32_t bound = kth_largest_bound<A>(key, n, k, 0);
   if (count_at_least<A>(key, n, bound) != k) {
-    pick_among_ties<A>(key, place, n, k, bound, out_key, out_place);
+    pick_among_ties(key, row, n, k, bound, out_key, out_row);
     return k;
   }
   // Registers are stored whole, and the next column's picks follow: the last ones go one by one.
   index_t at = 0, i = 0;
   for (; i + width<A> <= n && at + width<A> <= k; i += width<A>) {
     const vint<A> x = load<A>(key + i);
-    at = append_lanes<A>(x >= vint<A>(bound), x, load<A>(place + i), out_key, out_place, at);
+    at = append_lanes<A>(x >= vint<A>(bound), x, load<A>(row + i), out_key, out_row, at);
   }
   for (; at < k; ++i) {
     if (key[i] < bound) continue;
     out_key[at] = key[i];
-    out_place[at++] = place[i];
+    out_row[at++] = row[i];
   }
   return k;
 }
@@ -226,9 +214,9 @@ index_t pick_column(const std::int32_t* key, const std::int32_t* place, index_t 
 
 /// The k best rows of up to 16 columns of a panel.
 ///
-/// Shapes: out.place and out.key are [columns, k], out.count is [columns]. A column with fewer than
+/// Shapes: out.row and out.key are [columns, k], out.count is [columns]. A column with fewer than
 /// k values above -inf has fewer picks. Requires: source.values<A>(tile, column, lane) is the
-/// register of the places [16 tile + lane, ...), -inf at places without a row; 1 <= k <= rows <
+/// register of the rows [16 tile + lane, ...), -inf past the last row; 1 <= k <= rows <
 /// 2^31. Cost: one sweep that keeps what reaches the bound of a 256-row sample, then interpolated
 /// bisection over the survivors; two sweeps for a column whose sample misled. No allocation.
 /// Determinism: exact; the same on every ISA.
@@ -248,7 +236,7 @@ void column_top_k(const Source& source, index_t rows, int columns, index_t k,
     std::int32_t* const key = memory.key + c * memory.room;
     detail::pad_keys(key, found[c]);
     out.count[c] = static_cast<std::int32_t>(detail::pick_column<A>(
-        key, memory.place + c * memory.room, found[c], k, out.key + c * k, out.place + c * k));
+        key, memory.row + c * memory.room, found[c], k, out.key + c * k, out.row + c * k));
   }
 }
 

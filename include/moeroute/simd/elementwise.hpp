@@ -26,9 +26,8 @@ MOEROUTE_INLINE vfloat<A> exp_core(vfloat<A> x) {
   p = fma<A>(p, r, F(0.4999999403953552f));
   p = fma<A>(p, r, F(1.0f));
   p = fma<A>(p, r, F(1.0f));
-  const vint<A> exponent =
-      xsimd::bitwise_cast<std::int32_t>(shifted) - xsimd::bitwise_cast<std::int32_t>(magic);
-  return scale_by_power_of_two<A>(p, exponent);
+  // The low bits of `shifted` are n, and all others leave the register at the top.
+  return scale_by_power_of_two<A>(p, xsimd::bitwise_cast<std::int32_t>(shifted));
 }
 
 inline constexpr float exp_lowest = -87.3365402f;  // below, the result would be denormal: 0

@@ -166,12 +166,12 @@ float bound_by_sample(const Source& source, index_t rows, int column, index_t k,
   if (size < 64 || 2 * rank >= size) return lowest;
   alignas(alignment) float sample[most + tile_size];
   float* end = sample;
-  const index_t taken = size / tile_size, tiles = ceil_div(rows, tile_size);
-  for (index_t i = 0; i < taken; ++i)
-    for (int r = 0; r < registers_per_block<A>; ++r) {
-      const vfloat<A> x = source.template values<A>(i * tiles / taken, column, r * width<A>);
-      end = append_values<A>(x > vfloat<A>(minus_infinity), x, end);
-    }
+  alignas(alignment) float value[most];
+  sample_column<A>(source, rows, column, size, value);
+  for (index_t i = 0; i < size; i += width<A>) {
+    const vfloat<A> x = load<A>(value + i);
+    end = append_values<A>(x > vfloat<A>(minus_infinity), x, end);
+  }
   const index_t n = end - sample;
   if (n < rank) return lowest;
   pad_values(sample, n);
@@ -202,8 +202,8 @@ void collect_values(const Source& source, index_t rows, int first, int last, con
 /// The k-th largest value of up to 16 columns of a panel; NaN and -inf count as nothing.
 ///
 /// Shapes: out is [columns], -inf where a column has fewer than k values. Requires:
-/// source.values<A>(tile, column, lane) is the register of the places [16 tile + lane, ...), -inf
-/// at places without a row; k >= 1. Cost: one sweep that keeps what reaches the bound of a sample,
+/// source.values<A>(tile, column, lane) is the register of the rows [16 tile + lane, ...), -inf
+/// past the last row; k >= 1. Cost: one sweep that keeps what reaches the bound of a sample,
 /// then a few counts over the survivors; two sweeps for a column whose sample misled. No
 /// allocation. Determinism: exact; the same on every ISA.
 template <class A = default_arch, class Source>

@@ -2,6 +2,8 @@
 // registers.
 #pragma once
 
+#include <algorithm>
+
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/transpose.hpp>
 
@@ -22,19 +24,31 @@ constexpr index_t panel_size(index_t rows, index_t cols) {
 }
 
 /// Where things are in a panel: strips of 16 columns, each a run of tiles, each tile column by
-/// column with one row per lane. Tile b holds the rows b, b + tiles, b + 2 tiles, ...: a few whole
-/// tiles are an even sample of all rows, whatever order the rows came in. A row's place is 16 tile
-/// + lane.
+/// column with one row per lane. Tile b holds the rows [16 b, 16 b + 16).
 struct panel_shape {
   index_t tiles;  ///< in a strip: ceil(rows / 16)
 
   index_t strip(index_t column) const { return column / tile_size * tiles * tile_size * tile_size; }
-  /// The 16 places of `tile` in a column that is numbered within its strip.
+  /// The 16 rows of `tile` in a column that is numbered within its strip.
   static index_t lanes(index_t tile, int column) { return (tile * tile_size + column) * tile_size; }
-  index_t row(index_t tile, index_t lane) const { return lane * tiles + tile; }
-  index_t row_of(index_t place) const { return row(place / tile_size, place % tile_size); }
-  index_t place_of(index_t row) const { return row % tiles * tile_size + row / tiles; }
 };
+
+/// out = `size` values of a column, in runs of eight rows spread evenly over all of them:
+/// neighbours are alike in most batches, and a run is a read from memory.
+///
+/// Shapes: source.values<A>(tile, column, lane) is the register of the rows [16 tile + lane, ...).
+/// Requires: size is a multiple of 16 and at most rows / 2.
+template <class A, class Source>
+void sample_column(const Source& source, index_t rows, int column, index_t size, float* out) {
+  constexpr int run = 8;
+  const index_t runs = size / run, tiles = ceil_div(rows, tile_size);
+  for (index_t i = 0; i < runs; ++i) {
+    alignas(alignment) float lanes[tile_size];
+    for (int lane = 0; lane < tile_size; lane += width<A>)
+      source.template values<A>(i * tiles / runs, column, lane).store_aligned(lanes + lane);
+    std::copy_n(lanes + i * run % tile_size, run, out + i * run);
+  }
+}
 
 /// Writes one tile of every strip: the 16 rows that it holds, each times its factor, become
 /// columns.

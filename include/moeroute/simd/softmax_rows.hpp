@@ -3,9 +3,29 @@
 
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/join.hpp>
+#include <moeroute/simd/mask.hpp>
 #include <moeroute/simd/reduce.hpp>
 
 namespace moeroute::simd {
+
+namespace detail {
+
+// Writes of(x), or -inf where x is that or NaN, and adds it to the sums; returns what follows.
+template <class A, class Of>
+MOEROUTE_INLINE float* store_exponentials(const float* row, index_t cols, float* to,
+                                          partials<A>& sum, Of&& of) {
+  partials<A> total(0.0f);
+  for_each_register<A>(row, cols, minus_infinity, [&](int r, vfloat<A> x) {
+    const vfloat<A> never(minus_infinity), e = of(x);
+    total.part[r] += e;
+    select<A>(x > never, e, never).store_unaligned(to);
+    to += width<A>;
+  });
+  sum = total;
+  return to;
+}
+
+}  // namespace detail
 
 /// exp(z - max z) of 16 rows and, for each, the factor that makes it a softmax: the rounded
 /// reciprocal of its sum.
@@ -24,7 +44,7 @@ void exp_rows(const float* const* row, index_t cols, float* out, index_t stride,
     partials<A> best(minus_infinity);
     if (row[i] != nullptr)
       detail::for_each_register<A>(row[i], cols, minus_infinity, [&](int r, F x) {
-        best.part[r] = select<A>(x > best.part[r], x, best.part[r]);
+        best.part[r] = max_or_second<A>(x, best.part[r]);
       });
     store_partials<A>(best, partial + i * block_rows);
   }
@@ -32,16 +52,15 @@ void exp_rows(const float* const* row, index_t cols, float* out, index_t stride,
   for (int i = 0; i < block_rows; ++i) {
     float* to = out + i * stride;
     partials<A> sum(0.0f);
-    if (max[i] > minus_infinity) {
-      const F top(max[i]);
-      detail::for_each_register<A>(row[i], cols, minus_infinity, [&](int r, F x) {
-        const F e = exp_below_max<A>(x, top);
-        sum.part[r] += e;
-        select<A>(x > never, e, never).store_unaligned(to);
-        to += w;
-      });
-    } else {
+    const F top(max[i]);
+    if (max[i] == minus_infinity) {
       sum = partials<A>(1.0f);  // any sum but 0
+    } else if (max[i] < plus_infinity) {
+      to = detail::store_exponentials<A>(row[i], cols, to, sum,
+                                         [&](F x) { return exp_nonpositive<A>(x - top); });
+    } else {
+      to = detail::store_exponentials<A>(row[i], cols, to, sum,
+                                         [&](F x) { return exp_below_max<A>(x, top); });
     }
     for (; to < out + (i + 1) * stride; to += w) never.store_unaligned(to);
     store_partials<A>(sum, partial + i * block_rows);
