@@ -9,6 +9,9 @@
 #include <moeroute/policy/catalog.hpp>
 #include <random>
 
+#include "properties/hold.hpp"
+#include "properties/isa.hpp"
+
 namespace {
 
 using moeroute::router_spec;
@@ -78,4 +81,8 @@ TEST_CASE("a spec that does not fit is refused across the border of an instructi
                 {}, *kernels),
         Catch::Matchers::ContainsSubstring("the router's k varies"));
   }
+}
+
+TEST_CASE("20,000 random specs route alike on every instruction set, bit by bit") {
+  test::hold(test::isa_property, 20000);
 }

@@ -33,6 +33,8 @@ class bytes {
   index_t below(index_t n) {
     return n <= 256 ? take<std::uint8_t>() % n : static_cast<index_t>(take<std::uint32_t>()) % n;
   }
+  /// All that is left.
+  std::span<const std::uint8_t> rest() const { return left_; }
   bool flag() { return (take<std::uint8_t>() & 1) != 0; }
   template <class Enum>
   Enum one_of(Enum last) {

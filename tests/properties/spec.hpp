@@ -116,8 +116,7 @@ inline std::string spec_property(bytes in) {
     const double size = std::abs(static_cast<double>(s.scale)) *
                         std::max(1.0, static_cast<double>(s.eps)) *
                         std::max(1.0, static_cast<double>(s.lp_p));
-    if (size > 1e6 || size < 1e-6 || s.temperature < 0.1f || s.lp_p < 0.1f)
-      return "";
+    if (size > 1e6 || size < 1e-6 || s.temperature < 0.1f || s.lp_p < 0.1f) return "";
     router_spec decided = s;
     if (s.capacity != 0 && !s.normalize_before_drop) {
       decided.normalize = normalization::none;  // left to the stage that drops

@@ -58,9 +58,10 @@ struct logit_transform {
     using F = simd::vfloat<A>;
     const F t(temperature), cap(softcap), never(simd::minus_infinity);
     simd::map_row<A>(z, columns, out, [&](F x) {
-      if (temperature != 1.0f) x = x / t;
+      if (temperature != 1.0f) x = simd::divide<A>(x, t);
       // The soft-cap would lift -inf to -softcap, and a masked expert with it.
-      if (softcap != 0.0f) x = simd::select<A>(x > never, simd::tanh<A>(x / cap) * cap, never);
+      if (softcap != 0.0f)
+        x = simd::select<A>(x > never, simd::tanh<A>(simd::divide<A>(x, cap)) * cap, never);
       return x;
     });
     if (!add.empty())

@@ -43,10 +43,10 @@ MOEROUTE_INLINE simd::vfloat<A> normal_quantile(simd::vfloat<A> u) {
   constexpr float tail[9] = {-0.000200214257f, 0.000100950558f, 0.00134934322f,
                              -0.00367342844f,  0.00573950773f,  -0.0076224613f,
                              0.00943887047f,   1.00167406f,     2.83297682f};
-  const F near = polynomial(w - F(2.5f), central);
-  const F far =
+  const F central_part = polynomial(w - F(2.5f), central);
+  const F tail_part =
       polynomial(simd::square_root<A>(simd::select<A>(w < F(5.0f), F(5.0f), w)) - F(3.0f), tail);
-  return simd::select<A>(w < F(5.0f), near, far) * x * F(1.41421356f);
+  return simd::select<A>(w < F(5.0f), central_part, tail_part) * x * F(1.41421356f);
 }
 
 }  // namespace detail

@@ -83,7 +83,7 @@ struct softmax {
       const simd::vfloat<A> top = simd::load<A>(max + lane), sum = simd::load<A>(total + lane);
       detail::for_each_rank<A>(c, lane, [&](simd::vfloat<A> x, simd::vmask<A> present) {
         const simd::vfloat<A> e = simd::exp_below_max<A>(x, top);
-        return simd::select<A>(present, scale == score_scale::exact ? e / sum : e,
+        return simd::select<A>(present, scale == score_scale::exact ? simd::divide<A>(e, sum) : e,
                                simd::vfloat<A>(0.0f));
       });
     }
@@ -123,7 +123,7 @@ struct softmax_selected {
       });
       if (scale == score_scale::up_to_row_factor) continue;
       detail::for_each_rank<A>(c, lane, [&](simd::vfloat<A> e, simd::vmask<A> present) {
-        return simd::select<A>(present, e / sum, simd::vfloat<A>(0.0f));
+        return simd::select<A>(present, simd::divide<A>(e, sum), simd::vfloat<A>(0.0f));
       });
     }
   }

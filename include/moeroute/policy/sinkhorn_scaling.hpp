@@ -284,10 +284,10 @@ class sinkhorn_engine {
       if (log_domain()) {
         // Sums in the log domain are of the plan itself: the factor moves by their distance to the
         // target.
-        next = old + simd::log<A>(F(s_.column_mass) / sum);
+        next = old + simd::log<A>(simd::divide<A>(F(s_.column_mass), sum));
         next = simd::select<A>(sum > F(underflow), next, old);
       } else {
-        next = F(s_.column_mass) / (sum + F(how_.eps));
+        next = simd::divide<A>(F(s_.column_mass), sum + F(how_.eps));
         next = simd::select<A>(next < F(1e30f), next, F(1e30f));
         next = simd::select<A>(sum > zero, next, zero);
       }

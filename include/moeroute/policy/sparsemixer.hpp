@@ -60,7 +60,7 @@ struct sparsemixer {
     const F m(max), limit(2.0f * jitter), zero(0.0f);
     simd::detail::for_each_register<A>(row, experts, simd::minus_infinity, [&](int r, F x) {
       const F size = simd::absolute<A>(x), factor = simd::select<A>(size > m, size, m);
-      const auto out = (m - x) / factor > limit;
+      const auto out = simd::divide<A>(m - x, factor) > limit;
       sum.part[r] += simd::select<A>(out, zero, simd::exp_below_max<A>(x, m));
     });
     return simd::sum_of<A>(sum);

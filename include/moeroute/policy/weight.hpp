@@ -78,8 +78,8 @@ struct weight_rule {
       }
       const auto usable = divisor > zero;
       detail::for_each_rank<A>(c, lane, [&](F score, simd::vmask<A> present) {
-        F w = normalize == normalization::none ? score : score / divisor;
-        if (divide != 1.0f) w /= F(divide);
+        F w = normalize == normalization::none ? score : simd::divide<A>(score, divisor);
+        if (divide != 1.0f) w = simd::divide<A>(w, F(divide));
         if (scale != 1.0f) w *= F(scale);
         return simd::select<A>(present & usable, w, zero);
       });
@@ -125,7 +125,7 @@ struct weight_rule {
     });
     detail::for_each_rank<A>(c, lane, [&](F x, simd::vmask<A>) {
       const F shared = simd::select<A>(x == infinite, F(1.0f), zero);
-      const F scaled = simd::select<A>(top == infinite, shared, x / top);
+      const F scaled = simd::select<A>(top == infinite, shared, simd::divide<A>(x, top));
       return simd::select<A>(wild, scaled, x);
     });
     return simd::select<A>(wild, norm<A>(c, lane), divisor);

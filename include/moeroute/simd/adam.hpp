@@ -26,7 +26,8 @@ class adam_steps {
       const F v = fma<A>(F(0.999f), load<A>(square + i), F(0.001f) * (g * g));
       m.store_unaligned(mean + i);
       v.store_unaligned(square + i);
-      const F slope = (m / mean_share) / (xsimd::sqrt(v / square_share) + F(1e-8f));
+      const F slope = divide<A>(divide<A>(m, mean_share),
+                                square_root<A>(divide<A>(v, square_share)) + F(1e-8f));
       fma<A>(F(-rate), slope, load<A>(x + i)).store_unaligned(x + i);
     }
   }

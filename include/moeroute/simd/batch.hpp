@@ -129,9 +129,20 @@ template <class A>
 MOEROUTE_INLINE vfloat<A> absolute(vfloat<A> x) {
   return xsimd::abs(x);
 }
+// Root and quotient are rounded correctly on every ISA: on NEON xsimd approximates both.
 template <class A>
 MOEROUTE_INLINE vfloat<A> square_root(vfloat<A> x) {
+#if XSIMD_WITH_NEON64
+  if constexpr (std::derived_from<A, xsimd::neon64>) return vsqrtq_f32(x);
+#endif
   return xsimd::sqrt(x);
+}
+template <class A>
+MOEROUTE_INLINE vfloat<A> divide(vfloat<A> x, vfloat<A> y) {
+#if XSIMD_WITH_NEON64
+  if constexpr (std::derived_from<A, xsimd::neon64>) return vdivq_f32(x, y);
+#endif
+  return x / y;
 }
 
 /// NaN becomes -inf: a masked expert and a broken logit are the same thing.

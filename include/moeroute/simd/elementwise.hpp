@@ -72,7 +72,7 @@ MOEROUTE_INLINE vfloat<A> reciprocal(vfloat<A> d) {
         _mm512_castps_si512(r2), last, _mm512_castps_si512(r2), _mm512_set1_epi32(1)));
   }
 #endif
-  return one / d;
+  return divide<A>(one, d);
 }
 
 /// Divides many by one d in [1, 2^40], with the bits of the division.
@@ -92,9 +92,9 @@ class divider {
       const auto tiny = x < vfloat<A>(0x1p-80f);
       if (!xsimd::any(tiny & (x > vfloat<A>(0.0f)))) [[likely]]
         return corrected;
-      return select<A>(tiny, x / d_, corrected);
+      return select<A>(tiny, divide<A>(x, d_), corrected);
     } else {
-      return x / d_;
+      return divide<A>(x, d_);
     }
   }
 
@@ -113,7 +113,7 @@ MOEROUTE_INLINE vfloat<A> sigmoid(vfloat<A> x) {
 template <class A>
 MOEROUTE_INLINE vfloat<A> silu(vfloat<A> x) {
   const vfloat<A> one(1.0f);
-  return x / (one + exp<A>(-x));
+  return divide<A>(x, one + exp<A>(-x));
 }
 
 /// tanh(x), odd, NaN for NaN. Relative error at most 3e-7.
@@ -128,8 +128,8 @@ MOEROUTE_INLINE vfloat<A> tanh(vfloat<A> x) {
   p = fma<A>(p, square, F(-0.3333328068256378f));
   const F near_zero = fma<A>(p * square, x, x);
   // 1 - 2 / (exp(2|x|) + 1), whose cancellation is harmless from 0.625 on.
-  const F far = F(1.0f) - F(2.0f) / (exp<A>(size + size) + F(1.0f));
-  const F y = select<A>(size < F(0.625f), near_zero, xsimd::copysign(far, x));
+  const F elsewhere = F(1.0f) - divide<A>(F(2.0f), exp<A>(size + size) + F(1.0f));
+  const F y = select<A>(size < F(0.625f), near_zero, xsimd::copysign(elsewhere, x));
   return select<A>(x == x, y, x);
 }
 
@@ -139,7 +139,7 @@ MOEROUTE_INLINE vfloat<A> softplus(vfloat<A> x) {
   using F = vfloat<A>;
   const F e = exp_nonpositive<A>(-xsimd::abs(x));
   // log1p(e) = 2 atanh(s) with s = e / (2 + e) in [0, 1/3].
-  const F s = e / (e + F(2.0f)), square = s * s;
+  const F s = divide<A>(e, e + F(2.0f)), square = s * s;
   F p(0.24289555847644806f);
   p = fma<A>(p, square, F(0.21430741250514984f));
   p = fma<A>(p, square, F(0.2861659526824951f));
@@ -159,7 +159,7 @@ MOEROUTE_INLINE vfloat<A> log(vfloat<A> x) {
   const vint<A> bits = xsimd::bitwise_cast<std::int32_t>(x) - vint<A>(0x3f3504f3);
   const vint<A> n = bits >> 23;
   const F m = xsimd::bitwise_cast<float>(xsimd::bitwise_cast<std::int32_t>(x) - (n << 23));
-  const F s = (m - F(1.0f)) / (m + F(1.0f)), square = s * s;
+  const F s = divide<A>(m - F(1.0f), m + F(1.0f)), square = s * s;
   F p(0.24289555847644806f);
   p = fma<A>(p, square, F(0.21430741250514984f));
   p = fma<A>(p, square, F(0.2861659526824951f));
@@ -174,7 +174,7 @@ MOEROUTE_INLINE vfloat<A> log(vfloat<A> x) {
 template <class A>
 MOEROUTE_INLINE vfloat<A> sqrt_softplus(vfloat<A> x) {
   using F = vfloat<A>;
-  const F y = xsimd::sqrt(softplus<A>(x));
+  const F y = square_root<A>(softplus<A>(x));
   return select<A>(x < F(-17.0f), exp_nonpositive<A>(x * F(0.5f)), y);
 }
 

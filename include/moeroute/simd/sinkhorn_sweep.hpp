@@ -97,7 +97,7 @@ void sinkhorn_sweep(const float* k, index_t rows, index_t stride, const float* v
     join_partials<A>(partial, factor, [](F a, F b) { return a + b; });
     for (int lane = 0; lane < block_rows; lane += width<A>) {
       const F dot = load<A>(factor + lane), most(1e30f), zero(0.0f);
-      F row_factor = F(marginal) / (dot + F(eps));
+      F row_factor = divide<A>(F(marginal), dot + F(eps));
       row_factor = select<A>(row_factor < most, row_factor, most);
       select<A>(dot > zero, row_factor, zero).store_unaligned(factor + lane);
     }
@@ -135,7 +135,7 @@ int sinkhorn_kernel_block(const float* const* row, int n, index_t cols, float te
     const F top(max[i]);
     const auto one = [&](F x) {
       F below = nan_to_minus_infinity<A>(x - top);
-      if (temperature != 1.0f) below = below / t;
+      if (temperature != 1.0f) below = divide<A>(below, t);
       below = select<A>(x == top, zero, below);
       if (logarithm) return below;
       const F e = exp_nonpositive<A>(below);
@@ -199,7 +199,7 @@ void sinkhorn_log_block(const float* x, index_t stride, int n, const float* g, i
   join_partials<A>(partial, factor, [](F a, F b) { return a + b; });
   for (int lane = 0; lane < block_rows; lane += w) {
     const F sum = load<A>(factor + lane), zero(0.0f);
-    const F row_factor = F(marginal) / sum;
+    const F row_factor = divide<A>(F(marginal), sum);
     select<A>(sum > zero, row_factor, zero).store_unaligned(factor + lane);
     select<A>(sum > zero, log<A>(row_factor) - load<A>(max + lane), F(minus_infinity))
         .store_unaligned(max + lane);

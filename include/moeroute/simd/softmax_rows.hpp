@@ -67,7 +67,7 @@ void exp_rows(const float* const* row, index_t cols, float* out, index_t stride,
   }
   join_partials<A>(partial, factor, [](F a, F b) { return a + b; });
   for (int i = 0; i < block_rows; i += w)
-    (F(1.0f) / load<A>(factor + i)).store_unaligned(factor + i);
+    divide<A>(F(1.0f), load<A>(factor + i)).store_unaligned(factor + i);
 }
 
 }  // namespace moeroute::simd

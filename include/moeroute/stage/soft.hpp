@@ -25,7 +25,7 @@ void softmax_row(float* row, index_t n) {
   const float sum = simd::row_exp<A>(row, n, max, row);
   index_t c = 0;
   for (; c + simd::width<A> <= n; c += simd::width<A>)
-    (simd::load<A>(row + c) / simd::vfloat<A>(sum)).store_unaligned(row + c);
+    simd::divide<A>(simd::load<A>(row + c), simd::vfloat<A>(sum)).store_unaligned(row + c);
   for (; c < n; ++c) row[c] /= sum;
 }
 
