@@ -236,10 +236,10 @@ inline std::string break_of(const router_spec& s, const token_inputs& in,
 
   // Divided by a norm, the probabilities of all experts are those among the selected: without
   // the underflow.
-  const bool selected = s.domain == moeroute::score_domain::selected ||
-                        (s.selection == selection_kind::expert_table &&
-                         s.normalize != moeroute::normalization::none &&
-                         s.eps_where == moeroute::eps_mode::none);
+  const bool selected =
+      s.domain == moeroute::score_domain::selected ||
+      (s.selection == selection_kind::expert_table &&
+       s.normalize != moeroute::normalization::none && s.eps_where == moeroute::eps_mode::none);
   const std::vector<expert_id> chosen(ids.begin(), ids.end());
   std::vector<double> score;
   if (s.score == score_kind::softmax && s.selection != selection_kind::sparsemixer)
