@@ -240,6 +240,34 @@ TEST_CASE("shared experts see every token and are added with weight 1") {
   }
 }
 
+TEST_CASE(
+    "shared experts have the weight that they are given: a constant, or a gate of their own") {
+  const row_matrix<float> gate = 0.2f * test::random_rows(1, d, 17);
+  const std::span<const float> gates(gate.data(), static_cast<std::size_t>(d));
+  for (const shared_expert_weight& weight :
+       {shared_expert_weight{.scale = 0.25f}, shared_expert_weight{.gate = gates},
+        shared_expert_weight{.scale = -1.5f, .gate = gates}}) {
+    moe_layer layer(gate_weights(), mixtral(), curves{}, {.shared = weight}, curves{});
+    moe_layer routed(gate_weights(), mixtral(), curves{});
+    for (const index_t tokens : {0, 1, 8, 200}) {
+      const row_matrix<float> x = test::random_rows(tokens, d, 18);
+      const row_matrix<float> y = run(layer, x), without = run(routed, x);
+      std::vector<double> expected;
+      for (index_t t = 0; t < tokens; ++t) {
+        double z = 0.0;
+        for (index_t i = 0; i < d; ++i)
+          z += static_cast<double>(x(t, i)) * static_cast<double>(gate(0, i));
+        const double own = static_cast<double>(weight.scale) *
+                           (weight.gate.empty() ? 1.0 : 1.0 / (1.0 + std::exp(-z)));
+        for (index_t i = 0; i < d; ++i)
+          expected.push_back(static_cast<double>(without(t, i)) +
+                             own * std::tanh(static_cast<double>(x(t, i))));
+      }
+      CHECK(test::difference(test::values(y), expected, 1e-5, 1e-5) == "");
+    }
+  }
+}
+
 TEST_CASE("a masked token gets zeros and costs no expert a row") {
   moe_layer layer(gate_weights(), mixtral(), curves{});
   const row_matrix<float> x = test::random_rows(20, d, 13);
@@ -273,9 +301,11 @@ TEST_CASE("after an expert has thrown the layer gives what it gave before") {
 TEST_CASE("a warm layer of any kind never allocates") {
   const row_matrix<float> x = test::random_rows(60, d, 15);
   row_matrix<float> y(60, d);
+  const std::vector<float> gate_row(d, 0.1f);
   moe_layer plain(gate_weights(), mixtral(), networks(experts, 24),
                   {.capacity = capacity_policy{.rule = {.formula = capacity_formula::megatron},
-                                               .order = drop_order::by_weight}},
+                                               .order = drop_order::by_weight},
+                   .shared = {.gate = gate_row}},
                   networks(1, 32));
   moe_layer ragged(gate_weights(), top_p{.p = 0.7f, .max_k = 6}, curves{});
   const auto all = [&] {
@@ -302,6 +332,18 @@ TEST_CASE("options that do not fit the gate are refused by name") {
   CHECK(made({.capacity =
                   capacity_policy{.rule = {.formula = capacity_formula::megatron, .factor = -1.0}}})
             .starts_with("moeroute::capacity_rule: factor is -1"));
+  const std::vector<float> three(3);
+  CHECK(made({.shared = {.scale = 2.0f}}) ==
+        "moeroute::moe_layer: shared experts have a weight, but there are none");
+  const auto with_shared = [](const shared_expert_weight& w) {
+    return test::refusal(
+        [&] { moe_layer(gate_weights(), mixtral(), curves{}, {.shared = w}, curves{}); });
+  };
+  CHECK(with_shared({.scale = 0.0f}) == "accepted");
+  CHECK(with_shared({.gate = three}) ==
+        "moeroute::moe_layer: shared.gate.size() is 3, expected 40");
+  CHECK(with_shared({.scale = INFINITY}) ==
+        "moeroute::moe_layer: shared.scale is inf, expected a finite number");
   CHECK(test::refusal([] { moe_layer(gate_weights(), mixtral(), networks(11, 8)); }) ==
         "moeroute::moe_layer: experts.experts() is 11, expected 12");
   moe_layer layer(gate_weights(), mixtral(), curves{});

@@ -3,9 +3,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -52,11 +55,20 @@ enum class weight_on {
   input,   ///< to what the expert gets (Llama 4)
 };
 
+/// What the output of shared experts is multiplied with.
+struct shared_expert_weight {
+  float scale = 1.0f;
+  /// [d], the shared experts' own gate: times sigmoid(x[t] . gate) (Qwen2-MoE, Qwen3-Next). Empty:
+  /// the scale alone. The layer keeps a copy.
+  std::span<const float> gate{};
+};
+
 struct moe_layer_options {
   std::optional<capacity_policy> capacity{};
   special_experts special{};
   weight_on weights = weight_on::output;
   lost_token lost = lost_token::zero;
+  shared_expert_weight shared{};
   /// Most rows that an expert is called with at once, 0: all that it has.
   index_t rows_per_call = 0;
 };
@@ -69,8 +81,8 @@ inline constexpr index_t decode_tokens = 8;
 ///
 /// Router is of any kind; Experts an expert_function (float rows in, float rows out), with or
 /// without scratch; Shared one that is called with expert 0 and all tokens, its output is added
-/// with weight 1. A layer is used by one caller at a time: it owns the workspaces, the assignment
-/// and the plan. After an exception it can be used as before.
+/// last, with the weight that options give it. A layer is used by one caller at a time: it owns the
+/// workspaces, the assignment and the plan. After an exception it can be used as before.
 template <any_kind_of_router Router, class Experts, class Shared = no_shared_experts,
           class A = simd::default_arch>
 class moe_layer {
@@ -102,6 +114,17 @@ class moe_layer {
       }
     }
     if (options_.capacity) options_.capacity->rule.check();
+    const shared_expert_weight& weight = options_.shared;
+    if (!with_shared && (weight.scale != 1.0f || !weight.gate.empty()))
+      fail("moe_layer", "shared experts have a weight, but there are none");
+    if (!std::isfinite(weight.scale))
+      fail("moe_layer",
+           "shared.scale is " + std::to_string(weight.scale) + ", expected a finite number");
+    if (!weight.gate.empty()) {
+      check_size("moe_layer", "shared.gate.size()", static_cast<index_t>(weight.gate.size()), d());
+      shared_gate_ = simd::packed_matrix<A>(matrix_view<const float>(weight.gate.data(), 1, d()));
+    }
+    options_.shared.gate = {};  // ours from here on
     // Experts that say how many they are must cover every id that reaches them: it is not checked.
     if constexpr (requires { experts_.experts(); }) {
       if (s.any()) {
@@ -186,7 +209,14 @@ class moe_layer {
     } else {
       run_in_place(rows, out, m, exec);
     }
-    if constexpr (with_shared) run_shared(x, m, exec);
+    if constexpr (with_shared) {
+      run_shared(x, m, exec);
+      const std::span<float> weights(m.shared_weight, static_cast<std::size_t>(tokens));
+      if (shared_gate_.rows() > 0)
+        shared_gate(x, shared_gate_, options_.shared.scale, weights, exec);
+      else
+        std::fill(weights.begin(), weights.end(), options_.shared.scale);
+    }
     probe(layer_step::combine);
     combine_options<T, float> combining;
     if (options_.weights == weight_on::input) combining.weight = combine_weight::one;
@@ -194,8 +224,10 @@ class moe_layer {
     combining.identity_first = options_.special.identity_first;
     combining.identity_end = options_.special.identity_end;
     combining.x = x;
-    if constexpr (with_shared)
+    if constexpr (with_shared) {
       combining.shared = matrix_view<const float>(m.shared_out, tokens, x.cols);
+      combining.shared_weight = {m.shared_weight, static_cast<std::size_t>(tokens)};
+    }
     combine(out, plan_, choices_, y, exec, combining);
     probe(layer_step::done);
   }
@@ -256,6 +288,7 @@ class moe_layer {
     float* experts;
     float* shared_in;
     float* shared_out;
+    float* shared_weight;
     float* shared;
     run* runs;
   };
@@ -298,6 +331,7 @@ class moe_layer {
                     tape.take<float>(expert_scratch),
                     tape.take<float>(shared_rows > 0 ? workers * shared_tile * d() : 0),
                     tape.take<float>(shared_rows * d()),
+                    tape.take<float>(shared_rows),
                     tape.take<float>(shared_scratch),
                     tape.take<run>(tokens <= decode_tokens ? slots : 0)};
     });
@@ -374,6 +408,7 @@ class moe_layer {
   }
 
   simd::packed_matrix<A> gate_;
+  simd::packed_matrix<A> shared_gate_;
   Router router_;
   Experts experts_;
   Shared shared_;

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
 
+#include <moeroute/base/error.hpp>
+#include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/gemm.hpp>
 #include <moeroute/simd/reduce.hpp>
 
@@ -34,6 +37,23 @@ void cosine_gate(const X& x_rows, const simd::packed_matrix<A>& weight, float sc
     const float factor = scale / std::max(norm, 1e-12f);
     for (index_t e = 0; e < logits.cols; ++e) logits(t, e) *= factor;
   }
+}
+
+/// weights[t] = scale * sigmoid(x[t] . w): the gate of shared experts that have one.
+///
+/// Shapes: x [T, d], weight [1, d], weights [T]. Throws: error where shapes do not fit.
+/// Cost: T d multiply-adds, no allocation. Determinism: the same bits on every ISA, executor and
+/// thread count. Source: Qwen2-MoE (2024).
+template <readable_rows X, executor Exec = serial, class A = simd::default_arch>
+void shared_gate(const X& x_rows, const simd::packed_matrix<A>& weight, float scale,
+                 std::span<float> weights, const Exec& exec = {}) {
+  const auto x = const_view(x_rows);
+  check_size("shared_gate", "weight.rows()", weight.rows(), 1);
+  check_size("shared_gate", "weights.size()", static_cast<index_t>(weights.size()), x.rows);
+  simd::gemm(x, weight, matrix_view<float>(weights.data(), x.rows, 1), exec);
+  simd::map_row<A>(weights.data(), x.rows, weights.data(), [scale](simd::vfloat<A> z) {
+    return simd::sigmoid<A>(z) * simd::vfloat<A>(scale);
+  });
 }
 
 /// Divides every row by its norm; a zero row stays. For the weights of a cosine gate.
