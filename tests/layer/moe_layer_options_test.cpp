@@ -223,6 +223,21 @@ TEST_CASE("a layer drops by its capacity, and lost tokens are zero or pass throu
   }
 }
 
+TEST_CASE("with a capacity of 0 every choice is dropped, and no expert is called") {
+  const capacity_policy none{.rule = {.formula = capacity_formula::fixed, .count = 0}};
+  for (const lost_token lost : {lost_token::zero, lost_token::residual}) {
+    moe_layer layer(gate_weights(), mixtral(),
+                    [](expert_id, matrix_view<const float>, matrix_view<float>) { FAIL("called"); },
+                    {.capacity = none, .lost = lost});
+    for (const index_t tokens : {1, 8, 30}) {
+      const row_matrix<float> x = test::random_rows(tokens, d, 19);
+      const row_matrix<float> zero = row_matrix<float>::Zero(tokens, d);
+      CHECK(differ(run(layer, x), lost == lost_token::residual ? x : zero) == "");
+      CHECK(layer.plan().dropped() == tokens * k);
+    }
+  }
+}
+
 TEST_CASE("shared experts see every token and are added with weight 1") {
   moe_layer layer(gate_weights(), mixtral(), curves{}, {}, curves{});
   for (const index_t tokens : {1, 8, 200}) {
@@ -298,6 +313,28 @@ TEST_CASE("after an expert has thrown the layer gives what it gave before") {
   });
 }
 
+TEST_CASE("after shared experts or a side input have failed the layer gives what it gave before") {
+  const row_matrix<float> x = test::random_rows(40, d, 20);
+  std::vector<std::int32_t> own(40, k);
+  for_each_executor([&](const auto& exec) {
+    bool fails = false;
+    moe_layer layer(gate_weights(), mixtral(), curves{}, {},
+                    [&](expert_id e, matrix_view<const float> in, matrix_view<float> out) {
+                      if (fails) throw std::runtime_error("shared");
+                      curves{}(e, in, out);
+                    });
+    const row_matrix<float> y = run(layer, x, exec);
+    fails = true;
+    CHECK_THROWS_AS(run(layer, x, exec), std::runtime_error);
+    fails = false;
+    CHECK(differ(run(layer, x, exec), y) == "");
+    own[39] = k + 1;
+    CHECK(test::refusal([&] { run(layer, x, exec, {.k_of_token = own}); }) ==
+          "moeroute::route: k_of_token is 4, expected 0 to 3");
+    CHECK(differ(run(layer, x, exec), y) == "");
+  });
+}
+
 TEST_CASE("a warm layer of any kind never allocates") {
   const row_matrix<float> x = test::random_rows(60, d, 15);
   row_matrix<float> y(60, d);
@@ -352,4 +389,15 @@ TEST_CASE("options that do not fit the gate are refused by name") {
           layer.forward(matrix_view<const float>(x.data(), 10, d),
                         matrix_view<float>(x.data() + d, 10, d));
         }) == "moeroute::moe_layer: x and y overlap, expected memory of their own");
+  const auto close_rows = [](float* data, index_t rows) {
+    matrix_view<float> v(data, rows, d);
+    v.stride = d - 1;
+    return v;
+  };
+  row_matrix<float> y(10, d);
+  CHECK(test::refusal([&] { layer.forward(close_rows(x.data(), 10), y); }) ==
+        "moeroute::moe_layer: x.stride is 39, expected at least 40");
+  const matrix_view<const float> ten(x.data(), 10, d);
+  CHECK(test::refusal([&] { layer.forward(ten, close_rows(y.data(), 10)); }) ==
+        "moeroute::moe_layer: y.stride is 39, expected at least 40");
 }

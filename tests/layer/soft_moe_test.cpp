@@ -135,4 +135,25 @@ TEST_CASE("shapes that do not fit a soft layer are refused by name") {
   row_matrix<float> x(3, d), y(4, d);
   CHECK(test::refusal([&] { layer.forward(x, y); }) ==
         "moeroute::soft_moe: y.rows() is 4, expected 3");
+  row_matrix<float> both(6, d);
+  CHECK(test::refusal([&] {
+          layer.forward(matrix_view<const float>(both.data(), 3, d),
+                        matrix_view<float>(both.data() + d, 3, d));
+        }) == "moeroute::soft_moe: x and y overlap, expected memory of their own");
+}
+
+TEST_CASE("a soft plan is refused for another number of tokens or slots, and for shared memory") {
+  soft_plan p;
+  plan_soft(test::random_rows(5, 6, 12), 1, p);
+  row_matrix<float> x(5, d), slots(6, d), six(6, d);
+  CHECK(test::refusal([&] { dispatch(six, p, slots); }) ==
+        "moeroute::dispatch: x.rows() is 6, expected 5");
+  CHECK(test::refusal([&] { dispatch(x, p, x); }) ==
+        "moeroute::dispatch: slots.rows() is 5, expected 6");
+  CHECK(test::refusal([&] { combine(slots, p, six); }) ==
+        "moeroute::combine: y.rows() is 6, expected 5");
+  CHECK(test::refusal([&] { combine(slots, p, matrix_view<float>(slots.data(), 5, d)); }) ==
+        "moeroute::combine: slots and y overlap, expected memory of their own");
+  CHECK(test::refusal([&] { dispatch(matrix_view<const float>(slots.data(), 5, d), p, slots); }) ==
+        "moeroute::dispatch: x and slots overlap, expected memory of their own");
 }

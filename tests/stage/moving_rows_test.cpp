@@ -371,6 +371,18 @@ TEST_CASE("memory that overlaps, rows too close and sizes that differ are refuse
   CHECK(refused_combine(slots, y) == "accepted");
   CHECK(refused_combine(slots, {m + 239, 10, 8}) ==
         "moeroute::combine: slots and y overlap, expected memory of their own");
+  matrix_view<float> close_y = y;
+  close_y.stride = 7;
+  CHECK(refused_combine(close, y) == "moeroute::combine: slots.stride is 7, expected at least 8");
+  CHECK(refused_combine(slots, close_y) == "moeroute::combine: y.stride is 7, expected at least 8");
+  matrix_view<float> close_x = x;
+  close_x.stride = 7;
+  CHECK(refused_dispatch(close_x, slots) ==
+        "moeroute::dispatch: x.stride is 7, expected at least 8");
+  CHECK(refused_combine(slots, y, {.lost = lost_token::residual, .x = close_x}) ==
+        "moeroute::combine: x.stride is 7, expected at least 8");
+  CHECK(refused_combine(slots, y, {.shared = close_x}) ==
+        "moeroute::combine: shared.stride is 7, expected at least 8");
   CHECK(refused_combine(slots, y, {.lost = lost_token::residual}) ==
         "moeroute::combine: x.rows() is 0, expected 10");
   CHECK(refused_combine(slots, y, {.lost = lost_token::residual, .x = {m + 241, 10, 8}}) ==

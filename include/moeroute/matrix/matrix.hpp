@@ -41,7 +41,8 @@ struct matrix_view {
   /// A read-only view of a writable one.
   template <class U>
     requires(std::is_same_v<T, const U> && !std::is_same_v<T, U>)
-  matrix_view(const matrix_view<U>& v) : matrix_view(v.data, v.rows, v.cols, v.stride) {}
+  matrix_view(const matrix_view<U>& v)
+      : data(v.data), rows(v.rows), cols(v.cols), stride(v.stride) {}  // whoever reads it checks it
 
   T* row(index_t r) const {
     MOEROUTE_EXPECTS(r >= 0 && r < rows);
