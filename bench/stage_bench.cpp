@@ -9,6 +9,7 @@
 #include <moeroute/stage/dispatch.hpp>
 #include <moeroute/stage/gate.hpp>
 #include <moeroute/stage/plan.hpp>
+#include <moeroute/stage/soft.hpp>
 
 #if defined(_OPENMP)
 #include <moeroute/exec/openmp.hpp>
@@ -185,17 +186,23 @@ void combine(benchmark::State& state, index_t tokens, index_t d, index_t experts
                                              (end - first) * k * rows.slot_bytes());
                     benchmark::DoNotOptimize(kept);
                   })});
-  list.push_back({"baseline", by_tokens(tokens, rows.bytes(), [&](index_t first, index_t end) {
-                    if (first == 0) std::swap(sums[0], sums[1]);
-                    std::fill_n(sums[1].data() + first * d, (end - first) * d, 0.0f);
-                    const float weight = 1.0f / static_cast<float>(k);
-                    for (index_t s = first * k; s < end * k; ++s) {
-                      const T* from = rows.slots.data() + s * d;
-                      float* to = sums[0].data() +
-                                  rows.plan.token_of_slot()[static_cast<std::size_t>(s)] * d;
-                      for (index_t c = 0; c < d; ++c) to[c] += weight * static_cast<float>(from[c]);
-                    }
-                  })});
+  list.push_back(
+      {"baseline", by_tokens(tokens, rows.bytes(), [&](index_t first, index_t end) {
+         if (first == 0) std::swap(sums[0], sums[1]);
+         std::fill_n(sums[1].data() + first * d, (end - first) * d, 0.0f);
+         const float weight = 1.0f / static_cast<float>(k);
+         using lanes = moeroute::simd::vfloat<>;
+         constexpr auto w = static_cast<index_t>(lanes::size);
+         for (index_t s = first * k; s < end * k; ++s) {
+           const T* from = rows.slots.data() + s * d;
+           float* to = sums[0].data() + rows.plan.token_of_slot()[static_cast<std::size_t>(s)] * d;
+           for (index_t c = 0; c < d; c += w)  // the compiler leaves 16 bits scalar
+             xsimd::fma(lanes(weight),
+                        moeroute::simd::detail::load_wide<moeroute::simd::default_arch>(from + c),
+                        lanes::load_unaligned(to + c))
+                 .store_unaligned(to + c);
+         }
+       })});
   bench::compete(state, rows.bytes(), std::move(list));
 }
 
@@ -236,6 +243,38 @@ void moves_by_threads(benchmark::State& state, bool combining, int threads, inde
   bench::compete(state, rows.bytes(), std::move(list));
 }
 #endif
+
+// --- soft ----------------------------------------------------------------------------------------
+
+// Dispatch and combine of a soft mixture, each a product of weights and rows as they lie.
+void soft(benchmark::State& state, index_t tokens, index_t d, index_t slots) {
+  using matrix = moeroute::row_matrix<float>;
+  const matrix logits = matrix::Random(tokens, slots), x = matrix::Random(tokens, d);
+  moeroute::soft_plan plan;
+  moeroute::plan_soft(logits, 1, plan);
+  const matrix to_slots = Eigen::Map<const matrix>(plan.dispatch().data, slots, tokens),
+               to_tokens = Eigen::Map<const matrix>(plan.combine().data, tokens, slots);
+  matrix in(slots, d), y(tokens, d), expected_in(slots, d), expected(tokens, d);
+  const auto whole = [tokens](auto call) -> bench::turn {
+    return [=](bench::stopwatch& watch) { watch.time(tokens, call); };
+  };
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", whole([&] {
+                    moeroute::dispatch(x, plan, in);
+                    moeroute::combine(in, plan, y);
+                  })});
+  list.push_back({"floor", whole([&] {
+                    benchmark::DoNotOptimize(bench::multiply_adds(2 * tokens * slots * d));
+                  })});
+  list.push_back({"baseline", whole([&] {
+                    expected_in.noalias() = to_slots * x;
+                    expected.noalias() = to_tokens * expected_in;
+                  })});
+  bench::compete(state, static_cast<double>(4 * (slots + d)), std::move(list));
+  state.counters["gflops"] =
+      4.0 * static_cast<double>(slots * d) / static_cast<double>(state.counters["ns_per_token"]);
+  if (!(y - expected).isZero(1e-4f)) state.SkipWithError("differs from Eigen's products");
+}
 
 // --- gate ------------------------------------------------------------------------------------
 
@@ -296,7 +335,7 @@ void add_moves(index_t tokens, index_t d) {
   bench::entry("combine" + shape,
                [=](benchmark::State& state) { combine<T>(state, tokens, d, experts, k); });
 #if defined(_OPENMP)
-  if (tokens < 64) return;
+  if (tokens == 16) return;
   for (const bool combining : {false, true})
     bench::entry((combining ? "combine" : "dispatch") + shape + "/threads:2",
                  [=](benchmark::State& state) {
@@ -322,6 +361,11 @@ const bool registered = [] {
     add_moves<moeroute::bfloat16>(4096, d);
     add_moves<float>(4096, d);
   }
+
+  for (const index_t tokens : {64, 196, 576})
+    for (const index_t d : {384, 1024})
+      bench::entry("soft" + part("T", tokens) + part("d", d) + part("S", 128),
+                   [=](benchmark::State& state) { soft(state, tokens, d, 128); });
 
   for (const index_t d : {2048, 7168})
     for (const index_t experts : {64, 128, 256})

@@ -186,6 +186,32 @@ TEMPLATE_LIST_TEST_CASE("a weighted sum is a chain of fused multiply-adds in ran
   }
 }
 
+TEMPLATE_LIST_TEST_CASE("mixed rows are weighted sums of all rows, each a chain in their order", "",
+                        test::widths) {
+  test::random rng(77);
+  for (const index_t n : {0, 1, 20, 200})
+    for (const index_t outputs : {0, 1, 3, 4, 5, 35})
+      for (const index_t d : {1, 3, 16, 17, 64, 69, 200}) {
+        std::vector<float> weight, expected;
+        std::vector<bfloat16> rows;
+        for (index_t i = 0; i < outputs * n; ++i) weight.push_back(rng.normal());
+        for (index_t i = 0; i < n * d; ++i) rows.push_back(static_cast<bfloat16>(rng.normal()));
+        for (index_t r = 0; r < outputs; ++r)
+          for (index_t c = 0; c < d; ++c) {
+            float sum = 0.0f;
+            for (index_t i = 0; i < n; ++i)
+              sum = std::fma(weight[static_cast<std::size_t>(r * n + i)],
+                             static_cast<float>(rows[static_cast<std::size_t>(i * d + c)]), sum);
+            expected.push_back(sum);
+          }
+        std::vector<float> out(expected.size(), 9.0f);
+        simd::mix_rows<TestType>(matrix_view<const float>(weight.data(), outputs, n),
+                                 matrix_view<const bfloat16>(rows.data(), n, d),
+                                 matrix_view<float>(out.data(), outputs, d));
+        CHECK(test::bit_difference(out, expected) == "");
+      }
+}
+
 TEST_CASE("a weighted sum of nothing is zero") {
   const std::vector<float> from(8, 1.0f), weight(2, 1.0f);
   const std::vector<std::int32_t> none(2, -1);

@@ -301,4 +301,70 @@ void weighted_sum_of_rows(const From* rows, index_t stride, const std::int32_t* 
   });
 }
 
+namespace detail {
+
+// R sums over the same rows, V registers wide: each row is loaded once for all of them.
+template <class A, int R, int V, storage From, storage To>
+MOEROUTE_INLINE void mix_tile(const float* weight, index_t weight_stride,
+                              const matrix_view<const From>& rows, index_t c, To* out,
+                              index_t out_stride) {
+  vfloat<A> sum[R][V];
+  MOEROUTE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MOEROUTE_UNROLL
+    for (int v = 0; v < V; ++v) sum[r][v] = vfloat<A>(0.0f);
+  }
+  for (index_t i = 0; i < rows.rows; ++i) {
+    const From* from = rows.data + i * rows.stride + c;
+    vfloat<A> x[V];
+    MOEROUTE_UNROLL
+    for (int v = 0; v < V; ++v) x[v] = load_wide<A>(from + v * width<A>);
+    MOEROUTE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const vfloat<A> w(weight[r * weight_stride + i]);
+      MOEROUTE_UNROLL
+      for (int v = 0; v < V; ++v) sum[r][v] = fma<A>(w, x[v], sum[r][v]);
+    }
+  }
+  MOEROUTE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MOEROUTE_UNROLL
+    for (int v = 0; v < V; ++v) store_narrow<A>(out + r * out_stride + c + v * width<A>, sum[r][v]);
+  }
+}
+
+}  // namespace detail
+
+/// out[r] = sum over i of weight(r, i) * rows[i]: a matrix product of float weights and rows as
+/// they lie in memory.
+///
+/// Accumulates in float in the order of i with fused multiply-adds; one rounding to To at the end.
+/// Shapes: weight [R, n], rows [n, d], out [R, d].
+/// Cost: R n d multiply-adds, no allocation. Determinism: the same bits on every ISA, however the
+/// rows of out are cut.
+template <class A = default_arch, storage From, storage To>
+void mix_rows(const matrix_view<const float>& weight, const matrix_view<const From>& rows,
+              const matrix_view<To>& out) {
+  constexpr bool wide = detail::has_fma<A> && width<A> == 16;
+  constexpr int R = wide ? 6 : 4, V = wide ? 4 : 2, w = width<A>;
+  index_t c = 0;
+  const auto columns = [&]<int v>(std::integral_constant<int, v>) {
+    index_t r = 0;
+    for (; r + R <= weight.rows; r += R)
+      detail::mix_tile<A, R, v>(weight.data + r * weight.stride, weight.stride, rows, c,
+                                out.data + r * out.stride, out.stride);
+    for (; r < weight.rows; ++r)
+      detail::mix_tile<A, 1, v>(weight.data + r * weight.stride, weight.stride, rows, c,
+                                out.data + r * out.stride, out.stride);
+    c += v * w;
+  };
+  while (c + V * w <= rows.cols) columns(std::integral_constant<int, V>{});
+  while (c + w <= rows.cols) columns(std::integral_constant<int, 1>{});
+  for (index_t r = 0; c < rows.cols && r < weight.rows; ++r)
+    sum_of_rows<A>(rows.cols - c, out.data + r * out.stride + c, sum_start::zero, [&](auto& sum) {
+      for (index_t i = 0; i < rows.rows; ++i)
+        sum(rows.data + i * rows.stride + c, weight.data[r * weight.stride + i]);
+    });
+}
+
 }  // namespace moeroute::simd

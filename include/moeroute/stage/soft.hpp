@@ -66,15 +66,9 @@ namespace detail {
 template <class A, class T, class U, executor Exec>
 void mix_rows(const matrix_view<const float>& weight, const matrix_view<const T>& rows,
               const matrix_view<U>& out, const Exec& exec) {
-  exec.parallel_for(weight.rows, 4, [&](index_t begin, index_t end) {
-    for (index_t r = begin; r < end; ++r) {
-      const float* w = weight.data + r * weight.stride;
-      simd::sum_of_rows<A>(rows.cols, out.data + r * out.stride, simd::sum_start::zero,
-                           [&](auto& sum) {
-                             for (index_t c = 0; c < rows.rows; ++c)
-                               sum(rows.data + c * rows.stride, w[c]);
-                           });
-    }
+  exec.parallel_for(weight.rows, 24, [&](index_t begin, index_t end) {
+    simd::mix_rows<A>(weight.middle_rows(begin, end - begin), rows,
+                      out.middle_rows(begin, end - begin));
   });
 }
 
