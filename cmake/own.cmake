@@ -34,6 +34,10 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_L
   target_compile_options(moeroute_own INTERFACE -Wno-maybe-uninitialized -Wno-uninitialized)
 endif()
 
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_SYSTEM_PROCESSOR STREQUAL "aarch64")
+  target_compile_options(moeroute_own INTERFACE -Wno-psabi) # of a change ten years ago
+endif()
+
 # moeroute_names(<variable> <folder> <glob>): the names of the files, without folder and extension.
 function(moeroute_names variable folder glob)
   file(GLOB files CONFIGURE_DEPENDS "${folder}/${glob}")
