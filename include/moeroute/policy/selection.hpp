@@ -150,10 +150,13 @@ struct top_k {
         out |= static_cast<std::uint64_t>((before >= F(static_cast<float>(topk_group))).mask())
                << lane;
       }
-      for (int i = 0; i < n; ++i)
-        if (out >> i & 1)
-          simd::map_row<A>(rows + i * experts + g * size, size, rows + i * experts + g * size,
-                           [&](F x) { return simd::select<A>(x > never, fill, never); });
+      // Every group of every row is written: which ones are out, no processor can predict.
+      for (int i = 0; i < n; ++i) {
+        float* const group = rows + i * experts + g * size;
+        const simd::vmask<A> is_out((out >> i & 1) != 0);
+        simd::map_row<A>(group, size, group,
+                         [&](F x) { return simd::select<A>(is_out & (x > never), fill, x); });
+      }
     }
   }
 };
