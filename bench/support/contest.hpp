@@ -201,9 +201,13 @@ inline void compete(benchmark::State& state, double bytes, std::vector<competito
   }
 }
 
-/// Registers an entry: one kernel on one shape. run(state) ends in compete().
+/// Registers an entry: one kernel on one shape. run(state) ends in compete(). A program for another
+/// instruction set than the rest says so in the names.
 template <class F>
-void entry(const std::string& name, F run) {
+void entry(std::string name, F run) {
+#if defined(MOEROUTE_BENCH_ISA)
+  name += "/isa:" MOEROUTE_BENCH_ISA;
+#endif
   benchmark::RegisterBenchmark(name.c_str(), std::move(run))->Iterations(1)->UseManualTime();
 }
 

@@ -20,7 +20,12 @@ namespace moeroute::simd {
 /// The best instruction set that the compiler was told about. Arch is the last template parameter
 /// of everything in simd/, so that one program may hold several (one per translation unit and flag
 /// set).
+#if XSIMD_WITH_FMA3_AVX2 && !XSIMD_WITH_AVX512F
+using default_arch = xsimd::fma3<xsimd::avx2>;  // xsimd would prefer AVX-VNNI, to which it gives no
+                                                // fused multiply-add
+#else
 using default_arch = xsimd::default_arch;
+#endif
 
 template <class A = default_arch>
 using vfloat = xsimd::batch<float, A>;
