@@ -91,10 +91,11 @@ struct logit_noise {
       random.place_all(
           stream, static_cast<std::uint64_t>(token) * blocks + static_cast<std::uint64_t>(c / 4),
           1);
-      random.draw(side.seed);
-      alignas(alignment) float u[64];
+      const auto drawn = static_cast<int>(ceil_div(std::min<index_t>(columns - c, 64), 4));
+      random.draw(side.seed, drawn);
+      alignas(alignment) float u[64] = {};
       for (int j = 0; j < 4; ++j)
-        for (int i = 0; i < block_rows; ++i) u[4 * i + j] = open_u01_of(random.word(j, i));
+        for (int i = 0; i < drawn; ++i) u[4 * i + j] = open_u01_of(random.word(j, i));
       for (index_t j = 0; j < 64 && c + j < columns; j += simd::width<A>) {
         const index_t n = std::min<index_t>(simd::width<A>, columns - c - j);
         const F x = simd::load<A>(u + j);

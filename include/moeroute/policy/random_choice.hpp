@@ -37,14 +37,14 @@ struct random_choice {
       random.place_all(stream,
                        static_cast<std::uint64_t>(z.first_token) * step + static_cast<unsigned>(r),
                        step);
-      random.draw(z.side->seed);
+      random.draw(z.side->seed, z.rows);
       const auto limit = static_cast<std::uint32_t>(z.experts - choices + r + 1);
       expert_id* const id = c.id + r * block_rows;
       expert_id drawn[block_rows];
-      for (int i = 0; i < block_rows; ++i)
+      for (int i = 0; i < z.rows; ++i)
         id[i] = drawn[i] = static_cast<expert_id>(random.below(limit, i));
       for (int before = 0; before < r; ++before)
-        for (int i = 0; i < block_rows; ++i)
+        for (int i = 0; i < z.rows; ++i)
           id[i] =
               c.id[before * block_rows + i] == drawn[i] ? static_cast<expert_id>(limit) - 1 : id[i];
       std::fill_n(c.value + r * block_rows, block_rows, 1.0f / static_cast<float>(choices));
@@ -110,7 +110,7 @@ struct gshard_top2 {
       simd::random_lanes<A> random;
       random.place_all(detail::random_stream(detail::random_use::second_expert, z.side->step),
                        static_cast<std::uint64_t>(z.first_token), 1);
-      random.draw(z.side->seed);
+      random.draw(z.side->seed, z.rows);
       for (int i = 0; i < z.rows; ++i) {
         const float u = u01_of(random.word(0, i));
         if (2.0f * c.value[block_rows + i] <= u) {

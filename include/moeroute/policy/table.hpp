@@ -188,15 +188,14 @@ struct table_router {
   template <class A>
   void bigram_rows(const logit_block& z, const expert_id** list) const {
     simd::random_lanes<A> hash;
-    for (int i = 0; i < block_rows; ++i) {
-      // Lanes past the last row hash some pair of ids.
-      const index_t token = z.first_token + std::min(i, z.rows - 1);
+    for (int i = 0; i < z.rows; ++i) {
+      const index_t token = z.first_token + i;
       const std::int32_t id = z.side->token_ids[static_cast<std::size_t>(token)];
       const std::int32_t before =
           token > 0 ? z.side->token_ids[static_cast<std::size_t>(token - 1)] : -1;
       hash.place(i, static_cast<std::uint32_t>(before), static_cast<std::uint32_t>(id));
     }
-    hash.draw(0);
+    hash.draw(0, z.rows);
     for (int i = 0; i < z.rows; ++i)
       list[i] = table->of(hash.below(static_cast<std::uint32_t>(table->vocabulary()), i)).data();
   }

@@ -1,10 +1,14 @@
-// The random numbers of base/rng.hpp, 16 blocks at once.
+// The random numbers of base/rng.hpp, up to 16 blocks at once.
 #pragma once
 
 #include <cstdint>
 
 #include <moeroute/base/rng.hpp>
 #include <moeroute/simd/batch.hpp>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace moeroute::simd {
 
@@ -13,48 +17,103 @@ template <class A = default_arch>
 class random_lanes {
  public:
   /// Lane i will hold the words at (stream, counter).
-  void place(int i, std::uint64_t stream, std::uint64_t counter) {
+  MOEROUTE_INLINE void place(int i, std::uint64_t stream, std::uint64_t counter) {
     word_[0][i] = static_cast<std::uint32_t>(counter);
-    word_[1][i] = static_cast<std::uint32_t>(counter >> 32);
+    word_[1][i] = counter >> 32;
     word_[2][i] = static_cast<std::uint32_t>(stream);
-    word_[3][i] = static_cast<std::uint32_t>(stream >> 32);
+    word_[3][i] = stream >> 32;
   }
 
   /// Lane i will hold the words at (stream, first + i * step).
-  void place_all(std::uint64_t stream, std::uint64_t first, std::uint64_t step) {
+  MOEROUTE_INLINE void place_all(std::uint64_t stream, std::uint64_t first, std::uint64_t step) {
     for (int i = 0; i < block_rows; ++i)
       place(i, stream, first + static_cast<std::uint64_t>(i) * step);
   }
 
-  /// The words of random_block(seed, stream, counter) for every place: the same bits, in a tenth of
-  /// the time. Written as plain loops over lanes: compilers know how to multiply them in registers.
-  void draw(std::uint64_t seed) {
-    auto key0 = static_cast<std::uint32_t>(seed);
-    auto key1 = static_cast<std::uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      for (int i = 0; i < block_rows; ++i) {
-        const std::uint64_t p0 = std::uint64_t{0xd2511f53u} * word_[0][i];
-        const std::uint64_t p1 = std::uint64_t{0xcd9e8d57u} * word_[2][i];
-        word_[0][i] = static_cast<std::uint32_t>(p1 >> 32) ^ word_[1][i] ^ key0;
-        word_[2][i] = static_cast<std::uint32_t>(p0 >> 32) ^ word_[3][i] ^ key1;
-        word_[1][i] = static_cast<std::uint32_t>(p1);
-        word_[3][i] = static_cast<std::uint32_t>(p0);
+  /// The words of random_block(seed, stream, counter), the same bits, for the first n places; the
+  /// other lanes are unspecified.
+  MOEROUTE_INLINE void draw(std::uint64_t seed, index_t n = block_rows) {
+#if defined(__AVX2__)
+    if constexpr (width<A> >= 8)
+      if (n > few) {
+        for (int i = 0; i < block_rows; i += per_register) draw_register(seed, i);
+        return;
       }
-      key0 += 0x9e3779b9u;
-      key1 += 0xbb67ae85u;
+#endif
+    for (index_t i = 0; i < n; ++i) {
+      const random_words r =
+          random_block(seed, word_[3][i] << 32 | word_[2][i], word_[1][i] << 32 | word_[0][i]);
+      for (int j = 0; j < 4; ++j) word_[j][i] = r.word[j];
     }
   }
 
   /// Word j (0 to 3) of lane i.
-  std::uint32_t word(int j, int i) const { return word_[j][i]; }
+  MOEROUTE_INLINE std::uint32_t word(int j, int i) const {
+    return static_cast<std::uint32_t>(word_[j][i]);
+  }
 
   /// random_below(n, ...) of lane i.
-  std::uint32_t below(std::uint32_t n, int i) const {
-    return static_cast<std::uint32_t>(std::uint64_t{word_[0][i]} * n >> 32);
+  MOEROUTE_INLINE std::uint32_t below(std::uint32_t n, int i) const {
+    return static_cast<std::uint32_t>((word_[0][i] & 0xffffffffu) * n >> 32);
   }
 
  private:
-  alignas(alignment) std::uint32_t word_[4][block_rows];
+#if defined(__AVX2__)
+  static constexpr index_t few = 3;  // so many are drawn sooner one by one
+  static constexpr int per_register = width<A> >= 16 ? 8 : 4;
+
+  // The multiplication of lower halves ignores the upper ones, so what the rounds leave there does
+  // no harm.
+  void draw_register(std::uint64_t seed, int first) {
+#if defined(__AVX512F__)
+    if constexpr (per_register == 8) {
+      __m512i c0 = _mm512_load_si512(word_[0] + first), c1 = _mm512_load_si512(word_[1] + first),
+              c2 = _mm512_load_si512(word_[2] + first), c3 = _mm512_load_si512(word_[3] + first);
+      const __m512i m0 = _mm512_set1_epi64(0xd2511f53), m1 = _mm512_set1_epi64(0xcd9e8d57);
+      auto key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
+      for (int round = 0; round < 10; ++round) {
+        const __m512i p0 = _mm512_mul_epu32(m0, c0), p1 = _mm512_mul_epu32(m1, c2);
+        constexpr int all_three = 0x96;  // xor of three
+        c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, _mm512_set1_epi64(key0),
+                                       all_three);
+        c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(key1),
+                                       all_three);
+        c1 = p1;
+        c3 = p0;
+        key0 += 0x9e3779b9u;
+        key1 += 0xbb67ae85u;
+      }
+      _mm512_store_si512(word_[0] + first, c0);
+      _mm512_store_si512(word_[1] + first, c1);
+      _mm512_store_si512(word_[2] + first, c2);
+      _mm512_store_si512(word_[3] + first, c3);
+      return;
+    }
+#endif
+    const auto at = [&](int j) { return reinterpret_cast<__m256i*>(word_[j] + first); };
+    __m256i c0 = _mm256_load_si256(at(0)), c1 = _mm256_load_si256(at(1)),
+            c2 = _mm256_load_si256(at(2)), c3 = _mm256_load_si256(at(3));
+    const __m256i m0 = _mm256_set1_epi64x(0xd2511f53), m1 = _mm256_set1_epi64x(0xcd9e8d57);
+    auto key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const __m256i p0 = _mm256_mul_epu32(m0, c0), p1 = _mm256_mul_epu32(m1, c2);
+      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1),
+                            _mm256_set1_epi64x(key0));
+      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3),
+                            _mm256_set1_epi64x(key1));
+      c1 = p1;
+      c3 = p0;
+      key0 += 0x9e3779b9u;
+      key1 += 0xbb67ae85u;
+    }
+    _mm256_store_si256(at(0), c0);
+    _mm256_store_si256(at(1), c1);
+    _mm256_store_si256(at(2), c2);
+    _mm256_store_si256(at(3), c3);
+  }
+#endif
+
+  alignas(alignment) std::uint64_t word_[4][block_rows];
 };
 
 }  // namespace moeroute::simd
