@@ -88,10 +88,10 @@ struct logit_noise {
     simd::random_lanes<A> random;
     // A block of random numbers serves four columns, 16 of them 64.
     for (index_t c = 0; c < columns; c += 64) {
-      random.place_all(
-          stream, static_cast<std::uint64_t>(token) * blocks + static_cast<std::uint64_t>(c / 4),
-          1);
       const auto drawn = static_cast<int>(ceil_div(std::min<index_t>(columns - c, 64), 4));
+      random.place_all(
+          stream, static_cast<std::uint64_t>(token) * blocks + static_cast<std::uint64_t>(c / 4), 1,
+          drawn);
       random.draw(side.seed, drawn);
       alignas(alignment) float u[64] = {};
       for (int j = 0; j < 4; ++j)

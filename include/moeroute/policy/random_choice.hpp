@@ -36,7 +36,7 @@ struct random_choice {
     for (int r = 0; r < c.k; ++r) {
       random.place_all(stream,
                        static_cast<std::uint64_t>(z.first_token) * step + static_cast<unsigned>(r),
-                       step);
+                       step, z.rows);
       random.draw(z.side->seed, z.rows);
       const auto limit = static_cast<std::uint32_t>(z.experts - choices + r + 1);
       expert_id* const id = c.id + r * block_rows;
@@ -109,7 +109,7 @@ struct gshard_top2 {
     if (policy == second_expert::random) {
       simd::random_lanes<A> random;
       random.place_all(detail::random_stream(detail::random_use::second_expert, z.side->step),
-                       static_cast<std::uint64_t>(z.first_token), 1);
+                       static_cast<std::uint64_t>(z.first_token), 1, z.rows);
       random.draw(z.side->seed, z.rows);
       for (int i = 0; i < z.rows; ++i) {
         const float u = u01_of(random.word(0, i));

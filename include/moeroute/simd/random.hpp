@@ -24,10 +24,10 @@ class random_lanes {
     word_[3][i] = stream >> 32;
   }
 
-  /// Lane i will hold the words at (stream, first + i * step).
-  MOEROUTE_INLINE void place_all(std::uint64_t stream, std::uint64_t first, std::uint64_t step) {
-    for (int i = 0; i < block_rows; ++i)
-      place(i, stream, first + static_cast<std::uint64_t>(i) * step);
+  /// Lane i < n will hold the words at (stream, first + i * step).
+  MOEROUTE_INLINE void place_all(std::uint64_t stream, std::uint64_t first, std::uint64_t step,
+                                 int n = block_rows) {
+    for (int i = 0; i < n; ++i) place(i, stream, first + static_cast<std::uint64_t>(i) * step);
   }
 
   /// The words of random_block(seed, stream, counter), the same bits, for the first n places; the

@@ -103,6 +103,39 @@ MOEROUTE_INLINE void load_transposed(const float* const* rows, index_t c, index_
   transpose<A>(out);
 }
 
+namespace detail {
+
+// store_ranks for a k that is a power of two: log2(k) rounds of zips.
+template <class A, int k>
+MOEROUTE_INLINE void zip_ranks(const float* ranks, int n, float* out) {
+  constexpr int w = width<A>;
+  for (int first = 0; first < n; first += w) {
+    vfloat<A> x[k], y[k];
+    MOEROUTE_UNROLL
+    for (int r = 0; r < k; ++r) x[r] = load<A>(ranks + r * block_rows + first);
+    MOEROUTE_UNROLL
+    for (int round = 1; round < k; round *= 2) {
+      MOEROUTE_UNROLL
+      for (int r = 0; r < k / 2; ++r) {
+        y[2 * r] = xsimd::zip_lo(x[r], x[r + k / 2]);
+        y[2 * r + 1] = xsimd::zip_hi(x[r], x[r + k / 2]);
+      }
+      MOEROUTE_UNROLL
+      for (int r = 0; r < k; ++r) x[r] = y[r];
+    }
+    const int size = (n - first) * k;
+    float* const to = out + first * k;
+    for (int r = 0; r < k && r * w < size; ++r) {
+      if (size - r * w >= w)
+        x[r].store_unaligned(to + r * w);
+      else
+        store_first<A>(to + r * w, size - r * w, x[r]);
+    }
+  }
+}
+
+}  // namespace detail
+
 /// out[row * k + r] = ranks[r * 16 + row] for n rows: from one row per lane to one row after the
 /// other.
 ///
@@ -111,6 +144,9 @@ template <class A = default_arch>
 void store_ranks(const float* ranks, int k, int n, float* out) {
   constexpr int w = width<A>;
   const int size = n * k;
+  if (n > 2 && k == 1) return detail::zip_ranks<A, 1>(ranks, n, out);
+  if (n > 2 && k == 2) return detail::zip_ranks<A, 2>(ranks, n, out);
+  if (n > 2 && k == 4) return detail::zip_ranks<A, 4>(ranks, n, out);
   if (size <= 2 * block_rows) {
     // One by one: a transpose costs more than 32 moves.
     for (int i = 0; i < n; ++i)
