@@ -6,6 +6,7 @@
 
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/score.hpp>
+#include <moeroute/simd/transpose.hpp>
 
 namespace moeroute {
 
@@ -36,6 +37,7 @@ struct sparsemixer {
   template <class A = simd::default_arch>
   void route_block(const logit_block& z, const buffers& memory, choice_block& c) const {
     using F = simd::vfloat<A>;
+    if (z.experts <= block_rows) return this->template route_lanes<A>(z, c);
     float* const row = memory.row;
     for (int i = 0; i < z.rows; ++i) {
       simd::map_row<A>(z.row(i), z.experts, row,
@@ -52,6 +54,46 @@ struct sparsemixer {
   }
 
  private:
+  // Few experts: one row per lane, one expert per register; the same bits, as the sums are joined
+  // in the same tree.
+  template <class A>
+  void route_lanes(const logit_block& z, choice_block& c) const {
+    using F = simd::vfloat<A>;
+    constexpr int w = simd::width<A>;
+    const F never(simd::minus_infinity), zero(0.0f), one(1.0f), limit(2.0f * jitter);
+    const int experts = static_cast<int>(z.experts);
+    for (int lane = 0; lane < z.rows; lane += w) {
+      const float* row[w];
+      for (int i = 0; i < w; ++i) row[i] = z.row(std::min(lane + i, z.rows - 1));
+      F x[block_rows];
+      for (int e = 0; e < experts; e += w)
+        simd::load_transposed<A>(row, e, z.experts, simd::minus_infinity, x + e);
+      for (int e = 0; e < experts; ++e) x[e] = simd::nan_to_minus_infinity<A>(x[e]);
+      for (int r = 0; r < 2; ++r) {
+        F max = x[0];
+        for (int e = 1; e < experts; ++e) max = simd::select<A>(x[e] > max, x[e], max);
+        simd::vint<A> best(no_expert);
+        F term[block_rows];
+        for (int e = experts - 1; e >= 0; --e) {
+          best = simd::select<A>(x[e] == max, simd::vint<A>(e), best);
+          const F size = simd::absolute<A>(x[e]), factor = simd::select<A>(size > max, size, max);
+          const auto out = (max - x[e]) / factor > limit;
+          term[e] = simd::select<A>(out, zero, simd::exp_below_max<A>(x[e], max));
+        }
+        for (int e = experts; e < block_rows; ++e) term[e] = zero;
+        for (int distance = block_rows / 2; distance > 0; distance /= 2)
+          for (int e = 0; e < distance; ++e) term[e] += term[e + distance];
+        const auto found = max > never;
+        simd::select<A>(found, best, simd::vint<A>(no_expert))
+            .store_unaligned(c.id + r * block_rows + lane);
+        simd::select<A>(found, one / term[0], zero)
+            .store_unaligned(c.value + r * block_rows + lane);
+        for (int e = 0; e < experts; ++e)
+          x[e] = simd::select<A>(simd::differs<A>(best, simd::vint<A>(e)), x[e], never);
+      }
+    }
+  }
+
   // The sum of exp(z - max) over the experts that are close to the best.
   template <class A>
   float close_to(const float* row, index_t experts, float max) const {

@@ -82,6 +82,8 @@ struct threshold_router {
     if constexpr (!Score::traits.elementwise) score.template score_row<A>(z, experts, s);
     simd::partials<A> sum(0.0f);
     const F limit(threshold), never(simd::minus_infinity), zero(0.0f);
+    const bool as_they_are = norm == threshold_norm::none && gamma.empty() && scale == 1.0f;
+    const F most(std::numeric_limits<float>::max());
     int n = 0;
     constexpr int w = simd::width<A>;
     for (index_t c = 0; c < experts; c += w) {
@@ -101,9 +103,11 @@ struct threshold_router {
         auto& part = sum.part[(c / w) % simd::partials<A>::n];
         part = norm == threshold_norm::sum ? part + value : simd::fma<A>(value, value, part);
       }
+      if (as_they_are) x = simd::select<A>(x > most, most, x);
       n += simd::store_chosen<A>(in, x, static_cast<std::int32_t>(c), weight + n, id + n);
     }
-    finish(experts, simd::sum_of<A>(sum), id, weight, n);
+    if (!as_they_are)
+      finish(experts, norm == threshold_norm::none ? 0.0f : simd::sum_of<A>(sum), id, weight, n);
     return n;
   }
 

@@ -102,20 +102,26 @@ struct top_p {
                        std::int32_t* count) const {
     const index_t most = max_choices(z.experts);
     // Few experts suffice almost always: look at more only where a row asks for them.
-    for (index_t k = std::min<index_t>(most, 16);; k = std::min(most, 4 * k)) {
+    index_t k = std::min<index_t>(most, 16);
+    for (;;) {
       c.k = static_cast<int>(k);
       simd::top_k_block<A>(z.logits, z.stride, z.rows, z.experts, c.k, c.value, c.id, memory.key);
       c.has_row_max = true;
       softmax::score_choices<A>(z, c, score_scale::exact);
       bool enough = true;
+      index_t needed = 0;
       for (int i = 0; i < z.rows; ++i) {
         const expert_id* const id = c.id + i;
         int there = 0;
         while (there < c.k && id[there * block_rows] != no_expert) ++there;
         count[i] = prefix(c.value + i, block_rows, there, c.k, most);
         enough = enough && count[i] <= c.k;
+        if (count[i] > c.k) needed = std::max(needed, least_needed(c.value + i, c.k));
       }
       if (enough || k == most) break;
+      // Looking at nearly all costs little more than looking at many once more.
+      k = std::max(4 * k, needed + needed / 2);
+      if (4 * k > most) k = most;
     }
     for (int i = 0; i < z.rows; ++i) count[i] = std::min(count[i], c.k);
   }
@@ -142,6 +148,14 @@ struct top_p {
       }
       c.k = std::max(c.k, count[i]);
     }
+  }
+
+  // Ranks that a row needs at least, as none beyond the k at hand is heavier than their last.
+  index_t least_needed(const float* score, int k) const {
+    float sum = 0.0f;
+    for (int r = 0; r < k; ++r) sum += score[r * block_rows];
+    const float more = (p - sum) / score[(k - 1) * block_rows];
+    return k + (more > 0.0f && more < 1e6f ? static_cast<index_t>(more) : 0);
   }
 
   // How many of a row's k best are in, of which `there` exist; more than k where these do not

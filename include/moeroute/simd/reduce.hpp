@@ -9,6 +9,10 @@
 #include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/rows.hpp>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace moeroute::simd {
 
 /// One value for each of 16 strided positions: partial[j] belongs to the columns c with c % 16 ==
@@ -43,9 +47,35 @@ MOEROUTE_INLINE void for_each_register(const float* row, index_t cols, float fil
 /// The sum of 16 partial sums in one fixed tree: distance 8, 4, 2, 1.
 template <class A>
 MOEROUTE_INLINE float sum_of(const partials<A>& p) {
-  alignas(alignment) float lane[block_rows];
-  for (int r = 0; r < partials<A>::n; ++r) p.part[r].store_aligned(lane + r * width<A>);
-  for (int distance = block_rows / 2; distance > 0; distance /= 2)
+  constexpr int w = width<A>;
+  vfloat<A> x[partials<A>::n];
+  for (int r = 0; r < partials<A>::n; ++r) x[r] = p.part[r];
+  for (int distance = partials<A>::n / 2; distance > 0; distance /= 2)
+    for (int r = 0; r < distance; ++r) x[r] += x[r + distance];
+#if defined(__SSE2__)
+  // In registers: a row's sum is waited for.
+  const auto of_four = [](__m128 v) {
+    const __m128 two = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  };
+#if defined(__AVX__)
+  const auto of_eight = [&](__m256 v) {
+    return of_four(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+  };
+#if defined(__AVX512F__)
+  if constexpr (w == 16) {
+    const __m512d v = _mm512_castps_pd(x[0]);
+    return of_eight(_mm256_add_ps(_mm256_castpd_ps(_mm512_castpd512_pd256(v)),
+                                  _mm256_castpd_ps(_mm512_extractf64x4_pd(v, 1))));
+  }
+#endif
+  if constexpr (w == 8) return of_eight(x[0]);
+#endif
+  if constexpr (w == 4) return of_four(x[0]);
+#endif
+  alignas(alignment) float lane[w];
+  x[0].store_aligned(lane);
+  for (int distance = w / 2; distance > 0; distance /= 2)
     for (int i = 0; i < distance; ++i) lane[i] += lane[i + distance];
   return lane[0];
 }
