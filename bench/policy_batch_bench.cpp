@@ -71,11 +71,14 @@ struct plain_expert_choice {
   }
 };
 
-void expert_choice(benchmark::State& state, index_t tokens, index_t experts, index_t capacity) {
+// `sequence`: tokens that compete with one another.
+void expert_choice(benchmark::State& state, index_t tokens, index_t experts, index_t capacity,
+                   const std::string& shape, index_t sequence) {
   moeroute::buffer<float> logits(tokens * experts);
-  bench::fill("normal", tokens, experts, logits.data());
+  bench::fill(shape, tokens, experts, logits.data());
   const moeroute::matrix_view<const float> z(logits.data(), tokens, experts);
-  const moeroute::expert_choice<> router{.capacity = {.fixed = capacity}};
+  const moeroute::expert_choice<> router{.capacity = {.fixed = capacity},
+                                         .sequence_length = sequence};
   moeroute::workspace workspace;
   moeroute::assignment choices;
   moeroute::buffer<float> best(tokens);
@@ -85,7 +88,10 @@ void expert_choice(benchmark::State& state, index_t tokens, index_t experts, ind
   list.push_back({"floor", pass(tokens, experts * 4, [&](index_t t, index_t end) {
                     bench::max_of_rows(z.row(t), end - t, experts, best.data() + t);
                   })});
-  list.push_back({"baseline", whole(tokens, [&] { plain(z.data, tokens, experts, capacity); })});
+  list.push_back({"baseline", whole(tokens, [&] {
+                    for (index_t t = 0; t < tokens; t += sequence)
+                      plain(z.row(t), sequence, experts, capacity);
+                  })});
   bench::compete(state, static_cast<double>(experts * 4), std::move(list));
   per_element(state, experts);
 }
@@ -161,7 +167,23 @@ const bool registered = [] {
   for (const auto& [experts, capacity] : std::vector<std::pair<index_t, index_t>>{
            {64, 128}, {64, 512}, {128, 64}, {256, 32}, {256, 128}})
     bench::entry("expert_choice" + part("T", 4096) + part("E", experts) + part("C", capacity),
-                 [=](benchmark::State& state) { expert_choice(state, 4096, experts, capacity); });
+                 [=](benchmark::State& state) {
+                   expert_choice(state, 4096, experts, capacity, "normal", 4096);
+                 });
+  for (const index_t sequence : {64, 512})
+    bench::entry("expert_choice" + part("T", 4096) + part("E", 64) + part("C", sequence / 32) +
+                     part("scope", sequence),
+                 [=](benchmark::State& state) {
+                   expert_choice(state, 4096, 64, sequence / 32, "normal", sequence);
+                 });
+  for (const char* shape : bench::shapes)
+    bench::entry(
+        "expert_choice" + part("T", 1024) + part("E", 64) + part("C", 32) + "/shape:" + shape,
+        [=](benchmark::State& state) { expert_choice(state, 1024, 64, 32, shape, 1024); });
+  for (const index_t experts : {3, 8, 60, 2048})
+    bench::entry(
+        "expert_choice" + part("T", 1024) + part("E", experts) + part("C", 32) + "/shape:normal",
+        [=](benchmark::State& state) { expert_choice(state, 1024, experts, 32, "normal", 1024); });
   for (const auto& [tokens, experts, mem] : std::vector<std::tuple<index_t, index_t, const char*>>{
            {256, 64, "l2"}, {4096, 64, "l2"}, {1024, 256, "l2"}, {4096, 256, "stream"}})
     bench::entry("sinkhorn" + part("T", tokens) + part("E", experts) + "/mem:" + mem,
