@@ -1,9 +1,8 @@
 // The families of token choice against an independent float64 reference, and the worked examples of
 // the sheet.
 //
-// The files are float64, the library chooses in float: a token whose ids could turn on float
-// rounding (two deciding values closer than 1e-6 relative) has its ids compared as far as they are
-// decided; weights to 3e-6.
+// The files are float64, the library chooses in float: ids are exact, as no two values that decide
+// are closer than 1e-6 relative; weights to 3e-6.
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/generators/catch_generators.hpp>
@@ -63,7 +62,7 @@ float closest(std::vector<float> row) {
   return gap;
 }
 
-// None of the files needs the exception: their float logits are apart.
+// Float rounding cannot turn a choice.
 void is_decided(const std::vector<float>& logits, index_t experts) {
   for (auto row = logits.begin(); row != logits.end(); row += experts)
     CHECK(closest({row, row + experts}) > 1e-6f);

@@ -8,12 +8,11 @@
 #include <vector>
 
 #include "oracle/batch_routing.hpp"
-#include "support/arches.hpp"
+#include "support/batch_bits.hpp"
 #include "support/compare.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/shapes.hpp"
-#include "support/threads.hpp"
 
 using namespace moeroute;
 
@@ -185,22 +184,8 @@ TEST_CASE("BASE has the same ids on every instruction set, executor and thread c
     constexpr index_t tokens = 1280, experts = 40;
     const auto z = test::make_logits(shape, 12, tokens, experts);
     const base_assignment router{.most_rounds = 400};
-    workspace ws;
-    assignment first, other;
-    route(router, rows_of(z, tokens, experts), ws, first);
     INFO(test::name(shape));
-    const auto same = [&] {
-      CHECK(std::equal(first.ids().begin(), first.ids().end(), other.ids().begin()));
-      CHECK(test::bit_difference(other.weights(), first.weights()) == "");
-    };
-    for (const int threads : {1, 2, 4}) {
-      route(router, rows_of(z, tokens, experts), ws, other, test::several_threads{threads});
-      same();
-    }
-    test::for_each_arch<test::arches>([&](auto tag) {
-      router.route_batch<serial, decltype(tag)>(rows_of(z, tokens, experts), {}, ws, other, {});
-      same();
-    });
+    CHECK(test::batch_bits_differ(router, z, experts) == "");
   }
 }
 

@@ -7,11 +7,10 @@
 #include <vector>
 
 #include "oracle/batch_routing.hpp"
-#include "support/arches.hpp"
+#include "support/batch_bits.hpp"
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
 #include "support/shapes.hpp"
-#include "support/threads.hpp"
 
 using namespace moeroute;
 
@@ -258,23 +257,8 @@ TEST_CASE("expert choice has the same bits on every instruction set, executor an
     constexpr index_t tokens = 1200, experts = 40;
     const auto z = test::make_logits(shape, 12, tokens, experts);
     const expert_choice<> router{.normalize = token_renormalization::sum, .eps = 1e-12f};
-    workspace ws;
-    assignment first, other;
-    route(router, rows_of(z, tokens, experts), ws, first);
     INFO(test::name(shape));
-    const auto same = [&] {
-      CHECK(copy(first.ids()) == copy(other.ids()));
-      CHECK(copy(first.offsets()) == copy(other.offsets()));
-      CHECK(test::bit_difference(other.weights(), first.weights()) == "");
-    };
-    for (const int threads : {1, 2, 4}) {
-      route(router, rows_of(z, tokens, experts), ws, other, test::several_threads{threads});
-      same();
-    }
-    test::for_each_arch<test::arches>([&](auto tag) {
-      router.route_batch<serial, decltype(tag)>(rows_of(z, tokens, experts), {}, ws, other, {});
-      same();
-    });
+    CHECK(test::batch_bits_differ(router, z, experts) == "");
   }
 }
 

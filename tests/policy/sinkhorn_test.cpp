@@ -8,11 +8,10 @@
 #include <vector>
 
 #include "oracle/batch_routing.hpp"
-#include "support/arches.hpp"
+#include "support/batch_bits.hpp"
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
 #include "support/shapes.hpp"
-#include "support/threads.hpp"
 
 using namespace moeroute;
 
@@ -305,22 +304,8 @@ TEST_CASE("Sinkhorn has the same bits on every instruction set, executor and thr
       auto how = with(megatron_scaling, domain);
       how.most_iterations = 12;
       const sinkhorn router{.k = 4, .weights = plan_weights::plan, .scaling = how};
-      workspace ws;
-      assignment first, other;
-      route(router, rows_of(z, tokens, experts), ws, first);
       INFO(test::name(shape) << " domain " << int(domain));
-      const auto same = [&] {
-        CHECK(copy(first.ids()) == copy(other.ids()));
-        CHECK(test::bit_difference(other.weights(), first.weights()) == "");
-      };
-      for (const int threads : {1, 2, 4}) {
-        route(router, rows_of(z, tokens, experts), ws, other, test::several_threads{threads});
-        same();
-      }
-      test::for_each_arch<test::arches>([&](auto tag) {
-        router.route_batch<serial, decltype(tag)>(rows_of(z, tokens, experts), {}, ws, other, {});
-        same();
-      });
+      CHECK(test::batch_bits_differ(router, z, experts) == "");
     }
 }
 
