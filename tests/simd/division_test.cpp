@@ -32,30 +32,6 @@ float random_mantissa(std::mt19937& engine, unsigned long zeros) {
 
 }  // namespace
 
-TEMPLATE_LIST_TEST_CASE("a reciprocal has the bits of the division for every mantissa", "",
-                        test::widths) {
-  using F = simd::vfloat<TestType>;
-  constexpr int w = simd::width<TestType>;
-  index_t wrong = 0;
-  for (std::uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += w) {
-    alignas(alignment) float d[w], r[w];
-    const std::uint32_t exponent = (127 + mantissa / w % 125) << 23;
-    for (int i = 0; i < w; ++i)
-      d[i] = std::bit_cast<float>(exponent | (mantissa + static_cast<std::uint32_t>(i)));
-    simd::reciprocal<TestType>(F::load_aligned(d)).store_aligned(r);
-    for (int i = 0; i < w; ++i) wrong += !same(r[i], 1.0f / d[i]);
-  }
-  CHECK(wrong == 0);
-}
-
-TEMPLATE_LIST_TEST_CASE("a reciprocal is right where it is denormal, 0 or NaN", "", test::arches) {
-  const auto reciprocal = [](auto x) { return simd::reciprocal<TestType>(x); };
-  for (const float d : {0x1p125f, 0x1.8p125f, 0x1p126f, 0x1.234p127f, 0x1.fffffep127f,
-                        std::numeric_limits<float>::infinity()})
-    CHECK(same(lane_of<TestType>(d, reciprocal), 1.0f / d));
-  CHECK(std::isnan(lane_of<TestType>(std::numeric_limits<float>::quiet_NaN(), reciprocal)));
-}
-
 TEMPLATE_LIST_TEST_CASE("a divider has the bits of the division", "", test::arches) {
   std::mt19937 engine(3);
   std::uniform_real_distribution<float> unit;

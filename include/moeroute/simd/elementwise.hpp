@@ -51,30 +51,6 @@ MOEROUTE_INLINE vfloat<A> exp(vfloat<A> x) {
   return select<A>(x == x, y, x);
 }
 
-/// 1 / d with the bits of the division, for d that is NaN or at least 1.
-template <class A>
-MOEROUTE_INLINE vfloat<A> reciprocal(vfloat<A> d) {
-  const vfloat<A> one(1.0f);
-#if defined(__AVX512F__)
-  if constexpr (std::derived_from<A, xsimd::avx512f>) {
-    // The division takes 16 cycles. Two Newton steps from 14 bits give its bits for every mantissa
-    // but the one of all ones (tried on all 2^23 of them), where the quotient is a step further up.
-    constexpr float largest = 0x1p125f;  // above, the quotient would be denormal
-    if (xsimd::any(d > vfloat<A>(largest))) [[unlikely]]
-      return one / d;
-    const __m512 x = d;
-    const __m512 r0 = _mm512_rcp14_ps(x);
-    const __m512 r1 = _mm512_fmadd_ps(_mm512_fnmadd_ps(x, r0, one), r0, r0);
-    const __m512 r2 = _mm512_fmadd_ps(_mm512_fnmadd_ps(x, r1, one), r1, r1);
-    const __m512i ones = _mm512_or_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7f800000));
-    const __mmask16 last = _mm512_cmpeq_epi32_mask(ones, _mm512_set1_epi32(0x7fffffff));
-    return _mm512_castsi512_ps(_mm512_mask_add_epi32(
-        _mm512_castps_si512(r2), last, _mm512_castps_si512(r2), _mm512_set1_epi32(1)));
-  }
-#endif
-  return divide<A>(one, d);
-}
-
 /// Divides many by one d in [1, 2^40], with the bits of the division.
 template <class A>
 class divider {
@@ -106,7 +82,9 @@ class divider {
 /// 1 / (1 + exp(-x)): 0 at -inf, 1 at +inf, NaN for NaN.
 template <class A>
 MOEROUTE_INLINE vfloat<A> sigmoid(vfloat<A> x) {
-  return reciprocal<A>(vfloat<A>(1.0f) + exp<A>(-x));
+  // A divider works beside the ports that the exponential keeps busy: a reciprocal by Newton steps
+  // would queue for those, and is slower.
+  return divide<A>(vfloat<A>(1.0f), vfloat<A>(1.0f) + exp<A>(-x));
 }
 
 /// x * sigmoid(x), finite for every finite x.
