@@ -123,4 +123,49 @@ inline std::vector<double> sparse_plan(const std::vector<double>& similarity, in
   }
 }
 
+/// The expert of every token by the published auction of BASE, in float, whose roundings decide:
+/// experts list their T / E + 1 best, bid what each is worth above the last of them, and the
+/// highest bid raises a token's price; for 100 rounds a winner bids no more than eps for what it
+/// holds.
+inline std::vector<expert_id> auction(const std::vector<float>& z, index_t tokens,
+                                      index_t experts) {
+  const auto T = static_cast<std::size_t>(tokens), E = static_cast<std::size_t>(experts);
+  const std::size_t jobs = T / E;
+  const float most = *std::max_element(z.begin(), z.end());
+  const float eps = std::max((most - *std::min_element(z.begin(), z.end())) / 50.0f, 1e-4f);
+  std::vector<float> value = z, price(T, 0.0f);
+  std::vector<expert_id> holder(T, -1), taken;
+  for (int round = 0;; ++round) {
+    std::vector<float> bid(T * E, 0.0f);
+    taken.assign(T, -1);
+    std::size_t placed = 0;
+    for (std::size_t e = 0; e < E; ++e) {
+      const auto order = column_order(value, tokens, experts, static_cast<index_t>(e));
+      const auto of = [&](std::size_t i) {
+        return value[static_cast<std::size_t>(order[i]) * E + e];
+      };
+      for (std::size_t i = 0; i < jobs; ++i) {
+        const auto t = static_cast<std::size_t>(order[i]);
+        bid[t * E + e] = (of(i) - of(jobs)) + eps;
+        placed += taken[t] < 0;
+        taken[t] = static_cast<expert_id>(e);
+      }
+    }
+    if (placed == T) return taken;
+    for (std::size_t t = 0; t < T; ++t) {
+      if (round > 0 && round < 100 && holder[t] >= 0)
+        bid[t * E + static_cast<std::size_t>(holder[t])] = eps;
+      const auto row = bid.begin() + static_cast<std::ptrdiff_t>(t * E);
+      const auto best = std::max_element(row, row + static_cast<std::ptrdiff_t>(E));
+      holder[t] = *best > 0.0f ? static_cast<expert_id>(best - row) : -1;
+      price[t] += *best;
+      for (std::size_t e = 0; e < E; ++e) value[t * E + e] = z[t * E + e] - price[t];
+      if (holder[t] >= 0) {
+        const std::size_t held = t * E + static_cast<std::size_t>(holder[t]);
+        value[held] = round < 100 ? most : z[held];
+      }
+    }
+  }
+}
+
 }  // namespace oracle

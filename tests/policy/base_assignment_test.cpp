@@ -189,6 +189,18 @@ TEST_CASE("BASE has the same ids on every instruction set, executor and thread c
   }
 }
 
+TEST_CASE("the auction is the published one, bid by bid") {
+  for (const auto& [tokens, experts] :
+       {std::pair<index_t, index_t>{8, 2}, {32, 4}, {60, 5}, {64, 16}, {240, 12}})
+    for (const std::uint32_t seed : {1u, 2u, 3u, 4u, 5u}) {
+      const auto z = test::make_logits(test::shape::normal, seed, tokens, experts);
+      const assignment a = routed(auction, z, tokens, experts);
+      INFO(tokens << " tokens, " << experts << " experts, seed " << seed);
+      CHECK(std::vector<expert_id>(a.ids().begin(), a.ids().end()) ==
+            oracle::auction(z, tokens, experts));
+    }
+}
+
 TEST_CASE("BASE refuses a batch that cannot be shared evenly, by name") {
   CHECK(test::refusal([] { auction.check(10, 4); }) ==
         "moeroute::base_assignment: tokens is 10, expected a multiple of experts = 4");

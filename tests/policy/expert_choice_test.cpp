@@ -266,6 +266,7 @@ TEST_CASE("capacities are rounded by their named rule") {
   CHECK(tokens_per_expert{.factor = 1.0}(10, 4) == 3);
   CHECK(floor_capacity(1.0)(10, 4) == 2);
   CHECK(floor_capacity(1.0)(1, 4) == 1);
+  CHECK(tokens_per_expert{.factor = 0.5, .multiple_of = 4, .at_least = 5}(100, 50) == 8);
   CHECK(tokens_per_expert{.factor = 1.0, .rounding = capacity_rounding::nearest}(11, 4) == 3);
   CHECK(vmoe_capacity(1.0)(40, 8) == 8);
   CHECK(vmoe_capacity(1.0)(3, 1) == 3);

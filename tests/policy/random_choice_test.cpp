@@ -120,3 +120,14 @@ TEST_CASE("one expert is refused where two are chosen, and k beyond E") {
   CHECK(test::refusal([] { random_choice{9}.check(8); }) ==
         "moeroute::random_choice: k is 9, expected 1 to 8");
 }
+
+TEST_CASE("GShard's sampling is from the softmax, also beside a noise gate that others use") {
+  const std::vector<float> logits = test::make_logits(test::shape::normal, 3, 40, 16);
+  const std::vector<float> gate(logits.size(), 5.0f);
+  const gshard_top2 sampling{.policy = second_expert::sampling};
+  const assignment a = routed(sampling, logits, 16, {.seed = 7});
+  const assignment b =
+      routed(sampling, logits, 16,
+             {.noise_logits = matrix_view<const float>(gate.data(), 40, 16), .seed = 7});
+  CHECK(test::bit_difference(a.ids(), b.ids()) == "");
+}
