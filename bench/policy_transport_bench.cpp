@@ -1,4 +1,5 @@
-// Balanced plans: the KL projection, selective Sinkhorn, BASE and sparse transport, whole calls
+// Balanced plans: the KL projection, selective Sinkhorn, expert choice on a plan, BASE and sparse
+// transport by expert and by token, whole calls
 // against the same rule in plain loops.
 #include <algorithm>
 #include <cmath>
@@ -151,7 +152,7 @@ struct plain_auction {
 
 // Twenty steps of Adam on the semi-dual; the C best tokens of every column by std::partial_sort.
 struct plain_sparse {
-  matrix similarity, potential, gradient, mean, square;
+  matrix similarity, potential, gradient, mean, square, threshold_of;
   std::vector<std::pair<float, std::int32_t>> column;
 
   void operator()(const float* z, index_t tokens, index_t experts, index_t capacity) {
@@ -159,6 +160,7 @@ struct plain_sparse {
     const float share = static_cast<float>(tokens) / static_cast<float>(experts);
     for (matrix* m : {&potential, &mean, &square}) m->assign(at(tokens), 0.0f);
     column.resize(at(tokens));
+    threshold_of.resize(at(experts));
     for (int step = 0; step < 20; ++step) {
       gradient.assign(at(tokens), -1.0f);
       for (index_t e = 0; e < experts; ++e) {
@@ -172,6 +174,7 @@ struct plain_sparse {
           const float candidate = (sum - 1.0f) / static_cast<float>(i + 1);
           if (-column[at(i)].first > candidate) threshold = candidate;
         }
+        threshold_of[at(e)] = threshold;
         for (index_t i = 0; i < capacity; ++i)
           gradient[at(column[at(i)].second)] +=
               share * std::max(0.0f, -column[at(i)].first - threshold);
@@ -185,6 +188,54 @@ struct plain_sparse {
       }
     }
     benchmark::DoNotOptimize(potential.data());
+  }
+};
+
+// The k best of every row of that plan.
+struct plain_sparse_rows {
+  index_t k;
+  plain_sparse plan;
+  bench::plain_selection select;
+  matrix row, weight;
+  std::vector<expert_id> id;
+
+  void operator()(const float* z, index_t tokens, index_t experts) {
+    plan(z, tokens, experts, std::min(tokens, (2 * tokens + experts - 1) / experts));
+    const float share = static_cast<float>(tokens) / static_cast<float>(experts);
+    row.resize(at(experts));
+    weight.resize(at(tokens * k));
+    id.resize(weight.size());
+    for (index_t t = 0; t < tokens; ++t) {
+      for (index_t e = 0; e < experts; ++e)
+        row[at(e)] = (plan.similarity[at(t * experts + e)] + plan.potential[at(t)]) / share -
+                     plan.threshold_of[at(e)];
+      select.partial_sort(row.data(), experts, k, id.data() + t * k, weight.data() + t * k);
+      for (index_t r = 0; r < k; ++r)
+        weight[at(t * k + r)] = plan.similarity[at(t * experts + id[at(t * k + r)])];
+    }
+    benchmark::DoNotOptimize(weight.data());
+  }
+};
+
+// The C best of every column of a balanced plan, found by std::nth_element.
+struct plain_plan_columns {
+  plain_plan plan;
+  std::vector<std::pair<float, std::int32_t>> column;
+  std::vector<std::int32_t> taken;
+
+  void operator()(const float* z, index_t tokens, index_t experts, index_t capacity) {
+    plan(z, tokens, experts);
+    column.resize(at(tokens));
+    taken.resize(at(experts * capacity));
+    for (index_t e = 0; e < experts; ++e) {
+      for (index_t t = 0; t < tokens; ++t)
+        column[at(t)] = {-plan.kernel[at(t * experts + e)], static_cast<std::int32_t>(t)};
+      std::nth_element(column.begin(), column.begin() + (capacity - 1), column.end());
+      std::int32_t* ids = taken.data() + e * capacity;
+      for (index_t c = 0; c < capacity; ++c) ids[c] = column[at(c)].second;
+      std::sort(ids, ids + capacity);
+    }
+    benchmark::DoNotOptimize(taken.data());
   }
 };
 
@@ -229,7 +280,18 @@ const bool registered = [] {
   selective_sinkhorn selective{.probability = 1.0f};
   selective.scaling.tolerance = 0.0f;
   selective.scaling.most_iterations = 20;
-  const auto both = [&](const std::string& shape, index_t tokens, index_t experts) {
+  sinkhorn_scaling twenty = kl_projection_scaling;
+  twenty.tolerance = 0.0f;
+  twenty.most_iterations = 20;
+  const auto all = [&](const std::string& shape, index_t tokens, index_t experts) {
+    const index_t places = std::min(tokens, (2 * tokens + experts - 1) / experts);
+    add("sinkhorn_expert_choice", shape, tokens, experts,
+        sinkhorn_expert_choice{.capacity = {.fixed = places}, .scaling = twenty},
+        [places,
+         plain = plain_plan_columns{{2, 20, 1.0f, false, {}, {}, {}, {}, {}, {}, {}}, {}, {}}](
+            const float* z, index_t t, index_t e) mutable { plain(z, t, e, places); });
+    add("sparse_transport_token_choice", shape, tokens, experts,
+        sparse_transport_token_choice{.k = 2}, plain_sparse_rows{2, {}, {}, {}, {}, {}});
     add("kl_projection", shape, tokens, experts, kl,
         plain_plan{2, 20, 1.0f, false, {}, {}, {}, {}, {}, {}, {}});
     add("selective_sinkhorn", shape, tokens, experts, selective,
@@ -239,9 +301,9 @@ const bool registered = [] {
           plain(z, t, e, std::min(t, (2 * t + e - 1) / e));
         });
   };
-  for (const char* shape : bench::shapes) both(shape, 1024, 64);
-  for (const index_t experts : {3, 8, 60, 256}) both("normal", 1024, experts);
-  both("normal", 1, 8);
+  for (const char* shape : bench::shapes) all(shape, 1024, 64);
+  for (const index_t experts : {3, 8, 60, 256}) all("normal", 1024, experts);
+  all("normal", 1, 8);
   // The plain auction knows finite logits that are not all alike only.
   for (const char* shape : {"normal", "bf16_rounded", "one_hot_expert", "zipf"})
     add("base_assignment", shape, 1024, 64, base_assignment{}, plain_auction{});

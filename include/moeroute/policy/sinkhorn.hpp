@@ -1,4 +1,4 @@
-// Token choice on a balanced plan: Sinkhorn routing and its selective form.
+// Choice on a balanced plan: Sinkhorn routing, its selective form, and expert choice.
 #pragma once
 
 #include <cmath>
@@ -6,7 +6,10 @@
 #include <string>
 
 #include <moeroute/base/rng.hpp>
+#include <moeroute/policy/column_choice.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/expert_choice.hpp>
+#include <moeroute/policy/noise.hpp>
 #include <moeroute/policy/phase.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/policy/row_choice.hpp>
@@ -110,9 +113,9 @@ static_assert(batch_router<sinkhorn>);
 /// softmax.
 ///
 /// Ensures: with probability 0, and in evaluation, the result has the bits of router<softmax> with
-/// a top-k and sum_normalized weights. The coin is random_u01(side.seed, stream, side.step): every
-/// rank and every replay throws the same one. Cost, Determinism: as sinkhorn on a balanced step,
-/// else as the softmax router. Source: Nguyen et al. 2025.
+/// a top-k, sum_normalized weights and, in training, the noise. The coin is random_u01(side.seed,
+/// stream, side.step): every rank and every replay throws the same one. Cost, Determinism: as
+/// sinkhorn on a balanced step, else as the softmax router. Source: Nguyen et al. 2025.
 struct selective_sinkhorn {
   index_t k = 2;
   float probability = 1e-3f;  ///< of a balanced step
@@ -124,6 +127,8 @@ struct selective_sinkhorn {
                            .eps = 0.0f,
                            .tolerance = 1e-4f,
                            .most_iterations = 100};
+  /// On the logits of a training step that is not balanced; the weights see it too.
+  logit_noise noise{};
   std::uint64_t stream = 0x53535200;  ///< of the coin; give layers that should differ their own
 
   /// Throws: error where k is outside [1, E], probability outside [0, 1], or a field of scaling out
@@ -135,6 +140,7 @@ struct selective_sinkhorn {
       fail("selective_sinkhorn",
            "probability is " + std::to_string(probability) + ", expected 0 to 1");
     scaling.check("selective_sinkhorn");
+    noise.check();
   }
 
   /// Whether the step of `side` is balanced.
@@ -151,7 +157,8 @@ struct selective_sinkhorn {
       return balanced.route_batch<Exec, A>(z, side, ws, out, exec);
     }
     if (z.rows == 0) return out.reset(0, z.cols, k);
-    const router<softmax> plain{.selection = {.k = k}, .weight = sum_normalized};
+    router<softmax> plain{.selection = {.k = k}, .weight = sum_normalized};
+    if (phase == routing_phase::training) plain.transform.noise = noise;
     const int workers = worker_slots::count(exec.concurrency());
     using memory = detail::row_memory<router<softmax>>;
     const memory* memories =
@@ -160,5 +167,100 @@ struct selective_sinkhorn {
   }
 };
 static_assert(batch_router<selective_sinkhorn>);
+
+/// Expert choice on a balanced plan: each expert takes the C tokens that the plan gives it most of,
+/// the lowest token among equals.
+///
+/// Shapes: logits [T, E]; the result is ragged, a token's experts in ascending id, possibly none.
+/// Ensures: every expert has exactly C tokens, fewer only where fewer tokens have a logit above
+/// -inf. Throws: error where weights is by_k or sigmoid, or an option is out of its range. Cost: as
+/// sinkhorn, and one column sweep; a [T, E] matrix and a panel of scratch. No allocation once warm.
+/// Determinism: the same ids and weights on every ISA, executor and thread count.
+/// Source: Liu et al. 2024, "Routers in Vision Mixture of Experts"; weights are V-MoE's.
+struct sinkhorn_expert_choice {
+  tokens_per_expert capacity{};
+  plan_weights weights = plan_weights::softmax;  ///< or the plan's own entries, as they are
+  sinkhorn_scaling scaling{};
+
+  void check(index_t, index_t experts) const {
+    check_range("sinkhorn_expert_choice", "experts", experts, 1, max_experts);
+    capacity.check();
+    scaling.check("sinkhorn_expert_choice");
+    if (weights != plan_weights::softmax && weights != plan_weights::plan)
+      fail("sinkhorn_expert_choice", "weights is by_k or sigmoid, expected softmax or plan");
+  }
+
+  template <executor Exec, class A = simd::default_arch>
+  void route_batch(matrix_view<const float> z, const side_inputs& side, workspace& ws,
+                   assignment& out, const Exec& exec) const {
+    const index_t tokens = z.rows, experts = z.cols;
+    if (tokens == 0) {
+      out.reset_ragged(0, experts, experts);
+      out.to_fill().offsets[0] = 0;
+      return out.close();
+    }
+    const detail::column_scopes s{tokens, experts, 1, tokens, capacity(tokens, experts)};
+    const int workers = worker_slots::count(exec.concurrency());
+    detail::sinkhorn_state state{};
+    struct memory {
+      float* panel;
+      detail::choice_rows* rows;
+      simd::column_top_k_buffers* columns;
+      simd::column_picks picks;
+      std::int32_t* cursor;
+    };
+    const memory m = ws.carve([&](scratch& tape) {
+      state = detail::sinkhorn_state::carve(tape, tokens, experts, workers);
+      return memory{tape.take<float>(s.panel()), detail::choice_rows::carve(tape, experts, workers),
+                    detail::carve_column_buffers(tape, tokens, workers),
+                    detail::carve_picks(tape, s), tape.take<std::int32_t>(tokens + experts)};
+    });
+    detail::sinkhorn_engine<A> engine(scaling, state);
+    engine.run(z, side, exec);
+    // The plan, 16 tokens at a time, into the panel.
+    worker_slots slots(workers);
+    exec.parallel_for(s.tiles(), 1, [&](index_t begin, index_t end) {
+      const worker_slots::held worker(slots);
+      const detail::choice_rows& r = m.rows[worker];
+      for (index_t tile = begin; tile < end; ++tile) {
+        std::fill_n(r.rows, simd::tile_size * r.stride, simd::minus_infinity);
+        std::fill_n(r.factor, simd::tile_size, 1.0f);
+        const index_t first = tile * simd::tile_size;
+        for (index_t t = first; t < std::min(first + simd::tile_size, tokens); ++t) {
+          if (side.masked(t)) continue;
+          float* const row = r.rows + (t - first) * r.stride;
+          engine.plan_row(t, row);
+          for (index_t e = 0; e < experts; ++e)
+            if (!(z(t, e) > simd::minus_infinity)) row[e] = simd::minus_infinity;
+        }
+        simd::pack_tiles<A>(r.rows, r.stride, r.factor, experts, m.panel,
+                            simd::panel_shape{s.tiles()}, tile);
+      }
+    });
+    detail::pick_columns<A>(
+        s,
+        [&](index_t, index_t strip) {
+          return detail::stored_strip{m.panel +
+                                      strip * s.tiles() * simd::tile_size * simd::tile_size};
+        },
+        m.columns, workers, m.picks, exec);
+    detail::rows_from_picks(
+        s, m.picks, m.cursor, experts, out,
+        [](index_t, index_t, std::int32_t key) { return simd::value_of_key(key); });
+    if (weights == plan_weights::plan) return;
+    const assignment::parts p = out.to_fill();
+    exec.parallel_for(tokens, 256, [&](index_t begin, index_t end) {
+      const worker_slots::held worker(slots);
+      float* const score = m.rows[worker].rows;
+      for (index_t t = begin; t < end; ++t) {
+        if (p.offsets[t] == p.offsets[t + 1]) continue;
+        softmax::score_row<A>(z.row(t), experts, score);
+        for (std::int32_t i = p.offsets[t]; i < p.offsets[t + 1]; ++i)
+          p.weights[i] = score[p.ids[i]];
+      }
+    });
+  }
+};
+static_assert(batch_router<sinkhorn_expert_choice>);
 
 }  // namespace moeroute

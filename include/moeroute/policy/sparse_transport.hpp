@@ -1,5 +1,5 @@
-// Sparsity-constrained optimal transport: a plan with at most k tokens per expert, and expert
-// choice on it.
+// Sparsity-constrained optimal transport: a plan with at most so many tokens per expert, and expert
+// choice or token choice on it.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,8 @@
 #include <moeroute/policy/column_choice.hpp>
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/expert_choice.hpp>
+#include <moeroute/policy/row_choice.hpp>
+#include <moeroute/policy/score.hpp>
 #include <moeroute/simd/adam.hpp>
 #include <moeroute/simd/column_top_k.hpp>
 
@@ -104,7 +106,7 @@ struct sparse_transport {
       out.to_fill().offsets[0] = 0;
       return out.close();
     }
-    const solver<A> s = this->template solve<A>(z, side, ws, exec);
+    const solver<A> s = this->template solve<A>(z, side, ws, exec, [](scratch&) {});
     const index_t c = std::min(capacity(tokens, experts), tokens);
     detail::column_scopes taken = s.scopes;
     taken.capacity = c;
@@ -127,7 +129,7 @@ struct sparse_transport {
     check_size("sparse_transport", "plan.cols", plan.cols, z.cols);
     for (index_t t = 0; t < z.rows; ++t) std::fill_n(plan.row(t), z.cols, 0.0f);
     if (z.rows == 0) return;
-    const solver<A> s = this->template solve<A>(z, side, ws, exec);
+    const solver<A> s = this->template solve<A>(z, side, ws, exec, [](scratch&) {});
     for (index_t e = 0; e < z.cols; ++e)
       for (index_t i = 0; i < s.picks.count[e]; ++i) {
         const index_t at = e * s.scopes.capacity + i;
@@ -136,6 +138,8 @@ struct sparse_transport {
   }
 
  private:
+  friend struct sparse_transport_token_choice;
+
   template <class A>
   struct solver {
     detail::column_scopes scopes;  ///< with the support as capacity
@@ -149,6 +153,11 @@ struct sparse_transport {
     double* threshold;                            ///< [E]
     double column_mass, scale;
 
+    // Whether the plan has the entry is decided by the support too, not by this alone.
+    double over_threshold(index_t e, double shifted) const {
+      return shifted / scale - threshold[e];
+    }
+
     simd::panel_shape shape() const { return {scopes.tiles()}; }
     auto source() const {
       return [this](index_t, index_t strip) {
@@ -158,7 +167,7 @@ struct sparse_transport {
     }
     // What the plan gives expert e of a token whose similarity plus potential has this key.
     float mass(index_t e, std::int32_t key) const {
-      const double over = static_cast<double>(simd::value_of_key(key)) / scale - threshold[e];
+      const double over = over_threshold(e, static_cast<double>(simd::value_of_key(key)));
       return over > 0.0 ? static_cast<float>(over * column_mass) : 0.0f;
     }
     float similarity(index_t t, index_t e) const {
@@ -169,9 +178,10 @@ struct sparse_transport {
     }
   };
 
-  template <class A, executor Exec>
+  // also(tape) carves what the caller needs beside the plan.
+  template <class A, executor Exec, class Also>
   solver<A> solve(matrix_view<const float> z, const side_inputs& side, workspace& ws,
-                  const Exec& exec) const {
+                  const Exec& exec, const Also& also) const {
     const index_t tokens = z.rows, experts = z.cols;
     const index_t c = capacity(tokens, experts);
     const index_t k = std::min(support > 0 ? support : c, tokens);
@@ -193,6 +203,7 @@ struct sparse_transport {
       r.mean = tape.take<float>(padded);
       r.square = tape.take<float>(padded);
       r.threshold = tape.take<double>(experts);
+      also(tape);
       return r;
     });
     detail::fill_panels<A>(softmax{}, z, side, s.scopes, s.rows, workers, s.panel, exec);
@@ -218,5 +229,80 @@ struct sparse_transport {
   }
 };
 static_assert(batch_router<sparse_transport>);
+
+/// Token choice on a sparse transport plan: each token takes the k experts that the plan gives it
+/// to most.
+///
+/// Shapes: logits [T, E]; the result is [T, k], best first. Choice score: similarity plus potential
+/// over the expert's threshold, which has the order of the plan's row and ranks the entries that
+/// are 0 behind it; those that reach the threshold and not the support are equal, the lowest expert
+/// first. Nothing bounds an expert's tokens but the plan: a capacity is the stage of that name.
+/// Throws: error where k is outside [1, E] or an option of the plan is out of its range. Cost: as
+/// sparse_transport, a [T, E] matrix of scratch more and a top-k per row. No allocation once warm.
+/// Determinism: as sparse_transport. Source: Liu, Puigcerver, Blondel 2022; V-MoE.
+struct sparse_transport_token_choice {
+  index_t k = 1;
+  /// Its capacity is the plan's support where that is 0.
+  sparse_transport transport{};
+
+  void check(index_t tokens, index_t experts) const {
+    transport.check(tokens, experts);
+    check_range("sparse_transport_token_choice", "k", k, 1, experts);
+  }
+
+  template <executor Exec, class A = simd::default_arch>
+  void route_batch(matrix_view<const float> z, const side_inputs& side, workspace& ws,
+                   assignment& out, const Exec& exec) const {
+    const index_t tokens = z.rows, experts = z.cols;
+    if (tokens == 0) return out.reset(0, experts, k);
+    float* order = nullptr;
+    double column_mass = 0.0;
+    const detail::filled_rows rows{
+        k,
+        [&]<class B>(const logit_block& block, float* choice) {
+          for (int i = 0; i < block.rows; ++i)
+            std::copy_n(order + (block.first_token + i) * experts, experts, choice + i * experts);
+        },
+        [&]<class B>(const logit_block& block, choice_block& c, const float* choice) {
+          if (transport.weights == transport_weights::softmax)
+            return softmax::score_choices<B>(block, c, score_scale::exact);
+          for (int r = 0; r < c.k; ++r)
+            for (int i = 0; i < block.rows; ++i) {
+              const expert_id e = c.id[r * block_rows + i];
+              const float over = e == no_expert ? 0.0f : choice[i * experts + e];
+              c.value[r * block_rows + i] =
+                  over > 0.0f ? static_cast<float>(static_cast<double>(over) * column_mass) : 0.0f;
+            }
+        }};
+    using memory = detail::row_memory<std::remove_const_t<decltype(rows)>>;
+    const int workers = worker_slots::count(exec.concurrency());
+    const memory* memories = nullptr;
+    const auto s = transport.template solve<A>(z, side, ws, exec, [&](scratch& tape) {
+      order = tape.take<float>(tokens * experts);
+      memories = memory::carve(tape, rows, experts, workers);
+    });
+    column_mass = s.column_mass;
+    // What the plan leaves out, then its entries over that.
+    for (index_t t = 0; t < tokens; ++t)
+      for (index_t e = 0; e < experts; ++e) {
+        const double over = s.over_threshold(
+            e, static_cast<double>(s.similarity(t, e)) + static_cast<double>(s.potential[t]));
+        order[t * experts + e] = z(t, e) > simd::minus_infinity
+                                     ? std::min(static_cast<float>(over), 0.0f)
+                                     : simd::minus_infinity;
+      }
+    for (index_t e = 0; e < experts; ++e)
+      for (index_t i = 0; i < s.picks.count[e]; ++i) {
+        const index_t at = e * s.scopes.capacity + i;
+        const double over =
+            s.over_threshold(e, static_cast<double>(simd::value_of_key(s.picks.key[at])));
+        if (over > 0.0)
+          order[s.picks.row[at] * experts + e] =
+              std::max(static_cast<float>(over), std::numeric_limits<float>::min());
+      }
+    detail::route_rows<A>(rows, z, side, memories, workers, out, exec);
+  }
+};
+static_assert(batch_router<sparse_transport_token_choice>);
 
 }  // namespace moeroute

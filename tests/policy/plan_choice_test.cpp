@@ -1,0 +1,219 @@
+// Expert choice on balanced plans, token choice on sparse ones, and noise beside the plan.
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/policy/sinkhorn.hpp>
+#include <moeroute/policy/sparse_transport.hpp>
+#include <moeroute/stage/route.hpp>
+#include <vector>
+
+#include "oracle/routing.hpp"
+#include "support/batch_bits.hpp"
+#include "support/compare.hpp"
+#include "support/counting_new.hpp"
+#include "support/refusal.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+matrix_view<const float> rows_of(const std::vector<float>& z, index_t experts) {
+  return {z.data(), static_cast<index_t>(z.size()) / experts, experts};
+}
+
+template <class Router>
+assignment routed(const Router& router, const std::vector<float>& z, index_t experts,
+                  const side_inputs& side = {}) {
+  workspace ws;
+  assignment out;
+  route(router, rows_of(z, experts), side, ws, out);
+  return out;
+}
+
+std::vector<float> balanced_plan(const sinkhorn_scaling& how, const std::vector<float>& z,
+                                 index_t experts) {
+  std::vector<float> plan(z.size());
+  workspace ws;
+  sinkhorn_plan(how, rows_of(z, experts), {}, ws,
+                matrix_view<float>(plan.data(), static_cast<index_t>(z.size()) / experts, experts));
+  return plan;
+}
+
+// The tokens of each expert: the C largest of a column, the lowest token among equals.
+std::vector<std::vector<expert_id>> column_choice(const std::vector<float>& plan,
+                                                  const std::vector<float>& z, index_t experts,
+                                                  index_t capacity) {
+  const auto tokens = static_cast<index_t>(z.size()) / experts;
+  std::vector<std::vector<expert_id>> chosen(static_cast<std::size_t>(tokens));
+  for (index_t e = 0; e < experts; ++e) {
+    std::vector<float> column;
+    for (index_t t = 0; t < tokens; ++t) {
+      const auto at = static_cast<std::size_t>(t * experts + e);
+      column.push_back(z[at] > -test::infinity ? plan[at] : -test::infinity);
+    }
+    for (const expert_id t : oracle::top_k(column.data(), tokens, capacity))
+      if (t >= 0) chosen[static_cast<std::size_t>(t)].push_back(static_cast<expert_id>(e));
+  }
+  return chosen;
+}
+
+}  // namespace
+
+TEST_CASE("expert choice on a balanced plan takes the largest entries of the plan's columns") {
+  constexpr index_t tokens = 70, experts = 9;
+  for (const test::shape shape : {test::shape::normal, test::shape::quantised, test::shape::masked,
+                                  test::shape::all_equal, test::shape::half_nan})
+    for (const auto domain : {sinkhorn_domain::exponential, sinkhorn_domain::logarithm})
+      for (const index_t capacity : {1, 8, 70}) {
+        const sinkhorn_expert_choice router{.capacity = {.fixed = capacity},
+                                            .scaling = {.domain = domain}};
+        auto z = test::make_logits(shape, 5, tokens, experts);
+        const assignment out = routed(router, z, experts);
+        const auto expected =
+            column_choice(balanced_plan(router.scaling, z, experts), z, experts, capacity);
+        bool same = true;
+        double error = 0.0;
+        for (index_t t = 0; t < tokens; ++t) {
+          const auto& ids = expected[static_cast<std::size_t>(t)];
+          same = same && std::equal(out.ids(t).begin(), out.ids(t).end(), ids.begin(), ids.end());
+          const float* row = z.data() + t * experts;
+          const auto score = oracle::softmax(row, experts, oracle::order(row, experts));
+          for (std::size_t i = 0; i < out.ids(t).size(); ++i)
+            error = std::max(error, std::abs(static_cast<double>(out.weights(t)[i]) -
+                                             score[static_cast<std::size_t>(out.ids(t)[i])]));
+        }
+        INFO(test::name(shape) << " C=" << capacity << " domain " << static_cast<int>(domain));
+        CHECK(same);
+        CHECK(error < 1e-6);
+      }
+}
+
+TEST_CASE("weights of expert choice may be the plan's entries") {
+  constexpr index_t experts = 8;
+  const auto z = test::make_logits(test::shape::normal, 2, 64, experts);
+  const sinkhorn_expert_choice router{.capacity = {.fixed = 8}, .weights = plan_weights::plan};
+  const assignment out = routed(router, z, experts);
+  const auto plan = balanced_plan(router.scaling, z, experts);
+  std::vector<float> expected;
+  for (index_t t = 0; t < 64; ++t)
+    for (const expert_id e : out.ids(t))
+      expected.push_back(plan[static_cast<std::size_t>(t * experts + e)]);
+  CHECK(test::bit_difference(out.weights(), expected) == "");
+}
+
+TEST_CASE("token choice on a sparse plan takes the largest entries of the plan's rows first") {
+  constexpr index_t tokens = 64, experts = 8;
+  for (const test::shape shape :
+       {test::shape::normal, test::shape::zipf, test::shape::quantised, test::shape::masked})
+    for (const index_t support : {4, 16, 64})
+      for (const index_t k : {1, 3, 8}) {
+        const sparse_transport transport{.support = support, .weights = transport_weights::plan};
+        const auto z = test::make_logits(shape, 6, tokens, experts);
+        const assignment out =
+            routed(sparse_transport_token_choice{.k = k, .transport = transport}, z, experts);
+        std::vector<float> plan(z.size());
+        workspace ws;
+        transport.plan(rows_of(z, experts), {}, ws,
+                       matrix_view<float>(plan.data(), tokens, experts));
+        std::string broken;
+        for (index_t t = 0; t < tokens; ++t) {
+          const float* row = plan.data() + t * experts;
+          std::vector<float> sorted(row, row + experts);
+          std::sort(sorted.begin(), sorted.end(), std::greater<>{});
+          for (index_t r = 0; r < k; ++r) {
+            const auto at = static_cast<std::size_t>(r);
+            const expert_id e = out.ids(t)[at];
+            const float entry = e < 0 ? 0.0f : row[e];
+            // The order is that of the entries before they were rounded.
+            if (std::abs(entry - sorted[at]) > 1e-6f * sorted[at]) broken = "another entry";
+            if (std::abs(out.weights(t)[at] - entry) > 1e-6f * entry) broken = "another weight";
+            if (e >= 0 && !(z[static_cast<std::size_t>(t * experts + e)] > -test::infinity))
+              broken = "a masked expert";
+          }
+        }
+        INFO(test::name(shape) << " support " << support << " k " << k);
+        CHECK(broken == "");
+      }
+}
+
+TEST_CASE("token choice on a sparse plan has weights of the softmax unless the plan's are wanted") {
+  constexpr index_t experts = 6;
+  const auto z = test::make_logits(test::shape::normal, 4, 48, experts);
+  const assignment out = routed(sparse_transport_token_choice{.k = 2}, z, experts);
+  double error = 0.0;
+  for (index_t t = 0; t < 48; ++t) {
+    const float* row = z.data() + t * experts;
+    const auto score = oracle::softmax(row, experts, oracle::order(row, experts));
+    for (std::size_t r = 0; r < 2; ++r)
+      error = std::max(error, std::abs(static_cast<double>(out.weights(t)[r]) -
+                                       score[static_cast<std::size_t>(out.ids(t)[r])]));
+  }
+  CHECK(error < 1e-6);
+}
+
+TEST_CASE(
+    "choices on plans have the same bits on every instruction set, executor and thread count") {
+  const auto z = test::make_logits(test::shape::normal, 8, 500, 24);
+  CHECK(test::batch_bits_differ(sinkhorn_expert_choice{.capacity = {.fixed = 30}}, z, 24) == "");
+  CHECK(test::batch_bits_differ(sparse_transport_token_choice{.k = 3}, z, 24) == "");
+}
+
+TEST_CASE("masked tokens are never taken on a plan, and no token is no choice") {
+  constexpr index_t experts = 5;
+  const auto z = test::make_logits(test::shape::normal, 9, 40, experts);
+  std::vector<std::uint8_t> mask(40, 1);
+  for (std::size_t t = 0; t < 40; t += 3) mask[t] = 0;
+  const side_inputs side{.mask = mask};
+  const assignment experts_take =
+      routed(sinkhorn_expert_choice{.capacity = {.fixed = 7}}, z, experts, side);
+  const assignment tokens_take = routed(sparse_transport_token_choice{.k = 2}, z, experts, side);
+  for (index_t t = 0; t < 40; t += 3) {
+    CHECK(experts_take.count(t) == 0);
+    CHECK(tokens_take.ids(t)[0] == no_expert);
+  }
+  CHECK(routed(sinkhorn_expert_choice{}, {}, experts).choices() == 0);
+  CHECK(routed(sparse_transport_token_choice{}, {}, experts).choices() == 0);
+}
+
+TEST_CASE("warm choices on plans never allocate") {
+  constexpr index_t experts = 16;
+  const auto z = test::make_logits(test::shape::normal, 1, 200, experts);
+  workspace ws;
+  assignment out;
+  const auto warm = [&](const auto& router) {
+    route(router, rows_of(z, experts), ws, out);
+    return test::allocations_during([&] { route(router, rows_of(z, experts), ws, out); });
+  };
+  CHECK(warm(sinkhorn_expert_choice{.capacity = {.fixed = 20}}) == 0);
+  CHECK(warm(sparse_transport_token_choice{.k = 4}) == 0);
+}
+
+TEST_CASE("a selective step that is not balanced has the noise of a noisy softmax top-k") {
+  constexpr index_t experts = 12;
+  const auto z = test::make_logits(test::shape::normal, 3, 50, experts);
+  const logit_noise noise{.kind = noise_kind::gaussian, .sigma = 0.5f};
+  const side_inputs side{.seed = 4, .step = 9};
+  selective_sinkhorn router{.k = 2, .probability = 0.0f, .noise = noise};
+  moeroute::router<softmax> noisy{.selection = {.k = 2}, .weight = sum_normalized};
+  const assignment plain = routed(noisy, z, experts, side);
+  noisy.transform.noise = noise;
+  const auto same = [](const assignment& a, const assignment& b) {
+    return std::ranges::equal(a.ids(), b.ids()) &&
+           test::bit_difference(a.weights(), b.weights()) == "";
+  };
+  CHECK(same(routed(router, z, experts, side), routed(noisy, z, experts, side)));
+  CHECK_FALSE(same(routed(router, z, experts, side), plain));
+  router.phase = routing_phase::evaluation;
+  CHECK(same(routed(router, z, experts, side), plain));
+}
+
+TEST_CASE("choices on plans refuse what does not fit, by name") {
+  const auto z = test::make_logits(test::shape::normal, 1, 8, 4);
+  CHECK(test::refusal([&] {
+          routed(sinkhorn_expert_choice{.weights = plan_weights::by_k}, z, 4);
+        }).find("weights is by_k") != std::string::npos);
+  CHECK(test::refusal([&] {
+          routed(sparse_transport_token_choice{.k = 5}, z, 4);
+        }).find("k is 5, expected 1 to 4") != std::string::npos);
+}
