@@ -117,8 +117,9 @@ class committee_meter {
     std::vector<index_t> rank(sum_.size()), order(static_cast<std::size_t>(experts_));
     for (index_t d = 0; d < domains_; ++d) {
       for (index_t e = 0; e < experts_; ++e) order[static_cast<std::size_t>(e)] = e;
-      std::stable_sort(order.begin(), order.end(), [&](index_t a, index_t b) {
-        return contribution(d, a) > contribution(d, b);
+      std::sort(order.begin(), order.end(), [&](index_t a, index_t b) {
+        const auto x = contribution(d, a), y = contribution(d, b);
+        return x > y || (x == y && a < b);
       });
       for (index_t r = 0; r < experts_; ++r)
         rank[static_cast<std::size_t>(d * experts_ + order[static_cast<std::size_t>(r)])] =

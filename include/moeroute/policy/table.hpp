@@ -96,8 +96,10 @@ inline expert_table balanced_table(std::span<const std::int64_t> frequency, inde
                                  std::to_string(frequency[t]) + ", expected >= 0");
   std::vector<std::int32_t> order(frequency.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
-    return frequency[static_cast<std::size_t>(a)] > frequency[static_cast<std::size_t>(b)];
+  std::sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
+    const auto x = frequency[static_cast<std::size_t>(a)];
+    const auto y = frequency[static_cast<std::size_t>(b)];
+    return x > y || (x == y && a < b);
   });
   // A heap of (load, expert), the least on top.
   std::vector<std::pair<std::int64_t, expert_id>> heap;
