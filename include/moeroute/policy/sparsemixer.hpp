@@ -77,7 +77,7 @@ struct sparsemixer {
         for (int e = experts - 1; e >= 0; --e) {
           best = simd::select<A>(x[e] == max, simd::vint<A>(e), best);
           const F size = simd::absolute<A>(x[e]), factor = simd::select<A>(size > max, size, max);
-          const auto out = (max - x[e]) / factor > limit;
+          const auto out = simd::divide<A>(max - x[e], factor) > limit;
           term[e] = simd::select<A>(out, zero, simd::exp_below_max<A>(x[e], max));
         }
         for (int e = experts; e < block_rows; ++e) term[e] = zero;
@@ -86,7 +86,7 @@ struct sparsemixer {
         const auto found = max > never;
         simd::select<A>(found, best, simd::vint<A>(no_expert))
             .store_unaligned(c.id + r * block_rows + lane);
-        simd::select<A>(found, one / term[0], zero)
+        simd::select<A>(found, simd::divide<A>(one, term[0]), zero)
             .store_unaligned(c.value + r * block_rows + lane);
         for (int e = 0; e < experts; ++e)
           x[e] = simd::select<A>(simd::differs<A>(best, simd::vint<A>(e)), x[e], never);

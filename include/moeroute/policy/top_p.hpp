@@ -139,7 +139,7 @@ struct top_p {
       const float max = there > 0 ? memory.score[0] : simd::minus_infinity;
       const F top(max), sum(simd::row_sum_exp<A>(z.row(i), z.experts, max));
       simd::map_row<A>(memory.score, there, memory.score,
-                       [&](F x) { return simd::exp_below_max<A>(x, top) / sum; });
+                       [&](F x) { return simd::divide<A>(simd::exp_below_max<A>(x, top), sum); });
       const int k = static_cast<int>(most);
       count[i] = prefix(memory.score, 1, static_cast<int>(there), k, most);
       for (int r = 0; r < count[i]; ++r) {
