@@ -88,6 +88,13 @@ template <class Weight>
   }
 }
 
+// The decision about no tokens.
+inline void no_rows(index_t experts, index_t most, assignment& out) {
+  out.reset_ragged(0, experts, most);
+  out.to_fill().offsets[0] = 0;
+  out.close();
+}
+
 // Turns columns of picks into token rows, experts in ascending order. weight(token, expert, key) is
 // the weight. cursor is [tokens + experts].
 template <class Weight>

@@ -204,11 +204,7 @@ struct expert_choice {
                    assignment& out, const Exec& exec) const {
     const index_t tokens = z.rows, experts = z.cols;
     const index_t most = most_experts > 0 ? most_experts : experts;
-    if (tokens == 0) {
-      out.reset_ragged(0, experts, most);
-      out.to_fill().offsets[0] = 0;
-      return out.close();
-    }
+    if (tokens == 0) return detail::no_rows(experts, most, out);
     const index_t length = sequence_length > 0 ? sequence_length : tokens;
     const detail::column_scopes s{tokens, experts, tokens / length, length,
                                   capacity(length, experts)};

@@ -194,11 +194,7 @@ struct sinkhorn_expert_choice {
   void route_batch(matrix_view<const float> z, const side_inputs& side, workspace& ws,
                    assignment& out, const Exec& exec) const {
     const index_t tokens = z.rows, experts = z.cols;
-    if (tokens == 0) {
-      out.reset_ragged(0, experts, experts);
-      out.to_fill().offsets[0] = 0;
-      return out.close();
-    }
+    if (tokens == 0) return detail::no_rows(experts, experts, out);
     const detail::column_scopes s{tokens, experts, 1, tokens, capacity(tokens, experts)};
     const int workers = worker_slots::count(exec.concurrency());
     detail::sinkhorn_state state{};

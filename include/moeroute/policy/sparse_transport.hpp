@@ -101,11 +101,7 @@ struct sparse_transport {
   void route_batch(matrix_view<const float> z, const side_inputs& side, workspace& ws,
                    assignment& out, const Exec& exec) const {
     const index_t tokens = z.rows, experts = z.cols;
-    if (tokens == 0) {
-      out.reset_ragged(0, experts, experts);
-      out.to_fill().offsets[0] = 0;
-      return out.close();
-    }
+    if (tokens == 0) return detail::no_rows(experts, experts, out);
     const solver<A> s = this->template solve<A>(z, side, ws, exec, [](scratch&) {});
     const index_t c = std::min(capacity(tokens, experts), tokens);
     detail::column_scopes taken = s.scopes;
@@ -283,14 +279,16 @@ struct sparse_transport_token_choice {
     });
     column_mass = s.column_mass;
     // What the plan leaves out, then its entries over that.
-    for (index_t t = 0; t < tokens; ++t)
-      for (index_t e = 0; e < experts; ++e) {
-        const double over = s.over_threshold(
-            e, static_cast<double>(s.similarity(t, e)) + static_cast<double>(s.potential[t]));
-        order[t * experts + e] = z(t, e) > simd::minus_infinity
-                                     ? std::min(static_cast<float>(over), 0.0f)
-                                     : simd::minus_infinity;
-      }
+    exec.parallel_for(tokens, 256, [&](index_t begin, index_t end) {
+      for (index_t t = begin; t < end; ++t)
+        for (index_t e = 0; e < experts; ++e) {
+          const double over = s.over_threshold(
+              e, static_cast<double>(s.similarity(t, e)) + static_cast<double>(s.potential[t]));
+          order[t * experts + e] = z(t, e) > simd::minus_infinity
+                                       ? std::min(static_cast<float>(over), 0.0f)
+                                       : simd::minus_infinity;
+        }
+    });
     for (index_t e = 0; e < experts; ++e)
       for (index_t i = 0; i < s.picks.count[e]; ++i) {
         const index_t at = e * s.scopes.capacity + i;
