@@ -119,6 +119,32 @@ TEST_CASE("monotone scores without a bias are chosen on logits, where scores wou
   CHECK(block<simd::default_arch>(r, z, 1, 3).ids == std::vector<expert_id>{1, 2, 0});
 }
 
+TEMPLATE_TEST_CASE("a bias moves the choice and never the weight", "", softmax, sigmoid) {
+  for (const shape s : test::all_shapes)
+    for (const index_t experts : {7, 60, 257}) {
+      const std::vector<float> z = test::make_logits(s, 10, 16, experts);
+      std::vector<float> bias, score(static_cast<std::size_t>(experts)), choice(score.size());
+      for (index_t e = 0; e < experts; ++e) bias.push_back(static_cast<float>(e % 5) - 2.0f);
+      const router<TestType> r{.selection = {.k = 4}, .bias = selection_bias(bias)};
+      const choices got = block<simd::default_arch>(r, z, 16, experts);
+      std::vector<expert_id> ids;
+      std::vector<float> weights;
+      for (index_t t = 0; t < 16; ++t) {
+        const float* row = z.data() + t * experts;
+        TestType::score_row(row, experts, score.data());
+        for (std::size_t e = 0; e < score.size(); ++e)
+          choice[e] = row[e] > -test::infinity ? score[e] + bias[e] : -test::infinity;
+        for (const expert_id e : oracle::top_k(choice.data(), experts, 4)) {
+          ids.push_back(e);
+          weights.push_back(e == no_expert ? 0.0f : score[static_cast<std::size_t>(e)]);
+        }
+      }
+      INFO(test::name(s) << " E=" << experts);
+      CHECK(test::bit_difference(got.ids, ids) == "");
+      CHECK(test::bit_difference(got.weights, weights) == "");
+    }
+}
+
 TEST_CASE("a router needs no type but its score's") {
   const router r{softmax{}, top_k{.k = 3}, sum_normalized};
   CHECK(r.k() == 3);

@@ -144,3 +144,17 @@ TEST_CASE("relu, identity and uniform are what they say") {
   CHECK(test::bit_difference(scores<simd::default_arch, uniform_score>(z),
                              std::vector<float>(5, 1.0f)) == "");
 }
+
+TEST_CASE("a choice without an expert has the score 0 under every score function") {
+  const std::vector<float> z = {2.0f, 1.0f};
+  const auto absent = [&]<class Score>(Score) {
+    return winners<simd::default_arch, Score>(z, {0, no_expert}, score_scale::exact)[1];
+  };
+  CHECK(absent(softmax{}) == 0.0f);
+  CHECK(absent(softmax_selected{}) == 0.0f);
+  CHECK(absent(sigmoid{}) == 0.0f);
+  CHECK(absent(sqrt_softplus{}) == 0.0f);
+  CHECK(absent(relu{}) == 0.0f);
+  CHECK(absent(identity_score{}) == 0.0f);
+  CHECK(absent(uniform_score{}) == 0.0f);
+}

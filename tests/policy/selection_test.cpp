@@ -40,7 +40,11 @@ std::vector<expert_id> grouped(const top_k& rule, const std::vector<float>& row)
     const std::vector<expert_id> best = oracle::order(first, size);
     float sum = simd::minus_infinity;
     if (!best.empty()) sum = first[best[0]];
-    if (rule.group_score == group_score::top2_sum && best.size() > 1) sum += first[best[1]];
+    std::size_t counted = 1;
+    if (rule.group_score == group_score::top2_sum) counted = 2;
+    if (rule.group_score == group_score::top_sum)
+      counted = static_cast<std::size_t>(rule.k / rule.topk_group);
+    for (std::size_t r = 1; r < std::min(counted, best.size()); ++r) sum += first[best[r]];
     worth.push_back(sum);
   }
   std::vector<expert_id> groups(static_cast<std::size_t>(rule.groups));
@@ -74,10 +78,11 @@ TEST_CASE("without groups the k best of all experts are chosen") {
 }
 
 TEST_CASE("with groups only experts of the best groups are chosen, equal groups in order") {
-  for (const group_score score : {group_score::max, group_score::top2_sum})
+  for (const group_score score : {group_score::max, group_score::top2_sum, group_score::top_sum})
     for (const float fill : {simd::minus_infinity, 0.0f})
       for (const index_t topk_group : {1, 2, 3, 8}) {
-        const top_k rule{.k = 3,
+        // Three experts of each group count towards a top_sum.
+        const top_k rule{.k = score == group_score::top_sum ? 3 * topk_group : 3,
                          .groups = 8,
                          .topk_group = topk_group,
                          .group_score = score,
