@@ -31,24 +31,13 @@ class plain_gate {
 
   void operator()(const float* row, std::int32_t* id, float* weight) {
     using namespace moeroute;
-    const bool soft = spec_.score == score_kind::softmax;
-    // Softmax is cheapest on the winners; without a bias or groups the logits have its order.
-    if (soft && !spec_.selection_bias && spec_.groups == 1) {
+    if (spec_.score == score_kind::softmax && spec_.domain == score_domain::selected) {
       select_.partial_sort(row, spec_.experts, spec_.k, id, weight);
       const float max = weight[0];
-      const bool cancels =
-          spec_.domain == score_domain::selected ||
-          (spec_.normalize == normalization::sum && spec_.eps_where == eps_mode::none);
       float sum = 0.0f;
-      if (!cancels)
-        for (index_t e = 0; e < spec_.experts; ++e)
-          sum += row[e] == row[e] ? std::exp(row[e] - max) : 0.0f;
-      for (index_t r = 0; r < spec_.k; ++r) {
-        weight[r] = id[r] < 0 ? 0.0f : std::exp(weight[r] - max);
-        if (cancels) sum += weight[r];
-      }
+      for (index_t r = 0; r < spec_.k; ++r)
+        sum += weight[r] = id[r] < 0 ? 0.0f : std::exp(weight[r] - max);
       for (index_t r = 0; r < spec_.k; ++r) weight[r] /= sum;
-      if (!cancels && spec_.normalize == normalization::sum) finish(weight);
       return;
     }
     scores(row);
@@ -68,9 +57,14 @@ class plain_gate {
     const auto experts = static_cast<std::size_t>(spec_.experts);
     score_.resize(experts);
     if (spec_.score == score_kind::softmax) {
-      const float max = *std::max_element(row, row + experts);
-      float sum = 0.0f;
-      for (std::size_t e = 0; e < experts; ++e) sum += score_[e] = std::exp(row[e] - max);
+      constexpr float lowest = plain_selection::lowest;  // NaN and -inf are never chosen
+      float max = lowest, sum = 0.0f;
+      for (std::size_t e = 0; e < experts; ++e) max = row[e] > max ? row[e] : max;
+      for (std::size_t e = 0; e < experts; ++e) {
+        const bool there = row[e] > lowest;
+        score_[e] = there ? std::exp(row[e] - max) : lowest;
+        sum += there ? score_[e] : 0.0f;
+      }
       for (float& s : score_) s /= sum;
       return;
     }

@@ -8,6 +8,7 @@
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
+#include "support/sparse_rows.hpp"
 
 using namespace moeroute;
 using test::routed;
@@ -73,3 +74,22 @@ TEST_CASE("a replay without a record, for another E or for more tokens is refuse
           routed(sample{.record = &record}, std::vector<float>(12, 0.0f), 4);
         }) == "moeroute::replay: tokens is 3, expected 0 to 2");
 }
+
+#if defined(__linux__)
+TEST_CASE("rows beyond 2^31 elements are read right") {
+  constexpr index_t rows = 18, experts = 40, stride = (index_t{1} << 28) + 64;
+  const test::sparse_rows<float> memory(rows, experts, stride);
+  const std::vector<float> logits = test::make_logits(test::shape::normal, 5, rows, experts);
+  for (index_t t = 0; t < rows; ++t)
+    std::copy_n(logits.data() + t * experts, experts, memory.view().row(t));
+  routing_record<std::uint8_t> record;
+  record.record(routed(router{softmax_selected{}, top_k{.k = 3}}, logits, experts));
+  const replay<softmax_selected, std::uint8_t> again{.record = &record};
+  workspace ws;
+  assignment out;
+  route(again, matrix_view<const float>(memory.view()), {}, ws, out);
+  const assignment expected = routed(again, logits, experts);
+  CHECK(test::listed(out.ids()) == test::listed(expected.ids()));
+  CHECK(test::listed(out.weights()) == test::listed(expected.weights()));
+}
+#endif

@@ -11,15 +11,11 @@
 #include <string>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include "support/allocations.hpp"
 #include "support/assignments.hpp"
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
+#include "support/sparse_rows.hpp"
 
 using namespace moeroute;
 
@@ -420,41 +416,11 @@ TEST_CASE("warm dispatch and combine never allocate, in any dtype and with any o
 #if defined(__linux__)
 namespace {
 
-// Rows far apart in address space of which only the rows themselves are memory: the rest is
-// reserved without any right to it, which no limit on memory counts.
-template <class T>
-class sparse_rows {
- public:
-  sparse_rows(index_t rows, index_t cols, index_t stride)
-      : size_(static_cast<std::size_t>((rows - 1) * stride + cols) * sizeof(T)),
-        at_(mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)),
-        rows_(static_cast<T*>(at_), rows, cols, stride) {
-    if (at_ == MAP_FAILED) FAIL("no address space of " << size_ << " bytes");
-    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-    for (index_t r = 0; r < rows; ++r) {
-      const auto begin = reinterpret_cast<std::uintptr_t>(rows_.data + r * stride) / page * page;
-      const auto end = reinterpret_cast<std::uintptr_t>(rows_.data + r * stride + cols);
-      if (mprotect(reinterpret_cast<void*>(begin), end - begin, PROT_READ | PROT_WRITE) != 0)
-        FAIL("no memory for row " << r);
-    }
-  }
-  sparse_rows(const sparse_rows&) = delete;
-  sparse_rows& operator=(const sparse_rows&) = delete;
-  ~sparse_rows() { munmap(at_, size_); }
-
-  const matrix_view<T>& view() const { return rows_; }
-
- private:
-  std::size_t size_;
-  void* at_;
-  matrix_view<T> rows_;
-};
-
 template <class T>
 void check_far_rows() {
   // The last row begins at element 2^31 + 256.
   constexpr index_t rows = 5, stride = (index_t{1} << 29) + 64, d = 80;
-  const sparse_rows<T> x_memory(rows, d, stride), slot_memory(rows, d, stride);
+  const test::sparse_rows<T> x_memory(rows, d, stride), slot_memory(rows, d, stride);
   const matrix_view<T> x = x_memory.view(), slots = slot_memory.view();
   assignment a;
   a.reset(rows, 2, 1);
@@ -492,7 +458,7 @@ TEST_CASE("rows beyond 2^31 elements are addressed right") {
 
 TEST_CASE("rows of bytes beyond 2^31 of them are addressed right") {
   constexpr index_t rows = 5, stride = (index_t{1} << 29) + 64, bytes = 80;
-  const sparse_rows<std::byte> x(rows, bytes, stride), slots(rows, bytes, stride);
+  const test::sparse_rows<std::byte> x(rows, bytes, stride), slots(rows, bytes, stride);
   test::random rng(52);
   const assignment a = test::fixed_choices(rng, rows, 3, 1);
   dispatch_plan p;

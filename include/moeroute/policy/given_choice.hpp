@@ -1,6 +1,9 @@
 // Experts that somebody else named, by a table or a record: what a block takes of them.
 #pragma once
 
+#include <cstdint>
+#include <limits>
+
 #include <moeroute/policy/concepts.hpp>
 
 namespace moeroute::detail {
@@ -10,27 +13,35 @@ namespace moeroute::detail {
 template <class A, class Given>
 MOEROUTE_INLINE void take_given(const logit_block& z, choice_block& c, const Given& given) {
   using F = simd::vfloat<A>;
+  using I = simd::vint<A>;
   const F never(simd::minus_infinity);
-  const simd::vint<A> none(no_expert);
+  const I none(no_expert), zero(0);
   for (int r = 0; r < c.k; ++r) {
     expert_id* const id = c.id + r * block_rows;
-    float* const value = c.value + r * block_rows;
-    for (int i = 0; i < z.rows; ++i) {
-      const expert_id e = given(i, r);
-      id[i] = e;
-      value[i] = z.row(i)[e < 0 ? 0 : e];
-    }
-    for (int i = z.rows; i < block_rows; ++i) {
-      id[i] = no_expert;
-      value[i] = simd::minus_infinity;
-    }
-    // In registers: whether an expert is there is as good as random in a masked row.
-    for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
-      const F x = simd::load<A>(value + lane);
-      const simd::vint<A> e = simd::load<A>(id + lane);
-      const auto there = simd::differs<A>(e, none) & (x > never);
-      simd::select<A>(there, x, never).store_unaligned(value + lane);
-      simd::select<A>(there, e, none).store_unaligned(id + lane);
+    for (int i = 0; i < z.rows; ++i) id[i] = given(i, r);
+    for (int i = z.rows; i < block_rows; ++i) id[i] = no_expert;
+  }
+  // In registers: whether an expert is there is as good as random in a masked row. And after all
+  // ranks: words written one by one are slow to come back as a vector.
+  const bool near_rows =
+      z.stride <= std::numeric_limits<std::int32_t>::max() / block_rows - max_experts;
+  const I last_row(z.rows - 1), row_step(near_rows ? static_cast<std::int32_t>(z.stride) : 0);
+  const auto far_logits = [&](int lane, const expert_id* id) {
+    alignas(alignment) float x[simd::width<A>];
+    for (int i = 0; i < simd::width<A>; ++i)
+      x[i] = id[i] < 0 ? simd::minus_infinity : z.row(lane + i)[id[i]];
+    return simd::load<A>(x);
+  };
+  for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
+    const I start = xsimd::min(simd::lane_numbers<A>() + I(lane), last_row) * row_step;
+    for (int at = lane; at < c.k * block_rows; at += block_rows) {
+      const I e = simd::load<A>(c.id + at);
+      const auto named = simd::differs<A>(e, none);
+      const F x = near_rows ? F::gather(z.row(0), start + simd::select<A>(named, e, zero))
+                            : far_logits(lane, c.id + at);
+      const auto there = named & (x > never);
+      simd::select<A>(there, x, never).store_unaligned(c.value + at);
+      simd::select<A>(there, e, none).store_unaligned(c.id + at);
     }
   }
 }

@@ -76,54 +76,102 @@ struct threshold_router {
   }
 
  private:
+  // Score and choice of a register of experts from the c-th on; lanes past the row are not chosen.
   template <class A>
-  int route_row(const float* z, index_t experts, float* s, expert_id* id, float* weight) const {
+  struct portion {
+    simd::vfloat<A> score;
+    simd::vmask<A> chosen;
+  };
+  template <class A>
+  MOEROUTE_INLINE portion<A> take(const float* z, const float* s, index_t experts,
+                                  index_t c) const {
     using F = simd::vfloat<A>;
-    if constexpr (!Score::traits.elementwise) score.template score_row<A>(z, experts, s);
-    simd::partials<A> sum(0.0f);
-    const F limit(threshold), never(simd::minus_infinity), zero(0.0f);
-    const bool as_they_are = norm == threshold_norm::none && gamma.empty() && scale == 1.0f;
-    const F most(std::numeric_limits<float>::max());
-    int n = 0;
-    constexpr int w = simd::width<A>;
-    for (index_t c = 0; c < experts; c += w) {
-      const index_t lanes = std::min<index_t>(w, experts - c);
-      const bool whole = lanes == w;
-      const F logit =
-          whole ? simd::load<A>(z + c) : simd::load_first<A>(z + c, lanes, simd::minus_infinity);
-      F x;
-      if constexpr (Score::traits.elementwise) {
-        x = Score::template value<A>(logit);
-      } else {
-        x = whole ? simd::load<A>(s + c) : simd::load_first<A>(s + c, lanes, 0.0f);
-      }
-      const auto in = (x > limit) & (logit > never);
-      if (norm != threshold_norm::none) {
-        const F value = simd::select<A>(in, x, zero);
-        auto& part = sum.part[(c / w) % simd::partials<A>::n];
-        part = norm == threshold_norm::sum ? part + value : simd::fma<A>(value, value, part);
-      }
-      if (as_they_are) x = simd::select<A>(x > most, most, x);
-      n += simd::store_chosen<A>(in, x, static_cast<std::int32_t>(c), weight + n, id + n);
+    const index_t lanes = std::min<index_t>(simd::width<A>, experts - c);
+    const bool whole = lanes == simd::width<A>;
+    const F logit =
+        whole ? simd::load<A>(z + c) : simd::load_first<A>(z + c, lanes, simd::minus_infinity);
+    F x;
+    if constexpr (Score::traits.elementwise) {
+      x = Score::template value<A>(logit);
+    } else {
+      x = whole ? simd::load<A>(s + c) : simd::load_first<A>(s + c, lanes, 0.0f);
     }
-    if (!as_they_are)
-      finish(experts, norm == threshold_norm::none ? 0.0f : simd::sum_of<A>(sum), id, weight, n);
-    return n;
+    return {x, (x > F(threshold)) & (logit > F(simd::minus_infinity))};
   }
 
-  void finish(index_t experts, float sum, const expert_id* id, float* weight, int n) const {
-    constexpr float most = std::numeric_limits<float>::max();
+  template <class A>
+  MOEROUTE_INLINE simd::vfloat<A> plus(simd::vfloat<A> sum, const portion<A>& p) const {
+    using F = simd::vfloat<A>;
+    const F value = simd::select<A>(p.chosen, p.score, F(0.0f));
+    return norm == threshold_norm::rms ? simd::fma<A>(value, value, sum) : sum + value;
+  }
+
+  // What scores are divided by, 0 where there is nothing to divide by.
+  float divisor_of(float sum, index_t experts) const {
     float divisor = 1.0f;
     if (norm == threshold_norm::sum) divisor = sum * norm_scale + eps;
     if (norm == threshold_norm::rms) divisor = std::sqrt(sum / static_cast<float>(experts) + eps);
-    for (int r = 0; r < n; ++r) {
-      float w = weight[r];
-      if (norm != threshold_norm::none)
-        w = divisor > 0.0f && divisor <= most ? w / divisor : (w > most ? 1.0f : 0.0f);
-      if (!gamma.empty()) w *= gamma[static_cast<std::size_t>(id[r])];
-      w *= scale;
-      weight[r] = w > most ? most : (w < -most ? -most : w);
+    return divisor > 0.0f && divisor <= std::numeric_limits<float>::max() ? divisor : 0.0f;
+  }
+
+  // Weights of chosen scores; g is their gamma.
+  template <class A>
+  MOEROUTE_INLINE simd::vfloat<A> weigh(simd::vfloat<A> x, simd::vfloat<A> g, float divisor) const {
+    using F = simd::vfloat<A>;
+    const F most(std::numeric_limits<float>::max());
+    if (norm != threshold_norm::none)
+      x = divisor != 0.0f ? simd::divide<A>(x, F(divisor))
+                          : simd::select<A>(x > most, F(1.0f), F(0.0f));
+    x = x * g * F(scale);
+    return simd::select<A>(x > most, most, simd::select<A>(x < -most, -most, x));
+  }
+
+  template <class A>
+  int route_row(const float* z, index_t experts, float* s, expert_id* id, float* weight) const {
+    using F = simd::vfloat<A>;
+    constexpr int w = simd::width<A>;
+    if constexpr (!Score::traits.elementwise) score.template score_row<A>(z, experts, s);
+    simd::partials<A> sum(0.0f);
+    if (experts <= w) {  // the weights before they are packed: not a word goes through memory twice
+      const portion<A> p = this->template take<A>(z, s, experts, 0);
+      if (norm != threshold_norm::none) sum.part[0] = this->template plus<A>(sum.part[0], p);
+      const F g = gamma.empty() ? F(1.0f) : simd::load_first<A>(gamma.data(), experts, 1.0f);
+      const float divisor = divisor_of(simd::sum_of<A>(sum), experts);
+      return simd::store_chosen<A>(p.chosen, this->template weigh<A>(p.score, g, divisor), 0,
+                                   weight, id);
     }
+    const bool as_they_are = norm == threshold_norm::none && gamma.empty() && scale == 1.0f;
+    const F most(std::numeric_limits<float>::max());
+    int n = 0;
+    for (index_t c = 0; c < experts; c += w) {
+      portion<A> p = this->template take<A>(z, s, experts, c);
+      auto& part = sum.part[(c / w) % simd::partials<A>::n];
+      if (norm != threshold_norm::none) part = this->template plus<A>(part, p);
+      if (as_they_are) p.score = simd::select<A>(p.score > most, most, p.score);
+      n += simd::store_chosen<A>(p.chosen, p.score, static_cast<std::int32_t>(c), weight + n,
+                                 id + n);
+    }
+    if (!as_they_are)
+      this->template finish<A>(divisor_of(simd::sum_of<A>(sum), experts), id, weight, n);
+    return n;
+  }
+
+  // In registers, without a branch on how many were chosen: that is as good as random.
+  template <class A>
+  void finish(float divisor, const expert_id* id, float* weight, int n) const {
+    constexpr int w = simd::width<A>;
+    alignas(alignment) float g[w];
+    std::fill_n(g, w, 1.0f);
+    int r = 0;
+    do {
+      const int lanes = std::min(w, n - r);
+      if (!gamma.empty())
+        for (int i = 0; i < lanes; ++i) g[i] = gamma[static_cast<std::size_t>(id[r + i])];
+      const auto x = simd::load_first<A>(weight + r, lanes, 0.0f);
+      simd::store_first<A>(weight + r, lanes,
+                           this->template weigh<A>(x, simd::load<A>(g), divisor));
+      r += w;
+    } while (r < n);
   }
 };
 static_assert(ragged_router<threshold_router<relu>>);

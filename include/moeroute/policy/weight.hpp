@@ -67,6 +67,11 @@ struct weight_rule {
   void apply(choice_block& c) const {
     using F = simd::vfloat<A>;
     const F zero(0.0f), most(std::numeric_limits<float>::max());
+    const auto finite = [&](F w) {
+      w = simd::select<A>(w > most, most, simd::select<A>(w == w, w, zero));  // 0 * infinity
+      return simd::select<A>(w < -most, -most, w);
+    };
+    const bool scales_experts = !expert_scale.empty();
     for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
       F divisor(1.0f);
       if (normalize != normalization::none) {
@@ -81,19 +86,17 @@ struct weight_rule {
         F w = normalize == normalization::none ? score : simd::divide<A>(score, divisor);
         if (divide != 1.0f) w = simd::divide<A>(w, F(divide));
         if (scale != 1.0f) w *= F(scale);
-        return simd::select<A>(present & usable, w, zero);
+        w = simd::select<A>(present & usable, w, zero);
+        return scales_experts ? w : finite(w);
       });
     }
-    if (!expert_scale.empty())
-      // no_expert is out of range, and so may be what stands in lanes without a row.
-      for (int i = 0; i < c.k * block_rows; ++i)
-        if (const auto e = static_cast<std::size_t>(c.id[i]); e < expert_scale.size())
-          c.value[i] *= expert_scale[e];
+    if (!scales_experts) return;
+    // no_expert is out of range, and so may be what stands in lanes without a row.
+    for (int i = 0; i < c.k * block_rows; ++i)
+      if (const auto e = static_cast<std::size_t>(c.id[i]); e < expert_scale.size())
+        c.value[i] *= expert_scale[e];
     for (int lane = 0; lane < block_rows; lane += simd::width<A>)
-      detail::for_each_rank<A>(c, lane, [&](F w, simd::vmask<A>) {
-        w = simd::select<A>(w > most, most, simd::select<A>(w == w, w, zero));  // 0 * infinity
-        return simd::select<A>(w < -most, -most, w);
-      });
+      detail::for_each_rank<A>(c, lane, [&](F w, simd::vmask<A>) { return finite(w); });
   }
 
  private:
