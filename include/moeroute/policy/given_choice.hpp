@@ -25,7 +25,7 @@ MOEROUTE_INLINE void take_given(const logit_block& z, choice_block& c, const Giv
   // ranks: words written one by one are slow to come back as a vector.
   const bool near_rows =
       z.stride <= std::numeric_limits<std::int32_t>::max() / block_rows - max_experts;
-  const I last_row(z.rows - 1), row_step(near_rows ? static_cast<std::int32_t>(z.stride) : 0);
+  const I row_step(near_rows ? static_cast<std::int32_t>(z.stride) : 0);
   const auto far_logits = [&](int lane, const expert_id* id) {
     alignas(alignment) float x[simd::width<A>];
     for (int i = 0; i < simd::width<A>; ++i)
@@ -33,11 +33,11 @@ MOEROUTE_INLINE void take_given(const logit_block& z, choice_block& c, const Giv
     return simd::load<A>(x);
   };
   for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
-    const I start = xsimd::min(simd::lane_numbers<A>() + I(lane), last_row) * row_step;
+    const I start = (simd::lane_numbers<A>() + I(lane)) * row_step;
     for (int at = lane; at < c.k * block_rows; at += block_rows) {
       const I e = simd::load<A>(c.id + at);
       const auto named = simd::differs<A>(e, none);
-      const F x = near_rows ? F::gather(z.row(0), start + simd::select<A>(named, e, zero))
+      const F x = near_rows ? F::gather(z.row(0), simd::select<A>(named, start + e, zero))
                             : far_logits(lane, c.id + at);
       const auto there = named & (x > never);
       simd::select<A>(there, x, never).store_unaligned(c.value + at);
