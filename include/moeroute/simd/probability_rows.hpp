@@ -2,11 +2,14 @@
 // were made from: up to 16 rows at once, which share their reductions.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/join.hpp>
+#include <moeroute/simd/mask.hpp>
 #include <moeroute/simd/reduce.hpp>
 
 namespace moeroute::simd {
@@ -47,7 +50,7 @@ enum class gradient_to { nowhere, write, add };
 template <class F>
 struct probability_block {
   F* unscaled;     ///< [16, stride]; zero past the last column
-  F* powers;       ///< [16, stride] for power: unscaled^(q - 1), 0 where unscaled is
+  F* powers;       ///< [16, stride] for power: unscaled^(q - 1), something finite where that is 0
   index_t stride;  ///< a multiple of 16
   alignas(alignment) F scale[block_rows];     ///< p = scale * unscaled; 0 for a row without mass
   alignas(alignment) F slope[block_rows];     ///< scale, or 0 where the gradient is 0
@@ -60,53 +63,74 @@ struct probability_block {
 
 namespace detail {
 
-// The functions of 16 rows, one row per lane, from their sums. G = dValue/dp is, per element,
+// The operations of close_rows_of in double: for tests of gradients.
+struct of_double {
+  using value = double;
+  static double select(bool m, double a, double b) { return m ? a : b; }
+  static double divide(double a, double b) { return a / b; }
+  static double root(double x) { return std::sqrt(x); }
+};
+template <class A>
+struct of_lanes {
+  using value = vfloat<A>;
+  MOEROUTE_INLINE static value select(vmask<A> m, value a, value b) {
+    return simd::select<A>(m, a, b);
+  }
+  MOEROUTE_INLINE static value divide(value a, value b) { return simd::divide<A>(a, b); }
+  MOEROUTE_INLINE static value root(value x) { return square_root<A>(x); }
+};
+
+// What a row sums up, one row per lane.
+template <class V>
+struct row_sums {
+  V top, sum, dot, log_sum, mean_below, powers, squares;
+  V scale_to_order;  // sum^(1 - q)
+};
+
+// The functions of rows and what their gradient needs.
+template <class V>
+struct closed_rows {
+  V scale, slope, center, along, to_power;
+  V lse, entropy, power, inverse_norm;
+};
+
+// G = dValue/dp is, per element,
 //   c - entropy * ln p + along * p + to_power * unscaled^(q - 1),
 // and the gradient p * (G - center).
-template <unsigned uses, class F, class Lane>
-MOEROUTE_INLINE void close_row(probability_block<F>& b, const row_functions<F>& f, int i,
-                               const Lane& at, row_function_sums& total) {
-  const F top = b.top[i], sum = at.sum;
-  const bool live = sum > F{0};
-  const bool finite = live && top < std::numeric_limits<F>::infinity();
-  const F scale = live ? F{1} / (sum + f.eps) : F{0};
-  b.scale[i] = scale;
-  b.slope[i] = finite ? scale : F{0};
-  F center = at.dot * scale;
-  if constexpr ((uses & (square_lse | entropy)) != 0) b.log_sum[i] = at.log_sum;
+template <unsigned uses, class Of, class F, class V = typename Of::value>
+MOEROUTE_INLINE closed_rows<V> close_rows_of(const row_functions<F>& f, const row_sums<V>& at) {
+  const V zero(F{0}), one(F{1});
+  const auto live = at.sum > zero;
+  const auto finite = live & (at.top < V(std::numeric_limits<F>::infinity()));
+  closed_rows<V> out;
+  out.scale = Of::select(live, Of::divide(one, at.sum + V(f.eps)), zero);
+  out.slope = Of::select(finite, out.scale, zero);
+  out.center = at.dot * out.scale;
   if constexpr ((uses & square_lse) != 0) {
-    const F lse = finite ? top + at.log_sum : F{0};
-    center -= F{2} * f.square_lse * lse;
-    total.square_lse += static_cast<double>(lse) * static_cast<double>(lse);
+    out.lse = Of::select(finite, at.top + at.log_sum, zero);
+    out.center = out.center - V(F{2} * f.square_lse) * out.lse;
   }
   if constexpr ((uses & entropy) != 0) {
-    const F h = live ? at.log_sum - at.mean_below * scale : F{0};
-    center += f.entropy * h;
-    total.entropy += static_cast<double>(h);
+    out.entropy = Of::select(live, at.log_sum - at.mean_below * out.scale, zero);
+    out.center = out.center + V(f.entropy) * out.entropy;
   }
   if constexpr ((uses & power) != 0) {
-    const F order = f.q - F{1};
-    const F scaled = live ? at.scale_to_order : F{0};
-    const F sum_of_powers = at.powers * scaled * scale;
-    b.to_power[i] = -f.power * f.q / order * scaled;
-    center -= f.power * f.q / order * sum_of_powers;
-    total.power += live ? static_cast<double>((F{1} - sum_of_powers) / order) : 0.0;
+    const F order = f.q - F{1}, factor = f.power * f.q / order;
+    const V scaled = Of::select(live, at.scale_to_order, zero);
+    const V sum_of_powers = at.powers * scaled * out.scale;
+    out.to_power = V(-factor) * scaled;
+    out.center = out.center - V(factor) * sum_of_powers;
+    out.power = Of::select(live, Of::divide(one - sum_of_powers, V(order)), zero);
   }
   if constexpr ((uses & inverse_norm) != 0) {
-    const F norm = std::sqrt(at.squares) * scale;
-    const F value = live ? F{1} / (norm + f.offset) : F{0};
-    b.along[i] = live ? -f.inverse_norm * value * value / norm : F{0};
-    center += b.along[i] * norm * norm;
-    total.inverse_norm += static_cast<double>(value);
+    const V norm = Of::root(at.squares) * out.scale;
+    const V value = Of::select(live, Of::divide(one, norm + V(f.offset)), zero);
+    out.along = Of::select(live, Of::divide(V(-f.inverse_norm) * value * value, norm), zero);
+    out.center = out.center + out.along * norm * norm;
+    out.inverse_norm = value;
   }
-  b.center[i] = center;
+  return out;
 }
-
-template <class F>
-struct row_sums {
-  F sum, dot, log_sum, mean_below, powers, squares;
-  F scale_to_order;  // sum^(1 - q)
-};
 
 // Partial sums of 16 rows, joined at once: out[i] is row i's sum in the tree of sum_of.
 struct joined_sums {
@@ -115,26 +139,79 @@ struct joined_sums {
 
   template <class A>
   MOEROUTE_INLINE void keep(int i, const partials<A>& p) {
-    for (int r = 0; r < partials<A>::n; ++r)
-      p.part[r].store_aligned(part + i * block_rows + r * width<A>);
+    store_partials<A>(p, part + i * block_rows);
   }
   template <class A>
-  MOEROUTE_INLINE void join() {
+  MOEROUTE_INLINE void join(int n) {
+    std::fill(part + n * block_rows, part + block_rows * block_rows, 0.0f);
     simd::join_partials<A>(part, row, [](vfloat<A> a, vfloat<A> b) { return a + b; });
   }
 };
 
-// f(register number, first column, values) over a row, the tail filled.
-template <class A, class F>
-MOEROUTE_INLINE void for_each_column(const float* row, index_t cols, float fill, F&& f) {
+// The register of columns [c, c + width), c below cols rounded up to 16: the tail filled.
+template <class A>
+MOEROUTE_INLINE vfloat<A> load_columns(const float* row, index_t c, index_t cols, float fill) {
+  if (c + width<A> <= cols) [[likely]]
+    return load<A>(row + c);
+  const index_t from = c < cols ? c : cols;
+  return load_first<A>(row + from, cols - from, fill);
+}
+
+// 0 for NaN, else sigmoid(x): its bits.
+template <class A>
+MOEROUTE_INLINE vfloat<A> sigmoid_or_nothing(vfloat<A> x) {
+  using F = vfloat<A>;
+  // Below -87 the exponential is lost beside the 1.
+  const F e = exp_core<A>(max_or_second<A>(-x, F(-87.0f)));
+  return select<A>(x >= F(-exp_highest), divide<A>(F(1.0f), F(1.0f) + e), F(0.0f));
+}
+
+template <class A>
+struct open_sums {
+  partials<A> sum{0.0f}, dot{0.0f}, below{0.0f}, powers{0.0f}, squares{0.0f};
+};
+
+// Where unscaled is 0, x - top counts as this: anything finite does, as it is multiplied by 0.
+inline constexpr float far_below = -88.0f;
+
+// One row of open_probability_rows. The sums stay in registers: there is one place that adds to
+// them.
+template <probability kind, unsigned uses, bool finite_top, class A>
+MOEROUTE_INLINE open_sums<A> open_row(const float* row, index_t cols, float maximum,
+                                      const float* coefficient, float power_order, float* out,
+                                      float* powers) {
+  using F = vfloat<A>;
   constexpr int w = width<A>, n = registers_per_block<A>;
-  index_t c = 0;
-  for (; c + block_rows <= cols; c += block_rows) {
+  const F zero(0.0f), top(maximum), order(power_order);
+  open_sums<A> at;
+  for (index_t block = 0; block < cols; block += block_rows) {
     MOEROUTE_UNROLL
-    for (int r = 0; r < n; ++r) f(r, c + r * w, load<A>(row + c + r * w));
+    for (int r = 0; r < n; ++r) {
+      const index_t c = block + r * w;
+      const F x = load_columns<A>(row, c, cols, minus_infinity);
+      F e, t;
+      if constexpr (kind == probability::softmax) {
+        t = x - top;
+        if constexpr (!finite_top) t = select<A>(x == top, zero, t);
+        e = exp_nonpositive<A>(t);
+        if constexpr ((uses & (entropy | power)) != 0) t = max_or_second<A>(t, F(far_below));
+      } else {
+        e = sigmoid_or_nothing<A>(x);
+      }
+      e.store_aligned(out + c);
+      at.sum.part[r] += e;
+      at.dot.part[r] = fma<A>(e, load<A>(coefficient + c), at.dot.part[r]);
+      if constexpr ((uses & entropy) != 0) at.below.part[r] = fma<A>(e, t, at.below.part[r]);
+      if constexpr ((uses & power) != 0) {
+        const F to_order = exp_nonpositive<A>(order * t);
+        to_order.store_aligned(powers + c);
+        at.powers.part[r] = fma<A>(e, to_order, at.powers.part[r]);
+      }
+      if constexpr ((uses & inverse_norm) != 0)
+        at.squares.part[r] = fma<A>(e, e, at.squares.part[r]);
+    }
   }
-  for (int r = 0; c < cols; ++r, c += w)
-    f(r, c, c + w <= cols ? load<A>(row + c) : load_first<A>(row + c, cols - c, fill));
+  return at;
 }
 
 }  // namespace detail
@@ -154,81 +231,83 @@ void open_probability_rows(const float* const* row, int n, index_t cols, const f
   constexpr bool softmax = kind == probability::softmax;
   static_assert(softmax || uses == no_function,
                 "[moeroute::simd::open_probability_rows] functions of rows are of the softmax");
+  constexpr int w = width<A>;
   const F zero(0.0f), one(1.0f);
   detail::joined_sums max, sum, dot, below, powers, squares;
   if constexpr (softmax) {
-    for (int i = 0; i < block_rows; ++i) {
+    std::fill(max.part + n * block_rows, max.part + block_rows * block_rows, minus_infinity);
+    for (int i = 0; i < n; ++i) {
       partials<A> best(minus_infinity);
-      if (i < n)
-        detail::for_each_column<A>(row[i], cols, minus_infinity, [&](int r, index_t, F x) {
-          best.part[r] = select<A>(x > best.part[r], x, best.part[r]);
-        });
+      for (index_t c = 0; c < cols; c += block_rows) {
+        MOEROUTE_UNROLL
+        for (int r = 0; r < partials<A>::n; ++r)
+          best.part[r] = max_or_second<A>(
+              detail::load_columns<A>(row[i], c + r * w, cols, minus_infinity), best.part[r]);
+      }
       max.keep<A>(i, best);
     }
-    join_partials<A>(max.part, b.top, [](F x, F y) { return select<A>(y > x, y, x); });
+    join_partials<A>(max.part, b.top, [](F x, F y) { return max_or_second<A>(y, x); });
     // A row without mass: nothing equals this maximum and everything is infinitely far below it.
     for (float& top : b.top) top = top > minus_infinity ? top : plus_infinity;
   } else {
     for (float& top : b.top) top = 0.0f;
   }
-  const F order(functions.q - 1.0f);
-  for (int i = 0; i < block_rows; ++i) {
-    partials<A> s(0.0f), d(0.0f), m(0.0f), e_to_q(0.0f), sq(0.0f);
-    if (i < n) {
-      const F top(b.top[i]);
-      float* const out = b.unscaled + i * b.stride;
-      for (index_t c = round_up(cols, index_t{width<A>}); c < b.stride; c += width<A>)
-        zero.store_aligned(out + c);
-      detail::for_each_column<A>(row[i], cols, minus_infinity, [&](int r, index_t c, F x) {
-        F e, t;
-        if constexpr (softmax) {
-          t = select<A>(x == top, zero, x - top);
-          e = exp_nonpositive<A>(t);
-        } else {
-          e = sigmoid<A>(nan_to_minus_infinity<A>(x));
-        }
-        e.store_aligned(out + c);
-        s.part[r] += e;
-        d.part[r] = fma<A>(e, load<A>(coefficient + c), d.part[r]);
-        if constexpr ((uses & entropy) != 0)
-          m.part[r] = fma<A>(e, select<A>(e > zero, t, zero), m.part[r]);
-        if constexpr ((uses & power) != 0) {
-          const F to_order = select<A>(e > zero, simd::exp<A>(order * t), zero);
-          to_order.store_aligned(b.powers + i * b.stride + c);
-          e_to_q.part[r] = fma<A>(e, to_order, e_to_q.part[r]);
-        }
-        if constexpr ((uses & inverse_norm) != 0) sq.part[r] = fma<A>(e, e, sq.part[r]);
-      });
-    }
-    sum.keep<A>(i, s);
-    dot.keep<A>(i, d);
-    if constexpr ((uses & entropy) != 0) below.keep<A>(i, m);
-    if constexpr ((uses & power) != 0) powers.keep<A>(i, e_to_q);
-    if constexpr ((uses & inverse_norm) != 0) squares.keep<A>(i, sq);
-  }
-  sum.join<A>();
-  dot.join<A>();
-  if constexpr ((uses & entropy) != 0) below.join<A>();
-  if constexpr ((uses & power) != 0) powers.join<A>();
-  if constexpr ((uses & inverse_norm) != 0) squares.join<A>();
-  alignas(alignment) float log_sum[block_rows] = {}, scale_to_order[block_rows] = {};
-  if constexpr ((uses & (square_lse | entropy | power)) != 0)
-    for (int i = 0; i < block_rows; i += width<A>) {
-      const F x = load<A>(sum.row + i);
-      const F logarithm = select<A>(x == one, zero, log<A>(x));
-      logarithm.store_aligned(log_sum + i);
-      if constexpr ((uses & power) != 0)
-        simd::exp<A>(-order * logarithm).store_aligned(scale_to_order + i);
-    }
+  const float order = functions.q - 1.0f;
   for (int i = 0; i < n; ++i) {
-    const detail::row_sums<float> at{sum.row[i],
-                                     dot.row[i],
-                                     log_sum[i],
-                                     (uses & entropy) != 0 ? below.row[i] : 0.0f,
-                                     (uses & power) != 0 ? powers.row[i] : 0.0f,
-                                     (uses & inverse_norm) != 0 ? squares.row[i] : 0.0f,
-                                     scale_to_order[i]};
-    detail::close_row<uses>(b, functions, i, at, total);
+    float* const out = b.unscaled + i * b.stride;
+    float* const to_order = (uses & power) != 0 ? b.powers + i * b.stride : nullptr;
+    const detail::open_sums<A> at =
+        b.top[i] < plus_infinity ? detail::open_row<kind, uses, true, A>(
+                                       row[i], cols, b.top[i], coefficient, order, out, to_order)
+                                 : detail::open_row<kind, uses, false, A>(
+                                       row[i], cols, b.top[i], coefficient, order, out, to_order);
+    sum.keep<A>(i, at.sum);
+    dot.keep<A>(i, at.dot);
+    if constexpr ((uses & entropy) != 0) below.keep<A>(i, at.below);
+    if constexpr ((uses & power) != 0) powers.keep<A>(i, at.powers);
+    if constexpr ((uses & inverse_norm) != 0) squares.keep<A>(i, at.squares);
+  }
+  sum.join<A>(n);
+  dot.join<A>(n);
+  if constexpr ((uses & entropy) != 0) below.join<A>(n);
+  if constexpr ((uses & power) != 0) powers.join<A>(n);
+  if constexpr ((uses & inverse_norm) != 0) squares.join<A>(n);
+  alignas(alignment) float value[4][block_rows];
+  for (int i = 0; i < block_rows; i += w) {
+    detail::row_sums<F> at;
+    at.top = load<A>(b.top + i);
+    at.sum = load<A>(sum.row + i);
+    at.dot = load<A>(dot.row + i);
+    if constexpr ((uses & (square_lse | entropy | power)) != 0)
+      at.log_sum = select<A>(at.sum == one, zero, log<A>(at.sum));
+    if constexpr ((uses & entropy) != 0) at.mean_below = load<A>(below.row + i);
+    if constexpr ((uses & power) != 0) {
+      at.powers = load<A>(powers.row + i);
+      at.scale_to_order = simd::exp<A>(-F(order) * at.log_sum);
+    }
+    if constexpr ((uses & inverse_norm) != 0) at.squares = load<A>(squares.row + i);
+    const auto rows = detail::close_rows_of<uses, detail::of_lanes<A>>(functions, at);
+    rows.scale.store_aligned(b.scale + i);
+    rows.slope.store_aligned(b.slope + i);
+    rows.center.store_aligned(b.center + i);
+    if constexpr ((uses & (square_lse | entropy)) != 0) at.log_sum.store_aligned(b.log_sum + i);
+    if constexpr ((uses & square_lse) != 0) rows.lse.store_aligned(value[0] + i);
+    if constexpr ((uses & entropy) != 0) rows.entropy.store_aligned(value[1] + i);
+    if constexpr ((uses & power) != 0) {
+      rows.to_power.store_aligned(b.to_power + i);
+      rows.power.store_aligned(value[2] + i);
+    }
+    if constexpr ((uses & inverse_norm) != 0) {
+      rows.along.store_aligned(b.along + i);
+      rows.inverse_norm.store_aligned(value[3] + i);
+    }
+  }
+  for (int i = 0; i < n; ++i) {
+    const auto of = [&](int function) { return static_cast<double>(value[function][i]); };
+    if constexpr ((uses & square_lse) != 0) total.square_lse += of(0) * of(0);
+    if constexpr ((uses & entropy) != 0) total.entropy += of(1);
+    if constexpr ((uses & power) != 0) total.power += of(2);
+    if constexpr ((uses & inverse_norm) != 0) total.inverse_norm += of(3);
   }
 }
 
@@ -255,9 +334,8 @@ MOEROUTE_INLINE void close_rows(const float* const* row, int first, index_t cols
         F g = weight - F(b.center[i]);
         if constexpr ((uses & entropy) != 0) {
           const F x = m == w ? load<A>(row[i] + c) : load_first<A>(row[i] + c, m, minus_infinity);
-          const F top(b.top[i]);
-          const F t = select<A>(x == top, zero, x - top);
-          g = fma<A>(log_factor, select<A>(e > zero, t - F(b.log_sum[i]), zero), g);
+          const F t = max_or_second<A>(x - F(b.top[i]), F(far_below));
+          g = fma<A>(log_factor, t - F(b.log_sum[i]), g);
         }
         if constexpr ((uses & power) != 0)
           g = fma<A>(F(b.to_power[i]), F::load_aligned(b.powers + i * b.stride + c), g);
@@ -352,15 +430,19 @@ void gradient_of_probability_rows(float* const* row, int n, index_t cols,
   using F = vfloat<A>;
   constexpr int w = width<A>;
   detail::joined_sums dot;
-  for (int i = 0; i < block_rows; ++i) {
+  for (int i = 0; i < n; ++i) {
     partials<A> d(0.0f);
-    if (i < n)
-      detail::for_each_column<A>(row[i], cols, 0.0f, [&](int r, index_t c, F p) {
-        d.part[r] = fma<A>(p, load<A>(coefficient + c), d.part[r]);
-      });
+    for (index_t block = 0; block < cols; block += block_rows) {
+      MOEROUTE_UNROLL
+      for (int r = 0; r < partials<A>::n; ++r) {
+        const index_t c = block + r * w;
+        d.part[r] = fma<A>(detail::load_columns<A>(row[i], c, cols, 0.0f), load<A>(coefficient + c),
+                           d.part[r]);
+      }
+    }
     dot.keep<A>(i, d);
   }
-  dot.join<A>();
+  dot.join<A>(n);
   for (int i = 0; i < n; ++i) {
     const F mean(dot.row[i]);
     float* const p = row[i];
@@ -385,6 +467,7 @@ void open_probability_rows(const double* const* row, int n, index_t cols, const 
     for (index_t c = 0; kind == probability::softmax && c < cols; ++c)
       top = row[i][c] > top ? row[i][c] : top;
     detail::row_sums<double> at{};
+    at.top = top;
     for (index_t c = 0; c < cols; ++c) {
       const double x = row[i][c] == row[i][c] ? row[i][c] : -infinity;
       const double t = x == top ? 0.0 : x - top;
@@ -400,10 +483,24 @@ void open_probability_rows(const double* const* row, int n, index_t cols, const 
         at.squares += e * e;
       }
     }
-    b.top[i] = top;
     at.log_sum = std::log(at.sum);
     at.scale_to_order = std::exp((1.0 - functions.q) * at.log_sum);
-    detail::close_row<uses>(b, functions, i, at, total);
+    const auto closed = detail::close_rows_of<uses, detail::of_double>(functions, at);
+    b.top[i] = top;
+    b.scale[i] = closed.scale;
+    b.slope[i] = closed.slope;
+    b.center[i] = closed.center;
+    if constexpr ((uses & (square_lse | entropy)) != 0) b.log_sum[i] = at.log_sum;
+    if constexpr ((uses & square_lse) != 0) total.square_lse += closed.lse * closed.lse;
+    if constexpr ((uses & entropy) != 0) total.entropy += closed.entropy;
+    if constexpr ((uses & power) != 0) {
+      b.to_power[i] = closed.to_power;
+      total.power += closed.power;
+    }
+    if constexpr ((uses & inverse_norm) != 0) {
+      b.along[i] = closed.along;
+      total.inverse_norm += closed.inverse_norm;
+    }
   }
 }
 
