@@ -19,7 +19,7 @@ namespace detail {
 // One call's memory.
 template <class F>
 struct loss_memory {
-  F* block;                        // [workers][16 * stride], twice that for powers
+  F* block;                        // [workers][16 * (stride + 1)], twice that for powers
   F* coefficient;                  // [1, or one per sequence][stride], padded with 0
   F* piece_sum;                    // [pieces][stride]
   F* run_sum;                      // [workers][stride], of a part of a sequence
@@ -32,7 +32,7 @@ struct loss_memory {
 
   static loss_memory carve(scratch& tape, index_t stride, index_t pieces, index_t sequences,
                            index_t losses, int workers) {
-    return {tape.take<F>(workers * 2 * block_rows * stride),
+    return {tape.take<F>(workers * 2 * block_rows * (stride + 1)),
             tape.take<F>(std::max<index_t>(1, sequences) * stride),
             tape.take<F>(pieces * stride),
             tape.take<F>(workers * stride),
@@ -232,11 +232,13 @@ class loss_engine {
   void run_of_rows(index_t begin, index_t end, int worker, const F* coefficient,
                    simd::row_function_sums& total, F* column_sum) {
     simd::probability_block<F> block;
-    block.unscaled = m_.block + worker * 2 * block_rows * stride_;
-    block.powers = block.unscaled + block_rows * stride_;
+    block.unscaled = m_.block + worker * 2 * block_rows * (stride_ + 1);
+    // Past one line more: stores a multiple of 4 KB apart wait for one another.
+    block.powers = block.unscaled + block_rows * (stride_ + 1);
     block.stride = stride_;
     const F* row[block_rows];
     F* gradient[block_rows];
+    constexpr bool writes = to != gradient_to::nowhere;
     for (index_t t = begin; t < end;) {
       int n = 0;
       for (; t < end && n < block_rows; ++t) {
@@ -245,11 +247,11 @@ class loss_engine {
           continue;
         }
         row[n] = z_.row(t);
-        gradient[n++] = to == gradient_to::nowhere ? nullptr : dz_.row(t);
+        gradient[n++] = writes ? dz_.row(t) : nullptr;
       }
       if (n == 0) continue;
       simd::open_probability_rows<scores, functions>(row, n, z_.cols, coefficient, functions_,
-                                                     block, total);
+                                                     writes ? gradient : nullptr, block, total);
       if constexpr (keep) {
         simd::keep_probability_rows(block, n, z_.cols, gradient, column_sum);
       } else {

@@ -18,12 +18,14 @@
 #define MOEROUTE_COLD [[gnu::cold, gnu::noinline]]
 #define MOEROUTE_RESTRICT __restrict__
 #define MOEROUTE_PREFETCH(address) __builtin_prefetch(address)
+#define MOEROUTE_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
 #define MOEROUTE_FORGET(address) asm volatile("" : : "r"(address) : "memory")
 #else
 #define MOEROUTE_INLINE inline
 #define MOEROUTE_COLD
 #define MOEROUTE_RESTRICT
 #define MOEROUTE_PREFETCH(address) static_cast<void>(address)
+#define MOEROUTE_PREFETCH_TO_WRITE(address) static_cast<void>(address)
 #define MOEROUTE_FORGET(address) static_cast<void>(address)
 #endif
 

@@ -179,12 +179,13 @@ inline constexpr float far_below = -88.0f;
 template <probability kind, unsigned uses, bool finite_top, class A>
 MOEROUTE_INLINE open_sums<A> open_row(const float* row, index_t cols, float maximum,
                                       const float* coefficient, float power_order, float* out,
-                                      float* powers) {
+                                      float* powers, const float* written_next) {
   using F = vfloat<A>;
   constexpr int w = width<A>, n = registers_per_block<A>;
   const F zero(0.0f), top(maximum), order(power_order);
   open_sums<A> at;
   for (index_t block = 0; block < cols; block += block_rows) {
+    MOEROUTE_PREFETCH_TO_WRITE(written_next + block);
     MOEROUTE_UNROLL
     for (int r = 0; r < n; ++r) {
       const index_t c = block + r * w;
@@ -218,15 +219,17 @@ MOEROUTE_INLINE open_sums<A> open_row(const float* row, index_t cols, float maxi
 
 /// Fills a block from n rows x of floats, 1 <= n <= 16, and adds the rows' functions to `total`.
 ///
-/// Shapes: row[i] is [cols]; coefficient is [stride], zero past cols: the value's derivative by p.
+/// Shapes: row[i] is [cols]; coefficient is [stride], zero past cols: the value's derivative by p;
+/// gradient[i], or null: where the row's gradient will be written, whose memory is fetched while
+/// the exponentials are computed.
 /// A NaN counts as -inf. A row of nothing but -inf has no mass: p, its functions and its gradient
 /// are 0. +inf share the mass, and the gradient of their row and its square_lse are 0.
 /// Cost: one exponential per element, a second one for power. No allocation.
 /// Determinism: a row's values do not depend on the rows beside it.
 template <probability kind, unsigned uses, class A = default_arch>
 void open_probability_rows(const float* const* row, int n, index_t cols, const float* coefficient,
-                           const row_functions<float>& functions, probability_block<float>& b,
-                           row_function_sums& total) {
+                           const row_functions<float>& functions, float* const* gradient,
+                           probability_block<float>& b, row_function_sums& total) {
   using F = vfloat<A>;
   constexpr bool softmax = kind == probability::softmax;
   static_assert(softmax || uses == no_function,
@@ -256,11 +259,13 @@ void open_probability_rows(const float* const* row, int n, index_t cols, const f
   for (int i = 0; i < n; ++i) {
     float* const out = b.unscaled + i * b.stride;
     float* const to_order = (uses & power) != 0 ? b.powers + i * b.stride : nullptr;
+    const float* const written_next = gradient == nullptr ? row[i] : gradient[i];
+    const bool finite_top = b.top[i] < plus_infinity;
     const detail::open_sums<A> at =
-        b.top[i] < plus_infinity ? detail::open_row<kind, uses, true, A>(
-                                       row[i], cols, b.top[i], coefficient, order, out, to_order)
-                                 : detail::open_row<kind, uses, false, A>(
-                                       row[i], cols, b.top[i], coefficient, order, out, to_order);
+        finite_top ? detail::open_row<kind, uses, true, A>(row[i], cols, b.top[i], coefficient,
+                                                           order, out, to_order, written_next)
+                   : detail::open_row<kind, uses, false, A>(row[i], cols, b.top[i], coefficient,
+                                                            order, out, to_order, written_next);
     sum.keep<A>(i, at.sum);
     dot.keep<A>(i, at.dot);
     if constexpr ((uses & entropy) != 0) below.keep<A>(i, at.below);
@@ -458,8 +463,8 @@ void gradient_of_probability_rows(float* const* row, int n, index_t cols,
 /// The same in double, element by element: for tests of gradients.
 template <probability kind, unsigned uses>
 void open_probability_rows(const double* const* row, int n, index_t cols, const double* coefficient,
-                           const row_functions<double>& functions, probability_block<double>& b,
-                           row_function_sums& total) {
+                           const row_functions<double>& functions, double* const*,
+                           probability_block<double>& b, row_function_sums& total) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   for (int i = 0; i < n; ++i) {
     double* const out = b.unscaled + i * b.stride;
