@@ -8,18 +8,18 @@
 
 #include <cstdint>
 #include <memory>
-#include <span>
 #include <string>
 #include <vector>
 
+#include <moeroute/base/lasting_span.hpp>
 #include <moeroute/policy/router_spec.hpp>
 
 namespace moeroute::dispatch {
 
 /// Tensors of a described router, as plain memory that the caller keeps alive.
 struct tensors {
-  std::span<const float> bias{};
-  std::span<const float> per_expert_scale{};
+  lasting_span<const float> bias{};
+  lasting_span<const float> per_expert_scale{};
 };
 
 /// What one instruction set offers. All of it is behind plain functions, so that nothing but this

@@ -3,6 +3,7 @@
 
 #include <Eigen/Core>
 #include <concepts>
+#include <ranges>
 #include <span>
 #include <type_traits>
 
@@ -72,15 +73,25 @@ concept eigen_rows = requires(M& m) {
   { std::remove_cvref_t<M>::IsRowMajor };
 };
 
+// Whether a temporary M takes its values with it when it goes.
+template <class M>
+inline constexpr bool owns_values = !std::ranges::borrowed_range<M>;
+template <detail::eigen_rows M>
+inline constexpr bool owns_values<M> = std::derived_from<M, Eigen::PlainObjectBase<M>>;
+template <class T>
+inline constexpr bool owns_values<matrix_view<T>> = false;
+
 }  // namespace detail
 
 /// A matrix_view of a row-major Eigen matrix, map, ref or block; of a std::span (one row); or the
-/// view itself. Read-only where m is.
+/// view itself. Read-only where m is; a temporary that owns its values is refused.
 template <class M>
   requires(detail::is_matrix_view<std::remove_cvref_t<M>> || detail::eigen_rows<M> ||
            requires(M& m) { std::span(m); })
 auto view(M&& m) {
   using type = std::remove_cvref_t<M>;
+  static_assert(std::is_lvalue_reference_v<M> || !detail::owns_values<type>,
+                "[moeroute::view] a temporary would dangle: give the matrix a name");
   if constexpr (detail::is_matrix_view<type>) {
     return m;
   } else if constexpr (detail::eigen_rows<M>) {
@@ -97,7 +108,7 @@ auto view(M&& m) {
   }
 }
 
-/// A read-only matrix_view of what view() accepts.
+/// A read-only matrix_view of what view() accepts; of a temporary, until the statement ends.
 template <class M>
   requires requires(const M& m) { view(m); }
 auto const_view(const M& m) {

@@ -5,6 +5,7 @@
 #include <utility>
 #include <variant>
 
+#include <moeroute/base/lasting_span.hpp>
 #include <moeroute/policy/product_keys.hpp>
 #include <moeroute/policy/random_choice.hpp>
 #include <moeroute/policy/router.hpp>
@@ -18,10 +19,10 @@ namespace moeroute {
 
 /// What a described router needs beside its fields. The caller keeps it alive.
 struct router_tensors {
-  std::span<const float> bias{};              ///< [E], where selection_bias
-  std::span<const float> per_expert_scale{};  ///< [E], where per_expert_scale
-  std::span<const float> gamma{};             ///< [E], row_norm rms; may be left out
-  const expert_table* table = nullptr;        ///< where selection is expert_table
+  lasting_span<const float> bias{};              ///< [E], where selection_bias
+  lasting_span<const float> per_expert_scale{};  ///< [E], where per_expert_scale
+  lasting_span<const float> gamma{};             ///< [E], row_norm rms; may be left out
+  const expert_table* table = nullptr;           ///< where selection is expert_table
 };
 
 /// One of the routers that a router_spec can describe. route() takes it like any other.

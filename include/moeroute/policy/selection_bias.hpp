@@ -2,14 +2,17 @@
 #pragma once
 
 #include <cmath>
+#include <ranges>
 #include <span>
 #include <string>
 
+#include <moeroute/base/lasting_span.hpp>
 #include <moeroute/policy/concepts.hpp>
 
 namespace moeroute {
 
-/// A float per expert, added to the scores for the choice only; empty for none.
+/// A float per expert, added to the scores for the choice only; empty for none. The caller keeps
+/// the values alive.
 ///
 /// 16-bit biases do not compile: rounding them changes who is chosen. Source: DeepSeek-V3 (2024),
 /// the auxiliary-loss-free bias of Wang et al. 2024.
@@ -17,17 +20,17 @@ class selection_bias {
  public:
   selection_bias() = default;
   /// Throws: error where a value is NaN, which would put its expert anywhere.
-  selection_bias(std::span<const float> values) : values_(values) {
+  selection_bias(lasting_span<const float> values) : values_(values) {
     for (std::size_t e = 0; e < values.size(); ++e)
       if (std::isnan(values[e]))
         fail("selection_bias", "bias: value " + std::to_string(e) + " is NaN, expected a number");
   }
 
-  template <class T>
-    requires(sizeof(T) == 2)
-  selection_bias(std::span<T>) {
+  template <std::ranges::range R>
+    requires(sizeof(std::ranges::range_value_t<R>) == 2)
+  selection_bias(R&&) {
     static_assert(
-        sizeof(T) != 2,
+        sizeof(std::ranges::range_value_t<R>) != 2,
         "[moeroute::selection_bias] a selection bias is float: 16 bits would change who is chosen");
   }
 

@@ -3,9 +3,9 @@
 
 #include <cmath>
 #include <limits>
-#include <span>
 #include <string>
 
+#include <moeroute/base/lasting_span.hpp>
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/logit_transform.hpp>
 #include <moeroute/policy/score.hpp>
@@ -33,7 +33,7 @@ struct threshold_router {
   float eps = 1e-5f;
   float norm_scale = 1.0f;
   float scale = 1.0f;
-  std::span<const float> gamma{};  ///< [E] for rms, or empty for 1
+  lasting_span<const float> gamma{};  ///< [E] for rms, or empty for 1; the caller keeps it alive
   logit_transform transform{};
 
   struct buffers {

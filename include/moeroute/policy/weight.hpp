@@ -3,9 +3,9 @@
 
 #include <cmath>
 #include <limits>
-#include <span>
 #include <string>
 
+#include <moeroute/base/lasting_span.hpp>
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/score.hpp>
 
@@ -38,7 +38,7 @@ struct weight_rule {
   float eps = 0.0f;
   float divide = 1.0f;  ///< k where a model divides its weights by k
   float scale = 1.0f;
-  std::span<const float> expert_scale{};  ///< [E], or empty
+  lasting_span<const float> expert_scale{};  ///< [E], or empty; the caller keeps it alive
 
   /// How exact the scores must be: a factor common to a row may be divided away.
   score_scale needs() const {
