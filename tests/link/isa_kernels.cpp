@@ -1,0 +1,59 @@
+// Compiled once per instruction set, for one program.
+#include <moeroute/policy/expert_choice.hpp>
+#include <moeroute/policy/router.hpp>
+#include <moeroute/stage/combine.hpp>
+#include <moeroute/stage/dispatch.hpp>
+#include <moeroute/stage/plan.hpp>
+#include <moeroute/stage/route.hpp>
+#include <string>
+
+#include "isa_kernels.hpp"
+
+namespace {
+
+using namespace moeroute;
+
+// A score that says for whom the code that asks for it was compiled.
+struct witness : elementwise_score<witness> {
+  static inline std::string seen;
+  template <class A>
+  static simd::vfloat<A> value(simd::vfloat<A> z) {
+    seen = A::name();
+    return z;
+  }
+};
+
+template <class Router>
+void decide(const Router& router, const isa_input& in, isa_output& out) {
+  workspace ws;
+  assignment choices;
+  dispatch_plan slots;
+  const matrix_view<const float> logits(in.logits.data(), in.tokens, in.experts);
+  route(router, logits, ws, choices);
+  plan(choices, slots);
+  row_matrix<float> rows(slots.slots(), in.experts), y(in.tokens, in.experts);
+  dispatch(logits, slots, rows);
+  for (index_t i = 0; i < rows.size(); ++i)
+    if (!(rows.data()[i] > -1e30f && rows.data()[i] < 1e30f)) rows.data()[i] = 0.0f;
+  combine(rows, slots, choices, y);
+  out.ids.insert(out.ids.end(), choices.ids().begin(), choices.ids().end());
+  out.weights.insert(out.weights.end(), choices.weights().begin(), choices.weights().end());
+  out.weights.insert(out.weights.end(), y.data(), y.data() + y.size());
+}
+
+isa_output run(const isa_input& in) {
+  isa_output out;
+  decide(router{softmax{}, top_k{.k = 6}, sum_normalized}, in, out);
+  decide(router{sigmoid{}, top_k{.k = 8, .groups = 8, .topk_group = 4}, sum_normalized,
+                selection_bias(in.bias)},
+         in, out);
+  decide(expert_choice<>{}, in, out);
+  decide(router{witness{}, top_k{.k = 2}}, in, out);
+  out.compiled_for = simd::default_arch::name();
+  out.ran = witness::seen;
+  return out;
+}
+
+}  // namespace
+
+extern const isa_kernels MOEROUTE_LINK_TABLE{run};
