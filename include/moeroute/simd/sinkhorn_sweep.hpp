@@ -85,8 +85,11 @@ void sinkhorn_sweep(const float* k, index_t rows, index_t stride, const float* v
   using F = vfloat<A>;
   constexpr int at_once = detail::rows_at_once<A>;
   alignas(alignment) float partial[block_rows * block_rows] = {}, factor[block_rows];
-  for (index_t t = 0; t < rows; t += block_rows) {
-    const int n = static_cast<int>(rows - t < block_rows ? rows - t : block_rows);
+  const auto rows_from = [&](index_t t) {
+    return static_cast<int>(rows - t < block_rows ? rows - t : block_rows);
+  };
+  const auto dots = [&](index_t t) {
+    const int n = rows_from(t);
     const float* const block = k + t * stride;
     int i = 0;
     for (; i + at_once <= n; i += at_once)
@@ -94,6 +97,12 @@ void sinkhorn_sweep(const float* k, index_t rows, index_t stride, const float* v
                                        partial + i * block_rows);
     for (; i < n; ++i)
       detail::partial_dots<A, 1>(block + i * stride, stride, v, cols, partial + i * block_rows);
+  };
+  // Narrow blocks wait for their quotient longer than they compute: the next one's dot products go
+  // between.
+  const bool ahead = stride <= 128;
+  if (rows > 0) dots(0);
+  for (index_t t = 0; t < rows; t += block_rows) {
     join_partials<A>(partial, factor, [](F a, F b) { return a + b; });
     for (int lane = 0; lane < block_rows; lane += width<A>) {
       const F dot = load<A>(factor + lane), most(1e30f), zero(0.0f);
@@ -101,8 +110,12 @@ void sinkhorn_sweep(const float* k, index_t rows, index_t stride, const float* v
       row_factor = select<A>(row_factor < most, row_factor, most);
       select<A>(dot > zero, row_factor, zero).store_unaligned(factor + lane);
     }
+    const bool more = t + block_rows < rows;
+    if (ahead && more) dots(t + block_rows);
+    const int n = rows_from(t);
     for (int row = 0; row < n; ++row) u[t + row] = factor[row];
-    detail::add_scaled_block<A>(block, stride, n, factor, cols, column_sum);
+    detail::add_scaled_block<A>(k + t * stride, stride, n, factor, cols, column_sum);
+    if (!ahead && more) dots(t + block_rows);
   }
 }
 
