@@ -99,15 +99,56 @@ TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, f
       }
 }
 
+TEST_CASE("the k-th largest of a tile is that of its rows with the bias added, on every ISA") {
+  for (const index_t cols : {1, 5, 16, 17, 40, 100})
+    for (int kind = 0; kind < 5; ++kind) {
+      const index_t stride = round_up(cols, 16);
+      const auto rows = values(kind, 16 * stride, 7);
+      std::vector<float> bias(static_cast<std::size_t>(cols)), one(16, 1.0f);
+      std::vector<float> panel(static_cast<std::size_t>(simd::panel_size(32, cols)), infinity);
+      for (std::size_t c = 0; c < bias.size(); ++c) bias[c] = 0.25f * static_cast<float>(c % 3);
+      // The second of two tiles.
+      simd::pack_tiles(rows.data(), stride, one.data(), cols, panel.data(), simd::panel_shape{2},
+                       1);
+      for (index_t k = 1; k <= 32; k += k < 10 ? 1 : 11) {
+        REQUIRE(simd::tile_takes(k));
+        test::for_each_arch<test::widths>([&](auto tag) {
+          float out[16];
+          simd::kth_largest_of_tile<decltype(tag)>(panel.data(), simd::panel_shape{2}, 1, cols,
+                                                   bias.data(), k, out);
+          for (index_t i = 0; i < 16; ++i) {
+            std::vector<float> row(rows.begin() + i * stride, rows.begin() + i * stride + cols);
+            for (std::size_t c = 0; c < row.size(); ++c) row[c] += bias[c];
+            INFO("cols " << cols << " kind " << kind << " k " << k << " row " << i);
+            REQUIRE(out[i] == oracle(row, k));
+          }
+        });
+      }
+    }
+}
+
 TEST_CASE("a row counts once in each histogram; what lies outside counts at the nearer end") {
   const std::vector<float> row{0.0f,   -1.0f,         -2.5f,     9.0f,
                                -99.0f, std::nanf(""), -infinity, infinity};
-  test::for_each_arch<test::widths>([&](auto tag) {
-    std::vector<std::int32_t> counts(8 * 4, 0), bucket(16);
-    simd::count_row<decltype(tag)>(row.data(), 8, 0.5f, 1.0f, 4, bucket.data(), counts.data());
-    const int expected[] = {0, 1, 3, 0, 3, 3, 3, 0};
-    for (std::size_t c = 0; c < 8; ++c)
-      for (int b = 0; b < 4; ++b)
-        CHECK(counts[c * 4 + static_cast<std::size_t>(b)] == (b == expected[c] ? 1 : 0));
-  });
+  const int expected[] = {0, 1, 3, 0, 3, 3, 3, 0};
+  // As one strip of columns, and spread over three of them: the row's values at every fifth column.
+  for (const index_t apart : {1, 5}) {
+    const index_t cols = 8 * apart;
+    std::vector<float> spread(static_cast<std::size_t>(cols), 0.0f);
+    for (std::size_t c = 0; c < 8; ++c) spread[c * static_cast<std::size_t>(apart)] = row[c];
+    const float* const rows[] = {spread.data(), spread.data(), spread.data()};
+    const float start[] = {0.5f, 0.5f, 1.5f};
+    test::for_each_arch<test::widths>([&](auto tag) {
+      std::vector<std::int32_t> counts(static_cast<std::size_t>(simd::count_size(cols, 4)), 0);
+      simd::count_rows<decltype(tag)>(rows, 3, cols, start, 1.0f, 4, counts.data());
+      for (index_t c = 0; c < cols; ++c) {
+        const int first = c % apart == 0 ? expected[c / apart] : 0;
+        const bool at_an_end = c % apart == 0 && (c / apart == 3 || c / apart == 7);
+        const int second = at_an_end ? 0 : std::min(3, first + 1);
+        for (int b = 0; b < 4; ++b)
+          CHECK(counts[static_cast<std::size_t>(simd::count_place(c, b, 4))] ==
+                2 * (b == first) + (b == second));
+      }
+    });
+  }
 }

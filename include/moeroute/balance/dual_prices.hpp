@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <span>
+#include <utility>
 
 #include <moeroute/balance/check_counts.hpp>
 #include <moeroute/base/workspace.hpp>
@@ -37,6 +38,28 @@ void finite_row(const float* row, const float* bias, index_t cols, float* out) {
     simd::select<A>(simd::absolute<A>(x) <= most, y, never).store_unaligned(out + c);
   }
   for (; c < stride; c += w) never.store_unaligned(out + c);
+}
+
+// Packs the rows [16 tile, 16 tile + 16) of the scores as a tile of a panel; -inf where a score is
+// not finite, and for tokens that there are not or that take no part. rows: [16, round_up(E, 16)].
+template <class A>
+void pack_scores(matrix_view<const float> scores, std::span<const std::uint8_t> mask, index_t first,
+                 float* rows, float* panel, simd::panel_shape shape, index_t tile) {
+  constexpr int size = simd::tile_size;
+  const index_t stride = round_up(scores.cols, size);
+  float one[size];
+  std::fill_n(one, size, 1.0f);
+  if (mask.empty() && first + size <= scores.rows && stride == scores.cols) {
+    simd::pack_tiles<A>(scores.row(first), scores.stride, one, scores.cols, panel, shape, tile,
+                        simd::keep_finite{});
+    return;
+  }
+  for (index_t i = 0; i < size; ++i) {
+    const index_t t = first + i;
+    const bool taken = t < scores.rows && (mask.empty() || mask[static_cast<std::size_t>(t)] != 0);
+    finite_row<A>(taken ? scores.row(t) : nullptr, nullptr, scores.cols, rows + i * stride);
+  }
+  simd::pack_tiles<A>(rows, stride, one, scores.cols, panel, shape, tile);
 }
 
 // What the expert's price is counted from: a strip of scores, less the price of each token.
@@ -82,16 +105,7 @@ class dual_prices {
  public:
   dual_prices(matrix_view<const float> scores, std::span<const std::uint8_t> mask,
               const dual_memory& memory, int workers, const Exec& exec)
-      : scores_(scores), mask_(mask), memory_(memory), slots_(workers), exec_(exec) {
-    constexpr int size = simd::tile_size;
-    float one[size];
-    std::fill_n(one, size, 1.0f);
-    for_each_tile([&](const dual_memory::worker& m, index_t tile) {
-      for (int lane = 0; lane < size; ++lane)
-        copy_row(tile * size + lane, nullptr, m.rows + lane * stride());
-      simd::pack_tiles<A>(m.rows, stride(), one, scores_.cols, memory_.panel, shape(), tile);
-    });
-  }
+      : scores_(scores), mask_(mask), memory_(memory), slots_(workers), exec_(exec) {}
 
   // Tokens that take part.
   index_t tokens() const {
@@ -100,24 +114,34 @@ class dual_prices {
         std::count_if(mask_.begin(), mask_.end(), [](std::uint8_t m) { return m != 0; }));
   }
 
-  // price = adjust(k-th largest of score + bias), of every token.
+  // price = adjust(k-th largest of score + bias), of every token; the first time the scores are
+  // laid out, each tile just before it is read.
   template <class Adjust>
   void price_tokens(const float* bias, index_t k, Adjust&& adjust) {
+    const bool lay_out = !std::exchange(laid_out_, true);
     for_each_tile([&](const dual_memory::worker& m, index_t tile) {
+      if (lay_out) pack(m, tile);
       // Rows past the end have prices too.
       float price[simd::tile_size];
       const index_t first = tile * simd::tile_size;
-      for (int i = 0; i < simd::tile_size; ++i) copy_row(first + i, bias, m.rows + i * stride());
-      simd::kth_largest_of_block<A>(m.rows, stride(), scores_.cols, k, m.row, price);
+      if (simd::tile_takes(k)) {
+        simd::kth_largest_of_tile<A>(memory_.panel, shape(), tile, scores_.cols, bias, k, price);
+      } else {
+        for (int i = 0; i < simd::tile_size; ++i) copy_row(first + i, bias, m.rows + i * stride());
+        simd::kth_largest_of_block<A>(m.rows, stride(), scores_.cols, k, m.row, price);
+      }
       for (int i = 0; i < simd::tile_size; ++i) memory_.price[first + i] = adjust(price[i]);
     });
   }
 
   void price_tokens_at_zero() {
+    if (!std::exchange(laid_out_, true))
+      for_each_tile([&](const dual_memory::worker& m, index_t tile) { pack(m, tile); });
     std::fill_n(memory_.price, round_up(scores_.rows, simd::tile_size), 0.0f);
   }
 
-  // out[e] = rank-th largest of score - price down column e, -inf where there is none.
+  // out[e] = rank-th largest of score - price down column e, -inf where there is none. Comes after
+  // price_tokens.
   void price_experts(index_t rank, float* out) {
     const index_t strips = ceil_div(scores_.cols, simd::tile_size);
     exec_.parallel_for(strips, 1, [&](index_t begin, index_t end) {
@@ -149,6 +173,10 @@ class dual_prices {
     });
   }
 
+  void pack(const dual_memory::worker& m, index_t tile) {
+    pack_scores<A>(scores_, mask_, tile * simd::tile_size, m.rows, memory_.panel, shape(), tile);
+  }
+
   // out = the row of a token, a bias added; -inf where there is no such token.
   void copy_row(index_t t, const float* bias, float* out) const {
     const bool taken =
@@ -161,6 +189,7 @@ class dual_prices {
   dual_memory memory_;
   worker_slots slots_;
   const Exec& exec_;
+  bool laid_out_ = false;
 };
 
 inline void check_scores(const char* where, matrix_view<const float> scores,

@@ -145,7 +145,7 @@ class quantile_histogram {
         !std::isfinite(options.most_score - options.least_score))
       fail(where, "least_score must be below most_score, both finite");
     bias_.assign(static_cast<std::size_t>(experts), 0.0f);
-    counts_.assign(static_cast<std::size_t>(experts * options.buckets), 0);
+    counts_.assign(static_cast<std::size_t>(simd::count_size(experts, options.buckets)), 0);
     set_range();
   }
 
@@ -156,39 +156,55 @@ class quantile_histogram {
     detail::check_scores("quantile_histogram", scores, mask, experts);
     const index_t stride = round_up(experts, simd::tile_size);
     struct memory {
-      float* rows;
-      std::int32_t* bucket;
+      float *rows, *tile;
       simd::kth_largest_buffers kth;
     };
     const memory m = ws.carve([&](scratch& tape) {
-      return memory{tape.take<float>(simd::tile_size * stride), tape.take<std::int32_t>(stride),
+      return memory{tape.take<float>(simd::tile_size * stride),
+                    tape.take<float>(simd::tile_size * stride),
                     simd::kth_largest_buffers::carve(tape, experts, options_.k + 1)};
     });
+    const float* row[simd::count_rows_at_once];
+    float start[simd::count_rows_at_once];
+    index_t found = 0;
+    const auto count = [&] {
+      simd::count_rows<A>(row, found, experts, start, scale_, options_.buckets, counts_.data());
+      tokens_ += found;
+      found = 0;
+    };
     for (index_t first = 0; first < scores.rows; first += block_rows) {
       const index_t n = std::min<index_t>(block_rows, scores.rows - first);
-      for (index_t i = 0; i < block_rows; ++i) {
-        const bool taken =
-            i < n && (mask.empty() || mask[static_cast<std::size_t>(first + i)] != 0);
-        detail::finite_row<A>(taken ? scores.row(first + i) : nullptr, bias_.data(), experts,
-                              m.rows + i * stride);
-      }
       float alpha[block_rows];
-      simd::kth_largest_of_block<A>(m.rows, stride, experts, options_.k + 1, m.kth, alpha);
+      if (simd::tile_takes(options_.k + 1)) {
+        detail::pack_scores<A>(scores, mask, first, m.rows, m.tile, simd::panel_shape{1}, 0);
+        simd::kth_largest_of_tile<A>(m.tile, simd::panel_shape{1}, 0, experts, bias_.data(),
+                                     options_.k + 1, alpha);
+      } else {
+        for (index_t i = 0; i < block_rows; ++i) {
+          const bool taken =
+              i < n && (mask.empty() || mask[static_cast<std::size_t>(first + i)] != 0);
+          detail::finite_row<A>(taken ? scores.row(first + i) : nullptr, bias_.data(), experts,
+                                m.rows + i * stride);
+        }
+        simd::kth_largest_of_block<A>(m.rows, stride, experts, options_.k + 1, m.kth, alpha);
+      }
       for (index_t i = 0; i < n; ++i) {
         if (alpha[i] == simd::minus_infinity) continue;
         // alpha - s, in buckets from the low end.
-        simd::count_row<A>(scores.row(first + i), experts, (alpha[i] - low_) * scale_, scale_,
-                           options_.buckets, m.bucket, counts_.data());
-        ++tokens_;
+        row[found] = scores.row(first + i);
+        start[found++] = (alpha[i] - low_) * scale_;
       }
+      if (found + block_rows > simd::count_rows_at_once) count();
     }
+    count();
   }
   template <class A = simd::default_arch>
   void observe(matrix_view<const float> scores, workspace& ws) {
     observe<A>(scores, {}, ws);
   }
 
-  /// [E, buckets], to be summed over ranks before update().
+  /// [ceil(E / 16), buckets, 16], to be summed over ranks before update(): the bucket b of expert e
+  /// is at simd::count_place(e, b, buckets).
   std::span<std::int32_t> counts() { return counts_; }
 
   /// Reads the biases off the counts and forgets these. Without any the bias stays.
@@ -196,16 +212,19 @@ class quantile_histogram {
     const index_t buckets = options_.buckets, experts = static_cast<index_t>(bias_.size());
     // Every token that took part is in each expert's histogram once.
     std::int64_t tokens = 0;
-    for (index_t b = 0; b < buckets; ++b) tokens += counts_[static_cast<std::size_t>(b)];
+    const auto count = [&](index_t e, index_t b) {
+      return counts_[static_cast<std::size_t>(simd::count_place(e, b, buckets))];
+    };
+    for (index_t b = 0; b < buckets; ++b) tokens += count(0, b);
     const auto q = static_cast<double>(options_.k * tokens / experts);
     if (tokens > 0)
-      detail::mix_and_centre(bias_, options_.ema, [&](std::size_t e) {
-        const std::int32_t* const count = counts_.data() + static_cast<index_t>(e) * buckets;
+      detail::mix_and_centre(bias_, options_.ema, [&](std::size_t expert) {
+        const auto e = static_cast<index_t>(expert);
         double before = 0.0;
         index_t b = 0;
-        while (b + 1 < buckets && before + static_cast<double>(count[b]) <= q)
-          before += static_cast<double>(count[b++]);
-        const double here = static_cast<double>(count[b]);
+        while (b + 1 < buckets && before + static_cast<double>(count(e, b)) <= q)
+          before += static_cast<double>(count(e, b++));
+        const double here = static_cast<double>(count(e, b));
         const double part = here > 0.0 ? std::clamp((q - before) / here, 0.0, 1.0) : 0.0;
         return static_cast<double>(low_) +
                (static_cast<double>(b) + part) / static_cast<double>(scale_);

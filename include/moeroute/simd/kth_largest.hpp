@@ -10,6 +10,7 @@
 #include <limits>
 
 #include <moeroute/base/workspace.hpp>
+#include <moeroute/simd/network.hpp>
 #include <moeroute/simd/panel.hpp>
 #include <moeroute/simd/top_k.hpp>
 
@@ -92,6 +93,106 @@ float kth_largest_value(const float* value, index_t n, index_t k, float* rest) {
 
 }  // namespace detail
 
+namespace detail {
+
+// Largest k for which networks of values are built.
+inline constexpr index_t max_value_k = 32;
+
+// The k-th largest of every lane, 1 <= k <= K. Values alone: half the work of values with their
+// columns. columns(c, x) fills `width` registers with the columns from c on, -inf past the last.
+template <class A, int K, class Columns>
+vfloat<A> kth_of_lanes(const Columns& columns, index_t cols, index_t k) {
+  constexpr int w = width<A>, chunk = K > w ? K : w;
+  vfloat<A> top[K];
+  for (index_t c = 0; c < cols; c += chunk) {
+    vfloat<A> x[chunk];
+    MOEROUTE_UNROLL
+    for (int j = 0; j < chunk; j += w) columns(c + j, x + j);
+    MOEROUTE_UNROLL
+    for (int g = 0; g < chunk; g += K) {
+      sort<K>(x + g);
+      if (c + g == 0) {
+        MOEROUTE_UNROLL
+        for (int r = 0; r < K; ++r) top[r] = x[r];
+      } else {
+        merge_keep_first<K>(top, x + g);
+      }
+    }
+  }
+  return top[k - 1] + vfloat<A>(0.0f);
+}
+
+// 1 <= k <= max_value_k.
+template <class A, class Columns>
+MOEROUTE_INLINE vfloat<A> kth_of_lanes(const Columns& columns, index_t cols, index_t k) {
+  if (k <= 4) return kth_of_lanes<A, 4>(columns, cols, k);
+  if (k <= 8) return kth_of_lanes<A, 8>(columns, cols, k);
+  if (k <= 16) return kth_of_lanes<A, 16>(columns, cols, k);
+  return kth_of_lanes<A, 32>(columns, cols, k);
+}
+
+// `width` rows of floats, one per lane.
+template <class A>
+struct columns_of_rows {
+  const float* row[width<A>];
+  index_t cols;
+
+  MOEROUTE_INLINE void operator()(index_t c, vfloat<A>* x) const {
+    load_transposed<A>(row, std::min(c, cols), cols, minus_infinity, x);
+    MOEROUTE_UNROLL
+    for (int i = 0; i < width<A>; ++i) x[i] = max_or_second<A>(x[i], vfloat<A>(minus_infinity));
+  }
+};
+
+// The lanes [lane, lane + width) of a tile, and a bias per column.
+template <class A>
+struct columns_of_tile {
+  const float* panel;
+  panel_shape shape;
+  index_t tile;
+  int lane;
+  const float* bias;
+  index_t cols;
+
+  MOEROUTE_INLINE void operator()(index_t c, vfloat<A>* x) const {
+    constexpr int w = width<A>;
+    const float* const at =
+        panel + shape.strip(c) + panel_shape::lanes(tile, static_cast<int>(c % tile_size)) + lane;
+    if (c + w <= cols) [[likely]] {
+      MOEROUTE_UNROLL
+      for (int i = 0; i < w; ++i) x[i] = load<A>(at + i * tile_size) + vfloat<A>(bias[c + i]);
+    } else {
+      for (int i = 0; i < w; ++i)
+        x[i] = c + i < cols ? load<A>(at + i * tile_size) + vfloat<A>(bias[c + i])
+                            : vfloat<A>(minus_infinity);
+    }
+  }
+};
+
+}  // namespace detail
+
+/// Whether kth_largest_of_tile takes this k.
+constexpr bool tile_takes(index_t k) { return k <= detail::max_value_k; }
+
+/// The k-th largest of value + bias in each of the 16 rows of a tile of a panel.
+///
+/// Shapes: panel as pack_tiles leaves it, no NaN and no +inf in it; bias is [cols] and finite; out
+/// is [16], -inf where a row has fewer than k values above that. Requires: k >= 1, tile_takes(k).
+/// Cost: a sorting network of values, one read; no allocation. Determinism: exact.
+template <class A = default_arch>
+void kth_largest_of_tile(const float* panel, panel_shape shape, index_t tile, index_t cols,
+                         const float* bias, index_t k, float* out) {
+  MOEROUTE_EXPECTS(k >= 1 && tile_takes(k));
+  if (k > cols) {
+    std::fill_n(out, tile_size, minus_infinity);
+    return;
+  }
+  for (int lane = 0; lane < tile_size; lane += width<A>)
+    detail::kth_of_lanes<A>(detail::columns_of_tile<A>{panel, shape, tile, lane, bias, cols}, cols,
+                            k)
+        .store_unaligned(out + lane);
+}
+
 /// Scratch of kth_largest_of_block.
 struct kth_largest_buffers {
   float* value;          ///< [k][16] for k that the lane kernels take, else [cols + 16]
@@ -112,17 +213,25 @@ struct kth_largest_buffers {
 /// The k-th largest value of each of 16 rows; NaN and -inf count as nothing.
 ///
 /// Shapes: 16 rows of cols floats, `stride` apart; out is [16], -inf where a row has fewer than k
-/// values. Requires: k >= 1; memory was carved for the same cols and k. Cost: that of top_k_block
-/// for k up to 64, above it a few counts over the row. No allocation. Determinism: exact.
+/// values. Requires: k >= 1; memory was carved for the same cols and k. Cost: a sorting network of
+/// values for k up to 32, top_k_block up to 64, above it a few counts over the row. No allocation.
+/// Determinism: exact.
 template <class A = default_arch>
 void kth_largest_of_block(const float* rows, index_t stride, index_t cols, index_t k,
                           const kth_largest_buffers& memory, float* out) {
   if (k > cols) {
     std::fill_n(out, block_rows, minus_infinity);
+  } else if (k <= detail::max_value_k) {
+    for (int first = 0; first < block_rows; first += width<A>) {
+      detail::columns_of_rows<A> columns;
+      for (int i = 0; i < width<A>; ++i) columns.row[i] = rows + (first + i) * stride;
+      columns.cols = cols;
+      detail::kth_of_lanes<A>(columns, cols, k).store_unaligned(out + first);
+    }
   } else if (k <= max_lane_k) {
     top_k_block<A>(rows, stride, block_rows, cols, static_cast<int>(k), memory.value, memory.column,
                    memory.key);
-    std::copy_n(memory.value + (k - 1) * block_rows, block_rows, out);
+    for (int i = 0; i < block_rows; ++i) out[i] = memory.value[(k - 1) * block_rows + i] + 0.0f;
   } else {
     for (int i = 0; i < block_rows; ++i) {
       index_t n = 0;

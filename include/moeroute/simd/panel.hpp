@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/transpose.hpp>
@@ -50,15 +51,32 @@ void sample_column(const Source& source, index_t rows, int column, index_t size,
   }
 }
 
-/// Writes one tile of every strip: the 16 rows that it holds, each times its factor, become
-/// columns.
+/// What pack_tiles makes of the values: they stay as they are.
+struct keep_values {
+  template <class A>
+  MOEROUTE_INLINE vfloat<A> map(vfloat<A> x) const {
+    return x;
+  }
+};
+
+/// -inf in place of what is not finite.
+struct keep_finite {
+  template <class A>
+  MOEROUTE_INLINE vfloat<A> map(vfloat<A> x) const {
+    return select<A>(absolute<A>(x) <= vfloat<A>(std::numeric_limits<float>::max()), x,
+                     vfloat<A>(minus_infinity));
+  }
+};
+
+/// Writes one tile of every strip: the 16 rows that it holds, each times its factor and mapped by
+/// `kept`, become columns.
 ///
 /// Shapes: rows is [16, stride] with stride >= cols rounded up to 16, factor is [16].
 /// Requires: the caller has filled what lies beyond the matrix (with -inf where it must not be
 /// chosen).
-template <class A = default_arch>
+template <class A = default_arch, class Kept = keep_values>
 void pack_tiles(const float* rows, index_t stride, const float* factor, index_t cols, float* panel,
-                panel_shape shape, index_t tile) {
+                panel_shape shape, index_t tile, const Kept& kept = {}) {
   constexpr int w = width<A>;
   vfloat<A> times[registers_per_block<A>];
   for (int r = 0; r < registers_per_block<A>; ++r) times[r] = load<A>(factor + r * w);
@@ -72,7 +90,7 @@ void pack_tiles(const float* rows, index_t stride, const float* factor, index_t 
         transpose<A>(x);
         MOEROUTE_UNROLL
         for (int i = 0; i < w; ++i)
-          (x[i] * times[r]).store_unaligned(out + (c + i) * tile_size + r * w);
+          kept.template map<A>(x[i] * times[r]).store_unaligned(out + (c + i) * tile_size + r * w);
       }
   }
 }
