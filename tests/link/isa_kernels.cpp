@@ -56,4 +56,5 @@ isa_output run(const isa_input& in) {
 
 }  // namespace
 
-extern const isa_kernels MOEROUTE_LINK_TABLE{run};
+extern const isa_kernels MOEROUTE_LINK_TABLE;
+const isa_kernels MOEROUTE_LINK_TABLE{run};

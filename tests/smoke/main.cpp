@@ -11,6 +11,9 @@
 #define interface struct
 
 #include "every_header.hpp"
+#if defined(_OPENMP)
+#include <moeroute/exec/openmp.hpp>
+#endif
 
 #include <cstdio>
 #include <cstdlib>
