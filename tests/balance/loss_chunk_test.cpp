@@ -86,6 +86,58 @@ TEST_CASE("chunk sparsity is its formula, and its gradient the derivative") {
       }
 }
 
+TEST_CASE("soft balance is its formula, and its gradient the derivative at constant loads") {
+  for (const bool masked : {false, true})
+    for (const bool normalized : {false, true}) {
+      const auto b = smooth_batch(122, 70, 7, masked);
+      const share_balance_loss loss{.coefficient = 0.5, .normalized = normalized};
+      const auto run_on = [&](const row& z, row* gradient, const auto& exec) {
+        workspace ws;
+        row unused(z.size());
+        return share_balance(
+            loss, {.mask = b.mask}, matrix_view<const double>(z.data(), 70, 7),
+            matrix_view<double>((gradient != nullptr ? *gradient : unused).data(), 70, 7), ws,
+            exec);
+      };
+      row sum(7, 0.0), load(7, 0.0);
+      double live = 0.0, all = 1e-5, expected = 0.0;
+      for (index_t t = 0; t < 70; ++t) {
+        const row s = shares(b, t, normalized);
+        live += b.live(t) ? 1.0 : 0.0;
+        for (std::size_t e = 0; e < 7; ++e) {
+          sum[e] += s[e];
+          load[e] += s[e] > 0.0 ? 1.0 : 0.0;
+        }
+      }
+      for (const double n : load) all += n;
+      for (std::size_t e = 0; e < 7; ++e) expected += 0.5 * 7.0 * sum[e] / live * load[e] / all;
+      row gradient(490, 7.0), other(490, 7.0);
+      CHECK(run_on(b.logits, &gradient, serial{}) == Approx(expected).epsilon(1e-10));
+      run_on(b.logits, &other, test::several_threads{3});
+      CHECK(other == gradient);
+      CHECK(test::gradient_difference(
+                b.logits, [&](const row& z, row* out) { return run_on(z, out, serial{}); }) == "");
+    }
+}
+
+TEST_CASE("soft balance of one expert, of masked tokens, of broken logits, of bad options") {
+  workspace ws;
+  row z{1.0, 2.0, -1.0}, dz(3, 7.0);
+  const matrix_view<const double> logits(z.data(), 3, 1);
+  const matrix_view<double> gradient(dz.data(), 3, 1);
+  // Two of three tokens have a share, which is all of it.
+  CHECK(share_balance({}, {}, logits, gradient, ws, serial{}) == Approx(2.0 / 3.0).epsilon(1e-4));
+  const std::vector<std::uint8_t> none(3, 0);
+  CHECK(share_balance({}, {.mask = none}, logits, gradient, ws, serial{}) == 0.0);
+  CHECK(dz == row(3, 0.0));
+  z = {std::nan(""), std::numeric_limits<double>::infinity(),
+       -std::numeric_limits<double>::infinity()};
+  CHECK(share_balance({}, {}, logits, gradient, ws, serial{}) == 0.0);
+  CHECK(dz == row(3, 0.0));
+  CHECK_THROWS_AS(share_balance({.coefficient = -1.0}, {}, logits, gradient, ws, serial{}), error);
+  CHECK_THROWS_AS(share_balance({.eps = 0.0}, {}, logits, gradient, ws, serial{}), error);
+}
+
 TEST_CASE(
     "chunk sparsity does not fall when chunks are merged, and of single tokens it is the mean") {
   const auto b = smooth_batch(123, 64, 10, false);

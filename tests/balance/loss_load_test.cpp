@@ -98,6 +98,57 @@ TEST_CASE("the load loss is its formula by both thresholds, and its gradient the
         }
 }
 
+TEST_CASE("noise that is learned has the derivative of the load loss by its logits") {
+  for (const auto threshold : {load_threshold::without_self, load_threshold::kth})
+    for (const auto to : {gradient_to::write, gradient_to::add}) {
+      noisy_batch n = make(true, false);
+      // sigma = softplus(x) + 0.01.
+      row x(n.b.logits.size());
+      test::random rng(93);
+      for (double& v : x) v = static_cast<double>(rng.normal());
+      const auto sigmas = [](const row& logits) {
+        row s;
+        for (const double v : logits) s.push_back(std::log1p(std::exp(v)) + 0.01);
+        return s;
+      };
+      const load_loss loss{.coefficient = 0.5, .k = 2, .threshold = threshold};
+      n.sigma = sigmas(x);
+      row noisy(x.size()), dz(x.size(), 0.0), dx(x.size(), 0.0);
+      for (std::size_t i = 0; i < x.size(); ++i) noisy[i] = n.b.logits[i] + n.noise[i] * n.sigma[i];
+      if (to == gradient_to::write) std::fill(dx.begin(), dx.end(), 7.0);
+      workspace ws;
+      const matrix_view<double> dsigma(dx.data(), 70, 9);
+      const matrix_view<const double> sigma(n.sigma.data(), 70, 9);
+      noisy_load_loss(loss, {.gradient = to, .mask = n.b.mask},
+                      matrix_view<const double>(n.b.logits.data(), 70, 9),
+                      matrix_view<const double>(noisy.data(), 70, 9), sigma,
+                      matrix_view<double>(dz.data(), 70, 9), dsigma, ws, serial{});
+      noise_logit_gradient(sigma, 0.01, dsigma);
+      const row slope = oracle::derivative(x, [&](const row& logits) {
+        noisy_batch other = n;
+        other.sigma = sigmas(logits);
+        return run(other, n.b.logits, loss, nullptr);
+      });
+      int apart = 0;
+      double largest = 0.0;
+      for (std::size_t i = 0; i < slope.size(); ++i) {
+        apart += std::abs(slope[i] - dx[i]) > 1e-7 * std::abs(slope[i]) + 1e-8;
+        largest = std::max(largest, std::abs(slope[i]));
+      }
+      CHECK(apart <= 2);  // thresholds that change hands within the difference
+      CHECK(largest > 1e-4);
+    }
+  noisy_batch constant = make(false, true);
+  row dz(630), dsigma(630);
+  workspace ws;
+  const matrix_view<const double> z(constant.b.logits.data(), 70, 9);
+  CHECK_THROWS_AS(
+      noisy_load_loss({.k = 1}, {}, z, z, matrix_view<const double>(constant.sigma.data(), 1, 1),
+                      matrix_view<double>(dz.data(), 70, 9),
+                      matrix_view<double>(dsigma.data(), 70, 9), ws, serial{}),
+      error);
+}
+
 TEST_CASE("every expert selected: probability 1 for all, no loss and no gradient") {
   const noisy_batch n = make(false, true);
   row gradient(630, 7.0);

@@ -68,9 +68,12 @@ load_bound bound_of(const F* h, index_t experts, index_t k, load_candidate* best
 /// the noisy logits h = z + n * sigma, n a constant.
 ///
 /// Backward, with u = (z - th) / sigma and w = coefficient * dCV2/dLoad_e * phi(u) / sigma:
-///   dz[t, e] += w, dz[t, expert of th] -= w.
+///   dz[t, e] += w, dz[t, expert of th] -= w,
+/// and where sigma is learned, th = z + n * sigma of its expert:
+///   dsigma[t, e] -= w u, dsigma[t, expert of th] -= w n.
 ///
-/// Shapes: logits, noisy, dlogits [T, E]; sigma [T, E] > 0, or [1, 1] for one value. Ensures: a NaN
+/// Shapes: logits, noisy, dlogits [T, E]; sigma [T, E] > 0, or [1, 1] for one value; dsigma [T, E],
+/// or empty where it is not wanted. Ensures: a NaN
 /// counts as -inf; where logit and threshold are both infinite the expert has no probability and no
 /// gradient. No threshold (k = E): probability 1. Masked tokens take no part.
 /// Throws: error where a size differs, k is outside [1, E], or coefficient or eps is negative.
@@ -82,7 +85,8 @@ double noisy_load_loss(const load_loss& loss, const token_options& how,
                        std::type_identity_t<matrix_view<const F>> z,
                        std::type_identity_t<matrix_view<const F>> noisy,
                        std::type_identity_t<matrix_view<const F>> sigma, matrix_view<F> dz,
-                       workspace& ws, const Exec& exec) {
+                       std::type_identity_t<matrix_view<F>> dsigma, workspace& ws,
+                       const Exec& exec) {
   constexpr const char* where = "load_loss";
   detail::check_loss_shapes(where, how.gradient, how.mask, z, dz);
   detail::check_coefficient(where, loss.coefficient);
@@ -94,6 +98,12 @@ double noisy_load_loss(const load_loss& loss, const token_options& how,
   if (!constant) {
     check_size(where, "sigma.rows", sigma.rows, z.rows);
     check_size(where, "sigma.cols", sigma.cols, z.cols);
+  }
+  const bool learned = dsigma.data != nullptr && how.gradient != gradient_to::nowhere;
+  if (learned) {
+    if (constant) fail(where, "dsigma is given, expected sigma of [T, E]");
+    check_size(where, "dsigma.rows", dsigma.rows, z.rows);
+    check_size(where, "dsigma.cols", dsigma.cols, z.cols);
   }
   const index_t experts = z.cols, grain = detail::loss_grain(z.rows);
   const index_t pieces = ceil_div(z.rows, grain);
@@ -143,7 +153,10 @@ double noisy_load_loss(const load_loss& loss, const token_options& how,
   exec.parallel_for(z.rows, grain, [&](index_t begin, index_t end) {
     for (index_t t = begin; t < end; ++t) {
       F* const out = dz.row(t);
-      if (how.gradient == gradient_to::write) std::fill_n(out, experts, F{0});
+      if (how.gradient == gradient_to::write) {
+        std::fill_n(out, experts, F{0});
+        if (learned) std::fill_n(dsigma.row(t), experts, F{0});
+      }
       if (how.masked(t)) continue;
       double away[2] = {0.0, 0.0};
       for (index_t e = 0; e < experts; ++e) {
@@ -153,13 +166,45 @@ double noisy_load_loss(const load_loss& loss, const token_options& how,
         if (!std::isfinite(u)) continue;
         const double w = m.slope[e] * 0.39894228040143268 * std::exp(-0.5 * u * u) * inverse;
         out[e] += static_cast<F>(w);
+        if (learned) dsigma(t, e) -= static_cast<F>(w * u);
         away[which] += w;
       }
-      for (int i = 0; i < 2; ++i)
-        if (m.bound[t].expert[i] >= 0) out[m.bound[t].expert[i]] -= static_cast<F>(away[i]);
+      for (int i = 0; i < 2; ++i) {
+        const index_t th = m.bound[t].expert[i];
+        if (th < 0 || away[i] == 0.0) continue;
+        out[th] -= static_cast<F>(away[i]);
+        if (!learned) continue;
+        const double noise = (m.bound[t].value[i] - static_cast<double>(z(t, th))) /
+                             static_cast<double>(sigma(t, th));
+        dsigma(t, th) -= static_cast<F>(away[i] * noise);
+      }
     }
   });
   return value;
+}
+template <class F, executor Exec>
+double noisy_load_loss(const load_loss& loss, const token_options& how,
+                       std::type_identity_t<matrix_view<const F>> z,
+                       std::type_identity_t<matrix_view<const F>> noisy,
+                       std::type_identity_t<matrix_view<const F>> sigma, matrix_view<F> dz,
+                       workspace& ws, const Exec& exec) {
+  return noisy_load_loss<F>(loss, how, z, noisy, sigma, dz, {}, ws, exec);
+}
+
+/// From the gradient by sigma to that by the noise logits x of sigma = softplus(x) + floor, in
+/// place: dx = dsigma * sigmoid(x), and sigmoid(x) = 1 - exp(floor - sigma).
+///
+/// Shapes: both [T, E]. Throws: error where a size differs. Source: Shazeer et al. 2017.
+template <class F>
+void noise_logit_gradient(std::type_identity_t<matrix_view<const F>> sigma, double floor,
+                          matrix_view<F> dsigma) {
+  constexpr const char* where = "noise_logit_gradient";
+  check_size(where, "sigma.rows", sigma.rows, dsigma.rows);
+  check_size(where, "sigma.cols", sigma.cols, dsigma.cols);
+  for (index_t t = 0; t < dsigma.rows; ++t)
+    for (index_t e = 0; e < dsigma.cols; ++e)
+      dsigma(t, e) = static_cast<F>(static_cast<double>(dsigma(t, e)) *
+                                    -std::expm1(floor - static_cast<double>(sigma(t, e))));
 }
 
 }  // namespace moeroute
