@@ -28,8 +28,3 @@ class lasting_span : public std::span<T> {
 };
 
 }  // namespace moeroute
-
-template <class T>
-inline constexpr bool std::ranges::enable_borrowed_range<moeroute::lasting_span<T>> = true;
-template <class T>
-inline constexpr bool std::ranges::enable_view<moeroute::lasting_span<T>> = true;
