@@ -132,6 +132,10 @@ const bool registered = [] {
     return engine(s, {.scores = probability::normalized_sigmoid},
                   switch_loss::megatron(0.01, s.counts, 8));
   });
+  add("switch_sqrt_softplus", [](subject& s) {
+    return engine(s, {.scores = probability::normalized_sqrt_softplus},
+                  switch_loss::megatron(0.01, s.counts, 8));
+  });
   add("sequence", [](subject& s) {
     const matrix_view<const double> counts(s.counts_by_sequence.data(), 8, s.experts);
     return engine(s, {.sequence_length = s.tokens / 8}, sequence_loss{.counts = counts, .k = 8});

@@ -2,7 +2,9 @@
 
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
+#include <cmath>
 #include <functional>
+#include <limits>
 #include <moeroute/data/expert_load.hpp>
 #include <vector>
 
@@ -55,6 +57,41 @@ TEST_CASE("the Switch loss of normalised sigmoids is differentiated through the 
                   oracle::switch_loss(
                       oracle::probabilities(x, oracle::normalized_sigmoid, 0, x.tokens), c, 3);
          });
+}
+
+TEST_CASE(
+    "the Switch loss of normalised sqrt-softplus scores is differentiated through both steps") {
+  auto b = test::random_batch(7, 9, 19, true);
+  const row c = test::random_counts(6, 9, 19, 3);
+  agrees(b, {.scores = probability::normalized_sqrt_softplus}, switch_loss::megatron(2.0, c, 3),
+         [&](const oracle::batch& x) {
+           return 2.0 * oracle::switch_loss(
+                            oracle::probabilities(x, oracle::normalized_sqrt_softplus, 0, x.tokens),
+                            c, 3);
+         });
+}
+
+TEST_CASE("sqrt-softplus scores of far, broken and infinite logits: float agrees with double") {
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  auto b = test::random_batch(10, 6, 18);
+  const row c = test::random_counts(6, 6, 18, 2);
+  for (std::size_t e = 0; e < 18; ++e) {
+    b.logits[e] = 4.0 * static_cast<double>(e) - 36.0;
+    b.logits[18 + e] = -infinity;
+    b.logits[36 + e] *= 20.0;
+  }
+  b.logits[54] = std::nan("");
+  b.logits[55] = -infinity;
+  b.logits[72] = infinity;
+  const loss_options how{.scores = probability::normalized_sqrt_softplus};
+  const auto exact = test::run_losses<double>(b, how, switch_loss::megatron(1.0, c, 2));
+  const auto single = test::run_losses<float>(b, how, switch_loss::megatron(1.0, c, 2));
+  CHECK(std::isfinite(exact.values[0]));
+  CHECK(single.values[0] == Approx(exact.values[0]).epsilon(1e-5));
+  CHECK(test::difference(single.gradient, exact.gradient, 1e-4, 1e-8) == "");
+  for (std::size_t e = 18; e < 36; ++e) CHECK(single.gradient[e] == 0.0f);
+  CHECK(single.gradient[54] == 0.0f);
+  for (std::size_t e = 72; e < 90; ++e) CHECK(std::abs(single.gradient[e]) < 1e-8f);
 }
 
 TEST_CASE("parts of a group with the group's counts add up to the whole") {

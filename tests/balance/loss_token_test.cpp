@@ -119,5 +119,6 @@ TEST_CASE("arguments of losses of tokens are refused by name") {
         "moeroute::balance_loss: q is 1.500000, expected 2.000000 as in the other loss");
   const loss_options sigmoid{.scores = probability::normalized_sigmoid};
   CHECK(test::refusal([&] { test::run_losses<double>(b, sigmoid, router_z_loss{}); }) ==
-        "moeroute::balance_loss: scores are sigmoids, expected the softmax for losses of rows");
+        "moeroute::balance_loss: scores are divided by their sum, expected the softmax for "
+        "losses of rows");
 }

@@ -57,6 +57,15 @@ inline row normalized_sigmoid(const row& z) {
   return q;
 }
 
+inline row normalized_sqrt_softplus(const row& z) {
+  row q;
+  double sum = 0.0;
+  for (const double x : z) q.push_back(std::sqrt(std::log1p(std::exp(x))));
+  for (const double s : q) sum += s;
+  for (double& s : q) s /= sum;
+  return q;
+}
+
 /// The probabilities of the tokens of a batch that take part, in [first, last).
 template <class Score>
 rows probabilities(const batch& b, Score score, index_t first, index_t last) {

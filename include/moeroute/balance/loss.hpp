@@ -62,7 +62,7 @@ class loss_engine {
     check_loss_shapes(where, how.gradient, how.mask, z, dz);
     if (!(how.sigmoid_eps >= 0.0f)) fail(where, "sigmoid_eps is negative, expected >= 0");
     if (how.scores != probability::softmax && uses != simd::no_function)
-      fail(where, "scores are sigmoids, expected the softmax for losses of rows");
+      fail(where, "scores are divided by their sum, expected the softmax for losses of rows");
     if (by_sequence)
       check_range(where, "sequence_length", how.sequence_length, 1, index_t{1} << 40);
     sequence_length_ = by_sequence ? how.sequence_length : std::max<index_t>(1, z.rows);
@@ -196,6 +196,8 @@ class loss_engine {
     if constexpr (uses == simd::no_function) {
       if (how_.scores == probability::normalized_sigmoid)
         return sweep<probability::normalized_sigmoid, functions, to>();
+      if (how_.scores == probability::normalized_sqrt_softplus)
+        return sweep<probability::normalized_sqrt_softplus, functions, to>();
     }
     sweep<probability::softmax, functions, to>();
   }
@@ -337,10 +339,11 @@ class loss_engine {
 
 /// The values of losses of logits and, added up, their gradient.
 ///
-/// Forward: p = softmax(z), or s / (sum s + eps) with s = sigmoid(z); value = sum over losses.
-/// Backward, with G[t, e] = d value / d p[t, e]:
+/// Forward: p = softmax(z), or s / (sum s + eps) with s = sigmoid(z) or s = sqrt(softplus(z));
+/// value = sum over losses. Backward, with G[t, e] = d value / d p[t, e]:
 ///   softmax  dz[t, i] = p_i * (G_i - sum_j p_j G_j)
 ///   sigmoid  dz[t, i] = s_i (1 - s_i) / (sum s + eps) * (G_i - sum_j q_j G_j)
+///   sqrt-softplus  the same with sigmoid(z_i) / 2 s_i in place of s_i (1 - s_i)
 ///
 /// Shapes: logits, dlogits [T, E]; float, or double by plain loops. Requires: dlogits is its own
 /// memory. Ensures: masked tokens have no gradient and are in no count and no mean. A NaN counts as

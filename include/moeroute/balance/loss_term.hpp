@@ -24,7 +24,7 @@ using simd::probability;
 struct loss_options {
   probability scores = probability::softmax;
   gradient_to gradient = gradient_to::write;  ///< write: masked rows become 0; add: they stay
-  float sigmoid_eps = 0.0f;                   ///< added to the sum of a row's sigmoids
+  float sigmoid_eps = 0.0f;                   ///< added to the sum of a row's scores
   std::span<const std::uint8_t> mask{};       ///< [T], 0: the token takes no part; empty: all do
   index_t sequence_length = 0;                ///< of losses by sequence; 0: there are none
 };

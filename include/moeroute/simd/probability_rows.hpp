@@ -16,8 +16,9 @@ namespace moeroute::simd {
 
 /// How a row x becomes probabilities p.
 enum class probability {
-  softmax,             ///< exp(x) / sum exp(x)
-  normalized_sigmoid,  ///< s / (sum s + eps) with s = sigmoid(x)
+  softmax,                   ///< exp(x) / sum exp(x)
+  normalized_sigmoid,        ///< s / (sum s + eps) with s = sigmoid(x)
+  normalized_sqrt_softplus,  ///< s / (sum s + eps) with s = sqrt(log(1 + exp(x)))
 };
 
 /// Functions of one row, as bits of a set.
@@ -35,7 +36,7 @@ struct row_functions {
   F square_lse = 0, entropy = 0, power = 0, inverse_norm = 0;
   F q = 2;       ///< of power
   F offset = 0;  ///< of inverse_norm
-  F eps = 0;     ///< of normalized_sigmoid
+  F eps = 0;     ///< of the scores that are divided by their sum
 };
 
 /// Each function summed over rows.
@@ -166,6 +167,25 @@ MOEROUTE_INLINE vfloat<A> sigmoid_or_nothing(vfloat<A> x) {
   return select<A>(x >= F(-exp_highest), divide<A>(F(1.0f), F(1.0f) + e), F(0.0f));
 }
 
+// Above, a score would be too large to be squared; its row's gradient is 0 long before.
+inline constexpr float largest_logit = 1e30f;
+
+// ds/dx of s = sqrt(softplus(x)), from s: sigmoid(x) / 2 s with sigmoid(x) = 1 - exp(-s^2).
+template <class A>
+MOEROUTE_INLINE vfloat<A> sqrt_softplus_slope(vfloat<A> s) {
+  using F = vfloat<A>;
+  const F y = s * s, half(0.5f);
+  // Where the difference would cancel: s / 2 times the series of (1 - exp(-y)) / y.
+  F p(-1.0f / 720.0f);
+  p = fma<A>(p, y, F(1.0f / 120.0f));
+  p = fma<A>(p, y, F(-1.0f / 24.0f));
+  p = fma<A>(p, y, F(1.0f / 6.0f));
+  p = fma<A>(p, y, F(-0.5f));
+  p = fma<A>(p, y, F(1.0f));
+  const F elsewhere = divide<A>(F(1.0f) - exp_nonpositive<A>(-y), s + s);
+  return select<A>(y < F(0.25f), half * s * p, elsewhere);
+}
+
 template <class A>
 struct open_sums {
   partials<A> sum{0.0f}, dot{0.0f}, below{0.0f}, powers{0.0f}, squares{0.0f};
@@ -196,8 +216,11 @@ MOEROUTE_INLINE open_sums<A> open_row(const float* row, index_t cols, float maxi
         if constexpr (!finite_top) t = select<A>(x == top, zero, t);
         e = exp_nonpositive<A>(t);
         if constexpr ((uses & (entropy | power)) != 0) t = max_or_second<A>(t, F(far_below));
-      } else {
+      } else if constexpr (kind == probability::normalized_sigmoid) {
         e = sigmoid_or_nothing<A>(x);
+      } else {
+        const F most(largest_logit);
+        e = sqrt_softplus<A>(nan_to_minus_infinity<A>(select<A>(x > most, most, x)));
       }
       e.store_aligned(out + c);
       at.sum.part[r] += e;
@@ -345,7 +368,9 @@ MOEROUTE_INLINE void close_rows(const float* const* row, int first, index_t cols
         if constexpr ((uses & power) != 0)
           g = fma<A>(F(b.to_power[i]), F::load_aligned(b.powers + i * b.stride + c), g);
         if constexpr ((uses & inverse_norm) != 0) g = fma<A>(F(b.along[i]) * F(b.scale[i]), e, g);
-        F slope = e * F(b.slope[i]);
+        F slope = kind == probability::normalized_sqrt_softplus
+                      ? sqrt_softplus_slope<A>(e) * F(b.slope[i])
+                      : e * F(b.slope[i]);
         if constexpr (kind == probability::normalized_sigmoid) slope = slope * (one - e);
         float* const out = gradient[i] + c;
         if (m == w) {
@@ -460,6 +485,17 @@ void gradient_of_probability_rows(float* const* row, int n, index_t cols,
   }
 }
 
+namespace detail {
+
+inline double sqrt_softplus(double x) {
+  x = std::min(x, static_cast<double>(largest_logit));
+  // Below, the logarithm is lost; the exponential is exact enough long before.
+  return x < -40.0 ? std::exp(0.5 * x)
+                   : std::sqrt(std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))));
+}
+
+}  // namespace detail
+
 /// The same in double, element by element: for tests of gradients.
 template <probability kind, unsigned uses>
 void open_probability_rows(const double* const* row, int n, index_t cols, const double* coefficient,
@@ -476,9 +512,10 @@ void open_probability_rows(const double* const* row, int n, index_t cols, const 
     for (index_t c = 0; c < cols; ++c) {
       const double x = row[i][c] == row[i][c] ? row[i][c] : -infinity;
       const double t = x == top ? 0.0 : x - top;
-      const double e = kind == probability::normalized_sigmoid ? 1.0 / (1.0 + std::exp(-x))
-                       : top > -infinity                       ? std::exp(t)
-                                                               : 0.0;
+      const double e = kind == probability::normalized_sqrt_softplus ? detail::sqrt_softplus(x)
+                       : kind == probability::normalized_sigmoid     ? 1.0 / (1.0 + std::exp(-x))
+                       : top > -infinity                             ? std::exp(t)
+                                                                     : 0.0;
       out[c] = e;
       at.sum += e;
       at.dot += e * coefficient[c];
@@ -526,6 +563,8 @@ void close_probability_rows(const double* const* row, int n, index_t cols,
         if ((uses & inverse_norm) != 0) g += b.along[i] * b.scale[i] * e;
         double slope = e * b.slope[i];
         if (kind == probability::normalized_sigmoid) slope *= 1.0 - e;
+        if (kind == probability::normalized_sqrt_softplus)
+          slope = e > 0.0 ? b.slope[i] * -std::expm1(-e * e) / (2.0 * e) : 0.0;
         gradient[i][c] = slope * g + (to == gradient_to::add ? gradient[i][c] : 0.0);
       }
     }
