@@ -71,21 +71,22 @@ inline simd::column_top_k_buffers* carve_column_buffers(scratch& tape, index_t r
   return list;
 }
 
-// Hands the picks [begin, end) of expert e to their tokens' rows. Not inlined: its few values stay
-// in registers.
+// Hands the picks [i, count) of expert e that are below row `end` to their tokens' rows and returns
+// what is left. Not inlined: its few values stay in registers.
 template <class Weight>
-[[gnu::noinline]] void deal_picks(const std::int32_t* row, const std::int32_t* key,
-                                  std::int32_t begin, std::int32_t end, index_t first_token,
-                                  index_t e, std::int32_t* cursor, const assignment::parts& p,
-                                  const Weight& weight) {
+[[gnu::noinline]] std::int32_t deal_picks(const std::int32_t* row, const std::int32_t* key,
+                                          std::int32_t i, std::int32_t count, index_t end,
+                                          index_t first_token, index_t e, std::int32_t* cursor,
+                                          const assignment::parts& p, const Weight& weight) {
   expert_id* const ids = p.ids;
   float* const weights = p.weights;
-  for (std::int32_t i = begin; i < end; ++i) {
+  for (; i < count && row[i] < end; ++i) {
     const index_t token = first_token + row[i];
     const std::int32_t at = cursor[token]++;
     ids[at] = static_cast<expert_id>(e);
     weights[at] = weight(token, e, key[i]);
   }
+  return i;
 }
 
 // The decision about no tokens.
@@ -125,11 +126,8 @@ void rows_from_picks(const column_scopes& s, const simd::column_picks& picks, st
         const index_t column = scope * s.experts + e;
         const std::int32_t* const row = picks.row + column * s.capacity;
         const std::int32_t* const key = picks.key + column * s.capacity;
-        const std::int32_t count = picks.count[column];
-        std::int32_t last = done[e];
-        while (last < count && row[last] < end) ++last;
-        deal_picks(row, key, done[e], last, first, e, cursor, p, weight);
-        done[e] = last;
+        done[e] =
+            deal_picks(row, key, done[e], picks.count[column], end, first, e, cursor, p, weight);
       }
   }
   out.close();

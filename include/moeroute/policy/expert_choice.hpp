@@ -119,7 +119,10 @@ void fill_panels(const Score& score, matrix_view<const float> z, const side_inpu
         row[lane] = local < s.length && !side.masked(token) ? z.row(token) : nullptr;
       }
       if constexpr (std::is_same_v<Score, softmax>) {
-        simd::exp_rows<A>(row, s.experts, m.rows, m.stride, m.factor);
+        // The last tile's hint would lie past the batch: it has none.
+        const bool more = piece + 1 < s.scopes * s.tiles();
+        simd::exp_rows<A>(row, s.experts, m.rows, m.stride, m.factor,
+                          more ? simd::tile_size * z.stride : 0);
       } else {
         std::fill_n(m.rows, simd::tile_size * m.stride, simd::minus_infinity);
         std::fill_n(m.factor, simd::tile_size, 1.0f);

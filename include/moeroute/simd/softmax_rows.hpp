@@ -11,11 +11,14 @@ namespace moeroute::simd {
 namespace detail {
 
 // Writes of(x), or -inf where x is that or NaN, and adds it to the sums; returns what follows.
+// Meanwhile the cache fetches what stands at `next`.
 template <class A, class Of>
-MOEROUTE_INLINE float* store_exponentials(const float* row, index_t cols, float* to,
-                                          partials<A>& sum, Of&& of) {
+MOEROUTE_INLINE float* store_exponentials(const float* row, index_t cols, const float* next,
+                                          float* to, partials<A>& sum, Of&& of) {
   partials<A> total(0.0f);
   for_each_register<A>(row, cols, minus_infinity, [&](int r, vfloat<A> x) {
+    MOEROUTE_PREFETCH(next);
+    next += width<A>;
     const vfloat<A> never(minus_infinity), e = of(x);
     total.part[r] += e;
     select<A>(x > never, e, never).store_unaligned(to);
@@ -34,8 +37,10 @@ MOEROUTE_INLINE float* store_exponentials(const float* row, index_t cols, float*
 /// cols; factor is [16]. NaN and -inf logits, rows with nothing else and columns past cols become
 /// -inf; several +inf share. A null row is one without logits. Cost: one exponential per element.
 /// Determinism: the same bits on every ISA.
+/// next_step floats after a row begins another one that will be read soon, or 0: a hint.
 template <class A = default_arch>
-void exp_rows(const float* const* row, index_t cols, float* out, index_t stride, float* factor) {
+void exp_rows(const float* const* row, index_t cols, float* out, index_t stride, float* factor,
+              index_t next_step = 0) {
   using F = vfloat<A>;
   constexpr int w = width<A>;
   const F never(minus_infinity);
@@ -56,10 +61,10 @@ void exp_rows(const float* const* row, index_t cols, float* out, index_t stride,
     if (max[i] == minus_infinity) {
       sum = partials<A>(1.0f);  // any sum but 0
     } else if (max[i] < plus_infinity) {
-      to = detail::store_exponentials<A>(row[i], cols, to, sum,
+      to = detail::store_exponentials<A>(row[i], cols, row[i] + next_step, to, sum,
                                          [&](F x) { return exp_nonpositive<A>(x - top); });
     } else {
-      to = detail::store_exponentials<A>(row[i], cols, to, sum,
+      to = detail::store_exponentials<A>(row[i], cols, row[i] + next_step, to, sum,
                                          [&](F x) { return exp_below_max<A>(x, top); });
     }
     for (; to < out + (i + 1) * stride; to += w) never.store_unaligned(to);
