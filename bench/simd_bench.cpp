@@ -8,6 +8,7 @@
 #include "support/contest.hpp"
 #include "support/floors.hpp"
 #include "support/logits.hpp"
+#include "support/peers/peers.hpp"
 #include "support/plain_selection.hpp"
 
 namespace {
@@ -96,6 +97,19 @@ void top_k(benchmark::State& state, index_t rows, index_t experts, int k, const 
                                                }))});
     list.push_back(
         {"eigen", bench::over(by_row, 2.0 / 3, row_by_row([&](auto... a) { plain.eigen(a...); }))});
+    const bench::rotation batches(logits.turns.units, logits.turns.unit_bytes,
+                                  std::min<index_t>(logits.turns.units, 1024));
+    std::vector<float> expected;
+    for (index_t r = 0; r < batches.step; ++r) {
+      plain.partial_sort(logits.row(r), experts, k, id.data(), value.data());
+      expected.insert(expected.end(), value.begin(), value.end());
+    }
+    const std::string wrong = bench::add_peers(list, bench::selection_peers(experts, k),
+                                               logits.row(0), experts, batches, expected, k);
+    if (!wrong.empty()) {
+      state.SkipWithError(("differs from " + wrong).c_str());
+      return;
+    }
   }
   kernel eight(experts, 8);
   if (k == 32)

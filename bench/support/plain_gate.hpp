@@ -15,6 +15,19 @@
 
 namespace bench {
 
+/// Scores of one row's k choices to its weights: normalised and scaled as the spec says.
+inline void finish_weights(const moeroute::router_spec& spec, float* weight) {
+  using moeroute::eps_mode;
+  float divisor = 1.0f;
+  if (spec.normalize == moeroute::normalization::sum) {
+    divisor = 0.0f;
+    for (index_t r = 0; r < spec.k; ++r) divisor += weight[r];
+    if (spec.eps_where == eps_mode::add) divisor += spec.eps;
+    if (spec.eps_where == eps_mode::clamp) divisor = std::max(divisor, spec.eps);
+  }
+  for (index_t r = 0; r < spec.k; ++r) weight[r] = weight[r] / divisor * spec.scale;
+}
+
 /// One row's ids and weights for the specs that choose the k best; memory is kept from row to row.
 class plain_gate {
  public:
@@ -48,7 +61,7 @@ class plain_gate {
     select_.partial_sort(choice_.data(), spec_.experts, spec_.k, id, weight);
     for (index_t r = 0; r < spec_.k; ++r)
       weight[r] = id[r] < 0 ? 0.0f : score_[static_cast<std::size_t>(id[r])];
-    finish(weight);
+    finish_weights(spec_, weight);
   }
 
  private:
@@ -101,18 +114,6 @@ class plain_gate {
                       });
     for (auto g = group_.begin() + spec_.topk_group; g != group_.end(); ++g)
       std::fill_n(choice_.data() + g->second * size, size, spec_.group_fill);
-  }
-
-  void finish(float* weight) const {
-    using moeroute::eps_mode;
-    float divisor = 1.0f;
-    if (spec_.normalize == moeroute::normalization::sum) {
-      divisor = 0.0f;
-      for (index_t r = 0; r < spec_.k; ++r) divisor += weight[r];
-      if (spec_.eps_where == eps_mode::add) divisor += spec_.eps;
-      if (spec_.eps_where == eps_mode::clamp) divisor = std::max(divisor, spec_.eps);
-    }
-    for (index_t r = 0; r < spec_.k; ++r) weight[r] = weight[r] / divisor * spec_.scale;
   }
 
   moeroute::router_spec spec_;

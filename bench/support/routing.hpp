@@ -13,6 +13,7 @@
 
 #include "support/contest.hpp"
 #include "support/floors.hpp"
+#include "support/peers/peers.hpp"
 #include "support/plain_gate.hpp"
 #include "support/shapes.hpp"
 
@@ -49,7 +50,7 @@ struct drawn_tensors {
 
 /// Routes `turns.step` tokens a call out of rows [turns.units, columns], with a SIMD max over the
 /// same rows as the floor and, where the spec is one that it can carry out, the plain gate as the
-/// baseline.
+/// baseline, and the peers that there are.
 inline void compete_routing(benchmark::State& state, const moeroute::router_spec& spec,
                             const moeroute::router_tensors& tensors,
                             std::span<const std::int32_t> token_ids, const float* logits,
@@ -96,6 +97,14 @@ inline void compete_routing(benchmark::State& state, const moeroute::router_spec
       return;
     }
     list.push_back({"baseline", over(rows, 2.0 / 3, baseline)});
+  }
+  const std::vector<peer> peers = gate_peers(spec, tensors.bias);
+  if (!peers.empty()) ours(0);
+  const std::string wrong =
+      add_peers(list, peers, logits, columns, turns, choices.weights(), spec.k);
+  if (!wrong.empty()) {
+    state.SkipWithError(("differs from " + wrong).c_str());
+    return;
   }
   compete(state, static_cast<double>(turns.unit_bytes), std::move(list));
 }
