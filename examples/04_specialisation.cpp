@@ -45,7 +45,10 @@ std::string number(double x, int digits) { return example::detail::fixed(x, digi
 
 std::string list_of(std::span<const expert_id> ids) {
   std::string text;
-  for (const expert_id e : ids) text += (text.empty() ? "" : " ") + std::to_string(e);
+  for (const expert_id e : ids) {
+    if (!text.empty()) text += ' ';
+    text += std::to_string(e);
+  }
   return text.empty() ? "none" : text;
 }
 
