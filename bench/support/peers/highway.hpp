@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <functional>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -30,7 +32,8 @@ class highway_selection {
   void operator()(const float* row, index_t experts, index_t k, std::int32_t* id, float* value) {
     clear(experts);
     pack(row, experts, 0);
-    best(k, id, value);
+    best(k, id);
+    for (index_t r = 0; r < k; ++r) value[r] = id[r] < 0 ? plain_selection::lowest : row[id[r]];
   }
 
   /// The same step by step: memory for at most n keys, the experts from `first` on, the choice.
@@ -41,28 +44,26 @@ class highway_selection {
   void pack(const float* x, index_t n, index_t first) {
     std::uint64_t* to = key_.data() + size_;
     for (index_t i = 0; i < n; ++i) {
-      const auto bits = std::bit_cast<std::uint32_t>(x[i] + 0.0f);  // no negative zero
-      const std::uint32_t order = bits ^ (bits >> 31 ? ~0u : sign);
+      const auto bits = std::bit_cast<std::int32_t>(x[i] + 0.0f);  // no negative zero
+      const std::uint32_t order = static_cast<std::uint32_t>(
+          bits ^ ((bits >> 31) | std::numeric_limits<std::int32_t>::min()));
       const std::uint32_t high = x[i] > plain_selection::lowest ? order : 0u;
       to[i] = std::uint64_t{high} << 32 | ~static_cast<std::uint32_t>(first + i);
     }
     size_ += static_cast<std::size_t>(n);
   }
-  void best(index_t k, std::int32_t* id, float* value) {
+  void best(index_t k, std::int32_t* id) {
     const auto last = static_cast<std::size_t>(k);
     if (last < size_) hwy::VQSelect(key_.data(), size_, last - 1, hwy::SortDescending());
     std::sort(key_.begin(), key_.begin() + k, std::greater<>());
     for (index_t r = 0; r < k; ++r) {
       const std::uint64_t key = key_[static_cast<std::size_t>(r)];
-      const auto high = static_cast<std::uint32_t>(key >> 32);
-      id[r] = high == 0 ? moeroute::no_expert : static_cast<std::int32_t>(~key & 0xffffffffu);
-      value[r] = high == 0 ? plain_selection::lowest
-                           : std::bit_cast<float>(high & sign ? high ^ sign : ~high);
+      const auto expert = static_cast<std::uint32_t>(~key);
+      id[r] = key >> 32 == 0 ? moeroute::no_expert : static_cast<std::int32_t>(expert);
     }
   }
 
  private:
-  static constexpr std::uint32_t sign = 0x80000000u;
   std::vector<std::uint64_t> key_;
   std::size_t size_ = 0;
 };
@@ -73,6 +74,8 @@ class highway_gate {
   explicit highway_gate(const moeroute::router_spec& spec, std::span<const float> bias = {})
       : spec_(spec), bias_(bias), score_(static_cast<std::size_t>(spec.experts + lanes)) {
     choice_ = score_;
+    group_.resize(static_cast<std::size_t>(spec.groups));
+    group_score_.resize(group_.size());
   }
 
   static bool can(const moeroute::router_spec& s) {
@@ -142,10 +145,10 @@ class highway_gate {
     if (spec_.groups > 1) best_groups(size);
     select_.clear(spec_.experts);
     for (index_t i = 0; i < (spec_.groups > 1 ? spec_.topk_group : 1); ++i) {
-      const index_t g = spec_.groups > 1 ? group_[static_cast<std::size_t>(i)].second : 0;
+      const index_t g = spec_.groups > 1 ? group_[static_cast<std::size_t>(i)] : 0;
       select_.pack(choice_.data() + g * size, size, g * size);
     }
-    select_.best(spec_.k, id, weight);
+    select_.best(spec_.k, id);
     for (index_t r = 0; r < spec_.k; ++r) weight[r] = score_[static_cast<std::size_t>(id[r])];
     finish_weights(spec_, weight);
   }
@@ -153,7 +156,6 @@ class highway_gate {
   void best_groups(index_t size) {
     namespace hn = hwy::HWY_NAMESPACE;
     const tag d;
-    group_.clear();
     for (index_t g = 0; g < spec_.groups; ++g) {
       auto first = hn::Set(d, plain_selection::lowest), second = first;
       for (index_t e = g * size; e < (g + 1) * size; e += step()) {
@@ -166,9 +168,18 @@ class highway_gate {
       const auto there = hn::Eq(first, hn::Set(d, best));
       const auto rest = hn::IfThenElse(there, second, first);
       const float next = hn::CountTrue(d, there) > 1 ? best : hn::ReduceMax(d, rest);
-      group_.emplace_back(-(best + next), g);
+      group_score_[static_cast<std::size_t>(g)] = best + next;
     }
-    std::partial_sort(group_.begin(), group_.begin() + spec_.topk_group, group_.end());
+    // Ranks by counting: no branch to predict.
+    index_t kept = 0;
+    for (std::size_t g = 0; g < group_.size(); ++g) {
+      index_t better = 0;
+      for (std::size_t h = 0; h < group_.size(); ++h)
+        better +=
+            (group_score_[h] > group_score_[g]) | ((group_score_[h] == group_score_[g]) & (h < g));
+      group_[static_cast<std::size_t>(kept)] = static_cast<index_t>(g);
+      kept += better < spec_.topk_group;
+    }
   }
 
   static index_t step() { return static_cast<index_t>(hwy::HWY_NAMESPACE::Lanes(tag())); }
@@ -177,7 +188,8 @@ class highway_gate {
   std::span<const float> bias_;
   highway_selection select_;
   std::vector<float> score_, choice_;
-  std::vector<std::pair<float, index_t>> group_;
+  std::vector<float> group_score_;
+  std::vector<index_t> group_;
 };
 
 }  // namespace bench
