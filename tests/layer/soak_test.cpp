@@ -1,7 +1,5 @@
 // Endurance: what only many calls of changing shapes would show. Hidden; test_layer "[soak]" runs
 // it.
-#include <unistd.h>
-
 #include <algorithm>
 #include <bit>
 #include <catch2/catch_test_macros.hpp>
@@ -9,7 +7,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <moeroute/stage/capacity.hpp>
 #include <moeroute/stage/combine.hpp>
 #include <moeroute/stage/dispatch.hpp>
@@ -21,6 +18,7 @@
 #include "support/allocations.hpp"
 #include "support/guarded.hpp"
 #include "support/random.hpp"
+#include "support/resident.hpp"
 #include "support/threads.hpp"
 
 using namespace moeroute;
@@ -29,13 +27,6 @@ namespace {
 
 constexpr index_t most_tokens = 4096, most_choices = 1 << 19, most_logits = 1 << 21;
 constexpr index_t most_dim = 48, vocabulary = 5;
-
-index_t resident_kilobytes() {
-  std::ifstream file("/proc/self/statm");
-  index_t all = 0, resident = 0;
-  file >> all >> resident;
-  return resident * sysconf(_SC_PAGESIZE) / 1024;
-}
 
 /// A router with its tensors at guarded ends.
 struct setting {
@@ -252,7 +243,7 @@ TEST_CASE(
   };
   const std::uint64_t at_first = first_calls();
   REQUIRE(broken == "");
-  const index_t before = resident_kilobytes();
+  const index_t before = test::resident_kilobytes();
   const auto start = std::chrono::steady_clock::now();
   index_t tokens = 0;
   std::uint64_t calls = 0;
@@ -260,7 +251,7 @@ TEST_CASE(
   CHECK(broken == "");
   CHECK(first_calls() == at_first);
   CHECK(run.allocations() == 0);
-  const index_t grown = resident_kilobytes() - before;
+  const index_t grown = test::resident_kilobytes() - before;
   CHECK(grown < 1024);
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
