@@ -5,6 +5,7 @@
 #include <moeroute/stage/dispatch.hpp>
 #include <moeroute/stage/plan.hpp>
 #include <moeroute/stage/route.hpp>
+#include <span>
 #include <string>
 
 #include "isa_kernels.hpp"
@@ -31,11 +32,13 @@ void decide(const Router& router, const isa_input& in, isa_output& out) {
   const matrix_view<const float> logits(in.logits.data(), in.tokens, in.experts);
   route(router, logits, ws, choices);
   plan(choices, slots);
-  row_matrix<float> rows(slots.slots(), in.experts), y(in.tokens, in.experts);
+  // No matrices of Eigen: how they allocate depends on the flags, and the linker keeps one way.
+  buffer<float> row_memory(slots.slots() * in.experts), y(in.tokens * in.experts);
+  const matrix_view<float> rows(row_memory.data(), slots.slots(), in.experts);
   dispatch(logits, slots, rows);
-  for (index_t i = 0; i < rows.size(); ++i)
-    if (!(rows.data()[i] > -1e30f && rows.data()[i] < 1e30f)) rows.data()[i] = 0.0f;
-  combine(rows, slots, choices, y);
+  for (float& x : std::span<float>(row_memory))
+    if (!(x > -1e30f && x < 1e30f)) x = 0.0f;
+  combine(rows, slots, choices, matrix_view<float>(y.data(), in.tokens, in.experts));
   out.ids.insert(out.ids.end(), choices.ids().begin(), choices.ids().end());
   out.weights.insert(out.weights.end(), choices.weights().begin(), choices.weights().end());
   out.weights.insert(out.weights.end(), y.data(), y.data() + y.size());
