@@ -123,7 +123,8 @@ void plain_sinkhorn(const float* logits, index_t tokens, index_t experts, index_
 
 // One sweep: the difference between many iterations and few, so that the exponentials before them
 // and the choice after them do not count. Its floor is a read of the matrix.
-void sinkhorn(benchmark::State& state, index_t tokens, index_t experts) {
+void sinkhorn(benchmark::State& state, index_t tokens, index_t experts,
+              moeroute::sinkhorn_domain domain) {
   constexpr index_t few = 10, many = 30;
   moeroute::buffer<float> logits(tokens * experts);
   bench::fill("normal", tokens, experts, logits.data());
@@ -143,6 +144,7 @@ void sinkhorn(benchmark::State& state, index_t tokens, index_t experts) {
   std::vector<bench::competitor> list;
   list.push_back({"ours", sweep([&](index_t iterations) {
                     moeroute::sinkhorn router;
+                    router.scaling.domain = domain;
                     router.scaling.tolerance = 0.0f;
                     router.scaling.most_iterations = iterations;
                     moeroute::route(router, z, workspace, choices);
@@ -186,8 +188,11 @@ const bool registered = [] {
         [=](benchmark::State& state) { expert_choice(state, 1024, experts, 32, "normal", 1024); });
   for (const auto& [tokens, experts, mem] : std::vector<std::tuple<index_t, index_t, const char*>>{
            {256, 64, "l2"}, {4096, 64, "l2"}, {1024, 256, "l2"}, {4096, 256, "stream"}})
-    bench::entry("sinkhorn" + part("T", tokens) + part("E", experts) + "/mem:" + mem,
-                 [=](benchmark::State& state) { sinkhorn(state, tokens, experts); });
+    for (const auto& [name, domain] :
+         {std::pair{"sinkhorn", moeroute::sinkhorn_domain::exponential},
+          std::pair{"sinkhorn_log", moeroute::sinkhorn_domain::logarithm}})
+      bench::entry(name + part("T", tokens) + part("E", experts) + "/mem:" + mem,
+                   [=](benchmark::State& state) { sinkhorn(state, tokens, experts, domain); });
   return true;
 }();
 
