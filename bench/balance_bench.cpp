@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include <moeroute/balance/loss_chunk.hpp>
 #include <moeroute/balance/loss_count.hpp>
 #include <moeroute/balance/loss_relu.hpp>
 #include <moeroute/balance/loss_sums.hpp>
@@ -163,6 +164,8 @@ const bool registered = [] {
   });
   add("relu_load",
       [](subject& s) { return relu_balance_loss({.k = 8}, {}, s.z(), s.dz(), s.ws, serial{}); });
+  add("share_balance",
+      [](subject& s) { return share_balance({}, {}, s.z(), s.dz(), s.ws, serial{}); });
   return true;
 }();
 
