@@ -15,6 +15,12 @@
 
 namespace bench {
 
+/// What weights are multiplied by after everything else.
+inline float weight_factor(const moeroute::router_spec& spec) {
+  const float scale = spec.scale_where == moeroute::scale_place::weights ? spec.scale : 1.0f;
+  return spec.divide_by_k ? scale / static_cast<float>(spec.k) : scale;
+}
+
 /// Scores of one row's k choices to its weights: normalised and scaled as the spec says.
 inline void finish_weights(const moeroute::router_spec& spec, float* weight) {
   using moeroute::eps_mode;
@@ -25,7 +31,8 @@ inline void finish_weights(const moeroute::router_spec& spec, float* weight) {
     if (spec.eps_where == eps_mode::add) divisor += spec.eps;
     if (spec.eps_where == eps_mode::clamp) divisor = std::max(divisor, spec.eps);
   }
-  for (index_t r = 0; r < spec.k; ++r) weight[r] = weight[r] / divisor * spec.scale;
+  const float factor = weight_factor(spec);
+  for (index_t r = 0; r < spec.k; ++r) weight[r] = weight[r] / divisor * factor;
 }
 
 /// One row's ids and weights for the specs that choose the k best; memory is kept from row to row.
@@ -51,6 +58,7 @@ class plain_gate {
       for (index_t r = 0; r < spec_.k; ++r)
         sum += weight[r] = id[r] < 0 ? 0.0f : std::exp(weight[r] - max);
       for (index_t r = 0; r < spec_.k; ++r) weight[r] /= sum;
+      finish_weights(spec_, weight);
       return;
     }
     scores(row);

@@ -113,7 +113,7 @@ class highway_gate {
     const float chosen = exponentials(choice_.data(), spec_.k, max);
     if (over_choices) sum = chosen;
     for (index_t r = 0; r < spec_.k; ++r) weight[r] = score_[static_cast<std::size_t>(r)] / sum;
-    if (!over_choices) finish_weights(spec_, weight);
+    finish_weights(spec_, weight);
   }
 
   // score_ = exp(x - max); returns their sum. Reads x up to a whole vector.

@@ -14,6 +14,9 @@
 #include <moeroute/policy/router_spec.hpp>
 
 #include "support/contest.hpp"
+#if defined(MOEROUTE_PEER_GGML)
+#include "support/peers/ggml.hpp"
+#endif
 #if defined(MOEROUTE_PEER_HIGHWAY)
 #include "support/peers/highway.hpp"
 #endif
@@ -59,6 +62,9 @@ inline std::vector<peer> selection_peers([[maybe_unused]] index_t experts,
 #if defined(MOEROUTE_PEER_TORCH)
   found.push_back({"torch", false, torch_selection(experts, k)});
 #endif
+#if defined(MOEROUTE_PEER_GGML)
+  found.push_back({"ggml", false, ggml_selection(experts, k)});
+#endif
   return found;
 }
 
@@ -72,6 +78,9 @@ inline std::vector<peer> gate_peers([[maybe_unused]] const moeroute::router_spec
 #endif
 #if defined(MOEROUTE_PEER_TORCH)
   if (torch_gate::can(spec)) found.push_back({"torch", false, torch_gate(spec, bias)});
+#endif
+#if defined(MOEROUTE_PEER_GGML)
+  if (ggml_gate::can(spec)) found.push_back({"ggml", false, ggml_gate(spec, bias)});
 #endif
   return found;
 }

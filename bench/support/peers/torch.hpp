@@ -54,13 +54,11 @@ class torch_gate {
     using namespace moeroute;
     const c10::InferenceMode inference;
     const at::Tensor logits = at::from_blob(const_cast<float*>(rows), {n, spec_.experts});
-    if (spec_.score == score_kind::softmax && spec_.domain == score_domain::selected) {
-      std::tie(weights_, ids_) = at::topk(logits, spec_.k);
-      weights_ = at::softmax(weights_, -1);
-      return weights_.data_ptr<float>();
-    }
     const bool softmax = spec_.score == score_kind::softmax;
-    const at::Tensor scores = softmax ? at::softmax(logits, -1) : at::sigmoid(logits);
+    const bool over_choices = softmax && spec_.domain == score_domain::selected;
+    const at::Tensor scores = over_choices ? logits
+                              : softmax    ? at::softmax(logits, -1)
+                                           : at::sigmoid(logits);
     if (spec_.selection_bias || spec_.groups > 1) {
       at::Tensor choice = spec_.selection_bias ? scores + bias_ : scores;
       if (spec_.groups > 1) choice = without_other_groups(choice, n);
@@ -68,13 +66,14 @@ class torch_gate {
       weights_ = scores.gather(1, ids_);
     } else {
       std::tie(weights_, ids_) = at::topk(scores, spec_.k);
+      if (over_choices) weights_ = at::softmax(weights_, -1);
     }
     if (spec_.normalize == normalization::sum) {
       at::Tensor sum = weights_.sum(-1, true);
       if (spec_.eps_where == eps_mode::add) sum += spec_.eps;
       weights_ /= sum;
     }
-    if (spec_.scale != 1.0f) weights_ = weights_ * spec_.scale;
+    if (const float factor = weight_factor(spec_); factor != 1.0f) weights_ = weights_ * factor;
     return weights_.data_ptr<float>();
   }
 
