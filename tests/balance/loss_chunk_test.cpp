@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "support/gradient.hpp"
-#include "support/losses.hpp"
+#include "support/loss_agreement.hpp"
 #include "support/refusal.hpp"
 #include "support/threads.hpp"
 
@@ -178,6 +178,47 @@ TEST_CASE("locality is the cross-entropy of neighbours, and its gradient the der
   }
 }
 
+TEST_CASE("in float, losses of chunks and neighbours are those in double, at every width") {
+  workspace ws;
+  for (const index_t experts : {1, 3, 16, 33, 64, 200})
+    for (const bool masked : {false, true}) {
+      const auto b = smooth_batch(126, 96, experts, masked);
+      std::vector<std::int32_t> neighbour(96);
+      for (std::size_t t = 0; t < 96; ++t) neighbour[t] = static_cast<std::int32_t>(t * 5 % 96);
+      for (const bool normalized : {false, true}) {
+        CHECK(test::float_disagreement(b, [&](auto z, auto dz, gradient_to to) {
+                return chunk_sparsity({.chunk = 12, .normalized = normalized},
+                                      {.gradient = to, .mask = b.mask}, z, dz, ws,
+                                      test::several_threads{2});
+              }) == "");
+        CHECK(test::float_disagreement(b, [&](auto z, auto dz, gradient_to to) {
+                return share_balance({.normalized = normalized}, {.gradient = to, .mask = b.mask},
+                                     z, dz, ws, test::several_threads{2});
+              }) == "");
+      }
+      for (const double beta : {0.5, 100.0})
+        CHECK(test::float_disagreement(b, [&](auto z, auto dz, gradient_to to) {
+                return activation_locality({.beta = beta, .neighbour = neighbour},
+                                           {.gradient = to, .mask = b.mask}, z, dz);
+              }) == "");
+    }
+}
+
+TEST_CASE("one expert that takes the whole share leaves a chunk's product above 0") {
+  // 1 - share is a rounding error here; eps is what keeps the factor positive.
+  const std::vector<float> z{1e6f, -1.0f, 3e5f, -1.0f};
+  std::vector<float> dz(4);
+  workspace ws;
+  for (const double eps : {1e-5, 1e-9}) {
+    const double value = chunk_sparsity({.coefficient = 1.0, .chunk = 2, .eps = eps}, {},
+                                        matrix_view<const float>(z.data(), 2, 2),
+                                        matrix_view<float>(dz.data(), 2, 2), ws, serial{});
+    CHECK(value == Approx(0.5).epsilon(1e-4));
+    CHECK(value <= 0.5);
+    for (const float g : dz) CHECK(std::isfinite(g));
+  }
+}
+
 TEST_CASE("NaN, infinities, empty rows and no tokens are defined for chunks and neighbours") {
   const double infinity = std::numeric_limits<double>::infinity(), nan = std::nan("");
   const oracle::batch b{
@@ -192,6 +233,20 @@ TEST_CASE("NaN, infinities, empty rows and no tokens are defined for chunks and 
   for (const double g : gradient)
     if (!std::isfinite(g)) FAIL("a gradient is not finite");
   CHECK(run_locality(b, b.logits, {.neighbour = none}, &gradient) == 0.0);
+  const std::vector<float> z(b.logits.begin(), b.logits.end());
+  std::vector<float> single(12, 7.0f);
+  const matrix_view<const float> logits(z.data(), 4, 3);
+  const matrix_view<float> dlogits(single.data(), 4, 3);
+  workspace ws;
+  run(b, b.logits, {.chunk = 2}, &gradient);
+  CHECK(std::isfinite(chunk_sparsity({.chunk = 2}, {}, logits, dlogits, ws, serial{})));
+  CHECK(test::difference(single, gradient, 1e-4, 1e-7) == "");
+  CHECK(std::isfinite(share_balance({}, {}, logits, dlogits, ws, serial{})));
+  for (std::size_t i = 0; i < 12; ++i)
+    if (!std::isfinite(single[i]) || (i >= 3 && single[i] != 0.0f)) FAIL(i);
+  run_locality(b, b.logits, {.neighbour = previous}, &gradient);
+  CHECK(std::isfinite(activation_locality({.neighbour = previous}, {}, logits, dlogits)));
+  CHECK(test::difference(single, gradient, 1e-4, 1e-5) == "");
   CHECK(run({0, 3, {}, {}}, {}, {}, nullptr) == 0.0);
   CHECK(test::refusal([&] { run(b, b.logits, {.chunk = 3}, nullptr); }) ==
         "moeroute::chunk_sparsity: tokens % chunk is 1, expected 0");

@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "support/gradient.hpp"
-#include "support/losses.hpp"
+#include "support/loss_agreement.hpp"
 #include "support/refusal.hpp"
 #include "support/threads.hpp"
 
@@ -149,6 +149,44 @@ TEST_CASE("noise that is learned has the derivative of the load loss by its logi
       error);
 }
 
+TEST_CASE("in float the load loss is that in double, at every width, with both gradients") {
+  workspace ws;
+  for (const index_t experts : {1, 3, 16, 33, 100, 256})
+    for (const bool constant : {false, true})
+      for (const auto threshold : {load_threshold::without_self, load_threshold::kth})
+        for (const index_t k : {index_t{1}, std::min<index_t>(8, experts), experts}) {
+          const auto b = test::random_batch(94, 70, experts, true);
+          const std::size_t size = b.logits.size();
+          const index_t rows = constant ? 1 : 70, cols = constant ? 1 : experts;
+          test::random rng(95);
+          std::vector<float> sigma(static_cast<std::size_t>(rows * cols)), noisy(size);
+          for (float& s : sigma) s = 0.3f + rng.uniform();
+          for (std::size_t i = 0; i < size; ++i)
+            noisy[i] = static_cast<float>(b.logits[i]) + rng.normal() * sigma[constant ? 0 : i];
+          const auto loss = [&](auto z, auto dz, gradient_to to) {
+            using F = std::remove_cvref_t<decltype(dz(0, 0))>;
+            const std::vector<F> s(sigma.begin(), sigma.end()), h(noisy.begin(), noisy.end());
+            const token_options how{.gradient = to, .mask = b.mask};
+            const load_loss what{.coefficient = 1.0, .k = k, .threshold = threshold};
+            return noisy_load_loss<F>(what, how, z, {h.data(), 70, experts}, {s.data(), rows, cols},
+                                      dz, ws, test::several_threads{2});
+          };
+          CHECK(test::float_disagreement(b, loss) == "");
+          if (constant) continue;
+          // The gradient by sigma in place of that by the logits.
+          CHECK(test::float_disagreement(b, [&](auto z, auto dsigma, gradient_to to) {
+                  using F = std::remove_cvref_t<decltype(dsigma(0, 0))>;
+                  const std::vector<F> s(sigma.begin(), sigma.end()), h(noisy.begin(), noisy.end());
+                  std::vector<F> dz(size);
+                  const token_options how{.gradient = to, .mask = b.mask};
+                  const load_loss what{.coefficient = 1.0, .k = k, .threshold = threshold};
+                  return noisy_load_loss<F>(what, how, z, {h.data(), 70, experts},
+                                            {s.data(), rows, cols}, {dz.data(), 70, experts},
+                                            dsigma, ws, serial{});
+                }) == "");
+        }
+}
+
 TEST_CASE("every expert selected: probability 1 for all, no loss and no gradient") {
   const noisy_batch n = make(false, true);
   row gradient(630, 7.0);
@@ -167,6 +205,14 @@ TEST_CASE("NaN and infinite logits leave the load loss finite") {
     CHECK(std::isfinite(run(n, n.b.logits, {.k = k}, &gradient)));
     for (const double g : gradient)
       if (!std::isfinite(g)) FAIL("a gradient is not finite");
+    const std::vector<float> z(n.b.logits.begin(), n.b.logits.end()), sigma{0.25f};
+    std::vector<float> single(630);
+    workspace ws;
+    const matrix_view<const float> logits(z.data(), 70, 9);
+    CHECK(std::isfinite(noisy_load_loss<float>({.k = k}, {}, logits, logits, {sigma.data(), 1, 1},
+                                               {single.data(), 70, 9}, ws, serial{})));
+    for (const float g : single)
+      if (!std::isfinite(g)) FAIL("a gradient in float is not finite");
   }
 }
 

@@ -22,7 +22,7 @@ using ints = std::vector<std::int32_t>;
 using doubles = std::vector<double>;
 
 json golden(const std::string& name) {
-  std::ifstream file(std::string(MOEROUTE_TEST_DATA) + "/golden/" + name + ".json");
+  std::ifstream file(std::string(MOEROUTE_TEST_DATA "/golden/") + name + ".json");
   REQUIRE(file.good());
   return json::parse(file);
 }

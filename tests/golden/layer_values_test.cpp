@@ -20,7 +20,7 @@ using nlohmann::json;
 namespace {
 
 json golden(const std::string& name) {
-  std::ifstream file(std::string(MOEROUTE_TEST_DATA) + "/golden/gradients/" + name + ".json");
+  std::ifstream file(std::string(MOEROUTE_TEST_DATA "/golden/gradients/") + name + ".json");
   REQUIRE(file.good());
   return json::parse(file);
 }

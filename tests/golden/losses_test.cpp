@@ -31,7 +31,7 @@ struct golden_loss {
   std::vector<double> counts;
 
   explicit golden_loss(const std::string& name) {
-    std::ifstream in(std::string(MOEROUTE_TEST_DATA) + "/golden/gradients/loss_" + name + ".json");
+    std::ifstream in(std::string(MOEROUTE_TEST_DATA "/golden/gradients/loss_") + name + ".json");
     if (!in) throw std::runtime_error(name + ": cannot be opened");
     const auto j = nlohmann::json::parse(in);
     tokens = j.at("T").get<index_t>();

@@ -27,6 +27,9 @@ inline void* allocate(std::size_t n, std::align_val_t alignment) {
   return std::aligned_alloc(a, (n / a + 1) * a);  // a multiple of the alignment, never 0
 }
 
+// Out of line: g++ takes a delete that is inlined down to free for a mismatch with new.
+[[gnu::noinline]] inline void release(void* p) noexcept { std::free(p); }
+
 inline void* or_throw(void* p) {
   if (p == nullptr) throw std::bad_alloc();
   return p;
@@ -39,6 +42,7 @@ long test::allocated_bytes() { return test::detail::bytes; }
 
 using test::detail::allocate;
 using test::detail::or_throw;
+using test::detail::release;
 
 // The array forms call these.
 void* operator new(std::size_t n) { return or_throw(allocate(n)); }
@@ -47,9 +51,9 @@ void* operator new(std::size_t n, std::align_val_t a) { return or_throw(allocate
 void* operator new(std::size_t n, std::align_val_t a, const std::nothrow_t&) noexcept {
   return allocate(n, a);
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t, const std::nothrow_t&) noexcept { std::free(p); }
+void operator delete(void* p) noexcept { release(p); }
+void operator delete(void* p, std::size_t) noexcept { release(p); }
+void operator delete(void* p, const std::nothrow_t&) noexcept { release(p); }
+void operator delete(void* p, std::align_val_t) noexcept { release(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { release(p); }
+void operator delete(void* p, std::align_val_t, const std::nothrow_t&) noexcept { release(p); }

@@ -26,7 +26,7 @@ using golden_json = nlohmann::basic_json<std::map, std::vector, std::string, boo
 
 /// A file of tests/golden, by its path there.
 inline golden_json read_golden(const std::string& file) {
-  const std::string path = std::string(MOEROUTE_TEST_DATA) + "/golden/" + file;
+  const std::string path = std::string(MOEROUTE_TEST_DATA "/golden/") + file;
   std::ifstream in(path);
   if (!in) throw std::runtime_error(path + ": cannot be opened");
   return golden_json::parse(in);

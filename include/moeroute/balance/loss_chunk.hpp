@@ -3,6 +3,8 @@
 #pragma once
 
 #include <moeroute/balance/loss.hpp>
+#include <moeroute/simd/locality_rows.hpp>
+#include <moeroute/simd/share_rows.hpp>
 
 namespace moeroute {
 
@@ -25,27 +27,48 @@ namespace detail {
 
 // share_e = r_e / D with r = max(z, 0) and D = sum r + eps * rho; rho is the root mean square of r
 // where the scores are normalised before, 1 where they are not.
+template <class F>
 struct relu_share {
-  double sum, rho, divisor;
+  F scale;  // 1 / D; 0: the row has no shares
+  F curve;  // dD/dr_e = 1 + curve * r_e
 
-  template <class F, class Loss>
-  static relu_share of(const F* z, index_t experts, const Loss& loss) {
-    double sum = 0.0, squares = 0.0;
-    for (index_t e = 0; e < experts; ++e) {
-      const double r = z[e] > F{0} ? static_cast<double>(z[e]) : 0.0;
-      sum += r;
-      squares += r * r;
-    }
-    const double rho =
-        loss.normalized ? std::sqrt(squares / static_cast<double>(experts) + loss.norm_eps) : 1.0;
-    return {sum, rho, sum + loss.eps * rho};
-  }
-
-  template <class F>
-  double share(F z) const {
-    return z > F{0} ? static_cast<double>(z) / divisor : 0.0;
+  template <class Loss>
+  static relu_share of(const simd::rectified_sums<F>& r, index_t experts, const Loss& loss) {
+    const F each = F{1} / static_cast<F>(experts), eps = static_cast<F>(loss.eps);
+    const F rho =
+        loss.normalized ? std::sqrt(r.squares * each + static_cast<F>(loss.norm_eps)) : F{1};
+    const F scale = F{1} / (r.sum + eps * rho);
+    return {std::isfinite(scale) ? scale : F{0}, loss.normalized ? eps * each / rho : F{0}};
   }
 };
+
+// The shares of tokens [begin, end), at most 16: one loop for the sums and one for what follows
+// from them, since a single token would wait for its own root and quotient.
+template <class F, class Loss>
+void shares_of_block(const matrix_view<const F>& z, const token_options& how, const Loss& loss,
+                     index_t begin, index_t end, relu_share<F>* share) {
+  simd::rectified_sums<F> sums[block_rows];
+  for (index_t t = begin; t < end; ++t)
+    sums[t - begin] =
+        how.masked(t) ? simd::rectified_sums<F>{} : simd::sums_of_rectified(z.row(t), z.cols);
+  for (index_t i = 0; i < end - begin; ++i)
+    share[i] = how.masked(begin + i) ? relu_share<F>{} : relu_share<F>::of(sums[i], z.cols, loss);
+}
+
+// The gradient of sum_e slope_e share_e by the logits, times `factor`, given mean = that sum.
+template <class F>
+void share_gradient_to(gradient_to to, const F* z, const F* slope, const relu_share<F>& share,
+                       F mean, F factor, index_t experts, F* out) {
+  if (share.scale == F{0}) {
+    if (to == gradient_to::write) std::fill_n(out, experts, F{0});
+    return;
+  }
+  const simd::share_gradient<F> g{mean, mean * share.curve, factor * share.scale};
+  if (to == gradient_to::add)
+    simd::share_gradient_row<true>(z, slope, g, experts, out);
+  else
+    simd::share_gradient_row<false>(z, slope, g, experts, out);
+}
 
 }  // namespace detail
 
@@ -60,9 +83,9 @@ struct relu_share {
 /// does not fall when chunks are merged. A masked token's shares are 0 and it has no gradient. A
 /// NaN or -inf has no share; so have rows with a +inf. No token: 0. Throws: error where a size
 /// differs, chunk does not divide T, or coefficient or an eps is negative. Cost: two sweeps, the
-/// second over a chunk that is still in cache. Scratch: E per worker and 3 numbers per token of a
-/// chunk. No allocation once warm. Determinism: the same bits for every executor and thread count.
-/// Source: Song et al. 2025 (BlockFFN).
+/// second over a chunk that is still in cache. Scratch: 17 E per worker and 2 numbers per token of
+/// a chunk. No allocation once warm. Determinism: the same bits for every executor and thread
+/// count. Source: Song et al. 2025 (BlockFFN).
 template <class F, executor Exec>
 double chunk_sparsity(const chunk_sparsity_loss& loss, const token_options& how,
                       std::type_identity_t<matrix_view<const F>> z, matrix_view<F> dz,
@@ -77,52 +100,52 @@ double chunk_sparsity(const chunk_sparsity_loss& loss, const token_options& how,
   worker_slots slots(exec.concurrency());
   const int workers = worker_slots::count(exec.concurrency());
   struct memory {
-    double *product, *value;
-    detail::relu_share* share;
+    F *product, *pull;
+    double* value;
+    detail::relu_share<F>* share;
   };
   const memory m = ws.carve([&](scratch& tape) {
-    return memory{tape.take<double>(workers * experts), tape.take<double>(chunks),
-                  tape.take<detail::relu_share>(chunks > 0 ? workers * loss.chunk : 0)};
+    return memory{tape.take<F>(workers * experts), tape.take<F>(workers * block_rows * experts),
+                  tape.take<double>(chunks),
+                  tape.take<detail::relu_share<F>>(chunks > 0 ? workers * loss.chunk : 0)};
   });
   const double unit =
       loss.coefficient / (static_cast<double>(chunks) * static_cast<double>(experts));
+  const F eps = static_cast<F>(loss.eps);
   exec.parallel_for(chunks, 1, [&](index_t chunk, index_t) {
     const worker_slots::held worker(slots);
-    double* const product = m.product + worker * experts;
-    detail::relu_share* const share = m.share + worker * loss.chunk;
+    F* const product = m.product + worker * experts;
+    F* const pull = m.pull + worker * block_rows * experts;
+    detail::relu_share<F>* const share = m.share + worker * loss.chunk;
     const index_t first = chunk * loss.chunk;
-    const auto dead = [&](index_t i) {
-      return how.masked(first + i) || !std::isfinite(share[i].divisor) || !(share[i].divisor > 0.0);
-    };
-    std::fill_n(product, experts, 1.0);
+    std::fill_n(product, experts, F{1});
+    double without = 1.0;  // the factor of the tokens that have no shares
     for (index_t i = 0; i < loss.chunk; ++i) {
-      const F* const x = z.row(first + i);
-      share[i] = detail::relu_share::of(x, experts, loss);
-      const bool none = dead(i);
-      for (index_t e = 0; e < experts; ++e)
-        product[e] *= 1.0 - (none ? 0.0 : share[i].share(x[e])) + loss.eps;
+      if (i % block_rows == 0)
+        detail::shares_of_block(z, how, loss, first + i,
+                                first + std::min<index_t>(loss.chunk, i + block_rows), share + i);
+      if (share[i].scale == F{0})
+        without *= 1.0 + loss.eps;
+      else
+        simd::multiply_rest_row(z.row(first + i), share[i].scale, eps, experts, product);
     }
     m.value[chunk] = 0.0;
-    for (index_t e = 0; e < experts; ++e) m.value[chunk] += unit * (1.0 - product[e]);
+    for (index_t e = 0; e < experts; ++e) {
+      product[e] *= static_cast<F>(without);
+      m.value[chunk] += unit * (1.0 - static_cast<double>(product[e]));
+    }
     if (how.gradient == gradient_to::nowhere) return;
-    for (index_t i = 0; i < loss.chunk; ++i) {
-      const F* const x = z.row(first + i);
-      F* const out = dz.row(first + i);
-      if (how.gradient == gradient_to::write) std::fill_n(out, experts, F{0});
-      if (dead(i)) continue;
-      const detail::relu_share& s = share[i];
-      const auto pull = [&](index_t e) {
-        return unit * product[e] / (1.0 - s.share(x[e]) + loss.eps);
-      };
-      double mean = 0.0;
-      for (index_t e = 0; e < experts; ++e) mean += pull(e) * s.share(x[e]);
-      const double curve =
-          loss.normalized ? loss.eps / (static_cast<double>(experts) * s.rho) : 0.0;
-      for (index_t e = 0; e < experts; ++e)
-        if (x[e] > F{0}) {
-          const double along = 1.0 + curve * static_cast<double>(x[e]);
-          out[e] += static_cast<F>((pull(e) - mean * along) / s.divisor);
-        }
+    for (index_t begin = 0; begin < loss.chunk; begin += block_rows) {
+      const index_t n = std::min<index_t>(block_rows, loss.chunk - begin);
+      F mean[block_rows];
+      for (index_t i = 0; i < n; ++i)
+        if (share[begin + i].scale != F{0})
+          mean[i] = simd::pull_row(z.row(first + begin + i), share[begin + i].scale, eps, product,
+                                   experts, pull + i * experts);
+      for (index_t i = 0; i < n; ++i)
+        detail::share_gradient_to(how.gradient, z.row(first + begin + i), pull + i * experts,
+                                  share[begin + i], mean[i], static_cast<F>(unit), experts,
+                                  dz.row(first + begin + i));
     }
   });
   double value = 0.0;
@@ -138,7 +161,7 @@ double chunk_sparsity(const chunk_sparsity_loss& loss, const token_options& how,
 /// Shapes: logits, dlogits [T, E]. Ensures: about coefficient where shares and loads are equal;
 /// masked tokens take no part; NaN, -inf and rows with a +inf as chunk_sparsity. No token: 0.
 /// Throws: error where a size differs or coefficient or an eps is negative. Cost: two sweeps.
-/// Scratch: 2 T / 64 rows of double, 3 numbers per token. No allocation once warm. Determinism: the
+/// Scratch: 2 T / 64 rows, 2 numbers per token. No allocation once warm. Determinism: the
 /// same bits for every executor and thread count. Source: Song et al. 2025 (BlockFFN).
 template <class F, executor Exec>
 double share_balance(const share_balance_loss& loss, const token_options& how,
@@ -151,66 +174,59 @@ double share_balance(const share_balance_loss& loss, const token_options& how,
   const index_t experts = z.cols, grain = detail::loss_grain(z.rows);
   const index_t pieces = ceil_div(z.rows, grain), live = detail::live_tokens(how, z.rows);
   struct memory {
-    double *sum, *load, *slope;
-    detail::relu_share* share;
+    F *sum, *load, *slope;
+    double* total;
+    detail::relu_share<F>* share;
   };
   const memory m = ws.carve([&](scratch& tape) {
-    return memory{tape.take<double>(pieces * experts), tape.take<double>(pieces * experts),
-                  tape.take<double>(experts), tape.take<detail::relu_share>(z.rows)};
+    return memory{tape.take<F>(pieces * experts), tape.take<F>(pieces * experts),
+                  tape.take<F>(experts), tape.take<double>(2 * experts),
+                  tape.take<detail::relu_share<F>>(z.rows)};
   });
-  const auto dead = [&](index_t t) {
-    return how.masked(t) || !std::isfinite(m.share[t].divisor) || !(m.share[t].divisor > 0.0);
-  };
   exec.parallel_for(z.rows, grain, [&](index_t begin, index_t end) {
-    double* const sum = m.sum + begin / grain * experts;
-    double* const load = m.load + begin / grain * experts;
-    std::fill_n(sum, experts, 0.0);
-    std::fill_n(load, experts, 0.0);
+    F* const sum = m.sum + begin / grain * experts;
+    F* const load = m.load + begin / grain * experts;
+    std::fill_n(sum, experts, F{0});
+    std::fill_n(load, experts, F{0});
     for (index_t t = begin; t < end; ++t) {
-      const F* const x = z.row(t);
-      m.share[t] = detail::relu_share::of(x, experts, loss);
-      if (dead(t)) continue;
-      for (index_t e = 0; e < experts; ++e) {
-        const double s = m.share[t].share(x[e]);
-        sum[e] += s;
-        load[e] += s > 0.0 ? 1.0 : 0.0;
-      }
+      if (t % block_rows == 0)
+        detail::shares_of_block(z, how, loss, t, std::min<index_t>(end, t + block_rows),
+                                m.share + t);
+      if (m.share[t].scale != F{0})
+        simd::add_share_row(z.row(t), m.share[t].scale, experts, sum, load);
     }
   });
-  for (index_t p = 1; p < pieces; ++p)
-    for (index_t e = 0; e < experts; ++e) {
-      m.sum[e] += m.sum[p * experts + e];
-      m.load[e] += m.load[p * experts + e];
-    }
   if (live == 0) {
     if (how.gradient == gradient_to::write)
       for (index_t t = 0; t < z.rows; ++t) std::fill_n(dz.row(t), experts, F{0});
     return 0.0;
   }
+  double *const sum = m.total, *const load = m.total + experts;
+  std::fill_n(m.total, 2 * experts, 0.0);
+  for (index_t p = 0; p < pieces; ++p)
+    for (index_t e = 0; e < experts; ++e) {
+      sum[e] += static_cast<double>(m.sum[p * experts + e]);
+      load[e] += static_cast<double>(m.load[p * experts + e]);
+    }
   double all = loss.eps, value = 0.0;
-  for (index_t e = 0; e < experts; ++e) all += m.load[e];
+  for (index_t e = 0; e < experts; ++e) all += load[e];
   const double unit = loss.coefficient * static_cast<double>(experts) / static_cast<double>(live);
   for (index_t e = 0; e < experts; ++e) {
-    m.slope[e] = unit * m.load[e] / all;
-    value += m.slope[e] * m.sum[e];
+    const double slope = unit * load[e] / all;
+    m.slope[e] = static_cast<F>(slope);
+    value += slope * sum[e];
   }
   if (how.gradient == gradient_to::nowhere) return value;
   exec.parallel_for(z.rows, grain, [&](index_t begin, index_t end) {
-    for (index_t t = begin; t < end; ++t) {
-      const F* const x = z.row(t);
-      F* const out = dz.row(t);
-      if (how.gradient == gradient_to::write) std::fill_n(out, experts, F{0});
-      if (dead(t)) continue;
-      const detail::relu_share& s = m.share[t];
-      double mean = 0.0;
-      for (index_t e = 0; e < experts; ++e) mean += m.slope[e] * s.share(x[e]);
-      const double curve =
-          loss.normalized ? loss.eps / (static_cast<double>(experts) * s.rho) : 0.0;
-      for (index_t e = 0; e < experts; ++e)
-        if (x[e] > F{0}) {
-          const double along = 1.0 + curve * static_cast<double>(x[e]);
-          out[e] += static_cast<F>((m.slope[e] - mean * along) / s.divisor);
-        }
+    for (index_t first = begin; first < end; first += block_rows) {
+      const index_t last = std::min<index_t>(end, first + block_rows);
+      F mean[block_rows];
+      for (index_t t = first; t < last; ++t)
+        if (m.share[t].scale != F{0})
+          mean[t - first] = simd::share_dot(z.row(t), m.share[t].scale, m.slope, experts);
+      for (index_t t = first; t < last; ++t)
+        detail::share_gradient_to(how.gradient, z.row(t), m.slope, m.share[t], mean[t - first],
+                                  F{1}, experts, dz.row(t));
     }
   });
   return value;
@@ -259,17 +275,12 @@ double activation_locality(const locality_loss& loss, const token_options& how,
   double value = 0.0;
   for (index_t t = 0; t < z.rows; ++t) {
     if (!pairs_up(t)) continue;
+    const bool writes = how.gradient != gradient_to::nowhere;
     const index_t nb = neighbour(t);
-    for (index_t e = 0; e < z.cols; ++e) {
-      const double a = loss.beta * static_cast<double>(z(nb, e));
-      const double b = loss.beta * static_cast<double>(z(t, e));
-      if (!std::isfinite(a) || !std::isfinite(b)) continue;
-      const double y = 1.0 / (1.0 + std::exp(-b)), prediction = 1.0 / (1.0 + std::exp(-a));
-      value += unit * (std::max(a, 0.0) + std::log1p(std::exp(-std::abs(a))) - a * y);
-      if (how.gradient == gradient_to::nowhere) continue;
-      dz(nb, e) += static_cast<F>(unit * loss.beta * (prediction - y));
-      dz(t, e) -= static_cast<F>(unit * loss.beta * a * y * (1.0 - y));
-    }
+    value +=
+        unit * static_cast<double>(simd::locality_row(
+                   z.row(nb), z.row(t), static_cast<F>(loss.beta), static_cast<F>(unit * loss.beta),
+                   z.cols, writes ? dz.row(nb) : nullptr, writes ? dz.row(t) : nullptr));
   }
   return value;
 }

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <moeroute/balance/loss_sums.hpp>
+#include <moeroute/simd/noisy_load_rows.hpp>
+#include <moeroute/simd/top_k.hpp>
 
 namespace moeroute {
 
@@ -21,45 +23,52 @@ struct load_loss {
 
 namespace detail {
 
-// A row's k-th and (k + 1)-th largest noisy logits and their experts; -inf and -1 where there are
-// none. Equal logits: the lower expert first.
-struct load_bound {
-  double value[2];
-  std::int32_t expert[2];
-
-  // What expert e with noisy logit h has to exceed: 0 or 1.
-  int of(double h, index_t e) const {
-    const bool inside = expert[0] < 0 || h > value[0] || (h == value[0] && e <= index_t{expert[0]});
-    return inside ? 1 : 0;
-  }
-};
-
-struct load_candidate {
-  double logit;
-  std::int32_t expert;
-};
-
+// What the k + 1 best of a block of rows are kept in, for one worker.
 template <class F>
-load_bound bound_of(const F* h, index_t experts, index_t k, load_candidate* best) {
-  // The k + 1 largest, kept in order by insertion.
-  const index_t most = std::min(k + 1, experts);
-  index_t n = 0;
-  for (index_t e = 0; e < experts; ++e) {
-    const double x = static_cast<double>(h[e]);
-    if (!(x > -std::numeric_limits<double>::infinity())) continue;
-    if (n == most && !(x > best[n - 1].logit)) continue;
-    index_t at = n < most ? n++ : n - 1;
-    for (; at > 0 && x > best[at - 1].logit; --at) best[at] = best[at - 1];
-    best[at] = {x, static_cast<std::int32_t>(e)};
+struct load_ranks {
+  F* value;              // [k + 1][16]
+  std::int32_t* column;  // [k + 1][16]
+  std::uint64_t* key;
+
+  static load_ranks take(scratch& tape, index_t workers, index_t experts, index_t ranks) {
+    return {tape.take<F>(workers * ranks * block_rows),
+            tape.take<std::int32_t>(workers * ranks * block_rows),
+            tape.take<std::uint64_t>(workers * simd::top_k_scratch(experts, ranks))};
   }
-  load_bound b{{-std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()},
-               {-1, -1}};
-  for (index_t i = 0; i < 2; ++i)
-    if (k - 1 + i < n) {
-      b.value[i] = best[k - 1 + i].logit;
-      b.expert[i] = best[k - 1 + i].expert;
+  load_ranks of(index_t worker, index_t experts, index_t ranks) const {
+    return {value + worker * ranks * block_rows, column + worker * ranks * block_rows,
+            key + worker * simd::top_k_scratch(experts, ranks)};
+  }
+};
+
+inline void best_of_rows(const float* rows, index_t stride, int n, index_t experts, index_t ranks,
+                         const load_ranks<float>& to) {
+  simd::top_k_block(rows, stride, n, experts, static_cast<int>(ranks), to.value, to.column, to.key);
+}
+
+// By insertion: for tests of gradients.
+inline void best_of_rows(const double* rows, index_t stride, int n, index_t experts, index_t ranks,
+                         const load_ranks<double>& to) {
+  for (int i = 0; i < n; ++i) {
+    double* const value = to.value + i;
+    std::int32_t* const column = to.column + i;
+    for (index_t r = 0; r < ranks; ++r) {
+      value[r * block_rows] = -std::numeric_limits<double>::infinity();
+      column[r * block_rows] = no_expert;
     }
-  return b;
+    for (index_t e = 0; e < experts; ++e) {
+      const double x = rows[i * stride + e];
+      index_t at = ranks;
+      for (; at > 0 && x > value[(at - 1) * block_rows]; --at)
+        if (at < ranks) {
+          value[at * block_rows] = value[(at - 1) * block_rows];
+          column[at * block_rows] = column[(at - 1) * block_rows];
+        }
+      if (at == ranks) continue;
+      value[at * block_rows] = x;
+      column[at * block_rows] = static_cast<std::int32_t>(e);
+    }
+  }
 }
 
 }  // namespace detail
@@ -77,9 +86,9 @@ load_bound bound_of(const F* h, index_t experts, index_t k, load_candidate* best
 /// counts as -inf; where logit and threshold are both infinite the expert has no probability and no
 /// gradient. No threshold (k = E): probability 1. Masked tokens take no part.
 /// Throws: error where a size differs, k is outside [1, E], or coefficient or eps is negative.
-/// Cost: two sweeps with an error function per element. Scratch: T / 64 rows, 2 thresholds per
-/// token. No allocation once warm. Determinism: the same bits for every executor and thread count.
-/// Source: Shazeer et al. 2017; Tutel.
+/// Cost: a selection of k + 1, then two sweeps with an error function and an exponential per
+/// element. Scratch: T / 64 rows, 2 thresholds per token. No allocation once warm. Determinism: the
+/// same bits for every executor and thread count. Source: Shazeer et al. 2017; Tutel.
 template <class F, executor Exec>
 double noisy_load_loss(const load_loss& loss, const token_options& how,
                        std::type_identity_t<matrix_view<const F>> z,
@@ -106,77 +115,74 @@ double noisy_load_loss(const load_loss& loss, const token_options& how,
     check_size(where, "dsigma.cols", dsigma.cols, z.cols);
   }
   const index_t experts = z.cols, grain = detail::loss_grain(z.rows);
-  const index_t pieces = ceil_div(z.rows, grain);
-  using candidate = detail::load_candidate;
+  const index_t pieces = ceil_div(z.rows, grain), ranks = std::min(loss.k + 1, experts);
   worker_slots slots(exec.concurrency());
   struct memory {
-    double *sum, *slope, *total;
-    detail::load_bound* bound;
-    candidate* best;
+    F *sum, *slope;
+    double *slope_of_total, *total;
+    simd::load_bound<F>* bound;
+    detail::load_ranks<F> best;
   };
   const memory m = ws.carve([&](scratch& tape) {
-    return memory{tape.take<double>(pieces * experts), tape.take<double>(experts),
-                  tape.take<double>(experts), tape.take<detail::load_bound>(z.rows),
-                  tape.take<candidate>(worker_slots::count(exec.concurrency()) * (loss.k + 1))};
+    return memory{
+        tape.take<F>(pieces * experts),
+        tape.take<F>(experts),
+        tape.take<double>(experts),
+        tape.take<double>(experts),
+        tape.take<simd::load_bound<F>>(z.rows),
+        detail::load_ranks<F>::take(tape, worker_slots::count(exec.concurrency()), experts, ranks)};
   });
-  // u and 1 / sigma of one element; NaN where there is no probability.
-  const auto distance = [&](index_t t, index_t e, int which, double& inverse) {
-    inverse = 1.0 / static_cast<double>(constant ? sigma(0, 0) : sigma(t, e));
-    return (static_cast<double>(z(t, e)) - m.bound[t].value[which]) * inverse;
-  };
-  const auto threshold_of = [&](index_t t, index_t e) {
-    return loss.threshold == load_threshold::kth
-               ? 0
-               : m.bound[t].of(static_cast<double>(noisy(t, e)), e);
+  const auto row_at = [&](index_t t) {
+    return simd::noisy_row<F>{z.row(t), noisy.row(t), constant ? nullptr : sigma.row(t),
+                              constant ? sigma(0, 0) : F{1}};
   };
   exec.parallel_for(z.rows, grain, [&](index_t begin, index_t end) {
     const worker_slots::held worker(slots);
-    double* const sum = m.sum + begin / grain * experts;
-    std::fill_n(sum, experts, 0.0);
-    for (index_t t = begin; t < end; ++t) {
-      if (how.masked(t)) continue;
-      m.bound[t] = detail::bound_of(noisy.row(t), experts, loss.k, m.best + worker * (loss.k + 1));
-      for (index_t e = 0; e < experts; ++e) {
-        double inverse;
-        const double u = distance(t, e, threshold_of(t, e), inverse);
-        if (u == u) sum[e] += 0.5 * std::erfc(-u * 0.70710678118654752);
+    const detail::load_ranks<F> best = m.best.of(worker, experts, ranks);
+    F* const sum = m.sum + begin / grain * experts;
+    std::fill_n(sum, experts, F{0});
+    for (index_t first = begin; first < end; first += block_rows) {
+      const int n = static_cast<int>(std::min<index_t>(block_rows, end - first));
+      detail::best_of_rows(noisy.row(first), noisy.stride, n, experts, ranks, best);
+      for (int i = 0; i < n; ++i) {
+        if (how.masked(first + i)) continue;
+        simd::load_bound<F>& bound = m.bound[first + i];
+        for (index_t r = 0; r < 2; ++r) {
+          const index_t rank = loss.threshold == load_threshold::kth ? loss.k - 1 : loss.k - 1 + r;
+          const bool there = rank < ranks;
+          bound.threshold[r] =
+              there ? best.value[rank * block_rows + i] : -std::numeric_limits<F>::infinity();
+          bound.column[r] = there ? best.column[rank * block_rows + i] : no_expert;
+        }
+        simd::add_load_row(row_at(first + i), bound, experts, sum);
       }
     }
   });
   std::fill_n(m.total, experts, 0.0);
-  std::fill_n(m.slope, experts, 0.0);
+  std::fill_n(m.slope_of_total, experts, 0.0);
   for (index_t p = 0; p < pieces; ++p)
-    for (index_t e = 0; e < experts; ++e) m.total[e] += m.sum[p * experts + e];
-  const double value =
-      detail::squared_variation(loss.coefficient, loss.kind, loss.eps, experts, m.total, m.slope);
+    for (index_t e = 0; e < experts; ++e) m.total[e] += static_cast<double>(m.sum[p * experts + e]);
+  const double value = detail::squared_variation(loss.coefficient, loss.kind, loss.eps, experts,
+                                                 m.total, m.slope_of_total);
   if (how.gradient == gradient_to::nowhere) return value;
+  for (index_t e = 0; e < experts; ++e) m.slope[e] = static_cast<F>(m.slope_of_total[e]);
   exec.parallel_for(z.rows, grain, [&](index_t begin, index_t end) {
     for (index_t t = begin; t < end; ++t) {
       F* const out = dz.row(t);
+      F* const by_sigma = learned ? dsigma.row(t) : nullptr;
       if (how.gradient == gradient_to::write) {
         std::fill_n(out, experts, F{0});
-        if (learned) std::fill_n(dsigma.row(t), experts, F{0});
+        if (learned) std::fill_n(by_sigma, experts, F{0});
       }
       if (how.masked(t)) continue;
-      double away[2] = {0.0, 0.0};
-      for (index_t e = 0; e < experts; ++e) {
-        double inverse;
-        const int which = threshold_of(t, e);
-        const double u = distance(t, e, which, inverse);
-        if (!std::isfinite(u)) continue;
-        const double w = m.slope[e] * 0.39894228040143268 * std::exp(-0.5 * u * u) * inverse;
-        out[e] += static_cast<F>(w);
-        if (learned) dsigma(t, e) -= static_cast<F>(w * u);
-        away[which] += w;
-      }
+      const simd::load_bound<F>& bound = m.bound[t];
+      const simd::threshold_push<F> push =
+          simd::load_gradient_row(row_at(t), bound, m.slope, experts, out, by_sigma);
       for (int i = 0; i < 2; ++i) {
-        const index_t th = m.bound[t].expert[i];
-        if (th < 0 || away[i] == 0.0) continue;
-        out[th] -= static_cast<F>(away[i]);
-        if (!learned) continue;
-        const double noise = (m.bound[t].value[i] - static_cast<double>(z(t, th))) /
-                             static_cast<double>(sigma(t, th));
-        dsigma(t, th) -= static_cast<F>(away[i] * noise);
+        const index_t th = bound.column[i];
+        if (th < 0 || push.at[i] == F{0}) continue;
+        out[th] -= push.at[i];
+        if (learned) by_sigma[th] -= push.at[i] * (bound.threshold[i] - z(t, th)) / sigma(t, th);
       }
     }
   });

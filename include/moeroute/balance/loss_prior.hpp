@@ -43,18 +43,31 @@ class beta_distribution {
   double cdf(double x) const {
     if (!(x > 0.0)) return 0.0;
     if (x >= 1.0) return 1.0;
-    const double front = std::exp(a_ * std::log(x) + b_ * std::log1p(-x) - log_beta_);
-    return x < (a_ + 1.0) / (a_ + b_ + 2.0)
-               ? front / a_ * detail::beta_fraction(a_, b_, x)
-               : 1.0 - front / b_ * detail::beta_fraction(b_, a_, 1.0 - x);
+    return cdf_from(x, front(x));
   }
 
   /// Its density at x in (0, 1).
-  double pdf(double x) const {
-    return std::exp((a_ - 1.0) * std::log(x) + (b_ - 1.0) * std::log1p(-x) - log_beta_);
+  double pdf(double x) const { return front(x) / (x * (1.0 - x)); }
+
+  struct cdf_and_pdf {
+    double cdf, pdf;
+  };
+  /// Both at x in (0, 1), for little more than one.
+  cdf_and_pdf at(double x) const {
+    const double f = front(x);
+    return {cdf_from(x, f), f / (x * (1.0 - x))};
   }
 
  private:
+  // x^a (1 - x)^b / B(a, b).
+  double front(double x) const {
+    return std::exp(a_ * std::log(x) + b_ * std::log1p(-x) - log_beta_);
+  }
+  double cdf_from(double x, double f) const {
+    return x < (a_ + 1.0) / (a_ + b_ + 2.0) ? f / a_ * detail::beta_fraction(a_, b_, x)
+                                            : 1.0 - f / b_ * detail::beta_fraction(b_, a_, 1.0 - x);
+  }
+
   double a_, b_, log_beta_;
 };
 
@@ -162,10 +175,11 @@ double dirichlet_prior(const dirichlet_prior_loss& loss, const token_options& ho
         const double p = column[r].p;
         const index_t t = column[r].token;
         const double inside = std::clamp(p, loss.clamp, 1.0 - loss.clamp);
-        const double miss = static_cast<double>(r + 1) / (n + 1.0) - m.prior[e].cdf(inside);
+        const auto prior = m.prior[e].at(inside);
+        const double miss = static_cast<double>(r + 1) / (n + 1.0) - prior.cdf;
         value += factor * miss * miss;
         if (!writes || p != inside || !(m.lse[t] < infinity)) continue;
-        const double pull = -2.0 * factor * miss * m.prior[e].pdf(inside) * p;
+        const double pull = -2.0 * factor * miss * prior.pdf * p;
         dz(t, e) += static_cast<F>(pull);
         dot[t] += pull;
       }

@@ -3,19 +3,9 @@
 
 #include <moeroute/balance/loss.hpp>
 #include <moeroute/base/rng.hpp>
+#include <moeroute/simd/numbers.hpp>
 
 namespace moeroute {
-
-namespace detail {
-
-template <class F>
-double dot_rows(const F* a, const F* b, index_t n) {
-  double sum = 0.0;
-  for (index_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  return sum;
-}
-
-}  // namespace detail
 
 /// Noise for expert_router_coupling: delta[i, :] uniform in 1 +- eps_i, with
 /// eps_i = min over j != i of |R_i - R_j| / (2 |R_i|), so that no noisy row is nearer to another.
@@ -37,7 +27,8 @@ void fill_router_noise(std::type_identity_t<matrix_view<const F>> router, std::u
       }
       if (j != i) nearest = std::min(nearest, std::sqrt(squares));
     }
-    const double norm = std::sqrt(detail::dot_rows(router.row(i), router.row(i), router.cols));
+    const double norm =
+        std::sqrt(static_cast<double>(simd::row_dot(router.row(i), router.row(i), router.cols)));
     const bool some = norm > 0.0 && std::isfinite(nearest);
     const double eps = some ? nearest / (2.0 * norm) : 0.0;
     for (index_t c = 0; c < router.cols; ++c) {
@@ -109,9 +100,8 @@ double expert_router_coupling(const coupling_loss& loss, gradient_to to,
   const auto ask = [&](index_t i, index_t j, F* answer) {
     double squares = 0.0;
     for (index_t h = 0; h < hidden; ++h) {
-      const double x = detail::dot_rows(expert.row(j * hidden + h), m.row + i * d, d);
-      answer[h] = static_cast<F>(x);
-      squares += x * x;
+      answer[h] = simd::row_dot(expert.row(j * hidden + h), m.row + i * d, d);
+      squares += static_cast<double>(answer[h]) * static_cast<double>(answer[h]);
     }
     return std::sqrt(squares);
   };

@@ -4,29 +4,11 @@
 #include <moeroute/balance/loss_sums.hpp>
 #include <moeroute/data/assignment.hpp>
 #include <moeroute/data/expert_load.hpp>
+#include <moeroute/simd/numbers.hpp>
 
 namespace moeroute {
 
 namespace detail {
-
-// The softmax of a token over its own choices: f(expert, gate) for each. Choices that do not count
-// and -inf or NaN logits are left out; several +inf share and `finite` is false.
-template <class F, class G>
-void for_each_gate(const F* z, const assignment& a, const count_options& what, index_t t,
-                   bool& finite, G&& f) {
-  double top = -std::numeric_limits<double>::infinity(), sum = 0.0;
-  const auto below = [&](index_t e) {
-    const double x = static_cast<double>(z[e]);
-    return x == top ? 1.0 : x < top ? std::exp(x - top) : 0.0;
-  };
-  for_each_counted(a, what, t, [&](index_t e) {
-    if (static_cast<double>(z[e]) > top) top = static_cast<double>(z[e]);
-  });
-  finite = std::isfinite(top);
-  if (!(top > -std::numeric_limits<double>::infinity())) return;
-  for_each_counted(a, what, t, [&](index_t e) { sum += below(e); });
-  for_each_counted(a, what, t, [&](index_t e) { f(e, below(e) / sum); });
-}
 
 template <class F>
 void check_selected(const char* where, const assignment& a, const matrix_view<const F>& z) {
@@ -44,8 +26,9 @@ void check_selected(const char* where, const assignment& a, const matrix_view<co
 ///
 /// Shapes: logits, dlogits [T, E] of the assignment. Which choices count: `drops`.
 /// Throws: error where a size differs, or coefficient or eps is negative. Cost: O(T k), and O(T E)
-/// to clear dlogits under write. Scratch: T / 64 rows in double. No allocation once warm.
-/// Determinism: the same bits for every executor and thread count. Source: Shazeer et al. 2017.
+/// to clear dlogits under write. Scratch: T / 64 rows, two numbers per choice. No
+/// allocation once warm. Determinism: the same bits for every executor and thread count. Source:
+/// Shazeer et al. 2017.
 template <class F, executor Exec>
 double selected_importance_loss(const importance_loss& loss, drop_stage drops,
                                 const token_options& how, const assignment& a,
@@ -59,39 +42,62 @@ double selected_importance_loss(const importance_loss& loss, drop_stage drops,
   const count_options what{.drops = drops, .mask = how.mask};
   const index_t experts = z.cols, grain = detail::loss_grain(z.rows);
   const index_t pieces = ceil_div(z.rows, grain);
-  double* slope = nullptr;
-  double* const sum = ws.carve([&](scratch& tape) {
-    slope = tape.take<double>(experts);
-    return tape.take<double>((pieces + 1) * experts);  // the last row: all pieces
+  struct memory {
+    double *total, *slope_of_total;
+    F *sum, *slope;
+    F* gate;               // [choices], those that count first among a token's
+    std::int32_t* expert;  // [choices], likewise
+    std::int32_t* count;   // [T]
+  };
+  const auto choices = static_cast<index_t>(a.ids().size());
+  const memory m = ws.carve([&](scratch& tape) {
+    return memory{tape.take<double>(experts),     tape.take<double>(experts),
+                  tape.take<F>(pieces * experts), tape.take<F>(experts),
+                  tape.take<F>(choices),          tape.take<std::int32_t>(choices),
+                  tape.take<std::int32_t>(z.rows)};
   });
   exec.parallel_for(z.rows, grain, [&](index_t begin, index_t end) {
-    double* const piece = sum + begin / grain * experts;
-    std::fill_n(piece, experts, 0.0);
-    bool finite = false;
-    for (index_t t = begin; t < end; ++t)
-      detail::for_each_gate(z.row(t), a, what, t, finite,
-                            [&](index_t e, double g) { piece[e] += g; });
+    F* const piece = m.sum + begin / grain * experts;
+    std::fill_n(piece, experts, F{0});
+    for (index_t t = begin; t < end; ++t) {
+      const F* const x = z.row(t);
+      F* const gate = m.gate + a.first(t);
+      std::int32_t* const expert = m.expert + a.first(t);
+      std::int32_t n = 0;
+      detail::for_each_counted(a, what, t, [&](index_t e) {
+        gate[n] = x[e];
+        expert[n++] = static_cast<std::int32_t>(e);
+      });
+      m.count[t] = n;
+      simd::softmax_in_place(gate, n);
+      for (std::int32_t i = 0; i < n; ++i) piece[expert[i]] += gate[i];
+    }
   });
-  double* const total = sum + pieces * experts;
-  std::fill_n(total, experts, 0.0);
-  std::fill_n(slope, experts, 0.0);
+  std::fill_n(m.total, experts, 0.0);
+  std::fill_n(m.slope_of_total, experts, 0.0);
   for (index_t p = 0; p < pieces; ++p)
-    for (index_t e = 0; e < experts; ++e) total[e] += sum[p * experts + e];
-  const double value =
-      detail::squared_variation(loss.coefficient, loss.kind, loss.eps, experts, total, slope);
+    for (index_t e = 0; e < experts; ++e) m.total[e] += static_cast<double>(m.sum[p * experts + e]);
+  const double value = detail::squared_variation(loss.coefficient, loss.kind, loss.eps, experts,
+                                                 m.total, m.slope_of_total);
   if (how.gradient == gradient_to::nowhere) return value;
+  for (index_t e = 0; e < experts; ++e) m.slope[e] = static_cast<F>(m.slope_of_total[e]);
   exec.parallel_for(z.rows, grain, [&](index_t begin, index_t end) {
     for (index_t t = begin; t < end; ++t) {
       F* const out = dz.row(t);
       if (how.gradient == gradient_to::write) std::fill_n(out, experts, F{0});
-      double mean = 0.0;
-      bool finite = false;
-      detail::for_each_gate(z.row(t), a, what, t, finite,
-                            [&](index_t e, double g) { mean += g * slope[e]; });
+      const F* const x = z.row(t);
+      const F* const gate = m.gate + a.first(t);
+      const std::int32_t* const expert = m.expert + a.first(t);
+      F mean = 0;
+      bool finite = true;
+      for (std::int32_t i = 0; i < m.count[t]; ++i) {
+        mean += gate[i] * m.slope[expert[i]];
+        finite = finite && !(x[expert[i]] == std::numeric_limits<F>::infinity());
+      }
       if (!finite) continue;
-      detail::for_each_gate(z.row(t), a, what, t, finite, [&](index_t e, double g) {
-        out[e] += static_cast<F>(g * (slope[e] - mean));
-      });
+      for (std::int32_t i = 0; i < m.count[t]; ++i)
+        out[expert[i]] +=
+            static_cast<F>(static_cast<double>(gate[i]) * (m.slope[expert[i]] - mean));
     }
   });
   return value;

@@ -10,6 +10,7 @@
 #include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/join.hpp>
 #include <moeroute/simd/mask.hpp>
+#include <moeroute/simd/numbers.hpp>
 #include <moeroute/simd/reduce.hpp>
 
 namespace moeroute::simd {
@@ -63,23 +64,6 @@ struct probability_block {
 };
 
 namespace detail {
-
-// The operations of close_rows_of in double: for tests of gradients.
-struct of_double {
-  using value = double;
-  static double select(bool m, double a, double b) { return m ? a : b; }
-  static double divide(double a, double b) { return a / b; }
-  static double root(double x) { return std::sqrt(x); }
-};
-template <class A>
-struct of_lanes {
-  using value = vfloat<A>;
-  MOEROUTE_INLINE static value select(vmask<A> m, value a, value b) {
-    return simd::select<A>(m, a, b);
-  }
-  MOEROUTE_INLINE static value divide(value a, value b) { return simd::divide<A>(a, b); }
-  MOEROUTE_INLINE static value root(value x) { return square_root<A>(x); }
-};
 
 // What a row sums up, one row per lane.
 template <class V>
@@ -314,7 +298,7 @@ void open_probability_rows(const float* const* row, int n, index_t cols, const f
       at.scale_to_order = simd::exp<A>(-F(order) * at.log_sum);
     }
     if constexpr ((uses & inverse_norm) != 0) at.squares = load<A>(squares.row + i);
-    const auto rows = detail::close_rows_of<uses, detail::of_lanes<A>>(functions, at);
+    const auto rows = detail::close_rows_of<uses, of_lanes<A>>(functions, at);
     rows.scale.store_aligned(b.scale + i);
     rows.slope.store_aligned(b.slope + i);
     rows.center.store_aligned(b.center + i);
@@ -527,7 +511,7 @@ void open_probability_rows(const double* const* row, int n, index_t cols, const 
     }
     at.log_sum = std::log(at.sum);
     at.scale_to_order = std::exp((1.0 - functions.q) * at.log_sum);
-    const auto closed = detail::close_rows_of<uses, detail::of_double>(functions, at);
+    const auto closed = detail::close_rows_of<uses, of_double>(functions, at);
     b.top[i] = top;
     b.scale[i] = closed.scale;
     b.slope[i] = closed.slope;

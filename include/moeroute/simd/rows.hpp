@@ -174,62 +174,70 @@ MOEROUTE_INLINE void prefetch_rows(const From* rows, index_t stride, const std::
 }
 
 // Two bfloat16 lie in each lane of a register of integers: the upper is a float once the lower is
-// cleared, the lower once it is shifted up. Sums over the first columns of rows in such pairs, as
-// many as fill whole tiles; returns where they end.
-template <class A, storage To>
-index_t sum_of_bfloat16_pairs(const bfloat16* rows, index_t stride, const std::int32_t* row,
-                              const float* weight, index_t k, index_t n, To* out,
-                              const std::int32_t* next) {
+// cleared, the lower once it is shifted up. Sums of such pairs, V registers of them.
+template <class A, int V>
+struct sum_of_pairs {
   using U = xsimd::batch<std::uint32_t, A>;
-  constexpr int w = width<A>, v = has_fma<A> && w == 16 ? 4 : 2;
-  const U upper(0xffff0000u);
-  index_t c = 0;
-  for (; c + 2 * v * w <= n; c += 2 * v * w) {
-    vfloat<A> even[v], odd[v];
+  static constexpr index_t columns = 2 * V * width<A>;
+  vfloat<A> even[V], odd[V];
+
+  MOEROUTE_INLINE sum_of_pairs() {
     MOEROUTE_UNROLL
-    for (int j = 0; j < v; ++j) even[j] = odd[j] = vfloat<A>(0.0f);
-    for (index_t r = 0; r < k; ++r) {
-      if (row[r] < 0) continue;
-      const auto* from = reinterpret_cast<const std::uint32_t*>(rows + row[r] * stride + c);
-      const vfloat<A> factor(weight[r]);
-      MOEROUTE_UNROLL
-      for (int j = 0; j < v; ++j) {
-        const U pair = U::load_unaligned(from + j * w);
-        even[j] = fma<A>(factor, xsimd::bitwise_cast<float>(pair << 16), even[j]);
-        odd[j] = fma<A>(factor, xsimd::bitwise_cast<float>(pair & upper), odd[j]);
-      }
+    for (int j = 0; j < V; ++j) even[j] = odd[j] = vfloat<A>(0.0f);
+  }
+  MOEROUTE_INLINE void add(const bfloat16* row, vfloat<A> factor) {
+    const auto* from = reinterpret_cast<const std::uint32_t*>(row);
+    MOEROUTE_UNROLL
+    for (int j = 0; j < V; ++j) {
+      const U pair = U::load_unaligned(from + j * width<A>);
+      even[j] = fma<A>(factor, xsimd::bitwise_cast<float>(pair << 16), even[j]);
+      odd[j] = fma<A>(factor, xsimd::bitwise_cast<float>(pair & U(0xffff0000u)), odd[j]);
     }
-    if (next != nullptr) prefetch_rows(rows, stride, next, k, c, 2 * v * w);
+  }
+  template <storage To>
+  MOEROUTE_INLINE void store(To* out) const {
     MOEROUTE_UNROLL
-    for (int j = 0; j < v; ++j) {
-      To* to = out + c + 2 * j * w;
+    for (int j = 0; j < V; ++j) {
+      To* to = out + 2 * j * width<A>;
       if constexpr (std::is_same_v<To, bfloat16>) {
-        const U pair = rounded_halves<A>(even[j]) | (rounded_halves<A>(odd[j]) << 16);
-        pair.store_unaligned(reinterpret_cast<std::uint32_t*>(to));
+        rounded_pairs<A>(even[j], odd[j]).store_unaligned(reinterpret_cast<std::uint32_t*>(to));
       } else {
         store_narrow<A>(to, xsimd::zip_lo(even[j], odd[j]));
-        store_narrow<A>(to + w, xsimd::zip_hi(even[j], odd[j]));
+        store_narrow<A>(to + width<A>, xsimd::zip_hi(even[j], odd[j]));
       }
     }
+  }
+};
+
+// Sums over the first columns of rows of bfloat16, as many as fill whole tiles; returns where they
+// end.
+template <class A, storage To>
+index_t sum_of_bfloat16_tiles(const bfloat16* rows, index_t stride, const std::int32_t* row,
+                              const float* weight, index_t k, index_t n, To* out,
+                              const std::int32_t* next) {
+  using tile = sum_of_pairs<A, has_fma<A> && width<A> == 16 ? 4 : 2>;
+  index_t c = 0;
+  for (; c + tile::columns <= n; c += tile::columns) {
+    tile sum;
+    for (index_t r = 0; r < k; ++r)
+      if (row[r] >= 0) sum.add(rows + row[r] * stride + c, vfloat<A>(weight[r]));
+    if (next != nullptr) prefetch_rows(rows, stride, next, k, c, tile::columns);
+    sum.store(out + c);
   }
   return c;
 }
 
-}  // namespace detail
-
-namespace detail {
-
 // Most rows that are read side by side: their pointers and weights stay in registers.
 inline constexpr int rows_side_by_side = 8;
 
-// The sum of K rows of floats over the columns [0, n rounded down to whole registers); returns
-// where they end. Each load instruction walks along one row, which the hardware's prefetchers
-// follow; a tile of one row after the other defeats them, and fetching by hand fills the first
-// cache with rows that are pushed out again before their turn.
-template <class A, int K, storage To>
-index_t sum_side_by_side(const float* const* rows, const float* weight, index_t n, To* out) {
+// The sum of K rows over the columns [0, n rounded down to whole registers); returns where they
+// end. Each load instruction walks along one row, which the hardware's prefetchers follow; a tile
+// of one row after the other defeats them, and fetching by hand fills the first cache with rows
+// that are pushed out again before their turn.
+template <class A, int K, storage From, storage To>
+index_t sum_side_by_side(const From* const* rows, const float* weight, index_t n, To* out) {
   constexpr int w = width<A>;
-  const float* from[K];
+  const From* from[K];
   vfloat<A> factor[K];
   MOEROUTE_UNROLL
   for (int r = 0; r < K; ++r) {
@@ -237,21 +245,31 @@ index_t sum_side_by_side(const float* const* rows, const float* weight, index_t 
     factor[r] = vfloat<A>(weight[r]);
   }
   index_t c = 0;
-  for (; c + w <= n; c += w) {
-    vfloat<A> sum(0.0f);
-    MOEROUTE_UNROLL
-    for (int r = 0; r < K; ++r) sum = fma<A>(factor[r], load<A>(from[r] + c), sum);
-    store_narrow<A>(out + c, sum);
+  if constexpr (std::is_same_v<From, bfloat16>) {
+    using tile = sum_of_pairs<A, 2>;
+    for (; c + tile::columns <= n; c += tile::columns) {
+      tile sum;
+      MOEROUTE_UNROLL
+      for (int r = 0; r < K; ++r) sum.add(from[r] + c, factor[r]);
+      sum.store(out + c);
+    }
+  } else {
+    for (; c + w <= n; c += w) {
+      vfloat<A> sum(0.0f);
+      MOEROUTE_UNROLL
+      for (int r = 0; r < K; ++r) sum = fma<A>(factor[r], load<A>(from[r] + c), sum);
+      store_narrow<A>(out + c, sum);
+    }
   }
   return c;
 }
 
 // The same for as many of the k rows as are there; 0 where there are none, or too many.
-template <class A, storage To>
-index_t sum_of_float_rows(const float* rows, index_t stride, const std::int32_t* row,
-                          const float* weight, index_t k, index_t n, To* out) {
+template <class A, storage From, storage To>
+index_t sum_of_few_rows(const From* rows, index_t stride, const std::int32_t* row,
+                        const float* weight, index_t k, index_t n, To* out) {
   if (k > rows_side_by_side) return 0;
-  const float* from[rows_side_by_side];
+  const From* from[rows_side_by_side];
   float factor[rows_side_by_side];
   int there = 0;
   for (index_t r = 0; r < k; ++r) {
@@ -285,10 +303,15 @@ void weighted_sum_of_rows(const From* rows, index_t stride, const std::int32_t* 
                           const float* weight, index_t k, index_t n, To* out,
                           const std::int32_t* next = nullptr) {
   index_t done = 0;
-  if constexpr (std::is_same_v<From, bfloat16>)
-    done = detail::sum_of_bfloat16_pairs<A>(rows, stride, row, weight, k, n, out, next);
-  else if constexpr (std::is_same_v<From, float> && detail::has_fma<A>)
-    done = detail::sum_of_float_rows<A>(rows, stride, row, weight, k, n, out);
+  if constexpr (std::is_same_v<From, bfloat16>) {
+    // From far memory the next rows are fetched by hand, tile by tile.
+    if (detail::has_fma<A> && width<A> == 16 && next == nullptr)
+      done = detail::sum_of_few_rows<A>(rows, stride, row, weight, k, n, out);
+    if (done == 0)
+      done = detail::sum_of_bfloat16_tiles<A>(rows, stride, row, weight, k, n, out, next);
+  } else if constexpr (std::is_same_v<From, float> && detail::has_fma<A>) {
+    done = detail::sum_of_few_rows<A>(rows, stride, row, weight, k, n, out);
+  }
   if (rows != nullptr) rows += done;  // null where every row is skipped
   out += done;
   n -= done;
