@@ -5,6 +5,7 @@
 #include <vector>
 
 #include <moeroute/policy/catalog.hpp>
+#include <moeroute/policy/router.hpp>
 
 #include "support/logits.hpp"
 #include "support/routing.hpp"
@@ -32,6 +33,67 @@ void add(const std::string& router, const router_spec& spec, index_t tokens,
   });
 }
 
+// A router that does not take bfloat16 logits as they are: the stage widens them for it.
+struct widened_router {
+  moeroute::router<moeroute::softmax> inner;
+
+  index_t k() const { return inner.k(); }
+  static index_t experts(index_t columns) { return columns; }
+  void check(index_t columns) const { inner.check(columns); }
+  auto carve(moeroute::scratch& tape, index_t columns) const { return inner.carve(tape, columns); }
+  template <class Memory>
+  void route_block(const moeroute::logit_block& z, const Memory& memory,
+                   moeroute::choice_block& c) const {
+    inner.route_block(z, memory, c);
+  }
+};
+
+// Logits in bfloat16. Floor: the SIMD max over the same logits as floats. Baseline: the same router
+// on rows that are widened first.
+void route_bfloat16(benchmark::State& state, moeroute::weight_rule weight, index_t tokens,
+                    index_t experts) {
+  using moeroute::bfloat16;
+  bench::logit_rows logits("normal", experts, "l2", tokens);
+  const index_t units = logits.turns.units;
+  moeroute::buffer<bfloat16> narrow(units * experts);
+  moeroute::simd::convert_row(logits.values.data(), units * experts, narrow.data());
+  moeroute::simd::convert_row(narrow.data(), units * experts, logits.values.data());
+  const moeroute::router<moeroute::softmax> router{.selection = {.k = 8}, .weight = weight};
+  moeroute::workspace memory, other_memory;
+  moeroute::assignment choices, other;
+  const auto route_to = [&](const auto& how, moeroute::workspace& ws, moeroute::assignment& out) {
+    return [&, tokens, experts](index_t first, index_t n) {
+      for (index_t t = first; t < first + n; t += tokens) {
+        moeroute::route(
+            how,
+            moeroute::matrix_view<const bfloat16>(narrow.data() + t * experts, tokens, experts), ws,
+            out);
+        benchmark::DoNotOptimize(out.ids().data());
+      }
+    };
+  };
+  const widened_router widened{router};
+  const auto ours = route_to(router, memory, choices);
+  const auto baseline = route_to(widened, other_memory, other);
+  ours(0, tokens);
+  baseline(0, tokens);
+  if (!std::ranges::equal(choices.ids(), other.ids()) ||
+      !std::ranges::equal(choices.weights(), other.weights())) {
+    state.SkipWithError("differs from routing the widened rows");
+    return;
+  }
+  moeroute::buffer<float> best(units);
+  const bench::rotation turns(units, experts * static_cast<index_t>(sizeof(bfloat16)), tokens);
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", bench::over(turns, 0.0, ours)});
+  list.push_back(
+      {"floor", bench::over(logits.turns.row_by_row(), 1.0 / 3, [&](index_t first, index_t n) {
+         bench::max_of_rows(logits.row(first), n, experts, best.data());
+       })});
+  list.push_back({"baseline", bench::over(turns, 2.0 / 3, baseline)});
+  bench::compete(state, static_cast<double>(turns.unit_bytes), std::move(list));
+}
+
 const bool registered = [] {
   const auto softmax = [](index_t experts, bool renormalised) {
     router_spec s{.experts = experts, .k = 8};
@@ -46,6 +108,17 @@ const bool registered = [] {
   for (const char* shape : {"bf16_rounded", "quantised", "masked", "zipf", "one_column"})
     add("softmax_renorm", softmax(256, true), 1024, shape);
   add("softmax_renorm", softmax(256, true), 1);
+  for (const index_t experts : {64, 128, 256, 512})
+    for (const bool renormalised : {true, false}) {
+      if (!renormalised && experts != 256) continue;
+      const std::string name = std::string("route/softmax_") + (renormalised ? "renorm" : "raw") +
+                               "/T:1024/E:" + std::to_string(experts) +
+                               "/k:8/shape:normal/dtype:bf16";
+      bench::entry(name, [=](benchmark::State& state) {
+        route_bfloat16(state, renormalised ? moeroute::sum_normalized : moeroute::raw_weights, 1024,
+                       experts);
+      });
+    }
 
   std::vector<router_spec> seen;
   for (const moeroute::catalog_entry& entry : moeroute::catalog) {

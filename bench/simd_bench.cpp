@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include <moeroute/simd/top_k.hpp>
+#include <moeroute/simd/top_k_packed.hpp>
 
 #include "support/contest.hpp"
 #include "support/floors.hpp"
@@ -120,6 +120,71 @@ void top_k(benchmark::State& state, index_t rows, index_t experts, int k, const 
   bench::compete(state, logits.bytes(), std::move(list));
 }
 
+// The same logits rounded to bfloat16. Floor: the SIMD max over the rounded logits as floats, twice
+// the bytes, so that x_floor is in the unit of the other entries. Baseline: widening a block and
+// then the kernel of floats.
+void top_k_of_bfloat16(benchmark::State& state, index_t rows, index_t experts, int k,
+                       const std::string& shape, const std::string& mem) {
+  bench::logit_rows logits(shape, experts, mem, rows);
+  const index_t units = logits.turns.units;
+  moeroute::buffer<moeroute::bfloat16> narrow(units * experts);
+  moeroute::simd::convert_row(logits.values.data(), units * experts, narrow.data());
+  moeroute::simd::convert_row(narrow.data(), units * experts, logits.values.data());
+  const auto row = [&](index_t r) { return narrow.data() + r * experts; };
+
+  kernel floats(experts, k), ours(experts, k);
+  moeroute::buffer<float> scratch(moeroute::simd::widened_block(experts)), wide(block * experts);
+  const auto packed = [&](index_t first) {
+    moeroute::simd::top_k_block(row(first), experts, static_cast<int>(rows), experts, k,
+                                ours.value.data(), ours.column.data(), scratch.data(),
+                                ours.key.data());
+    benchmark::DoNotOptimize(ours.column.data());
+  };
+  const auto widened = [&](index_t first) {
+    for (index_t i = 0; i < rows; ++i)
+      moeroute::simd::convert_row(row(first + i), experts, wide.data() + i * experts);
+    floats(wide.data(), rows, experts);
+  };
+  for (index_t first = 0; first + rows <= std::min<index_t>(units, 1024); first += rows) {
+    packed(first);
+    widened(first);
+    for (index_t r = 0; r < k; ++r)
+      for (index_t i = 0; i < rows; ++i)
+        if (const auto at = static_cast<std::size_t>(r * block + i);
+            ours.column[at] != floats.column[at] || ours.value[at] != floats.value[at]) {
+          state.SkipWithError("differs from the kernel of floats");
+          return;
+        }
+  }
+
+  moeroute::buffer<float> best(units);
+  const bench::rotation turns(units, experts * static_cast<index_t>(sizeof(moeroute::bfloat16)),
+                              rows);
+  const auto blocks = [&](auto& f) {
+    return [&](index_t first, index_t n) {
+      for (index_t r = first; r < first + n; r += rows) f(r);
+    };
+  };
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", bench::over(turns, 0.0, blocks(packed))});
+  list.push_back(
+      {"floor", bench::over(logits.turns.row_by_row(), 1.0 / 3, [&](index_t first, index_t n) {
+         bench::max_of_rows(logits.row(first), n, experts, best.data());
+       })});
+  list.push_back({"baseline", bench::over(turns, 2.0 / 3, blocks(widened))});
+  bench::compete(state, static_cast<double>(turns.unit_bytes), std::move(list));
+}
+
+void add_bfloat16(index_t rows, index_t experts, int k, const std::string& shape,
+                  const std::string& mem) {
+  const std::string name = std::string("top_k") + (rows == 1 ? "/T:1" : "") +
+                           "/E:" + std::to_string(experts) + "/k:" + std::to_string(k) +
+                           "/shape:" + shape + "/mem:" + mem + "/dtype:bf16";
+  bench::entry(name, [=](benchmark::State& state) {
+    top_k_of_bfloat16(state, rows, experts, k, shape, mem);
+  });
+}
+
 void add(index_t rows, index_t experts, int k, const std::string& shape, const std::string& mem) {
   const std::string name = std::string("top_k") + (rows == 1 ? "/T:1" : "") +
                            "/E:" + std::to_string(experts) + "/k:" + std::to_string(k) +
@@ -139,6 +204,14 @@ const bool registered = [] {
     for (const index_t experts : {64, 256}) add(block, experts, 8, shape, "l2");
   }
   for (const index_t experts : {64, 128, 256, 512}) add(1, experts, 8, "normal", "l2");
+
+  for (const index_t experts : {8, 16, 32, 64, 128, 256, 384, 512, 1024})
+    for (const int k : {1, 2, 4, 8, 10, 16})
+      if (k <= experts) add_bfloat16(block, experts, k, "normal", "l2");
+  for (const index_t experts : {64, 128, 256}) add_bfloat16(block, experts, 8, "normal", "stream");
+  for (const char* shape : {"quantised", "all_equal", "masked", "half_nan", "one_column"})
+    add_bfloat16(block, 256, 8, shape, "l2");
+  add_bfloat16(1, 256, 8, "normal", "l2");
   return true;
 }();
 

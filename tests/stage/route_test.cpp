@@ -1,6 +1,8 @@
 #include <moeroute/stage/route.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
+#include <cmath>
 #include <cstdint>
 #include <moeroute/policy/router.hpp>
 #include <vector>
@@ -32,6 +34,39 @@ struct round_robin {
   }
 };
 static_assert(token_router<round_robin>);
+
+/// A score of a user's, who says nothing about its rows: it looks at them.
+struct spread {
+  static constexpr score_traits traits{.monotone = true, .shift_invariant = false};
+
+  template <class A = simd::default_arch>
+  static void score_choices(const logit_block& z, choice_block& c, score_scale) {
+    for (int r = 0; r < c.k; ++r)
+      for (int i = 0; i < z.rows; ++i)
+        c.value[r * block_rows + i] =
+            1.0f + std::abs(z.row(i)[0]) + std::abs(z.row(i)[z.experts - 1]);
+  }
+  template <class A = simd::default_arch>
+  static void score_row(const float* z, index_t experts, float* score) {
+    std::copy_n(z, experts, score);
+  }
+};
+
+template <class Router>
+std::string narrow_differs(const Router& r, shape s, index_t tokens, index_t experts) {
+  std::vector<bfloat16> narrow;
+  std::vector<float> wide;
+  for (const float x : test::make_logits(s, 21, tokens, experts)) {
+    narrow.push_back(static_cast<bfloat16>(x));
+    wide.push_back(static_cast<float>(narrow.back()));
+  }
+  workspace memory;
+  assignment got, expected;
+  route(r, matrix_view<const bfloat16>(narrow.data(), tokens, experts), memory, got);
+  route(r, matrix_view<const float>(wide.data(), tokens, experts), memory, expected);
+  return test::bit_difference(got.ids(), expected.ids()) +
+         test::bit_difference(got.weights(), expected.weights());
+}
 
 assignment routed(const router<softmax>& r, const std::vector<float>& z, index_t tokens,
                   index_t experts, const side_inputs& side = {}) {
@@ -130,4 +165,28 @@ TEST_CASE("the largest E is routed") {
   z[12345] = 2.0f;
   const assignment out = routed({.weight = sum_normalized}, z, 1, max_experts);
   CHECK((out.ids(0)[0] == max_experts - 1 && out.ids(0)[1] == 12345));
+}
+
+TEST_CASE("bfloat16 logits are routed as the floats they widen to, whatever the score needs") {
+  static_assert(bfloat16_router<router<softmax>> && bfloat16_router<router<sigmoid>>);
+  for (const shape s : test::all_shapes)
+    for (const index_t experts : {9, 64, 160})
+      for (const index_t tokens : {1, 16, 37})
+        for (const index_t k : {1, 4, 8}) {
+          const top_k selection{.k = k};
+          INFO(to_string(test::reproducer{s, 21, tokens, experts, k}));
+          for (const weight_rule& weight : {raw_weights, sum_normalized}) {
+            CHECK(narrow_differs(router<softmax>{.selection = selection, .weight = weight}, s,
+                                 tokens, experts) == "");
+            CHECK(narrow_differs(router<softmax_selected>{.selection = selection, .weight = weight},
+                                 s, tokens, experts) == "");
+            CHECK(narrow_differs(router<sigmoid>{.selection = selection, .weight = weight}, s,
+                                 tokens, experts) == "");
+          }
+          CHECK(narrow_differs(
+                    router<softmax>{.selection = selection, .transform = {.temperature = 0.7f}}, s,
+                    tokens, experts) == "");
+          if (s == shape::normal)
+            CHECK(narrow_differs(router<spread>{.selection = selection}, s, tokens, experts) == "");
+        }
 }

@@ -13,6 +13,7 @@
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/rows.hpp>
 
 namespace moeroute {
 
@@ -44,6 +45,26 @@ struct logit_block {
   const float* row(int i) const { return logits + i * stride; }
 };
 
+/// Up to 16 rows of logits that are kept in 16 bits, not widened yet.
+template <storage T>
+struct narrow_block {
+  const T* logits;  ///< row i at logits + i * stride
+  index_t stride;
+  int rows;             ///< 1 to 16
+  index_t experts;      ///< columns
+  index_t first_token;  ///< the token of row 0
+  const side_inputs* side;
+  float* wide;  ///< simd::widened_block(experts) floats of scratch
+
+  /// The block as floats, in `wide`.
+  template <class A = simd::default_arch>
+  logit_block widened() const {
+    for (int i = 0; i < rows; ++i)
+      simd::convert_row<A>(logits + i * stride, experts, wide + i * experts);
+    return {wide, experts, rows, experts, first_token, side};
+  }
+};
+
 /// The choices of a block, rank-major with one token per lane: rank r of row i is at [r * 16 + i].
 struct choice_block {
   int k;
@@ -60,6 +81,13 @@ concept token_router = requires(const R& r, const logit_block& z, choice_block& 
   { r.experts(index_t{}) } -> std::convertible_to<index_t>;  // E, from the columns of the logits
   { r.check(index_t{}) };     // throws error where the router does not fit that many columns
   { r.carve(s, index_t{}) };  // scratch of one running block
+  { r.route_block(z, r.carve(s, index_t{}), c) };
+};
+
+/// A token router that takes bfloat16 logits as they are, where it need not widen all of them.
+template <class R>
+concept bfloat16_router = token_router<R> && requires(const R& r, const narrow_block<bfloat16>& z,
+                                                      choice_block& c, scratch& s) {
   { r.route_block(z, r.carve(s, index_t{}), c) };
 };
 

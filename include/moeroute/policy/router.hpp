@@ -111,6 +111,24 @@ struct router {
     weight.template apply<A>(c);
   }
 
+  /// The same from bfloat16 rows: where the choice is made on the logits it is made on them as they
+  /// are, and they are widened only for scores that depend on the whole row.
+  template <class A = simd::default_arch>
+    requires requires(const Selection& s, const narrow_block<bfloat16>& z, choice_block& c,
+                      scratch& tape) { s.select(z, c, s.carve(tape, index_t{})); }
+  void route_block(const narrow_block<bfloat16>& z, const buffers& memory, choice_block& c) const {
+    if (transform.active() || !selects_on_logits())
+      return this->template route_block<A>(z.template widened<A>(), memory, c);
+    selection.template select<A>(z, c, memory.select);
+    c.has_row_max = true;
+    const logit_block rows =
+        reads_rows(Score::traits, weight.needs())
+            ? z.template widened<A>()
+            : logit_block{nullptr, 0, z.rows, z.experts, z.first_token, z.side};
+    score.template score_choices<A>(rows, c, weight.needs());
+    weight.template apply<A>(c);
+  }
+
  private:
   template <class A>
   void score_rows(const logit_block& z, const buffers& memory) const {

@@ -7,11 +7,15 @@
 
 namespace moeroute {
 
+/// When the scores of the winners depend on the logits of the others: score_choices reads the rows.
+enum class row_use { always, for_exact_scores, never };
+
 /// What a score function promises about its row.
 struct score_traits {
   bool monotone;             ///< a larger logit never has a smaller score in the same row
   bool shift_invariant;      ///< adding a constant to the row changes nothing
   bool elementwise = false;  ///< a score depends on its own logit only: S::value<A>(register)
+  row_use reads_rows = row_use::always;  ///< by score_choices
 };
 
 /// How exact the scores of the winners must be.
@@ -20,6 +24,12 @@ enum class score_scale {
   up_to_row_factor,  ///< a positive factor common to a row may be left out: the weight rule divides
                      ///< it away
 };
+
+/// Whether score_choices reads the rows.
+constexpr bool reads_rows(const score_traits& traits, score_scale scale) {
+  return traits.reads_rows == row_use::always ||
+         (traits.reads_rows == row_use::for_exact_scores && scale == score_scale::exact);
+}
 
 /// A score function evaluates a whole row, or only the winners of a block: there c.value holds
 /// their logits, in any order, and becomes their scores.
@@ -63,7 +73,8 @@ MOEROUTE_INLINE simd::vfloat<A> largest_choice(choice_block& c, int lane) {
 /// Several +inf logits share the row equally. Cost: k exponentials per row up to a row factor, else
 /// E. Source: Shazeer et al. 2017; Fedus et al. 2021.
 struct softmax {
-  static constexpr score_traits traits{.monotone = true, .shift_invariant = true};
+  static constexpr score_traits traits{
+      .monotone = true, .shift_invariant = true, .reads_rows = row_use::for_exact_scores};
 
   template <class A = simd::default_arch>
   static void score_choices(const logit_block& z, choice_block& c, score_scale scale) {
@@ -108,7 +119,8 @@ static_assert(score_function<softmax>);
 /// With k = 1 the weight is 1 and no gradient reaches the gate. Cost: k exponentials per row.
 /// Source: Shazeer et al. 2017; Mixtral (Jiang et al. 2024) in its equivalent form; GPT-OSS 2025.
 struct softmax_selected {
-  static constexpr score_traits traits{.monotone = true, .shift_invariant = true};
+  static constexpr score_traits traits{
+      .monotone = true, .shift_invariant = true, .reads_rows = row_use::never};
 
   template <class A = simd::default_arch>
   static void score_choices(const logit_block&, choice_block& c, score_scale scale) {
@@ -140,8 +152,10 @@ static_assert(score_function<softmax_selected>);
 /// value(vfloat<A>)`.
 template <class F>
 struct elementwise_score {
-  static constexpr score_traits traits{
-      .monotone = true, .shift_invariant = false, .elementwise = true};
+  static constexpr score_traits traits{.monotone = true,
+                                       .shift_invariant = false,
+                                       .elementwise = true,
+                                       .reads_rows = row_use::never};
 
   template <class A = simd::default_arch>
   static void score_choices(const logit_block&, choice_block& c, score_scale) {

@@ -6,7 +6,7 @@
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/group_best.hpp>
-#include <moeroute/simd/top_k.hpp>
+#include <moeroute/simd/top_k_packed.hpp>
 
 namespace moeroute {
 
@@ -90,6 +90,12 @@ struct top_k {
     }
     simd::top_k_block<A>(choice.logits, choice.stride, choice.rows, choice.experts, c.k, c.value,
                          c.id, m.key);
+  }
+
+  /// The same on logits, which nothing masks. Requires: !masks_experts().
+  template <class A = simd::default_arch>
+  void select(const narrow_block<bfloat16>& z, choice_block& c, const buffers& m) const {
+    simd::top_k_block<A>(z.logits, z.stride, z.rows, z.experts, c.k, c.value, c.id, z.wide, m.key);
   }
 
  private:

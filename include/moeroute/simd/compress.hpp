@@ -23,8 +23,9 @@ class column_list {
   /// How many bits were set, which may be more than slots.
   std::int32_t size() const { return size_; }
 
-  /// Appends the set columns of [first, end); first is a multiple of 64.
-  MOEROUTE_INLINE void append(const column_mask* masks, index_t first, index_t end) {
+  /// Appends the set columns of [first, end); first is a multiple of 64. Mask: has 64 bits().
+  template <class Mask>
+  MOEROUTE_INLINE void append(const Mask* masks, index_t first, index_t end) {
     constexpr std::uint64_t last = std::uint64_t{1}
                                    << 63;  // counting zeros of zero would cost a branch
     std::int32_t size = size_;
@@ -83,7 +84,8 @@ class column_list<A, slots> {
  public:
   std::int32_t size() const { return size_; }
 
-  MOEROUTE_INLINE void append(const column_mask* masks, index_t first, index_t end) {
+  template <class Mask>
+  MOEROUTE_INLINE void append(const Mask* masks, index_t first, index_t end) {
     std::int32_t size = size_;
     __m512i high[registers];
     for (int r = 0; r < registers; ++r) high[r] = high_[r];

@@ -11,7 +11,7 @@
 #include <moeroute/exec/worker_slots.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/policy/concepts.hpp>
-#include <moeroute/simd/rows.hpp>
+#include <moeroute/simd/top_k_packed.hpp>
 #include <moeroute/simd/transpose.hpp>
 
 namespace moeroute {
@@ -44,13 +44,13 @@ template <class Router, class T>
 struct route_memory {
   expert_id* id;
   float* value;
-  float* wide;  // [16, E] where logits are kept in 16 bits
+  float* wide;  // where logits are kept in 16 bits
   decltype(std::declval<const Router&>().carve(std::declval<scratch&>(), index_t{})) router;
 
   static route_memory carve(scratch& tape, const Router& router, index_t columns) {
     const index_t lanes = ragged_router<Router> ? 0 : most_choices(router, columns) * block_rows;
     return {tape.take<expert_id>(lanes), tape.take<float>(lanes),
-            tape.take<float>(std::is_same_v<T, float> ? 0 : columns * block_rows),
+            tape.take<float>(std::is_same_v<T, float> ? 0 : simd::widened_block(columns)),
             router.carve(tape, columns)};
   }
 
@@ -72,16 +72,16 @@ void for_each_block(matrix_view<const T> logits, const side_inputs& side,
   const index_t columns = logits.cols;
   for (index_t t = begin; t < end; t += block_rows) {
     const int rows = static_cast<int>(std::min<index_t>(block_rows, end - t));
-    logit_block block{nullptr, logits.stride, rows, columns, t, &side};
     if constexpr (std::is_same_v<T, float>) {
-      block.logits = logits.row(t);
+      f(logit_block{logits.row(t), logits.stride, rows, columns, t, &side});
     } else {
-      for (int i = 0; i < rows; ++i)
-        simd::convert_row<A>(logits.row(t + i), columns, m.wide + i * columns);
-      block.logits = m.wide;
-      block.stride = columns;
+      const narrow_block<T> block{logits.row(t), logits.stride, rows, columns, t, &side, m.wide};
+      if constexpr (std::is_same_v<T, bfloat16> && bfloat16_router<Router>) {
+        f(block);
+      } else {
+        f(block.template widened<A>());
+      }
     }
-    f(block);
   }
 }
 
@@ -95,7 +95,7 @@ void route_with(const Router& router, matrix_view<const T> logits, const side_in
   exec.parallel_for(logits.rows, route_grain(logits.cols), [&](index_t begin, index_t end) {
     const worker_slots::held worker(slots);
     const route_memory<Router, T>& m = memories[worker];
-    for_each_block<A>(logits, side, m, begin, end, [&](const logit_block& block) {
+    for_each_block<A>(logits, side, m, begin, end, [&](const auto& block) {
       choice_block choices{k, m.id, m.value};
       router.route_block(block, m.router, choices);
       expert_id* id = out.ids().data() + block.first_token * k;
@@ -186,8 +186,8 @@ inline void check_side(const side_inputs& side, index_t tokens, index_t k) {
 
 /// Decides for every token which experts it goes to, and with which weights.
 ///
-/// Shapes: logits [T, E] in float, bfloat16 or float16 (widened once); out becomes [T, k], or
-/// ragged where the router's k varies. Ensures: ids are in [0, E) or no_expert with weight 0;
+/// Shapes: logits [T, E] in float, bfloat16 or float16 (as if widened first); out becomes [T, k],
+/// or ragged where the router's k varies. Ensures: ids are in [0, E) or no_expert with weight 0;
 /// weights are finite; a NaN logit counts as -inf and a -inf logit is never chosen; a masked token
 /// has no choices (no_expert in the fixed form). Throws: error where the router does not fit E, or
 /// a side input does not fit T. Cost: no allocation once ws and out are warm. Determinism: the same

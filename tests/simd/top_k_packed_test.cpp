@@ -1,0 +1,190 @@
+#include <moeroute/simd/top_k_packed.hpp>
+
+#include <algorithm>
+#include <bit>
+#include <catch2/catch_template_test_macros.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <cstdint>
+#include <moeroute/base/workspace.hpp>
+#include <string>
+#include <vector>
+
+#include "oracle/routing.hpp"
+#include "support/arches.hpp"
+#include "support/random.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+using test::shape;
+
+namespace {
+
+constexpr index_t widths_of_rows[] = {1,  2,  3,  7,  8,   9,   15,  16,  17,  24,   31,  60,
+                                      64, 65, 72, 96, 128, 160, 255, 256, 257, 1024, 1100};
+constexpr index_t ranks[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 32, 33, 64, 65};
+
+// Rows of bfloat16 and what they widen to.
+struct narrow_rows {
+  std::vector<bfloat16> narrow;
+  std::vector<float> wide;
+
+  explicit narrow_rows(const std::vector<float>& values) {
+    for (const float x : values) {
+      narrow.push_back(std::bit_cast<bfloat16>(simd::detail::bfloat16_bits(x)));
+      wide.push_back(simd::detail::widened(narrow.back()));
+    }
+  }
+};
+
+struct block {
+  std::vector<float> value;
+  std::vector<std::int32_t> column;
+};
+
+template <class A>
+const block& select(const std::vector<bfloat16>& rows, index_t stride, int n, index_t cols, int k) {
+  static block b;
+  static buffer<float> wide;
+  static std::vector<std::uint64_t> key;
+  b.value.assign(static_cast<std::size_t>(k * block_rows), 0.0f);
+  b.column.assign(static_cast<std::size_t>(k * block_rows), -7);
+  wide.resize(simd::widened_block(cols));
+  key.resize(static_cast<std::size_t>(simd::top_k_scratch(cols, k)));
+  simd::top_k_block<A>(rows.data(), stride, n, cols, k, b.value.data(), b.column.data(),
+                       wide.data(), key.data());
+  return b;
+}
+
+// Ids by the oracle's order, values the rows' own to the bit, (-inf, no_expert) for what is
+// missing: what the kernel of floats is held to.
+std::string wrong(const block& b, const float* rows, index_t stride, int n, index_t cols, int k) {
+  for (int i = 0; i < n; ++i) {
+    const float* const row = rows + i * stride;
+    const std::vector<expert_id> expected = oracle::top_k(row, cols, k);
+    for (std::size_t r = 0; r < static_cast<std::size_t>(k); ++r) {
+      const std::size_t at = r * block_rows + static_cast<std::size_t>(i);
+      const expert_id id = expected[r];
+      const float value = id == no_expert ? simd::minus_infinity : row[id];
+      if (b.column[at] != id)
+        return "row " + std::to_string(i) + " rank " + std::to_string(r) + ": column " +
+               std::to_string(b.column[at]) + ", expected " + std::to_string(id);
+      if (std::bit_cast<std::uint32_t>(b.value[at]) != std::bit_cast<std::uint32_t>(value))
+        return "row " + std::to_string(i) + " rank " + std::to_string(r) + ": value " +
+               std::to_string(b.value[at]) + ", expected " + std::to_string(value);
+    }
+  }
+  return "";
+}
+
+template <class A>
+std::string wrong_selection(const narrow_rows& rows, index_t stride, int n, index_t cols, int k) {
+  return wrong(select<A>(rows.narrow, stride, n, cols, k), rows.wide.data(), stride, n, cols, k);
+}
+
+}  // namespace
+
+TEMPLATE_LIST_TEST_CASE("bfloat16 rows give what the rows they widen to give, to the bit", "",
+                        test::widths) {
+  for (const shape s : test::all_shapes)
+    for (const index_t cols : widths_of_rows) {
+      const int n = 1 + static_cast<int>(cols + 5 * static_cast<index_t>(s)) % block_rows;
+      const narrow_rows rows(test::make_logits(s, 11, n, cols));
+      std::vector<index_t> ks;
+      for (const index_t k : ranks)
+        if (k < cols) ks.push_back(k);
+      if (cols <= 257) ks.push_back(cols);
+      for (const index_t k : ks) {
+        INFO(to_string(test::reproducer{s, 11, n, cols, k}));
+        CHECK(wrong_selection<TestType>(rows, cols, n, cols, static_cast<int>(k)) == "");
+      }
+    }
+}
+
+TEMPLATE_LIST_TEST_CASE("any 16 bits are a logit: NaN of both signs, denormals, the largest", "",
+                        test::widths) {
+  test::random rng(3);
+  for (const index_t cols : {5, 8, 13, 40, 64, 100, 256, 300})
+    for (int round = 0; round < 20; ++round) {
+      narrow_rows rows({});
+      for (index_t i = 0; i < block_rows * cols; ++i) {
+        // Half of them from the edges of the range.
+        constexpr std::uint16_t edges[] = {0x0000, 0x8000, 0x0001, 0x8001, 0x7f7f, 0xff7f,
+                                           0x7f80, 0xff80, 0x7f81, 0xff81, 0x7fff, 0xffff};
+        const auto bits = static_cast<std::uint16_t>(
+            rng.below(2) == 0 ? edges[rng.below(std::size(edges))] : rng.below(65536));
+        rows.narrow.push_back(std::bit_cast<bfloat16>(bits));
+        rows.wide.push_back(simd::detail::widened(rows.narrow.back()));
+      }
+      const int n = 1 + round % block_rows;
+      for (const int k : {1, 2, 4, 7, 8, 10, 16, 33}) {
+        if (k > cols) continue;
+        INFO(cols << " columns, round " << round << ", k " << k);
+        CHECK(wrong_selection<TestType>(rows, cols, n, cols, k) == "");
+      }
+    }
+}
+
+TEMPLATE_LIST_TEST_CASE("every number of bfloat16 rows is selected, row by row", "", test::widths) {
+  for (const index_t cols : {20, 160})
+    for (int n = 1; n <= block_rows; ++n)
+      for (const int k : {1, 2, 6, 8, 11, 20}) {
+        const narrow_rows rows(test::make_logits(shape::quantised, 6, n, cols));
+        INFO("n=" << n << " k=" << k);
+        CHECK(wrong_selection<TestType>(rows, cols, n, cols, k) == "");
+      }
+}
+
+TEMPLATE_LIST_TEST_CASE("columns between cols and stride of bfloat16 rows are not looked at", "",
+                        test::widths) {
+  const index_t stride = 150;
+  for (const index_t cols : {13, 75, 130}) {
+    std::vector<float> values = test::make_logits(shape::normal, 7, 16, stride);
+    for (index_t i = 0; i < 16; ++i)
+      for (index_t c = cols; c < stride; ++c)
+        values[static_cast<std::size_t>(i * stride + c)] = 100.0f;
+    const narrow_rows rows(values);
+    for (const int k : {1, 4, 8, 13})
+      CHECK(wrong_selection<TestType>(rows, stride, 16, cols, k) == "");
+  }
+}
+
+TEMPLATE_LIST_TEST_CASE("every column of a bfloat16 row can come first, in every kernel", "",
+                        test::widths) {
+  for (const index_t cols : {60, 140, 1090}) {
+    std::vector<bfloat16> rows(static_cast<std::size_t>(cols * 6), bfloat16(-1.0f));
+    for (index_t c = 0; c < cols; ++c) {
+      rows[static_cast<std::size_t>(5 * cols + c)] = bfloat16(1.0f);
+      for (const int k : {1, 2, 4, 8, 16, 20})
+        CHECK(select<TestType>(rows, cols, 6, cols, k).column[5] == c);
+      rows[static_cast<std::size_t>(5 * cols + c)] = bfloat16(-1.0f);
+    }
+  }
+}
+
+TEMPLATE_LIST_TEST_CASE("the last columns that a key can number, and more than it can", "",
+                        test::widths) {
+  for (const index_t cols : {simd::max_packed_columns, simd::max_packed_columns + 1, max_experts}) {
+    std::vector<bfloat16> rows(static_cast<std::size_t>(cols * 6), bfloat16(0.0f));
+    rows[static_cast<std::size_t>(6 * cols - 1)] = bfloat16(2.0f);
+    rows[static_cast<std::size_t>(5 * cols + 77)] = bfloat16(1.0f);
+    for (const int k : {1, 3, 16}) {
+      const auto& got = select<TestType>(rows, cols, 6, cols, k);
+      CHECK(got.column[5] == cols - 1);
+      if (k > 1) CHECK(got.column[block_rows + 5] == 77);
+      if (k > 2) CHECK(got.column[2 * block_rows + 5] == 0);
+    }
+  }
+}
+
+TEST_CASE("orders ascend where bfloat16 ascend, -0 with +0, NaN below -inf") {
+  const auto order = [](float x) { return simd::order_of(simd::detail::bfloat16_bits(x)); };
+  const float ascending[] = {-test::infinity, -3e38f, -1.0f, -0x1p-130f,    0.0f,
+                             0x1p-130f,       1.0f,   3e38f, test::infinity};
+  for (std::size_t i = 0; i + 1 < std::size(ascending); ++i)
+    CHECK(order(ascending[i]) < order(ascending[i + 1]));
+  CHECK(order(-0.0f) == order(0.0f));
+  CHECK(order(-test::infinity) == simd::order_of_minus_infinity);
+  for (int bits = 0; bits < 65536; ++bits)
+    if ((bits & 0x7fff) > 0x7f80)
+      CHECK(simd::order_of(static_cast<std::uint16_t>(bits)) < simd::order_of_minus_infinity);
+}
