@@ -3,6 +3,7 @@
 
 #include <array>
 #include <bit>
+#include <concepts>
 #include <cstdint>
 
 #include <moeroute/simd/batch.hpp>
@@ -23,14 +24,19 @@ class column_list {
   /// How many bits were set, which may be more than slots.
   std::int32_t size() const { return size_; }
 
-  /// Appends the set columns of [first, end); first is a multiple of 64. Mask: has 64 bits().
-  template <class Mask>
-  MOEROUTE_INLINE void append(const Mask* masks, index_t first, index_t end) {
+  /// Appends the set columns of [first, end); first is a multiple of 64.
+  MOEROUTE_INLINE void append(const column_mask* masks, index_t first, index_t end) {
+    append([&](index_t c) { return masks[(c - first) / 64].bits(); }, first, end);
+  }
+
+  /// The same where bits_at(c) gives the bits of the 64 columns from c on.
+  template <std::invocable<index_t> F>
+  MOEROUTE_INLINE void append(F&& bits_at, index_t first, index_t end) {
     constexpr std::uint64_t last = std::uint64_t{1}
                                    << 63;  // counting zeros of zero would cost a branch
     std::int32_t size = size_;
     for (index_t c = first; c < end; c += 64) {
-      std::uint64_t bits = (masks++)->bits();
+      std::uint64_t bits = bits_at(c);
       const int n = std::popcount(bits);
       std::int32_t* const out = column_ + (size < slots ? size : slots);
       const auto pop = [&](int i) {
@@ -84,13 +90,17 @@ class column_list<A, slots> {
  public:
   std::int32_t size() const { return size_; }
 
-  template <class Mask>
-  MOEROUTE_INLINE void append(const Mask* masks, index_t first, index_t end) {
+  MOEROUTE_INLINE void append(const column_mask* masks, index_t first, index_t end) {
+    append([&](index_t c) { return masks[(c - first) / 64].bits(); }, first, end);
+  }
+
+  template <std::invocable<index_t> F>
+  MOEROUTE_INLINE void append(F&& bits_at, index_t first, index_t end) {
     std::int32_t size = size_;
     __m512i high[registers];
     for (int r = 0; r < registers; ++r) high[r] = high_[r];
     for (index_t c = first; c < end; c += 64) {
-      const std::uint64_t bits = (masks++)->bits();
+      const std::uint64_t bits = bits_at(c);
       const __m512i packed = _mm512_maskz_compress_epi8(
           bits, _mm512_load_si512(detail::byte_numbers.data() + c % 256));
       std::uint8_t* const out = low_ + (size < slots ? size : slots);

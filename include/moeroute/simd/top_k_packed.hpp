@@ -136,42 +136,68 @@ MOEROUTE_INLINE vshort<A> packed_bound(const std::int16_t (*most)[packed_groups]
   return xsimd::min(least, exchanged_halves<A>(least));
 }
 
-// Bits of 64 columns in memory, written in two parts.
-struct halved_mask {
-  std::uint32_t part[2];
-  std::uint64_t bits() const {
-    std::uint64_t all;
-    __builtin_memcpy(&all, part, sizeof all);
-    return all;
-  }
-};
-
-// Sets bit c where column c of 64 is at least bound, which is above the order of -inf.
+// Bit c is set where column c of 64 is at least bound, which is above the order of -inf.
 template <class A>
-MOEROUTE_INLINE void mask_not_below(const std::int16_t* order, std::int16_t bound,
-                                    halved_mask& mask) {
+MOEROUTE_INLINE std::uint64_t columns_not_below(const std::int16_t* order, vshort<A> bound) {
 #if defined(__AVX512BW__)
-  if constexpr (width<A> == 16) {
-    const __m512i least = _mm512_set1_epi16(bound);
-    MOEROUTE_UNROLL
-    for (int j = 0; j < 2; ++j)
-      static_cast<volatile std::uint32_t&>(mask.part[j]) =
-          _mm512_cmpge_epi16_mask(_mm512_loadu_si512(order + 32 * j), least);
-    return;
-  }
+  if constexpr (width<A> == 16)
+    return _mm512_kunpackd(_mm512_cmpge_epi16_mask(_mm512_loadu_si512(order + 32), bound),
+                           _mm512_cmpge_epi16_mask(_mm512_loadu_si512(order), bound));
 #endif
   if constexpr (width<A> == 8) {
-    const __m256i below = _mm256_set1_epi16(static_cast<std::int16_t>(bound - 1));
+    const __m256i below = _mm256_sub_epi16(bound, _mm256_set1_epi16(1));
     const auto reach = [&](int c) {
       return _mm256_cmpgt_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(order + c)),
                                 below);
     };
+    std::uint64_t bits = 0;
     MOEROUTE_UNROLL
-    for (int j = 0; j < 2; ++j) {
+    for (int c = 0; c < 64; c += 32) {
       // Packing works inside 128-bit parts: the middle quarters are exchanged.
-      const __m256i bytes = _mm256_packs_epi16(reach(32 * j), reach(32 * j + 16));
-      mask.part[j] =
-          static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xd8)));
+      const __m256i bytes = _mm256_packs_epi16(reach(c), reach(c + 16));
+      const int half = _mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xd8));
+      bits |= std::uint64_t{static_cast<std::uint32_t>(half)} << c;
+    }
+    return bits;
+  }
+}
+
+// The keys of the listed columns, and of column 0 in the slots past the end.
+template <class A, int slots, int used>
+MOEROUTE_INLINE void keys_of_listed(const std::int16_t* order, index_t stride,
+                                    const column_list<A, slots>* found,
+                                    std::int16_t (*key)[2 * used]) {
+  constexpr int w = width<A>;
+#if defined(__AVX512BW__)
+  if constexpr (width<A> == 16) {
+    for (int i = 0; i < w; ++i) {
+      MOEROUTE_UNROLL
+      for (int r = 0; r < used / w; ++r) {
+        // Each load takes the next order along, which is shifted out.
+        const __m512i c = found[i].columns(r);
+        const __m512i x = _mm512_slli_epi32(_mm512_i32gather_epi32(c, order + i * stride, 2), 16);
+        _mm512_store_si512(key[i] + 2 * r * w, _mm512_mask_blend_epi16(0x55555555, x, ~vint<A>(c)));
+      }
+    }
+    return;
+  }
+#endif
+  alignas(alignment) std::int32_t from[w][used];
+  for (int i = 0; i < w; ++i) {
+    MOEROUTE_UNROLL
+    for (int r = 0; r < used / w; ++r) {
+      const vint<A> c = found[i].columns(r);
+      c.store_aligned(from[i] + r * w);
+      xsimd::bitwise_cast<std::int16_t>(~c).store_aligned(key[i] + 2 * r * w);
+    }
+  }
+  for (int i = 0; i < w; ++i) {
+    // Volatile, or compilers insert into registers: slower.
+    MOEROUTE_UNROLL
+    for (int s = 0; s < used; ++s) {
+      std::int16_t one;
+      __builtin_memcpy(&one, order + i * stride + from[i][s], sizeof one);
+      static_cast<volatile std::int16_t&>(key[i][2 * s + 1]) = one;
     }
   }
 }
@@ -183,26 +209,8 @@ MOEROUTE_INLINE void top_of_packed(const bfloat16* const* rows, const std::int16
                                    float* value, std::int32_t* column) {
   constexpr int w = width<A>, chunk = std::max(K, w);
   const index_t stride = order_stride(cols);
-  alignas(alignment) std::int32_t from[w][used];
   alignas(alignment) std::int16_t key[w][2 * used];
-  // Three loops, so that no wide load waits for the narrow stores just before it.
-  for (int i = 0; i < w; ++i) {
-    MOEROUTE_UNROLL
-    for (int r = 0; r < used / w; ++r) {
-      const vint<A> c = found[i].columns(r);
-      c.store_aligned(from[i] + r * w);
-      xsimd::bitwise_cast<std::int16_t>(~c).store_aligned(key[i] + 2 * r * w);
-    }
-  }
-  for (int i = 0; i < w; ++i) {
-    // Volatile, or compilers gather: slower.
-    MOEROUTE_UNROLL
-    for (int s = 0; s < used; ++s) {
-      std::int16_t one;
-      __builtin_memcpy(&one, order + i * stride + from[i][s], sizeof one);
-      static_cast<volatile std::int16_t&>(key[i][2 * s + 1]) = one;
-    }
-  }
+  keys_of_listed<A, slots, used>(order, stride, found, key);
   vint<A> top[K];
   MOEROUTE_UNROLL
   for (int s = 0; s < used; s += chunk) {
@@ -240,7 +248,6 @@ template <class A, int K, int slots, int usual = slots>
 [[gnu::noinline]] bool top_k_packed_bound(const bfloat16* const* rows, index_t cols, int k,
                                           std::int16_t* order, float* value, std::int32_t* column) {
   constexpr int w = width<A>;
-  constexpr index_t panel = 1024;
   const index_t stride = order_stride(cols);
   alignas(alignment) std::int16_t most[w][packed_groups];
   order_rows<A>(rows, cols, order, most);
@@ -250,14 +257,10 @@ template <class A, int K, int slots, int usual = slots>
              vshort<A>(static_cast<std::int16_t>(order_of_minus_infinity + 1)))
       .store_aligned(bound);
   column_list<A, slots> found[w];
-  halved_mask masks[w][panel / 64];
-  for (index_t first = 0; first < cols; first += panel) {
-    const index_t end = std::min(first + panel, cols);
-    for (int i = 0; i < w; ++i)
-      for (index_t c = first; c < end; c += 64)
-        mask_not_below<A>(order + i * stride + c, bound[2 * i], masks[i][(c - first) / 64]);
-    // After all rows: the parts of a mask have reached memory by now and load as one.
-    for (int i = 0; i < w; ++i) found[i].append(masks[i], first, end);
+  for (int i = 0; i < w; ++i) {
+    const vshort<A> least(bound[2 * i]);
+    found[i].append([&](index_t c) { return columns_not_below<A>(order + i * stride + c, least); },
+                    0, cols);
   }
   std::int32_t fullest = 0;
   for (int i = 0; i < w; ++i) fullest = std::max(fullest, found[i].size());
@@ -274,20 +277,27 @@ template <class A, int K, int slots, int usual = slots>
 template <class A>
 void top_k_packed_group(const bfloat16* const* rows, index_t cols, int k, std::int16_t* order,
                         float* value, std::int32_t* column) {
-  constexpr index_t from = width<A> == 16 ? 64 : 80;
+  // Columns from which a bound wins, measured.
+  constexpr bool wide = width<A> == 16;
+  constexpr index_t bound_of_two = wide ? 192 : 384, bound_of_four = wide ? 128 : 192;
+  constexpr index_t bound_of_eight = wide ? 96 : 192, bound_of_sixteen = wide ? 112 : 192;
   if (k <= 1) {
     top_k_packed_lanes<A, 1>(rows, cols, k, value, column);
   } else if (k <= 2) {
-    if (cols >= 128 && top_k_packed_bound<A, 4, 16>(rows, cols, k, order, value, column)) return;
+    if (cols >= bound_of_two && top_k_packed_bound<A, 4, 16>(rows, cols, k, order, value, column))
+      return;
     top_k_packed_lanes<A, 2>(rows, cols, k, value, column);
   } else if (k <= 4) {
-    if (cols >= from && top_k_packed_bound<A, 4, 16>(rows, cols, k, order, value, column)) return;
+    if (cols >= bound_of_four && top_k_packed_bound<A, 4, 16>(rows, cols, k, order, value, column))
+      return;
     top_k_packed_lanes<A, 4>(rows, cols, k, value, column);
   } else if (k <= 8) {
-    if (cols >= from && top_k_packed_bound<A, 8, 16>(rows, cols, k, order, value, column)) return;
+    if (cols >= bound_of_eight && top_k_packed_bound<A, 8, 16>(rows, cols, k, order, value, column))
+      return;
     top_k_packed_lanes<A, 8>(rows, cols, k, value, column);
   } else {
-    if (cols >= from && top_k_packed_bound<A, 16, 32, 16>(rows, cols, k, order, value, column))
+    if (cols >= bound_of_sixteen &&
+        top_k_packed_bound<A, 16, 32, 16>(rows, cols, k, order, value, column))
       return;
     top_k_packed_lanes<A, 16>(rows, cols, k, value, column);
   }
@@ -317,7 +327,7 @@ void top_k_block(const bfloat16* rows, index_t stride, int n, index_t cols, int 
   if constexpr (has_packed_keys<A>) {
     if (k <= detail::max_packed_k && cols <= max_packed_columns) {
       // The lanes of a third of a register cost more together than so many rows one by one.
-      for (; 3 * (n - first) > width<A>; first += width<A>) {
+      for (; 3 * (n - first) > width<A> || (k > 8 && first < n); first += width<A>) {
         const bfloat16* row[width<A>];
         for (int i = 0; i < width<A>; ++i) row[i] = rows + std::min(first + i, n - 1) * stride;
         detail::top_k_packed_group<A>(row, cols, k, reinterpret_cast<std::int16_t*>(wide),
