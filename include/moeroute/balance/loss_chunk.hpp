@@ -33,27 +33,15 @@ struct relu_share {
   F curve;  // dD/dr_e = 1 + curve * r_e
 
   template <class Loss>
-  static relu_share of(const simd::rectified_sums<F>& r, index_t experts, const Loss& loss) {
+  static relu_share of(const F* z, index_t experts, const Loss& loss) {
     const F each = F{1} / static_cast<F>(experts), eps = static_cast<F>(loss.eps);
+    const simd::rectified_sums<F> r = simd::sums_of_rectified(z, experts);
     const F rho =
         loss.normalized ? std::sqrt(r.squares * each + static_cast<F>(loss.norm_eps)) : F{1};
     const F scale = F{1} / (r.sum + eps * rho);
     return {std::isfinite(scale) ? scale : F{0}, loss.normalized ? eps * each / rho : F{0}};
   }
 };
-
-// The shares of tokens [begin, end), at most 16: one loop for the sums and one for what follows
-// from them, since a single token would wait for its own root and quotient.
-template <class F, class Loss>
-void shares_of_block(const matrix_view<const F>& z, const token_options& how, const Loss& loss,
-                     index_t begin, index_t end, relu_share<F>* share) {
-  simd::rectified_sums<F> sums[block_rows];
-  for (index_t t = begin; t < end; ++t)
-    sums[t - begin] =
-        how.masked(t) ? simd::rectified_sums<F>{} : simd::sums_of_rectified(z.row(t), z.cols);
-  for (index_t i = 0; i < end - begin; ++i)
-    share[i] = how.masked(begin + i) ? relu_share<F>{} : relu_share<F>::of(sums[i], z.cols, loss);
-}
 
 // The gradient of sum_e slope_e share_e by the logits, times `factor`, given mean = that sum.
 template <class F>
@@ -83,7 +71,7 @@ void share_gradient_to(gradient_to to, const F* z, const F* slope, const relu_sh
 /// does not fall when chunks are merged. A masked token's shares are 0 and it has no gradient. A
 /// NaN or -inf has no share; so have rows with a +inf. No token: 0. Throws: error where a size
 /// differs, chunk does not divide T, or coefficient or an eps is negative. Cost: two sweeps, the
-/// second over a chunk that is still in cache. Scratch: 17 E per worker and 2 numbers per token of
+/// second over a chunk that is still in cache. Scratch: 2 E per worker and 2 numbers per token of
 /// a chunk. No allocation once warm. Determinism: the same bits for every executor and thread
 /// count. Source: Song et al. 2025 (BlockFFN).
 template <class F, executor Exec>
@@ -105,7 +93,7 @@ double chunk_sparsity(const chunk_sparsity_loss& loss, const token_options& how,
     detail::relu_share<F>* share;
   };
   const memory m = ws.carve([&](scratch& tape) {
-    return memory{tape.take<F>(workers * experts), tape.take<F>(workers * block_rows * experts),
+    return memory{tape.take<F>(workers * experts), tape.take<F>(workers * experts),
                   tape.take<double>(chunks),
                   tape.take<detail::relu_share<F>>(chunks > 0 ? workers * loss.chunk : 0)};
   });
@@ -114,20 +102,19 @@ double chunk_sparsity(const chunk_sparsity_loss& loss, const token_options& how,
   const F eps = static_cast<F>(loss.eps);
   exec.parallel_for(chunks, 1, [&](index_t chunk, index_t) {
     const worker_slots::held worker(slots);
-    F* const product = m.product + worker * experts;
-    F* const pull = m.pull + worker * block_rows * experts;
+    F *const product = m.product + worker * experts, *const pull = m.pull + worker * experts;
     detail::relu_share<F>* const share = m.share + worker * loss.chunk;
     const index_t first = chunk * loss.chunk;
     std::fill_n(product, experts, F{1});
     double without = 1.0;  // the factor of the tokens that have no shares
     for (index_t i = 0; i < loss.chunk; ++i) {
-      if (i % block_rows == 0)
-        detail::shares_of_block(z, how, loss, first + i,
-                                first + std::min<index_t>(loss.chunk, i + block_rows), share + i);
+      const F* const x = z.row(first + i);
+      share[i] = how.masked(first + i) ? detail::relu_share<F>{}
+                                       : detail::relu_share<F>::of(x, experts, loss);
       if (share[i].scale == F{0})
         without *= 1.0 + loss.eps;
       else
-        simd::multiply_rest_row(z.row(first + i), share[i].scale, eps, experts, product);
+        simd::multiply_rest_row(x, share[i].scale, eps, experts, product);
     }
     m.value[chunk] = 0.0;
     for (index_t e = 0; e < experts; ++e) {
@@ -135,17 +122,13 @@ double chunk_sparsity(const chunk_sparsity_loss& loss, const token_options& how,
       m.value[chunk] += unit * (1.0 - static_cast<double>(product[e]));
     }
     if (how.gradient == gradient_to::nowhere) return;
-    for (index_t begin = 0; begin < loss.chunk; begin += block_rows) {
-      const index_t n = std::min<index_t>(block_rows, loss.chunk - begin);
-      F mean[block_rows];
-      for (index_t i = 0; i < n; ++i)
-        if (share[begin + i].scale != F{0})
-          mean[i] = simd::pull_row(z.row(first + begin + i), share[begin + i].scale, eps, product,
-                                   experts, pull + i * experts);
-      for (index_t i = 0; i < n; ++i)
-        detail::share_gradient_to(how.gradient, z.row(first + begin + i), pull + i * experts,
-                                  share[begin + i], mean[i], static_cast<F>(unit), experts,
-                                  dz.row(first + begin + i));
+    for (index_t i = 0; i < loss.chunk; ++i) {
+      const F* const x = z.row(first + i);
+      F mean = 0;
+      if (share[i].scale != F{0})
+        mean = simd::pull_row(x, share[i].scale, eps, product, experts, pull);
+      detail::share_gradient_to(how.gradient, x, pull, share[i], mean, static_cast<F>(unit),
+                                experts, dz.row(first + i));
     }
   });
   double value = 0.0;
@@ -189,11 +172,10 @@ double share_balance(const share_balance_loss& loss, const token_options& how,
     std::fill_n(sum, experts, F{0});
     std::fill_n(load, experts, F{0});
     for (index_t t = begin; t < end; ++t) {
-      if (t % block_rows == 0)
-        detail::shares_of_block(z, how, loss, t, std::min<index_t>(end, t + block_rows),
-                                m.share + t);
-      if (m.share[t].scale != F{0})
-        simd::add_share_row(z.row(t), m.share[t].scale, experts, sum, load);
+      const F* const x = z.row(t);
+      m.share[t] =
+          how.masked(t) ? detail::relu_share<F>{} : detail::relu_share<F>::of(x, experts, loss);
+      if (m.share[t].scale != F{0}) simd::add_share_row(x, m.share[t].scale, experts, sum, load);
     }
   });
   if (live == 0) {
@@ -218,15 +200,11 @@ double share_balance(const share_balance_loss& loss, const token_options& how,
   }
   if (how.gradient == gradient_to::nowhere) return value;
   exec.parallel_for(z.rows, grain, [&](index_t begin, index_t end) {
-    for (index_t first = begin; first < end; first += block_rows) {
-      const index_t last = std::min<index_t>(end, first + block_rows);
-      F mean[block_rows];
-      for (index_t t = first; t < last; ++t)
-        if (m.share[t].scale != F{0})
-          mean[t - first] = simd::share_dot(z.row(t), m.share[t].scale, m.slope, experts);
-      for (index_t t = first; t < last; ++t)
-        detail::share_gradient_to(how.gradient, z.row(t), m.slope, m.share[t], mean[t - first],
-                                  F{1}, experts, dz.row(t));
+    for (index_t t = begin; t < end; ++t) {
+      const F* const x = z.row(t);
+      const detail::relu_share<F>& share = m.share[t];
+      const F mean = share.scale != F{0} ? simd::share_dot(x, share.scale, m.slope, experts) : F{0};
+      detail::share_gradient_to(how.gradient, x, m.slope, share, mean, F{1}, experts, dz.row(t));
     }
   });
   return value;

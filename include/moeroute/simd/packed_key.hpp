@@ -38,9 +38,6 @@ inline constexpr bool has_packed_keys = false;
 /// Columns that the lower half of a key can number.
 inline constexpr index_t max_packed_columns = index_t{1} << 16;
 
-/// The order of -inf; every NaN is below it, everything that can be selected above.
-inline constexpr std::int16_t order_of_minus_infinity = -0x7f01;
-
 /// A bfloat16 (its bits) as an integer of the same order, -0 equal to +0.
 ///
 /// Sign and magnitude become a two's complement, and 127 is added: that takes +inf to the largest
@@ -48,6 +45,9 @@ inline constexpr std::int16_t order_of_minus_infinity = -0x7f01;
 constexpr std::int16_t order_of(std::uint16_t bits) {
   return static_cast<std::int16_t>(bits >> 15 ? 0x807f - bits : bits + 0x7f);
 }
+
+/// The order of -inf; every NaN is below it, everything that can be selected above.
+inline constexpr std::int16_t order_of_minus_infinity = order_of(std::uint16_t{0xff80});
 
 #if defined(__AVX2__)
 
