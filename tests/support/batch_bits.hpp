@@ -37,7 +37,7 @@ std::string batch_bits_differ(const Router& router, const std::vector<float>& lo
     moeroute::route(router, z, memory, other, several_threads{threads});
     compare(std::to_string(threads) + " threads");
   }
-  for_each_arch<arches>([&](auto tag) {
+  for_each_arch<widths>([&](auto tag) {
     router.template route_batch<moeroute::serial, decltype(tag)>(z, {}, memory, other, {});
     compare(decltype(tag)::name());
   });

@@ -36,7 +36,8 @@ std::string disagreement(const oracle::batch& b, const moeroute::loss_options& h
 
 /// What a loss with a function of its own gives in float and not in double: the value (1e-5), the
 /// gradient (1e-4, or 1e-5 of the largest one, or 2e-8: what is left of 1 - 1), what it adds to a
-/// gradient that is there. Empty where nothing differs. run(logits, dlogits, gradient_to) returns the value.
+/// gradient that is there. Empty where nothing differs. run(logits, dlogits, gradient_to) returns
+/// the value.
 template <class Run>
 std::string float_disagreement(const oracle::batch& b, Run run) {
   using moeroute::gradient_to;
