@@ -33,20 +33,12 @@ struct append_all<List, A, More...> {
 
 }  // namespace detail
 
-/// The default one, and one of each kind: 4, 8 or 16 floats, with a fused multiply-add in hardware
-/// or emulated.
-using arches = detail::append_all<detail::list<>, moeroute::simd::default_arch
+/// The default one and one of each width: 4 floats with the fused multiply-add emulated, 8 with it
+/// in hardware.
+using widths = detail::append_all<detail::list<>, moeroute::simd::default_arch
 #if XSIMD_WITH_SSE2
                                   ,
                                   xsimd::sse2
-#endif
-#if XSIMD_WITH_SSE4_2
-                                  ,
-                                  xsimd::sse4_2
-#endif
-#if XSIMD_WITH_AVX2
-                                  ,
-                                  xsimd::avx2
 #endif
 #if XSIMD_WITH_FMA3_AVX2
                                   ,
@@ -54,11 +46,19 @@ using arches = detail::append_all<detail::list<>, moeroute::simd::default_arch
 #endif
                                   >::type::type;
 
-/// As above without those that differ in code generation only: for tests of large templates.
-using widths = detail::append_all<detail::list<>, moeroute::simd::default_arch
+/// As above and, in builds that try every set, those that differ in code generation only.
+using arches = detail::append_all<detail::list<>, moeroute::simd::default_arch
 #if XSIMD_WITH_SSE2
                                   ,
                                   xsimd::sse2
+#endif
+#if XSIMD_WITH_SSE4_2 && MOEROUTE_TEST_EVERY_SET
+                                  ,
+                                  xsimd::sse4_2
+#endif
+#if XSIMD_WITH_AVX2 && MOEROUTE_TEST_EVERY_SET
+                                  ,
+                                  xsimd::avx2
 #endif
 #if XSIMD_WITH_FMA3_AVX2
                                   ,
