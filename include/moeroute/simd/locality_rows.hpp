@@ -27,10 +27,10 @@ F locality_row(const F* guess, const F* truth, F beta, F factor, index_t cols, F
     const auto both = (Of::absolute(a) < infinity) & (Of::absolute(b) < infinity);
     // Beyond 40 a sigmoid is 0 or 1 by 4e-18; closer to them there are denormal numbers, and each
     // operation on one costs a hundred cycles.
-    const V near = Of::clamped(a, F{40}), y = Of::sigmoid(Of::clamped(b, F{40}));
-    sum += Of::select(both, Of::softplus(near) + Of::rectified(a - near) - a * y, zero);
+    const V inner = Of::clamped(a, F{40}), y = Of::sigmoid(Of::clamped(b, F{40}));
+    sum += Of::select(both, Of::softplus(inner) + Of::rectified(a - inner) - a * y, zero);
     if (dguess == nullptr) return;
-    const V pull = (Of::sigmoid(near) - y) * V(factor), bend = a * y * (V(1) - y) * V(factor);
+    const V pull = (Of::sigmoid(inner) - y) * V(factor), bend = a * y * (V(1) - y) * V(factor);
     Of::store(dguess + c, n, Of::load(dguess + c, n) + Of::select(both, pull, zero));
     Of::store(dtruth + c, n, Of::load(dtruth + c, n) - Of::select(both, bend, zero));
   });

@@ -114,12 +114,12 @@ void combine_rows(const X& slot_rows, const dispatch_plan& plan, const choice_we
     const float* weight = of.weight;
     const index_t terms = std::max<index_t>(1, plan.k());
     // Rows in the second cache come by themselves.
-    const bool far = slots.rows * slots.cols * index_t{sizeof(T)} > (index_t{4} << 20);
+    const bool streamed = slots.rows * slots.cols * index_t{sizeof(T)} > (index_t{4} << 20);
     exec.parallel_for(y.rows, row_grain(y.cols * terms), [&](index_t begin, index_t end) {
       for (index_t t = begin; t < end; ++t) {
         const index_t first = plan.first(t), count = plan.count(t);
         // The next token's rows are fetched along the way, if it has as many.
-        const bool fetch = far && t + 1 < y.rows && plan.count(t + 1) >= count;
+        const bool fetch = streamed && t + 1 < y.rows && plan.count(t + 1) >= count;
         simd::weighted_sum_of_rows<A>(slots.data, slots.stride, slot + first, weight + first, count,
                                       y.cols, y.data + t * y.stride,
                                       fetch ? slot + first + count : nullptr);
