@@ -186,6 +186,52 @@ TEMPLATE_LIST_TEST_CASE("a weighted sum is a chain of fused multiply-adds in ran
   }
 }
 
+TEMPLATE_LIST_TEST_CASE(
+    "sums of bfloat16 rows round ties to even and a NaN alone, near or fetched from afar", "",
+    test::widths) {
+  constexpr index_t n = 330;
+  test::random rng(79);
+  std::vector<bfloat16> rows;
+  // Multiples of 1/128 from 1 to 2: every other sum above 2 lies between two bfloat16.
+  for (index_t i = 0; i < 6 * n; ++i)
+    rows.push_back(static_cast<bfloat16>(1.0f + static_cast<float>(rng.below(128)) / 128.0f));
+  rows[3] = rows[n + 70] = static_cast<bfloat16>(test::not_a_number);
+  std::vector<float> weight(20, 1.0f);
+  weight[19] = std::bit_cast<float>(0x7fffffffu);  // a NaN that would round to -0
+  std::vector<std::int32_t> row;
+  for (index_t k = 1; k <= 20; ++k) {
+    row.push_back(k % 5 == 3 ? -1 : static_cast<std::int32_t>(k * 5 % 6));
+    std::vector<bfloat16> expected;
+    std::vector<float> exact;
+    for (index_t c = 0; c < n; ++c) {
+      float sum = 0.0f;
+      for (std::size_t r = 0; r < row.size(); ++r)
+        if (row[r] >= 0)
+          sum += weight[r] * static_cast<float>(rows[static_cast<std::size_t>(row[r] * n + c)]);
+      exact.push_back(sum);
+      expected.push_back(simd::detail::narrowed<bfloat16>(sum));
+    }
+    for (const bool fetched : {false, true}) {
+      const std::int32_t* const next = fetched ? row.data() : nullptr;
+      std::vector<bfloat16> out(n);
+      std::vector<float> wide(n);
+      simd::weighted_sum_of_rows<TestType>(rows.data(), n, row.data(), weight.data(), k, n,
+                                           out.data(), next);
+      simd::weighted_sum_of_rows<TestType>(rows.data(), n, row.data(), weight.data(), k, n,
+                                           wide.data(), next);
+      INFO("k = " << k << (fetched ? ", fetched" : ""));
+      std::string wrong;
+      for (std::size_t c = 0; c < n; ++c) {
+        const bool nan = exact[c] != exact[c];
+        if (nan ? wide[c] == wide[c] : wide[c] != exact[c]) wrong = "float " + std::to_string(c);
+        const auto y = static_cast<float>(out[c]), z = static_cast<float>(expected[c]);
+        if (nan ? y == y : y != z) wrong = "bfloat16 " + std::to_string(c);
+      }
+      CHECK(wrong == "");
+    }
+  }
+}
+
 TEMPLATE_LIST_TEST_CASE("mixed rows are weighted sums of all rows, each a chain in their order", "",
                         test::widths) {
   test::random rng(77);

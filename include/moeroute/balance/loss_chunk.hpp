@@ -223,10 +223,10 @@ struct locality_loss {
 /// dz[t] -= coefficient beta a y (1 - y) / N: the target is not detached, as published.
 ///
 /// Shapes: logits, dlogits [T, E]. Ensures: pairs with a masked token take no part; elements that
-/// are not finite add nothing. No pair: 0. Throws: error where a size differs, a neighbour is
-/// outside [-1, T), or coefficient or beta < 0. Cost: one sweep over the pairs. No allocation.
-/// Determinism: runs on the calling thread, since tokens may share a neighbour. Source: Song et al.
-/// 2025 (BlockFFN).
+/// are not finite add nothing; sigmoids beyond 40 in size count as 0 or 1, off by 4e-18. No pair:
+/// 0. Throws: error where a size differs, a neighbour is outside [-1, T), or coefficient or beta <
+/// 0. Cost: one sweep over the pairs. No allocation. Determinism: runs on the calling thread, since
+/// tokens may share a neighbour. Source: Song et al. 2025 (BlockFFN).
 template <class F>
 double activation_locality(const locality_loss& loss, const token_options& how,
                            std::type_identity_t<matrix_view<const F>> z, matrix_view<F> dz) {

@@ -126,7 +126,6 @@ MOEROUTE_INLINE vshort<A> packed_bound(const std::int16_t (*most)[packed_groups]
   const auto meet = [&](int i) { return xsimd::max(x[i], exchanged_halves<A>(x[k - 1 - i])); };
   vshort<A> least = meet(0);
   if (k == K) {
-    k = K;
     MOEROUTE_UNROLL
     for (int i = 1; i < K / 2; ++i)
       least = xsimd::min(least, xsimd::max(x[i], exchanged_halves<A>(x[K - 1 - i])));
