@@ -22,10 +22,6 @@ using test::golden_json;
 
 namespace {
 
-golden_json family(const std::string& name) {
-  return test::read_golden("families/" + name + ".json");
-}
-
 matrix_view<const float> rows_of(const std::vector<float>& logits, index_t experts) {
   return {logits.data(), static_cast<index_t>(logits.size()) / experts, experts};
 }
@@ -33,7 +29,7 @@ matrix_view<const float> rows_of(const std::vector<float>& logits, index_t exper
 }  // namespace
 
 TEST_CASE("auxiliary-loss-free balancing follows the reference step by step") {
-  const golden_json file = family(GENERATE("auxfree_bias_u0.001", "auxfree_bias_u0.05"));
+  const golden_json file = test::read_family(GENERATE("auxfree_bias_u0.001", "auxfree_bias_u0.05"));
   const auto experts = file.at("experts").get<index_t>();
   const float u = file.at("params").at("u").get<float>();
   bias_controller controller(experts, {.step = u});
@@ -64,7 +60,7 @@ TEST_CASE("auxiliary-loss-free balancing follows the reference step by step") {
 }
 
 TEST_CASE("BIP balancing follows the reference batch by batch") {
-  const golden_json file = family(GENERATE("bip_k2_iters4", "bip_k4_iters14"));
+  const golden_json file = test::read_family(GENERATE("bip_k2_iters4", "bip_k4_iters14"));
   const auto experts = file.at("experts").get<index_t>();
   const auto k = file.at("k").get<index_t>();
   bip_balancer balancer(experts,
@@ -109,7 +105,7 @@ TEST_CASE("BIP balancing follows the reference batch by batch") {
 }
 
 TEST_CASE("measures of a load are the reference's") {
-  const golden_json file = family(GENERATE("metrics_k2", "metrics_k4"));
+  const golden_json file = test::read_family(GENERATE("metrics_k2", "metrics_k4"));
   const auto counts = file.at("counts").get<std::vector<std::int64_t>>();
   const auto experts = file.at("experts").get<index_t>();
   const std::vector<float> logits = test::golden_floats(file.at("logits"));

@@ -80,7 +80,7 @@ struct expected {
   digests made;
 };
 
-constexpr expected list[] = {
+constexpr expected expectations[] = {
     {"mixtral", {0x69df6a61b34d00ba, 0xe731756b84e49c65}},
     {"qwen2_moe", {0x1aa01dfd84c176a2, 0x461084079d6da2c5}},
     {"gpt_oss", {0x1aa01dfd84c176a2, 0x696ea6b40e0968ca}},
@@ -99,7 +99,7 @@ constexpr expected list[] = {
 
 TEST_CASE("real logits are routed to the same bits everywhere") {
   const auto traces = example::read_traces(MOEROUTE_MODEL_DIR);
-  for (const auto& [name, made] : list) {
+  for (const auto& [name, made] : expectations) {
     REQUIRE(moeroute::find_in_catalog(name) != nullptr);
     const digests now = routed(name, traces, moeroute::serial{});
     INFO(name << ": {0x" << std::hex << now.ids << ", 0x" << now.weights << "}");
@@ -109,7 +109,7 @@ TEST_CASE("real logits are routed to the same bits everywhere") {
 
 TEST_CASE("one, two or three threads route real logits to the same bits") {
   const auto traces = example::read_traces(MOEROUTE_MODEL_DIR);
-  for (const auto& [name, made] : list)
+  for (const auto& [name, made] : expectations)
     for (const int threads : {1, 2, 3}) {
       // Every piece on a thread of its own: the last of them may come first.
       const auto on_threads = [threads](index_t n, index_t grain, auto&& piece) {

@@ -26,10 +26,6 @@ using test::golden_json;
 
 namespace {
 
-golden_json family(const std::string& name) {
-  return test::read_golden("families/" + name + ".json");
-}
-
 template <class Router>
 assignment routed(const Router& router, const std::vector<float>& logits, index_t experts,
                   const side_inputs& side = {}) {
@@ -73,7 +69,7 @@ void is_decided(const std::vector<float>& logits, index_t experts) {
 TEST_CASE("top-p chooses and weighs as the reference") {
   const std::string name = GENERATE("top_p_0.4_maxk0_raw", "top_p_0.7_maxk0_raw",
                                     "top_p_0.7_maxk0_renorm", "top_p_0.7_maxk4_raw");
-  const golden_json file = family(name), &params = file.at("params");
+  const golden_json file = test::read_family(name), &params = file.at("params");
   const top_p router{.p = params.at("p").get<float>(),
                      .max_k = params.at("max_k").is_null() ? 0 : params.at("max_k").get<index_t>(),
                      .weight = params.at("renormalise").get<bool>() ? sum_normalized : raw_weights};
@@ -87,7 +83,7 @@ TEST_CASE("top-p chooses and weighs as the reference") {
 TEST_CASE("group-limited top-k chooses and weighs as the reference") {
   const std::string name =
       GENERATE("grouped_topk_v2", "grouped_topk_v3", "grouped_topk_v3_g8", "grouped_topk_mistral4");
-  const golden_json file = family(name), &params = file.at("params");
+  const golden_json file = test::read_family(name), &params = file.at("params");
   const bool sums = params.at("normalise").get<bool>();
   const top_k selection{
       .k = file.at("k").get<index_t>(),
@@ -112,7 +108,7 @@ TEST_CASE("group-limited top-k chooses and weighs as the reference") {
 }
 
 TEST_CASE("hash tables are looked up and balanced as in the reference") {
-  const golden_json file = family("hash_routing");
+  const golden_json file = test::read_family("hash_routing");
   const auto experts = file.at("experts").get<index_t>();
   const auto tokens = file.at("token_ids_in").get<std::vector<std::int32_t>>();
   const std::vector<float> logits(tokens.size() * static_cast<std::size_t>(experts), 0.0f);
@@ -151,7 +147,7 @@ TEST_CASE("hash tables are looked up and balanced as in the reference") {
 
 TEST_CASE("noisy top-k with the reference's noise chooses and weighs as the reference") {
   const std::string name = GENERATE("noisy_topk_k2", "noisy_topk_k4");
-  const golden_json file = family(name);
+  const golden_json file = test::read_family(name);
   const auto experts = file.at("experts").get<index_t>();
   std::vector<float> logits = test::golden_floats(file.at("logits"));
   const std::vector<float> gate = test::golden_floats(file.at("noise_logits"));
@@ -171,7 +167,7 @@ TEST_CASE("noisy top-k with the reference's noise chooses and weighs as the refe
 
 TEST_CASE("a bias that follows the load chooses as the reference in every step") {
   const std::string name = GENERATE("auxfree_bias_u0.001", "auxfree_bias_u0.05");
-  const golden_json file = family(name);
+  const golden_json file = test::read_family(name);
   const auto experts = file.at("experts").get<index_t>();
   const auto k = file.at("k").get<index_t>();
   for (std::size_t step = 0; step < file.at("logits_steps").size(); ++step) {

@@ -19,7 +19,7 @@ using nlohmann::json;
 
 namespace {
 
-json golden(const std::string& name) {
+json gradients(const std::string& name) {
   std::ifstream file(std::string(MOEROUTE_TEST_DATA "/golden/gradients/") + name + ".json");
   REQUIRE(file.good());
   return json::parse(file);
@@ -124,7 +124,7 @@ TEST_CASE("plan, dispatch, experts and combine give torch's layer outputs") {
         "softmax_norm_bias_clamp_T6_E16_k4", "softmax_selected_T6_E16_k4",
         "sqrtsoftplus_norm_bias_scale_T6_E16_k4"}) {
     INFO(name);
-    const json file = golden(std::string("layer_") + name);
+    const json file = gradients(std::string("layer_") + name);
     const index_t tokens = file["T"], d = file["d"];
     const bool on_input = std::string(name).starts_with("llama4");
     const auto x = flat(file["X"]);
@@ -158,7 +158,7 @@ TEST_CASE("soft plans and a soft layer give torch's values") {
   for (const char* name :
        {"soft_moe_weights_T5_E64_k6", "soft_moe_weights_T6_E16_k4", "layer_soft_moe_T6_E16_k4"}) {
     INFO(name);
-    const json file = golden(name);
+    const json file = gradients(name);
     const index_t tokens = file["T"], slots = file["E"];
     const auto logits = flat(file["logits"]);
     soft_plan p;
@@ -170,7 +170,7 @@ TEST_CASE("soft plans and a soft layer give torch's values") {
     CHECK(largest_error(dispatch_by_token.data(), file["dispatch"]) < 3e-7);
     CHECK(largest_error(p.combine().data, file["combine"]) < 3e-7);
   }
-  const json file = golden("layer_soft_moe_T6_E16_k4");
+  const json file = gradients("layer_soft_moe_T6_E16_k4");
   const index_t tokens = file["T"], slots = file["E"], d = file["d"];
   const auto x = flat(file["X"]), mu = flat(file["gate_weight"]);
   soft_moe layer(matrix_view<const float>(mu.data(), slots, d),

@@ -10,17 +10,18 @@
 
 #include "support/allocations.hpp"
 #include "support/assignments.hpp"
+#include "support/compare.hpp"
 #include "support/counting_new.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/split.hpp"
 
 using namespace moeroute;
+using test::near;
 
 namespace {
 
 std::span<const std::int64_t> of(const std::vector<std::int64_t>& n) { return n; }
-bool near(double a, double b) { return std::abs(a - b) < 1e-12; }
 
 }  // namespace
 

@@ -9,15 +9,15 @@
 #include <vector>
 
 #include "support/assignments.hpp"
+#include "support/compare.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/split.hpp"
 
 using namespace moeroute;
+using test::near;
 
 namespace {
-
-bool near(double a, double b) { return std::abs(a - b) < 1e-12; }
 
 bool uses(const assignment& a, index_t t, index_t e) {
   const auto ids = a.ids(t);

@@ -38,7 +38,7 @@ inline std::vector<double> softmax_rows(const std::vector<float>& logits, index_
   return p;
 }
 
-struct plan {
+struct transport {
   std::vector<double> values;  ///< [T, E]
   int iterations = 0;
 };
@@ -46,9 +46,9 @@ struct plan {
 enum class scaling_order { rows_then_columns, columns_then_rows };
 
 /// Sinkhorn on exp(z / epsilon) until the mean change of the column factors is at most `tolerance`.
-inline plan sinkhorn(const std::vector<double>& z, index_t tokens, index_t experts, double row_sum,
-                     double col_sum, double epsilon, double eps, double tolerance,
-                     int most_iterations, scaling_order order) {
+inline transport sinkhorn(const std::vector<double>& z, index_t tokens, index_t experts,
+                          double row_sum, double col_sum, double epsilon, double eps,
+                          double tolerance, int most_iterations, scaling_order order) {
   const auto T = static_cast<std::size_t>(tokens), E = static_cast<std::size_t>(experts);
   std::vector<double> k(T * E), u(T, 1.0), v(E, 1.0);
   for (std::size_t t = 0; t < T; ++t) {
@@ -73,7 +73,7 @@ inline plan sinkhorn(const std::vector<double>& z, index_t tokens, index_t exper
       v[e] = next;
     }
   };
-  plan p;
+  transport p;
   do {
     order == scaling_order::rows_then_columns ? rows() : columns();
     order == scaling_order::rows_then_columns ? columns() : rows();

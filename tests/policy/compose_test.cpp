@@ -13,8 +13,8 @@ using test::routed;
 namespace {
 
 // Columns [first, first + n) of rows of `columns`.
-std::vector<float> columns_of(const std::vector<float>& rows, index_t columns, index_t first,
-                              index_t n) {
+std::vector<float> part_of(const std::vector<float>& rows, index_t columns, index_t first,
+                           index_t n) {
   std::vector<float> out;
   for (index_t at = first; at < static_cast<index_t>(rows.size()); at += columns)
     out.insert(out.end(), rows.begin() + at, rows.begin() + at + n);
@@ -22,7 +22,7 @@ std::vector<float> columns_of(const std::vector<float>& rows, index_t columns, i
 }
 
 using plain = router<softmax>;
-const plain two{.selection = {.k = 2}, .weight = sum_normalized};
+const plain top_two{.selection = {.k = 2}, .weight = sum_normalized};
 
 }  // namespace
 
@@ -33,10 +33,10 @@ TEST_CASE("each token is routed by its modality's router, with ids of its own ra
   for (index_t t = 0; t < tokens; ++t) modality.push_back(t % 3 == 0 ? 1 : 0);
   side_inputs side;
   side.modality = modality;
-  const by_modality<plain> both{two, two, 5};
+  const by_modality<plain> both{top_two, top_two, 5};
   const assignment a = routed(both, logits, 13, side);
-  const assignment text = routed(two, columns_of(logits, 13, 0, 5), 5);
-  const assignment image = routed(two, columns_of(logits, 13, 5, 8), 8);
+  const assignment text = routed(top_two, part_of(logits, 13, 0, 5), 5);
+  const assignment image = routed(top_two, part_of(logits, 13, 5, 8), 8);
   for (index_t t = 0; t < tokens; ++t) {
     const bool second = modality[static_cast<std::size_t>(t)] == 1;
     const assignment& own = second ? image : text;
@@ -51,26 +51,26 @@ TEST_CASE("a pick that the second modality cannot make stays no_expert") {
   const std::vector<std::uint8_t> modality{1};
   side_inputs side;
   side.modality = modality;
-  const assignment a = routed(by_modality<plain>{two, two, 2},
+  const assignment a = routed(by_modality<plain>{top_two, top_two, 2},
                               {0.0f, 0.0f, -test::infinity, 1.0f, -test::infinity}, 5, side);
   CHECK(test::listed(a.ids()) == std::vector<expert_id>{3, no_expert});
 }
 
 TEST_CASE("two routers need modalities, columns for both and one k") {
   const std::vector<float> row(6, 0.0f);
-  CHECK(test::refusal([&] { routed(by_modality<plain>{two, two, 3}, row, 6); }) ==
+  CHECK(test::refusal([&] { routed(by_modality<plain>{top_two, top_two, 3}, row, 6); }) ==
         "moeroute::by_modality: side_inputs::modality is missing");
-  CHECK(test::refusal([&] { routed(by_modality<plain>{two, two, 6}, row, 6); }) ==
+  CHECK(test::refusal([&] { routed(by_modality<plain>{top_two, top_two, 6}, row, 6); }) ==
         "moeroute::by_modality: first_experts is 6, expected 1 to 5");
   const plain three{.selection = {.k = 3}};
-  CHECK(test::refusal([&] { routed(by_modality<plain>{two, three, 3}, row, 6); }) ==
+  CHECK(test::refusal([&] { routed(by_modality<plain>{top_two, three, 3}, row, 6); }) ==
         "moeroute::by_modality: second.k is 3, expected 2");
 }
 
 TEST_CASE("shared experts follow the routed ones with ids from E on and a weight of their own") {
   const std::vector<float> logits = test::make_logits(test::shape::normal, 6, 18, 7);
-  const assignment own = routed(two, logits, 7);
-  const assignment a = routed(with_shared<plain>{two, 2, 0.25f}, logits, 7);
+  const assignment own = routed(top_two, logits, 7);
+  const assignment a = routed(with_shared<plain>{top_two, 2, 0.25f}, logits, 7);
   CHECK(a.experts() == 9);
   CHECK(a.k() == 4);
   for (index_t t = 0; t < 18; ++t) {
@@ -88,7 +88,7 @@ TEST_CASE("a gated shared expert takes its weight from the token's gate") {
   const std::vector<float> gate{0.5f, 0.75f};
   side_inputs side;
   side.shared_weight = gate;
-  const assignment a = routed(with_shared<plain>{two, 1}, std::vector<float>(6, 1.0f), 3, side);
+  const assignment a = routed(with_shared<plain>{top_two, 1}, std::vector<float>(6, 1.0f), 3, side);
   CHECK(a.weights(0)[2] == 0.5f);
   CHECK(a.weights(1)[2] == 0.75f);
 }

@@ -10,28 +10,15 @@
 #include "support/batch_bits.hpp"
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
+#include "support/routed.hpp"
 #include "support/shapes.hpp"
+#include "support/sized.hpp"
 
 using namespace moeroute;
+using test::listed;
+using test::routed;
 
 namespace {
-
-matrix_view<const float> rows_of(const std::vector<float>& z, index_t tokens, index_t experts) {
-  return {z.data(), tokens, experts};
-}
-
-assignment routed(const auto& router, const std::vector<float>& z, index_t tokens, index_t experts,
-                  const side_inputs& side = {}) {
-  workspace ws;
-  assignment out;
-  route(router, rows_of(z, tokens, experts), side, ws, out);
-  return out;
-}
-
-template <class T>
-std::vector<std::remove_const_t<T>> copy(std::span<T> s) {
-  return {s.begin(), s.end()};
-}
 
 // The tokens of every expert, and whether token rows are ordered and in range.
 struct columns_of {
@@ -70,7 +57,7 @@ TEST_CASE("every expert takes exactly C tokens, whatever the shape") {
       for (const double factor : {0.5, 1.0, 2.0, 1e9}) {
         const expert_choice<> router{.capacity = {.factor = factor}};
         const index_t c = router.capacity_of(tokens, experts);
-        const assignment a = routed(router, z, tokens, experts);
+        const assignment a = routed(router, z, experts);
         INFO(test::name(shape) << " T=" << tokens << " E=" << experts << " factor=" << factor);
         const columns_of columns(a);
         REQUIRE(columns.ordered);
@@ -92,7 +79,7 @@ TEST_CASE("experts take the tokens of highest probability, the lowest token amon
       const auto p = oracle::softmax_rows(z, tokens, experts);
       const expert_choice<> router{};
       const index_t c = router.capacity_of(tokens, experts);
-      const columns_of columns(routed(router, z, tokens, experts));
+      const columns_of columns(routed(router, z, experts));
       INFO(test::name(shape) << " T=" << tokens << " E=" << experts);
       for (index_t e = 0; e < experts; ++e) {
         // The library chooses on fp32 scores: allow what rounding can exchange, and nothing else.
@@ -132,7 +119,7 @@ TEST_CASE("among equal scores an expert takes the lowest tokens") {
       const auto z = test::make_logits(shape, 8, tokens, experts);
       const expert_choice<identity_score> router{.capacity = {.factor = 3}};
       const index_t c = router.capacity_of(tokens, experts);
-      const columns_of columns(routed(router, z, tokens, experts));
+      const columns_of columns(routed(router, z, experts));
       INFO(test::name(shape) << " T=" << tokens);
       for (index_t e = 0; e < experts; ++e) {
         auto expected = oracle::column_order(z, tokens, experts, e);
@@ -148,7 +135,7 @@ TEST_CASE("weights are the softmax probabilities of the picks") {
   for (const test::shape shape : {test::shape::normal, test::shape::zipf, test::shape::extreme}) {
     const auto z = test::make_logits(shape, 4, tokens, experts);
     const auto p = oracle::softmax_rows(z, tokens, experts);
-    const assignment a = routed(expert_choice<>{}, z, tokens, experts);
+    const assignment a = routed(expert_choice<>{}, z, experts);
     std::vector<double> expected;
     for (index_t t = 0; t < tokens; ++t)
       for (const expert_id e : a.ids(t))
@@ -164,7 +151,7 @@ TEST_CASE("renormalised weights of a token sum to the scale, of an untaken token
                                .normalize = token_renormalization::sum,
                                .eps = 1e-12f,
                                .scale = 2.5f};
-  const assignment a = routed(router, z, tokens, experts);
+  const assignment a = routed(router, z, experts);
   index_t untaken = 0;
   for (index_t t = 0; t < tokens; ++t) {
     double sum = 0;
@@ -180,28 +167,27 @@ TEST_CASE("a masked token is never taken, and a batch of them leaves every exper
   const auto z = test::make_logits(test::shape::normal, 4, tokens, experts);
   std::vector<std::uint8_t> mask(tokens, 1);
   for (std::size_t t = 0; t < tokens; t += 3) mask[t] = 0;
-  const assignment a = routed(expert_choice<>{}, z, tokens, experts, {.mask = mask});
+  const assignment a = routed(expert_choice<>{}, z, experts, {.mask = mask});
   for (index_t t = 0; t < tokens; t += 3) CHECK(a.count(t) == 0);
   for (const auto& column : columns_of(a).tokens) CHECK(column.size() == 13);
   std::fill(mask.begin(), mask.end(), std::uint8_t{0});
-  CHECK(routed(expert_choice<>{}, z, tokens, experts, {.mask = mask}).choices() == 0);
+  CHECK(routed(expert_choice<>{}, z, experts, {.mask = mask}).choices() == 0);
 }
 
 TEST_CASE("tokens of one sequence do not compete with those of another") {
   constexpr index_t length = 24, sequences = 3, experts = 9;
   const auto z = test::make_logits(test::shape::normal, 6, length * sequences, experts);
-  const assignment all =
-      routed(expert_choice<>{.sequence_length = length}, z, length * sequences, experts);
+  const assignment all = routed(expert_choice<>{.sequence_length = length}, z, experts);
   std::vector<expert_id> ids;
   std::vector<float> weights;
   for (index_t s = 0; s < sequences; ++s) {
     const std::vector<float> part(z.begin() + s * length * experts,
                                   z.begin() + (s + 1) * length * experts);
-    const assignment one = routed(expert_choice<>{}, part, length, experts);
+    const assignment one = routed(expert_choice<>{}, part, experts);
     ids.insert(ids.end(), one.ids().begin(), one.ids().end());
     weights.insert(weights.end(), one.weights().begin(), one.weights().end());
   }
-  CHECK(copy(all.ids()) == ids);
+  CHECK(listed(all.ids()) == ids);
   CHECK(test::bit_difference(all.weights(), weights) == "");
 }
 
@@ -212,9 +198,9 @@ TEST_CASE(
        {test::shape::normal, test::shape::quantised, test::shape::all_equal}) {
     INFO(test::name(shape));
     const auto z = test::make_logits(shape, 9, tokens, experts);
-    const assignment open = routed(expert_choice<>{.capacity = {.factor = 4}}, z, tokens, experts);
+    const assignment open = routed(expert_choice<>{.capacity = {.factor = 4}}, z, experts);
     const assignment capped =
-        routed(expert_choice<>{.capacity = {.factor = 4}, .most_experts = 3}, z, tokens, experts);
+        routed(expert_choice<>{.capacity = {.factor = 4}, .most_experts = 3}, z, experts);
     CHECK(capped.k() == 3);
     bool cut = false;
     for (index_t t = 0; t < tokens; ++t) {
@@ -227,7 +213,7 @@ TEST_CASE(
       std::vector<expert_id> expected;
       for (const auto& [w, e] : best) expected.push_back(e);
       std::sort(expected.begin(), expected.end());
-      CHECK(copy(capped.ids(t)) == expected);
+      CHECK(listed(capped.ids(t)) == expected);
     }
     CHECK(cut);
   }
@@ -239,27 +225,28 @@ TEST_CASE("permuting tokens permutes the choice") {
   std::vector<float> turned(z.size());
   for (index_t t = 0; t < tokens; ++t)
     std::copy_n(z.data() + t * experts, experts, turned.data() + (t * 5 + 1) % tokens * experts);
-  const assignment a = routed(expert_choice<>{}, z, tokens, experts);
-  const assignment b = routed(expert_choice<>{}, turned, tokens, experts);
-  for (index_t t = 0; t < tokens; ++t) CHECK(copy(a.ids(t)) == copy(b.ids((t * 5 + 1) % tokens)));
+  const assignment a = routed(expert_choice<>{}, z, experts);
+  const assignment b = routed(expert_choice<>{}, turned, experts);
+  for (index_t t = 0; t < tokens; ++t)
+    CHECK(listed(a.ids(t)) == listed(b.ids((t * 5 + 1) % tokens)));
 }
 
 TEST_CASE("a token that is appended can take places from earlier tokens") {
   const std::vector<float> two{1, 0, 0, 1}, three{1, 0, 0, 1, 9, 0};
   const expert_choice<> one_each{.capacity = {.fixed = 1}};
-  CHECK(copy(routed(one_each, two, 2, 2).ids(0)) == std::vector<expert_id>{0});
-  CHECK(routed(one_each, three, 3, 2).count(0) == 0);
+  CHECK(listed(routed(one_each, two, 2).ids(0)) == std::vector<expert_id>{0});
+  CHECK(routed(one_each, three, 2).count(0) == 0);
 }
 
 TEST_CASE("no tokens are routed to nothing") {
-  const assignment a = routed(expert_choice<>{}, {}, 0, 4);
+  const assignment a = routed(expert_choice<>{}, {}, 4);
   CHECK(a.tokens() == 0);
   CHECK(a.choices() == 0);
 }
 
 TEST_CASE("expert choice has the same bits on every instruction set, executor and thread count") {
   for (const test::shape shape : test::all_shapes) {
-    constexpr index_t tokens = 1200, experts = 40;
+    constexpr index_t tokens = test::sized(1200, 400), experts = 40;
     const auto z = test::make_logits(shape, 12, tokens, experts);
     const expert_choice<> router{.normalize = token_renormalization::sum, .eps = 1e-12f};
     INFO(test::name(shape));

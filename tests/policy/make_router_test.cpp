@@ -14,7 +14,7 @@ using test::routed;
 
 namespace {
 
-std::string refused(const router_spec& spec, const router_tensors& tensors = {}) {
+std::string not_made(const router_spec& spec, const router_tensors& tensors = {}) {
   return test::refusal([&] { make_router(spec, tensors); });
 }
 
@@ -56,33 +56,34 @@ TEST_CASE("a router from a spec decides what the same router from templates deci
 
 TEST_CASE("a tensor that is missing, too many, or of another length is refused by name") {
   const std::vector<float> eight(8, 1.0f), seven(7, 1.0f);
-  CHECK(refused({.selection_bias = true}) == "moeroute::make_router: bias.size() is 0, expected 8");
-  CHECK(refused({.selection_bias = true}, {.bias = seven}) ==
+  CHECK(not_made({.selection_bias = true}) ==
+        "moeroute::make_router: bias.size() is 0, expected 8");
+  CHECK(not_made({.selection_bias = true}, {.bias = seven}) ==
         "moeroute::make_router: bias.size() is 7, expected 8");
-  CHECK(refused({}, {.bias = eight}) == "moeroute::make_router: bias.size() is 8, expected 0");
-  CHECK(refused({.per_expert_scale = true}, {.per_expert_scale = seven}) ==
+  CHECK(not_made({}, {.bias = eight}) == "moeroute::make_router: bias.size() is 8, expected 0");
+  CHECK(not_made({.per_expert_scale = true}, {.per_expert_scale = seven}) ==
         "moeroute::make_router: per_expert_scale.size() is 7, expected 8");
-  CHECK(refused({.score = score_kind::relu, .selection = selection_kind::threshold},
-                {.gamma = seven}) == "moeroute::make_router: gamma.size() is 7, expected 8");
+  CHECK(not_made({.score = score_kind::relu, .selection = selection_kind::threshold},
+                 {.gamma = seven}) == "moeroute::make_router: gamma.size() is 7, expected 8");
 }
 
 TEST_CASE("a bias with NaN is refused with its place") {
   std::vector<float> bias(8, 0.0f);
   bias[5] = test::not_a_number;
-  CHECK(refused({.selection_bias = true}, {.bias = bias}) ==
+  CHECK(not_made({.selection_bias = true}, {.bias = bias}) ==
         "moeroute::make_router: bias: value 5 is NaN, expected a number");
 }
 
 TEST_CASE("a table that is missing or made for another router is refused") {
   const expert_table table({0, 1, 2, 3}, 2, 8);
   router_spec spec{.score = score_kind::sigmoid, .selection = selection_kind::expert_table};
-  CHECK(refused(spec).find("table is missing") != std::string::npos);
-  CHECK(refused(spec, {.table = &table}) == "accepted");
+  CHECK(not_made(spec).find("table is missing") != std::string::npos);
+  CHECK(not_made(spec, {.table = &table}) == "accepted");
   spec.k = 1;
-  CHECK(refused(spec, {.table = &table}) == "moeroute::make_router: table k is 2, expected 1");
+  CHECK(not_made(spec, {.table = &table}) == "moeroute::make_router: table k is 2, expected 1");
   spec.k = 2;
   spec.experts = 9;
-  CHECK(refused(spec, {.table = &table}) ==
+  CHECK(not_made(spec, {.table = &table}) ==
         "moeroute::make_router: table experts is 8, expected 9");
 }
 
@@ -93,5 +94,5 @@ TEST_CASE("logits of another number of columns than the spec's E are refused") {
 }
 
 TEST_CASE("a spec that clashes makes no router") {
-  CHECK(refused({.eps_where = eps_mode::add}).find("clashes") != std::string::npos);
+  CHECK(not_made({.eps_where = eps_mode::add}).find("clashes") != std::string::npos);
 }

@@ -12,24 +12,14 @@
 #include "support/compare.hpp"
 #include "support/counting_new.hpp"
 #include "support/refusal.hpp"
+#include "support/routed.hpp"
 #include "support/shapes.hpp"
 
 using namespace moeroute;
+using test::routed;
+using test::rows_of;
 
 namespace {
-
-matrix_view<const float> rows_of(const std::vector<float>& z, index_t experts) {
-  return {z.data(), static_cast<index_t>(z.size()) / experts, experts};
-}
-
-template <class Router>
-assignment routed(const Router& router, const std::vector<float>& z, index_t experts,
-                  const side_inputs& side = {}) {
-  workspace ws;
-  assignment out;
-  route(router, rows_of(z, experts), side, ws, out);
-  return out;
-}
 
 std::vector<float> balanced_plan(const sinkhorn_scaling& how, const std::vector<float>& z,
                                  index_t experts) {

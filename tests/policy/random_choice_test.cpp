@@ -14,14 +14,7 @@
 
 using namespace moeroute;
 using test::routed;
-
-namespace {
-
-std::vector<float> zeros(index_t tokens, index_t experts) {
-  return std::vector<float>(static_cast<std::size_t>(tokens * experts), 0.0f);
-}
-
-}  // namespace
+using test::zeros;
 
 TEST_CASE("random choices are distinct, in range, and weighted equally, up to k = E") {
   for (const index_t experts : {1, 3, 16, 60})

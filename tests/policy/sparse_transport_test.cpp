@@ -10,36 +10,22 @@
 #include "support/batch_bits.hpp"
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
+#include "support/routed.hpp"
 #include "support/shapes.hpp"
+#include "support/sized.hpp"
 
 using namespace moeroute;
+using test::routed;
+using test::rows_of;
 
 namespace {
-
-matrix_view<const float> rows_of(const std::vector<float>& z, index_t tokens, index_t experts) {
-  return {z.data(), tokens, experts};
-}
-
-assignment routed(const sparse_transport& router, const std::vector<float>& z, index_t tokens,
-                  index_t experts, const side_inputs& side = {}) {
-  workspace ws;
-  assignment out;
-  route(router, rows_of(z, tokens, experts), side, ws, out);
-  return out;
-}
 
 std::vector<float> plan_of(const sparse_transport& router, const std::vector<float>& z,
                            index_t tokens, index_t experts) {
   std::vector<float> plan(z.size());
   workspace ws;
-  router.plan(rows_of(z, tokens, experts), {}, ws,
-              matrix_view<float>(plan.data(), tokens, experts));
+  router.plan(rows_of(z, experts), {}, ws, matrix_view<float>(plan.data(), tokens, experts));
   return plan;
-}
-
-template <class T>
-std::vector<std::remove_const_t<T>> copy(std::span<T> s) {
-  return {s.begin(), s.end()};
 }
 
 }  // namespace
@@ -109,7 +95,7 @@ TEST_CASE("every expert takes exactly C tokens, with softmax weights") {
       const auto z = test::make_logits(test::shape::normal, 9, tokens, experts);
       const auto p = oracle::softmax_rows(z, tokens, experts);
       const sparse_transport router{.support = support};
-      const assignment a = routed(router, z, tokens, experts);
+      const assignment a = routed(router, z, experts);
       const index_t c = router.capacity(tokens, experts);
       std::vector<index_t> load(static_cast<std::size_t>(experts), 0);
       for (const expert_id e : a.ids()) ++load[static_cast<std::size_t>(e)];
@@ -127,7 +113,7 @@ TEST_CASE("weights from the plan are its entries") {
   const auto z = test::make_logits(test::shape::normal, 3, tokens, experts);
   const sparse_transport router{.weights = transport_weights::plan};
   const auto plan = plan_of(router, z, tokens, experts);
-  const assignment a = routed(router, z, tokens, experts);
+  const assignment a = routed(router, z, experts);
   double sum = 0;
   for (index_t t = 0; t < tokens; ++t)
     for (std::size_t i = 0; i < a.ids(t).size(); ++i) {
@@ -155,7 +141,7 @@ TEST_CASE("masked tokens and logits of -inf are never taken, weights stay finite
     const auto z = test::make_logits(shape, 9, tokens, experts);
     std::vector<std::uint8_t> mask(tokens, 1);
     for (std::size_t t = 0; t < tokens; t += 3) mask[t] = 0;
-    const assignment a = routed({}, z, tokens, experts, {.mask = mask});
+    const assignment a = routed(sparse_transport{}, z, experts, {.mask = mask});
     bool sound = true;
     for (index_t t = 0; t < tokens; ++t) {
       sound = sound && (mask[static_cast<std::size_t>(t)] != 0 || a.count(t) == 0);
@@ -165,16 +151,15 @@ TEST_CASE("masked tokens and logits of -inf are never taken, weights stay finite
     }
     INFO(test::name(shape));
     CHECK(sound);
-    CHECK(
-        routed({}, z, tokens, experts, {.mask = std::vector<std::uint8_t>(tokens, 0)}).choices() ==
-        0);
+    CHECK(routed(sparse_transport{}, z, experts, {.mask = std::vector<std::uint8_t>(tokens, 0)})
+              .choices() == 0);
   }
 }
 
 TEST_CASE(
     "sparse transport has the same bits on every instruction set, executor and thread count") {
   for (const test::shape shape : test::all_shapes) {
-    constexpr index_t tokens = 1200, experts = 24;
+    constexpr index_t tokens = test::sized(1200, 400), experts = 24;
     const auto z = test::make_logits(shape, 12, tokens, experts);
     const sparse_transport router{.support = 300, .weights = transport_weights::plan};
     INFO(test::name(shape));

@@ -15,14 +15,7 @@
 
 using namespace moeroute;
 using test::routed;
-
-namespace {
-
-std::vector<float> zeros(index_t tokens, index_t experts) {
-  return std::vector<float>(static_cast<std::size_t>(tokens * experts), 0.0f);
-}
-
-}  // namespace
+using test::zeros;
 
 TEST_CASE("a table's experts do not depend on the logits, its weights do") {
   const expert_table table({3, 1, 0, 2}, 2, 4);

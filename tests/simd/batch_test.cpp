@@ -22,7 +22,7 @@ float fma_of(float a, float b, float c) {
 }
 
 // The same float, or both NaN.
-bool same(float a, float b) {
+bool same_or_nan(float a, float b) {
   return (a != a && b != b) || std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
 }
 
@@ -36,7 +36,7 @@ TEMPLATE_LIST_TEST_CASE("fma rounds once, for any bits", "", test::arches) {
   test::random rng(1);
   std::string wrong;
   const auto check = [&](float a, float b, float c) {
-    if (!same(fma_of<TestType>(a, b, c), std::fma(a, b, c))) wrong = shown(a, b, c);
+    if (!same_or_nan(fma_of<TestType>(a, b, c), std::fma(a, b, c))) wrong = shown(a, b, c);
   };
   for (int i = 0; i < 300000; ++i) {
     const auto any = [&] { return std::bit_cast<float>(static_cast<std::uint32_t>(rng.bits())); };
@@ -54,7 +54,7 @@ TEMPLATE_LIST_TEST_CASE("fma rounds once where product and addend nearly cancel"
     // An addend near -a * b, or small beside it, so that a second rounding would show.
     const float scale[] = {1.0f, 0x1p-12f, 0x1p-24f, 0x1p-25f, 0x1p-48f};
     const float c = -a * b * (1.0f + 0x1p-22f * rng.normal()) * scale[rng.below(5)];
-    if (!same(fma_of<TestType>(a, b, c), std::fma(a, b, c))) wrong = shown(a, b, c);
+    if (!same_or_nan(fma_of<TestType>(a, b, c), std::fma(a, b, c))) wrong = shown(a, b, c);
   }
   CHECK(wrong == "");
 }
@@ -71,7 +71,7 @@ TEMPLATE_LIST_TEST_CASE("fma keeps infinities, zeros, denormals and the largest 
   for (const float a : values)
     for (const float b : values)
       for (const float c : values)
-        if (!same(fma_of<TestType>(a, b, c), std::fma(a, b, c))) wrong = shown(a, b, c);
+        if (!same_or_nan(fma_of<TestType>(a, b, c), std::fma(a, b, c))) wrong = shown(a, b, c);
   CHECK(wrong == "");
 }
 
@@ -90,7 +90,7 @@ TEMPLATE_LIST_TEST_CASE("load_first and store_first touch the first n values onl
 
 TEMPLATE_LIST_TEST_CASE("NaN becomes -inf and every other value stays", "", test::arches) {
   for (const float x : {0.0f, -0.0f, 1.5f, -1e38f, test::infinity, -test::infinity})
-    CHECK(same(simd::nan_to_minus_infinity<TestType>(simd::vfloat<TestType>(x)).get(0), x));
+    CHECK(same_or_nan(simd::nan_to_minus_infinity<TestType>(simd::vfloat<TestType>(x)).get(0), x));
   const float nan =
       simd::nan_to_minus_infinity<TestType>(simd::vfloat<TestType>(test::not_a_number)).get(0);
   CHECK(nan == -test::infinity);

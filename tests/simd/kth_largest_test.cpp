@@ -35,7 +35,7 @@ std::vector<float> values(int kind, index_t n, std::uint64_t seed) {
   return x;
 }
 
-float oracle(std::vector<float> x, index_t k) {
+float slow_kth_largest(std::vector<float> x, index_t k) {
   std::erase_if(x, [](float v) { return !(v > -infinity); });
   if (k > static_cast<index_t>(x.size())) return -infinity;
   std::sort(x.begin(), x.end(), std::greater<>());
@@ -65,7 +65,7 @@ TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, f
       }
       for (const index_t k : {index_t{1}, index_t{3}, rows / 8 + 1, rows / 2 + 1, rows, rows + 1}) {
         std::vector<float> expected;
-        for (const auto& column : columns) expected.push_back(oracle(column, k));
+        for (const auto& column : columns) expected.push_back(slow_kth_largest(column, k));
         test::for_each_arch<test::widths>([&](auto tag) {
           using A = decltype(tag);
           workspace ws;
@@ -93,7 +93,8 @@ TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, f
           simd::kth_largest_of_block<A>(rows.data(), cols, cols, k, m, out);
           for (index_t i = 0; i < 16; ++i) {
             INFO("cols " << cols << " kind " << kind << " k " << k << " row " << i);
-            REQUIRE(out[i] == oracle({rows.begin() + i * cols, rows.begin() + (i + 1) * cols}, k));
+            REQUIRE(out[i] ==
+                    slow_kth_largest({rows.begin() + i * cols, rows.begin() + (i + 1) * cols}, k));
           }
         });
       }
@@ -120,7 +121,7 @@ TEST_CASE("the k-th largest of a tile is that of its rows with the bias added, o
             std::vector<float> row(rows.begin() + i * stride, rows.begin() + i * stride + cols);
             for (std::size_t c = 0; c < row.size(); ++c) row[c] += bias[c];
             INFO("cols " << cols << " kind " << kind << " k " << k << " row " << i);
-            REQUIRE(out[i] == oracle(row, k));
+            REQUIRE(out[i] == slow_kth_largest(row, k));
           }
         });
       }

@@ -19,9 +19,9 @@ using test::shape;
 
 namespace {
 
-constexpr index_t widths_of_rows[] = {1,  2,  3,  7,  8,   9,   15,  16,  17,  24,   31,  60,
+constexpr index_t packed_columns[] = {1,  2,  3,  7,  8,   9,   15,  16,  17,  24,   31,  60,
                                       64, 65, 72, 96, 128, 160, 255, 256, 257, 1024, 1100};
-constexpr index_t ranks[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 32, 33, 64, 65};
+constexpr index_t packed_ranks[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 32, 33, 64, 65};
 
 // Rows of bfloat16 and what they widen to.
 struct narrow_rows {
@@ -36,14 +36,15 @@ struct narrow_rows {
   }
 };
 
-struct block {
+struct packed_block {
   std::vector<float> value;
   std::vector<std::int32_t> column;
 };
 
 template <class A>
-const block& select(const std::vector<bfloat16>& rows, index_t stride, int n, index_t cols, int k) {
-  static block b;
+const packed_block& select(const std::vector<bfloat16>& rows, index_t stride, int n, index_t cols,
+                           int k) {
+  static packed_block b;
   static buffer<float> wide;
   static std::vector<std::uint64_t> key;
   b.value.assign(static_cast<std::size_t>(k * block_rows), 0.0f);
@@ -57,7 +58,8 @@ const block& select(const std::vector<bfloat16>& rows, index_t stride, int n, in
 
 // Ids by the oracle's order, values the rows' own to the bit, (-inf, no_expert) for what is
 // missing: what the kernel of floats is held to.
-std::string wrong(const block& b, const float* rows, index_t stride, int n, index_t cols, int k) {
+std::string wrong(const packed_block& b, const float* rows, index_t stride, int n, index_t cols,
+                  int k) {
   for (int i = 0; i < n; ++i) {
     const float* const row = rows + i * stride;
     const std::vector<expert_id> expected = oracle::top_k(row, cols, k);
@@ -86,11 +88,11 @@ std::string wrong_selection(const narrow_rows& rows, index_t stride, int n, inde
 TEMPLATE_LIST_TEST_CASE("bfloat16 rows give what the rows they widen to give, to the bit", "",
                         test::widths) {
   for (const shape s : test::all_shapes)
-    for (const index_t cols : widths_of_rows) {
+    for (const index_t cols : packed_columns) {
       const int n = 1 + static_cast<int>(cols + 5 * static_cast<index_t>(s)) % block_rows;
       const narrow_rows rows(test::make_logits(s, 11, n, cols));
       std::vector<index_t> ks;
-      for (const index_t k : ranks)
+      for (const index_t k : packed_ranks)
         if (k < cols) ks.push_back(k);
       if (cols <= 257) ks.push_back(cols);
       for (const index_t k : ks) {

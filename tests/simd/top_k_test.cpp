@@ -18,9 +18,9 @@ using test::shape;
 
 namespace {
 
-constexpr index_t widths_of_rows[] = {1,  2,  3,   7,   8,   16,  31,  60,
+constexpr index_t sorted_columns[] = {1,  2,  3,   7,   8,   16,  31,  60,
                                       64, 72, 128, 160, 256, 257, 768, 2048};
-constexpr index_t ranks[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 17, 32, 33, 64, 65, 100};
+constexpr index_t sorted_ranks[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 17, 32, 33, 64, 65, 100};
 
 struct block {
   std::vector<float> value;
@@ -67,13 +67,13 @@ std::string wrong(const block& b, const std::vector<float>& rows, index_t stride
 TEMPLATE_LIST_TEST_CASE("top-k is value descending, then column ascending; NaN and -inf never", "",
                         test::widths) {
   for (const shape s : test::all_shapes)
-    for (const index_t cols : widths_of_rows) {
+    for (const index_t cols : sorted_columns) {
       const int n = 1 + static_cast<int>(cols + static_cast<index_t>(s)) % block_rows;
       const std::vector<float> rows = test::make_logits(s, 5, n, cols);
       std::vector<std::vector<expert_id>> order;
       for (int i = 0; i < n; ++i) order.push_back(oracle::order(rows.data() + i * cols, cols));
       std::vector<index_t> ks;
-      for (const index_t k : ranks)
+      for (const index_t k : sorted_ranks)
         if (k < cols) ks.push_back(k);
       ks.push_back(cols);
       for (const index_t k : ks) {

@@ -20,7 +20,7 @@ namespace {
 using ints = std::vector<std::int32_t>;
 
 template <class F>
-void for_each_assignment(F&& f) {
+void for_each_layout(F&& f) {
   test::random rng(31);
   for (const index_t tokens : {0, 1, 7, 50})
     for (const index_t experts : {1, 4, 12})
@@ -48,7 +48,7 @@ ints choices_of(const assignment& a, expert_id e) {
 
 TEST_CASE("aligned blocks list each expert's choices in order, padded with the sentinel") {
   dispatch_plan p;
-  for_each_assignment([&](const assignment& a) {
+  for_each_layout([&](const assignment& a) {
     for (const index_t block : {1, 2, 8}) {
       ints sorted, experts, starts;
       std::int32_t unpadded = 0;
@@ -97,7 +97,7 @@ TEST_CASE("a block of nothing but padding starts where its expert's tokens end")
 
 TEST_CASE("the row-id map lists a token's slots from the last to the first") {
   dispatch_plan p;
-  for_each_assignment([&](const assignment& a) {
+  for_each_layout([&](const assignment& a) {
     for (const index_t block : {1, 4}) {
       plan(a, p, {.block = block});
       const index_t experts = a.experts(), width = 2 * experts + 1;
@@ -143,7 +143,7 @@ TEST_CASE("the row-id map of a worked example") {
 }
 
 TEST_CASE("a token counts once per rank and once per node, and once per choice for experts") {
-  for_each_assignment([&](const assignment& a) {
+  for_each_layout([&](const assignment& a) {
     for (const index_t ranks : {1, 2, 4}) {
       if (a.experts() % ranks != 0) continue;
       for (const index_t per_node : {1, 2, 4}) {

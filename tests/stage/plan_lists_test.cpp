@@ -15,8 +15,10 @@
 #include "support/compare.hpp"
 #include "support/planned.hpp"
 #include "support/refusal.hpp"
+#include "support/routed.hpp"
 
 using namespace moeroute;
+using test::listed;
 
 namespace {
 
@@ -71,19 +73,14 @@ assignment by_tokens(const lists_of& l) {
   return a;
 }
 
-template <class Span>
-ints list(const Span& s) {
-  return ints(s.begin(), s.end());
-}
-
 std::string difference(const dispatch_plan& a, const dispatch_plan& b) {
   if (a.tokens() != b.tokens() || a.experts() != b.experts() || a.k() != b.k()) return "sizes";
   if (a.choices() != b.choices()) return "choices";
   for (index_t t = 0; t <= a.tokens(); ++t)
     if (a.first(t) != b.first(t)) return "first";
-  if (list(a.offsets()) != list(b.offsets())) return "offsets";
-  if (list(a.token_of_slot()) != list(b.token_of_slot())) return "token_of_slot";
-  if (list(a.slot_of_choice()) != list(b.slot_of_choice())) return "slot_of_choice";
+  if (listed(a.offsets()) != listed(b.offsets())) return "offsets";
+  if (listed(a.token_of_slot()) != listed(b.token_of_slot())) return "token_of_slot";
+  if (listed(a.slot_of_choice()) != listed(b.slot_of_choice())) return "slot_of_choice";
   for (index_t e = 0; e < a.experts(); ++e)
     if (a.load(e) != b.load(e)) return "load";
   if (a.kept() != b.kept() || a.dropped() != b.dropped() || a.elsewhere() != b.elsewhere() ||

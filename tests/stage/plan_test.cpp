@@ -11,8 +11,10 @@
 #include "support/assignments.hpp"
 #include "support/counting_new.hpp"
 #include "support/refusal.hpp"
+#include "support/routed.hpp"
 
 using namespace moeroute;
+using test::listed;
 
 namespace {
 
@@ -68,15 +70,10 @@ expectation by_brute_force(const assignment& a, const plan_options& o) {
   return p;
 }
 
-template <class Span>
-ints list(const Span& s) {
-  return ints(s.begin(), s.end());
-}
-
 std::string difference(const dispatch_plan& p, const expectation& e) {
-  if (list(p.offsets()) != e.offsets) return "offsets";
-  if (list(p.token_of_slot()) != e.token_of_slot) return "token_of_slot";
-  if (list(p.slot_of_choice()) != e.slot_of_choice) return "slot_of_choice";
+  if (listed(p.offsets()) != e.offsets) return "offsets";
+  if (listed(p.token_of_slot()) != e.token_of_slot) return "token_of_slot";
+  if (listed(p.slot_of_choice()) != e.slot_of_choice) return "slot_of_choice";
   for (index_t x = 0; x < p.experts(); ++x)
     if (p.load(x) != e.load[static_cast<std::size_t>(x)]) return "load";
   if (p.kept() != e.kept || p.dropped() != e.dropped || p.elsewhere() != e.elsewhere ||
@@ -88,7 +85,7 @@ std::string difference(const dispatch_plan& p, const expectation& e) {
 
 // Fixed and ragged, with and without drops, small and large.
 template <class F>
-void for_each_assignment(F&& f) {
+void for_every_size(F&& f) {
   test::random rng(3);
   for (const index_t tokens : {0, 1, 2, 5, 33, 200})
     for (const index_t experts : {1, 2, 7, 16, 100})
@@ -109,7 +106,7 @@ void for_each_assignment(F&& f) {
 
 TEST_CASE("a plan equals the one that looks at all choices of every expert") {
   dispatch_plan p;
-  for_each_assignment([&](const assignment& a) {
+  for_every_size([&](const assignment& a) {
     plan(a, p);
     INFO("T=" << a.tokens() << " E=" << a.experts() << " k=" << a.k() << " ragged " << a.ragged());
     CHECK(difference(p, by_brute_force(a, {})) == "");
@@ -119,7 +116,7 @@ TEST_CASE("a plan equals the one that looks at all choices of every expert") {
 TEST_CASE("masked tokens and experts of others get no slot, and are counted") {
   dispatch_plan p;
   test::random rng(4);
-  for_each_assignment([&](const assignment& a) {
+  for_every_size([&](const assignment& a) {
     flags owned(static_cast<std::size_t>(a.experts())), mask(static_cast<std::size_t>(a.tokens()));
     for (auto& x : owned) x = static_cast<std::uint8_t>(rng.below(2));
     for (auto& x : mask) x = static_cast<std::uint8_t>(rng.below(3) != 0);
@@ -133,7 +130,7 @@ TEST_CASE("masked tokens and experts of others get no slot, and are counted") {
 
 TEST_CASE("padding fills every expert's rows up to a multiple, behind its tokens") {
   dispatch_plan p;
-  for_each_assignment([&](const assignment& a) {
+  for_every_size([&](const assignment& a) {
     for (const index_t block : {2, 3, 8, 64}) {
       plan(a, p, {.block = block});
       CHECK(difference(p, by_brute_force(a, {.block = block})) == "");
@@ -144,7 +141,7 @@ TEST_CASE("padding fills every expert's rows up to a multiple, behind its tokens
 
 TEST_CASE("padded to a capacity every expert has exactly that many slots") {
   dispatch_plan p;
-  for_each_assignment([&](const assignment& a) {
+  for_every_size([&](const assignment& a) {
     plan(a, p);
     index_t greatest = 0;
     for (index_t e = 0; e < a.experts(); ++e) greatest = std::max(greatest, p.load(e));
@@ -161,7 +158,7 @@ TEST_CASE("padded to a capacity every expert has exactly that many slots") {
 TEST_CASE("padded with spare tokens a slot has the lowest token that its expert does not serve") {
   dispatch_plan p;
   test::random rng(8);
-  for_each_assignment([&](const assignment& a) {
+  for_every_size([&](const assignment& a) {
     plan(a, p);
     index_t greatest = 0;
     for (index_t e = 0; e < a.experts(); ++e) greatest = std::max(greatest, p.load(e));
@@ -182,7 +179,7 @@ TEST_CASE("padded with spare tokens a slot has the lowest token that its expert 
 
 TEST_CASE("kept, dropped, elsewhere and unrouted add up to all choices, and the loads to kept") {
   dispatch_plan p;
-  for_each_assignment([&](const assignment& a) {
+  for_every_size([&](const assignment& a) {
     plan(a, p);
     index_t loads = 0;
     for (index_t e = 0; e < a.experts(); ++e) loads += p.load(e);
@@ -193,7 +190,7 @@ TEST_CASE("kept, dropped, elsewhere and unrouted add up to all choices, and the 
 
 TEST_CASE("slot and choice are inverse to each other, and tokens ascend within an expert") {
   dispatch_plan p;
-  for_each_assignment([&](const assignment& a) {
+  for_every_size([&](const assignment& a) {
     plan(a, p);
     const ints token = test::tokens_of(a);
     flags seen(static_cast<std::size_t>(p.slots()));

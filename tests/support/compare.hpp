@@ -19,6 +19,9 @@ inline std::string shown(double x) {
   return text;
 }
 
+/// What float64 sums in one order or another.
+inline bool near(double a, double b) { return std::abs(a - b) < 1e-12; }
+
 /// Equal to the last bit; NaN equals the same NaN, -0 differs from +0.
 template <class A, class B>
 std::string bit_difference(const A& actual, const B& expected) {

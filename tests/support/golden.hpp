@@ -32,6 +32,11 @@ inline golden_json read_golden(const std::string& file) {
   return golden_json::parse(in);
 }
 
+/// A file of tests/golden/families.
+inline golden_json read_family(const std::string& name) {
+  return read_golden("families/" + name + ".json");
+}
+
 /// A number; the files write non-finite ones as strings.
 inline float golden_float(const golden_json& value) {
   if (!value.is_string()) return value.get<float>();

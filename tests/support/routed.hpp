@@ -8,15 +8,23 @@
 
 namespace test {
 
+/// A list of logits as rows [T, columns].
+inline moeroute::matrix_view<const float> rows_of(const std::vector<float>& logits,
+                                                  moeroute::index_t columns) {
+  return {logits.data(), static_cast<moeroute::index_t>(logits.size()) / columns, columns};
+}
+
+inline std::vector<float> zeros(moeroute::index_t tokens, moeroute::index_t experts) {
+  return std::vector<float>(static_cast<std::size_t>(tokens * experts));
+}
+
 /// The assignment of logits [T, columns].
 template <class Router>
 moeroute::assignment routed(const Router& router, const std::vector<float>& logits,
                             moeroute::index_t columns, const moeroute::side_inputs& side = {}) {
   moeroute::workspace memory;
   moeroute::assignment out;
-  const auto tokens = static_cast<moeroute::index_t>(logits.size()) / columns;
-  moeroute::route(router, moeroute::matrix_view<const float>(logits.data(), tokens, columns), side,
-                  memory, out);
+  moeroute::route(router, rows_of(logits, columns), side, memory, out);
   return out;
 }
 

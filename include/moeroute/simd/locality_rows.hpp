@@ -24,7 +24,7 @@ F locality_row(const F* guess, const F* truth, F beta, F factor, index_t cols, F
     // Past the last column: not a number, hence nothing.
     constexpr F none = std::numeric_limits<F>::quiet_NaN();
     const V a = Of::load(guess + c, n, none) * V(beta), b = Of::load(truth + c, n, none) * V(beta);
-    const auto both = (Of::absolute(a) < infinity) & (Of::absolute(b) < infinity);
+    const auto both = (Of::absolute(a) < infinity) && (Of::absolute(b) < infinity);
     // Beyond 40 a sigmoid is 0 or 1 by 4e-18; closer to them there are denormal numbers, and each
     // operation on one costs a hundred cycles.
     const V inner = Of::clamped(a, F{40}), y = Of::sigmoid(Of::clamped(b, F{40}));
