@@ -157,9 +157,9 @@ TEST_CASE("in float the load loss is that in double, at every width, with both g
         for (const index_t k : {index_t{1}, std::min<index_t>(8, experts), experts}) {
           const auto b = test::random_batch(94, 70, experts, true);
           const std::size_t size = b.logits.size();
-          const index_t rows = constant ? 1 : 70, cols = constant ? 1 : experts;
+          const index_t sigma_rows = constant ? 1 : 70, sigma_cols = constant ? 1 : experts;
           test::random rng(95);
-          std::vector<float> sigma(static_cast<std::size_t>(rows * cols)), noisy(size);
+          std::vector<float> sigma(static_cast<std::size_t>(sigma_rows * sigma_cols)), noisy(size);
           for (float& s : sigma) s = 0.3f + rng.uniform();
           for (std::size_t i = 0; i < size; ++i)
             noisy[i] = static_cast<float>(b.logits[i]) + rng.normal() * sigma[constant ? 0 : i];
@@ -168,8 +168,9 @@ TEST_CASE("in float the load loss is that in double, at every width, with both g
             const std::vector<F> s(sigma.begin(), sigma.end()), h(noisy.begin(), noisy.end());
             const token_options how{.gradient = to, .mask = b.mask};
             const load_loss what{.coefficient = 1.0, .k = k, .threshold = threshold};
-            return noisy_load_loss<F>(what, how, z, {h.data(), 70, experts}, {s.data(), rows, cols},
-                                      dz, ws, test::several_threads{2});
+            return noisy_load_loss<F>(what, how, z, {h.data(), 70, experts},
+                                      {s.data(), sigma_rows, sigma_cols}, dz, ws,
+                                      test::several_threads{2});
           };
           CHECK(test::float_disagreement(b, loss) == "");
           if (constant) continue;
@@ -181,8 +182,8 @@ TEST_CASE("in float the load loss is that in double, at every width, with both g
                   const token_options how{.gradient = to, .mask = b.mask};
                   const load_loss what{.coefficient = 1.0, .k = k, .threshold = threshold};
                   return noisy_load_loss<F>(what, how, z, {h.data(), 70, experts},
-                                            {s.data(), rows, cols}, {dz.data(), 70, experts},
-                                            dsigma, ws, serial{});
+                                            {s.data(), sigma_rows, sigma_cols},
+                                            {dz.data(), 70, experts}, dsigma, ws, serial{});
                 }) == "");
         }
 }

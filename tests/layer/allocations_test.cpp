@@ -151,7 +151,7 @@ TEST_CASE("warm stages and layers never allocate, in any storage type, under any
 }
 
 TEST_CASE("a warm layer of the bundled model's sizes never allocates") {
-  std::ifstream file(std::string(MOEROUTE_MODEL_DIR) + "/config.json");
+  std::ifstream file(MOEROUTE_MODEL_DIR "/config.json");
   REQUIRE(file.good());
   const auto config = nlohmann::json::parse(file);
   check_every_type({config.at("hidden_size"), config.at("moe_intermediate_size"),

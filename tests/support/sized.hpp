@@ -5,8 +5,13 @@
 
 namespace test {
 
-constexpr moeroute::index_t sized(moeroute::index_t usual, moeroute::index_t reduced) {
-  return MOEROUTE_TEST_REDUCED ? reduced : usual;
+constexpr moeroute::index_t sized([[maybe_unused]] moeroute::index_t usual,
+                                  [[maybe_unused]] moeroute::index_t reduced) {
+#if MOEROUTE_TEST_REDUCED
+  return reduced;
+#else
+  return usual;
+#endif
 }
 
 }  // namespace test
