@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -220,6 +221,26 @@ TEST_CASE("a priority from outside decides who comes first") {
       .rule = places(6), .order = drop_order::batch_priority, .priority = priority};
   apply_capacity(a, policy, ws);
   CHECK(kept_of(a) == by_brute_force(original, policy.order, 6, priority, policy));
+}
+
+TEST_CASE("a priority that is no number counts as -inf, whose tokens come in their order") {
+  workspace ws;
+  test::random rng(13);
+  const assignment original = test::fixed_choices(rng, 60, 3, 2, 0, 1.0);
+  floats priority(60), as_read(60);
+  for (std::size_t t = 0; t < 60; ++t) {
+    const auto kind = rng.below(3);
+    priority[t] = kind == 0 ? std::numeric_limits<float>::quiet_NaN()
+                            : (kind == 1 ? -std::numeric_limits<float>::infinity() : -1.0f);
+    as_read[t] = kind == 2 ? -1.0f : -std::numeric_limits<float>::infinity();
+  }
+  for (const index_t capacity : {15, 30}) {
+    assignment a = original;
+    const capacity_policy policy{
+        .rule = places(capacity), .order = drop_order::batch_priority, .priority = priority};
+    apply_capacity(a, policy, ws);
+    CHECK(kept_of(a) == by_brute_force(original, policy.order, capacity, as_read, policy));
+  }
 }
 
 TEST_CASE("random selection replays with its seed and step, and changes with either") {

@@ -133,7 +133,7 @@ struct capacity_policy {
   drop_order order = drop_order::choice_major;
   renormalization renormalize = renormalization::none;
   float eps = 0.0f;  ///< the sum is at least this (the clamp of DeepSpeed and NLLB)
-  /// [T] for batch_priority; empty: a token's largest weight.
+  /// [T] for batch_priority, NaN counting as -inf; empty: a token's largest weight.
   std::span<const float> priority{};
   std::uint64_t seed = 0;  ///< of the order `random`: the same seed and step replay
   std::uint64_t step = 0;

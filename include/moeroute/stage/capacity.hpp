@@ -27,9 +27,9 @@ struct capacity_result {
 
 namespace detail {
 
-// Unsigned integers in the order of the floats; NaN below everything, -0 equal to +0.
+// Unsigned integers in the order of the floats; NaN counts as -inf, -0 equals +0.
 inline std::uint32_t ordered_bits(float x) {
-  if (x != x) return 0;
+  if (x != x) x = -std::numeric_limits<float>::infinity();
   const auto bits = std::bit_cast<std::uint32_t>(x + 0.0f);
   return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
 }
