@@ -6,6 +6,7 @@
 #include <moeroute/policy/catalog.hpp>
 #include <moeroute/policy/make_router.hpp>
 #include <moeroute/stage/route.hpp>
+#include <span>
 
 #include "oracle/spec_routing.hpp"
 #include "properties/bytes.hpp"
@@ -81,6 +82,20 @@ inline std::string shape_break(const moeroute::assignment& a) {
 
 }  // namespace detail
 
+namespace detail {
+
+// Whether the powers of a row's scores that Lp normalisation adds up are lost in a float.
+inline bool loses_powers(const moeroute::router_spec& s, std::span<const float> row) {
+  if (s.normalize != moeroute::normalization::lp || row.empty()) return false;
+  const auto top = static_cast<double>(*std::max_element(row.begin(), row.end()));
+  const double least = s.score == moeroute::score_kind::relu
+                           ? top
+                           : std::min(1.0 / (1.0 + std::exp(-top)), 1.0 / double(row.size()));
+  return least > 0.0 && std::pow(least, static_cast<double>(s.lp_p)) < 1e-30;
+}
+
+}  // namespace detail
+
 inline std::string spec_property(bytes in) {
   using namespace moeroute;
   const router_spec s = detail::any_spec(in);
@@ -123,6 +138,9 @@ inline std::string spec_property(bytes in) {
       decided.eps_where = eps_mode::none;
     }
     for (index_t t = 0; t < tokens; ++t) {
+      const std::span<const float> row(z.data() + t * s.columns(),
+                                       static_cast<std::size_t>(s.columns()));
+      if (detail::loses_powers(s, row)) continue;
       const oracle::token_inputs token{z.data() + t * s.columns(), bias, scale,
                                        s.selection == selection_kind::expert_table
                                            ? table.of(token_ids[static_cast<std::size_t>(t)])

@@ -15,7 +15,7 @@ namespace moeroute {
 enum class normalization {
   none,
   sum,  ///< their sum
-  lp,   ///< their Lp norm (DBRX)
+  lp,   ///< their Lp norm (DBRX); weights are 0 where a float cannot hold the sum of p-th powers
 };
 
 /// How eps enters the divisor.
