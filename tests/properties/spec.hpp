@@ -87,6 +87,8 @@ namespace detail {
 // Whether the powers of a row's scores that Lp normalisation adds up are lost in a float.
 inline bool loses_powers(const moeroute::router_spec& s, std::span<const float> row) {
   if (s.normalize != moeroute::normalization::lp || row.empty()) return false;
+  if (s.score == moeroute::score_kind::relu && (s.softcap != 0.0f || s.temperature != 1.0f))
+    return true;  // logits become as small as one likes
   const auto top = static_cast<double>(*std::max_element(row.begin(), row.end()));
   const double least = s.score == moeroute::score_kind::relu
                            ? top
