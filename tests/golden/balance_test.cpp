@@ -16,17 +16,11 @@
 
 #include "support/compare.hpp"
 #include "support/golden.hpp"
+#include "support/routed.hpp"
 
 using namespace moeroute;
 using test::golden_json;
-
-namespace {
-
-matrix_view<const float> rows_of(const std::vector<float>& logits, index_t experts) {
-  return {logits.data(), static_cast<index_t>(logits.size()) / experts, experts};
-}
-
-}  // namespace
+using test::rows_of;
 
 TEST_CASE("auxiliary-loss-free balancing follows the reference step by step") {
   const golden_json file = test::read_family(GENERATE("auxfree_bias_u0.001", "auxfree_bias_u0.05"));

@@ -20,21 +20,13 @@
 
 #include "support/compare.hpp"
 #include "support/golden.hpp"
+#include "support/routed.hpp"
 
 using namespace moeroute;
 using test::golden_json;
+using test::routed;
 
 namespace {
-
-template <class Router>
-assignment routed(const Router& router, const std::vector<float>& logits, index_t experts,
-                  const side_inputs& side = {}) {
-  workspace memory;
-  assignment out;
-  const auto tokens = static_cast<index_t>(logits.size()) / experts;
-  route(router, matrix_view<const float>(logits.data(), tokens, experts), side, memory, out);
-  return out;
-}
 
 // Row by row: the ids exactly, the weights to 3e-6.
 void is_as_in(const golden_json& ids, const golden_json& weights, const assignment& a) {
