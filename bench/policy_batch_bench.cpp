@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include <moeroute/policy/expert_choice.hpp>
-#include <moeroute/policy/sinkhorn.hpp>
+#include <moeroute/policy/batch/expert_choice.hpp>
+#include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/stage/route.hpp>
 
 #include "support/contest.hpp"

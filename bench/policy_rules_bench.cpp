@@ -5,15 +5,15 @@
 #include <string>
 #include <vector>
 
-#include <moeroute/policy/compose.hpp>
-#include <moeroute/policy/product_keys.hpp>
-#include <moeroute/policy/random_choice.hpp>
-#include <moeroute/policy/replay.hpp>
 #include <moeroute/policy/router.hpp>
-#include <moeroute/policy/sparsemixer.hpp>
-#include <moeroute/policy/table.hpp>
-#include <moeroute/policy/threshold.hpp>
-#include <moeroute/policy/top_p.hpp>
+#include <moeroute/policy/row/compose.hpp>
+#include <moeroute/policy/row/product_keys.hpp>
+#include <moeroute/policy/row/random_choice.hpp>
+#include <moeroute/policy/row/replay.hpp>
+#include <moeroute/policy/row/sparsemixer.hpp>
+#include <moeroute/policy/row/table.hpp>
+#include <moeroute/policy/row/threshold.hpp>
+#include <moeroute/policy/row/top_p.hpp>
 #include <moeroute/stage/route.hpp>
 
 #include "support/contest.hpp"

@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include <moeroute/policy/base_assignment.hpp>
-#include <moeroute/policy/sinkhorn.hpp>
-#include <moeroute/policy/sparse_transport.hpp>
+#include <moeroute/policy/batch/base_assignment.hpp>
+#include <moeroute/policy/batch/sinkhorn.hpp>
+#include <moeroute/policy/batch/sparse_transport.hpp>
 #include <moeroute/stage/route.hpp>
 
 #include "support/contest.hpp"

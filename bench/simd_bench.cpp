@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include <moeroute/simd/top_k_packed.hpp>
+#include <moeroute/simd/select/top_k_packed.hpp>
 
 #include "support/contest.hpp"
 #include "support/floors.hpp"

@@ -1,6 +1,6 @@
 // A router of one's own: a struct with five functions, routed like any other.
 #include <cstdio>
-#include <moeroute/policy/score.hpp>
+#include <moeroute/policy/parts/score.hpp>
 #include <moeroute/stage/plan.hpp>
 #include <moeroute/stage/route.hpp>
 #include <vector>

@@ -22,8 +22,8 @@
 #include <moeroute/balance/loss_count.hpp>
 #include <moeroute/balance/quantile.hpp>
 #include <moeroute/metrics/load.hpp>
+#include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/policy/router.hpp>
-#include <moeroute/policy/sinkhorn.hpp>
 #include <moeroute/stage/route.hpp>
 
 namespace {

@@ -10,7 +10,7 @@
 
 #include <moeroute/base/index.hpp>
 #include <moeroute/simd/batch.hpp>
-#include <moeroute/simd/packed_key.hpp>
+#include <moeroute/simd/select/packed_key.hpp>
 
 namespace bench {
 

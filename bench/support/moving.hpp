@@ -7,7 +7,7 @@
 #include <vector>
 
 #include <moeroute/matrix/matrix.hpp>
-#include <moeroute/simd/rows.hpp>
+#include <moeroute/simd/rows/rows.hpp>
 #include <moeroute/stage/plan.hpp>
 
 #include "support/shapes.hpp"

@@ -14,9 +14,9 @@
 
 #include <moeroute/base/rng.hpp>
 #include <moeroute/policy/concepts.hpp>
-#include <moeroute/policy/noise.hpp>
-#include <moeroute/policy/random_choice.hpp>
-#include <moeroute/policy/threshold.hpp>
+#include <moeroute/policy/parts/noise.hpp>
+#include <moeroute/policy/row/random_choice.hpp>
+#include <moeroute/policy/row/threshold.hpp>
 
 #include "support/plain_selection.hpp"
 

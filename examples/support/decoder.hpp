@@ -16,7 +16,7 @@
 #include <moeroute/base/workspace.hpp>
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/matrix/matrix.hpp>
-#include <moeroute/simd/gemm.hpp>
+#include <moeroute/simd/rows/gemm.hpp>
 
 namespace example {
 

@@ -4,7 +4,7 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/policy/catalog.hpp>
-#include <moeroute/policy/table.hpp>
+#include <moeroute/policy/row/table.hpp>
 
 #include <cmath>
 #include <cstddef>

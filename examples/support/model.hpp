@@ -18,7 +18,7 @@
 #include <moeroute/layer/swiglu_experts.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/policy/router.hpp>
-#include <moeroute/simd/gemm.hpp>
+#include <moeroute/simd/rows/gemm.hpp>
 
 namespace example {
 

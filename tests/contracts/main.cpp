@@ -10,7 +10,7 @@
 #include <moeroute/data/dispatch_plan.hpp>
 #include <moeroute/exec/callable.hpp>
 #include <moeroute/matrix/matrix.hpp>
-#include <moeroute/simd/top_k.hpp>
+#include <moeroute/simd/select/top_k.hpp>
 #include <string>
 #include <vector>
 

@@ -1,8 +1,8 @@
 // Routers that see the whole batch, against the float64 references of families/ and the forward
 // values of gradients/. When one goes red: the file's `params.rule` says what it computed.
-#include <moeroute/policy/base_assignment.hpp>
-#include <moeroute/policy/expert_choice.hpp>
-#include <moeroute/policy/sinkhorn.hpp>
+#include <moeroute/policy/batch/base_assignment.hpp>
+#include <moeroute/policy/batch/expert_choice.hpp>
+#include <moeroute/policy/batch/sinkhorn.hpp>
 //
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>

@@ -7,12 +7,12 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/generators/catch_generators.hpp>
 #include <cmath>
-#include <moeroute/policy/random_choice.hpp>
 #include <moeroute/policy/router.hpp>
-#include <moeroute/policy/sparsemixer.hpp>
-#include <moeroute/policy/table.hpp>
-#include <moeroute/policy/threshold.hpp>
-#include <moeroute/policy/top_p.hpp>
+#include <moeroute/policy/row/random_choice.hpp>
+#include <moeroute/policy/row/sparsemixer.hpp>
+#include <moeroute/policy/row/table.hpp>
+#include <moeroute/policy/row/threshold.hpp>
+#include <moeroute/policy/row/top_p.hpp>
 #include <moeroute/stage/route.hpp>
 #include <optional>
 #include <string>

@@ -6,10 +6,10 @@
 #include <cstdlib>
 #include <moeroute/exec/callable.hpp>
 #include <moeroute/layer/moe_layer.hpp>
-#include <moeroute/policy/expert_choice.hpp>
+#include <moeroute/policy/batch/expert_choice.hpp>
+#include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/policy/router.hpp>
-#include <moeroute/policy/sinkhorn.hpp>
-#include <moeroute/policy/threshold.hpp>
+#include <moeroute/policy/row/threshold.hpp>
 #include <string>
 #include <tuple>
 #include <vector>

@@ -6,9 +6,9 @@
 #include <moeroute/exec/callable.hpp>
 #include <moeroute/layer/moe_layer.hpp>
 #include <moeroute/layer/swiglu_experts.hpp>
-#include <moeroute/policy/expert_choice.hpp>
+#include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/router.hpp>
-#include <moeroute/policy/top_p.hpp>
+#include <moeroute/policy/row/top_p.hpp>
 #include <stdexcept>
 #include <string>
 #include <thread>

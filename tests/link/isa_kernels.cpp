@@ -1,5 +1,5 @@
 // Compiled once per instruction set, for one program.
-#include <moeroute/policy/expert_choice.hpp>
+#include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/stage/combine.hpp>
 #include <moeroute/stage/dispatch.hpp>

@@ -1,4 +1,4 @@
-#include <moeroute/policy/base_assignment.hpp>
+#include <moeroute/policy/batch/base_assignment.hpp>
 //
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>

@@ -1,4 +1,4 @@
-#include <moeroute/policy/capacity.hpp>
+#include <moeroute/policy/parts/capacity.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <limits>

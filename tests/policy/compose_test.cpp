@@ -1,4 +1,4 @@
-#include <moeroute/policy/compose.hpp>
+#include <moeroute/policy/row/compose.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <moeroute/policy/router.hpp>

@@ -1,4 +1,4 @@
-#include <moeroute/policy/expert_choice.hpp>
+#include <moeroute/policy/batch/expert_choice.hpp>
 //
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>

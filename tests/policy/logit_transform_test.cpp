@@ -1,4 +1,4 @@
-#include <moeroute/policy/logit_transform.hpp>
+#include <moeroute/policy/parts/logit_transform.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>

@@ -1,4 +1,4 @@
-#include <moeroute/policy/noise.hpp>
+#include <moeroute/policy/parts/noise.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>

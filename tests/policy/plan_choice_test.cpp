@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
-#include <moeroute/policy/sinkhorn.hpp>
-#include <moeroute/policy/sparse_transport.hpp>
+#include <moeroute/policy/batch/sinkhorn.hpp>
+#include <moeroute/policy/batch/sparse_transport.hpp>
 #include <moeroute/stage/route.hpp>
 #include <vector>
 

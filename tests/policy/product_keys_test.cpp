@@ -1,4 +1,4 @@
-#include <moeroute/policy/product_keys.hpp>
+#include <moeroute/policy/row/product_keys.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <string>

@@ -1,4 +1,4 @@
-#include <moeroute/policy/random_choice.hpp>
+#include <moeroute/policy/row/random_choice.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>

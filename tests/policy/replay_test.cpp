@@ -1,4 +1,4 @@
-#include <moeroute/policy/replay.hpp>
+#include <moeroute/policy/row/replay.hpp>
 
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>

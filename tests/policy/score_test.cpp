@@ -1,4 +1,4 @@
-#include <moeroute/policy/score.hpp>
+#include <moeroute/policy/parts/score.hpp>
 
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>

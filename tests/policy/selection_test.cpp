@@ -1,4 +1,4 @@
-#include <moeroute/policy/selection.hpp>
+#include <moeroute/policy/parts/selection.hpp>
 
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>

@@ -1,4 +1,4 @@
-#include <moeroute/policy/sinkhorn.hpp>
+#include <moeroute/policy/batch/sinkhorn.hpp>
 //
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>

@@ -1,4 +1,4 @@
-#include <moeroute/policy/sparse_transport.hpp>
+#include <moeroute/policy/batch/sparse_transport.hpp>
 //
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>

@@ -1,4 +1,4 @@
-#include <moeroute/policy/sparsemixer.hpp>
+#include <moeroute/policy/row/sparsemixer.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>

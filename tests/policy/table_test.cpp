@@ -1,4 +1,4 @@
-#include <moeroute/policy/table.hpp>
+#include <moeroute/policy/row/table.hpp>
 
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>

@@ -1,4 +1,4 @@
-#include <moeroute/policy/threshold.hpp>
+#include <moeroute/policy/row/threshold.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>

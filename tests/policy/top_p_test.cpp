@@ -1,4 +1,4 @@
-#include <moeroute/policy/top_p.hpp>
+#include <moeroute/policy/row/top_p.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>

@@ -1,4 +1,4 @@
-#include <moeroute/policy/weight.hpp>
+#include <moeroute/policy/parts/weight.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>

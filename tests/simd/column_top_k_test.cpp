@@ -1,4 +1,4 @@
-#include <moeroute/simd/column_top_k.hpp>
+#include <moeroute/simd/select/column_top_k.hpp>
 //
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>

@@ -1,4 +1,4 @@
-#include <moeroute/simd/counting_sort.hpp>
+#include <moeroute/simd/rows/counting_sort.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>

@@ -1,4 +1,4 @@
-#include <moeroute/simd/gemm.hpp>
+#include <moeroute/simd/rows/gemm.hpp>
 
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>

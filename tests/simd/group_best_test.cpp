@@ -1,4 +1,4 @@
-#include <moeroute/simd/group_best.hpp>
+#include <moeroute/simd/select/group_best.hpp>
 
 #include <algorithm>
 #include <catch2/catch_template_test_macros.hpp>

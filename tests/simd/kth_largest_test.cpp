@@ -1,11 +1,11 @@
-#include <moeroute/simd/kth_largest.hpp>
+#include <moeroute/simd/select/kth_largest.hpp>
 
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <moeroute/simd/histogram.hpp>
+#include <moeroute/simd/rows/histogram.hpp>
 #include <vector>
 
 #include "support/arches.hpp"

@@ -1,11 +1,11 @@
-#include <moeroute/simd/network.hpp>
+#include <moeroute/simd/select/network.hpp>
 
 #include <algorithm>
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
 #include <functional>
-#include <moeroute/simd/ranked.hpp>
+#include <moeroute/simd/select/ranked.hpp>
 #include <vector>
 
 #include "support/arches.hpp"

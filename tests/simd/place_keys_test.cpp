@@ -1,8 +1,8 @@
-// The placing half of simd/counting_sort.hpp, on every instruction set of this build.
+// The placing half of simd/rows/counting_sort.hpp, on every instruction set of this build.
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
-#include <moeroute/simd/counting_sort.hpp>
+#include <moeroute/simd/rows/counting_sort.hpp>
 #include <vector>
 
 #include "support/arches.hpp"

@@ -1,4 +1,4 @@
-#include <moeroute/simd/rank_columns.hpp>
+#include <moeroute/simd/select/rank_columns.hpp>
 //
 #include <catch2/catch_test_macros.hpp>
 #include <cstddef>

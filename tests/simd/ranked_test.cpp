@@ -1,4 +1,4 @@
-#include <moeroute/simd/ranked.hpp>
+#include <moeroute/simd/select/ranked.hpp>
 
 #include <array>
 #include <bit>

@@ -1,4 +1,4 @@
-#include <moeroute/simd/rows.hpp>
+#include <moeroute/simd/rows/rows.hpp>
 
 #include <bit>
 #include <catch2/catch_template_test_macros.hpp>

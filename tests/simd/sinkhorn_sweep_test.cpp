@@ -1,4 +1,4 @@
-#include <moeroute/simd/sinkhorn_sweep.hpp>
+#include <moeroute/simd/probability/sinkhorn_sweep.hpp>
 //
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>

@@ -1,4 +1,4 @@
-#include <moeroute/simd/softmax_rows.hpp>
+#include <moeroute/simd/probability/softmax_rows.hpp>
 //
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>

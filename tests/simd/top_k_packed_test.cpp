@@ -1,4 +1,4 @@
-#include <moeroute/simd/top_k_packed.hpp>
+#include <moeroute/simd/select/top_k_packed.hpp>
 
 #include <algorithm>
 #include <bit>

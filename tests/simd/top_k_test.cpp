@@ -1,4 +1,4 @@
-#include <moeroute/simd/top_k.hpp>
+#include <moeroute/simd/select/top_k.hpp>
 
 #include <algorithm>
 #include <bit>

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
-#include <moeroute/policy/expert_choice.hpp>
+#include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/stage/combine.hpp>
 #include <moeroute/stage/dispatch.hpp>
 #include <moeroute/stage/plan.hpp>

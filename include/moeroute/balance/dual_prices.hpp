@@ -14,8 +14,8 @@
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/exec/worker_slots.hpp>
 #include <moeroute/matrix/matrix.hpp>
-#include <moeroute/simd/kth_largest.hpp>
-#include <moeroute/simd/panel.hpp>
+#include <moeroute/simd/rows/panel.hpp>
+#include <moeroute/simd/select/kth_largest.hpp>
 
 namespace moeroute::detail {
 

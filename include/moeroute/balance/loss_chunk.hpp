@@ -3,8 +3,8 @@
 #pragma once
 
 #include <moeroute/balance/loss.hpp>
-#include <moeroute/simd/locality_rows.hpp>
-#include <moeroute/simd/share_rows.hpp>
+#include <moeroute/simd/probability/locality_rows.hpp>
+#include <moeroute/simd/probability/share_rows.hpp>
 
 namespace moeroute {
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <moeroute/balance/loss_sums.hpp>
-#include <moeroute/simd/noisy_load_rows.hpp>
-#include <moeroute/simd/top_k.hpp>
+#include <moeroute/simd/probability/noisy_load_rows.hpp>
+#include <moeroute/simd/select/top_k.hpp>
 
 namespace moeroute {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <moeroute/balance/loss.hpp>
-#include <moeroute/simd/rectified_rows.hpp>
+#include <moeroute/simd/probability/rectified_rows.hpp>
 
 namespace moeroute {
 

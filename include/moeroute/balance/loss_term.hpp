@@ -13,8 +13,8 @@
 #include <moeroute/base/error.hpp>
 #include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
-#include <moeroute/simd/close_probability_rows.hpp>
-#include <moeroute/simd/open_probability_rows.hpp>
+#include <moeroute/simd/probability/close_probability_rows.hpp>
+#include <moeroute/simd/probability/open_probability_rows.hpp>
 
 namespace moeroute {
 

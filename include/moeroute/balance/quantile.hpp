@@ -9,7 +9,7 @@
 #include <vector>
 
 #include <moeroute/balance/dual_prices.hpp>
-#include <moeroute/simd/histogram.hpp>
+#include <moeroute/simd/rows/histogram.hpp>
 
 namespace moeroute {
 

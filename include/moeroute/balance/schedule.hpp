@@ -8,7 +8,7 @@
 
 #include <moeroute/balance/check_counts.hpp>
 #include <moeroute/base/index.hpp>
-#include <moeroute/policy/phase.hpp>
+#include <moeroute/policy/parts/phase.hpp>
 
 namespace moeroute {
 

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include <moeroute/exec/worker_slots.hpp>
-#include <moeroute/simd/gemm.hpp>
+#include <moeroute/simd/rows/gemm.hpp>
 #include <moeroute/stage/expert.hpp>
 #include <moeroute/stage/soft.hpp>
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include <moeroute/simd/elementwise.hpp>
-#include <moeroute/simd/gemm.hpp>
+#include <moeroute/simd/rows/gemm.hpp>
 #include <moeroute/stage/expert.hpp>
 
 namespace moeroute {

@@ -13,7 +13,7 @@
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/simd/batch.hpp>
-#include <moeroute/simd/rows.hpp>
+#include <moeroute/simd/rows/rows.hpp>
 
 namespace moeroute {
 

@@ -6,14 +6,14 @@
 #include <variant>
 
 #include <moeroute/base/lasting_span.hpp>
-#include <moeroute/policy/product_keys.hpp>
-#include <moeroute/policy/random_choice.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/policy/router_spec.hpp>
-#include <moeroute/policy/sparsemixer.hpp>
-#include <moeroute/policy/table.hpp>
-#include <moeroute/policy/threshold.hpp>
-#include <moeroute/policy/top_p.hpp>
+#include <moeroute/policy/row/product_keys.hpp>
+#include <moeroute/policy/row/random_choice.hpp>
+#include <moeroute/policy/row/sparsemixer.hpp>
+#include <moeroute/policy/row/table.hpp>
+#include <moeroute/policy/row/threshold.hpp>
+#include <moeroute/policy/row/top_p.hpp>
 
 namespace moeroute {
 

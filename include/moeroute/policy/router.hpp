@@ -4,11 +4,11 @@
 #include <utility>
 
 #include <moeroute/policy/concepts.hpp>
-#include <moeroute/policy/logit_transform.hpp>
-#include <moeroute/policy/score.hpp>
-#include <moeroute/policy/selection.hpp>
-#include <moeroute/policy/selection_bias.hpp>
-#include <moeroute/policy/weight.hpp>
+#include <moeroute/policy/parts/logit_transform.hpp>
+#include <moeroute/policy/parts/score.hpp>
+#include <moeroute/policy/parts/selection.hpp>
+#include <moeroute/policy/parts/selection_bias.hpp>
+#include <moeroute/policy/parts/weight.hpp>
 
 namespace moeroute {
 

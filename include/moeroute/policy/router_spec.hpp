@@ -8,11 +8,11 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/base/index.hpp>
-#include <moeroute/policy/capacity.hpp>
-#include <moeroute/policy/selection.hpp>
-#include <moeroute/policy/threshold.hpp>
-#include <moeroute/policy/top_p.hpp>
-#include <moeroute/policy/weight.hpp>
+#include <moeroute/policy/parts/capacity.hpp>
+#include <moeroute/policy/parts/selection.hpp>
+#include <moeroute/policy/parts/weight.hpp>
+#include <moeroute/policy/row/threshold.hpp>
+#include <moeroute/policy/row/top_p.hpp>
 
 namespace moeroute {
 

@@ -13,7 +13,7 @@
 #include <moeroute/base/rng.hpp>
 #include <moeroute/base/workspace.hpp>
 #include <moeroute/data/assignment.hpp>
-#include <moeroute/policy/capacity.hpp>
+#include <moeroute/policy/parts/capacity.hpp>
 
 namespace moeroute {
 

@@ -11,7 +11,7 @@
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
-#include <moeroute/simd/rows.hpp>
+#include <moeroute/simd/rows/rows.hpp>
 
 namespace moeroute {
 

@@ -6,8 +6,8 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/simd/elementwise.hpp>
-#include <moeroute/simd/gemm.hpp>
 #include <moeroute/simd/reduce.hpp>
+#include <moeroute/simd/rows/gemm.hpp>
 
 namespace moeroute {
 

@@ -10,7 +10,7 @@
 #include <moeroute/data/assignment.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
 #include <moeroute/data/expert_lists.hpp>
-#include <moeroute/simd/counting_sort.hpp>
+#include <moeroute/simd/rows/counting_sort.hpp>
 
 namespace moeroute {
 

@@ -11,7 +11,7 @@
 #include <moeroute/exec/worker_slots.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/policy/concepts.hpp>
-#include <moeroute/simd/top_k_packed.hpp>
+#include <moeroute/simd/select/top_k_packed.hpp>
 #include <moeroute/simd/transpose.hpp>
 
 namespace moeroute {

@@ -8,7 +8,7 @@
 #include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/simd/reduce.hpp>
-#include <moeroute/simd/rows.hpp>
+#include <moeroute/simd/rows/rows.hpp>
 
 namespace moeroute {
 

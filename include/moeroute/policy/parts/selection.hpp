@@ -1,0 +1,171 @@
+// Selection by rank: the k best experts, of all or of the best groups.
+#pragma once
+
+#include <algorithm>
+
+#include <moeroute/policy/concepts.hpp>
+#include <moeroute/simd/elementwise.hpp>
+#include <moeroute/simd/select/group_best.hpp>
+#include <moeroute/simd/select/top_k_packed.hpp>
+
+namespace moeroute {
+
+/// A selection rule fills ids and values of a block from its choice scores, where NaN and -inf mean
+/// "not this one".
+template <class S>
+concept selection_rule =
+    requires(const S& s, const logit_block& choice, choice_block& c, float* rows, scratch& tape) {
+      { s.choices() } -> std::convertible_to<index_t>;
+      { s.check(index_t{}) };
+      { s.masks_experts() } -> std::convertible_to<bool>;  // rewrites the choice scores in `rows`
+      { s.select(choice, rows, c, s.carve(tape, index_t{})) };
+    };
+
+/// What a group of experts is worth.
+enum class group_score {
+  max,       ///< its best choice score (DeepSeek-V2)
+  top2_sum,  ///< the sum of its two best (DeepSeek-V3); of its one where it has only one
+  top_sum,   ///< the sum of its k / topk_group best (Megatron-LM)
+};
+
+/// The k experts with the largest choice scores, the lowest id first among equals; with groups > 1
+/// only experts of the topk_group best groups stay, equal groups in ascending order.
+///
+/// NaN and -inf are never selected. Cost: O(E) per row. Source: Shazeer et al. 2017; groups:
+/// DeepSeek-V2 2024.
+struct top_k {
+  index_t k = 2;
+  index_t groups = 1;      ///< of E / groups experts each
+  index_t topk_group = 1;  ///< groups that stay
+  moeroute::group_score group_score = moeroute::group_score::top2_sum;
+  float group_fill = simd::minus_infinity;  ///< choice score of experts in other groups: -inf or 0
+
+  index_t choices() const { return k; }
+  bool masks_experts() const { return groups > 1; }
+
+  /// Throws: error where k is outside [1, E], groups do not divide E, or topk_group groups hold
+  /// fewer than k.
+  void check(index_t experts) const {
+    check_range("top_k", "k", k, 1, experts);
+    if (groups == 1) return;
+    check_range("top_k", "groups", groups, 1, experts);
+    if (experts % groups != 0)
+      fail("top_k", "groups is " + std::to_string(groups) +
+                        ", expected a divisor of E = " + std::to_string(experts));
+    check_range("top_k", "topk_group", topk_group, 1, groups);
+    if (topk_group * (experts / groups) < k)
+      fail("top_k", "topk_group is " + std::to_string(topk_group) + " groups of " +
+                        std::to_string(experts / groups) +
+                        " experts, expected room for k = " + std::to_string(k));
+    if (group_fill != simd::minus_infinity && group_fill != 0.0f)
+      fail("top_k", "group_fill is " + std::to_string(group_fill) + ", expected -inf or 0");
+  }
+
+  struct buffers {
+    std::uint64_t* key;
+    float* worth;  ///< [groups][16], one row per lane
+    float* value;  ///< [groups][16] seconds; with more than two counted, the best of 16 groups
+    std::int32_t* column;  ///< likewise
+  };
+
+  buffers carve(scratch& tape, index_t experts) const {
+    const index_t size = experts / groups, best = masks_experts() ? counted(size) : 0;
+    if (best <= 2)
+      return {tape.take<std::uint64_t>(simd::top_k_scratch(experts, k)),
+              tape.take<float>(best > 0 ? groups * block_rows : 0),
+              tape.take<float>(best > 0 ? groups * block_rows : 0), nullptr};
+    return {tape.take<std::uint64_t>(
+                std::max(simd::top_k_scratch(experts, k),
+                         masks_experts() ? simd::top_k_scratch(size, best) : index_t{0})),
+            tape.take<float>(masks_experts() ? groups * block_rows : 0),
+            tape.take<float>(best * block_rows), tape.take<std::int32_t>(best * block_rows)};
+  }
+
+  /// rows: the choice scores again, writable and E apart, where masks_experts().
+  template <class A = simd::default_arch>
+  void select(const logit_block& choice, float* rows, choice_block& c, const buffers& m) const {
+    if (masks_experts()) {
+      this->template weigh_groups<A>(rows, choice.rows, choice.experts, m);
+      this->template mask_groups<A>(rows, choice.rows, choice.experts, m.worth);
+    }
+    simd::top_k_block<A>(choice.logits, choice.stride, choice.rows, choice.experts, c.k, c.value,
+                         c.id, m.key);
+  }
+
+  /// The same on logits, which nothing masks. Requires: !masks_experts().
+  template <class A = simd::default_arch>
+  void select(const narrow_block<bfloat16>& z, choice_block& c, const buffers& m) const {
+    simd::top_k_block<A>(z.logits, z.stride, z.rows, z.experts, c.k, c.value, c.id, z.wide, m.key);
+  }
+
+ private:
+  // Experts that count towards a group's worth.
+  index_t counted(index_t size) const {
+    if (group_score == moeroute::group_score::max) return 1;
+    if (group_score == moeroute::group_score::top2_sum) return std::min<index_t>(2, size);
+    return std::clamp<index_t>(k / topk_group, 1, size);
+  }
+
+  // worth[g][row] = the sum of the group's best, from the largest down; experts that cannot be
+  // chosen count as absent. For more than two, groups are rows of E / groups columns to the
+  // selection kernel.
+  template <class A>
+  void weigh_groups(const float* rows, int n, index_t experts, const buffers& m) const {
+    const index_t size = experts / groups;
+    const int best = static_cast<int>(counted(size));
+    if (best <= 2) {
+      using F = simd::vfloat<A>;
+      simd::best_two_of_groups<A>(rows, experts, n, groups, size, m.worth, m.value);
+      for (index_t i = 0; best == 2 && i < groups * block_rows; i += simd::width<A>) {
+        const F one = simd::load<A>(m.worth + i), two = simd::load<A>(m.value + i);
+        simd::select<A>(two > F(simd::minus_infinity), one + two, one).store_unaligned(m.worth + i);
+      }
+      return;
+    }
+    const index_t all = n * groups;
+    for (index_t first = 0; first < all; first += block_rows) {
+      const int here = static_cast<int>(std::min<index_t>(block_rows, all - first));
+      simd::top_k_block<A>(rows + first * size, size, here, size, best, m.value, m.column, m.key);
+      for (int i = 0; i < here; ++i) {
+        float sum = m.value[i];
+        for (int r = 1; r < best && m.column[r * block_rows + i] != no_expert; ++r)
+          sum += m.value[r * block_rows + i];
+        m.worth[(first + i) % groups * block_rows + (first + i) / groups] = sum;
+      }
+    }
+    for (index_t g = 0; g < groups; ++g)
+      for (int i = n; i < block_rows; ++i) m.worth[g * block_rows + i] = 0.0f;
+  }
+
+  // Experts outside a row's best groups get group_fill; -inf stays -inf.
+  template <class A>
+  void mask_groups(float* rows, int n, index_t experts, const float* worth) const {
+    using F = simd::vfloat<A>;
+    const index_t size = experts / groups;
+    const F fill(group_fill), never(simd::minus_infinity);
+    for (index_t g = 0; g < groups; ++g) {
+      std::uint64_t out = 0;
+      for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
+        const F mine = simd::load<A>(worth + g * block_rows + lane);
+        F before(0.0f);
+        for (index_t h = 0; h < groups; ++h) {
+          const F other = simd::load<A>(worth + h * block_rows + lane);
+          const auto ahead = h < g ? other >= mine : other > mine;
+          before += simd::select<A>(ahead, F(1.0f), F(0.0f));
+        }
+        out |= static_cast<std::uint64_t>((before >= F(static_cast<float>(topk_group))).mask())
+               << lane;
+      }
+      // Every group of every row is written: which ones are out, no processor can predict.
+      for (int i = 0; i < n; ++i) {
+        float* const group = rows + i * experts + g * size;
+        const simd::vmask<A> is_out((out >> i & 1) != 0);
+        simd::map_row<A>(group, size, group,
+                         [&](F x) { return simd::select<A>(is_out & (x > never), fill, x); });
+      }
+    }
+  }
+};
+static_assert(selection_rule<top_k>);
+
+}  // namespace moeroute

@@ -1,0 +1,55 @@
+// Replay: recorded experts, weights from the logits of now.
+#pragma once
+
+#include <moeroute/data/routing_record.hpp>
+#include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/logit_transform.hpp>
+#include <moeroute/policy/parts/score.hpp>
+#include <moeroute/policy/parts/weight.hpp>
+#include <moeroute/policy/row/given_choice.hpp>
+
+namespace moeroute {
+
+/// A router that takes its experts from a record and weighs them by the current logits with the
+/// score and weight rules of the router that was recorded.
+///
+/// An expert that is masked now (NaN or -inf) is not taken. Cost: O(k) per row, plus a pass over
+/// the row where the score needs it.
+template <score_function Score, class Id>
+struct replay {
+  const routing_record<Id>* record = nullptr;
+  [[no_unique_address]] Score score{};
+  weight_rule weight{};
+  logit_transform transform{};
+
+  struct buffers {
+    float* logits;
+  };
+  index_t k() const { return record == nullptr ? 1 : record->k(); }
+  static index_t experts(index_t columns) { return columns; }
+
+  /// Throws: error where there is no record or it was made for another E.
+  void check(index_t experts) const {
+    if (record == nullptr) fail("replay", "record is missing");
+    check_size("replay", "record.experts", record->experts(), experts);
+    transform.check(experts);
+    weight.check(experts);
+  }
+  buffers carve(scratch& tape, index_t experts) const {
+    return {tape.take<float>(transform.active() ? block_rows * experts : 0)};
+  }
+
+  /// Throws: error where the record has fewer tokens.
+  template <class A = simd::default_arch>
+  void route_block(logit_block z, const buffers& memory, choice_block& c) const {
+    check_range("replay", "tokens", z.first_token + z.rows, 0, record->tokens());
+    if (transform.active()) z = transform.template apply<A>(z, memory.logits);
+    const index_t first = z.first_token * c.k;
+    detail::take_given<A>(z, c, [&](int i, int r) { return record->id(first + i * c.k + r); });
+    score.template score_choices<A>(z, c, weight.needs());
+    weight.template apply<A>(c);
+  }
+};
+static_assert(token_router<replay<softmax, std::uint8_t>>);
+
+}  // namespace moeroute

@@ -1,0 +1,69 @@
+// A value that at least k columns of each row reach, found without selecting anything.
+#pragma once
+
+#include <algorithm>
+
+#include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/mask.hpp>
+#include <moeroute/simd/select/network.hpp>
+#include <moeroute/simd/transpose.hpp>
+
+namespace moeroute::simd {
+
+/// For each of `width` rows a lower bound of its k-th largest value, one row per lane.
+///
+/// The columns fall into G groups (c modulo G). The k-th largest of the G group maxima is a bound,
+/// as k different columns reach it; about k + k^2 / 2G columns do. -inf where fewer than k groups
+/// have a value. Requires: k <= K <= G, both powers of two, G a multiple of width. Cost: one pass
+/// over the rows and a network of G registers.
+template <class A, int G, int K>
+MOEROUTE_INLINE vfloat<A> column_bound(const float* const* rows, index_t cols, int k) {
+  constexpr int w = width<A>, registers = G / w;
+  static_assert(G % w == 0 && K <= G);
+  alignas(alignment) float group[w * G];
+  for (int i = 0; i < w; ++i) {
+    const float* const row = rows[i];
+    vfloat<A> most[registers];
+    for (auto& m : most) m = vfloat<A>(minus_infinity);
+    index_t c = 0;
+    for (; c + G <= cols; c += G) {
+      MOEROUTE_UNROLL
+      for (int r = 0; r < registers; ++r)
+        most[r] = max_or_second<A>(load<A>(row + c + r * w), most[r]);
+    }
+    MOEROUTE_UNROLL
+    for (int r = 0; r < registers; ++r) {
+      if (c < cols)
+        most[r] = max_or_second<A>(
+            load_first<A>(row + c, std::min<index_t>(cols - c, w), minus_infinity), most[r]);
+      c += w;
+    }
+    MOEROUTE_UNROLL
+    for (int r = 0; r < registers; ++r) most[r].store_aligned(group + i * G + r * w);
+  }
+  vfloat<A> top[K];
+  MOEROUTE_UNROLL
+  for (int g = 0; g < G; g += (K > w ? K : w)) {
+    vfloat<A> x[K > w ? K : w];
+    MOEROUTE_UNROLL
+    for (int h = 0; h < (K > w ? K : w); h += w) {
+      MOEROUTE_UNROLL
+      for (int i = 0; i < w; ++i) x[h + i] = vfloat<A>::load_aligned(group + i * G + g + h);
+      transpose<A>(x + h);
+    }
+    MOEROUTE_UNROLL
+    for (int h = 0; h < (K > w ? K : w); h += K) {
+      sort<K>(x + h);
+      if (g + h == 0) {
+        MOEROUTE_UNROLL
+        for (int j = 0; j < K; ++j) top[j] = x[j];
+      } else {
+        if (g + h + K == G && k == K) return last_of_merged<K>(top, x + h);
+        merge_keep_first<K>(top, x + h);
+      }
+    }
+  }
+  return top[k - 1];
+}
+
+}  // namespace moeroute::simd

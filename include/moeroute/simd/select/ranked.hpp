@@ -1,0 +1,149 @@
+// A value and its column as one number: the larger number goes first, and no two are equal.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/select/network.hpp>
+#include <moeroute/simd/transpose.hpp>
+
+namespace moeroute::simd {
+
+/// One (value, column) in each lane of a block of rows, as doubles whose order is ours: value
+/// descending, then column ascending.
+///
+/// The float's bits are the upper half of a double, the column the lower half, so that one max and
+/// one min replace a lexicographic comparison and four blends, and ties cannot happen. -0 is filed
+/// as +0 (its sign comes back from the row, see restore_zeros), values are never NaN, and the
+/// exponent is raised by one so that no key is denormal: flush-to-zero modes cannot make two keys
+/// equal.
+template <class A>
+struct ranked {
+  vdouble<A> part[2];
+
+  /// The lane of the block that lane i of part p stands for.
+  static constexpr int lane(int p, int i) { return i / 2 * 4 + 2 * p + i % 2; }
+};
+
+namespace detail {
+
+inline constexpr std::int32_t rank_offset = 0x00100000;
+
+// The lanes of one part, each low word beside its high word.
+template <class A, int part, class R, std::size_t... j>
+MOEROUTE_INLINE R zipped(R low, R high, std::index_sequence<j...>) {
+  constexpr int w = sizeof...(j);
+  return __builtin_shufflevector(
+      low, high, (ranked<A>::lane(part, static_cast<int>(j) / 2) + (j % 2 ? w : 0))...);
+}
+
+// The inverse: even words (0) or odd words (1) of both parts.
+template <int odd, class R, std::size_t... j>
+MOEROUTE_INLINE R unzipped(R first, R second, std::index_sequence<j...>) {
+  constexpr int w = sizeof...(j);
+  return __builtin_shufflevector(
+      first, second, (static_cast<int>(j / 4 * 4 + j % 2 * 2 + odd) + (j % 4 / 2 ? w : 0))...);
+}
+
+}  // namespace detail
+
+/// Requires: values are not NaN; columns are in [-1, 2^20).
+template <class A>
+MOEROUTE_INLINE ranked<A> rank(vfloat<A> value, vint<A> column) {
+  using words = typename vfloat<A>::register_type;
+  constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(width<A>)>{};
+  const vint<A> bits = xsimd::bitwise_cast<std::int32_t>(value + vfloat<A>(0.0f));
+  // A larger lower half makes a positive double larger and a negative one smaller.
+  const words low = xsimd::bitwise_cast<float>(~column ^ (bits >> 31));
+  const words high = xsimd::bitwise_cast<float>(bits + vint<A>(detail::rank_offset));
+  return {{xsimd::bitwise_cast<double>(vfloat<A>(detail::zipped<A, 0>(low, high, lanes))),
+           xsimd::bitwise_cast<double>(vfloat<A>(detail::zipped<A, 1>(low, high, lanes)))}};
+}
+
+/// The value (zeros without their sign) and the column of every lane.
+template <class A>
+MOEROUTE_INLINE void unrank(const ranked<A>& x, vfloat<A>& value, vint<A>& column) {
+  using words = typename vfloat<A>::register_type;
+  constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(width<A>)>{};
+  const words first = xsimd::bitwise_cast<float>(x.part[0]);
+  const words second = xsimd::bitwise_cast<float>(x.part[1]);
+  const vint<A> low =
+      xsimd::bitwise_cast<std::int32_t>(vfloat<A>(detail::unzipped<0>(first, second, lanes)));
+  const vint<A> bits =
+      xsimd::bitwise_cast<std::int32_t>(vfloat<A>(detail::unzipped<1>(first, second, lanes))) -
+      vint<A>(detail::rank_offset);
+  value = xsimd::bitwise_cast<float>(bits);
+  column = ~(low ^ (bits >> 31));
+}
+
+/// The column of a single rank.
+inline std::int32_t column_of(double rank) {
+  const auto bits = std::bit_cast<std::uint64_t>(rank);
+  const auto sign = static_cast<std::uint32_t>(static_cast<std::int64_t>(bits) >> 63);
+  return static_cast<std::int32_t>(~(static_cast<std::uint32_t>(bits) ^ sign));
+}
+
+/// n ranks of every row of the block. The two halves of the rows are apart, so that each is sorted
+/// alone and twice as many ranks fit into the registers.
+template <class A, int n>
+struct ranks {
+  vdouble<A> part[2][n];
+
+  MOEROUTE_INLINE void set(int r, const ranked<A>& x) {
+    part[0][r] = x.part[0];
+    part[1][r] = x.part[1];
+  }
+  MOEROUTE_INLINE ranked<A> get(int r) const { return {{part[0][r], part[1][r]}}; }
+};
+
+/// Sorts n = 2^m ranks.
+template <class A, int n>
+MOEROUTE_INLINE void sort(ranks<A, n>& x) {
+  MOEROUTE_UNROLL
+  for (int h = 0; h < 2; ++h) sort<n>(x.part[h]);
+}
+
+/// Merges sorted runs of n = 2^m and r <= n ranks; top keeps the n that go first, sorted.
+template <class A, int n, int r>
+MOEROUTE_INLINE void merge_keep_first(ranks<A, n>& top, const ranks<A, r>& run) {
+  MOEROUTE_UNROLL
+  for (int h = 0; h < 2; ++h) merge_keep_first<n, r>(top.part[h], run.part[h]);
+}
+
+/// What goes after everything that can be selected.
+template <class A>
+MOEROUTE_INLINE ranked<A> rank_nothing() {
+  return rank<A>(vfloat<A>(minus_infinity), vint<A>(no_expert));
+}
+
+/// Ranks r < k of a block's lanes, rank-major: (-inf, no_expert) where a row has nothing left to
+/// select.
+///
+/// rows[i] is the row in lane i, from which zeros take their sign back.
+template <class A, int n>
+MOEROUTE_INLINE void store_top(const ranks<A, n>& top, int k, const float* const* rows,
+                               float* value, std::int32_t* column) {
+  vmask<A> zeros(false);
+  for (int r = 0; r < k; ++r) {
+    vfloat<A> v;
+    vint<A> c;
+    unrank<A>(top.get(r), v, c);
+    zeros = zeros | (v == vfloat<A>(0.0f));
+    v.store_unaligned(value + r * block_rows);
+    select<A>(v > vfloat<A>(minus_infinity), c, vint<A>(no_expert))
+        .store_unaligned(column + r * block_rows);
+  }
+  if (xsimd::any(zeros)) [[unlikely]] {
+    for (int r = 0; r < k; ++r) {
+      for (int i = 0; i < width<A>; ++i) {
+        const int at = r * block_rows + i;
+        if (value[at] == 0.0f) value[at] = rows[i][column[at]];
+      }
+    }
+  }
+}
+
+}  // namespace moeroute::simd

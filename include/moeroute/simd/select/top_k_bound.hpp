@@ -1,0 +1,131 @@
+// Top-k by a bound: one comparison discards almost every column, a network sorts the rest.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include <moeroute/simd/mask.hpp>
+#include <moeroute/simd/select/column_bound.hpp>
+#include <moeroute/simd/select/compress.hpp>
+#include <moeroute/simd/select/network.hpp>
+#include <moeroute/simd/select/pick.hpp>
+#include <moeroute/simd/select/ranked.hpp>
+
+namespace moeroute::simd {
+
+namespace detail {
+
+// The columns of n rows that reach their row's bound; returns how many the fullest row has, which
+// may be more than slots.
+template <class A, int slots>
+MOEROUTE_INLINE std::int32_t collect(const float* const* rows, int n, index_t cols,
+                                     const float* bound, column_list<A, slots>* found) {
+  constexpr index_t panel = 1024;
+  column_mask masks[width<A>][panel / 64];
+  for (index_t first = 0; first < cols; first += panel) {
+    const index_t end = std::min(first + panel, cols);
+    for (int i = 0; i < n; ++i) {
+      const vfloat<A> b(bound[i]);
+      for (index_t c = first; c < end; c += 64)
+        mask_not_below<A>(rows[i] + c, end - c, b, masks[i][(c - first) / 64]);
+    }
+    // After all rows: the parts of a mask have reached memory by now and load as one.
+    for (int i = 0; i < n; ++i) found[i].append(masks[i], first, end);
+  }
+  std::int32_t most = 0;
+  for (int i = 0; i < n; ++i) most = std::max(most, found[i].size());
+  return most;
+}
+
+// The first `used` listed values of n rows as ranks, in any order; nothing in the slots past the
+// end.
+template <class A, int slots, int used>
+MOEROUTE_INLINE void rank_survivors(const float* const* rows, int n, index_t cols,
+                                    const column_list<A, slots>* found,
+                                    double (*rank_of_slot)[used]) {
+  constexpr int w = width<A>;
+  alignas(alignment) std::int32_t column[w][used];
+  alignas(alignment) float value[w][used];
+  // Three loops, so that no wide load waits for the narrow stores just before it.
+  for (int i = 0; i < n; ++i) {
+    MOEROUTE_UNROLL
+    for (int r = 0; r < used / w; ++r) found[i].columns(r).store_aligned(column[i] + r * w);
+  }
+  pick<A, used>(rows, n, cols, column, value);
+  for (int i = 0; i < n; ++i) {
+    MOEROUTE_UNROLL
+    for (int r = 0; r < used / w; ++r) {
+      const vfloat<A> v = vfloat<A>::load_aligned(value[i] + r * w);
+      const ranked<A> x = rank<A>(select<A>(found[i].in_list(r), v, vfloat<A>(minus_infinity)),
+                                  vint<A>::load_aligned(column[i] + r * w));
+      x.part[0].store_aligned(rank_of_slot[i] + r * w);
+      x.part[1].store_aligned(rank_of_slot[i] + r * w + w / 2);
+    }
+  }
+}
+
+// The k best of the listed values, none of which are in slots past `used`: sorted runs of slots are
+// merged into the best K so far.
+template <class A, int K, int slots, int used>
+MOEROUTE_INLINE void top_of_survivors(const float* const* rows, index_t cols,
+                                      const column_list<A, slots>* found, int k, float* value,
+                                      std::int32_t* column) {
+  constexpr int w = width<A>, half = w / 2;
+  constexpr int length = std::min(K, 16), chunk = std::max(length, half);
+  alignas(alignment) double rank_of_slot[w][used];
+  rank_survivors<A, slots, used>(rows, w, cols, found, rank_of_slot);
+  ranks<A, K> top;
+  MOEROUTE_UNROLL
+  for (int s = 0; s < used; s += chunk) {
+    ranks<A, length> run[chunk / length];
+    MOEROUTE_UNROLL
+    for (int j = 0; j < chunk; j += half) {
+      MOEROUTE_UNROLL
+      for (int part = 0; part < 2; ++part) {
+        vdouble<A> x[half];
+        MOEROUTE_UNROLL
+        for (int i = 0; i < half; ++i)
+          x[i] = vdouble<A>::load_aligned(&rank_of_slot[ranked<A>::lane(part, i)][s + j]);
+        transpose<A>(x);
+        MOEROUTE_UNROLL
+        for (int i = 0; i < half; ++i) run[(j + i) / length].part[part][(j + i) % length] = x[i];
+      }
+    }
+    MOEROUTE_UNROLL
+    for (int j = 0; j < chunk / length; ++j) {
+      sort(run[j]);
+      if (s + j > 0) {
+        merge_keep_first(top, run[j]);
+      } else {
+        for (int r = 0; r < K; ++r) top.set(r, r < length ? run[0].get(r) : rank_nothing<A>());
+      }
+    }
+  }
+  store_top(top, k, rows, value, column);
+}
+
+// False where a row has more survivors than slots; nothing has been written then. Rows mostly have
+// no more than `usual`.
+template <class A, int K, int G, int slots, int usual = slots>
+[[gnu::noinline]] bool top_k_bound(const float* const* rows, index_t cols, int k, float* value,
+                                   std::int32_t* column) {
+  constexpr int w = width<A>;
+  alignas(alignment) float bound[w];
+  // The largest negative float keeps -inf out where a row has fewer than k values.
+  xsimd::max(column_bound<A, G, K>(rows, cols, k), vfloat<A>(std::numeric_limits<float>::lowest()))
+      .store_aligned(bound);
+  column_list<A, slots> found[w];
+  const std::int32_t most = collect<A, slots>(rows, w, cols, bound, found);
+  if (most > slots) return false;
+  if (most <= usual) {
+    top_of_survivors<A, K, slots, usual>(rows, cols, found, k, value, column);
+  } else {
+    top_of_survivors<A, K, slots, slots>(rows, cols, found, k, value, column);
+  }
+  return true;
+}
+
+}  // namespace detail
+
+}  // namespace moeroute::simd

@@ -1,0 +1,79 @@
+// Top-k with one row per lane: the same work whatever the values are.
+#pragma once
+
+#include <cstdint>
+
+#include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/select/network.hpp>
+#include <moeroute/simd/select/ranked.hpp>
+#include <moeroute/simd/transpose.hpp>
+
+namespace moeroute::simd {
+
+namespace detail {
+
+// Each column is compared with the K best so far and inserted: columns come in ascending order, so
+// a strict comparison keeps the lowest of equals. For K <= 4, where sorting ranks costs more.
+template <class A, int K>
+void top_k_insert(const float* const* rows, index_t cols, int k, float* value,
+                  std::int32_t* column) {
+  constexpr int w = width<A>;
+  vfloat<A> best[K];
+  vint<A> at[K];
+  for (int r = 0; r < K; ++r) {
+    best[r] = vfloat<A>(minus_infinity);
+    at[r] = vint<A>(no_expert);
+  }
+  for (index_t c = 0; c < cols; c += w) {
+    vfloat<A> x[w];
+    load_transposed<A>(rows, c, cols, minus_infinity, x);
+    MOEROUTE_UNROLL
+    for (int j = 0; j < w; ++j) {
+      const vint<A> here(static_cast<std::int32_t>(c) + j);
+      vmask<A> larger[K];
+      MOEROUTE_UNROLL
+      for (int r = 0; r < K; ++r) larger[r] = x[j] > best[r];
+      MOEROUTE_UNROLL
+      for (int r = K - 1; r > 0; --r) {
+        best[r] = select<A>(larger[r], select<A>(larger[r - 1], best[r - 1], x[j]), best[r]);
+        at[r] = select<A>(larger[r], select<A>(larger[r - 1], at[r - 1], here), at[r]);
+      }
+      best[0] = select<A>(larger[0], x[j], best[0]);
+      at[0] = select<A>(larger[0], here, at[0]);
+    }
+  }
+  for (int r = 0; r < k; ++r) {
+    best[r].store_unaligned(value + r * block_rows);
+    at[r].store_unaligned(column + r * block_rows);
+  }
+}
+
+// Sorted runs of K columns are merged into the best K so far.
+template <class A, int K>
+void top_k_lanes(const float* const* rows, index_t cols, int k, float* value,
+                 std::int32_t* column) {
+  constexpr int w = width<A>;
+  constexpr int chunk = K > w ? K : w;
+  ranks<A, K> top;
+  for (int r = 0; r < K; ++r) top.set(r, rank_nothing<A>());
+  for (index_t c = 0; c < cols; c += chunk) {
+    vfloat<A> x[chunk];
+    MOEROUTE_UNROLL
+    for (int j = 0; j < chunk; j += w) load_transposed<A>(rows, c + j, cols, minus_infinity, x + j);
+    MOEROUTE_UNROLL
+    for (int g = 0; g < chunk; g += K) {
+      ranks<A, K> run;
+      MOEROUTE_UNROLL
+      for (int j = 0; j < K; ++j)
+        run.set(j, rank<A>(nan_to_minus_infinity<A>(x[g + j]),
+                           vint<A>(static_cast<std::int32_t>(c) + g + j)));
+      sort(run);
+      merge_keep_first(top, run);
+    }
+  }
+  store_top(top, k, rows, value, column);
+}
+
+}  // namespace detail
+
+}  // namespace moeroute::simd
