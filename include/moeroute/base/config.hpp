@@ -1,10 +1,7 @@
-// Everything that depends on the compiler: the version, attributes, and the settings a user may
-// define.
+// Everything that depends on the compiler: attributes, and the settings a user may define.
 #pragma once
 
-#define MOEROUTE_VERSION_MAJOR 0
-#define MOEROUTE_VERSION_MINOR 1
-#define MOEROUTE_VERSION_PATCH 0
+#include <moeroute/base/version.hpp>
 
 // NaN and infinities are data here (a NaN logit counts as -inf), so finite-math modes break the
 // promises.
