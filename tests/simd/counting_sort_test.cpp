@@ -4,24 +4,36 @@
 #include <cstdint>
 #include <vector>
 
+#include "support/arches.hpp"
+
 using namespace moeroute;
 
-TEST_CASE("keys are counted and negative ones skipped") {
-  const std::vector<std::int32_t> key = {2, 0, -1, 2, 2, 4, -7};
-  std::vector<std::int32_t> count(5, 99);
-  simd::count_keys(key.data(), 7, 5, count.data());
+TEST_CASE("keys are counted and ranked among their equals, -1 aside") {
+  const std::vector<std::int32_t> key = {2, 0, -1, 2, 2, 4, -1};
+  std::vector<std::int32_t> count(5, 99), rank(7, 99);
+  CHECK(simd::rank_keys(key.data(), 7, 5, count.data(), rank.data()));
   CHECK(count == std::vector<std::int32_t>{1, 0, 3, 0, 1});
-  simd::count_keys(nullptr, 0, 5, count.data());
+  CHECK(rank == std::vector<std::int32_t>{0, 0, -1, 1, 2, 0, -1});
+  CHECK(simd::rank_keys(nullptr, 0, 5, count.data(), nullptr));
   CHECK(count == std::vector<std::int32_t>(5, 0));
 }
 
 TEST_CASE("the scan begins at 0, ends at the total, and may be done in place") {
-  std::vector<std::int32_t> count = {1, 0, 3, 0, 1}, start(6, 99);
-  CHECK(simd::exclusive_scan(count.data(), 5, start.data()) == 5);
-  CHECK(start == std::vector<std::int32_t>{0, 1, 1, 4, 4, 5});
-  count.push_back(99);
-  CHECK(simd::exclusive_scan(count.data(), 5, count.data()) == 5);
-  CHECK(count == start);
-  CHECK(simd::exclusive_scan(nullptr, 0, start.data()) == 0);
-  CHECK(start[0] == 0);
+  test::for_each_arch<test::arches>([]<class A>(A) {
+    for (const index_t values : {0, 1, 5, 15, 16, 17, 32, 100}) {
+      std::vector<std::int32_t> count, expected = {0};
+      for (std::int32_t v = 0; v < values; ++v) {
+        count.push_back(v * v % 7);
+        expected.push_back(expected.back() + count.back());
+      }
+      count.push_back(99);
+      std::vector<std::int32_t> start(count.size() + 1, 99);
+      CHECK(simd::exclusive_scan<A>(count.data(), values, start.data()) == expected.back());
+      CHECK(start.back() == 99);
+      start.pop_back();
+      CHECK(start == expected);
+      CHECK(simd::exclusive_scan<A>(count.data(), values, count.data()) == expected.back());
+      CHECK(count == expected);
+    }
+  });
 }

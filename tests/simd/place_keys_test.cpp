@@ -43,19 +43,17 @@ ints random_keys(test::random& rng, std::size_t n, index_t values, bool with_neg
 }
 
 template <class A>
-placed by_counting(ints key, index_t values, simd::groups g, bool in_place) {
+placed by_counting(const ints& key, index_t values, simd::groups g, bool in_place) {
   const auto n = static_cast<index_t>(key.size());
   placed p;
-  ints count(static_cast<std::size_t>(values));
   p.start.resize(static_cast<std::size_t>(values + 1));
   p.place.assign(key.size(), 99);
-  simd::count_keys(key.data(), n, values, count.data());
-  p.group_at.resize(
-      static_cast<std::size_t>(simd::exclusive_scan(count.data(), values, p.start.data())));
-  std::copy_n(p.start.begin(), values, count.begin());
-  simd::place_keys<A>(key.data(), n, g, count.data(), in_place ? key.data() : p.place.data(),
-                      p.group_at.data());
   if (in_place) p.place = key;
+  CHECK(simd::rank_keys<A>(in_place ? p.place.data() : key.data(), n, values, p.start.data(),
+                           p.place.data()));
+  p.group_at.resize(
+      static_cast<std::size_t>(simd::exclusive_scan<A>(p.start.data(), values, p.start.data())));
+  simd::place_keys<A>(key.data(), n, g, p.start.data(), p.place.data(), p.group_at.data());
   return p;
 }
 
@@ -92,43 +90,61 @@ TEST_CASE("sixteen equal keys in one register keep their order") {
   });
 }
 
-TEST_CASE("few keys are sorted to the same result as many") {
+TEST_CASE("few keys are sorted to the same result as many, and nothing is written behind it") {
   test::for_each_arch<test::arches>([]<class A>(A) {
     test::random rng(2);
-    for (int n = 0; n <= simd::few_keys; ++n)
-      for (const index_t values : {1, 2, 3, 15, 16, 17, 33, 256, 1000, 1 << 20})
-        for (const bool negatives : {false, true}) {
-          const ints key = random_keys(rng, static_cast<std::size_t>(n), values, negatives);
-          const index_t size = 1 + rng.below(8);
-          ints group(key.size());
-          for (std::size_t i = 0; i < group.size(); ++i)
-            group[i] = static_cast<std::int32_t>(static_cast<index_t>(i) / size);
-          const placed expected = by_counting<A>(key, values, {nullptr, size}, false);
-          placed p;
-          p.start.assign(static_cast<std::size_t>(values + 1), 99);
-          p.place.assign(key.size(), 99);
-          p.group_at.assign(key.size(), 99);
-          const std::int32_t used =
-              simd::sort_few_keys<A>(key.data(), n, values, {nullptr, size}, p.start.data(),
-                                     p.place.data(), p.group_at.data());
-          p.group_at.resize(static_cast<std::size_t>(used));
-          INFO("n=" << n << " values=" << values);
-          CHECK((p == expected));
-        }
+    for (std::size_t n = 0; n <= 16; ++n)
+      for (const index_t values : {1, 2, 3, 15, 16, 17, 31, 32, 33, 63})
+        for (const bool negatives : {false, true})
+          for (const bool listed : {false, true}) {
+            const ints key = random_keys(rng, n, values, negatives);
+            const index_t size = 1 + rng.below(20);
+            ints group(n);
+            for (std::size_t i = 0; i < n; ++i)
+              group[i] = static_cast<std::int32_t>(static_cast<index_t>(i) / size);
+            if (listed)
+              for (auto& g : group) g = static_cast<std::int32_t>(rng.below(1000));
+            const simd::groups g{listed ? group.data() : nullptr, size};
+            const placed expected = by_brute_force(key, values, group);
+            placed p;
+            p.start.assign(static_cast<std::size_t>(values + 2), 99);
+            p.place.assign(n + 1, 99);
+            p.group_at.assign(expected.group_at.size() + 1, 99);
+            INFO("n=" << n << " values=" << values << " size=" << size);
+            CHECK(simd::sort_few_keys<A>(key.data(), static_cast<index_t>(n), values, g,
+                                         p.start.data(), p.place.data(), p.group_at.data()));
+            for (ints* list : {&p.start, &p.place, &p.group_at}) {
+              CHECK(list->back() == 99);
+              list->pop_back();
+            }
+            CHECK((p == expected));
+          }
   });
 }
 
-TEST_CASE("a key outside of [-1, values) is found wherever it is") {
+TEST_CASE("a key outside of [-1, values) is found wherever it is, by ranking and by sorting too") {
   test::for_each_arch<test::arches>([]<class A>(A) {
     for (const std::size_t n : {1u, 5u, 16u, 40u, 100u})
       for (std::size_t at = 0; at < n; ++at) {
-        ints key(n, 6);
-        key[at] = -1;
-        CHECK(simd::keys_in_range<A>(key.data(), static_cast<index_t>(n), 7));
-        key[at] = 7;
-        CHECK_FALSE(simd::keys_in_range<A>(key.data(), static_cast<index_t>(n), 7));
-        key[at] = -2;
-        CHECK_FALSE(simd::keys_in_range<A>(key.data(), static_cast<index_t>(n), 7));
+        ints key(n, 6), rank(n), start(8), group(n);
+        const auto length = static_cast<index_t>(n);
+        const auto accepted = [&] {
+          const bool in_range = simd::keys_in_range<A>(key.data(), length, 7);
+          const bool ranked = simd::rank_keys<A>(key.data(), length, 7, start.data(), rank.data());
+          const bool sorted =
+              n > 16 || simd::sort_few_keys<A>(key.data(), length, 7, {nullptr, 1}, start.data(),
+                                               rank.data(), group.data());
+          CHECK((in_range == ranked && (n > 16 || sorted == ranked)));
+          return in_range;
+        };
+        for (const std::int32_t good : {-1, 0, 6}) {
+          key[at] = good;
+          CHECK(accepted());
+        }
+        for (const std::int32_t bad : {7, -2, 1 << 30, -(1 << 30)}) {
+          key[at] = bad;
+          CHECK_FALSE(accepted());
+        }
       }
     CHECK(simd::keys_in_range<A>(nullptr, 0, 0));
   });

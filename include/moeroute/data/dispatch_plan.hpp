@@ -44,7 +44,6 @@ class dispatch_plan {
     offsets_.resize(experts + 1);
     token_of_slot_.resize(slots);
     slot_of_choice_.resize(choices);
-    cursor_.resize(experts);
   }
 
   index_t tokens() const { return tokens_; }
@@ -99,11 +98,8 @@ class dispatch_plan {
     slot_id* offsets;         ///< [E + 1]
     slot_id* token_of_slot;   ///< [slots]
     slot_id* slot_of_choice;  ///< [choices]
-    slot_id* cursor;          ///< [E], scratch
   };
-  parts writable() {
-    return {offsets_.data(), token_of_slot_.data(), slot_of_choice_.data(), cursor_.data()};
-  }
+  parts writable() { return {offsets_.data(), token_of_slot_.data(), slot_of_choice_.data()}; }
 
   /// For the stage that builds the plan: makes it ragged, and returns the room for T + 1 offsets.
   std::int32_t* first_to_fill() {
@@ -146,7 +142,6 @@ class dispatch_plan {
   buffer<slot_id> offsets_;
   buffer<slot_id> token_of_slot_;
   buffer<slot_id> slot_of_choice_;
-  buffer<slot_id> cursor_;
   buffer<std::int32_t> first_;
   buffer<std::int32_t> token_of_choice_;
   buffer<std::int32_t> load_;

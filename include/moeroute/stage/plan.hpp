@@ -101,20 +101,19 @@ inline left_out keys_of_choices(const assignment& choices, const plan_options& o
   return counts;
 }
 
-// Offsets, loads and sentinels of a padded plan from the counts in p.cursor; returns the padding.
-inline index_t pad_offsets(const dispatch_plan::parts& p, std::int32_t* load, index_t experts,
+// Offsets and sentinels of a padded plan from the loads; returns the padding.
+inline index_t pad_offsets(const dispatch_plan::parts& p, const std::int32_t* load, index_t experts,
                            const plan_options& options) {
   index_t sum = 0, padding = 0;
   for (index_t e = 0; e < experts; ++e) {
-    const index_t own = p.cursor[e];
+    const index_t own = load[e];
     if (options.capacity != as_needed && own > options.capacity) [[unlikely]]
       fail("plan", "expert " + std::to_string(e) + " has " + std::to_string(own) +
                        " tokens, expected at most the capacity " +
                        std::to_string(options.capacity));
     const index_t rows =
         round_up(options.capacity != as_needed ? options.capacity : own, options.block);
-    load[e] = p.cursor[e];
-    p.offsets[e] = p.cursor[e] = static_cast<slot_id>(sum);
+    p.offsets[e] = static_cast<slot_id>(sum);
     std::fill_n(p.token_of_slot + sum + own, rows - own, no_token);
     sum += rows;
     padding += rows - own;
@@ -138,6 +137,65 @@ inline void fill_spare_tokens(const dispatch_plan& plan, std::span<const std::ui
   }
 }
 
+// All choices of the fixed form, each with a slot.
+template <class A>
+void plan_every_choice(const assignment& choices, dispatch_plan& out) {
+  const index_t experts = choices.experts(), n = choices.choices();
+  out.reset(choices.tokens(), experts, choices.k(), n, n);
+  if (experts == 0) return;
+  const dispatch_plan::parts p = out.writable();
+  const std::int32_t* id = choices.ids().data();
+  const simd::groups token{nullptr, choices.k()};
+  if (simd::are_few_keys<A>(n, experts)) {
+    if (!simd::sort_few_keys<A>(id, n, experts, token, p.offsets, p.slot_of_choice,
+                                p.token_of_slot)) [[unlikely]]
+      fail_expert_id(choices.ids(), experts);
+    return;
+  }
+  if (!simd::rank_keys<A>(id, n, experts, p.offsets, p.slot_of_choice)) [[unlikely]]
+    fail_expert_id(choices.ids(), experts);
+  simd::exclusive_scan<A>(p.offsets, experts, p.offsets);
+  simd::place_keys<A>(id, n, token, p.offsets, p.slot_of_choice, p.token_of_slot);
+}
+
+template <class A>
+void plan_with_options(const assignment& choices, dispatch_plan& out, const plan_options& options) {
+  const index_t tokens = choices.tokens(), experts = choices.experts();
+  const std::span<const expert_id> ids = choices.ids();
+  const index_t n = choices.choices(), room = choices.room();
+  check_plan_options(options, tokens, experts);
+  if (!simd::keys_in_range<A>(ids.data(), n, experts)) [[unlikely]]
+    fail_expert_id(ids, experts);
+
+  out.reset(tokens, experts, choices.k(), room, most_slots(room, experts, options));
+  out.set_choices(n);
+  if (experts == 0) return;
+  simd::groups token_of_choice{nullptr, choices.k()};
+  if (choices.ragged()) {
+    std::int32_t* list = out.token_of_choice();
+    std::copy_n(choices.offsets().data(), tokens + 1, out.first_to_fill());
+    for (index_t t = 0; t < tokens; ++t)
+      std::fill(list + choices.first(t), list + choices.first(t + 1), static_cast<slot_id>(t));
+    token_of_choice.list = list;
+  }
+
+  const bool padded = options.block > 1 || options.capacity != as_needed;
+  std::int32_t* const load = padded ? out.loads_to_fill() : out.writable().offsets;
+  const dispatch_plan::parts p = out.writable();
+  const left_out counts = keys_of_choices(choices, options, p.slot_of_choice);
+  simd::rank_keys<A>(p.slot_of_choice, n, experts, load, p.slot_of_choice);
+  index_t padding = 0;
+  if (padded) {
+    padding = pad_offsets(p, load, experts, options);
+  } else {
+    simd::exclusive_scan<A>(load, experts, p.offsets);
+  }
+  simd::place_keys<A>(ids.data(), n, token_of_choice, p.offsets, p.slot_of_choice, p.token_of_slot);
+  out.set_counts(counts.dropped, counts.elsewhere, padding);
+  if (options.padding == slot_padding::spare_tokens && padding > 0)
+    fill_spare_tokens(out, options.mask, p.token_of_slot);
+}
+
 }  // namespace detail
 
 /// Gives every choice that takes part a slot: expert by expert, in token order within one.
@@ -151,52 +209,14 @@ inline void fill_spare_tokens(const dispatch_plan& plan, std::span<const std::ui
 /// Determinism: exact, stable in token order.
 template <class A = simd::default_arch>
 void plan(const assignment& choices, dispatch_plan& out, const plan_options& options = {}) {
-  const index_t tokens = choices.tokens(), experts = choices.experts();
-  const std::span<const expert_id> ids = choices.ids();
-  const index_t n = choices.choices();
-  detail::check_plan_options(options, tokens, experts);
-  if (!simd::keys_in_range<A>(ids.data(), n, experts)) [[unlikely]]
-    detail::fail_expert_id(ids, experts);
-
-  const index_t room = choices.room();
-  out.reset(tokens, experts, choices.k(), room, detail::most_slots(room, experts, options));
-  out.set_choices(n);
-  if (experts == 0) return;
-  simd::groups token_of_choice{nullptr, std::max<index_t>(1, choices.k())};
-  if (choices.ragged()) {
-    std::int32_t* list = out.token_of_choice();
-    std::copy_n(choices.offsets().data(), tokens + 1, out.first_to_fill());
-    for (index_t t = 0; t < tokens; ++t)
-      std::fill(list + choices.first(t), list + choices.first(t + 1), static_cast<slot_id>(t));
-    token_of_choice.list = list;
-  }
-
-  const dispatch_plan::parts p = out.writable();
-  const std::int32_t* key = ids.data();
-  detail::left_out counts;
-  if (choices.drops() || !options.owned.empty() || !options.mask.empty()) {
-    counts = detail::keys_of_choices(choices, options, p.slot_of_choice);
-    key = p.slot_of_choice;
-  }
-
-  const bool padded = options.block > 1 || options.capacity != as_needed;
-  index_t padding = 0;
-  if (!padded && n <= simd::few_keys) {
-    simd::sort_few_keys<A>(key, static_cast<int>(n), experts, token_of_choice, p.offsets,
-                           p.slot_of_choice, p.token_of_slot);
+  // Decided where the caller's options are known: what is not asked for is not looked at again.
+  const bool every_choice = options.block == 1 && options.capacity == as_needed &&
+                            options.owned.empty() && options.mask.empty();
+  if (every_choice && !choices.drops() && !choices.ragged()) {
+    detail::plan_every_choice<A>(choices, out);
   } else {
-    simd::count_keys(key, n, experts, p.cursor);
-    if (padded) {
-      padding = detail::pad_offsets(p, out.loads_to_fill(), experts, options);
-    } else {
-      simd::exclusive_scan(p.cursor, experts, p.offsets);
-      std::copy_n(p.offsets, experts, p.cursor);
-    }
-    simd::place_keys<A>(key, n, token_of_choice, p.cursor, p.slot_of_choice, p.token_of_slot);
+    detail::plan_with_options<A>(choices, out, options);
   }
-  out.set_counts(counts.dropped, counts.elsewhere, padding);
-  if (options.padding == slot_padding::spare_tokens && padding > 0)
-    detail::fill_spare_tokens(out, options.mask, p.token_of_slot);
 }
 
 /// The same from lists of tokens: the plan that the lists' assignment has, a token's experts in
@@ -231,7 +251,9 @@ void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& opt
 
   out.reset(tokens, experts, experts, n, detail::most_slots(n, experts, options));
   std::int32_t* const first = out.first_to_fill();
+  const bool padded = options.block > 1 || options.capacity != as_needed;
   const dispatch_plan::parts p = out.writable();
+  std::int32_t* const loads = padded ? out.loads_to_fill() : p.offsets;
   const auto is_masked = [&](std::int32_t t) {
     return !options.mask.empty() && options.mask[static_cast<std::size_t>(t)] == 0;
   };
@@ -250,17 +272,16 @@ void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& opt
       if (!is_masked(token[i])) ++load;
     }
     if (!is_owned(e)) elsewhere += load;
-    p.cursor[e] = is_owned(e) ? load : 0;
+    loads[e] = is_owned(e) ? load : 0;
   }
   for (index_t t = 0; t < tokens; ++t) first[t + 1] += first[t];
   out.set_choices(first[tokens]);
 
-  const bool padded = options.block > 1 || options.capacity != as_needed;
   index_t padding = 0;
   if (padded) {
-    padding = detail::pad_offsets(p, out.loads_to_fill(), experts, options);
+    padding = detail::pad_offsets(p, loads, experts, options);
   } else {
-    simd::exclusive_scan(p.cursor, experts, p.offsets);
+    simd::exclusive_scan<A>(loads, experts, p.offsets);
   }
   out.set_counts(0, elsewhere, padding);
 

@@ -1,13 +1,14 @@
-// The stable counting sort of small keys: check, count, scan, place; and a sort of up to 16 keys
-// without counters.
+// The stable counting sort of small keys: rank, scan, place; and the same for a handful of keys in
+// registers.
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <concepts>
 #include <cstdint>
-#include <limits>
+#include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512CD__) && defined(__AVX512VPOPCNTDQ__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -17,52 +18,121 @@
 
 namespace moeroute::simd {
 
+namespace detail {
+
+// Arches with which 16 keys fill a register that is gathered and scattered.
+#if defined(__AVX512F__)
+template <class A>
+inline constexpr bool scatters_keys = std::derived_from<A, xsimd::avx512f>;
+#else
+template <class A>
+inline constexpr bool scatters_keys = false;
+#endif
+
+// Whether one of 16 keys is outside of [0, values).
+template <class A>
+MOEROUTE_INLINE bool any_outside(const std::int32_t* key, std::int32_t values) {
+  using U = xsimd::batch<std::uint32_t, A>;
+  const U limit(static_cast<std::uint32_t>(values));
+  auto outside = U::load_unaligned(reinterpret_cast<const std::uint32_t*>(key)) >= limit;
+  MOEROUTE_UNROLL
+  for (int i = width<A>; i < 16; i += width<A>)
+    outside =
+        outside | (U::load_unaligned(reinterpret_cast<const std::uint32_t*>(key + i)) >= limit);
+  return xsimd::any(outside);
+}
+
+}  // namespace detail
+
 /// Whether every key is in [-1, values). Cost: one read of the keys.
 template <class A = default_arch>
 bool keys_in_range(const std::int32_t* key, index_t n, index_t values) {
-  constexpr int w = width<A>;
-  std::int32_t least = 0, greatest = -1;
   index_t i = 0;
-  if (n >= 2 * w) {
-    vint<A> low(0), high(-1), low2(0), high2(-1);
-    for (; i + 2 * w <= n; i += 2 * w) {
-      const vint<A> a = load<A>(key + i), b = load<A>(key + i + w);
-      low = xsimd::min(low, a);
-      high = xsimd::max(high, a);
-      low2 = xsimd::min(low2, b);
-      high2 = xsimd::max(high2, b);
-    }
-    low = xsimd::min(low, low2);
-    high = xsimd::max(high, high2);
-    alignas(alignment) std::int32_t lows[w], highs[w];
-    low.store_aligned(lows);
-    high.store_aligned(highs);
-    for (int j = 0; j < w; ++j) {
-      least = std::min(least, lows[j]);
-      greatest = std::max(greatest, highs[j]);
-    }
+  const auto fits = [&](index_t end) {
+    for (; i < end; ++i)
+      if (key[i] < -1 || key[i] >= values) return false;
+    return true;
+  };
+  while (i + 16 <= n) {
+    if (!detail::any_outside<A>(key + i, static_cast<std::int32_t>(values))) [[likely]]
+      i += 16;
+    else if (!fits(i + 16))
+      return false;
   }
-  for (; i < n; ++i) {
-    least = std::min(least, key[i]);
-    greatest = std::max(greatest, key[i]);
-  }
-  return least >= -1 && greatest < values;
+  return fits(n);
 }
 
-/// count[v] becomes the number of i < n with key[i] == v; negative keys are skipped.
+/// rank[i] becomes the number of keys before i that equal key[i], or -1 where key[i] is -1, and
+/// count[v] the number of all keys that are v. Returns false, with neither complete, where a key is
+/// outside of [-1, values).
 ///
-/// Requires: every key is below `values`. Cost: O(n + values), no allocation.
-inline void count_keys(const std::int32_t* key, index_t n, index_t values, std::int32_t* count) {
+/// rank may be the array of the keys. Cost: O(n + values), no allocation: two keys are read and two
+/// ranks written at a time, which leaves the store port to the counters.
+template <class A = default_arch>
+bool rank_keys(const std::int32_t* key, index_t n, index_t values, std::int32_t* count,
+               std::int32_t* rank) {
   std::fill_n(count, values, 0);
-  for (index_t i = 0; i < n; ++i)
-    if (key[i] >= 0) ++count[key[i]];
+  index_t i = 0;
+  const auto one_by_one = [&](index_t end) {
+    for (; i < end; ++i) {
+      const std::int32_t v = key[i];
+      if (static_cast<std::uint32_t>(v) < static_cast<std::uint32_t>(values)) {
+        rank[i] = count[v]++;
+      } else if (v == -1) {
+        rank[i] = -1;
+      } else {
+        return false;
+      }
+    }
+    return true;
+  };
+  while (i + 16 <= n) {
+    if (detail::any_outside<A>(key + i, static_cast<std::int32_t>(values))) [[unlikely]] {
+      if (!one_by_one(i + 16)) return false;
+      continue;
+    }
+    MOEROUTE_UNROLL
+    for (int j = 0; j < 16; j += 2) {
+      std::uint64_t two;
+      std::memcpy(&two, key + i + j, sizeof two);
+      // The half that comes first in memory, in both arrays.
+      constexpr int first = std::endian::native == std::endian::little ? 0 : 32;
+      const auto a = static_cast<std::uint32_t>(two >> first);
+      const auto b = static_cast<std::uint32_t>(two >> (32 - first));
+      const auto rank_a = static_cast<std::uint32_t>(count[a]++);
+      const auto rank_b = static_cast<std::uint32_t>(count[b]++);
+      two = std::uint64_t{rank_a} << first | std::uint64_t{rank_b} << (32 - first);
+      std::memcpy(rank + i + j, &two, sizeof two);
+    }
+    i += 16;
+  }
+  return one_by_one(n);
 }
 
 /// start[v] becomes the sum of count[u] over u < v, for v in [0, values]; returns the total.
 /// start may be count itself, given room for one value more.
-inline std::int32_t exclusive_scan(const std::int32_t* count, index_t values, std::int32_t* start) {
+template <class A = default_arch>
+std::int32_t exclusive_scan(const std::int32_t* count, index_t values, std::int32_t* start) {
   std::int32_t sum = 0;
-  for (index_t v = 0; v < values; ++v) {
+  index_t v = 0;
+#if defined(__AVX512F__)
+  if constexpr (detail::scatters_keys<A>) {
+    const __m512i zero = _mm512_setzero_si512(), last = _mm512_set1_epi32(15);
+    __m512i before = zero;
+    for (; v + 16 <= values; v += 16) {
+      const __m512i n = _mm512_loadu_si512(count + v);
+      __m512i up_to = _mm512_add_epi32(n, _mm512_alignr_epi32(n, zero, 15));
+      up_to = _mm512_add_epi32(up_to, _mm512_alignr_epi32(up_to, zero, 14));
+      up_to = _mm512_add_epi32(up_to, _mm512_alignr_epi32(up_to, zero, 12));
+      up_to = _mm512_add_epi32(up_to, _mm512_alignr_epi32(up_to, zero, 8));
+      up_to = _mm512_add_epi32(up_to, before);
+      _mm512_storeu_si512(start + v, _mm512_sub_epi32(up_to, n));
+      before = _mm512_permutexvar_epi32(last, up_to);
+    }
+    sum = _mm512_cvtsi512_si32(before);
+  }
+#endif
+  for (; v < values; ++v) {
     const std::int32_t n = count[v];
     start[v] = sum;
     sum += n;
@@ -79,9 +149,9 @@ struct groups {
 
 namespace detail {
 
-template <class A>
-void place_keys_from(index_t first, const std::int32_t* key, index_t n, groups g,
-                     std::int32_t* cursor, std::int32_t* place, std::int32_t* group_at) {
+inline void place_keys_from(index_t first, const std::int32_t* key, index_t n, groups g,
+                            const std::int32_t* start, std::int32_t* place,
+                            std::int32_t* group_at) {
   index_t group = g.list != nullptr ? 0 : first / g.size;
   index_t next = g.list != nullptr ? n : (group + 1) * g.size;
   for (index_t i = first; i < n; ++i) {
@@ -89,126 +159,131 @@ void place_keys_from(index_t first, const std::int32_t* key, index_t n, groups g
       ++group;
       next += g.size;
     }
-    const std::int32_t v = key[i];
-    if (v < 0) {
-      place[i] = -1;
-    } else {
-      const std::int32_t at = cursor[v]++;
-      place[i] = at;
-      group_at[at] = g.list != nullptr ? g.list[i] : static_cast<std::int32_t>(group);
-    }
+    if (place[i] < 0) continue;
+    const std::int32_t at = start[key[i]] + place[i];
+    place[i] = at;
+    group_at[at] = g.list != nullptr ? g.list[i] : static_cast<std::int32_t>(group);
   }
 }
 
-#if defined(__AVX512F__) && defined(__AVX512CD__) && defined(__AVX512VPOPCNTDQ__)
-template <class A>
-inline constexpr bool has_conflict_detection = std::derived_from<A, xsimd::avx512cd>;
+#if defined(__AVX512F__)
+// index / size of the indices from 0 on, 16 at a time, without a division for each.
+struct group_counter {
+  __m512i group, rest;
+  const __m512i groups_per_step, rest_per_step, size;
 
-// 16 keys at a time: a key's place is its counter plus the number of equal keys before it among the
-// 16. Of several lanes that scatter to one counter the highest wins, and it has the largest place.
-template <class A>
-void place_keys_by_conflict(const std::int32_t* key, index_t n, groups g, std::int32_t* cursor,
-                            std::int32_t* place, std::int32_t* group_at) {
-  const __m512i one = _mm512_set1_epi32(1), none = _mm512_set1_epi32(-1);
-  alignas(alignment) std::int32_t quotient[16], remainder[16];
-  const index_t size = g.list != nullptr ? 1 : g.size;
-  for (int lane = 0; lane < 16; ++lane) {
-    quotient[lane] = static_cast<std::int32_t>(lane / size);
-    remainder[lane] = static_cast<std::int32_t>(lane % size);
+  explicit group_counter(index_t n)
+      : groups_per_step(_mm512_set1_epi32(static_cast<int>(16 / n))),
+        rest_per_step(_mm512_set1_epi32(static_cast<int>(16 % n))),
+        size(_mm512_set1_epi32(static_cast<int>(n))) {
+    // Half-way between integers the quotient's rounding cannot reach one.
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 middle = _mm512_add_ps(_mm512_cvtepi32_ps(lane), _mm512_set1_ps(0.5f));
+    group = _mm512_cvttps_epi32(_mm512_div_ps(middle, _mm512_set1_ps(static_cast<float>(n))));
+    rest = _mm512_sub_epi32(lane, _mm512_mullo_epi32(group, size));
   }
-  __m512i group = _mm512_load_si512(quotient), rest = _mm512_load_si512(remainder);
-  const __m512i groups_per_step = _mm512_set1_epi32(static_cast<int>(16 / size));
-  const __m512i rest_per_step = _mm512_set1_epi32(static_cast<int>(16 % size));
-  const __m512i whole = _mm512_set1_epi32(static_cast<int>(size));
-  index_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const __m512i v = _mm512_loadu_si512(key + i);
-    const __mmask16 used = _mm512_cmpgt_epi32_mask(v, none);
-    const __m512i at = _mm512_mask_i32gather_epi32(none, used, v, cursor, 4);
-    const __m512i before = _mm512_popcnt_epi32(_mm512_conflict_epi32(v));
-    const __m512i mine = _mm512_mask_add_epi32(none, used, at, before);
-    _mm512_storeu_si512(place + i, mine);
-    if (g.list != nullptr) group = _mm512_loadu_si512(g.list + i);
-    _mm512_mask_i32scatter_epi32(group_at, used, mine, group, 4);
-    _mm512_mask_i32scatter_epi32(cursor, used, v, _mm512_add_epi32(mine, one), 4);
+  MOEROUTE_INLINE void step() {
     group = _mm512_add_epi32(group, groups_per_step);
     rest = _mm512_add_epi32(rest, rest_per_step);
-    const __mmask16 over = _mm512_cmpge_epi32_mask(rest, whole);
-    group = _mm512_mask_add_epi32(group, over, group, one);
-    rest = _mm512_mask_sub_epi32(rest, over, rest, whole);
+    const __mmask16 over = _mm512_cmpge_epi32_mask(rest, size);
+    group = _mm512_mask_sub_epi32(group, over, group, _mm512_set1_epi32(-1));
+    rest = _mm512_mask_sub_epi32(rest, over, rest, size);
   }
-  place_keys_from<A>(i, key, n, g, cursor, place, group_at);
+};
+
+inline void place_keys_by_gather(const std::int32_t* key, index_t n, groups g,
+                                 const std::int32_t* start, std::int32_t* place,
+                                 std::int32_t* group_at) {
+  group_counter counted(g.list != nullptr ? 1 : g.size);
+  for (index_t i = 0; i < n; i += 16) {
+    const auto there = static_cast<__mmask16>(n - i >= 16 ? 0xffffu : (1u << (n - i)) - 1);
+    const __m512i rank = _mm512_maskz_loadu_epi32(there, place + i);
+    const __mmask16 used = _mm512_mask_cmpge_epi32_mask(there, rank, _mm512_setzero_si512());
+    const __m512i from = _mm512_mask_i32gather_epi32(
+        _mm512_setzero_si512(), used, _mm512_maskz_loadu_epi32(there, key + i), start, 4);
+    const __m512i at = _mm512_mask_add_epi32(rank, used, rank, from);
+    _mm512_mask_storeu_epi32(place + i, there, at);
+    const __m512i group =
+        g.list != nullptr ? _mm512_maskz_loadu_epi32(there, g.list + i) : counted.group;
+    _mm512_mask_i32scatter_epi32(group_at, used, at, group, 4);
+    counted.step();
+  }
 }
-#else
-template <class A>
-inline constexpr bool has_conflict_detection = false;
 #endif
 
 }  // namespace detail
 
-/// Places every index i < n behind the earlier ones of its key: place[i] = cursor[key[i]]++ and
-/// group_at[place[i]] = group of i; place[i] = -1 where the key is negative.
+/// Places every index i < n: place[i], which holds its rank among equal keys, becomes
+/// start[key[i]] + rank, and group_at[place[i]] the group of i; where the rank is -1 it stays.
 ///
-/// place may be the array of the keys. Requires: cursors of different keys never meet.
+/// Requires: start[key[i]] and the places are in range wherever the rank is not -1.
 /// Cost: O(n), no allocation. Determinism: exact, stable.
 template <class A = default_arch>
-void place_keys(const std::int32_t* key, index_t n, groups g, std::int32_t* cursor,
+void place_keys(const std::int32_t* key, index_t n, groups g, const std::int32_t* start,
                 std::int32_t* place, std::int32_t* group_at) {
-#if defined(__AVX512F__) && defined(__AVX512CD__) && defined(__AVX512VPOPCNTDQ__)
-  if constexpr (detail::has_conflict_detection<A>)
-    return detail::place_keys_by_conflict<A>(key, n, g, cursor, place, group_at);
+#if defined(__AVX512F__)
+  if constexpr (detail::scatters_keys<A>)
+    return detail::place_keys_by_gather(key, n, g, start, place, group_at);
 #endif
-  detail::place_keys_from<A>(0, key, n, g, cursor, place, group_at);
+  detail::place_keys_from(0, key, n, g, start, place, group_at);
 }
 
-/// Most keys that sort_few_keys takes.
-inline constexpr int few_keys = 16;
-
-/// The same result without counters, for up to 16 keys below 2^20: place, group_at and start
-/// [values + 1] as count, scan and place leave them. Returns the number of keys that are not
-/// negative.
-///
-/// Cost: n comparisons of registers, and the writing of start.
+/// Whether a sort of n keys is the work of a few registers: sort_few_keys takes them.
 template <class A = default_arch>
-std::int32_t sort_few_keys(const std::int32_t* key, int n, index_t values, groups g,
-                           std::int32_t* start, std::int32_t* place, std::int32_t* group_at) {
-  constexpr int w = width<A>;
-  constexpr std::int32_t last = std::numeric_limits<std::int32_t>::max();
-  alignas(alignment) std::int32_t packed[few_keys], rank[few_keys], sorted[few_keys];
-  std::int32_t used = 0;
-  for (int i = 0; i < few_keys; ++i) {
-    const bool present = i < n && key[i] >= 0;
-    packed[i] = present ? key[i] << 4 | i : last;
-    used += present ? 1 : 0;
-  }
-  for (int lane = 0; lane < few_keys; lane += w) {
-    const vint<A> mine = vint<A>::load_aligned(packed + lane);
-    vint<A> smaller(0);
-    for (int i = 0; i < n; ++i)
-      smaller += xsimd::select(mine > vint<A>(packed[i]), vint<A>(1), vint<A>(0));
-    smaller.store_aligned(rank + lane);
-  }
-  for (int i = 0; i < n; ++i) {
-    if (packed[i] == last) {
-      place[i] = -1;
-      continue;
+constexpr bool are_few_keys(index_t n, index_t values) {
+  return detail::scatters_keys<A> && n <= 16 && values < 64;
+}
+
+/// The result of rank, scan and place without counters: place, group_at and start [values + 1].
+/// Returns false, with none complete, where a key is outside of [-1, values).
+///
+/// Requires: are_few_keys(n, values). Cost: n comparisons of (values + 17) / 16 + 1 registers.
+template <class A = default_arch>
+bool sort_few_keys(const std::int32_t* key, index_t n, index_t values, groups g,
+                   std::int32_t* start, std::int32_t* place, std::int32_t* group_at) {
+#if defined(__AVX512F__)
+  if constexpr (detail::scatters_keys<A>) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i one = _mm512_set1_epi32(1), none = _mm512_set1_epi32(-1);
+    const auto there = static_cast<__mmask16>((1u << n) - 1);
+    const __m512i mine = _mm512_mask_loadu_epi32(none, there, key);
+    const __mmask16 used = _mm512_cmpneq_epi32_mask(mine, none);
+    if (_mm512_mask_cmpge_epu32_mask(used, mine, _mm512_set1_epi32(static_cast<int>(values))) != 0)
+        [[unlikely]]
+      return false;
+    // Unsigned, a key of -1 is greater than all others; equal ones are told apart by their index.
+    const __m512i ordered = _mm512_or_si512(_mm512_slli_epi32(mine, 4), lane);
+    __m512i rank = _mm512_setzero_si512(), other = rank;
+    for (index_t i = 0; i < n; ++i, other = _mm512_add_epi32(other, one)) {
+      const __mmask16 greater =
+          _mm512_cmpgt_epu32_mask(ordered, _mm512_permutexvar_epi32(other, ordered));
+      rank = _mm512_mask_add_epi32(rank, greater, rank, one);
     }
-    sorted[rank[i]] = packed[i] >> 4;
-    place[i] = rank[i];
-    group_at[rank[i]] =
-        g.list != nullptr ? g.list[i] : static_cast<std::int32_t>(index_t{i} / g.size);
+    _mm512_mask_storeu_epi32(place, there, _mm512_mask_mov_epi32(none, used, rank));
+    if (g.list == nullptr && g.size >= n) {  // one group
+      const auto slots = static_cast<__mmask16>((1u << __builtin_popcount(used)) - 1);
+      _mm512_mask_storeu_epi32(group_at, slots, _mm512_setzero_si512());
+    } else {
+      const __m512i group = g.list != nullptr ? _mm512_maskz_loadu_epi32(there, g.list)
+                                              : detail::group_counter(g.size).group;
+      _mm512_mask_i32scatter_epi32(group_at, used, rank, group, 4);
+    }
+    for (index_t v = 0; v <= values; v += 16) {
+      const __m512i value = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(v)));
+      __m512i below = _mm512_setzero_si512();
+      for (index_t i = 0; i < n; ++i)
+        below = _mm512_mask_add_epi32(
+            below, _mm512_cmplt_epu32_mask(_mm512_set1_epi32(key[i]), value), below, one);
+      const auto wanted =
+          static_cast<__mmask16>(values - v >= 15 ? 0xffffu : (2u << (values - v)) - 1);
+      _mm512_mask_storeu_epi32(start + v, wanted, below);
+    }
+    return true;
   }
-  // start[v] counts the keys below v: a staircase, whose steps may be written too long, because the
-  // next step comes behind.
-  index_t v = 0;
-  for (std::int32_t below = 0; below <= used; ++below) {
-    const index_t end = below < used ? index_t{sorted[below]} + 1 : values + 1;
-    index_t at = v;
-    for (; at < end && at + w <= values + 1; at += w) vint<A>(below).store_unaligned(start + at);
-    for (; at < end; ++at) start[at] = below;
-    v = end;
-  }
-  return used;
+#endif
+  return rank_keys<A>(key, n, values, start, place) &&
+         (exclusive_scan<A>(start, values, start), place_keys<A>(key, n, g, start, place, group_at),
+          true);
 }
 
 }  // namespace moeroute::simd
