@@ -6,3 +6,4 @@
 #include <moeroute/exec/callable.hpp>
 #include <moeroute/metrics.hpp>
 #include <moeroute/routing.hpp>
+#include <moeroute/training.hpp>

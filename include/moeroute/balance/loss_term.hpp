@@ -18,7 +18,6 @@
 
 namespace moeroute {
 
-using simd::gradient_to;
 using simd::probability;
 
 /// What the losses of one call have in common.

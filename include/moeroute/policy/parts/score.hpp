@@ -189,6 +189,15 @@ struct sqrt_softplus : elementwise_score<sqrt_softplus> {
 };
 static_assert(score_function<sqrt_softplus>);
 
+/// log(1 + exp(z)).
+struct softplus : elementwise_score<softplus> {
+  template <class A>
+  MOEROUTE_INLINE static simd::vfloat<A> value(simd::vfloat<A> z) {
+    return simd::softplus<A>(z);
+  }
+};
+static_assert(score_function<softplus>);
+
 /// max(z, 0). Source: ReMoE (Wang et al. 2024), BlockFFN (Song et al. 2025).
 struct relu : elementwise_score<relu> {
   template <class A>

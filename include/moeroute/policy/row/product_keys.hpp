@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/parts/score.hpp>
@@ -71,12 +72,39 @@ struct product_keys {
         c.value[r * block_rows + i] = there ? m.sums[at] : simd::minus_infinity;
       }
     }
-    // The scores that sum over all experts would need all n^2 sums; those of the winners need none.
-    score.template score_choices<A>(z, c, score_scale::exact);
+    if constexpr (std::is_same_v<Score, softmax>) {
+      this->template softmax_of_sums<A>(z, c);
+    } else {
+      static_assert(Score::traits.reads_rows == row_use::never,
+                    "[moeroute::product_keys] a score over all experts would need all n^2 sums");
+      score.template score_choices<A>(z, c, score_scale::exact);
+    }
     weight.template apply<A>(c);
   }
 
  private:
+  // The softmax over all n^2 sums is the product of the softmaxes of the halves.
+  template <class A>
+  static void softmax_of_sums(const logit_block& z, choice_block& c) {
+    using F = simd::vfloat<A>;
+    const index_t n = z.experts / 2;
+    for (int i = 0; i < z.rows; ++i) {
+      const float *const one = z.row(i), *const two = one + n;
+      const F top_one(simd::row_max<A>(one, n)), top_two(simd::row_max<A>(two, n));
+      const F sum(simd::row_sum_exp<A>(one, n, top_one.get(0)) *
+                  simd::row_sum_exp<A>(two, n, top_two.get(0)));
+      for (int at = i; at < c.k * block_rows; at += block_rows) {
+        const index_t e = c.id[at];
+        c.value[at] = e == no_expert
+                          ? 0.0f
+                          : simd::divide<A>(simd::exp_below_max<A>(F(one[e / n]), top_one) *
+                                                simd::exp_below_max<A>(F(two[e % n]), top_two),
+                                            sum)
+                                .get(0);
+      }
+    }
+  }
+
   index_t room() const { return 4 * choices + 64; }
 
   // The k-th largest sum as a value: only ranks (i, j) with (i + 1)(j + 1) <= k can reach it.

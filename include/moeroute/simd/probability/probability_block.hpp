@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <limits>
 
+#include <moeroute/base/gradient.hpp>
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/join.hpp>
 #include <moeroute/simd/mask.hpp>
@@ -43,9 +44,6 @@ struct row_functions {
 struct row_function_sums {
   double square_lse = 0, entropy = 0, power = 0, inverse_norm = 0;
 };
-
-/// What is done with the gradient.
-enum class gradient_to { nowhere, write, add };
 
 /// Rows [16, stride] of unscaled probabilities and, per row, what makes them p and its gradient.
 template <class F>

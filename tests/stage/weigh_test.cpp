@@ -1,0 +1,347 @@
+#include <moeroute/stage/weigh.hpp>
+//
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/policy/weigh/any_router.hpp>
+#include <moeroute/policy/weigh/batch_routers.hpp>
+#include <moeroute/policy/weigh/row_routers.hpp>
+#include <moeroute/stage/route.hpp>
+#include <string>
+#include <vector>
+
+#include "oracle/losses.hpp"
+#include "support/allocations.hpp"
+#include "support/backwards.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/routed.hpp"
+#include "support/shapes.hpp"
+#include "support/threads.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+constexpr index_t tokens = 6, experts = 8;
+
+// A score of one's own: exp(z / 2).
+struct half_exponential : elementwise_score<half_exponential> {
+  template <class A>
+  static simd::vfloat<A> value(simd::vfloat<A> z) {
+    return simd::exp<A>(z * simd::vfloat<A>(0.5f));
+  }
+  static double value(double z) { return std::exp(0.5 * z); }
+  static double slope(double, double value) { return 0.5 * value; }
+};
+
+// f(name, router, columns, side inputs) for a router of every kind and every part.
+template <class F>
+void for_each_router(F&& f) {
+  static const std::vector<float> scale = {1.5f, 0.5f, -1.0f, 2.0f, 0.25f, 1.0f, 3.0f, 0.75f};
+  static const std::vector<float> add = {0.3f, -0.2f, 0.1f, 0.4f, -0.5f, 0.0f, 0.2f, -0.1f};
+  static const std::vector<float> bias = {0.1f, -0.1f, 0.2f, 0.0f, 0.3f, -0.2f, 0.0f, 0.1f};
+  static const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1};
+  static const std::vector<std::uint8_t> modality = {0, 1, 1, 0, 1, 0};
+  static const std::vector<float> shared = {0.5f, 0.25f, 1.0f, 2.0f, 0.1f, 0.0f};
+  static const std::vector<std::int32_t> ids = {0, 3, 1, 2, 3, 0};
+  static const expert_table table({0, 1, 2, 3, 4, no_expert, 7, 6, 5, 1, 4, 7}, 3, experts);
+  static const std::vector<float> width(test::make_logits(test::shape::normal, 9, tokens, experts));
+  constexpr auto sum = normalization::sum;
+  constexpr auto lp = normalization::lp;
+  const top_k three{.k = 3};
+  const side_inputs plain{.seed = 5, .step = 2};
+  const auto eight = [&](const char* name, const auto& router, const side_inputs& side) {
+    f(name, router, experts, side);
+  };
+  eight("softmax", router<softmax>{.selection = three, .weight = {.scale = 2.5f}}, plain);
+  eight("softmax, sum", router<softmax>{.selection = three, .weight = {.normalize = sum}},
+        {.mask = mask});
+  eight("softmax, bias, clamp",
+        router<softmax>{.selection = three,
+                        .weight = {.normalize = sum, .eps_where = eps_mode::clamp, .eps = 0.7f},
+                        .bias = selection_bias(bias)},
+        plain);
+  eight("softmax, L3, experts' scale",
+        router<softmax>{
+            .selection = three,
+            .weight = {.normalize = lp, .p = 3.0f, .divide = 3.0f, .expert_scale = scale}},
+        plain);
+  eight("softmax, L2 + eps",
+        router<softmax>{
+            .selection = three,
+            .weight = {.normalize = lp, .p = 2.0f, .eps_where = eps_mode::add, .eps = 0.125f}},
+        plain);
+  eight("softmax of the selected, transformed",
+        router<softmax_selected>{.selection = three,
+                                 .transform = {.temperature = 0.75f, .softcap = 2.0f, .add = add}},
+        plain);
+  eight("sigmoid, noise",
+        router<sigmoid>{.selection = three,
+                        .weight = {.normalize = sum},
+                        .transform = {.noise = {.kind = noise_kind::gaussian, .sigma = 0.5f}}},
+        plain);
+  eight("softmax, learned noise",
+        router<softmax>{.selection = three, .transform = {.noise = {.kind = noise_kind::gumbel}}},
+        {.noise_logits = test::rows_of(width, experts), .seed = 3, .step = 1});
+  eight("sqrt softplus, groups",
+        router<sqrt_softplus>{.selection = {.k = 3, .groups = 4, .topk_group = 2},
+                              .weight = {.normalize = lp, .p = 2.0f}},
+        plain);
+  eight("softplus, sum + eps",
+        router<softplus>{.selection = three,
+                         .weight = {.normalize = sum, .eps_where = eps_mode::add, .eps = 0.5f}},
+        plain);
+  eight("a score of one's own",
+        router<half_exponential>{.selection = three, .weight = {.normalize = sum}}, plain);
+  eight("identity", router<identity_score>{.selection = three}, plain);
+  eight("top-p", top_p{.p = 0.7f, .weight = {.normalize = sum}}, plain);
+  eight("relu, rms",
+        threshold_router<relu>{.norm = threshold_norm::rms, .scale = 2.0f, .gamma = scale}, plain);
+  eight("sigmoid over a threshold, sum",
+        threshold_router<sigmoid>{
+            .threshold = 0.25f, .norm = threshold_norm::sum, .eps = 0.125f, .norm_scale = 0.5f},
+        plain);
+  eight("a table", table_router<softmax>{&table}, {.token_ids = ids});
+  eight("a table without a gate", table_router<uniform_score>{&table, {}, {.normalize = sum}},
+        {.token_ids = ids});
+  eight("product keys, selected", product_keys<>{.choices = 5}, plain);
+  eight("product keys, softmax of all", product_keys<softmax>{.choices = 5}, plain);
+  eight("SparseMixer", sparsemixer{.jitter = 0.25f}, plain);
+  eight("GShard's two", gshard_top2{.policy = second_expert::random, .weight = {.normalize = sum}},
+        plain);
+  eight("random", random_choice{.choices = 3}, plain);
+  const router<softmax> two{.selection = {.k = 2}, .weight = {.scale = 2.0f}};
+  eight("two modalities",
+        by_modality<router<softmax>, router<sigmoid>>{two, {.selection = {.k = 2}}, 5},
+        {.modality = modality});
+  eight("shared experts with a gate", with_shared<router<softmax>>{two, 2},
+        {.shared_weight = shared});
+  eight("shared experts", with_shared<router<softmax>>{two, 1, 0.5f}, plain);
+  eight("expert choice", expert_choice<>{.capacity = {.factor = 2.0}}, plain);
+  eight("expert choice, sum",
+        expert_choice<sigmoid>{
+            .capacity = {.factor = 3.0}, .normalize = token_renormalization::sum, .scale = 2.0f},
+        {.mask = mask});
+  eight("Sinkhorn", sinkhorn{.k = 2}, plain);
+  eight("Sinkhorn, one", sinkhorn{.k = 1}, plain);
+  eight("selective Sinkhorn",
+        selective_sinkhorn{
+            .k = 2, .probability = 0.0f, .noise = {.kind = noise_kind::gaussian, .sigma = 0.25f}},
+        plain);
+  eight("Sinkhorn by experts", sinkhorn_expert_choice{.capacity = {.factor = 2.0}}, plain);
+  eight("sparse transport", sparse_transport{.capacity = {.factor = 2.0}}, plain);
+  eight("sparse transport by tokens", sparse_transport_token_choice{.k = 2}, plain);
+  eight("BASE", base_assignment{.phase = routing_phase::evaluation}, plain);
+}
+
+template <class F>
+matrix_view<const F> view_of(const std::vector<F>& z, index_t columns) {
+  return {z.data(), static_cast<index_t>(z.size()) / columns, columns};
+}
+
+std::vector<double> random_doubles(std::size_t n, std::uint64_t seed) {
+  test::random rng(seed);
+  std::vector<double> x(n);
+  for (double& v : x) v = static_cast<double>(rng.normal());
+  return x;
+}
+
+template <class Router, class Exec = serial>
+std::vector<double> gradient(const Router& router, const std::vector<double>& z, index_t columns,
+                             const side_inputs& side, const assignment& a,
+                             const std::vector<double>& dw, const Exec& exec = {},
+                             const router_gradients<double>& own = {}) {
+  workspace ws;
+  std::vector<double> dz(z.size(), 3.0);
+  weigh_backward(router, view_of(z, columns), side, a, dw, gradient_to::write,
+                 matrix_view<double>(dz.data(), static_cast<index_t>(z.size()) / columns, columns),
+                 ws, exec, own);
+  return dz;
+}
+
+}  // namespace
+
+TEST_CASE("weights of given choices are those that route wrote, for every router") {
+  for (const auto shape : {test::shape::normal, test::shape::masked, test::shape::half_nan,
+                           test::shape::plus_infs, test::shape::quantised})
+    for_each_router([&](const char* name, const auto& router, index_t columns, const auto& side) {
+      INFO(name << ", " << test::name(shape));
+      const std::vector<float> z = test::make_logits(shape, 2, tokens, columns);
+      const assignment a = test::routed(router, z, columns, side);
+      std::vector<float> w(static_cast<std::size_t>(a.choices()), -9.0f);
+      workspace ws;
+      weigh(router, view_of(z, columns), side, a, std::span(w), ws);
+      CHECK(test::difference(w, a.weights(), 3e-6, 1e-30) == "");
+    });
+}
+
+TEST_CASE("gradients of weights are their derivatives, for every router") {
+  for_each_router([](const char* name, const auto& router, index_t columns, const auto& side) {
+    INFO(name);
+    const std::vector<float> near = test::make_logits(test::shape::normal, 4, tokens, columns);
+    const assignment a = test::routed(router, near, columns, side);
+    const std::vector<double> z(near.begin(), near.end());
+    const std::vector<double> dw = random_doubles(static_cast<std::size_t>(a.choices()), 3);
+    workspace ws;
+    std::vector<double> w(dw.size());
+    const auto value = [&](const std::vector<double>& x) {
+      weigh(router, view_of(x, columns), side, a, std::span(w), ws);
+      double sum = 0.0;
+      for (std::size_t c = 0; c < w.size(); ++c)
+        if (a.ids()[c] != no_expert) sum += dw[c] * w[c];
+      return sum;
+    };
+    CHECK(test::difference(gradient(router, z, columns, side, a, dw), oracle::derivative(z, value),
+                           1e-7, 2e-9) == "");
+  });
+}
+
+TEST_CASE("the gradient of a noise gate is its derivative") {
+  const std::vector<double> z = random_doubles(tokens * experts, 5);
+  std::vector<float> width = test::make_logits(test::shape::normal, 6, tokens, experts);
+  const router<softmax> r{
+      .selection = {.k = 3},
+      .transform = {.temperature = 0.5f, .noise = {.kind = noise_kind::gaussian}}};
+  const side_inputs side{.noise_logits = test::rows_of(width, experts), .seed = 7};
+  const assignment a = test::routed(r, {z.begin(), z.end()}, experts, side);
+  const std::vector<double> dw = random_doubles(static_cast<std::size_t>(a.choices()), 8);
+  std::vector<double> dwidth(z.size());
+  gradient(r, z, experts, side, a, dw, serial{},
+           {.noise_logits = matrix_view<double>(dwidth.data(), tokens, experts)});
+  workspace ws;
+  std::vector<double> w(dw.size());
+  const auto value = [&] {
+    weigh(r, view_of(z, experts), side, a, std::span(w), ws);
+    double sum = 0.0;
+    for (std::size_t c = 0; c < w.size(); ++c) sum += dw[c] * w[c];
+    return sum;
+  };
+  for (std::size_t i = 0; i < width.size(); ++i) {
+    const float was = width[i];
+    width[i] = was + 0x1p-8f;  // differences of floats are exact
+    const double far = static_cast<double>(width[i]), up = value();
+    width[i] = was - 0x1p-8f;
+    const double slope = (up - value()) / (far - static_cast<double>(width[i]));
+    width[i] = was;
+    CHECK(std::abs(slope - dwidth[i]) < 2e-5);
+  }
+}
+
+TEST_CASE("one choice that is divided by its sum has no gradient") {
+  const std::vector<double> z = random_doubles(tokens * experts, 11);
+  const std::vector<double> dw = random_doubles(tokens, 12);
+  const auto gradient_of = [&](const auto& router) {
+    const assignment a = test::routed(router, {z.begin(), z.end()}, experts);
+    return gradient(router, z, experts, {}, a, dw);
+  };
+  CHECK(gradient_of(router<softmax>{.selection = {.k = 1}, .weight = sum_normalized}) ==
+        std::vector<double>(z.size(), 0.0));
+  CHECK(gradient_of(router<softmax_selected>{.selection = {.k = 1}}) ==
+        std::vector<double>(z.size(), 0.0));
+  CHECK(gradient_of(router<softmax>{.selection = {.k = 1}}) != std::vector<double>(z.size(), 0.0));
+}
+
+TEST_CASE("a NaN in the gradient of a weight stays in its token's row") {
+  const std::vector<double> z = random_doubles(tokens * experts, 13);
+  const router<softmax> r{.selection = {.k = 2}};
+  const assignment a = test::routed(r, {z.begin(), z.end()}, experts);
+  std::vector<double> dw(static_cast<std::size_t>(a.choices()), 1.0);
+  dw[5] = std::nan("");
+  const std::vector<double> dz = gradient(r, z, experts, {}, a, dw);
+  for (std::size_t i = 0; i < dz.size(); ++i)
+    CHECK(std::isnan(dz[i]) == (i / static_cast<std::size_t>(experts) == 2));
+}
+
+TEST_CASE("gradients have the same bits for every executor, and are added where asked") {
+  constexpr index_t many = 3000;
+  const std::vector<float> near = test::make_logits(test::shape::normal, 1, many, experts);
+  const std::vector<double> z(near.begin(), near.end());
+  const std::vector<float> scale(experts, 1.5f);
+  const router<softmax> r{.selection = {.k = 3}, .weight = {.expert_scale = scale}};
+  const assignment a = test::routed(r, near, experts);
+  const std::vector<double> dw = random_doubles(static_cast<std::size_t>(a.choices()), 2);
+  const auto alone = gradient(r, z, experts, {}, a, dw);
+  CHECK(gradient(r, z, experts, {}, a, dw, test::backwards{}) == alone);
+  CHECK(gradient(r, z, experts, {}, a, dw, test::several_threads{}) == alone);
+  std::vector<double> dscale(experts), again(experts);
+  CHECK(gradient(r, z, experts, {}, a, dw, serial{}, {.expert_factor = dscale}) == alone);
+  CHECK(gradient(r, z, experts, {}, a, dw, test::backwards{}, {.expert_factor = again}) == alone);
+  CHECK(dscale == again);
+
+  workspace ws;
+  std::vector<double> dz = z;
+  const matrix_view<double> out(dz.data(), many, experts);
+  weigh_backward(r, view_of(z, experts), {}, a, dw, gradient_to::add, out, ws);
+  for (std::size_t i = 0; i < dz.size(); ++i) dz[i] -= z[i];
+  CHECK(test::difference(dz, alone, 0.0, 1e-14) == "");
+  std::vector<double> w(dw.size());
+  CHECK(test::allocations_during([&] {
+          weigh(r, view_of(z, experts), {}, a, std::span(w), ws);
+          weigh_backward(r, view_of(z, experts), {}, a, dw, gradient_to::write, out, ws);
+        }) == 0);
+  weigh_backward(r, view_of(z, experts), {}, a, dw, gradient_to::nowhere, matrix_view<double>{},
+                 ws);
+}
+
+TEST_CASE("a router picked at run time has the weights and gradients of its kind") {
+  const std::vector<float> near = test::make_logits(test::shape::normal, 21, tokens, experts);
+  const std::vector<double> z(near.begin(), near.end());
+  router_spec spec;
+  spec.experts = experts;
+  spec.k = 3;
+  spec.score = score_kind::sigmoid;
+  spec.normalize = normalization::sum;
+  const router<sigmoid> same{.selection = {.k = 3}, .weight = sum_normalized};
+  const assignment a = test::routed(same, near, experts);
+  const std::vector<double> dw = random_doubles(static_cast<std::size_t>(a.choices()), 22);
+  CHECK(gradient(make_router(spec), z, experts, {}, a, dw) ==
+        gradient(same, z, experts, {}, a, dw));
+}
+
+TEST_CASE("no token, no choice, no gradient") {
+  const router<softmax> r{.selection = {.k = 2}};
+  const assignment a = test::routed(r, {}, experts);
+  CHECK(gradient(r, {}, experts, {}, a, {}).empty());
+}
+
+TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by name") {
+  std::vector<double> z = random_doubles(tokens * experts, 31);
+  const router<softmax> r{.selection = {.k = 2}};
+  assignment a = test::routed(r, {z.begin(), z.end()}, experts);
+  std::vector<double> dw(12), dz(z.size());
+  workspace ws;
+  const auto refused = [&](index_t rows, std::size_t weights, matrix_view<double> out,
+                           const router_gradients<double>& own = {}, const side_inputs& side = {}) {
+    return test::refusal([&] {
+      weigh_backward(r, matrix_view<const double>(z.data(), rows, experts), side, a,
+                     std::span<const double>(dw.data(), weights), gradient_to::write, out, ws,
+                     serial{}, own);
+    });
+  };
+  const matrix_view<double> out(dz.data(), tokens, experts);
+  CHECK(refused(5, 12, out) == "moeroute::weigh_backward: logits.rows is 5, expected 6");
+  CHECK(refused(6, 11, out) == "moeroute::weigh_backward: weights.size() is 11, expected 12");
+  CHECK(refused(6, 12, out.middle_rows(0, 5)) ==
+        "moeroute::weigh_backward: dlogits.rows is 5, expected 6");
+  CHECK(refused(6, 12, {z.data(), tokens, experts}) ==
+        "moeroute::weigh_backward: logits and dlogits overlap, expected memory of their own");
+  std::vector<double> scale(7);
+  CHECK(refused(6, 12, out, {.expert_factor = scale}) ==
+        "moeroute::weigh_backward: own.expert_factor.size() is 7, expected 8");
+  a.ids()[3] = 8;
+  CHECK(refused(6, 12, out) == "moeroute::weigh_backward: an id is 8, expected -1 to 7");
+  a.ids()[3] = -2;
+  CHECK(refused(6, 12, out) == "moeroute::weigh_backward: an id is -2, expected -1 to 7");
+  a.ids()[3] = 1;
+  const by_modality<router<softmax>> two{r, r, 4};
+  CHECK(test::refusal([&] {
+          weigh_backward(two, view_of(z, experts), {}, a, dw, gradient_to::write, out, ws);
+        }) == "moeroute::weigh_backward: modality.size() is 0, expected 6");
+  CHECK(test::refusal([&] {
+          weigh_backward(sinkhorn{.weights = plan_weights::plan}, view_of(z, experts), {}, a, dw,
+                         gradient_to::write, out, ws);
+        }) ==
+        "moeroute::weigh: sinkhorn.weights is plan: it couples the tokens, use weigh_plan and "
+        "weigh_plan_backward");
+}
