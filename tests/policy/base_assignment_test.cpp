@@ -192,6 +192,45 @@ TEST_CASE("the auction is the published one, bid by bid") {
     }
 }
 
+TEST_CASE(
+    "an auction takes what is not finite for the least affinity, +inf and more for the most") {
+  for (const auto& [tokens, experts] : {std::pair<index_t, index_t>{32, 4}, {60, 5}, {64, 16}}) {
+    auto z = test::make_logits(test::shape::normal, 4, tokens, experts);
+    std::vector<std::uint8_t> mask(static_cast<std::size_t>(tokens), 1);
+    mask[3] = mask[17] = 0;
+    const auto finite = [&](index_t t) { return mask[static_cast<std::size_t>(t)] != 0; };
+    const auto row = [&](auto& rows, index_t t) { return rows.begin() + t * experts; };
+    float least = 1e9f, most = -1e9f;
+    for (index_t t = 0; t < tokens; ++t)
+      for (index_t e = 0; finite(t) && e < experts; ++e) {
+        const float x = *(row(z, t) + e);
+        least = std::min(least, x);
+        most = std::max(most, x);
+      }
+    std::vector<float> clean = z;
+    for (index_t t = 0; t < tokens; ++t)
+      for (index_t e = 0; e < experts; ++e) {
+        const float odd = (t + e) % 3 == 0   ? -test::infinity
+                          : (t + e) % 3 == 1 ? test::not_a_number
+                                             : test::infinity;
+        // The extremes stay where they are.
+        const float x = *(row(z, t) + e);
+        if ((7 * t + e) % 11 == 0 && x != least && x != most) {
+          *(row(z, t) + e) = odd;
+          *(row(clean, t) + e) = odd > 0.0f ? most : least;
+        }
+        if (!finite(t)) *(row(clean, t) + e) = least;
+      }
+    auto expected = oracle::auction(clean, tokens, experts);
+    for (index_t t = 0; t < tokens; ++t) {
+      expert_id& e = expected[static_cast<std::size_t>(t)];
+      if (!finite(t) || !(*(row(z, t) + e) > -test::infinity)) e = no_expert;
+    }
+    INFO(tokens << " tokens, " << experts << " experts");
+    CHECK(test::listed(routed(auction, z, experts, {.mask = mask}).ids()) == expected);
+  }
+}
+
 TEST_CASE("BASE refuses a batch that cannot be shared evenly, by name") {
   CHECK(test::refusal([] { auction.check(10, 4); }) ==
         "moeroute::base_assignment: tokens is 10, expected a multiple of experts = 4");

@@ -162,6 +162,33 @@ TEST_CASE("renormalised weights of a token sum to the scale, of an untaken token
   CHECK(untaken > 0);
 }
 
+TEST_CASE("renormalised weights are the picks' scores over their sum, for every token") {
+  constexpr index_t tokens = 16, experts = 8;
+  const auto z = test::make_logits(test::shape::normal, 5, tokens, experts);
+  const expert_choice<> plain{.capacity = {.factor = 4.0}};
+  expert_choice<> shared = plain;
+  shared.normalize = token_renormalization::sum;
+  shared.eps = 0.25f;
+  const assignment a = routed(plain, z, experts), b = routed(shared, z, experts);
+  REQUIRE(listed(a.ids()) == listed(b.ids()));
+  for (index_t t = 0; t < tokens; ++t) {
+    REQUIRE(a.count(t) > 0);
+    double sum = 0.25;
+    for (const float w : a.weights(t)) sum += static_cast<double>(w);
+    std::vector<double> expected;
+    for (const float w : a.weights(t)) expected.push_back(static_cast<double>(w) / sum);
+    CHECK(test::difference(b.weights(t), expected, 1e-6) == "");
+  }
+}
+
+TEST_CASE("a token whose scores are all 0 has weights 0, not a quotient of them") {
+  const expert_choice<identity_score> router{.capacity = {.factor = 2.0},
+                                             .normalize = token_renormalization::sum};
+  const assignment a = routed(router, test::zeros(4, 2), 2);
+  CHECK(a.choices() == 8);
+  CHECK(listed(a.weights()) == std::vector<float>(8, 0.0f));
+}
+
 TEST_CASE("a masked token is never taken, and a batch of them leaves every expert empty") {
   constexpr index_t tokens = 50, experts = 8;
   const auto z = test::make_logits(test::shape::normal, 4, tokens, experts);

@@ -348,4 +348,6 @@ TEST_CASE("Sinkhorn refuses what does not fit, by name") {
   CHECK(refusal({}) == "accepted");
   CHECK(test::refusal([] { selective_sinkhorn{.probability = 1.5f}.check(10, 4); }) ==
         "moeroute::selective_sinkhorn: probability is 1.500000, expected 0 to 1");
+  CHECK(test::refusal([] { selective_sinkhorn{.noise = {.sigma = -1.0f}}.check(10, 4); }) ==
+        "moeroute::logit_noise: sigma is -1.000000, expected >= 0");
 }

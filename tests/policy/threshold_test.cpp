@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "support/backwards.hpp"
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
@@ -124,6 +125,21 @@ TEST_CASE("weights stay finite beside +inf") {
     CHECK(a.weights(0)[0] == a.weights(0)[2]);
     CHECK(a.weights(0)[0] > 0.0f);
   }
+}
+
+TEST_CASE("a token that chooses everything writes nothing of its neighbours', in any order") {
+  // More tokens than one piece has, and rows that fill a register and a part of the next.
+  constexpr index_t tokens = 2000, experts = 20;
+  const std::vector<float> logits = test::make_logits(test::shape::normal, 6, tokens, experts);
+  const std::vector<float> gamma(experts, 3.0f);
+  const threshold_router<identity_score> rule{.threshold = -100.0f, .gamma = gamma};
+  workspace memory;
+  assignment forwards, backwards;
+  route(rule, test::rows_of(logits, experts), memory, forwards);
+  route(rule, test::rows_of(logits, experts), memory, backwards, test::backwards{});
+  CHECK(forwards.choices() == tokens * experts);
+  CHECK(test::bit_difference(backwards.ids(), forwards.ids()) == "");
+  CHECK(test::bit_difference(backwards.weights(), forwards.weights()) == "");
 }
 
 TEST_CASE("a threshold, eps or gamma that makes no sense is refused") {
