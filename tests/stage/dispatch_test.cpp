@@ -82,3 +82,20 @@ TEST_CASE("dispatch refuses shapes that do not fit the plan") {
   CHECK(refusal(5, slots, 7) == "moeroute::dispatch: slots.cols() is 7, expected 6");
   CHECK(refusal(5, slots, 6) == "accepted");
 }
+
+TEST_CASE("whole lines are streamed from four second-level caches on, everything else is cached") {
+  const simd::cache_sizes caches{.second = 1000 * 64};
+  const auto streamed = [&](index_t slots, index_t row_bytes) {
+    return choose_stores(slots, row_bytes, caches) == store_path::streamed;
+  };
+  CHECK(streamed(4000, 64) == simd::has_streaming_stores);
+  CHECK(streamed(500, 512) == simd::has_streaming_stores);
+  CHECK_FALSE(streamed(3999, 64));
+  CHECK_FALSE(streamed(499, 512));
+  CHECK_FALSE(streamed(1'000'000, 63));
+  CHECK_FALSE(streamed(1'000'000, 96));
+  CHECK_FALSE(streamed(0, 64));
+  CHECK_FALSE(streamed(1'000'000, 0));
+  CHECK(simd::machine_caches().second >= 1 << 14);
+  CHECK(&simd::machine_caches() == &simd::machine_caches());
+}

@@ -114,7 +114,8 @@ void combine_rows(const X& slot_rows, const dispatch_plan& plan, const choice_we
     const float* weight = of.weight;
     const index_t terms = std::max<index_t>(1, plan.k());
     // Rows in the second cache come by themselves.
-    const bool streamed = slots.rows * slots.cols * index_t{sizeof(T)} > (index_t{4} << 20);
+    const bool streamed =
+        slots.rows * slots.cols * index_t{sizeof(T)} > 2 * simd::machine_caches().second;
     exec.parallel_for(y.rows, row_grain(y.cols * terms), [&](index_t begin, index_t end) {
       for (index_t t = begin; t < end; ++t) {
         const index_t first = plan.first(t), count = plan.count(t);
