@@ -1,5 +1,4 @@
 // layer: the whole flow in one call, and the share of it that is routing.
-#include <Eigen/Core>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -7,6 +6,7 @@
 
 #include <moeroute/layer/moe_layer.hpp>
 #include <moeroute/layer/swiglu_experts.hpp>
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/router.hpp>
 
 #include "support/contest.hpp"

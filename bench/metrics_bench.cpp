@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/metrics/co_activation.hpp>
 #include <moeroute/metrics/entropy.hpp>
 #include <moeroute/metrics/load.hpp>

@@ -1,10 +1,10 @@
 // plan, dispatch, combine and gate: the stages around the experts.
-#include <Eigen/Core>
 #include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
 
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/stage/combine.hpp>
 #include <moeroute/stage/dispatch.hpp>
 #include <moeroute/stage/gate.hpp>

@@ -1,7 +1,7 @@
 // A mixture-of-experts layer, step by step: describe a router, then gate, route, plan, dispatch,
 // run your experts, combine.
-#include <Eigen/Core>
 #include <cstdio>
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/stage/combine.hpp>
 #include <moeroute/stage/dispatch.hpp>

@@ -1,4 +1,5 @@
 // What an outside project does first: route a few tokens and look where they go.
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/stage/route.hpp>
 

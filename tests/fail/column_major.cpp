@@ -1,4 +1,4 @@
 // expect: [moeroute::view] rows must be contiguous: use Eigen::RowMajor
-#include <moeroute/matrix/matrix.hpp>
+#include <moeroute/matrix/eigen.hpp>
 
 void read(Eigen::MatrixXf& m) { moeroute::view(m); }

@@ -1,5 +1,5 @@
 // expect: [moeroute::view] rows must be contiguous: the inner stride must be 1
-#include <moeroute/matrix/matrix.hpp>
+#include <moeroute/matrix/eigen.hpp>
 
 void read(
     Eigen::Map<moeroute::row_matrix<float>, 0, Eigen::Stride<Eigen::Dynamic, 2>>& every_second) {

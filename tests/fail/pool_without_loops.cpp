@@ -1,5 +1,6 @@
 // expect: executor
 // expect: parallel_for
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/stage/route.hpp>
 

@@ -1,5 +1,6 @@
 // expect: any_kind_of_router
 // expect: r.carve(s, index_t{})
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/stage/route.hpp>
 
 struct first_experts {

@@ -1,4 +1,4 @@
 // expect: [moeroute::view] a temporary would dangle
-#include <moeroute/matrix/matrix.hpp>
+#include <moeroute/matrix/eigen.hpp>
 
 auto rows() { return moeroute::view(moeroute::row_matrix<float>(2, 3)); }

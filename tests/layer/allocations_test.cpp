@@ -7,6 +7,7 @@
 #include <moeroute/exec/callable.hpp>
 #include <moeroute/layer/moe_layer.hpp>
 #include <moeroute/layer/swiglu_experts.hpp>
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/router.hpp>
 #include <nlohmann/json.hpp>
 #include <string>

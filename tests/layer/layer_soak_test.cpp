@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <moeroute/exec/callable.hpp>
 #include <moeroute/layer/moe_layer.hpp>
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/policy/router.hpp>

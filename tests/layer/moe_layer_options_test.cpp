@@ -6,6 +6,7 @@
 #include <moeroute/exec/callable.hpp>
 #include <moeroute/layer/moe_layer.hpp>
 #include <moeroute/layer/swiglu_experts.hpp>
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/policy/row/top_p.hpp>

@@ -4,6 +4,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <moeroute/layer/swiglu_experts.hpp>
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/router.hpp>
 #include <string>
 #include <vector>

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <moeroute/exec/callable.hpp>
+#include <moeroute/matrix/eigen.hpp>
 #include <numeric>
 #include <string>
 #include <vector>

@@ -1,6 +1,7 @@
 #include <moeroute/layer/swiglu_experts.hpp>
 
 #include <catch2/catch_test_macros.hpp>
+#include <moeroute/matrix/eigen.hpp>
 #include <vector>
 
 #include "oracle/layer.hpp"

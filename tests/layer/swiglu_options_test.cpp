@@ -3,6 +3,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <moeroute/layer/swiglu_experts.hpp>
+#include <moeroute/matrix/eigen.hpp>
 #include <string>
 #include <vector>
 

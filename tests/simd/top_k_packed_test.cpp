@@ -30,7 +30,7 @@ struct narrow_rows {
 
   explicit narrow_rows(const std::vector<float>& values) {
     for (const float x : values) {
-      narrow.push_back(std::bit_cast<bfloat16>(simd::detail::bfloat16_bits(x)));
+      narrow.push_back(bfloat16(x));
       wide.push_back(simd::detail::widened(narrow.back()));
     }
   }
@@ -183,7 +183,7 @@ TEMPLATE_LIST_TEST_CASE("the last columns that a key can number, and more than i
 }
 
 TEST_CASE("orders ascend where bfloat16 ascend, -0 with +0, NaN below -inf") {
-  const auto order = [](float x) { return simd::order_of(simd::detail::bfloat16_bits(x)); };
+  const auto order = [](float x) { return simd::order_of(bfloat16(x).bits); };
   const float ascending[] = {-test::infinity, -3e38f, -1.0f, -0x1p-130f,    0.0f,
                              0x1p-130f,       1.0f,   3e38f, test::infinity};
   for (std::size_t i = 0; i + 1 < std::size(ascending); ++i)

@@ -2,6 +2,7 @@
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/matrix/eigen.hpp>
 #include <string>
 #include <vector>
 

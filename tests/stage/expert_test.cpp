@@ -1,6 +1,7 @@
 #include <moeroute/stage/expert.hpp>
 
 #include <catch2/catch_test_macros.hpp>
+#include <moeroute/matrix/eigen.hpp>
 #include <string>
 #include <vector>
 

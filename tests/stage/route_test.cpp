@@ -4,6 +4,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <cstdint>
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/router.hpp>
 #include <vector>
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/matrix/eigen.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/stage/plan.hpp>
 #include <span>

@@ -13,14 +13,18 @@
 #if defined(__GNUC__) || defined(__clang__)
 #define MOEROUTE_INLINE [[gnu::always_inline]] inline
 #define MOEROUTE_COLD [[gnu::cold, gnu::noinline]]
+#define MOEROUTE_OUT_OF_LINE [[gnu::noinline]]
 #define MOEROUTE_RESTRICT __restrict__
+#define MOEROUTE_MAY_ALIAS [[gnu::may_alias]]
 #define MOEROUTE_PREFETCH(address) __builtin_prefetch(address)
 #define MOEROUTE_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
 #define MOEROUTE_FORGET(address) asm volatile("" : : "r"(address) : "memory")
 #else
 #define MOEROUTE_INLINE inline
 #define MOEROUTE_COLD
+#define MOEROUTE_OUT_OF_LINE
 #define MOEROUTE_RESTRICT
+#define MOEROUTE_MAY_ALIAS
 #define MOEROUTE_PREFETCH(address) static_cast<void>(address)
 #define MOEROUTE_PREFETCH_TO_WRITE(address) static_cast<void>(address)
 #define MOEROUTE_FORGET(address) static_cast<void>(address)

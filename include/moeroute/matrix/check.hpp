@@ -1,50 +1,68 @@
 // What a stage checks about the matrices it is given: strides, and that output is not input.
 #pragma once
 
-#include <functional>
-#include <string>
+#include <cstdint>
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/matrix/matrix.hpp>
 
 namespace moeroute {
 
-/// Throws error where rows would run into one another.
-template <class T>
-void check_stride(const char* where, const char* what, const matrix_view<T>& m) {
-  if (m.rows > 1 && m.stride < m.cols) [[unlikely]]
-    fail(where, std::string(what) + ".stride is " + std::to_string(m.stride) +
-                    ", expected at least " + std::to_string(m.cols));
-}
-
 namespace detail {
 
+[[noreturn]] MOEROUTE_COLD inline void fail_stride(const char* where, const char* what,
+                                                   index_t stride, index_t cols) {
+  fail(where, std::string(what) + ".stride is " + std::to_string(stride) + ", expected at least " +
+                  std::to_string(cols));
+}
+
+[[noreturn]] MOEROUTE_COLD inline void fail_overlap(const char* where, const char* a,
+                                                    const char* b) {
+  fail(where, std::string(a) + " and " + b + " overlap, expected memory of their own");
+}
+
+// A matrix as bytes. Addresses are numbers: those of two arrays may be compared.
 struct byte_rows {
-  const char* begin;
+  std::uintptr_t begin;
   index_t row_bytes, stride_bytes, rows;
 
   template <class T>
   explicit byte_rows(const matrix_view<T>& m)
-      : begin(reinterpret_cast<const char*>(m.data)),
+      : begin(reinterpret_cast<std::uintptr_t>(m.data)),
         row_bytes(m.cols * static_cast<index_t>(sizeof(T))),
         stride_bytes((m.rows > 1 ? m.stride : m.cols) * static_cast<index_t>(sizeof(T))),
         rows(m.rows) {}
 
   bool empty() const { return rows == 0 || row_bytes == 0; }
-  const char* end() const { return begin + (rows - 1) * stride_bytes + row_bytes; }
+  std::uintptr_t end() const {
+    return begin + static_cast<std::uintptr_t>((rows - 1) * stride_bytes + row_bytes);
+  }
 };
 
 inline bool share_bytes(const byte_rows& a, const byte_rows& b) {
-  if (a.empty() || b.empty()) return false;
-  const std::less<> before;
-  if (!before(a.begin, b.end()) || !before(b.begin, a.end())) return false;
+  if (a.empty() || b.empty() || a.begin >= b.end() || b.begin >= a.end()) return false;
   if (a.stride_bytes != b.stride_bytes || a.rows == 1 || b.rows == 1) return true;
   // Columns of one matrix side by side: the rows interleave, the bytes need not meet.
-  const index_t shift = ((b.begin - a.begin) % a.stride_bytes + a.stride_bytes) % a.stride_bytes;
+  const index_t apart = static_cast<index_t>(b.begin - a.begin) % a.stride_bytes;
+  const index_t shift = apart < 0 ? apart + a.stride_bytes : apart;
   return shift < a.row_bytes || shift + b.row_bytes > a.stride_bytes;
 }
 
+MOEROUTE_OUT_OF_LINE inline void check_bytes_apart(const char* where, const char* a_name,
+                                                   const byte_rows& a, const char* b_name,
+                                                   const byte_rows& b) {
+  if (share_bytes(a, b)) [[unlikely]]
+    fail_overlap(where, a_name, b_name);
+}
+
 }  // namespace detail
+
+/// Throws error where rows would run into one another.
+template <class T>
+void check_stride(const char* where, const char* what, const matrix_view<T>& m) {
+  if (m.rows > 1 && m.stride < m.cols) [[unlikely]]
+    detail::fail_stride(where, what, m.stride, m.cols);
+}
 
 /// Whether two matrices share memory. Two column ranges of one matrix do not.
 template <class T, class U>
@@ -56,8 +74,7 @@ bool overlap(const matrix_view<T>& a, const matrix_view<U>& b) {
 template <class T, class U>
 void check_apart(const char* where, const char* a_name, const matrix_view<T>& a, const char* b_name,
                  const matrix_view<U>& b) {
-  if (overlap(a, b)) [[unlikely]]
-    fail(where, std::string(a_name) + " and " + b_name + " overlap, expected memory of their own");
+  detail::check_bytes_apart(where, a_name, detail::byte_rows(a), b_name, detail::byte_rows(b));
 }
 
 /// Throws error where two matrices share memory and are not the same one, element by element.

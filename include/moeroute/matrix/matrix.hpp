@@ -1,26 +1,15 @@
-// The door to Eigen: matrix views, and the 16-bit storage types.
+// Matrices that somebody else owns: what the stages take, and how other libraries' become one.
 #pragma once
 
-#include <Eigen/Core>
 #include <concepts>
-#include <ranges>
 #include <span>
 #include <type_traits>
 
 #include <moeroute/base/contract.hpp>
 #include <moeroute/base/index.hpp>
+#include <moeroute/matrix/storage.hpp>
 
 namespace moeroute {
-
-/// 16-bit storage types: hidden states and logits are kept in them and widened to float once.
-using bfloat16 = Eigen::bfloat16;
-using float16 = Eigen::half;
-
-/// float, bfloat16 or float16.
-template <class T>
-concept storage = std::is_same_v<std::remove_const_t<T>, float> ||
-                  std::is_same_v<std::remove_const_t<T>, bfloat16> ||
-                  std::is_same_v<std::remove_const_t<T>, float16>;
 
 /// A row-major matrix that somebody else owns: one token (or slot, or expert) per row.
 ///
@@ -65,9 +54,12 @@ inline constexpr bool is_matrix_view = false;
 template <class T>
 inline constexpr bool is_matrix_view<matrix_view<T>> = true;
 
+// Eigen's matrices, maps, refs and blocks, without a look at Eigen.
 template <class M>
-concept eigen_rows = requires(M& m) {
+concept strided_rows = requires(M& m) {
   { m.data() };
+  { m.rows() } -> std::convertible_to<index_t>;
+  { m.cols() } -> std::convertible_to<index_t>;
   { m.outerStride() } -> std::convertible_to<index_t>;
   { m.innerStride() } -> std::convertible_to<index_t>;
   { std::remove_cvref_t<M>::IsRowMajor };
@@ -76,35 +68,49 @@ concept eigen_rows = requires(M& m) {
 // Whether a temporary M takes its values with it when it goes.
 template <class M>
 inline constexpr bool owns_values = !std::ranges::borrowed_range<M>;
-template <detail::eigen_rows M>
-inline constexpr bool owns_values<M> = std::derived_from<M, Eigen::PlainObjectBase<M>>;
+template <detail::strided_rows M>
+inline constexpr bool owns_values<M> = requires(M& m) { m.conservativeResize(1, 1); };
 template <class T>
 inline constexpr bool owns_values<matrix_view<T>> = false;
 
+template <class T>
+auto* as_stored(T* p) {
+  using type = typename stored_as<std::remove_const_t<T>>::type;
+  static_assert(sizeof(type) == sizeof(T), "[moeroute::stored_as] another type of the same bits");
+  using same = std::conditional_t<std::is_const_v<T>, const type, type>;
+  if constexpr (std::is_same_v<same, T>) {
+    return p;
+  } else {
+    return reinterpret_cast<same*>(p);
+  }
+}
+
 }  // namespace detail
 
-/// A matrix_view of a row-major Eigen matrix, map, ref or block; of a std::span (one row); or the
-/// view itself. Read-only where m is; a temporary that owns its values is refused.
+/// A matrix_view of a row-major Eigen matrix, map, ref or block (or what has their members); of a
+/// std::span (one row); or the view itself. Read-only where m is; a temporary that owns its values
+/// is refused.
 template <class M>
-  requires(detail::is_matrix_view<std::remove_cvref_t<M>> || detail::eigen_rows<M> ||
+  requires(detail::is_matrix_view<std::remove_cvref_t<M>> || detail::strided_rows<M> ||
            requires(M& m) { std::span(m); })
 auto view(M&& m) {
   using type = std::remove_cvref_t<M>;
   static_assert(std::is_lvalue_reference_v<M> || !detail::owns_values<type>,
                 "[moeroute::view] a temporary would dangle: give the matrix a name");
   if constexpr (detail::is_matrix_view<type>) {
-    return m;
-  } else if constexpr (detail::eigen_rows<M>) {
+    return matrix_view(detail::as_stored(m.data), m.rows, m.cols, m.stride);
+  } else if constexpr (detail::strided_rows<M>) {
     static_assert(type::IsRowMajor || type::ColsAtCompileTime == 1,
                   "[moeroute::view] rows must be contiguous: use Eigen::RowMajor");
     static_assert(type::InnerStrideAtCompileTime == 1,
                   "[moeroute::view] rows must be contiguous: the inner stride must be 1");
     // A column vector's outer stride is its length; its rows are one element apart.
     const index_t stride = type::IsRowMajor ? index_t{m.outerStride()} : index_t{1};
-    return matrix_view(m.data(), m.rows(), m.cols(), m.rows() > 1 ? stride : m.cols());
+    return matrix_view(detail::as_stored(m.data()), m.rows(), m.cols(),
+                       m.rows() > 1 ? stride : m.cols());
   } else {
     const std::span row(m);
-    return matrix_view(row.data(), 1, static_cast<index_t>(row.size()));
+    return matrix_view(detail::as_stored(row.data()), 1, static_cast<index_t>(row.size()));
   }
 }
 
@@ -132,9 +138,5 @@ concept writable_rows = readable_rows<std::remove_cvref_t<M>> && requires(M& m) 
 template <class M>
 using element_of =
     std::remove_const_t<std::remove_pointer_t<decltype(view(std::declval<M&>()).data)>>;
-
-/// A row-major Eigen matrix: what the views like best.
-template <class T>
-using row_matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 }  // namespace moeroute

@@ -45,27 +45,21 @@ inline constexpr bool has_float16_conversion = true;
 inline constexpr bool has_float16_conversion = false;
 #endif
 
-inline float widened(bfloat16 x) {
-  return std::bit_cast<float>(static_cast<std::uint32_t>(std::bit_cast<std::uint16_t>(x)) << 16);
-}
-inline float widened(float16 x) { return static_cast<float>(x); }
-
-// To bfloat16, nearest, ties to even; NaN stays NaN.
-inline std::uint16_t bfloat16_bits(float x) {
-  const auto bits = std::bit_cast<std::uint32_t>(x);
-  const auto rounded = static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-  const auto quiet = static_cast<std::uint16_t>((bits >> 16) | 0x40u);
-  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
-}
+inline float widened(bfloat16 x) { return x; }
+#if defined(__F16C__)
+inline float widened(float16 x) { return _cvtsh_ss(x.bits); }
+#else
+inline float widened(float16 x) { return x; }
+#endif
 
 // One float in the storage type.
 template <storage T>
 T narrowed(float x) {
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    return std::bit_cast<bfloat16>(bfloat16_bits(x));
-  } else {
-    return static_cast<T>(x);
-  }
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, float16>)
+    return std::bit_cast<float16>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+  return static_cast<T>(x);
 }
 
 // The upper halves of the lanes of v, rounded as bfloat16_bits does, in the lower halves.

@@ -173,9 +173,9 @@ MOEROUTE_INLINE void keys_of_listed(const std::int16_t* order, index_t stride,
       MOEROUTE_UNROLL
       for (int r = 0; r < used / w; ++r) {
         // Each load takes the next order along, which is shifted out.
-        const __m512i c = found[i].columns(r);
+        const __m512i c = found[i].columns(r), not_c = ~vint<A>(c);
         const __m512i x = _mm512_slli_epi32(_mm512_i32gather_epi32(c, order + i * stride, 2), 16);
-        _mm512_store_si512(key[i] + 2 * r * w, _mm512_mask_blend_epi16(0x55555555, x, ~vint<A>(c)));
+        _mm512_store_si512(key[i] + 2 * r * w, _mm512_mask_blend_epi16(0x55555555, x, not_c));
       }
     }
     return;
