@@ -56,10 +56,8 @@ struct switch_loss {
   void check(const loss_shape& shape) const {
     detail::check_coefficient("switch_loss", coefficient);
     detail::check_counts("switch_loss", counts, shape.experts);
-    if (!(divisor > 0.0))
-      fail("switch_loss", "divisor is " + std::to_string(divisor) + ", expected > 0");
-    if (!(tokens >= 0.0))
-      fail("switch_loss", "tokens is " + std::to_string(tokens) + ", expected >= 0");
+    if (!(divisor > 0.0)) fail_value("switch_loss", "divisor", divisor, "> 0");
+    if (!(tokens >= 0.0)) fail_value("switch_loss", "tokens", tokens, ">= 0");
   }
 
   void expert_slope(const loss_shape& shape, double* c) const {

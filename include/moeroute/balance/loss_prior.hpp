@@ -106,8 +106,7 @@ double dirichlet_prior(const dirichlet_prior_loss& loss, const token_options& ho
   if (!(loss.clamp > 0.0 && loss.clamp < 0.5)) fail(where, "clamp is not between 0 and 0.5");
   double all = 0.0;
   for (const double a : loss.alpha) {
-    if (!(a > 0.0) || std::isinf(a))
-      fail(where, "an alpha is " + std::to_string(a) + ", expected > 0");
+    if (!(a > 0.0) || std::isinf(a)) fail_value(where, "an alpha", a, "> 0");
     all += a;
   }
   const bool writes = how.gradient != gradient_to::nowhere;

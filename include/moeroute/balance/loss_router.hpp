@@ -74,8 +74,7 @@ double expert_router_coupling(const coupling_loss& loss, gradient_to to,
   check_size(where, "expert.rows % experts", expert.rows % experts, 0);
   check_size(where, "expert.cols", expert.cols, d);
   detail::check_coefficient(where, loss.coefficient);
-  if (!(loss.alpha >= 0.0 && loss.alpha <= 1.0))
-    fail(where, "alpha is " + std::to_string(loss.alpha) + ", expected 0 to 1");
+  if (!(loss.alpha >= 0.0 && loss.alpha <= 1.0)) fail_value(where, "alpha", loss.alpha, "0 to 1");
   if (to != gradient_to::nowhere) {
     check_size(where, "drouter.rows", drouter.rows, experts);
     check_size(where, "drouter.cols", drouter.cols, d);

@@ -33,7 +33,7 @@ inline double squared_variation(double factor, variance kind, double eps, index_
 }
 
 inline void check_eps(const char* where, double eps) {
-  if (!(eps >= 0.0)) fail(where, "eps is " + std::to_string(eps) + ", expected >= 0");
+  if (!(eps >= 0.0)) fail_value(where, "eps", eps, ">= 0");
 }
 
 }  // namespace detail

@@ -106,14 +106,14 @@ constexpr unsigned functions_of() {
 // Coefficients must not be negative: a loss of the wrong sign unbalances in silence.
 inline void check_coefficient(const char* where, double coefficient) {
   if (!(coefficient >= 0.0) || std::isinf(coefficient)) [[unlikely]]
-    fail(where, "coefficient is " + std::to_string(coefficient) + ", expected >= 0");
+    fail_value(where, "coefficient", coefficient, ">= 0");
 }
 
 inline void check_counts(const char* where, std::span<const double> counts, index_t expected) {
   check_size(where, "counts.size", static_cast<index_t>(counts.size()), expected);
   for (const double c : counts)
     if (!(c >= 0.0) || std::isinf(c)) [[unlikely]]
-      fail(where, "a count is " + std::to_string(c) + ", expected >= 0");
+      fail_value(where, "a count", c, ">= 0");
 }
 
 // The shapes that every loss of logits has in common.

@@ -53,7 +53,7 @@ struct tsallis_loss {
   void check(const loss_shape&) const {
     detail::check_coefficient("tsallis_loss", coefficient);
     if (!(q > 0.0) || std::abs(q - 1.0) < 1e-3 || std::isinf(q))
-      fail("tsallis_loss", "q is " + std::to_string(q) + ", expected > 0 and not 1");
+      fail_value("tsallis_loss", "q", q, "> 0 and not 1");
   }
   simd::row_functions<double> row_weights(const loss_shape& shape) const {
     return {.power = coefficient / static_cast<double>(shape.tokens), .q = q};

@@ -40,18 +40,39 @@ inline error_handler& on_error() {
 #endif
 }
 
+[[noreturn]] MOEROUTE_COLD inline void fail(const char* where, const char* sentence) {
+  fail(where, std::string(sentence));
+}
+
+/// The same with "<what> is <actual>, expected <expected><of>". The message is put together here,
+/// once in a program, from what costs a caller a register each.
+[[noreturn]] MOEROUTE_COLD inline void fail_value(const char* where, const char* what,
+                                                  const std::string& actual, const char* expected) {
+  fail(where, std::string(what) + " is " + actual + ", expected " + expected);
+}
+[[noreturn]] MOEROUTE_COLD inline void fail_value(const char* where, const char* what,
+                                                  double actual, const char* expected) {
+  fail_value(where, what, std::to_string(actual), expected);
+}
+[[noreturn]] MOEROUTE_COLD inline void fail_value(const char* where, const char* what,
+                                                  index_t actual, const char* expected) {
+  fail_value(where, what, std::to_string(actual), expected);
+}
+[[noreturn]] MOEROUTE_COLD inline void fail_value(const char* where, const char* what,
+                                                  index_t actual, const char* expected,
+                                                  index_t of) {
+  fail_value(where, what, std::to_string(actual), (expected + std::to_string(of)).c_str());
+}
+
 namespace detail {
 
 [[noreturn]] MOEROUTE_COLD inline void fail_size(const char* where, const char* what,
                                                  index_t actual, index_t expected) {
-  fail(where, std::string(what) + " is " + std::to_string(actual) + ", expected " +
-                  std::to_string(expected));
+  fail_value(where, what, actual, "", expected);
 }
-
 [[noreturn]] MOEROUTE_COLD inline void fail_range(const char* where, const char* what,
                                                   index_t actual, index_t low, index_t high) {
-  fail(where, std::string(what) + " is " + std::to_string(actual) + ", expected " +
-                  std::to_string(low) + " to " + std::to_string(high));
+  fail_value(where, what, actual, (std::to_string(low) + " to ").c_str(), high);
 }
 
 }  // namespace detail
@@ -66,6 +87,14 @@ inline void check_range(const char* where, const char* what, index_t actual, ind
                         index_t high) {
   if (actual < low || actual > high) [[unlikely]]
     detail::fail_range(where, what, actual, low, high);
+}
+
+/// Throws error where one of n values is NaN.
+MOEROUTE_OUT_OF_LINE inline void check_numbers(const char* where, const char* what,
+                                               const float* values, index_t n) {
+  for (index_t i = 0; i < n; ++i)
+    if (values[i] != values[i])
+      fail(where, what + (": value " + std::to_string(i)) + " is NaN, expected a number");
 }
 
 }  // namespace moeroute

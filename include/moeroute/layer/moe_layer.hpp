@@ -118,8 +118,7 @@ class moe_layer {
     if (!with_shared && (weight.scale != 1.0f || !weight.gate.empty()))
       fail("moe_layer", "shared experts have a weight, but there are none");
     if (!std::isfinite(weight.scale))
-      fail("moe_layer",
-           "shared.scale is " + std::to_string(weight.scale) + ", expected a finite number");
+      fail_value("moe_layer", "shared.scale", weight.scale, "a finite number");
     if (!weight.gate.empty()) {
       check_size("moe_layer", "shared.gate.size()", static_cast<index_t>(weight.gate.size()), d());
       shared_gate_ = simd::packed_matrix<A>(matrix_view<const float>(weight.gate.data(), 1, d()));

@@ -40,7 +40,7 @@ class soft_moe {
     check_range("soft_moe", "slots_per_expert", options.slots_per_expert, 1, mu.rows);
     check_size("soft_moe", "mu.rows() % slots_per_expert", mu.rows % options.slots_per_expert, 0);
     if (!std::isfinite(options.scale))
-      fail("soft_moe", "scale is " + std::to_string(options.scale) + ", expected a finite number");
+      fail_value("soft_moe", "scale", options.scale, "a finite number");
     buffer<float> row(mu.cols);
     for (index_t s = 0; s < mu.rows; ++s) {
       const float factor = options.logits == soft_logits::product

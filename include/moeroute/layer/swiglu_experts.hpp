@@ -51,7 +51,7 @@ class swiglu_experts {
       : d_(d), ff_(ff), options_(options) {
     check_range("swiglu_experts", "experts", experts, 1, max_experts);
     if (!(options.limit >= 0.0f && std::isfinite(options.limit)))
-      fail("swiglu_experts", "limit is " + std::to_string(options.limit) + ", expected >= 0");
+      fail_value("swiglu_experts", "limit", options.limit, ">= 0");
     if (!std::isfinite(options.alpha) || !std::isfinite(options.up_offset))
       fail("swiglu_experts", "alpha or up_offset is not a finite number");
     gate_up_.assign(static_cast<std::size_t>(experts), simd::packed_matrix<A>(hidden(), d));

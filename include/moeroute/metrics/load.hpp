@@ -114,7 +114,7 @@ class load_meter {
     check_size("load_meter", "counts.size()", static_cast<index_t>(counts.size()),
                static_cast<index_t>(load_.size()));
     for (const std::int64_t n : counts)
-      if (n < 0) fail("load_meter", "a count is " + std::to_string(n) + ", expected >= 0");
+      if (n < 0) fail_value("load_meter", "a count", n, ">= 0");
     bool any = false;
     for (std::size_t e = 0; e < load_.size(); ++e) {
       load_[e] += counts[e];

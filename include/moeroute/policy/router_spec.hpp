@@ -3,16 +3,14 @@
 
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <string>
 #include <string_view>
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/base/index.hpp>
 #include <moeroute/policy/parts/capacity.hpp>
-#include <moeroute/policy/parts/selection.hpp>
-#include <moeroute/policy/parts/weight.hpp>
-#include <moeroute/policy/row/threshold.hpp>
-#include <moeroute/policy/row/top_p.hpp>
+#include <moeroute/policy/parts/kinds.hpp>
 
 namespace moeroute {
 
@@ -57,7 +55,7 @@ struct router_spec {
   index_t groups = 1;
   index_t topk_group = 1;
   moeroute::group_score group_score = moeroute::group_score::top2_sum;
-  float group_fill = simd::minus_infinity;
+  float group_fill = -std::numeric_limits<float>::infinity();
   normalization normalize = normalization::none;
   float lp_p = 1.0f;
   eps_mode eps_where = eps_mode::none;
@@ -215,7 +213,7 @@ inline void check(const router_spec& s) {
   const bool ranked = s.selection == selection_kind::top_k;
   if (s.groups != 1 && !ranked)
     clash("groups=" + std::to_string(s.groups), selection, "only top_k limits groups");
-  if (ranked) top_k{s.k, s.groups, s.topk_group, s.group_score, s.group_fill}.check(s.experts);
+  if (ranked) detail::check_top_k(s.experts, s.k, s.groups, s.topk_group, s.group_fill);
   if (s.selection_bias && !ranked)
     clash("bias=selection", selection, "only top_k adds a selection bias");
   if (s.selection_bias && s.domain == score_domain::selected)
@@ -232,7 +230,7 @@ inline void check(const router_spec& s) {
   if (s.selection == selection_kind::top_p) {
     if (s.score != score_kind::softmax || s.domain != score_domain::all)
       clash(selection, score, "top_p needs probabilities: softmax over all experts");
-    moeroute::top_p{.p = s.top_p, .min_k = s.min_k, .max_k = s.max_k}.check(s.experts);
+    detail::check_top_p(s.experts, s.top_p, s.min_k, s.max_k);
   } else if (s.top_p != 0.0f) {
     clash("p=" + detail::number(s.top_p), selection, "only top_p has a mass");
   }
@@ -260,8 +258,7 @@ inline void check(const router_spec& s) {
       clash(selection, score, "product keys weigh by the softmax over the selected sums");
     const index_t n = s.columns() / 2;
     if (n * n != s.experts)
-      fail("router_spec",
-           "experts is " + std::to_string(s.experts) + ", expected a square for product_keys");
+      fail_value("router_spec", "experts", s.experts, "a square for product_keys");
   }
   if (s.score == score_kind::uniform && s.selection != selection_kind::expert_table &&
       s.selection != selection_kind::random)

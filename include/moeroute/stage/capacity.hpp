@@ -163,8 +163,7 @@ inline capacity_result apply_capacity(assignment& choices, const capacity_policy
   if (!policy.priority.empty())
     check_size("apply_capacity", "priority.size()", static_cast<index_t>(policy.priority.size()),
                tokens);
-  if (!(policy.eps >= 0.0f))
-    fail("apply_capacity", "eps is " + std::to_string(policy.eps) + ", expected >= 0");
+  if (!(policy.eps >= 0.0f)) fail_value("apply_capacity", "eps", policy.eps, ">= 0");
   policy.rule.check();
   const auto m = ws.carve(
       [&](scratch& tape) { return detail::capacity_memory::carve(tape, choices, policy.order); });

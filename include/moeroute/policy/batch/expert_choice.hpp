@@ -35,7 +35,7 @@ struct tokens_per_expert {
   /// Throws: error where factor is not positive and finite, or a size is out of range.
   void check() const {
     if (!(factor > 0.0) || !std::isfinite(factor))
-      fail("expert_choice", "capacity.factor is " + std::to_string(factor) + ", expected > 0");
+      fail_value("expert_choice", "capacity.factor", factor, "> 0");
     check_range("expert_choice", "capacity.multiple_of", multiple_of, 1, index_t{1} << 30);
     check_range("expert_choice", "capacity.at_least", at_least, 1, index_t{1} << 30);
     check_range("expert_choice", "capacity.fixed", fixed, 0, index_t{1} << 30);
@@ -191,10 +191,8 @@ struct expert_choice {
       fail("expert_choice",
            "tokens is " + std::to_string(tokens) +
                ", expected a multiple of sequence_length = " + std::to_string(sequence_length));
-    if (!(eps >= 0.0f) || !std::isfinite(eps))
-      fail("expert_choice", "eps is " + std::to_string(eps) + ", expected >= 0");
-    if (!std::isfinite(scale))
-      fail("expert_choice", "scale is " + std::to_string(scale) + ", expected a finite number");
+    if (!(eps >= 0.0f) || !std::isfinite(eps)) fail_value("expert_choice", "eps", eps, ">= 0");
+    if (!std::isfinite(scale)) fail_value("expert_choice", "scale", scale, "a finite number");
   }
 
   /// Tokens that each expert takes from one sequence (or the batch).

@@ -137,8 +137,7 @@ struct selective_sinkhorn {
     check_range("selective_sinkhorn", "experts", experts, 1, max_experts);
     check_range("selective_sinkhorn", "k", k, 1, experts);
     if (!(probability >= 0.0f && probability <= 1.0f))
-      fail("selective_sinkhorn",
-           "probability is " + std::to_string(probability) + ", expected 0 to 1");
+      fail_value("selective_sinkhorn", "probability", probability, "0 to 1");
     scaling.check("selective_sinkhorn");
     noise.check();
   }

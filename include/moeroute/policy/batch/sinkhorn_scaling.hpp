@@ -57,11 +57,9 @@ struct sinkhorn_scaling {
   /// allowed.
   void check(const char* who) const {
     if (!(temperature > 0.0f) || !std::isfinite(temperature))
-      fail(who, "temperature is " + std::to_string(temperature) + ", expected > 0");
-    if (!(eps >= 0.0f) || !std::isfinite(eps))
-      fail(who, "eps is " + std::to_string(eps) + ", expected >= 0");
-    if (!(tolerance >= 0.0f))
-      fail(who, "tolerance is " + std::to_string(tolerance) + ", expected >= 0");
+      fail_value(who, "temperature", temperature, "> 0");
+    if (!(eps >= 0.0f) || !std::isfinite(eps)) fail_value(who, "eps", eps, ">= 0");
+    if (!(tolerance >= 0.0f)) fail_value(who, "tolerance", tolerance, ">= 0");
     check_range(who, "most_iterations", most_iterations, 1, index_t{1} << 30);
   }
 };

@@ -91,10 +91,9 @@ struct sparse_transport {
     check_range("sparse_transport", "support", support, 0, index_t{1} << 30);
     check_range("sparse_transport", "steps", steps, 0, index_t{1} << 30);
     if (!(gamma > 0.0f) || !std::isfinite(gamma))
-      fail("sparse_transport", "gamma is " + std::to_string(gamma) + ", expected > 0");
+      fail_value("sparse_transport", "gamma", gamma, "> 0");
     if (!(learning_rate > 0.0f) || !std::isfinite(learning_rate))
-      fail("sparse_transport",
-           "learning_rate is " + std::to_string(learning_rate) + ", expected > 0");
+      fail_value("sparse_transport", "learning_rate", learning_rate, "> 0");
   }
 
   template <executor Exec, class A = simd::default_arch>

@@ -1,7 +1,6 @@
 // Capacity: how many tokens an expert takes, and who is dropped when more want it.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -49,10 +48,10 @@ struct capacity_rule {
                       : formula == megablocks ? factor >= 0.0 && std::isfinite(factor)
                                               : factor > 0.0 && std::isfinite(factor);
     if (!any && !sign)
-      fail("capacity_rule", "factor is " + std::to_string(factor) + ", expected " +
-                                (formula == tutel        ? "a finite number"
-                                 : formula == megablocks ? ">= 0"
-                                                         : "> 0"));
+      fail_value("capacity_rule", "factor", factor,
+                 formula == tutel        ? "a finite number"
+                 : formula == megablocks ? ">= 0"
+                                         : "> 0");
     constexpr index_t most = std::int32_t{0x7fffffff};
     check_range("capacity_rule", "count", count, 0, most);
     check_range("capacity_rule", "minimum", minimum, 0, most);
@@ -89,12 +88,12 @@ struct capacity_rule {
       case tutel:
         c = n * std::floor(std::abs(factor) * per_expert);
         if (factor == 0.0) c = static_cast<double>(greatest_load);
-        if (factor < 0.0) c = std::min(c, static_cast<double>(greatest_load));
+        if (factor < 0.0) c = std::fmin(c, static_cast<double>(greatest_load));
         break;
       case nllb_train: c = std::floor(2.0 * per_expert * factor); break;
       case nllb_eval: c = std::ceil(factor * t); break;
       case stable_moe: c = std::floor(t * factor); break;
-      case nucleus: c = std::max(1.0, std::ceil(factor * t / e)); break;
+      case nucleus: c = std::fmax(1.0, std::ceil(factor * t / e)); break;
       case soft_moe: c = std::nearbyint(t * factor / e); break;
     }
     if ((formula == capacity_formula::vmoe_ceil || formula == capacity_formula::vmoe_round) &&
@@ -103,7 +102,8 @@ struct capacity_rule {
                                 " tokens, expected at least 1: a larger factor");
     // A choice more than all there are changes nothing, and stays far from overflow.
     const double most = static_cast<double>(std::int32_t{0x7fffffff});
-    return round_up(std::max(minimum, static_cast<index_t>(std::min(c, most))), multiple);
+    const auto whole = static_cast<index_t>(std::fmin(c, most));
+    return round_up(whole > minimum ? whole : minimum, multiple);
   }
 };
 

@@ -31,9 +31,9 @@ struct logit_transform {
   /// length.
   void check(index_t columns) const {
     if (!(temperature > 0.0f) || !std::isfinite(temperature))
-      fail("logit_transform", "temperature is " + std::to_string(temperature) + ", expected > 0");
+      fail_value("logit_transform", "temperature", temperature, "> 0");
     if (!(softcap >= 0.0f) || !std::isfinite(softcap))
-      fail("logit_transform", "softcap is " + std::to_string(softcap) + ", expected >= 0");
+      fail_value("logit_transform", "softcap", softcap, ">= 0");
     if (!add.empty())
       check_size("logit_transform", "add.size()", static_cast<index_t>(add.size()), columns);
     noise.check();

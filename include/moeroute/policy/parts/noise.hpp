@@ -72,10 +72,8 @@ struct logit_noise {
 
   /// Throws: error where sigma or floor is negative.
   void check() const {
-    if (!(sigma >= 0.0f))
-      fail("logit_noise", "sigma is " + std::to_string(sigma) + ", expected >= 0");
-    if (!(floor >= 0.0f))
-      fail("logit_noise", "floor is " + std::to_string(floor) + ", expected >= 0");
+    if (!(sigma >= 0.0f)) fail_value("logit_noise", "sigma", sigma, ">= 0");
+    if (!(floor >= 0.0f)) fail_value("logit_noise", "floor", floor, ">= 0");
   }
 
   /// Adds the noise of one token to its row.

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/kinds.hpp>
 #include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/select/group_best.hpp>
 #include <moeroute/simd/select/top_k_packed.hpp>
@@ -20,13 +21,6 @@ concept selection_rule =
       { s.masks_experts() } -> std::convertible_to<bool>;  // rewrites the choice scores in `rows`
       { s.select(choice, rows, c, s.carve(tape, index_t{})) };
     };
-
-/// What a group of experts is worth.
-enum class group_score {
-  max,       ///< its best choice score (DeepSeek-V2)
-  top2_sum,  ///< the sum of its two best (DeepSeek-V3); of its one where it has only one
-  top_sum,   ///< the sum of its k / topk_group best (Megatron-LM)
-};
 
 /// The k experts with the largest choice scores, the lowest id first among equals; with groups > 1
 /// only experts of the topk_group best groups stay, equal groups in ascending order.
@@ -46,19 +40,7 @@ struct top_k {
   /// Throws: error where k is outside [1, E], groups do not divide E, or topk_group groups hold
   /// fewer than k.
   void check(index_t experts) const {
-    check_range("top_k", "k", k, 1, experts);
-    if (groups == 1) return;
-    check_range("top_k", "groups", groups, 1, experts);
-    if (experts % groups != 0)
-      fail("top_k", "groups is " + std::to_string(groups) +
-                        ", expected a divisor of E = " + std::to_string(experts));
-    check_range("top_k", "topk_group", topk_group, 1, groups);
-    if (topk_group * (experts / groups) < k)
-      fail("top_k", "topk_group is " + std::to_string(topk_group) + " groups of " +
-                        std::to_string(experts / groups) +
-                        " experts, expected room for k = " + std::to_string(k));
-    if (group_fill != simd::minus_infinity && group_fill != 0.0f)
-      fail("top_k", "group_fill is " + std::to_string(group_fill) + ", expected -inf or 0");
+    detail::check_top_k(experts, k, groups, topk_group, group_fill);
   }
 
   struct buffers {

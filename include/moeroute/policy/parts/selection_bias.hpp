@@ -2,9 +2,7 @@
 #pragma once
 
 #include <cmath>
-#include <ranges>
 #include <span>
-#include <string>
 
 #include <moeroute/base/lasting_span.hpp>
 #include <moeroute/policy/concepts.hpp>
@@ -21,9 +19,7 @@ class selection_bias {
   selection_bias() = default;
   /// Throws: error where a value is NaN, which would put its expert anywhere.
   selection_bias(lasting_span<const float> values) : values_(values) {
-    for (std::size_t e = 0; e < values.size(); ++e)
-      if (std::isnan(values[e]))
-        fail("selection_bias", "bias: value " + std::to_string(e) + " is NaN, expected a number");
+    check_numbers("selection_bias", "bias", values.data(), static_cast<index_t>(values.size()));
   }
 
   template <std::ranges::range R>

@@ -7,23 +7,10 @@
 
 #include <moeroute/base/lasting_span.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/kinds.hpp>
 #include <moeroute/policy/parts/score.hpp>
 
 namespace moeroute {
-
-/// What the selected scores are divided by.
-enum class normalization {
-  none,
-  sum,  ///< their sum
-  lp,   ///< their Lp norm (DBRX); weights are 0 where a float cannot hold the sum of p-th powers
-};
-
-/// How eps enters the divisor.
-enum class eps_mode {
-  none,
-  add,    ///< sum + eps
-  clamp,  ///< max(sum, eps)
-};
 
 /// weight = score / divisor / divide * scale * expert_scale[id], where the divisor runs over the
 /// row's choices in rank order.
@@ -50,14 +37,11 @@ struct weight_rule {
   /// Throws: error where eps < 0, p < 1, a factor is not finite, or expert_scale has another length
   /// than E.
   void check(index_t experts) const {
-    if (!(eps >= 0.0f) || !std::isfinite(eps))
-      fail("weight_rule", "eps is " + std::to_string(eps) + ", expected >= 0");
-    if (!(p >= 1.0f) || !std::isfinite(p))
-      fail("weight_rule", "p is " + std::to_string(p) + ", expected >= 1");
+    if (!(eps >= 0.0f) || !std::isfinite(eps)) fail_value("weight_rule", "eps", eps, ">= 0");
+    if (!(p >= 1.0f) || !std::isfinite(p)) fail_value("weight_rule", "p", p, ">= 1");
     if (!(divide > 0.0f) || !std::isfinite(divide))
-      fail("weight_rule", "divide is " + std::to_string(divide) + ", expected > 0");
-    if (!std::isfinite(scale))
-      fail("weight_rule", "scale is " + std::to_string(scale) + ", expected a finite number");
+      fail_value("weight_rule", "divide", divide, "> 0");
+    if (!std::isfinite(scale)) fail_value("weight_rule", "scale", scale, "a finite number");
     if (!expert_scale.empty())
       check_size("weight_rule", "expert_scale.size()", static_cast<index_t>(expert_scale.size()),
                  experts);

@@ -38,7 +38,7 @@ struct product_keys {
   /// Throws: error where the columns are odd, n^2 exceeds 2^20 or k exceeds n^2.
   void check(index_t columns) const {
     if (columns % 2 != 0 || columns < 2)
-      fail("product_keys", "columns is " + std::to_string(columns) + ", expected two halves");
+      fail_value("product_keys", "columns", columns, "two halves");
     check_range("product_keys", "E", experts(columns), 1, max_experts);
     check_range("product_keys", "k", choices, 1, experts(columns));
     weight.check(experts(columns));

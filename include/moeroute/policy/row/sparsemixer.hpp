@@ -28,8 +28,7 @@ struct sparsemixer {
   /// Throws: error where E < 2 or jitter < 0.
   void check(index_t experts) const {
     check_range("sparsemixer", "E", experts, 2, max_experts);
-    if (!(jitter >= 0.0f))
-      fail("sparsemixer", "jitter is " + std::to_string(jitter) + ", expected >= 0");
+    if (!(jitter >= 0.0f)) fail_value("sparsemixer", "jitter", jitter, ">= 0");
   }
 
   static buffers carve(scratch& tape, index_t experts) { return {tape.take<float>(experts)}; }

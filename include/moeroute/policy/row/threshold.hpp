@@ -7,18 +7,12 @@
 
 #include <moeroute/base/lasting_span.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/kinds.hpp>
 #include <moeroute/policy/parts/logit_transform.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/simd/select/compress.hpp>
 
 namespace moeroute {
-
-/// What the scores above the threshold are divided by.
-enum class threshold_norm {
-  none,  ///< ReMoE
-  sum,   ///< sum * norm_scale + eps (BlockFFN 'sum')
-  rms,   ///< sqrt(mean over all E of score^2 + eps), times gamma per expert (BlockFFN)
-};
 
 /// Every expert with score > threshold; none is possible. With relu and 0 this is ReLU routing.
 ///
@@ -48,8 +42,7 @@ struct threshold_router {
   void check(index_t experts) const {
     check_range("threshold_router", "E", experts, 1, max_experts);
     if (std::isnan(threshold)) fail("threshold_router", "threshold is NaN, expected a number");
-    if (!(eps >= 0.0f))
-      fail("threshold_router", "eps is " + std::to_string(eps) + ", expected >= 0");
+    if (!(eps >= 0.0f)) fail_value("threshold_router", "eps", eps, ">= 0");
     if (!std::isfinite(scale) || !std::isfinite(norm_scale))
       fail("threshold_router", "scale and norm_scale must be finite");
     if (!gamma.empty())

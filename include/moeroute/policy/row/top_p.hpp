@@ -5,6 +5,7 @@
 #include <string>
 
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/kinds.hpp>
 #include <moeroute/policy/parts/logit_transform.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/policy/parts/weight.hpp>
@@ -12,13 +13,6 @@
 #include <moeroute/simd/select/top_k.hpp>
 
 namespace moeroute {
-
-/// Whether the expert whose probability crosses the mass is in.
-enum class crossing {
-  include,         ///< the first with cumulative sum >= p is the last one in
-  include_strict,  ///< the first with cumulative sum > p (Huang et al. 2024)
-  exclude,         ///< only those with cumulative sum <= p (DynMoLE, Li et al. 2025)
-};
 
 /// The shortest prefix of the experts, by descending probability, that reaches the mass p; at least
 /// min_k and at most max_k of them. Probabilities are the softmax over all experts; the weight rule
@@ -51,10 +45,7 @@ struct top_p {
 
   /// Throws: error where p is outside (0, 1], min_k outside [1, E] or max_k below min_k.
   void check(index_t experts) const {
-    if (!(p > 0.0f && p <= 1.0f))
-      fail("top_p", "p is " + std::to_string(p) + ", expected more than 0 and at most 1");
-    check_range("top_p", "min_k", min_k, 1, experts);
-    if (max_k != 0) check_range("top_p", "max_k", max_k, min_k, max_experts);
+    detail::check_top_p(experts, p, min_k, max_k);
     transform.check(experts);
     weight.check(experts);
   }

@@ -56,8 +56,8 @@ class packed_matrix {
 
   /// Room for N x K zeros and a zero bias: fill with set_rows.
   packed_matrix(index_t rows, index_t cols) : rows_(rows), cols_(cols) {
-    if (rows < 0) fail("packed_matrix", "rows is " + std::to_string(rows) + ", expected >= 0");
-    if (cols < 0) fail("packed_matrix", "cols is " + std::to_string(cols) + ", expected >= 0");
+    if (rows < 0) fail_value("packed_matrix", "rows", rows, ">= 0");
+    if (cols < 0) fail_value("packed_matrix", "cols", cols, ">= 0");
     weights_.resize(panels() * panel_width * cols);  // the last panel may need less
     bias_.resize(panels() * panel_width);
     std::fill_n(weights_.data(), weights_.size(), 0.0f);
