@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <moeroute/policy/catalog.hpp>
 #include <moeroute/policy/make_router.hpp>
 #include <moeroute/stage/route.hpp>
@@ -98,6 +99,9 @@ inline bool loses_powers(const moeroute::router_spec& s, std::span<const float> 
 
 }  // namespace detail
 
+/// How many specs had the ids and weights of at least one token compared with the oracle's.
+inline std::int64_t specs_compared = 0;
+
 inline std::string spec_property(bytes in) {
   using namespace moeroute;
   const router_spec s = detail::any_spec(in);
@@ -139,6 +143,7 @@ inline std::string spec_property(bytes in) {
       decided.normalize = normalization::none;  // left to the stage that drops
       decided.eps_where = eps_mode::none;
     }
+    bool compared = false;
     for (index_t t = 0; t < tokens; ++t) {
       const std::span<const float> row(z.data() + t * s.columns(),
                                        static_cast<std::size_t>(s.columns()));
@@ -150,7 +155,9 @@ inline std::string spec_property(bytes in) {
       if (const std::string broken = oracle::break_of(decided, token, out.ids(t), out.weights(t));
           !broken.empty())
         return told + ": token " + std::to_string(t) + ": " + broken;
+      compared = true;
     }
+    specs_compared += compared;
   } catch (const error& refused) {
     const std::string_view sentence = refused.what();
     if (sentence.find(':') == std::string_view::npos) return "refused without a place";
