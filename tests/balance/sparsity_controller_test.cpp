@@ -40,6 +40,19 @@ TEST_CASE("a floor bounds the way back from a dead phase") {
   CHECK(steps_back(1e-8) < 30);
 }
 
+TEST_CASE("lambda stays at its ceiling and comes back from it at once") {
+  lambda_controller c({.experts = 8, .k = 2, .start = 1.0, .ceiling = 1.5});
+  c.update(16, 16);
+  CHECK(c.lambda() == 1.2);
+  for (int i = 0; i < 50; ++i) c.update(16, 16);
+  CHECK(c.lambda() == 1.5);
+  c.update(0, 16);
+  CHECK(c.lambda() == 1.5 / 1.2);
+  lambda_controller low({.experts = 8, .k = 2, .start = 1.0, .floor = 0.9});
+  for (int i = 0; i < 50; ++i) low.update(0, 16);
+  CHECK(low.lambda() == 0.9);
+}
+
 TEST_CASE("lambda settles descent on random logits near k active experts") {
   // Each place drifts up and is pushed down by lambda; noise moves it.
   test::random rng(9);
@@ -113,6 +126,27 @@ TEST_CASE("the first threshold is the batch's own, and batches without a whole t
   CHECK(th.thresholds()[0] == 3.0f);
 }
 
+TEST_CASE(
+    "a threshold keeps its share of the old one; masked tokens and their scores do not count") {
+  // The q-th largest of each column, q = k T / E.
+  const std::vector<float> s{1, 5, 2, 6, 900, 900, 3, 7, 4, 8};
+  const std::vector<std::uint8_t> mask{1, 1, 0, 1, 1};
+  workspace ws;
+  expert_thresholds th(2, {.k = 1.0f, .ema = 0.75f});
+  th.observe(matrix_view<const float>(s.data(), 5, 2), mask, ws);
+  th.update();
+  CHECK(th.thresholds()[0] == 3.0f);
+  CHECK(th.thresholds()[1] == 7.0f);
+  const std::vector<float> higher{11, 15, 12, 16, 13, 17, 14, 18};
+  th.observe(matrix_view<const float>(higher.data(), 4, 2), ws);
+  th.observe(matrix_view<const float>(higher.data(), 2, 2), ws);  // 12 and 16; the mean is 12.5
+  th.update();
+  CHECK(th.thresholds()[0] == 0.75f * 3.0f + 0.25f * 12.5f);
+  CHECK(th.thresholds()[1] == 0.75f * 7.0f + 0.25f * 16.5f);
+  th.update();  // nothing was seen since
+  CHECK(th.thresholds()[0] == 0.75f * 3.0f + 0.25f * 12.5f);
+}
+
 TEST_CASE("annealing holds its ends and passes the middle as its shape says") {
   annealing a{.from = 2, .to = 8, .begin = 10, .end = 20};
   for (const anneal_shape shape : {anneal_shape::linear, anneal_shape::cosine,
@@ -134,6 +168,24 @@ TEST_CASE("annealing holds its ends and passes the middle as its shape says") {
         "moeroute::annealing: from and to of an exponential must be positive");
   CHECK(capacity_factors{}.at(routing_phase::training) == 1.25);
   CHECK(capacity_factors{}.at(routing_phase::evaluation) == 2.0);
+}
+
+TEST_CASE("k of an annealing is the nearest in 1 to E; halves go away from zero") {
+  const annealing a{.from = -1, .to = 5, .begin = 0, .end = 12};
+  const index_t expected[] = {1, 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4};  // -1, -0.5, 0, ... 5
+  for (int step = 0; step <= 12; ++step) CHECK(a.k_at(step, 4) == expected[step]);
+}
+
+TEST_CASE("an annealing without a way is at its end from its only step on; a step waits") {
+  const annealing sudden{.from = 2, .to = 8, .begin = 10, .end = 10};
+  CHECK(sudden.at(9) == 2);
+  CHECK(sudden.at(10) == 8);
+  const annealing step{.from = 2, .to = 8, .begin = 0, .end = 10, .shape = anneal_shape::step};
+  CHECK(step.at(9) == 2);
+  CHECK(step.at(10) == 8);
+  const annealing wave{.from = 2, .to = 8, .begin = 0, .end = 10, .shape = anneal_shape::cosine};
+  CHECK(std::abs(wave.at(5) - 5.0) < 1e-12);
+  CHECK(std::abs(wave.at(2) - (5.0 - 3.0 * std::cos(0.2 * std::acos(-1.0)))) < 1e-12);
 }
 
 TEST_CASE("the six layer schedules have their ends, order and symmetry") {

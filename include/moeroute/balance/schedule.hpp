@@ -38,8 +38,8 @@ struct annealing {
   }
 
   double at(std::int64_t step) const {
-    if (step <= begin && begin < end) return from;
     if (step >= end) return to;
+    if (step <= begin) return from;
     const double x = static_cast<double>(step - begin) / static_cast<double>(end - begin);
     switch (shape) {
       case anneal_shape::linear: return from + (to - from) * x;
