@@ -19,6 +19,7 @@
 #include "support/compare.hpp"
 #include "support/planned.hpp"
 #include "support/refusal.hpp"
+#include "support/strided.hpp"
 #if defined(_OPENMP)
 #include <moeroute/exec/openmp.hpp>
 #endif
@@ -292,6 +293,44 @@ TEST_CASE("a masked token gets zeros and costs no expert a row") {
   const row_matrix<float> y = run(layer, x, serial{}, {.mask = mask});
   for (index_t t = 0; t < 20; t += 3) CHECK(y.row(t).isZero(0.0f));
   CHECK(layer.plan().kept() == 13 * k);
+}
+
+namespace {
+
+// The first number of tokens whose output depends on where the rows of x and y lie.
+template <class T, class Layer>
+std::string layer_differs(Layer&& layer) {
+  for (const index_t tokens : {1, 3, 40}) {
+    std::vector<std::uint8_t> mask(static_cast<std::size_t>(tokens), 1);
+    mask[0] = tokens == 1;
+    const std::string broken = test::differs_by_stride([&](test::layout& l) {
+      test::random rng(static_cast<std::uint64_t>(tokens));
+      const auto x = l.in(test::numbers<T>(rng, tokens * d), tokens, d);
+      layer.forward(x, l.template out<T>(tokens, d), {.mask = mask}, serial{});
+      l.result(layer.choices().weights());
+    });
+    if (!broken.empty()) return std::to_string(tokens) + " tokens: " + broken;
+  }
+  return "";
+}
+
+}  // namespace
+
+TEST_CASE("a layer of any kind gives the same rows wherever they lie") {
+  const row_matrix<float> gate = test::random_rows(1, d, 17);
+  const shared_expert_weight gated{.gate = {gate.data(), static_cast<std::size_t>(d)}};
+  const capacity_policy five{.rule = {.formula = capacity_formula::fixed, .count = 5}};
+  const auto both = [](auto&& layer) {
+    CHECK(layer_differs<float>(layer) == "");
+    CHECK(layer_differs<bfloat16>(layer) == "");
+  };
+  both(moe_layer(gate_weights(), mixtral(), curves{}));
+  both(moe_layer(gate_weights(), mixtral(), curves{}, {.weights = weight_on::input}));
+  both(moe_layer(gate_weights(), mixtral(), curves{},
+                 {.special = {.identity_first = 4, .identity_end = 7}}));
+  both(moe_layer(gate_weights(), mixtral(), curves{},
+                 {.capacity = five, .lost = lost_token::residual}));
+  both(moe_layer(gate_weights(), mixtral(), curves{}, {.shared = gated}, curves{}));
 }
 
 TEST_CASE("after an expert has thrown the layer gives what it gave before") {
