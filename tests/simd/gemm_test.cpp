@@ -30,8 +30,8 @@ std::vector<T> values(std::uint64_t seed, index_t n) {
 }
 
 // Every test calls this one, because each way to call gemm is compiled anew.
-template <class A, class T, class Exec = serial>
-void multiply(matrix_view<const T> x, const simd::packed_matrix<A>& w, matrix_view<float> y,
+template <class W, class A, class T, class Exec = serial>
+void multiply(matrix_view<const T> x, const simd::packed_matrix<W, A>& w, matrix_view<float> y,
               const Exec& exec = {}) {
   simd::gemm(x, w, y, exec);
 }
@@ -46,7 +46,7 @@ std::string wrong(product p) {
   const index_t x_stride = p.k + 3, y_stride = p.n + 5;
   const std::vector<T> x = values<T>(1, p.m * x_stride);
   const std::vector<float> w = values<float>(2, p.n * p.k), b = values<float>(3, p.n);
-  simd::packed_matrix<A> packed(matrix_view<const float>(w.data(), p.n, p.k));
+  simd::packed_matrix<float, A> packed(matrix_view<const float>(w.data(), p.n, p.k));
   for (index_t r = 0; r < p.n; ++r) packed.bias(r) = b[static_cast<std::size_t>(r)];
   std::vector<float> y(static_cast<std::size_t>(p.m * y_stride), 77.0f);
   multiply(matrix_view<const T>(x.data(), p.m, p.k, x_stride), packed,
@@ -93,8 +93,7 @@ TEST_CASE("a product of 16-bit rows is that of the widened rows, to the bit") {
       std::vector<float> wide;
       for (const T v : x) wide.push_back(static_cast<float>(v));
       const std::vector<float> w = values<float>(2, p.n * p.k);
-      const simd::packed_matrix<simd::default_arch> packed(
-          matrix_view<const float>(w.data(), p.n, p.k));
+      const simd::packed_matrix<> packed(matrix_view<const float>(w.data(), p.n, p.k));
       std::vector<float> a(static_cast<std::size_t>(p.m * p.n)), b(a);
       multiply(matrix_view<const T>(x.data(), p.m, p.k), packed,
                matrix_view<float>(a.data(), p.m, p.n));
@@ -107,11 +106,45 @@ TEST_CASE("a product of 16-bit rows is that of the widened rows, to the bit") {
   }
 }
 
+TEMPLATE_LIST_TEST_CASE("a product with 16-bit weights is that of their widened values, to the bit",
+                        "", test::widths) {
+  const auto check = [&]<class W>(W) {
+    for (const index_t m : {1, 2, 5, 13})
+      for (const index_t n : {1, 7, 16, 17, 33, 40, 49, 64, 129})
+        for (const index_t k : {1, 33, 600}) {
+          const std::vector<float> x = values<float>(1, m * k), precise = values<float>(2, n * k);
+          std::vector<W> narrow;
+          std::vector<float> wide;
+          for (const float v : precise) {
+            narrow.push_back(static_cast<W>(v));
+            wide.push_back(static_cast<float>(narrow.back()));
+          }
+          using half = simd::packed_matrix<W, TestType>;
+          const half from_half(matrix_view<const W>(narrow.data(), n, k));
+          const half from_float(matrix_view<const float>(precise.data(), n, k));
+          const simd::packed_matrix<float, TestType> widened(
+              matrix_view<const float>(wide.data(), n, k));
+          const auto product_with = [&](const auto& w) {
+            std::vector<float> y(static_cast<std::size_t>(m * n));
+            multiply(matrix_view<const float>(x.data(), m, k), w,
+                     matrix_view<float>(y.data(), m, n));
+            return y;
+          };
+          INFO("m=" << m << " n=" << n << " k=" << k);
+          const std::vector<float> expected = product_with(widened);
+          CHECK(test::bit_difference(product_with(from_half), expected) == "");
+          CHECK(test::bit_difference(product_with(from_float), expected) == "");
+        }
+  };
+  check(bfloat16{});
+  check(float16{});
+}
+
 TEMPLATE_LIST_TEST_CASE("a row of a product depends neither on the other rows nor on threads", "",
                         test::widths) {
   const product p{205, 150, 700};
   const std::vector<float> x = values<float>(4, p.m * p.k), w = values<float>(5, p.n * p.k);
-  const simd::packed_matrix<TestType> packed(matrix_view<const float>(w.data(), p.n, p.k));
+  const simd::packed_matrix<float, TestType> packed(matrix_view<const float>(w.data(), p.n, p.k));
   std::vector<float> y(static_cast<std::size_t>(p.m * p.n));
   const matrix_view<const float> rows(x.data(), p.m, p.k);
   multiply(rows, packed, matrix_view<float>(y.data(), p.m, p.n));

@@ -84,13 +84,13 @@ inline constexpr index_t decode_tokens = 8;
 /// last, with the weight that options give it. A layer is used by one caller at a time: it owns the
 /// workspaces, the assignment and the plan. After an exception it can be used as before.
 template <any_kind_of_router Router, class Experts, class Shared = no_shared_experts,
-          class A = simd::default_arch>
+          storage Gate = float, class A = simd::default_arch>
 class moe_layer {
  public:
   /// gate: weights [columns, d], packed, with the bias if the gate has one.
   ///
   /// Throws: error where router, experts or options do not fit the gate.
-  moe_layer(simd::packed_matrix<A> gate, Router router, Experts experts,
+  moe_layer(simd::packed_matrix<Gate, A> gate, Router router, Experts experts,
             const moe_layer_options& options = {}, Shared shared = {})
       : gate_(std::move(gate)),
         router_(std::move(router)),
@@ -121,7 +121,8 @@ class moe_layer {
       fail_value("moe_layer", "shared.scale", weight.scale, "a finite number");
     if (!weight.gate.empty()) {
       check_size("moe_layer", "shared.gate.size()", static_cast<index_t>(weight.gate.size()), d());
-      shared_gate_ = simd::packed_matrix<A>(matrix_view<const float>(weight.gate.data(), 1, d()));
+      shared_gate_ =
+          simd::packed_matrix<float, A>(matrix_view<const float>(weight.gate.data(), 1, d()));
     }
     options_.shared.gate = {};  // ours from here on
     // Experts that say how many they are must cover every id that reaches them: it is not checked.
@@ -406,8 +407,8 @@ class moe_layer {
     });
   }
 
-  simd::packed_matrix<A> gate_;
-  simd::packed_matrix<A> shared_gate_;
+  simd::packed_matrix<Gate, A> gate_;
+  simd::packed_matrix<float, A> shared_gate_;
   Router router_;
   Experts experts_;
   Shared shared_;

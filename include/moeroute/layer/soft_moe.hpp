@@ -123,7 +123,7 @@ class soft_moe {
     return std::sqrt(norm * norm + 1e-6f);
   }
 
-  simd::packed_matrix<A> gate_;
+  simd::packed_matrix<float, A> gate_;
   Experts experts_;
   soft_moe_options options_;
   soft_plan plan_;

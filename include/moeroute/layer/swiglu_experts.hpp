@@ -54,8 +54,8 @@ class swiglu_experts {
       fail_value("swiglu_experts", "limit", options.limit, ">= 0");
     if (!std::isfinite(options.alpha) || !std::isfinite(options.up_offset))
       fail("swiglu_experts", "alpha or up_offset is not a finite number");
-    gate_up_.assign(static_cast<std::size_t>(experts), simd::packed_matrix<A>(hidden(), d));
-    down_.assign(static_cast<std::size_t>(experts), simd::packed_matrix<A>(d, ff));
+    gate_up_.assign(static_cast<std::size_t>(experts), simd::packed_matrix<float, A>(hidden(), d));
+    down_.assign(static_cast<std::size_t>(experts), simd::packed_matrix<float, A>(d, ff));
   }
 
   /// Throws: error where e or a shape does not fit.
@@ -174,12 +174,13 @@ class swiglu_experts {
   void check_gated() const {
     if (!gated()) fail("swiglu_experts", "these experts have no gate: relu_squared");
   }
-  static void set_bias(simd::packed_matrix<A>& m, index_t first, std::span<const float> b,
+  static void set_bias(simd::packed_matrix<float, A>& m, index_t first, std::span<const float> b,
                        index_t n) {
     check_size("swiglu_experts", "bias.size()", static_cast<index_t>(b.size()), n);
     for (index_t r = 0; r < n; ++r) m.bias(first + r) = b[static_cast<std::size_t>(r)];
   }
-  static simd::packed_matrix<A>& part(std::vector<simd::packed_matrix<A>>& list, expert_id e) {
+  static simd::packed_matrix<float, A>& part(std::vector<simd::packed_matrix<float, A>>& list,
+                                             expert_id e) {
     check_range("swiglu_experts", "expert", e, 0, static_cast<index_t>(list.size()) - 1);
     return list[static_cast<std::size_t>(e)];
   }
@@ -191,8 +192,8 @@ class swiglu_experts {
   index_t d_;
   index_t ff_;
   swiglu_options options_;
-  std::vector<simd::packed_matrix<A>> gate_up_;
-  std::vector<simd::packed_matrix<A>> down_;
+  std::vector<simd::packed_matrix<float, A>> gate_up_;
+  std::vector<simd::packed_matrix<float, A>> down_;
 };
 static_assert(expert_function_with_scratch<const swiglu_experts<>, float, float>);
 

@@ -13,12 +13,15 @@ namespace moeroute {
 
 /// logits = x W^T + b, in float.
 ///
-/// Shapes: x [T, d] in float, bfloat16 or float16, W [E, d] packed (with its bias), logits [T, E].
-/// Throws: error where the shapes do not fit. Cost: T E d multiply-adds, no allocation.
+/// Shapes: x [T, d] in float, bfloat16 or float16, W [E, d] packed in any of them (with its bias),
+/// logits [T, E].
+/// Throws: error where the shapes do not fit. Cost: T E d multiply-adds, no allocation. One token
+/// is bound by reading W, which takes half as long in 16 bits.
 /// Determinism: a token's logits do not depend on other tokens or on threads; they may differ in
 /// the last bits between ISAs.
-template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch>
-void gate(const X& x, const simd::packed_matrix<A>& weight, Y&& logits, const Exec& exec = {}) {
+template <readable_rows X, writable_rows Y, executor Exec = serial, storage W = float,
+          class A = simd::default_arch>
+void gate(const X& x, const simd::packed_matrix<W, A>& weight, Y&& logits, const Exec& exec = {}) {
   simd::gemm(x, weight, logits, exec);
 }
 
@@ -26,9 +29,10 @@ void gate(const X& x, const simd::packed_matrix<A>& weight, Y&& logits, const Ex
 ///
 /// Shapes: as gate(); weight holds rows of norm 1 (unit_rows), A zero row has zero
 /// logits. Cost: T (E + 2) d multiply-adds, no allocation. Source: X-MoE (Chi et al. 2022).
-template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch>
-void cosine_gate(const X& x_rows, const simd::packed_matrix<A>& weight, float scale, Y&& logit_rows,
-                 const Exec& exec = {}) {
+template <readable_rows X, writable_rows Y, executor Exec = serial, storage W = float,
+          class A = simd::default_arch>
+void cosine_gate(const X& x_rows, const simd::packed_matrix<W, A>& weight, float scale,
+                 Y&& logit_rows, const Exec& exec = {}) {
   const auto x = const_view(x_rows);
   const matrix_view<float> logits = view(logit_rows);
   simd::gemm(x, weight, logits, exec);
@@ -44,8 +48,8 @@ void cosine_gate(const X& x_rows, const simd::packed_matrix<A>& weight, float sc
 /// Shapes: x [T, d], weight [1, d], weights [T]. Throws: error where shapes do not fit.
 /// Cost: T d multiply-adds, no allocation. Determinism: the same bits on every ISA, executor and
 /// thread count. Source: Qwen2-MoE (2024).
-template <readable_rows X, executor Exec = serial, class A = simd::default_arch>
-void shared_gate(const X& x_rows, const simd::packed_matrix<A>& weight, float scale,
+template <readable_rows X, executor Exec = serial, storage W = float, class A = simd::default_arch>
+void shared_gate(const X& x_rows, const simd::packed_matrix<W, A>& weight, float scale,
                  std::span<float> weights, const Exec& exec = {}) {
   const auto x = const_view(x_rows);
   check_size("shared_gate", "weight.rows()", weight.rows(), 1);

@@ -31,6 +31,8 @@ inline constexpr int most_tile_rows =
     registers == tile_registers<A> ? tile_rows : (has_32_registers<A> && registers > 2 ? 8 : 12);
 // Columns of x per pass: a slice of a panel stays in L2, six rows of x in L1.
 inline constexpr index_t tile_depth = 512;
+// How far ahead weights are fetched.
+inline constexpr index_t bytes_ahead = 2048;
 
 // Fused where the hardware does it; a product's bits may differ between ISAs, unlike a score's.
 template <class A>
@@ -42,11 +44,48 @@ MOEROUTE_INLINE vfloat<A> multiply_add(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
   }
 }
 
+// Two registers of bfloat16 weights lie in one of 32-bit lanes, in the lower and the upper halves:
+// widening them is a shift and a mask.
+template <class W>
+inline constexpr bool packs_pairs = std::is_same_v<W, bfloat16>;
+
+// Where output o of a panel of so many registers stands among the weights of one column of x.
+template <class W, class A>
+constexpr index_t packed_place(index_t o, int registers) {
+  const index_t j = o / width<A>;
+  if (!packs_pairs<W> || (j | 1) >= registers) return o;
+  return j / 2 * 2 * width<A> + o % width<A> * 2 + j % 2;
+}
+
+// The weights of one column of x.
+template <class A, int v, class W>
+MOEROUTE_INLINE void load_packed(const W* w, vfloat<A> (&column)[v]) {
+  using U = xsimd::batch<std::uint32_t, A>;
+  MOEROUTE_UNROLL
+  for (int j = 0; j < v; ++j) {
+    if constexpr (std::is_same_v<W, float>) {
+      column[j] = vfloat<A>::load_aligned(w + j * width<A>);
+    } else if (packs_pairs<W> && (j | 1) < v) {
+      const U pair =
+          U::load_unaligned(reinterpret_cast<const std::uint32_t*>(w + j / 2 * 2 * width<A>));
+      column[j] = j % 2 == 0 ? xsimd::bitwise_cast<float>(pair << 16)
+                             : xsimd::bitwise_cast<float>(pair & U(0xffff0000u));
+    } else {
+      column[j] = load_wide<A>(w + j * width<A>);
+    }
+  }
+}
+
 }  // namespace detail
 
-/// The weights W [N, K] of a linear map, one output per row as checkpoints store them, packed into
+/// The weights [N, K] of a linear map, one output per row as checkpoints store them, packed into
 /// panels that the product reads from front to back; with an optional bias [N].
-template <class A = default_arch>
+///
+/// Stored as W: float, or in half the memory bfloat16 or float16, which the product widens in
+/// registers and accumulates in float: the same bits as float weights of the same values. A product
+/// of one row is bound by reading them. Weights that a checkpoint keeps in 16 bits lose nothing;
+/// others are rounded once, here.
+template <storage W = float, class A = default_arch>
 class packed_matrix {
  public:
   /// Outputs per panel.
@@ -60,28 +99,26 @@ class packed_matrix {
     if (cols < 0) fail_value("packed_matrix", "cols", cols, ">= 0");
     weights_.resize(panels() * panel_width * cols);  // the last panel may need less
     bias_.resize(panels() * panel_width);
-    std::fill_n(weights_.data(), weights_.size(), 0.0f);
+    std::fill_n(weights_.data(), weights_.size(), W{});
     std::fill_n(bias_.data(), bias_.size(), 0.0f);
   }
 
   explicit packed_matrix(matrix_view<const float> w) : packed_matrix(w.rows, w.cols) {
     set_rows(0, w);
   }
+  explicit packed_matrix(matrix_view<const W> w)
+    requires(!std::is_same_v<W, float>)
+      : packed_matrix(w.rows, w.cols) {
+    set_rows(0, w);
+  }
 
-  /// Packs the rows of w as outputs [first, first + w.rows). Several maps of one input are fused
-  /// this way.
-  void set_rows(index_t first, matrix_view<const float> w) {
-    check_size("packed_matrix::set_rows", "w.cols()", w.cols, cols_);
-    check_range("packed_matrix::set_rows", "w.rows()", w.rows, 0, rows_);
-    check_range("packed_matrix::set_rows", "first", first, 0, rows_ - w.rows);
-    if (cols_ == 0) return;  // no panel to point into
-    for (index_t r = 0; r < w.rows; ++r) {
-      const index_t p = (first + r) / panel_width;
-      const index_t step = registers(p) * width<A>;
-      float* out = panel(p) + (first + r) % panel_width;
-      const float* in = w.data + r * w.stride;
-      for (index_t c = 0; c < cols_; ++c) out[c * step] = in[c];
-    }
+  /// Packs the rows of w as outputs [first, first + w.rows), rounded to W (nearest, ties to even).
+  /// Several maps of one input are fused this way.
+  void set_rows(index_t first, matrix_view<const float> w) { pack_rows(first, w); }
+  void set_rows(index_t first, matrix_view<const W> w)
+    requires(!std::is_same_v<W, float>)
+  {
+    pack_rows(first, w);
   }
 
   /// The bias of output r.
@@ -95,15 +132,35 @@ class packed_matrix {
     const index_t left = rows_ - p * panel_width;
     return static_cast<int>(std::min<index_t>(detail::tile_registers<A>, ceil_div(left, width<A>)));
   }
-  const float* panel(index_t p) const { return weights_.data() + p * panel_width * cols_; }
+  const W* panel(index_t p) const { return weights_.data() + p * panel_width * cols_; }
   const float* panel_bias(index_t p) const { return bias_.data() + p * panel_width; }
 
  private:
-  float* panel(index_t p) { return weights_.data() + p * panel_width * cols_; }
+  template <class From>
+  void pack_rows(index_t first, matrix_view<const From> w) {
+    check_size("packed_matrix::set_rows", "w.cols()", w.cols, cols_);
+    check_range("packed_matrix::set_rows", "w.rows()", w.rows, 0, rows_);
+    check_range("packed_matrix::set_rows", "first", first, 0, rows_ - w.rows);
+    if (cols_ == 0) return;  // no panel to point into
+    for (index_t r = 0; r < w.rows; ++r) {
+      const index_t p = (first + r) / panel_width;
+      const index_t step = registers(p) * width<A>;
+      W* out = weights_.data() + p * panel_width * cols_ +
+               detail::packed_place<W, A>((first + r) % panel_width, registers(p));
+      const From* in = w.data + r * w.stride;
+      for (index_t c = 0; c < cols_; ++c) {
+        if constexpr (std::is_same_v<From, W>) {
+          out[c * step] = in[c];
+        } else {
+          out[c * step] = detail::narrowed<W>(in[c]);
+        }
+      }
+    }
+  }
 
   index_t rows_ = 0;
   index_t cols_ = 0;
-  buffer<float> weights_;
+  buffer<W> weights_;
   buffer<float> bias_;
 };
 
@@ -111,10 +168,10 @@ namespace detail {
 
 // y[0..m) x one panel, columns [0, depth) of x; starts from `start` (one row, or the rows of y
 // itself).
-template <class A, int v, int m>
-void multiply_tile(const float* MOEROUTE_RESTRICT x, index_t x_stride,
-                   const float* MOEROUTE_RESTRICT w, index_t depth, const float* start,
-                   index_t start_stride, float* y, index_t y_stride, index_t cols) {
+template <class A, int v, int m, class W>
+void multiply_tile(const float* MOEROUTE_RESTRICT x, index_t x_stride, const W* MOEROUTE_RESTRICT w,
+                   index_t depth, const float* start, index_t start_stride, float* y,
+                   index_t y_stride, index_t cols) {
   constexpr int lanes = width<A>;
   vfloat<A> sum[m][v];
   MOEROUTE_UNROLL
@@ -126,8 +183,9 @@ void multiply_tile(const float* MOEROUTE_RESTRICT x, index_t x_stride,
   }
   for (index_t c = 0; c < depth; ++c, w += v * lanes) {
     vfloat<A> column[v];
-    MOEROUTE_UNROLL
-    for (int j = 0; j < v; ++j) column[j] = vfloat<A>::load_aligned(w + j * lanes);
+    // One row or two are bound by reading the weights, and the hardware stops at every page.
+    if constexpr (m <= 2) MOEROUTE_PREFETCH(reinterpret_cast<const char*>(w) + bytes_ahead);
+    load_packed<A>(w, column);
     MOEROUTE_UNROLL
     for (int r = 0; r < m; ++r) {
       const vfloat<A> a(x[r * x_stride + c]);
@@ -150,8 +208,8 @@ void multiply_tile(const float* MOEROUTE_RESTRICT x, index_t x_stride,
 }
 
 // A stripe of rows times one panel of v registers, columns [0, depth).
-template <class A, int v, class T>
-void multiply_panel(const matrix_view<const T>& x, index_t depth0, const float* w, index_t depth,
+template <class A, int v, class T, class W>
+void multiply_panel(const matrix_view<const T>& x, index_t depth0, const W* w, index_t depth,
                     const float* start, index_t start_stride, const matrix_view<float>& y,
                     index_t first_col, index_t cols) {
   constexpr index_t most = most_tile_rows<A, v>;
@@ -197,10 +255,10 @@ void multiply_panel(const matrix_view<const T>& x, index_t depth0, const float* 
 }
 
 // A stripe of rows times the panels [panel, panel_end), slice by slice of the depth.
-template <class A, class T>
-void multiply_stripe(const matrix_view<const T>& x, const packed_matrix<A>& w, index_t panel,
+template <class A, class T, class W>
+void multiply_stripe(const matrix_view<const T>& x, const packed_matrix<W, A>& w, index_t panel,
                      index_t panel_end, const matrix_view<float>& y) {
-  constexpr index_t panel_width = packed_matrix<A>::panel_width;
+  constexpr index_t panel_width = packed_matrix<W, A>::panel_width;
   for (index_t depth0 = 0; depth0 == 0 || depth0 < w.cols(); depth0 += tile_depth) {
     const index_t depth = std::min(tile_depth, w.cols() - depth0);
     for (index_t p = panel; p < panel_end; ++p) {
@@ -231,13 +289,14 @@ void multiply_stripe(const matrix_view<const T>& x, const packed_matrix<A>& w, i
 
 /// y = x W^T + b.
 ///
-/// Shapes: x [M, K] in float, bfloat16 or float16, W [N, K] packed, y [M, N] in float.
+/// Shapes: x [M, K] in float, bfloat16 or float16, W [N, K] packed in one of them, y [M, N] in
+/// float.
 /// Throws: error where the shapes do not fit, rows run into one another, or x and y overlap.
 /// Cost: M N K multiply-adds, no allocation. Splits over the executor's threads where there is
 /// enough work. Determinism: every element is one chain of multiply-adds over K in order, so a row
 /// of y depends neither on the other rows nor on threads.
-template <class A, readable_rows X, writable_rows Y, executor Exec = serial>
-void gemm(const X& x_rows, const packed_matrix<A>& w, Y&& y_rows, const Exec& exec = {}) {
+template <storage W, class A, readable_rows X, writable_rows Y, executor Exec = serial>
+void gemm(const X& x_rows, const packed_matrix<W, A>& w, Y&& y_rows, const Exec& exec = {}) {
   const auto x = const_view(x_rows);
   const matrix_view<float> y = view(y_rows);
   check_size("gemm", "x.cols()", x.cols, w.cols());
@@ -247,7 +306,7 @@ void gemm(const X& x_rows, const packed_matrix<A>& w, Y&& y_rows, const Exec& ex
   check_stride("gemm", "y", y);
   check_apart("gemm", "x", x, "y", y);
   if (x.rows == 0 || w.rows() == 0) return;
-  constexpr index_t panel_width = packed_matrix<A>::panel_width;
+  constexpr index_t panel_width = packed_matrix<W, A>::panel_width;
   // A piece of work: a stripe of rows times a stripe of panels, about 2^18 multiply-adds or more.
   const index_t stripe_rows = std::min<index_t>(x.rows, 16 * detail::tile_rows);
   const index_t panel_cost = std::max<index_t>(1, stripe_rows * panel_width * w.cols());
