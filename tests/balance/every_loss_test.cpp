@@ -1,7 +1,9 @@
-// Every loss and every controller that takes rows, with rows that do not lie side by side.
+// What holds for every loss and every controller that takes rows: wherever these lie, and whatever
+// masked tokens say.
 #include <moeroute/balance/loss.hpp>
 
 #include <catch2/catch_test_macros.hpp>
+#include <cmath>
 #include <cstdint>
 #include <moeroute/balance/bip.hpp>
 #include <moeroute/balance/expert_threshold.hpp>
@@ -19,6 +21,7 @@
 #include <vector>
 
 #include "support/assignments.hpp"
+#include "support/compare.hpp"
 #include "support/strided.hpp"
 
 using namespace moeroute;
@@ -192,4 +195,111 @@ TEST_CASE("controllers that see scores read them wherever rows lie") {
               l.result(counted.bias());
             }
           }) == "");
+}
+
+namespace {
+
+// A masked batch and the same without its masked tokens, of one loss: call(how, z, dz, choices,
+// workspace) gives the value.
+template <class Call>
+std::string masked_differs(const Call& call) {
+  for (const index_t experts : {1, 17, 65})
+    for (const gradient_to to : {gradient_to::write, gradient_to::add}) {
+      const index_t tokens = 130;
+      test::random rng(static_cast<std::uint64_t>(experts));
+      const assignment all = test::fixed_choices(rng, tokens, experts, 1);
+      std::vector<float> z = test::numbers(rng, tokens * experts), rest;
+      std::vector<float> dz = test::numbers(rng, tokens * experts), drest;
+      std::vector<std::uint8_t> mask;
+      std::vector<index_t> taken;
+      for (index_t t = 0; t < tokens; ++t) {
+        mask.push_back(t % 7 != 0 && t != tokens - 1);
+        if (mask.back() != 0) taken.push_back(t);
+        for (index_t e = 0; e < experts; ++e) {
+          const auto at = static_cast<std::size_t>(t * experts + e);
+          if (mask.back() != 0) {
+            rest.push_back(z[at]);
+            drest.push_back(dz[at]);
+          } else {
+            z[at] = e % 2 == 0 ? 50.0f : std::nanf("");  // nobody looks at it
+          }
+        }
+      }
+      const auto n = static_cast<index_t>(taken.size());
+      assignment left;
+      left.reset(n, experts, 1);
+      for (index_t i = 0; i < n; ++i)
+        left.ids()[static_cast<std::size_t>(i)] = all.ids(taken[static_cast<std::size_t>(i)])[0];
+      workspace ws;
+      const std::vector<float> before = dz;
+      const double masked =
+          call(token_options{to, mask}, matrix_view<const float>(z.data(), tokens, experts),
+               matrix_view<float>(dz.data(), tokens, experts), all, ws);
+      const double without =
+          call(token_options{to, {}}, matrix_view<const float>(rest.data(), n, experts),
+               matrix_view<float>(drest.data(), n, experts), left, ws);
+      const std::string where = "E=" + std::to_string(experts) + ": ";
+      if (!(std::abs(masked - without) <= 1e-5 * std::abs(without) + 1e-12))
+        return where + test::shown(masked) + " masked, " + test::shown(without) + " without";
+      std::vector<float> got;
+      for (index_t t = 0; t < tokens; ++t)
+        for (index_t e = 0; e < experts; ++e) {
+          const auto at = static_cast<std::size_t>(t * experts + e);
+          if (mask[static_cast<std::size_t>(t)] != 0)
+            got.push_back(dz[at]);
+          else if (dz[at] != (to == gradient_to::write ? 0.0f : before[at]))
+            return where + "a masked row has the gradient " + test::shown(dz[at]);
+        }
+      if (const std::string broken = test::difference(got, drest, 1e-4, 1e-7); !broken.empty())
+        return where + broken;
+    }
+  return "";
+}
+
+template <class... L>
+std::string masked_sums_differ(const L&... losses) {
+  return masked_differs(
+      [&](const token_options& how, auto z, auto dz, const assignment&, workspace& ws) {
+        return balance_loss<float>({.gradient = how.gradient, .mask = how.mask}, z, dz, ws,
+                                   serial{}, losses...)[0];
+      });
+}
+
+}  // namespace
+
+TEST_CASE("to every loss masked tokens are not there, and their gradient rows are 0 or stay") {
+  CHECK(masked_sums_differ(importance_loss{.coefficient = 1.0}) == "");
+  CHECK(masked_sums_differ(batch_entropy_loss{.coefficient = 1.0}) == "");
+  CHECK(masked_sums_differ(router_z_loss{.coefficient = 1.0}, token_entropy_loss{},
+                           sparsity_loss{}) == "");
+  CHECK(masked_differs(
+            [](const token_options& how, auto z, auto dz, const assignment&, workspace& ws) {
+              return relu_balance_loss<float>({.coefficient = 1.0}, how, z, dz, ws, serial{});
+            }) == "");
+  CHECK(masked_differs(
+            [](const token_options& how, auto z, auto dz, const assignment&, workspace& ws) {
+              return share_balance<float>({}, how, z, dz, ws, serial{});
+            }) == "");
+  CHECK(masked_differs(
+            [](const token_options& how, auto z, auto dz, const assignment&, workspace& ws) {
+              const std::vector<double> alpha(static_cast<std::size_t>(z.cols), 1.5);
+              return dirichlet_prior<float>({.alpha = alpha}, how, z, dz, ws, serial{});
+            }) == "");
+  CHECK(masked_differs(
+            [](const token_options& how, auto z, auto dz, const assignment& a, workspace& ws) {
+              return selected_importance_loss<float>({.coefficient = 1.0}, drop_stage::before_drop,
+                                                     how, a, z, dz, ws, serial{});
+            }) == "");
+  CHECK(masked_differs(
+            [](const token_options& how, auto z, auto dz, const assignment& a, workspace&) {
+              std::vector<double> counts(static_cast<std::size_t>(z.cols), 3.0);
+              counts[0] = 5.0;
+              return stable_moe_loss<float>(0.3, counts, drop_stage::before_drop, how, a, z, dz);
+            }) == "");
+  CHECK(masked_differs(
+            [](const token_options& how, auto z, auto dz, const assignment&, workspace& ws) {
+              const float one = 1.0f;
+              return noisy_load_loss<float>({.coefficient = 1.0, .k = 1}, how, z, z,
+                                            matrix_view<const float>(&one, 1, 1), dz, ws, serial{});
+            }) == "");
 }
