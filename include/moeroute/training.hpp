@@ -3,4 +3,9 @@
 
 #include <moeroute/policy/weigh/any_router.hpp>
 #include <moeroute/policy/weigh/batch_routers.hpp>
+#include <moeroute/stage/capacity_backward.hpp>
+#include <moeroute/stage/combine_backward.hpp>
+#include <moeroute/stage/dispatch_backward.hpp>
+#include <moeroute/stage/expert_backward.hpp>
+#include <moeroute/stage/gate_backward.hpp>
 #include <moeroute/stage/weigh.hpp>

@@ -1,0 +1,93 @@
+#include <moeroute/simd/rows/row_product.hpp>
+//
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/simd/rows/row_dot.hpp>
+#include <string>
+#include <vector>
+
+#include "support/backwards.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/threads.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+template <class T>
+std::vector<T> random_values(index_t n, std::uint64_t seed) {
+  test::random rng(seed);
+  std::vector<T> x(static_cast<std::size_t>(n));
+  for (T& v : x) v = static_cast<T>(rng.normal());
+  return x;
+}
+
+// Both products of R x n by n x d, rows kept as T, against plain loops in double.
+template <class T>
+void products_agree(index_t r, index_t n, index_t d) {
+  INFO(r << " x " << n << " x " << d);
+  const index_t gap = 5;
+  const auto a = random_values<float>(r * (n + gap), 1),
+             turned = random_values<float>(n * (r + gap), 2);
+  const auto x = random_values<T>(n * (d + gap), 3);
+  for (const auto start : {simd::sum_start::zero, simd::sum_start::output})
+    for (const bool transposed : {false, true}) {
+      auto out = random_values<float>(r * (d + gap), 4);
+      const auto before = out;
+      std::vector<double> expected(before.begin(), before.end());
+      for (index_t i = 0; i < r; ++i)
+        for (index_t c = 0; c < d; ++c) {
+          double sum =
+              start == simd::sum_start::zero
+                  ? 0.0
+                  : static_cast<double>(before[static_cast<std::size_t>(i * (d + gap) + c)]);
+          for (index_t j = 0; j < n; ++j)
+            sum +=
+                static_cast<double>(transposed ? turned[static_cast<std::size_t>(j * (r + gap) + i)]
+                                               : a[static_cast<std::size_t>(i * (n + gap) + j)]) *
+                static_cast<double>(x[static_cast<std::size_t>(j * (d + gap) + c)]);
+          expected[static_cast<std::size_t>(i * (d + gap) + c)] = sum;
+        }
+      const matrix_view<const T> rows(x.data(), n, d, d + gap);
+      const auto run = [&](const auto& exec, std::vector<float>& into) {
+        const matrix_view<float> o(into.data(), r, d, d + gap);
+        if (transposed)
+          simd::multiply_transposed(matrix_view<const float>(turned.data(), n, r, r + gap), rows, o,
+                                    start, exec);
+        else
+          simd::multiply_rows(matrix_view<const float>(a.data(), r, n, n + gap), rows, o, start,
+                              exec);
+      };
+      run(serial{}, out);
+      // What lies between the rows is nobody's.
+      CHECK(test::difference(out, expected, 1e-5, 3e-5) == "");
+      auto others = before;
+      run(test::backwards{}, others);
+      CHECK(test::bit_difference(others, out) == "");
+      others = before;
+      run(test::several_threads{}, others);
+      CHECK(test::bit_difference(others, out) == "");
+    }
+}
+
+}  // namespace
+
+TEST_CASE("products of rows as they lie in memory are those of plain loops") {
+  for (const index_t r : {1, 2, 5, 6, 7, 13, 100})
+    for (const index_t n : {0, 1, 95, 97, 200})
+      for (const index_t d : {1, 16, 63, 65, 130}) products_agree<float>(r, n, d);
+  products_agree<bfloat16>(9, 100, 70);
+  products_agree<float16>(9, 100, 70);
+  products_agree<float>(0, 4, 5);
+}
+
+TEST_CASE("a dot product of rows is the sum of their products, whatever its tail") {
+  for (const index_t n : {0, 1, 15, 16, 17, 31, 33, 64, 100}) {
+    const auto a = random_values<float>(n, 5), b = random_values<float>(n, 6);
+    double sum = 0.0;
+    for (std::size_t i = 0; i < a.size(); ++i)
+      sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+    CHECK(std::abs(static_cast<double>(simd::row_dot(a.data(), b.data(), n)) - sum) < 1e-5);
+  }
+}

@@ -1,0 +1,189 @@
+#include <moeroute/stage/gate_backward.hpp>
+//
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/stage/expert_backward.hpp>
+#include <moeroute/stage/gate.hpp>
+#include <moeroute/stage/plan.hpp>
+#include <string>
+#include <vector>
+
+#include "oracle/losses.hpp"
+#include "support/allocations.hpp"
+#include "support/assignments.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/threads.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+constexpr index_t tokens = 23, experts = 9, d = 21;
+
+template <class T>
+std::vector<T> random_values(index_t n, std::uint64_t seed) {
+  test::random rng(seed);
+  std::vector<T> x(static_cast<std::size_t>(n));
+  for (T& v : x) v = static_cast<T>(rng.normal());
+  return x;
+}
+template <class T>
+matrix_view<T> rows(std::vector<T>& x, index_t n) {
+  return {x.data(), n, static_cast<index_t>(x.size()) / n};
+}
+double sum_of_products(const std::vector<float>& a, const std::vector<float>& b) {
+  double sum = 0.0;
+  for (std::size_t i = 0; i < a.size(); ++i)
+    sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return sum;
+}
+
+}  // namespace
+
+TEST_CASE("the gate's gradients are the adjoints of gate, for 16-bit states and weights too") {
+  const auto check = [&]<class X, class W>(X, W) {
+    auto x = random_values<X>(tokens * d, 1);
+    auto w = random_values<W>(experts * d, 2);
+    auto dz = random_values<float>(tokens * experts, 3);
+    const std::vector<float> wide_x(x.begin(), x.end());
+    std::vector<float> wide_w(w.begin(), w.end());
+    std::vector<float> dx(x.size(), 7.0f), dw(w.size(), 7.0f), db(experts, 7.0f), z(dz.size());
+    gate(rows(x, tokens), simd::packed_matrix<>(rows(wide_w, experts)), rows(z, tokens));
+    gate_backward(
+        rows(x, tokens), rows(w, experts), rows(dz, tokens),
+        gate_gradients<float>{gradient_to::write, rows(dx, tokens), rows(dw, experts), db});
+    const double forward = sum_of_products(dz, z);
+    CHECK(std::abs(sum_of_products(dx, wide_x) - forward) < 1e-3);
+    CHECK(std::abs(sum_of_products(dw, wide_w) - forward) < 1e-3);
+    double all = 0.0, bias = 0.0;
+    for (const float g : dz) all += static_cast<double>(g);
+    for (const float g : db) bias += static_cast<double>(g);
+    CHECK(std::abs(all - bias) < 1e-4);
+    // Added: twice as much.
+    const auto once = dw;
+    const long made = test::allocations_during([&] {
+      gate_backward(rows(x, tokens), rows(w, experts), rows(dz, tokens),
+                    gate_gradients<float>{gradient_to::add, {}, rows(dw, experts), db});
+    });
+    CHECK(made == 0);
+    for (std::size_t i = 0; i < dw.size(); ++i) dw[i] -= once[i];
+    CHECK(test::difference(dw, once, 1e-4, 1e-5) == "");
+  };
+  check(float{}, float{});
+  check(bfloat16{}, float{});
+  check(float{}, bfloat16{});
+  check(float16{}, float16{});
+}
+
+TEST_CASE("the gradients of a cosine gate and of a shared expert's gate are derivatives") {
+  auto x = random_values<double>(5 * 4, 11), w = random_values<double>(3 * 4, 12);
+  auto dz = random_values<double>(5 * 3, 13);
+  for (std::size_t j = 4; j < 8; ++j) x[j] = 0.0;  // a token without a direction
+  workspace ws;
+  std::vector<double> dx(20), dw(12);
+  double dscale = 0.0;
+  cosine_gate_backward(rows(x, 5), rows(w, 3), 2.5, rows(dz, 5),
+                       gate_gradients<double>{gradient_to::write, rows(dx, 5), rows(dw, 3)}, ws,
+                       serial{}, &dscale);
+  const auto value = [&](const std::vector<double>& a, const std::vector<double>& b, double scale) {
+    double sum = 0.0;
+    for (std::size_t t = 0; t < 5; ++t)
+      for (std::size_t e = 0; e < 3; ++e) {
+        double ab = 0.0, aa = 0.0, bb = 0.0;
+        for (std::size_t j = 0; j < 4; ++j) {
+          ab += a[t * 4 + j] * b[e * 4 + j];
+          aa += a[t * 4 + j] * a[t * 4 + j];
+          bb += b[e * 4 + j] * b[e * 4 + j];
+        }
+        if (t != 1) sum += dz[t * 3 + e] * scale * ab / std::sqrt(aa * bb);
+      }
+    return sum;
+  };
+  const auto of_x = [&](const std::vector<double>& a) { return value(a, w, 2.5); };
+  const auto of_w = [&](const std::vector<double>& b) { return value(x, b, 2.5); };
+  CHECK(test::difference(dw, oracle::derivative(w, of_w), 1e-7, 2e-9) == "");
+  std::vector<double> slope = oracle::derivative(x, of_x);
+  for (std::size_t j = 4; j < 8; ++j) slope[j] = 0.0;
+  CHECK(test::difference(dx, slope, 1e-7, 2e-9) == "");
+  CHECK(std::abs(dscale - value(x, w, 1.0)) < 1e-12);
+
+  auto gate_row = random_values<double>(4, 14), up = random_values<double>(5, 15);
+  const auto gated = [&](const std::vector<double>& g) {
+    std::vector<double> weight(5);
+    for (std::size_t t = 0; t < 5; ++t) {
+      double z = 0.0;
+      for (std::size_t j = 0; j < 4; ++j) z += x[t * 4 + j] * g[j];
+      weight[t] = 0.75 / (1.0 + std::exp(-z));
+    }
+    return weight;
+  };
+  std::vector<double> dgate(4);
+  shared_gate_backward(rows(x, 5), rows(gate_row, 1), 0.75, gated(gate_row), up,
+                       gate_gradients<double>{gradient_to::write, {}, rows(dgate, 1)}, ws);
+  CHECK(test::difference(dgate,
+                         oracle::derivative(gate_row,
+                                            [&](const std::vector<double>& g) {
+                                              const auto weight = gated(g);
+                                              double sum = 0.0;
+                                              for (std::size_t t = 0; t < 5; ++t)
+                                                sum += up[t] * weight[t];
+                                              return sum;
+                                            }),
+                         1e-7, 2e-9) == "");
+}
+
+TEST_CASE("every expert that has tokens is run backwards once, with its rows") {
+  test::random rng(5);
+  const assignment a = test::fixed_choices(rng, 30, 7, 2, 3);
+  dispatch_plan p;
+  plan(a, p, {.block = 4});
+  buffer<float> in(p.slots() * 2), dout(p.slots() * 3), din(p.slots() * 2);
+  std::vector<int> calls(7);
+  std::vector<index_t> seen(7, 0);
+  for_each_expert_backward(p, matrix_view<float>(in.data(), p.slots(), 2),
+                           matrix_view<float>(dout.data(), p.slots(), 3),
+                           matrix_view<float>(din.data(), p.slots(), 2),
+                           [&](expert_id e, matrix_view<const float> rows_in,
+                               matrix_view<const float> drows, matrix_view<float> out) {
+                             const auto at = static_cast<std::size_t>(e);
+                             ++calls[at];
+                             seen[at] = rows_in.rows;
+                             CHECK(rows_in.data == in.data() + p.offsets()[at] * 2);
+                             CHECK(drows.data == dout.data() + p.offsets()[at] * 3);
+                             CHECK(out.data == din.data() + p.offsets()[at] * 2);
+                           });
+  for (std::size_t e = 0; e < 7; ++e) {
+    CHECK(calls[e] == (p.load(index_t(e)) > 0 ? 1 : 0));
+    CHECK(seen[e] == p.load(index_t(e)));
+  }
+  CHECK(test::refusal([&] {
+          for_each_expert_backward(p, matrix_view<float>(in.data(), p.slots(), 2),
+                                   matrix_view<float>(dout.data(), p.slots() - 1, 3),
+                                   matrix_view<float>(din.data(), p.slots(), 2),
+                                   [](expert_id, matrix_view<const float>, matrix_view<const float>,
+                                      matrix_view<float>) {});
+        }) == "moeroute::for_each_expert_backward: dout.rows() is " +
+                  std::to_string(p.slots() - 1) + ", expected " + std::to_string(p.slots()));
+}
+
+TEST_CASE("gradients of a gate that do not fit are refused by name") {
+  auto x = random_values<float>(tokens * d, 1), w = random_values<float>(experts * d, 2);
+  auto dz = random_values<float>(tokens * experts, 3);
+  std::vector<float> dx(x.size()), dw(w.size());
+  const auto refused = [&](matrix_view<float> z, const gate_gradients<float>& g) {
+    return test::refusal([&] { gate_backward(rows(x, tokens), rows(w, experts), z, g); });
+  };
+  CHECK(refused(rows(dz, tokens).middle_rows(0, 4), {}) ==
+        "moeroute::gate_backward: dlogits.rows() is 4, expected 23");
+  CHECK(refused(rows(dz, tokens), {.weight = rows(dw, experts).middle_rows(0, 3)}) ==
+        "moeroute::gate_backward: gradients.weight.rows() is 3, expected 9");
+  CHECK(refused(rows(dz, tokens), {.bias = std::span<float>(dx.data(), 2)}) ==
+        "moeroute::gate_backward: gradients.bias.size() is 2, expected 9");
+  CHECK(refused(rows(dz, tokens), {.x = rows(x, tokens)}) ==
+        "moeroute::gate_backward: x and gradients.x overlap, expected memory of their own");
+  CHECK(
+      refused(rows(dz, tokens), {.weight = rows(w, experts)}) ==
+      "moeroute::gate_backward: weight and gradients.weight overlap, expected memory of their own");
+}

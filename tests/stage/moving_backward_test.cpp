@@ -1,0 +1,313 @@
+#include <moeroute/stage/dispatch_backward.hpp>
+//
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/stage/capacity.hpp>
+#include <moeroute/stage/capacity_backward.hpp>
+#include <moeroute/stage/combine_backward.hpp>
+#include <moeroute/stage/plan.hpp>
+#include <string>
+#include <vector>
+
+#include "oracle/losses.hpp"
+#include "support/allocations.hpp"
+#include "support/assignments.hpp"
+#include "support/backwards.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/threads.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+// Rows whose entries are random, with a stride of their own.
+template <class T>
+struct rows {
+  index_t n, d, stride;
+  std::vector<T> value;
+
+  rows(index_t count, index_t cols, std::uint64_t seed, index_t gap = 3)
+      : n(count), d(cols), stride(cols + gap), value(static_cast<std::size_t>(n * stride)) {
+    test::random rng(seed);
+    for (T& v : value) v = static_cast<T>(rng.normal());
+  }
+  matrix_view<T> view() { return {value.data(), n, d, stride}; }
+  matrix_view<const T> view() const { return {value.data(), n, d, stride}; }
+  double operator()(index_t r, index_t c) const {
+    return static_cast<double>(value[static_cast<std::size_t>(r * stride + c)]);
+  }
+};
+
+template <class A, class B>
+double dot(const rows<A>& a, const rows<B>& b) {
+  double sum = 0.0;
+  for (index_t r = 0; r < a.n; ++r)
+    for (index_t c = 0; c < a.d; ++c) sum += a(r, c) * b(r, c);
+  return sum;
+}
+
+bool close(double a, double b, double bound = 1e-5) {
+  return std::abs(a - b) <= bound * (1.0 + std::abs(b));
+}
+
+template <class T>
+std::vector<T> weights_of(const assignment& a) {
+  return {a.weights().begin(), a.weights().end()};
+}
+
+struct scene {
+  assignment choices;
+  dispatch_plan plan;
+  explicit scene(assignment a, const plan_options& how = {}) : choices(std::move(a)) {
+    moeroute::plan(choices, plan, how);
+  }
+};
+
+// Fixed, ragged, with drops, padded, without tokens.
+template <class F>
+void for_each_scene(F&& f) {
+  test::random rng(3);
+  f("fixed", scene(test::fixed_choices(rng, 40, 8, 3, 5)));
+  f("ragged", scene(test::ragged_choices(rng, 33, 6, 4)));
+  assignment dropped = test::fixed_choices(rng, 29, 5, 2);
+  test::drop_some(rng, dropped, 3);
+  f("drops", scene(dropped));
+  f("padded", scene(test::fixed_choices(rng, 21, 4, 2), {.block = 8}));
+  f("many choices", scene(test::fixed_choices(rng, 3, 100, 70)));
+  f("nobody", scene(test::fixed_choices(rng, 0, 4, 2)));
+}
+
+// Both derivatives by plain loops.
+template <class T>
+void agree_with_loops(const scene& s, index_t d, double bound) {
+  const index_t tokens = s.plan.tokens(), slots = s.plan.slots();
+  const rows<T> out(slots, d, 5), dy(tokens, d, 6);
+  rows<T> dslots(slots, d, 7), dx(tokens, d, 8);
+  const rows<T> before = dx;
+  const std::vector<T> w = weights_of<T>(s.choices);
+  std::vector<T> dw(w.size(), T(9)), dscale(w.size(), T(9));
+  combine_backward(out.view(), s.plan, w, dy.view(), combine_gradients<T, T>{dslots.view(), dw});
+  std::vector<double> slow(w.size());
+  rows<double> slow_slots(slots, d, 1), slow_x(tokens, d, 1), slow_added(tokens, d, 1);
+  std::fill(slow_slots.value.begin(), slow_slots.value.end(), 0.0);
+  std::fill(slow_x.value.begin(), slow_x.value.end(), 0.0);
+  std::vector<double> slow_scale(w.size());
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t c = s.plan.first(t); c < s.plan.first(t + 1); ++c) {
+      const index_t slot = s.plan.slot_of_choice()[static_cast<std::size_t>(c)];
+      const auto at = static_cast<std::size_t>(c);
+      for (index_t j = 0; slot >= 0 && j < d; ++j) {
+        slow[at] += dy(t, j) * out(slot, j);
+        slow_slots.view()(slot, j) = static_cast<double>(w[at]) * dy(t, j);
+        slow_x.view()(t, j) += static_cast<double>(w[at]) * out(slot, j);
+        slow_scale[at] += dy(t, j) * out(slot, j);
+      }
+    }
+  CHECK(test::difference(dw, slow, bound, 30 * bound) == "");
+  bool same = true;
+  for (index_t r = 0; r < slots; ++r)
+    for (index_t j = 0; j < d; ++j) same = same && close(dslots(r, j), slow_slots(r, j), bound);
+  CHECK(same);
+  dispatch_backward(out.view(), s.plan, gradient_to::write, dx.view(), serial{},
+                    {.scale = w, .x = dy.view(), .dscale = dscale});
+  CHECK(test::difference(dscale, slow_scale, bound, 30 * bound) == "");
+  for (index_t r = 0; r < tokens; ++r)
+    for (index_t j = 0; j < d; ++j) same = same && close(dx(r, j), slow_x(r, j), 30 * bound);
+  CHECK(same);
+  rows<T> added = before;
+  dispatch_backward(out.view(), s.plan, gradient_to::add, added.view(), serial{}, {.scale = w});
+  for (index_t r = 0; r < tokens; ++r)
+    for (index_t j = 0; j < d; ++j)
+      same = same && close(added(r, j) - before(r, j), slow_x(r, j), 30 * bound);
+  CHECK(same);
+}
+
+}  // namespace
+
+TEST_CASE("gradients of combine and dispatch are those of plain loops, in float and double") {
+  for_each_scene([](const char* name, const scene& s) {
+    INFO(name);
+    for (const index_t d : {1, 16, 37, 100}) {
+      agree_with_loops<float>(s, d, 1e-6);
+      agree_with_loops<double>(s, d, 1e-14);
+    }
+  });
+}
+
+TEST_CASE("each is the adjoint of its forward pass") {
+  for_each_scene([](const char* name, const scene& s) {
+    INFO(name);
+    const index_t d = 24, tokens = s.plan.tokens(), slots = s.plan.slots();
+    const rows<float> in(slots, d, 15), dy(tokens, d, 16), x(tokens, d, 18);
+    rows<float> y(tokens, d, 1), dslots(slots, d, 2), moved(slots, d, 3), dx(tokens, d, 4);
+    std::vector<float> dw(s.choices.weights().size());
+    combine(in.view(), s.plan, s.choices, y.view());
+    combine_backward(in.view(), s.plan, s.choices, dy.view(),
+                     combine_gradients<float>{dslots.view(), dw});
+    // Padding is not combined, but has gradient 0.
+    CHECK(close(dot(dslots, in), dot(dy, y)));
+    double by_weight = 0.0;
+    for (std::size_t c = 0; c < dw.size(); ++c)
+      by_weight += static_cast<double>(dw[c]) * static_cast<double>(s.choices.weights()[c]);
+    CHECK(close(by_weight, dot(dy, y)));
+    dispatch(x.view(), s.plan, moved.view(), {.scale = s.choices.weights()});
+    dispatch_backward(in.view(), s.plan, gradient_to::write, dx.view(), serial{},
+                      {.scale = s.choices.weights()});
+    CHECK(close(dot(dx, x), dot(in, moved)));
+  });
+}
+
+TEST_CASE("identity experts, lost tokens and shared rows pull back what combine gave them") {
+  test::random rng(12);
+  assignment a = test::fixed_choices(rng, 30, 8, 2, 4);
+  test::drop_some(rng, a, 4);
+  std::vector<std::uint8_t> owned = {1, 1, 1, 1, 1, 1, 0, 0};
+  const scene s(a, {.owned = owned});
+  const index_t d = 20;
+  const rows<float> in(s.plan.slots(), d, 1), x(30, d, 2), shared(30, d, 3), dy(30, d, 4);
+  std::vector<float> gate(30);
+  for (float& g : gate) g = rng.uniform();
+  const combine_options<> how{.lost = lost_token::residual,
+                              .identity_first = 6,
+                              .identity_end = 7,
+                              .x = x.view(),
+                              .shared = shared.view(),
+                              .shared_weight = gate};
+  rows<float> y(30, d, 5), dslots(s.plan.slots(), d, 6), dx(30, d, 7), dshared(30, d, 8);
+  std::fill(dx.value.begin(), dx.value.end(), 0.0f);
+  std::vector<float> dw(60), dgate(30);
+  combine(in.view(), s.plan, s.choices, y.view(), how);
+  combine_backward(in.view(), s.plan, s.choices, dy.view(),
+                   combine_gradients<float>{dslots.view(), dw, dx.view(), dshared.view(), dgate},
+                   serial{}, how);
+  // y is linear in the rows of all three kinds together.
+  CHECK(close(dot(dslots, in) + dot(dx, x) + dot(dshared, shared), dot(dy, y)));
+  double by_gate = 0.0;
+  for (std::size_t t = 0; t < 30; ++t)
+    by_gate += static_cast<double>(dgate[t]) * static_cast<double>(gate[t]);
+  CHECK(close(by_gate, dot(dshared, shared)));
+  for (std::size_t c = 0; c < 60; ++c) {
+    const bool adds =
+        s.plan.slot_of_choice()[c] != no_slot || (a.ids()[c] == 6 && a.kept(index_t(c)));
+    CHECK((dw[c] != 0.0f) == adds);
+    if (a.ids()[c] != 6 || !a.kept(index_t(c))) continue;
+    double sum = 0.0;
+    for (index_t j = 0; j < d; ++j) sum += dy(index_t(c) / 2, j) * x(index_t(c) / 2, j);
+    CHECK(close(static_cast<double>(dw[c]), sum));
+  }
+}
+
+TEST_CASE("gradients of moved rows have the same bits for every executor, and allocate nothing") {
+  test::random rng(22);
+  const scene s(test::fixed_choices(rng, 700, 16, 4, 6));
+  const index_t d = 256;
+  const rows<float> out(s.plan.slots(), d, 1, 0), dy(700, d, 2, 0);
+  const auto all = [&](const auto& exec) {
+    rows<float> dslots(s.plan.slots(), d, 3, 0), dx(700, d, 4, 0);
+    std::vector<float> dw(s.choices.weights().size()), dscale(dw.size());
+    const long made = test::allocations_during([&] {
+      combine_backward(out.view(), s.plan, s.choices, dy.view(),
+                       combine_gradients<float>{dslots.view(), dw}, exec);
+      dispatch_backward(out.view(), s.plan, gradient_to::write, dx.view(), exec,
+                        {.scale = s.choices.weights(), .x = dy.view(), .dscale = dscale});
+    });
+    if constexpr (std::is_same_v<std::decay_t<decltype(exec)>, serial>) CHECK(made == 0);
+    std::vector<float> bits = dslots.value;
+    for (const auto* list : {&dx.value, &dw, &dscale})
+      bits.insert(bits.end(), list->begin(), list->end());
+    return bits;
+  };
+  const std::vector<float> alone = all(serial{});
+  CHECK(test::bit_difference(all(test::backwards{}), alone) == "");
+  CHECK(test::bit_difference(all(test::several_threads{}), alone) == "");
+}
+
+TEST_CASE("16-bit gradients of experts' rows are rounded once, large ones are streamed") {
+  test::random rng(23);
+  const scene s(test::fixed_choices(rng, 600, 8, 4));
+  const index_t d = 1024;  // 9.6 MB of float
+  buffer<float> wide(s.plan.slots() * d);
+  buffer<bfloat16> narrow(s.plan.slots() * d);
+  const rows<float> dy(600, d, 2, 0);
+  combine_backward(matrix_view<const float>{}, s.plan, s.choices, dy.view(),
+                   combine_gradients<float>{{wide.data(), s.plan.slots(), d}});
+  combine_backward(matrix_view<const float>{}, s.plan, s.choices, dy.view(),
+                   combine_gradients<bfloat16>{{narrow.data(), s.plan.slots(), d}});
+  bool same = true;
+  for (index_t i = 0; i < wide.size(); ++i)
+    same =
+        same && static_cast<float>(static_cast<bfloat16>(wide[i])) == static_cast<float>(narrow[i]);
+  CHECK(same);
+}
+
+TEST_CASE("capacity divides weights as apply_capacity did, and its gradient is the derivative") {
+  for (const auto when :
+       {renormalization::none, renormalization::before_drop, renormalization::after_drop})
+    for (const float eps : {0.0f, 1.2f}) {
+      INFO(static_cast<int>(when) << ", eps = " << eps);
+      test::random rng(31);
+      assignment a = test::fixed_choices(rng, 25, 6, 3, 6);
+      const std::vector<double> router(a.weights().begin(), a.weights().end());
+      const capacity_policy policy{.rule = {.formula = capacity_formula::fixed, .count = 8},
+                                   .renormalize = when,
+                                   .eps = eps};
+      workspace ws;
+      REQUIRE(apply_capacity(a, policy, ws).dropped > 0);
+      std::vector<double> w = router, up(w.size());
+      renormalize(policy, a, std::span(w));
+      CHECK(test::difference(w, a.weights(), 1e-6, 1e-9) == "");
+      for (double& u : up) u = static_cast<double>(rng.normal());
+      const auto value = [&](std::vector<double> x) {
+        renormalize(policy, a, std::span(x));
+        double sum = 0.0;
+        for (std::size_t c = 0; c < x.size(); ++c) sum += up[c] * x[c];
+        return sum;
+      };
+      std::vector<double> dw = up;
+      renormalize_backward(policy, a, router, std::span(dw));
+      CHECK(test::difference(dw, oracle::derivative(router, value), 1e-7, 2e-9) == "");
+    }
+}
+
+TEST_CASE("backward stages refuse what does not fit by name") {
+  test::random rng(41);
+  const scene s(test::fixed_choices(rng, 6, 4, 2));
+  rows<float> out(12, 8, 1), dy(6, 8, 2), dslots(12, 8, 3), dx(6, 8, 4);
+  std::vector<float> dw(12), few(11);
+  const auto combined = [&](matrix_view<float> o, matrix_view<float> y, matrix_view<float> into,
+                            std::span<float> weights, const combine_options<>& how = {}) {
+    return test::refusal([&] {
+      combine_backward(o, s.plan, s.choices, y, combine_gradients<float>{into, weights}, serial{},
+                       how);
+    });
+  };
+  CHECK(combined(out.view(), dy.view().middle_rows(0, 5), dslots.view(), dw) ==
+        "moeroute::combine_backward: dy.rows() is 5, expected 6");
+  CHECK(combined(out.view(), dy.view(), dslots.view().middle_rows(0, 11), dw) ==
+        "moeroute::combine_backward: gradients.slots.rows() is 11, expected 12");
+  CHECK(combined(out.view(), dy.view(), dslots.view(), few) ==
+        "moeroute::combine_backward: gradients.weights.size() is 11, expected 12");
+  CHECK(combined({}, dy.view(), dslots.view(), dw) ==
+        "moeroute::combine_backward: slots.rows() is 0, expected 12");
+  CHECK(combined(out.view(), dy.view(), out.view(), dw) ==
+        "moeroute::combine_backward: slots and gradients.slots overlap, expected memory of their "
+        "own");
+  CHECK(
+      combined(out.view(), dy.view(), dslots.view(), dw, {.weight = combine_weight::one}) ==
+      "moeroute::combine_backward: gradients.weights is wanted, but combine_weight::one has none");
+  CHECK(combined({}, dy.view(), dslots.view(), {}) == "accepted");
+  CHECK(test::refusal([&] {
+          dispatch_backward(dslots.view(), s.plan, gradient_to::write, dx.view().middle_rows(0, 4));
+        }) == "moeroute::dispatch_backward: dx.rows() is 4, expected 6");
+  CHECK(test::refusal([&] {
+          dispatch_backward(dslots.view(), s.plan, gradient_to::write, dx.view(), serial{},
+                            {.dscale = dw});
+        }) == "moeroute::dispatch_backward: x.rows() is 0, expected 6");
+  rows<bfloat16> narrow(6, 8, 5);
+  CHECK(test::refusal(
+            [&] { dispatch_backward(dslots.view(), s.plan, gradient_to::add, narrow.view()); }) ==
+        "moeroute::dispatch_backward: dx is kept in 16 bits and added to, which rounds every time: "
+        "expected float");
+}
