@@ -64,5 +64,9 @@ if(MOEROUTE_BUILD_TESTS OR MOEROUTE_BUILD_EXAMPLES OR MOEROUTE_BUILD_BENCH)
   moeroute_dependency(cxxopts 3 cxxopts::cxxopts GIT https://github.com/jarro2783/cxxopts.git TAG v3.1.1 HEADERS include)
 endif()
 
+# moeroute::json is there for whoever has it.
+if(NOT TARGET nlohmann_json::nlohmann_json)
+  find_package(nlohmann_json 3.9 QUIET GLOBAL CONFIG)
+endif()
 find_package(OpenMP QUIET GLOBAL COMPONENTS CXX)
 find_package(TBB QUIET GLOBAL CONFIG)

@@ -2,7 +2,7 @@ include(CMakePackageConfigHelpers)
 include(GNUInstallDirs)
 
 set(package_dir "${CMAKE_INSTALL_DATADIR}/cmake/moeroute")
-install(TARGETS moeroute moeroute_openmp moeroute_tbb EXPORT moeroute FILE_SET HEADERS)
+install(TARGETS moeroute moeroute_openmp moeroute_tbb moeroute_json EXPORT moeroute FILE_SET HEADERS)
 install(
   EXPORT moeroute
   NAMESPACE moeroute::

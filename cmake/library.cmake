@@ -1,4 +1,5 @@
-# moeroute::moeroute, the headers; moeroute::openmp, the same with OpenMP on; moeroute::tbb, with oneTBB.
+# moeroute::moeroute, the headers; moeroute::openmp, the same with OpenMP on; moeroute::tbb, with oneTBB;
+# moeroute::json, with nlohmann-json.
 #
 # A header that needs an optional third party belongs to the target that brings it, so that every
 # target's headers compile alone (all_verify_interface_header_sets).
@@ -8,7 +9,9 @@ set(openmp_headers ${headers})
 list(FILTER openmp_headers INCLUDE REGEX "/exec/openmp\\.hpp$")
 set(tbb_headers ${headers})
 list(FILTER tbb_headers INCLUDE REGEX "/exec/tbb\\.hpp$")
-list(FILTER headers EXCLUDE REGEX "/exec/(openmp|tbb)\\.hpp$")
+set(json_headers ${headers})
+list(FILTER json_headers INCLUDE REGEX "/moeroute/json/")
+list(FILTER headers EXCLUDE REGEX "/exec/(openmp|tbb)\\.hpp$|/moeroute/json/")
 
 add_library(moeroute INTERFACE)
 add_library(moeroute::moeroute ALIAS moeroute)
@@ -29,3 +32,12 @@ set_target_properties(moeroute_tbb PROPERTIES EXPORT_NAME tbb)
 target_link_libraries(moeroute_tbb INTERFACE moeroute TBB::tbb)
 target_sources(moeroute_tbb INTERFACE FILE_SET HEADERS BASE_DIRS "${base}" FILES ${tbb_headers})
 set_target_properties(moeroute_tbb PROPERTIES VERIFY_INTERFACE_HEADER_SETS "${TBB_FOUND}")
+
+add_library(moeroute_json INTERFACE)
+add_library(moeroute::json ALIAS moeroute_json)
+set_target_properties(moeroute_json PROPERTIES EXPORT_NAME json)
+target_link_libraries(moeroute_json INTERFACE moeroute nlohmann_json::nlohmann_json)
+target_sources(moeroute_json INTERFACE FILE_SET HEADERS BASE_DIRS "${base}" FILES ${json_headers})
+if(NOT TARGET nlohmann_json::nlohmann_json)
+  set_target_properties(moeroute_json PROPERTIES VERIFY_INTERFACE_HEADER_SETS OFF)
+endif()

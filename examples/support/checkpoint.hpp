@@ -38,6 +38,9 @@ class checkpoint {
   void require(const std::string& tensor, const tensor_shape& shape) const {
     file_of(tensor).require(tensor, shape);
   }
+  [[nodiscard]] const std::string& file_name(const std::string& tensor) const {
+    return file_of(tensor).name();
+  }
   /// Requires: require(tensor, ...) passed, and the elements lie within it.
   void read(const std::string& tensor, std::uint64_t first, std::span<float> out) const {
     file_of(tensor).read(tensor, first, out);

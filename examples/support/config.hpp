@@ -9,6 +9,9 @@
 #include <string>
 #include <vector>
 
+#include <moeroute/json/config_json.hpp>
+#include <moeroute/policy/router_spec.hpp>
+
 namespace example {
 
 enum class model_family { qwen3_moe, mixtral, olmoe };
@@ -22,16 +25,16 @@ struct model_config {
   std::int64_t heads = 0;
   std::int64_t kv_heads = 0;
   std::int64_t head_dim = 0;
-  std::int64_t experts = 0;
-  std::int64_t experts_per_token = 0;
+  moeroute::router_spec router;
   std::int64_t expert_width = 0;
   std::int64_t positions = 0;
   double rope_theta = 0;
   double norm_eps = 0;
   double clip_qkv = 0;  // 0: queries, keys and values are not clipped
-  bool renormalise = false;
   bool tied_head = false;
 
+  [[nodiscard]] std::int64_t experts() const { return router.experts; }
+  [[nodiscard]] std::int64_t experts_per_token() const { return router.k; }
   [[nodiscard]] std::int64_t query_width() const { return heads * head_dim; }
   [[nodiscard]] std::int64_t kv_width() const { return kv_heads * head_dim; }
   /// Bytes are the tokens where there are 256 of them.
@@ -59,11 +62,6 @@ inline constexpr std::int64_t position_limit = std::int64_t{1} << 40;
   fields.wrong("model_type", "qwen3_moe, mixtral or olmoe");
 }
 
-[[nodiscard]] inline std::string first_present(const json_fields& fields, const char* one,
-                                               const char* other) {
-  return fields.has(one) || !fields.has(other) ? one : other;
-}
-
 [[nodiscard]] inline double rope_theta(const json_fields& fields) {
   if (!fields.has("rope_parameters")) {
     return fields.positive("rope_theta");
@@ -78,7 +76,7 @@ inline constexpr std::int64_t position_limit = std::int64_t{1} << 40;
 
 /// Things a checkpoint can ask for that the forward pass here does not do:
 /// better refused than computed wrongly.
-inline void refuse_unsupported(const json_fields& fields, std::int64_t positions) {
+inline void refuse_unsupported(const json_fields& fields) {
   if (fields.has("hidden_act") && fields.text("hidden_act") != "silu") {
     fields.wrong("hidden_act", "'silu'");
   }
@@ -87,10 +85,6 @@ inline void refuse_unsupported(const json_fields& fields, std::int64_t positions
   }
   if (fields.has("rope_scaling")) {
     fields.wrong("rope_scaling", "null");
-  }
-  if (fields.has("sliding_window") && fields.flag("use_sliding_window", true) &&
-      fields.integer("sliding_window", 1, position_limit) < positions) {
-    fields.wrong("sliding_window", "null or at least max_position_embeddings");
   }
   if (fields.has("mlp_only_layers") && !fields.array("mlp_only_layers").empty()) {
     fields.wrong("mlp_only_layers", "no layers: every layer has experts");
@@ -136,11 +130,14 @@ inline void refuse_unsupported(const json_fields& fields, std::int64_t positions
   if (made.head_dim % 2 != 0) {
     refuse(fields.where(), ": field 'head_dim': expected an even number, found ", made.head_dim);
   }
-  made.experts = extent(first_present(fields, "num_experts", "num_local_experts"));
-  made.experts_per_token = extent("num_experts_per_tok");
-  if (made.experts_per_token > made.experts) {
-    fields.wrong("num_experts_per_tok", join("at most the number of experts (", made.experts, ")"));
+  refuse_unsupported(fields);
+  const moeroute::model_routers routers = moeroute::routers_from_config(document, path.string());
+  for (const auto& layer : routers.layers) {
+    if (layer != routers.spec) {
+      refuse(path.string(), ": expected experts in every layer, and one router for all");
+    }
   }
+  made.router = routers.spec;
   made.expert_width = extent(made.family == model_family::qwen3_moe ? "moe_intermediate_size"
                                                                     : "intermediate_size");
   made.positions = fields.integer("max_position_embeddings", 1, position_limit);
@@ -149,9 +146,11 @@ inline void refuse_unsupported(const json_fields& fields, std::int64_t positions
   if (fields.has("clip_qkv")) {
     made.clip_qkv = fields.positive("clip_qkv");
   }
-  made.renormalise = made.family == model_family::mixtral || fields.flag("norm_topk_prob", false);
   made.tied_head = fields.flag("tie_word_embeddings", false);
-  refuse_unsupported(fields, made.positions);
+  if (fields.has("sliding_window") && fields.flag("use_sliding_window", true) &&
+      fields.integer("sliding_window", 1, position_limit) < made.positions) {
+    fields.wrong("sliding_window", "null or at least max_position_embeddings");
+  }
   return made;
 }
 

@@ -102,8 +102,8 @@ class generate_app {
     prompt_ = detail::prompt_tokens(asked_, config_);
     std::vector<reference_case> cases;
     if (asked_.verify) {
-      cases = read_reference(asked_.model, {config_.vocab, config_.layers, config_.experts,
-                                            config_.experts_per_token, config_.positions});
+      cases = read_reference(asked_.model, {config_.vocab, config_.layers, config_.experts(),
+                                            config_.experts_per_token(), config_.positions});
     }
     if (asked_.report) {
       texts_ = detail::bundled_texts(asked_.model, config_);
@@ -139,7 +139,7 @@ class generate_app {
 
     token_printer printer(out_, config_);
     printer.write(prompt_);
-    load_profile load("prompt and continuation", config_.layers, config_.experts);
+    load_profile load("prompt and continuation", config_.layers, config_.experts());
     const auto count = [&](const layer_routing& r) { load.count(r.layer, r.ids); };
     sampler pick(asked_.temperature, asked_.seed);
     phase prefill{prompt_size, {}};
@@ -187,7 +187,7 @@ class generate_app {
     std::vector<load_profile> profiles;
     for (const report_text& text : texts_) {
       progress shown(err_, "report: " + text.name + ", token");
-      load_profile& load = profiles.emplace_back(text.name, config_.layers, config_.experts);
+      load_profile& load = profiles.emplace_back(text.name, config_.layers, config_.experts());
       const auto all = static_cast<index_t>(text.tokens.size());
       for (index_t first = 0; first < all; first += segment) {
         decode.reset();
@@ -201,8 +201,8 @@ class generate_app {
       }
     }
     save_report(*asked_.report,
-                {detail::folder_name(asked_.model), config_.model_type, config_.experts,
-                 config_.experts_per_token},
+                {detail::folder_name(asked_.model), config_.model_type, config_.experts(),
+                 config_.experts_per_token()},
                 profiles);
     out_ << "report: " << asked_.report->string() << '\n';
   }

@@ -28,7 +28,8 @@ struct golden_router {
   std::vector<float> bias;
   std::vector<float> per_expert_scale;
   std::optional<moeroute::expert_table> table;
-  std::vector<std::int32_t> input_ids;  ///< [T], the token ids that a table is asked for
+  /// [T], the token ids that a table is asked for; any number for a token that is masked.
+  std::vector<std::int32_t> input_ids;
 };
 
 /// A router and the logits that it is to route.
@@ -175,7 +176,7 @@ inline void read_table(const golden_fields& extra, std::optional<index_t> tokens
   made.table = told(extra.where() + ": field 'tid2eid'",
                     [&] { return moeroute::expert_table(std::move(ids), k, experts); });
   for (const float_json& id : extra.array("input_ids"))
-    made.input_ids.push_back(integer_of(extra, "input_ids", id, 0, made.table->vocabulary() - 1));
+    made.input_ids.push_back(integer_of(extra, "input_ids", id, INT32_MIN, INT32_MAX));
   if (tokens && static_cast<index_t>(made.input_ids.size()) != *tokens)
     refuse(extra.where(), ": field 'input_ids': expected ", *tokens, " values (tokens), found ",
            made.input_ids.size());

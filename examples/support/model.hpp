@@ -5,6 +5,7 @@
 #include "config.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -128,8 +129,8 @@ class model_reader {
         require(layer + "self_attn.q_norm", {query_norm_width()});
         require(layer + "self_attn.k_norm", {key_norm_width()});
       }
-      require(layer + names_.gate, {c.experts, c.hidden});
-      for (index_t e = 0; e < c.experts; ++e) {
+      require(layer + names_.gate, {c.experts(), c.hidden});
+      for (index_t e = 0; e < c.experts(); ++e) {
         const std::string expert = layer + names_.expert + std::to_string(e);
         require(expert + names_.gate_projection, {c.expert_width, c.hidden});
         require(expert + names_.up_projection, {c.expert_width, c.hidden});
@@ -171,22 +172,37 @@ class model_reader {
 
   moe_block read_experts(const std::string& layer) {
     const model_config& c = model_.config;
-    moeroute::swiglu_experts<> experts(c.experts, c.hidden, c.expert_width);
-    for (moeroute::expert_id e = 0; e < c.experts; ++e) {
+    moeroute::swiglu_experts<> experts(c.experts(), c.hidden, c.expert_width);
+    for (moeroute::expert_id e = 0; e < c.experts(); ++e) {
       const std::string expert = layer + names_.expert + std::to_string(e);
       experts.set_gate(e, view(expert + names_.gate_projection, c.expert_width, c.hidden));
       experts.set_up(e, view(expert + names_.up_projection, c.expert_width, c.hidden));
       experts.set_down(e, view(expert + names_.down_projection, c.hidden, c.expert_width));
     }
     moeroute::router<moeroute::softmax> router;
-    router.selection.k = c.experts_per_token;
-    router.weight = c.renormalise ? moeroute::sum_normalized : moeroute::raw_weights;
-    return {packed(layer + names_.gate, c.experts, c.hidden), router, std::move(experts)};
+    router.selection.k = c.experts_per_token();
+    router.weight = c.router.normalize == moeroute::normalization::sum ? moeroute::sum_normalized
+                                                                       : moeroute::raw_weights;
+    return {packed(layer + names_.gate, c.experts(), c.hidden), router, std::move(experts)};
+  }
+
+  /// Reads elements of a tensor; refuses one that is no number: routing would go on without the
+  /// expert, and what is written looks like text.
+  void read(const std::string& name, index_t first, std::span<float> out) const {
+    const std::string tensor = name + ".weight";
+    tensors_.read(tensor, static_cast<std::uint64_t>(first), out);
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      if (!std::isfinite(out[i])) {
+        refuse(tensors_.file_name(tensor), ": tensor '", tensor,
+               "': expected finite numbers, element ", first + static_cast<index_t>(i), " is ",
+               std::isnan(out[i]) ? "NaN" : "infinite");
+      }
+    }
   }
 
   [[nodiscard]] std::vector<float> values(const std::string& name, index_t count) {
     std::vector<float> made(static_cast<std::size_t>(count));
-    tensors_.read(name + ".weight", 0, made);
+    read(name, 0, made);
     return made;
   }
 
@@ -194,7 +210,7 @@ class model_reader {
   [[nodiscard]] moeroute::matrix_view<const float> view(const std::string& name, index_t rows,
                                                         index_t cols) {
     memory_.resize(static_cast<std::size_t>(rows * cols));
-    tensors_.read(name + ".weight", 0, memory_);
+    read(name, 0, memory_);
     return {memory_.data(), rows, cols};
   }
 
@@ -206,7 +222,7 @@ class model_reader {
     for (index_t r = 0; r < rows; r += stripe) {
       const index_t count = std::min(stripe, rows - r);
       memory_.resize(static_cast<std::size_t>(count * cols));
-      tensors_.read(name + ".weight", static_cast<std::uint64_t>(r * cols), memory_);
+      read(name, r * cols, memory_);
       into.set_rows(first + r, moeroute::matrix_view<const float>(memory_.data(), count, cols));
     }
   }

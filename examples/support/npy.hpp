@@ -23,13 +23,14 @@ struct npy_array {
 
 namespace detail {
 
-/// The text after "'key':" in the header's dictionary, or empty.
+/// The text after "'key':" in the header's dictionary; empty where the key is not there once.
 [[nodiscard]] inline std::string_view npy_value(std::string_view header, std::string_view key) {
-  const auto found = header.find(join("'", key, "':"));
-  if (found == std::string_view::npos) {
+  const std::string quoted = join("'", key, "':");
+  const auto found = header.find(quoted);
+  if (found == std::string_view::npos || header.find(quoted, found + 1) != std::string_view::npos) {
     return {};
   }
-  const auto begin = header.find_first_not_of(' ', found + key.size() + 3);
+  const auto begin = header.find_first_not_of(' ', found + quoted.size());
   return begin == std::string_view::npos ? std::string_view{} : header.substr(begin);
 }
 
@@ -84,6 +85,14 @@ namespace detail {
   std::string header(static_cast<std::size_t>(length), '\0');
   file.read(begin, header.data(), header.size());
 
+  if (header.find('\0') != std::string::npos) {
+    refuse(file.name(), ": expected a header of text, found a NUL");
+  }
+  for (const char* const key : {"descr", "fortran_order", "shape"}) {
+    if (detail::npy_value(header, key).empty()) {
+      refuse(file.name(), ": field '", key, "': expected once in the header");
+    }
+  }
   if (!detail::npy_value(header, "descr").starts_with("'<f4'") ||
       !detail::npy_value(header, "fortran_order").starts_with("False")) {
     refuse(file.name(), ": expected little-endian float32 values in row-major order");

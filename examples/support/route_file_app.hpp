@@ -101,6 +101,20 @@ struct route_file_arguments {
   return mask;
 }
 
+/// Token ids of a table have to be in it; of a masked token nobody asks, whatever its padding is.
+inline void check_token_ids(golden_router& router, const std::vector<std::uint8_t>& mask,
+                            const std::string& file) {
+  if (!router.table) return;
+  for (std::size_t t = 0; t < router.input_ids.size(); ++t) {
+    std::int32_t& id = router.input_ids[t];
+    if (id >= 0 && id < router.table->vocabulary()) continue;
+    if (mask.empty() || mask[t] != 0)
+      refuse(file, ": field 'extra': field 'input_ids': expected integers from 0 to ",
+             router.table->vocabulary() - 1, ", found ", id);
+    id = 0;
+  }
+}
+
 /// Logits from an .npy file, the router from a spec file.
 [[nodiscard]] inline golden_input read_npy_input(const route_file_arguments& given) {
   if (!given.spec) refuse("--spec: expected the file that describes the router of .npy logits");
@@ -165,6 +179,7 @@ inline int run_route_file(int count, const char* const* words, std::ostream& out
     }
     std::vector<std::uint8_t> mask;
     if (given.mask) mask = read_token_mask(*given.mask, in.tokens);
+    check_token_ids(in.router, mask, file);
     const moeroute::matrix_view<const float> logits(in.logits.data(), in.tokens,
                                                     in.router.spec.columns());
     out << choices_as_json(route_golden(in.router, logits, mask)) << std::flush;
@@ -173,7 +188,9 @@ inline int run_route_file(int count, const char* const* words, std::ostream& out
   } catch (const input_error& e) {
     err << "route_file: " << one_line(e.what()) << "\n";
   } catch (const std::exception& e) {
-    err << "route_file: " << one_line(file + ": " + e.what()) << "\n";
+    const std::string what = e.what();
+    const bool named = what.find(file) != std::string::npos;
+    err << "route_file: " << one_line(named ? what : file + ": " + what) << "\n";
   }
   return 2;
 }

@@ -49,21 +49,21 @@ TEST_CASE("both spellings of a configuration mean the same") {
   }
   const model_config a = read(newer);
   const model_config b = read(older);
-  CHECK(a.experts == 32);
-  CHECK(b.experts == 32);
+  CHECK(a.router == b.router);
+  CHECK(b.experts() == 32);
   CHECK(a.rope_theta == 10000.0);
   CHECK(b.rope_theta == 10000.0);
 }
 
 TEST_CASE("what a family leaves out takes the value that its models have") {
   const model_config mixtral = read(bundled("variants/mixtral"));
-  CHECK(mixtral.renormalise);
+  CHECK(mixtral.router.normalize == moeroute::normalization::sum);
   CHECK(mixtral.head_dim == 16);
   CHECK(mixtral.expert_width == 48);
   const model_config olmoe = read(bundled("variants/olmoe"));
-  CHECK_FALSE(olmoe.renormalise);
+  CHECK(olmoe.router.normalize == moeroute::normalization::none);
   CHECK_FALSE(olmoe.tied_head);
-  CHECK(olmoe.experts == 16);
+  CHECK(olmoe.experts() == 16);
   const model_config qwen3 = read(bundled("."));
   CHECK(qwen3.expert_width == 64);
   CHECK(qwen3.tied_head);
@@ -97,8 +97,7 @@ TEST_CASE("a field of a wrong type or size is refused with what was expected") {
 
 TEST_CASE("more experts per token than there are experts are refused") {
   CHECK_THAT(changed("num_experts_per_tok", 33),
-             EndsWith("field 'num_experts_per_tok': expected at most the number of experts (32), "
-                      "found 33"));
+             EndsWith("field 'num_experts_per_tok': expected an integer from 1 to 32, found 33"));
   CHECK(changed("num_experts_per_tok", 32).empty());
 }
 
@@ -118,6 +117,8 @@ TEST_CASE("an unknown model type, and what the forward pass does not compute, is
   CHECK_THAT(changed("hidden_act", "gelu"), ContainsSubstring("field 'hidden_act'"));
   CHECK_THAT(changed("attention_bias", true), ContainsSubstring("field 'attention_bias'"));
   CHECK_THAT(changed("mlp_only_layers", json{1}), ContainsSubstring("every layer has experts"));
+  CHECK_THAT(changed("first_k_dense_replace", 1), ContainsSubstring("experts in every layer"));
+  CHECK_THAT(changed("router_temperature", 2), ContainsSubstring("field 'router_temperature'"));
   CHECK_THAT(changed("decoder_sparse_step", 2), ContainsSubstring("every layer has experts"));
   CHECK_THAT(changed("rope_scaling", json{{"type", "yarn"}}),
              ContainsSubstring("field 'rope_scaling'"));
@@ -133,10 +134,12 @@ TEST_CASE("a file that is no JSON object is refused") {
     const auto path = folder.write("config.json", text);
     return refusal([&] { static_cast<void>(read_config(path)); });
   };
-  CHECK_THAT(read_text(""), EndsWith("config.json: expected JSON text, found something else"));
+  CHECK_THAT(read_text(""), EndsWith("config.json: line 1, column 1: expected JSON text, found "
+                                     "something else"));
   CHECK_THAT(read_text("\x7f"
                        "ELF"),
              EndsWith("expected JSON text, found something else"));
   CHECK_THAT(read_text("3"), EndsWith("config.json: expected a JSON object, found number"));
-  CHECK_THAT(read_text("{\"vocab_size\": 1e999}"), ContainsSubstring("config.json: expected "));
+  CHECK_THAT(read_text("{\"vocab_size\": 1e999}"),
+             ContainsSubstring("expected numbers that fit their type"));
 }

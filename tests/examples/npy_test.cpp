@@ -67,3 +67,18 @@ TEST_CASE("a file that is no float32 array, or not as long as its shape, is refu
   CHECK_THAT(npy_refusal(std::string("\x93NUMPY\x01\x00\xff\xff{}", 12)),
              ContainsSubstring("header length 65535: expected at most 2"));
 }
+
+TEST_CASE("a header that says a thing twice, or has a NUL in it, is refused") {
+  const auto twice = [](const std::string& more) {
+    return "{'descr': '<f4', 'fortran_order': False, 'shape': (1,), " + more + "}\n";
+  };
+  CHECK(npy_refusal(npy_bytes(twice(""), {7})).empty());
+  CHECK_THAT(npy_refusal(npy_bytes(twice("'shape': (1,), "), {7})),
+             EndsWith("field 'shape': expected once in the header"));
+  CHECK_THAT(npy_refusal(npy_bytes(twice("'descr': '<f4', "), {7})),
+             EndsWith("field 'descr': expected once in the header"));
+  CHECK_THAT(npy_refusal(npy_bytes(twice("'fortran_order': True, "), {7})),
+             EndsWith("field 'fortran_order': expected once in the header"));
+  CHECK_THAT(npy_refusal(npy_bytes(twice(std::string("\0", 1)), {7})),
+             EndsWith("expected a header of text, found a NUL"));
+}

@@ -218,7 +218,8 @@ TEST_CASE("wrong sizes and values are refused with the field and both values") {
   refuses(with("k", 0), "field 'k': expected an integer from 1 to 256, found 0");
   refuses(with("tokens", 19),
           "field 'logits': expected 4864 values (tokens 19 x columns 256), found 5120");
-  refuses(with("correction_bias", nullptr), "field 'correction_bias' is missing");
+  refuses(with("correction_bias", nullptr),
+          "field 'correction_bias': expected an array, found null");
   float_json bias = inputs_of("deepseek_v3").at("correction_bias");
   bias[7] = "nan";
   refuses(with("correction_bias", bias), "value 7 is nan");
@@ -242,6 +243,17 @@ TEST_CASE("tables with ids out of range or twice, and token ids outside them, ar
   const int first = inputs_of("deepseek_v4_hash").at("extra").at("tid2eid")[0].get<int>();
   refuses(with("tid2eid", 1, first), "twice, expected distinct experts");
   refuses(with("input_ids", 0, 64), "field 'input_ids': expected integers from 0 to 63, found 64");
+}
+
+TEST_CASE("the id of a masked token is not looked at") {
+  const std::string padded = written("padded.json", R"({"experts": 6, "k": 2, "tokens": 3,
+      "config": {"score": "sqrtsoftplus", "selection": "hash_table", "normalize": "sum"},
+      "logits": [0.5, 1.25, -0.75, 2, 0, -1, 1, 0, 0.5, -0.25, 1.5, 2, 0, 0, 0, 0, 0, 0],
+      "extra": {"tid2eid": [[0, 1], [2, 3], [4, 5], [1, 3]], "input_ids": [3, 0, -1]}})");
+  const run_result r = run("'" + padded + "' --mask 1,1,0");
+  CHECK(r.code == 0);
+  CHECK(float_json::parse(r.out).at("ids") == float_json::parse("[[1, 3], [0, 1], [-1, -1]]"));
+  refuses(run("'" + padded + "'"), "field 'input_ids': expected integers from 0 to 3, found -1");
 }
 
 TEST_CASE("files that are none, and words that make no command line, are refused") {

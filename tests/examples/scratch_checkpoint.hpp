@@ -67,6 +67,8 @@ template <class F>
     act();
   } catch (const input_error& error) {
     return error.what();
+  } catch (const moeroute::error& error) {
+    return error.what();
   }
   return {};
 }

@@ -27,6 +27,7 @@ constexpr named all[] = {
     {"npy", test::npy_property},
     {"safetensors", test::safetensors_property},
     {"config", test::config_property},
+    {"gguf", test::gguf_property},
     {"route_file", test::route_file_property},
 };
 

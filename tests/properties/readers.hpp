@@ -9,9 +9,11 @@
 #include <sstream>
 #include <string>
 
+#include <moeroute/json/config_json.hpp>
+#include <moeroute/json/gguf.hpp>
+
 #include "properties/bytes.hpp"
 #include "support/config.hpp"
-#include "support/hf_router_config.hpp"
 #include "support/npy.hpp"
 #include "support/route_file_app.hpp"
 #include "support/safetensors.hpp"
@@ -35,17 +37,23 @@ inline std::filesystem::path as_file(bytes in, const char* name) {
   return path;
 }
 
+// The complaint about a complaint that does not name the file, or is not one line.
+inline std::string nameless(const std::string& sentence, const std::filesystem::path& path) {
+  if (sentence.find('\n') != std::string::npos) return "refused in more than a line: " + sentence;
+  if (sentence.find(path.filename().string()) == std::string::npos)
+    return "refused without the file's name: " + sentence;
+  return "";
+}
+
 // What comes of reading: empty where the file was read, or refused as it should be.
 template <class F>
 std::string reading_break(const std::filesystem::path& path, F&& read) {
   try {
     read(path);
-  } catch (const example::input_error& refused) {
-    const std::string sentence = refused.what();
-    if (sentence.find(path.filename().string()) == std::string::npos)
-      return "refused without the file's name: " + sentence;
-  } catch (const moeroute::error&) {
-    // What the library says about values that are well formed; the programs add the name.
+  } catch (const std::runtime_error& refused) {
+    return detail::nameless(refused.what(), path);
+  } catch (const moeroute::error& refused) {
+    return detail::nameless(refused.what(), path);
   }
   return "";
 }
@@ -75,11 +83,19 @@ inline std::string safetensors_property(bytes in) {
 inline std::string config_property(bytes in) {
   return detail::reading_break(detail::as_file(in, "config.json"), [](const auto& path) {
     const auto document = example::read_json(path);
-    try {
-      (void)example::read_config(path);
-    } catch (const example::input_error&) {
-      (void)example::spec_from_config(document, path.string());
-    }
+    const auto model = moeroute::routers_from_config(document, path.string());
+    check(model.spec);
+    for (const auto& layer : model.layers)
+      if (layer) check(*layer);
+    (void)example::read_config(path);
+  });
+}
+
+inline std::string gguf_property(bytes in) {
+  return detail::reading_break(detail::as_file(in, "model.gguf"), [&](const auto& path) {
+    const auto keys = moeroute::parse_gguf_metadata(in.rest(), path.string());
+    const auto model = moeroute::routers_from_gguf(keys, path.string());
+    check(model.spec);
   });
 }
 

@@ -1,13 +1,13 @@
-#include "support/hf_router_config.hpp"
+#include <moeroute/json/config_json.hpp>
 
 #include <catch2/catch_test_macros.hpp>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
 
-using example::json;
-using example::spec_from_config;
 using moeroute::find_in_catalog;
+using moeroute::model_routers;
 using moeroute::router_spec;
 
 namespace {
@@ -124,16 +124,21 @@ constexpr sample samples[] = {
     {"doge", R"({"model_type": "doge", "num_experts": 16384, "num_experts_per_tok": 64})"},
 };
 
+model_routers read_all(const std::string& config) {
+  return moeroute::routers_from_config(moeroute::parse_json(config, "config.json"), "config.json");
+}
+
 router_spec read(const std::string& config, std::int64_t layer = 40) {
-  return spec_from_config(json::parse(config), "config.json", layer);
+  return read_all(config).of(layer).value();
 }
 
 // What reading refuses the config with.
 std::string refusal(const std::string& config) {
   try {
     read(config);
-  } catch (const example::input_error& e) {
-    return e.what();
+  } catch (const moeroute::error& e) {
+    const std::string sentence = e.what();
+    return sentence.starts_with("moeroute::json: ") ? sentence.substr(16) : "unnamed: " + sentence;
   }
   return "accepted";
 }
@@ -213,14 +218,14 @@ TEST_CASE("what is missing, unknown or wrong is named") {
   CHECK(refusal(R"({"model_type": "dbrx"})") == "config.json: field 'ffn_config' is missing");
   CHECK(refusal(R"({"model_type": "deepseek_v3", "n_routed_experts": 256, "num_experts_per_tok": 8,
                     "scoring_func": "softmax"})") ==
-        "config.json: field 'scoring_func': expected sigmoid, found 'softmax'");
+        "config.json: field 'scoring_func': expected sigmoid: the class knows nothing else, found "
+        "'softmax'");
   CHECK(refusal(R"({"model_type": "deepseek_v2", "n_routed_experts": 64, "num_experts_per_tok": 6,
                     "topk_method": "best"})") ==
         "config.json: field 'topk_method': expected greedy or group_limited_greedy, found 'best'");
-  CHECK(
-      refusal(R"({"model_type": "hunyuan_v1_moe", "num_experts": 64, "moe_topk": [8, 4]})") ==
-      "config.json: field 'moe_topk': expected one number, or a list of equal ones, found a value "
-      "of type array");
+  CHECK(refusal(R"({"model_type": "hunyuan_v1_moe", "num_experts": 64, "moe_topk": [8, 4]})") ==
+        "config.json: field 'moe_topk': expected one number, or one for each of 0 layers, found a "
+        "value of type array");
   CHECK(refusal(R"({"model_type": "deepseek_v3", "n_routed_experts": 256, "num_experts_per_tok": 8,
                     "n_group": 7, "topk_group": 4})") ==
         "config.json: moeroute::top_k: groups is 7, expected a divisor of E = 256");
@@ -231,4 +236,221 @@ TEST_CASE("what is missing, unknown or wrong is named") {
   CHECK(refusal(R"({"model_type": "phimoe", "num_local_experts": 16, "num_experts_per_tok": 4})") ==
         "config.json: field 'num_experts_per_tok': expected 2: sparsemixer makes two choices, "
         "found 4");
+}
+
+namespace {
+
+// The config with more fields behind the others; where fields stand in an inner object, in there.
+std::string with(const std::string& config, const std::string& more) {
+  std::string text = config;
+  text.insert(text.find_last_not_of("} \n") + 1, ", " + more);
+  return text;
+}
+
+constexpr const char* v4 = R"({"model_type": "deepseek_v4", "n_routed_experts": 64,
+    "num_experts_per_tok": 6, "scoring_func": "sqrtsoftplus", "num_hidden_layers": 5)";
+
+// 't' where a layer routes by token id, 's' by score, '-' without experts.
+std::string kinds(const std::string& config) {
+  std::string text;
+  for (const auto& layer : read_all(config).layers)
+    text += !layer ? '-' : layer->selection == moeroute::selection_kind::expert_table ? 't' : 's';
+  return text;
+}
+
+}  // namespace
+
+TEST_CASE("a key that speaks of routing and is not known is refused by name, in every model type") {
+  for (const sample& one : samples) {
+    for (const char* key : {"moe_router_temperature", "expert_choice", "routing_noise",
+                            "gate_scale", "score_transform", "moe_topk_method", "num_groups",
+                            "router_score_fn", "capacity_factor", "numExpertsDropped"}) {
+      INFO(one.entry << ": " << key);
+      CHECK(refusal(with(one.config, "\"" + std::string(key) + "\": 3"))
+                .find("field '" + std::string(key) +
+                      "' speaks of routing and is not known, found 3") != std::string::npos);
+    }
+  }
+}
+
+TEST_CASE("keys of a list, and keys that speak of something else, change nothing") {
+  for (const sample& one : samples) {
+    INFO(one.entry);
+    std::string more = R"("attn_output_gate": true, "mamba_n_heads": 8, "num_key_value_groups": 4,
+        "index_topk": 2048, "final_logit_softcapping": 30.0, "rope_group": 1)";
+    for (const std::string_view key : moeroute::detail::harmless_config_keys)
+      if (!key.starts_with("moe_layer") && !key.starts_with("is_moe_layer") &&
+          key != "router_jitter_noise" && !key.starts_with("expert_layer") &&
+          !key.starts_with("interleave"))
+        more += ", \"" + std::string(key) + "\": 0";
+    CHECK(read(with(one.config, more)) == read(one.config));
+  }
+}
+
+TEST_CASE("a key that the class does not read says what the class does, or is refused") {
+  const std::string mixtral =
+      R"({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2})";
+  for (const char* agreed :
+       {R"("norm_topk_prob": true)", R"("scoring_func": "softmax")", R"("n_group": null)",
+        R"("n_group": 1, "topk_group": 1)", R"("routed_scaling_factor": 1.0)",
+        R"("use_routing_bias": false)", R"("router_bias": false)", R"("zero_expert_num": 0)"}) {
+    INFO(agreed);
+    CHECK(read(with(mixtral, agreed)) == read(mixtral));
+  }
+  for (const char* other :
+       {R"("norm_topk_prob": false)", R"("scoring_func": "sigmoid")", R"("n_group": 4)",
+        R"("routed_scaling_factor": 2.5)", R"("use_routing_bias": true)", R"("router_bias": true)",
+        R"("zero_expert_num": 2)", R"("moe_router_score_func": "sqrtsoftplus")",
+        R"("expert_capacity": 4)"}) {
+    INFO(other);
+    const std::string key(other + 1, std::string_view(other).find('"', 1) - 1);
+    CHECK(refusal(with(mixtral, other)).find("field '" + key + "'") != std::string::npos);
+  }
+  // The score of Laguna is a sigmoid, whatever its file says.
+  CHECK(refusal(R"({"model_type": "laguna", "num_experts": 64, "num_experts_per_tok": 6,
+                    "moe_router_score_func": "sqrtsoftplus"})")
+            .find("field 'moe_router_score_func': expected sigmoid") != std::string::npos);
+}
+
+TEST_CASE("null is what the class makes of it, not absent") {
+  const std::string dbrx =
+      R"({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 12, "moe_top_k": 3)";
+  CHECK(to_string(read(dbrx + R"(, "moe_normalize_expert_weights": null}})")) ==
+        "E=12 k=3 score=softmax");
+  CHECK(read(dbrx + "}}").normalize == moeroute::normalization::lp);
+  const std::string v3 = R"({"model_type": "deepseek_v3", "n_routed_experts": 16,
+                             "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2)";
+  CHECK(read(v3 + R"(, "norm_topk_prob": null})").normalize == moeroute::normalization::none);
+  CHECK(refusal(v3 + R"(, "routed_scaling_factor": null})") ==
+        "config.json: field 'routed_scaling_factor': expected a positive number, found null");
+  CHECK(refusal(R"({"model_type": "mixtral", "num_local_experts": null,
+                    "num_experts_per_tok": 2})") ==
+        "config.json: field 'num_local_experts': expected an integer from 1 to 1048576, found "
+        "null");
+  const std::string longcat =
+      R"({"model_type": "longcat_flash", "n_routed_experts": 16, "moe_topk": 4)";
+  CHECK(read(longcat + R"(, "zero_expert_num": null})").experts == 16);
+  CHECK(read(longcat + R"(, "zero_expert_num": 0})").zero_experts == 0);
+  CHECK(read(longcat + "}").zero_experts == 256);
+  CHECK(read(R"({"model_type": "deepseek_v2", "n_routed_experts": 64, "num_experts_per_tok": 6,
+                 "n_group": null, "topk_group": null})")
+            .groups == 1);
+}
+
+TEST_CASE("a zero that a class allows is read") {
+  const auto phimoe = [](const std::string& jitter) {
+    return read(R"({"model_type": "phimoe", "num_local_experts": 16, "num_experts_per_tok": 2)" +
+                jitter + "}")
+        .jitter;
+  };
+  CHECK(phimoe(R"(, "router_jitter_noise": 0.0)") == 0.0f);
+  CHECK(phimoe(R"(, "router_jitter_noise": 0.25)") == 0.25f);
+  CHECK(phimoe("") == 0.01f);
+  CHECK(read(R"({"model_type": "laguna", "num_experts": 8, "num_experts_per_tok": 2,
+                 "moe_router_logit_softcapping": 0})")
+            .softcap == 0.0f);
+}
+
+TEST_CASE("two spellings with two values are refused with both names") {
+  CHECK(refusal(R"({"model_type": "glm4_moe", "n_routed_experts": 64, "num_experts": 128,
+                    "num_experts_per_tok": 8})") ==
+        "config.json: field 'num_experts': expected what field 'n_routed_experts' says, which is "
+        "64, found 128");
+  CHECK(refusal(R"({"model_type": "gpt_oss", "num_local_experts": 32, "num_experts_per_tok": 4,
+                    "experts_per_token": 2})")
+            .find("field 'experts_per_token': expected what field 'num_experts_per_tok' says") !=
+        std::string::npos);
+  CHECK(refusal(R"({"model_type": "afmoe", "num_experts": 8, "num_experts_per_tok": 2,
+                    "route_scale": 2.0, "routed_scaling_factor": 1.0})")
+            .find("'routed_scaling_factor'") != std::string::npos);
+  // The same twice, or once as null, is no conflict.
+  CHECK(read(R"({"model_type": "glm4_moe", "n_routed_experts": 64, "num_experts": 64,
+                 "num_local_experts": null, "num_experts_per_tok": 8})")
+            .experts == 64);
+  CHECK(refusal(R"({"model_type": "mixtral", "num_local_experts": 8, "num_local_experts": 4,
+                    "num_experts_per_tok": 2})") ==
+        "config.json: key 'num_local_experts' stands there twice");
+}
+
+TEST_CASE("a wrapper is read where the type of its text model is known") {
+  const std::string inner = R"({"model_type": "kimi_k2", "n_routed_experts": 96,
+      "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc",
+      "scoring_func": "sigmoid", "norm_topk_prob": true, "routed_scaling_factor": 2.827,
+      "top_k": 50})";
+  for (const char* name : {"text_config", "llm_config", "language_config"}) {
+    INFO(name);
+    CHECK(to_string(
+              read(R"({"model_type": "kimi_k25", ")" + std::string(name) + "\": " + inner + "}")) ==
+          "E=96 k=6 score=sigmoid bias=selection normalize=sum eps=9.99999968e-21 eps_mode=add "
+          "scale=2.8269999");
+  }
+  CHECK(refusal(R"({"model_type": "llava", "text_config": {"model_type": "llama"}})") ==
+        "config.json: field 'text_config': field 'model_type': expected a mixture-of-experts model "
+        "of the catalogue, found 'llama'");
+  CHECK(refusal(R"({"model_type": "a", "text_config": {}, "llm_config": {}})") ==
+        "config.json: fields 'text_config' and 'llm_config' both hold a model");
+  CHECK(refusal(R"({"model_type": "llama4", "text_config": )" + inner + "}")
+            .find("field 'model_type': expected the text model of 'llama4', found 'kimi_k2'") !=
+        std::string::npos);
+  CHECK(refusal(R"({"model_type": "kimi_k25", "num_experts_per_tok": 4, "text_config": )" + inner +
+                "}") ==
+        "config.json: field 'num_experts_per_tok' beside 'text_config' speaks of routing, found 4");
+}
+
+TEST_CASE("layers that route by token id are those that the file lists, or the class's three") {
+  CHECK(kinds(v4 + std::string("}")) == "tttss");
+  CHECK(kinds(v4 + std::string(R"(, "num_hash_layers": 1})")) == "tssss");
+  const std::string listed =
+      v4 + std::string(R"(, "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe", "moe"])");
+  CHECK(kinds(listed + "}") == "ttsss");
+  CHECK(kinds(listed + R"(, "num_hash_layers": 2})") == "ttsss");
+  CHECK(refusal(listed + R"(, "num_hash_layers": 3})") ==
+        "config.json: field 'num_hash_layers': expected as many as field 'mlp_layer_types' lists "
+        "first, found 3");
+  CHECK(refusal(v4 + std::string(R"(, "mlp_layer_types": ["moe"]})")) ==
+        "config.json: field 'mlp_layer_types' lists 1 layers, field 'num_hidden_layers' says 5");
+  CHECK(refusal(v4 + std::string(R"(, "mlp_layer_types": ["a", "moe", "moe", "moe", "moe"]})"))
+            .find("expected hash_moe or moe, found 'a'") != std::string::npos);
+}
+
+TEST_CASE("layers without experts are those of the class") {
+  const auto of = [](const std::string& type, const std::string& more) {
+    return kinds(R"({"model_type": ")" + type + R"(", "num_experts": 8, "num_experts_per_tok": 2,
+                    "num_hidden_layers": 6)" +
+                 more + "}");
+  };
+  CHECK(of("deepseek_v3", R"(, "n_group": 1, "topk_group": 1)") == "---sss");
+  CHECK(of("deepseek_v3", R"(, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+                              "moe_layer_freq": 2)") == "--s-s-");
+  CHECK(of("lfm2_moe", R"(, "num_dense_layers": 1)") == "-sssss");
+  CHECK(of("qwen3_moe", R"(, "mlp_only_layers": [0, 4], "decoder_sparse_step": 1)") == "-sss-s");
+  CHECK(of("qwen3_moe", R"(, "decoder_sparse_step": 2)") == "-s-s-s");
+  CHECK(of("jamba", "") == "-s-s-s");
+  CHECK(of("llama4_text", R"(, "interleave_moe_layer_step": 2)") == "-s-s-s");
+  CHECK(of("llama4_text", R"(, "moe_layers": [5])") == "-----s");
+  CHECK(of("ernie4_5_moe", R"(, "moe_layer_end_index": 4)") == "-ssss-");
+  CHECK(of("minimax_m3_vl_text", R"(, "moe_layer_freq": [0, 0, 0, 1, 1, 1])") == "---sss");
+  CHECK(of("nemotron_h", R"(, "hybrid_override_pattern": "MEM*E")") == "-s--s");
+  CHECK(of("laguna", R"(, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse", "sparse",
+                                              "sparse"])") == "-sssss");
+}
+
+TEST_CASE("a list of k per layer gives each layer its own") {
+  const auto all = read_all(R"({"model_type": "hunyuan_v1_moe", "num_experts": 64,
+                                "moe_topk": [8, 4, 8], "num_hidden_layers": 3})");
+  REQUIRE(all.count == 3);
+  CHECK(all.of(0)->k == 8);
+  CHECK(all.of(1)->k == 4);
+  CHECK(all.of(2)->k == 8);
+}
+
+TEST_CASE("numbers as Python writes them are read") {
+  CHECK(to_string(read(R"({"model_type": "nemotron_h", "n_routed_experts": 512,
+      "num_experts_per_tok": 22, "n_group": 1, "topk_group": 1, "norm_topk_prob": true,
+      "routed_scaling_factor": 5.0, "time_step_limit": [0.0, Infinity], "x": [NaN, -Infinity]})")) ==
+        "E=512 k=22 score=sigmoid bias=selection normalize=sum eps=9.99999968e-21 eps_mode=add "
+        "scale=5");
+  CHECK(refusal(R"({"model_type": "hy_v3", "num_experts": 8, "num_experts_per_tok": 2,
+                    "router_scaling_factor": Infinity})") ==
+        "config.json: field 'router_scaling_factor': expected a positive number, found 'Infinity'");
 }

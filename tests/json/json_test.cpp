@@ -1,0 +1,75 @@
+#include <moeroute/json/json.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <string>
+
+using moeroute::parse_json;
+
+namespace {
+
+std::string refusal(const std::string& text) {
+  try {
+    (void)parse_json(text, "a.json");
+  } catch (const moeroute::error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+}  // namespace
+
+TEST_CASE("a document is what the library makes of it") {
+  for (const char* text :
+       {"[]", "{}", "3", "-1.5e3", "null", "true", R"("a\"b\\")", R"({"a": [1, {"b": [[], {}]}],
+        "c": "\u00e9", "d": 18446744073709551615, "e": -9223372036854775808})"})
+    CHECK(parse_json(text, "a.json") == nlohmann::json::parse(text));
+}
+
+TEST_CASE("Python's numbers are read outside strings, as strings of their letters") {
+  const auto read =
+      parse_json(R"({"NaN": [NaN, Infinity, -Infinity], "s": "NaN \" -Infinity"})", "a.json");
+  CHECK(read == nlohmann::json::parse(
+                    R"({"NaN": ["NaN", "Infinity", "-Infinity"], "s": "NaN \" -Infinity"})"));
+  CHECK(refusal("[NaNs]") ==
+        "moeroute::json: a.json: line 1, column 2: expected JSON text, found "
+        "something else");
+}
+
+TEST_CASE("what is no JSON is refused with line and column") {
+  const std::string found = ": expected JSON text, found something else";
+  CHECK(refusal("") == "moeroute::json: a.json: line 1, column 1" + found);
+  CHECK(refusal("{\"a\": 1,\n \"b\" 2}") == "moeroute::json: a.json: line 2, column 6" + found);
+  CHECK(refusal("[NaN, Infinity,\n NaN, x]") == "moeroute::json: a.json: line 2, column 7" + found);
+  CHECK(refusal("[1] 2") == "moeroute::json: a.json: line 1, column 5" + found);
+  CHECK(refusal("[1e999]").find("expected numbers that fit their type") != std::string::npos);
+}
+
+TEST_CASE("a key that an object has twice is refused") {
+  CHECK(refusal(R"({"a": 1, "b": {"a": 2}, "a": 1})") ==
+        "moeroute::json: a.json: key 'a' stands there twice");
+  CHECK(refusal(R"({"a": {"c\n": 1, "c\n": 2}})") ==
+        "moeroute::json: a.json: key 'c?' stands there twice");
+  CHECK(refusal(R"([{"a": 1}, {"a": 1}])").empty());
+}
+
+TEST_CASE("deep nesting is read without deep recursion") {
+  const std::string deep = std::string(200000, '[') + std::string(200000, ']');
+  CHECK(refusal(deep).empty());
+}
+
+TEST_CASE("null is there, and is not a value") {
+  const auto document = parse_json(R"({"a": null, "b": 1})", "a.json");
+  const moeroute::json_fields fields(document, "a.json");
+  CHECK(fields.said("a"));
+  CHECK_FALSE(fields.has("a"));
+  CHECK_FALSE(fields.said("c"));
+  CHECK(fields.asked("a"));
+  CHECK_FALSE(fields.asked("b"));
+  try {
+    (void)fields.integer("a", 0, 3);
+    FAIL("null is no integer");
+  } catch (const moeroute::error& e) {
+    CHECK(std::string(e.what()) ==
+          "moeroute::json: a.json: field 'a': expected an integer from 0 to 3, found null");
+  }
+}
