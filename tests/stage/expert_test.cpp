@@ -1,10 +1,12 @@
 #include <moeroute/stage/expert.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <moeroute/matrix/eigen.hpp>
 #include <string>
 #include <vector>
 
+#include "support/assignments.hpp"
 #include "support/planned.hpp"
 #include "support/refusal.hpp"
 #if defined(_OPENMP)
@@ -66,6 +68,92 @@ TEST_CASE("each running expert has scratch of its own") {
 #if defined(_OPENMP)
   run(openmp{4});
 #endif
+}
+
+TEST_CASE("experts that read tokens where they lie give what they give on copies") {
+  test::random rng(7);
+  // Its rows depend on the expert and on the row alone.
+  const auto add_number = [](expert_id e, matrix_view<const float> in, matrix_view<float> out) {
+    for (index_t r = 0; r < in.rows; ++r)
+      for (index_t c = 0; c < in.cols; ++c)
+        out(r, c) = in.row(r)[c] + 10.0f * static_cast<float>(e);
+  };
+  for (const index_t tokens : {0, 1, 2, 3, 8, 40})
+    for (const index_t experts : {1, 4, 50})
+      for (const bool ragged : {false, true}) {
+        const index_t k = std::min<index_t>(experts, 3);
+        assignment a = ragged ? test::ragged_choices(rng, tokens, experts, k)
+                              : test::fixed_choices(rng, tokens, experts, k, 5);
+        if (tokens > 3) test::drop_some(rng, a, 3);
+        dispatch_plan plan;
+        moeroute::plan(a, plan, {.block = tokens == 8 ? 4 : 1});
+        const row_matrix<float> x = test::random_rows(tokens, 9);
+        const matrix_view<const float> window(x.data() + 2, tokens, 5, 9);
+        const index_t slots = plan.slots();
+        row_matrix<float> in = row_matrix<float>::Zero(slots, 5);
+        row_matrix<float> copied = row_matrix<float>::Constant(slots, 5, -1.0f), same = copied;
+        for (index_t s = 0; s < slots; ++s)
+          if (const slot_id t = plan.token_of_slot()[static_cast<std::size_t>(s)]; t != no_token)
+            in.row(s) = x.row(t).segment(2, 5);
+        for_each_expert(plan, in, copied, add_number);
+        std::vector<int> calls(static_cast<std::size_t>(experts), 0);
+        for_each_expert(plan, a, window, same,
+                        [&](expert_id e, matrix_view<const float> rows, matrix_view<float> out) {
+                          ++calls[static_cast<std::size_t>(e)];
+                          add_number(e, rows, out);
+                        });
+        CHECK(same == copied);
+        for (index_t e = 0; e < experts; ++e) {
+          const int called = calls[static_cast<std::size_t>(e)];
+          CHECK((called > 0) == (plan.load(e) > 0));
+          if (tokens <= 2) CHECK(called <= 1);
+        }
+#if defined(_OPENMP)
+        same.setConstant(-1.0f);
+        for_each_expert(plan, a, window, same, add_number, openmp{3});
+        CHECK(same == copied);
+#endif
+      }
+}
+
+TEST_CASE(
+    "without copies each running expert has scratch of its own too, and other choices are "
+    "refused") {
+  test::random rng(8);
+  assignment a = test::fixed_choices(rng, 20, 12, 3);
+  dispatch_plan plan;
+  moeroute::plan(a, plan);
+  const row_matrix<float> x = test::random_rows(20, 2);
+  const auto run = [&](const auto& exec) {
+    row_matrix<float> out = row_matrix<float>::Constant(plan.slots(), 6, -1.0f);
+    std::vector<float> memory(
+        static_cast<std::size_t>(4 * worker_slots::count(exec.concurrency())));
+    for_each_expert(plan, a, x, out, stamping{}, memory.data(), exec);
+    bool right = true;
+    for (std::size_t c = 0; c < a.ids().size(); ++c)
+      right &= (out.row(plan.slot_of_choice()[c]).array() == static_cast<float>(a.ids()[c])).all();
+    CHECK(right);
+  };
+  run(serial{});
+#if defined(_OPENMP)
+  run(openmp{4});
+#endif
+  row_matrix<float> out(plan.slots(), 6);
+  float memory[8];
+  const auto refusal = [&](const assignment& choices, const row_matrix<float>& from) {
+    return test::refusal([&] { for_each_expert(plan, choices, from, out, stamping{}, memory); });
+  };
+  CHECK(refusal(a, test::random_rows(19, 2)) ==
+        "moeroute::for_each_expert: x.rows() is 19, expected 20");
+  CHECK(refusal(test::fixed_choices(rng, 20, 13, 3), x) ==
+        "moeroute::for_each_expert: choices.experts() is 13, expected 12");
+  CHECK(refusal(test::fixed_choices(rng, 20, 12, 2), x) ==
+        "moeroute::for_each_expert: choices.choices() is 40, expected 60");
+  for (const expert_id bad : {-1, 12}) {
+    a.ids()[59] = bad;
+    CHECK(refusal(a, x) ==
+          "moeroute::for_each_expert: the choices are others than those that were planned");
+  }
 }
 
 TEST_CASE("matrices of another height than the plan are refused") {

@@ -340,6 +340,50 @@ TEST_CASE("the output of combine may be the hidden states or the shared experts'
   }
 }
 
+TEST_CASE("rows in the order of their choices combine to the bits of rows in slots") {
+  test::random rng(52);
+  const auto check = [&]<class T>(T, const assignment& a, index_t d) {
+    const index_t n = a.choices(), stride = d + 3, tokens = a.tokens();
+    // What is not to be read is no number.
+    buffer<T> rows(n * stride);
+    std::fill_n(rows.data(), rows.size(), static_cast<T>(std::nanf("")));
+    const expert_id identity = static_cast<expert_id>(a.experts() / 2);
+    const buffer<T> x = rows_of<T>(rng, tokens, d), shared = rows_of<T>(rng, tokens, d);
+    for (const bool plain : {true, false}) {
+      std::vector<std::uint8_t> owned(static_cast<std::size_t>(a.experts()), 1);
+      if (!plain) owned[static_cast<std::size_t>(identity)] = 0;
+      dispatch_plan p;
+      plan(a, p, {.owned = owned});
+      buffer<T> slots(p.slots() * d), expected = rows_of<T>(rng, tokens, d), got = expected;
+      for (index_t c = 0; c < n; ++c)
+        if (const slot_id s = p.slot_of_choice()[static_cast<std::size_t>(c)]; s != no_slot)
+          for (index_t i = 0; i < d; ++i)
+            slots[s * d + i] = rows[c * stride + i] = static_cast<T>(rng.normal());
+      combine_options<T, T> o;
+      if (!plain)
+        o = {.output = combine_output::accumulate,
+             .lost = lost_token::residual,
+             .identity_first = identity,
+             .identity_end = identity + 1,
+             .x = as_rows(x, tokens, d),
+             .shared = as_rows(shared, tokens, d)};
+      combine(as_rows(slots, p.slots(), d), p, a, as_rows(expected, tokens, d), o);
+      combine(matrix_view<const T>(rows.data(), n, d, stride), a, as_rows(got, tokens, d), o);
+      INFO("T=" << tokens << " k=" << a.k() << " d=" << d << " plain " << plain);
+      CHECK(test::bit_difference(all(got), all(expected)) == "");
+    }
+  };
+  for_each_moved([&](const assignment& a) {
+    for (const index_t d : {1, 40, 130}) check(float{}, a, d);
+    check(bfloat16{}, a, 70);
+  });
+  check(float{}, test::fixed_choices(rng, 3, 100, 70), 33);  // more than are listed at once
+  const assignment a = test::fixed_choices(rng, 4, 8, 2);
+  buffer<float> rows(8 * 16), y(4 * 16);
+  CHECK(test::refusal([&] { combine(as_rows(rows, 7, 16), a, as_rows(y, 4, 16)); }) ==
+        "moeroute::combine: rows.rows() is 7, expected 8");
+}
+
 TEST_CASE("memory that overlaps, rows too close and sizes that differ are refused by name") {
   test::random rng(50);
   const assignment a = test::fixed_choices(rng, 10, 4, 2),

@@ -207,7 +207,7 @@ class moe_layer {
     if (copied) {
       run_copies(in, out, m.experts, exec);
     } else {
-      run_in_place(rows, out, m, exec);
+      run_in_place(rows, out, m.experts, exec);
     }
     if constexpr (with_shared) {
       run_shared(x, m, exec);
@@ -261,15 +261,6 @@ class moe_layer {
   // Tokens that pass through the shared experts at a time.
   static constexpr index_t shared_tile = 96;
 
-  // Rows of x at equal distances that go to one expert: one call without a copy.
-  struct run {
-    expert_id expert;
-    std::int32_t slot;
-    std::int32_t rows;
-    std::int32_t token;
-    std::int32_t step;
-  };
-
   template <class R>
   struct route_memory_of {
     using type = detail::route_memory<R, float>;
@@ -290,7 +281,6 @@ class moe_layer {
     float* shared_out;
     float* shared_weight;
     float* shared;
-    run* runs;
   };
 
   // What is known before the router has run.
@@ -332,8 +322,7 @@ class moe_layer {
                     tape.take<float>(shared_rows > 0 ? workers * shared_tile * d() : 0),
                     tape.take<float>(shared_rows * d()),
                     tape.take<float>(shared_rows),
-                    tape.take<float>(shared_scratch),
-                    tape.take<run>(tokens <= decode_tokens ? slots : 0)};
+                    tape.take<float>(shared_scratch)};
     });
   }
 
@@ -348,40 +337,14 @@ class moe_layer {
     }
   }
 
-  // Each expert's tokens, cut where their distance changes: a view with that distance as its stride
-  // needs no copy, and two tokens always have one.
   template <class Exec>
   void run_in_place(const matrix_view<const float>& x, const matrix_view<float>& out,
-                    const memory& m, const Exec& exec) {
-    const slot_id* token = plan_.token_of_slot().data();
-    index_t runs = 0;
-    for (index_t e = 0; e < plan_.experts(); ++e) {
-      const index_t first = plan_.offsets()[static_cast<std::size_t>(e)];
-      const index_t end = first + plan_.load(e);
-      for (index_t s = first; s < end;) {
-        index_t n = 1;
-        const slot_id step = s + 1 < end ? token[s + 1] - token[s] : 1;
-        while (step > 0 && s + n < end && token[s + n] - token[s + n - 1] == step) ++n;
-        m.runs[runs++] = {static_cast<expert_id>(e), static_cast<std::int32_t>(s),
-                          static_cast<std::int32_t>(n), token[s], step};
-        s += n;
-      }
+                    float* scratch_memory, const Exec& exec) {
+    if constexpr (with_scratch) {
+      for_each_expert(plan_, choices_, x, out, experts_, scratch_memory, exec);
+    } else {
+      for_each_expert(plan_, choices_, x, out, experts_, exec);
     }
-    worker_slots workers(exec.concurrency());
-    exec.parallel_for(runs, 1, [&](index_t begin, index_t last) {
-      for (index_t i = begin; i < last; ++i) {
-        const run& r = m.runs[i];
-        const matrix_view<const float> in(x.data + r.token * x.stride, r.rows, x.cols,
-                                          r.rows > 1 ? r.step * x.stride : x.cols);
-        const matrix_view<float> result = out.middle_rows(r.slot, r.rows);
-        if constexpr (with_scratch) {
-          const worker_slots::held worker(workers);
-          experts_(r.expert, in, result, m.experts + worker * experts_.scratch_floats());
-        } else {
-          experts_(r.expert, in, result);
-        }
-      }
-    });
   }
 
   template <class T, class Exec>

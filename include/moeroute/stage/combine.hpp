@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include <moeroute/data/assignment.hpp>
@@ -57,34 +58,80 @@ struct combine_options {
 
 namespace detail {
 
-// The weights of a plan's choices; ids and flags where identity experts need them.
-struct choice_weights {
+// Most rows of a token that are listed on the stack.
+inline constexpr index_t most_listed_rows = 64;
+
+// The rows of a plan's choices: in its slots. ids and flags where identity experts need them.
+struct rows_in_slots {
+  static constexpr const char *name = "slots", *height = "slots.rows()";
+
+  const dispatch_plan& plan;
   const float* weight;
   const assignment* choices = nullptr;
+
+  index_t rows() const { return plan.slots(); }
+  index_t tokens() const { return plan.tokens(); }
+  index_t k() const { return plan.k(); }
+  index_t first(index_t t) const { return plan.first(t); }
+  index_t count(index_t t) const { return plan.count(t); }
+  std::int32_t row(index_t c) const { return plan.slot_of_choice()[static_cast<std::size_t>(c)]; }
+  static constexpr bool lists(index_t) { return true; }
+  const std::int32_t* list(index_t c, index_t, std::int32_t*) const {
+    return plan.slot_of_choice().data() + c;
+  }
+  // The rows of the choices from c on, which will be read after those before.
+  const std::int32_t* next(index_t c) const { return plan.slot_of_choice().data() + c; }
 };
 
-template <class A, class T, class U, class X, class S>
-void combine_token(index_t t, const matrix_view<const T>& slots, const dispatch_plan& plan,
-                   const choice_weights& of, const matrix_view<U>& y,
-                   const combine_options<X, S>& o) {
-  const slot_id* slot = plan.slot_of_choice().data();
-  const float* weight = of.weight;
-  const expert_id* id = of.choices == nullptr ? nullptr : of.choices->ids().data();
-  const index_t first = plan.first(t), last = plan.first(t + 1);
-  const auto is_identity = [&](index_t c) {
-    return slot[c] == no_slot && id != nullptr && id[c] >= o.identity_first &&
-           id[c] < o.identity_end && of.choices->kept(c);
+// The rows of choices in their own order: a row for each, to be read where there is an expert.
+struct rows_of_choices {
+  static constexpr const char *name = "rows", *height = "rows.rows()";
+
+  const assignment* choices;
+  const float* weight;
+
+  index_t rows() const { return choices->choices(); }
+  index_t tokens() const { return choices->tokens(); }
+  index_t k() const { return choices->k(); }
+  index_t first(index_t t) const { return choices->first(t); }
+  index_t count(index_t t) const { return choices->count(t); }
+  std::int32_t row(index_t c) const {
+    const bool there = choices->ids()[static_cast<std::size_t>(c)] >= 0 && choices->kept(c);
+    return there ? static_cast<std::int32_t>(c) : no_slot;
+  }
+  static constexpr bool lists(index_t k) { return k <= most_listed_rows; }
+  const std::int32_t* list(index_t c, index_t n, std::int32_t* memory) const {
+    for (index_t r = 0; r < n; ++r) memory[r] = row(c + r);
+    return memory;
+  }
+  // They follow in memory.
+  static constexpr const std::int32_t* next(index_t) { return nullptr; }
+};
+
+template <class A, class Source, class T, class U, class X, class S>
+void combine_token(index_t t, const matrix_view<const T>& rows, const Source& source,
+                   const matrix_view<U>& y, const combine_options<X, S>& o) {
+  const float* weight = source.weight;
+  const index_t first = source.first(t), last = source.first(t + 1);
+  const auto identity = [&](index_t c) {
+    if (source.choices == nullptr) return false;
+    const expert_id e = source.choices->ids()[static_cast<std::size_t>(c)];
+    return e >= o.identity_first && e < o.identity_end && source.choices->kept(c);
+  };
+  // A plan gives identity experts slots only where it was not told to leave them out.
+  const auto row_of = [&](index_t c) {
+    return std::is_same_v<Source, rows_of_choices> && identity(c) ? no_slot : source.row(c);
   };
   bool lost = true;
-  for (index_t c = first; c < last; ++c) lost = lost && slot[c] == no_slot && !is_identity(c);
+  for (index_t c = first; c < last; ++c) lost = lost && row_of(c) == no_slot && !identity(c);
   const auto start =
       o.output == combine_output::overwrite ? simd::sum_start::zero : simd::sum_start::output;
   simd::sum_of_rows<A>(y.cols, y.data + t * y.stride, start, [&](auto& sum) {
     for (index_t c = first; c < last; ++c) {
       const float w = o.weight == combine_weight::of_choice ? weight[c] : 1.0f;
-      if (slot[c] != no_slot) {
-        sum(slots.data + slot[c] * slots.stride, w);
-      } else if (is_identity(c)) {
+      if (const std::int32_t row = row_of(c); row != no_slot) {
+        sum(rows.data + row * rows.stride, w);
+      } else if (identity(c)) {
         sum(o.x.data + t * o.x.stride, weight[c]);
       }
     }
@@ -95,35 +142,34 @@ void combine_token(index_t t, const matrix_view<const T>& slots, const dispatch_
   });
 }
 
-template <class X, class Y, class Exec, class A, class H, class S>
-void combine_rows(const X& slot_rows, const dispatch_plan& plan, const choice_weights& of,
-                  Y&& y_rows, const Exec& exec, const combine_options<H, S>& options) {
+template <class A, class X, class Source, class Y, class Exec, class H, class S>
+void combine_rows(const X& expert_rows, const Source& source, Y&& y_rows, const Exec& exec,
+                  const combine_options<H, S>& options) {
   using T = element_of<const X>;
   using U = element_of<Y>;
-  const matrix_view<const T> slots = const_view(slot_rows);
+  const matrix_view<const T> rows = const_view(expert_rows);
   const matrix_view<U> y = view(y_rows);
-  check_size("combine", "slots.rows()", slots.rows, plan.slots());
-  check_size("combine", "y.rows()", y.rows, plan.tokens());
-  check_size("combine", "y.cols()", y.cols, slots.cols);
-  check_stride("combine", "slots", slots);
+  check_size("combine", Source::height, rows.rows, source.rows());
+  check_size("combine", "y.rows()", y.rows, source.tokens());
+  check_size("combine", "y.cols()", y.cols, rows.cols);
+  check_stride("combine", Source::name, rows);
   check_stride("combine", "y", y);
-  check_apart("combine", "slots", slots, "y", y);
+  check_apart("combine", Source::name, rows, "y", y);
 
-  if (options.plain()) {
-    const slot_id* slot = plan.slot_of_choice().data();
-    const float* weight = of.weight;
-    const index_t terms = std::max<index_t>(1, plan.k());
+  const index_t terms = std::max<index_t>(1, source.k());
+  if (options.plain() && Source::lists(terms)) {
     // Rows in the second cache come by themselves.
     const bool streamed =
-        slots.rows * slots.cols * index_t{sizeof(T)} > 2 * simd::machine_caches().second;
+        rows.rows * rows.cols * index_t{sizeof(T)} > 2 * simd::machine_caches().second;
     exec.parallel_for(y.rows, row_grain(y.cols * terms), [&](index_t begin, index_t end) {
+      std::int32_t memory[most_listed_rows];
       for (index_t t = begin; t < end; ++t) {
-        const index_t first = plan.first(t), count = plan.count(t);
+        const index_t first = source.first(t), count = source.count(t);
         // The next token's rows are fetched along the way, if it has as many.
-        const bool fetch = streamed && t + 1 < y.rows && plan.count(t + 1) >= count;
-        simd::weighted_sum_of_rows<A>(slots.data, slots.stride, slot + first, weight + first, count,
-                                      y.cols, y.data + t * y.stride,
-                                      fetch ? slot + first + count : nullptr);
+        const bool fetch = streamed && t + 1 < y.rows && source.count(t + 1) >= count;
+        simd::weighted_sum_of_rows<A>(rows.data, rows.stride, source.list(first, count, memory),
+                                      source.weight + first, count, y.cols, y.data + t * y.stride,
+                                      fetch ? source.next(first + count) : nullptr);
       }
     });
     return;
@@ -144,9 +190,8 @@ void combine_rows(const X& slot_rows, const dispatch_plan& plan, const choice_we
   if (!options.shared_weight.empty())
     check_size("combine", "shared_weight.size()",
                static_cast<index_t>(options.shared_weight.size()), y.rows);
-  const index_t terms = std::max<index_t>(1, plan.k());
   exec.parallel_for(y.rows, row_grain(y.cols * terms), [&](index_t begin, index_t end) {
-    for (index_t t = begin; t < end; ++t) combine_token<A>(t, slots, plan, of, y, options);
+    for (index_t t = begin; t < end; ++t) combine_token<A>(t, rows, source, y, options);
   });
 }
 
@@ -169,8 +214,8 @@ void combine(const X& slots, const dispatch_plan& plan, const assignment& choice
   check_size("combine", "choices.tokens()", choices.tokens(), plan.tokens());
   check_size("combine", "choices.k()", choices.k(), plan.k());
   check_size("combine", "choices.choices()", choices.choices(), plan.choices());
-  detail::combine_rows<X, Y, Exec, A, H, S>(slots, plan, {choices.weights().data(), &choices},
-                                            std::forward<Y>(y), exec, options);
+  detail::combine_rows<A>(slots, detail::rows_in_slots{plan, choices.weights().data(), &choices},
+                          std::forward<Y>(y), exec, options);
 }
 
 /// The same with the weights alone, in the order of the plan's choices: for a plan that was made of
@@ -181,8 +226,23 @@ void combine(const X& slots, const dispatch_plan& plan, std::span<const float> w
              const Exec& exec = {}, const combine_options<H, S>& options = {}) {
   check_size("combine", "weights.size()", static_cast<index_t>(weights.size()), plan.choices());
   check_range("combine", "identity_end", options.identity_end, 0, options.identity_first);
-  detail::combine_rows<X, Y, Exec, A, H, S>(slots, plan, {weights.data()}, std::forward<Y>(y), exec,
-                                            options);
+  detail::combine_rows<A>(slots, detail::rows_in_slots{plan, weights.data()}, std::forward<Y>(y),
+                          exec, options);
+}
+
+/// y[t] = sum over the choices of t, in rank order, of weight * rows[choice]: from one row for
+/// every choice, as grouped products leave them, without a plan.
+///
+/// Rows of choices without an expert or that capacity dropped are not read, nor are those of
+/// identity experts, which options describe; the rest is as above.
+/// Shapes: rows [choices.choices(), d] (that is [T * k, d] where k is fixed), y [T, d]; they must
+/// not overlap.
+template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch,
+          storage H = float, storage S = float>
+void combine(const X& rows, const assignment& choices, Y&& y, const Exec& exec = {},
+             const combine_options<H, S>& options = {}) {
+  detail::combine_rows<A>(rows, detail::rows_of_choices{&choices, choices.weights().data()},
+                          std::forward<Y>(y), exec, options);
 }
 
 /// The same with options and the serial executor.
@@ -190,6 +250,13 @@ template <readable_rows X, writable_rows Y, storage H = float, storage S = float
 void combine(const X& slots, const dispatch_plan& plan, const assignment& choices, Y&& y,
              const combine_options<H, S>& options) {
   combine(slots, plan, choices, y, serial{}, options);
+}
+
+/// From rows in the order of their choices, with options and the serial executor.
+template <readable_rows X, writable_rows Y, storage H = float, storage S = float>
+void combine(const X& rows, const assignment& choices, Y&& y,
+             const combine_options<H, S>& options) {
+  combine(rows, choices, y, serial{}, options);
 }
 
 }  // namespace moeroute
