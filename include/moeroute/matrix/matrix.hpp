@@ -98,7 +98,14 @@ auto view(M&& m) {
   static_assert(std::is_lvalue_reference_v<M> || !detail::owns_values<type>,
                 "[moeroute::view] a temporary would dangle: give the matrix a name");
   if constexpr (detail::is_matrix_view<type>) {
-    return matrix_view(detail::as_stored(m.data), m.rows, m.cols, m.stride);
+    // Field by field: a stage refuses rows too close by name, in debug builds too.
+    auto* const data = detail::as_stored(m.data);
+    matrix_view<std::remove_pointer_t<decltype(data)>> same;
+    same.data = data;
+    same.rows = m.rows;
+    same.cols = m.cols;
+    same.stride = m.stride;
+    return same;
   } else if constexpr (detail::strided_rows<M>) {
     static_assert(type::IsRowMajor || type::ColsAtCompileTime == 1,
                   "[moeroute::view] rows must be contiguous: use Eigen::RowMajor");
