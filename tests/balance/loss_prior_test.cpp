@@ -127,6 +127,10 @@ TEST_CASE("one expert, no token, NaN and infinities are defined for the prior") 
     if (!std::isfinite(wild[i]) || (i >= 3 && wild[i] != 0.0)) FAIL(i);
   CHECK(test::refusal([&] { run({3, 3, {}, {}}, z, {.alpha = one}, nullptr); }) ==
         "moeroute::dirichlet_prior: alpha.size is 1, expected 3");
+  for (const double clamp : {0.0, 0.5, -1.0, nan})
+    CHECK(test::refusal([&] {
+            run({3, 3, {}, {}}, z, {.alpha = three, .clamp = clamp}, nullptr);
+          }) == "moeroute::dirichlet_prior: clamp is not between 0 and 0.5");
   const row zero = {1.0, 0.0, 1.0};
   CHECK(test::refusal([&] { run({3, 3, {}, {}}, z, {.alpha = zero}, nullptr); }) ==
         "moeroute::dirichlet_prior: an alpha is 0.000000, expected > 0");

@@ -123,6 +123,33 @@ TEST_CASE("noise keeps each router row nearer to itself than to any other, and r
       if (i != j) CHECK(distance(i, i) < distance(i, j));
 }
 
+TEST_CASE("noise is uniform around 1 by half the way to the nearest row, one number per element") {
+  const row router = normals(116, E * D);
+  row delta(router.size());
+  fill_router_noise(matrix_view<const double>(router.data(), E, D), 9, 3,
+                    matrix_view<double>(delta.data(), E, D));
+  for (index_t i = 0; i < E; ++i) {
+    double nearest = HUGE_VAL, norm = 0.0;
+    for (index_t j = 0; j < E; ++j) {
+      double squares = 0.0;
+      for (index_t c = 0; c < D; ++c)
+        squares += std::pow(router[static_cast<std::size_t>(i * D + c)] -
+                                router[static_cast<std::size_t>(j * D + c)],
+                            2);
+      if (j != i) nearest = std::min(nearest, std::sqrt(squares));
+    }
+    for (index_t c = 0; c < D; ++c)
+      norm += std::pow(router[static_cast<std::size_t>(i * D + c)], 2);
+    const double eps = nearest / (2.0 * std::sqrt(norm));
+    for (index_t c = 0; c < D; ++c) {
+      const double u =
+          static_cast<double>(random_u01(9, 0x45524300 + 3, static_cast<std::uint64_t>(i * D + c)));
+      CHECK(delta[static_cast<std::size_t>(i * D + c)] ==
+            Approx(1.0 + eps * (2.0 * u - 1.0)).epsilon(1e-12));
+    }
+  }
+}
+
 TEST_CASE("arguments of the coupling loss are refused by name") {
   const row router = normals(114, E * D), expert = normals(115, E * H * D), delta(E * D, 1.0);
   CHECK(test::refusal([&] { run(router, delta, expert, {.alpha = 1.5}, nullptr, nullptr); }) ==

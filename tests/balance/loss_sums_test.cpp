@@ -24,15 +24,17 @@ TEST_CASE("importance is CV^2 of the summed probabilities, by either variance") 
 }
 
 TEST_CASE("mean importance and batch entropy are their formulas") {
-  const auto b = test::random_batch(33, 11, 18, true);
-  CHECK(test::disagreement(b, {}, mean_importance_loss{.coefficient = 0.4},
-                           [](const oracle::batch& x) {
-                             return 0.4 * oracle::mean_importance_loss(oracle::probabilities(x));
-                           }) == "");
-  CHECK(
-      test::disagreement(b, {}, batch_entropy_loss{.coefficient = 0.4}, [](const oracle::batch& x) {
-        return -0.4 * oracle::entropy(oracle::mean(oracle::probabilities(x), 18));
-      }) == "");
+  for (const index_t experts : {1, 16, 18, 65}) {
+    const auto b = test::random_batch(33, 11, experts, true);
+    CHECK(test::disagreement(b, {}, mean_importance_loss{.coefficient = 0.4},
+                             [](const oracle::batch& x) {
+                               return 0.4 * oracle::mean_importance_loss(oracle::probabilities(x));
+                             }) == "");
+    CHECK(test::disagreement(
+              b, {}, batch_entropy_loss{.coefficient = 0.4}, [&](const oracle::batch& x) {
+                return -0.4 * oracle::entropy(oracle::mean(oracle::probabilities(x), experts));
+              }) == "");
+  }
 }
 
 TEST_CASE("sums of normalised sigmoids are differentiated through the normalisation") {

@@ -160,6 +160,51 @@ TEST_CASE("large and odd sizes, every k and masked tokens agree with the oracle"
   two.observe(d.view(), mask, ws, test::backwards{});
   two.update();
   CHECK(test::bit_difference(two.bias(), one.bias()) == "");
+  // From a bias that is not 0 any more.
+  std::vector<double> price;
+  for (const float b : one.bias()) price.push_back(-static_cast<double>(b));
+  const std::vector<double> next = betas(kept, alphas(kept, price));
+  mean = 0;
+  for (const double x : next) mean += x / static_cast<double>(experts);
+  for (std::size_t e = 0; e < next.size(); ++e) expected[e] = mean - next[e];
+  one.observe(d.view(), mask, ws);
+  one.update();
+  CHECK(test::difference(one.bias(), expected, 1e-5, 1e-6) == "");
+}
+
+TEST_CASE("the histogram counts many choices per token too, from a bias of its own") {
+  const skewed_scores d(12, 400, 90, 70);
+  quantile_balancer exact(90, {.k = 70});
+  quantile_histogram counted(90, {.k = 70, .buckets = 4000});
+  workspace ws;
+  const std::vector<std::uint8_t> mask = [] {
+    std::vector<std::uint8_t> m(400, 1);
+    for (std::size_t t = 0; t < 400; t += 7) m[t] = 0;
+    return m;
+  }();
+  for (int step = 0; step < 2; ++step) {
+    const auto width = static_cast<double>(counted.bucket_width());
+    exact.observe(d.view(), mask, ws);
+    counted.observe(d.view(), mask, ws);
+    CHECK(counted.tokens() == 342);
+    exact.update();
+    counted.update();
+    CHECK(counted.tokens() == 0);
+    CHECK(test::difference(counted.bias(), exact.bias(), 0.0, 4 * (step + 1) * width) == "");
+  }
+}
+
+TEST_CASE("the histogram's rank is interpolated within its bucket") {
+  // Buckets of 0.5 from -1: expert 0 has alpha - s = -0.75, -0.3, -0.3, 0, expert 1 three times 0
+  // and -0.1. The second of four ends half way through bucket 1, or a third into bucket 2.
+  const std::vector<float> s{0.95f, 0.2f, 0.5f, 0.2f, 0.5f, 0.2f, 0.2f, 0.3f};
+  quantile_histogram h(2, {.k = 1, .buckets = 4});
+  workspace ws;
+  h.observe(matrix_view<const float>(s.data(), 4, 2), ws);
+  h.update();
+  const double first = -1.0 + 1.5 * 0.5, second = -1.0 + (2.0 + 1.0 / 3.0) * 0.5;
+  CHECK(std::abs(static_cast<double>(h.bias()[0]) - (first - second) / 2) < 1e-6);
+  CHECK(std::abs(static_cast<double>(h.bias()[1]) - (second - first) / 2) < 1e-6);
 }
 
 TEST_CASE(
@@ -248,6 +293,17 @@ TEST_CASE("what has nothing to decide moves no bias") {
   CHECK(test::refusal([&] {
           q.observe(matrix_view<const float>(zero.data(), 1, 2), std::vector<std::uint8_t>(2), ws);
         }) == "moeroute::quantile_balancer: mask.size() is 2, expected 1");
+  quantile_histogram h(2, {.k = 1});
+  CHECK(test::refusal([&] { h.observe(matrix_view<const float>(zero.data(), 1, 1), ws); }) ==
+        "moeroute::quantile_histogram: scores.cols is 1, expected 2");
+  CHECK(test::refusal([&] {
+          h.observe(matrix_view<const float>(zero.data(), 1, 2), std::vector<std::uint8_t>(2), ws);
+        }) == "moeroute::quantile_histogram: mask.size() is 2, expected 1");
+  constexpr float most = std::numeric_limits<float>::max();
+  for (const auto& [low, high] : {std::pair{-most, most}, {0.5f, 0.5f}, {0.0f, inf}, {nan, 1.0f}})
+    CHECK(test::refusal([&] {
+            quantile_histogram(2, {.k = 1, .least_score = low, .most_score = high});
+          }) == "moeroute::quantile_histogram: least_score must be below most_score, both finite");
   CHECK(test::refusal([] { quantile_balancer(2, {.k = 3}); }) ==
         "moeroute::quantile_balancer: k is 3, expected 1 to 2");
 }

@@ -26,6 +26,10 @@ TEST_CASE("lambda grows by the factor while too many experts are active, else sh
   CHECK(held.lambda() == 1e-8);
   held.update(0, 0);
   CHECK(held.lambda() == 1e-8);
+  held.update(3, 16);
+  CHECK(held.lambda() == 1e-8 / 1.2);
+  held.update(5, 16);
+  CHECK(held.lambda() == 1e-8 / 1.2 * 1.2);
 }
 
 TEST_CASE("a floor bounds the way back from a dead phase") {

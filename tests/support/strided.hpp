@@ -3,13 +3,14 @@
 // gap.
 #pragma once
 
-#include <cstring>
+#include <algorithm>
 #include <memory>
-#include <moeroute/base/workspace.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <span>
 #include <string>
 #include <vector>
+
+#include "support/guarded.hpp"
 
 namespace test {
 
@@ -19,7 +20,7 @@ using moeroute::index_t;
 enum class spacing { none, gaps, cache_lines };
 
 /// The matrices of one call. Gaps and what no call has written are poisoned: every byte is 0xff, a
-/// NaN as a float.
+/// NaN as a float. Behind the last element of a matrix lies a page that nobody may touch.
 class layout {
  public:
   explicit layout(spacing how) : how_(how) {}
@@ -56,13 +57,19 @@ class layout {
     const index_t stride = how_ == spacing::none   ? cols
                            : how_ == spacing::gaps ? cols + 3 + number
                                                    : ((cols + line - 1) / line + number) * line;
-    const index_t n = rows * stride;
-    auto memory = std::make_shared<moeroute::buffer<std::byte>>(
-        std::max<index_t>(1, n * static_cast<index_t>(sizeof(T))));
-    std::memset(memory->data(), 0xff, static_cast<std::size_t>(memory->size()));
-    kept_.push_back({memory, rows, cols * static_cast<index_t>(sizeof(T)),
-                     stride * static_cast<index_t>(sizeof(T))});
-    return {reinterpret_cast<T*>(memory->data()), rows, cols, stride};
+    constexpr auto size = static_cast<index_t>(sizeof(T));
+    // Rows begin at cache lines only where the last one has its gap too.
+    const index_t last = how_ == spacing::cache_lines ? stride : cols;
+    const index_t bytes = rows == 0 ? 0 : ((rows - 1) * stride + last) * size;
+    matrix m{std::make_shared<guarded<std::byte>>(bytes),
+             nullptr,
+             rows,
+             cols * size,
+             stride * size,
+             bytes};
+    m.data = m.memory->window(bytes, guarded_end::back);
+    kept_.push_back(m);
+    return {reinterpret_cast<T*>(m.data), rows, cols, stride};
   }
 
   /// What a call gave beside its views.
@@ -78,8 +85,7 @@ class layout {
     std::vector<std::byte> all = results_;
     for (const matrix& m : kept_)
       for (index_t r = 0; r < m.rows; ++r)
-        all.insert(all.end(), m.memory->data() + r * m.stride,
-                   m.memory->data() + r * m.stride + m.width);
+        all.insert(all.end(), m.data + r * m.stride, m.data + r * m.stride + m.width);
     return all;
   }
 
@@ -87,15 +93,16 @@ class layout {
   bool gaps_are_whole() const {
     for (const matrix& m : kept_)
       for (index_t r = 0; r < m.rows; ++r)
-        for (index_t b = m.width; b < m.stride; ++b)
-          if (m.memory->data()[r * m.stride + b] != std::byte{0xff}) return false;
+        for (index_t b = r * m.stride + m.width; b < std::min((r + 1) * m.stride, m.bytes); ++b)
+          if (m.data[b] != std::byte{0xff}) return false;
     return true;
   }
 
  private:
   struct matrix {
-    std::shared_ptr<moeroute::buffer<std::byte>> memory;
-    index_t rows, width, stride;  // in bytes
+    std::shared_ptr<guarded<std::byte>> memory;
+    std::byte* data;
+    index_t rows, width, stride, bytes;  // all but rows in bytes
   };
   spacing how_;
   std::vector<matrix> kept_;
