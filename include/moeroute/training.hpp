@@ -1,6 +1,9 @@
 // The backward passes of the stages and layers of <moeroute/routing.hpp>, from every router.
 #pragma once
 
+#include <moeroute/layer/moe_layer_backward.hpp>
+#include <moeroute/layer/soft_moe_backward.hpp>
+#include <moeroute/layer/swiglu_backward.hpp>
 #include <moeroute/policy/weigh/any_router.hpp>
 #include <moeroute/policy/weigh/batch_routers.hpp>
 #include <moeroute/stage/capacity_backward.hpp>
@@ -8,4 +11,5 @@
 #include <moeroute/stage/dispatch_backward.hpp>
 #include <moeroute/stage/expert_backward.hpp>
 #include <moeroute/stage/gate_backward.hpp>
+#include <moeroute/stage/soft_backward.hpp>
 #include <moeroute/stage/weigh.hpp>

@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <utility>
 
+#include <moeroute/layer/layer_tape.hpp>
 #include <moeroute/stage/capacity.hpp>
 #include <moeroute/stage/combine.hpp>
 #include <moeroute/stage/dispatch.hpp>
@@ -167,7 +168,7 @@ class moe_layer {
     const index_t tokens = x.rows, columns = gate_.rows();
     const int workers = detail::route_workers(exec, tokens, columns);
     const early_memory early = reserve_early(tokens, workers);
-    memory m{};
+    memory& m = last_;
     if constexpr (!batch_router<Router>) m = reserve(tokens, exec.concurrency());
     logits_ = matrix_view<float>(early.logits, tokens, columns);
 
@@ -230,6 +231,31 @@ class moe_layer {
     }
     combine(out, plan_, choices_, y, exec, combining);
     probe(layer_step::done);
+  }
+
+  /// The same, and the tape keeps what backward() needs (layer/moe_layer_backward.hpp). The call's
+  /// logits, choices and plan are the tape's then; the layer's accessors have none.
+  template <readable_rows X, writable_rows Y, executor Exec = serial, class Probe = no_probe>
+  void forward(const X& x, Y&& y, const side_inputs& side, const Exec& exec, layer_tape& tape,
+               Probe&& probe = {}) {
+    forward(x, y, side, exec, probe);
+    const index_t tokens = logits_.rows, slots = plan_.slots();
+    std::swap(choices_, tape.choices);
+    std::swap(plan_, tape.plan);
+    std::swap(early_workspace_, tape.early);
+    std::swap(workspace_, tape.memory);
+    tape.tokens = tokens;
+    tape.logits = std::exchange(logits_, {});
+    tape.in = {last_.in, slots, d()};
+    tape.out = {last_.out, slots, d()};
+    tape.has_inputs = tokens > decode_tokens || options_.weights == weight_on::input;
+    tape.shared_out = {};
+    tape.shared_weight = {};
+    if constexpr (with_shared) {
+      tape.shared_out = {last_.shared_out, tokens, d()};
+      tape.shared_weight = {last_.shared_weight, static_cast<std::size_t>(tokens)};
+    }
+    last_ = {};
   }
 
   index_t experts() const {
@@ -384,6 +410,7 @@ class moe_layer {
   workspace batch_workspace_;
   workspace capacity_workspace_;
   workspace workspace_;
+  memory last_{};  // of the last call, in workspace_
 };
 
 }  // namespace moeroute

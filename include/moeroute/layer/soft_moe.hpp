@@ -6,6 +6,7 @@
 #include <utility>
 
 #include <moeroute/exec/worker_slots.hpp>
+#include <moeroute/layer/layer_tape.hpp>
 #include <moeroute/simd/rows/gemm.hpp>
 #include <moeroute/stage/expert.hpp>
 #include <moeroute/stage/soft.hpp>
@@ -90,6 +91,8 @@ class soft_moe {
                            m.logits + t * slots);
     plan_soft(logits, options_.slots_per_expert, plan_, exec);
     const matrix_view<float> in(m.in, slots, d), out(m.out, slots, d);
+    in_ = in;
+    out_ = out;
     dispatch(x, plan_, in, exec);
     const index_t own = options_.slots_per_expert;
     worker_slots workers(exec.concurrency());
@@ -108,6 +111,22 @@ class soft_moe {
     });
     combine(out, plan_, y, exec);
   }
+
+  /// The same, and the tape keeps what backward() needs (layer/soft_moe_backward.hpp), the plan
+  /// among it.
+  template <readable_rows X, writable_rows Y, executor Exec = serial>
+  void forward(const X& x, Y&& y, const Exec& exec, soft_tape& tape) {
+    forward(x, y, exec);
+    tape.tokens = plan_.tokens();
+    tape.in = in_;
+    tape.out = out_;
+    std::swap(plan_, tape.plan);
+    std::swap(workspace_, tape.memory);
+  }
+
+  const soft_moe_options& options() const { return options_; }
+  index_t slots() const { return gate_.rows(); }
+  index_t d() const { return gate_.cols(); }
 
   /// Of the last call.
   const soft_plan& plan() const { return plan_; }
@@ -128,6 +147,7 @@ class soft_moe {
   soft_moe_options options_;
   soft_plan plan_;
   workspace workspace_;
+  matrix_view<float> in_, out_;  // of the last call, in workspace_
 };
 
 }  // namespace moeroute

@@ -105,6 +105,13 @@ class swiglu_experts {
   index_t experts() const { return static_cast<index_t>(down_.size()); }
   index_t d() const { return d_; }
   index_t ff() const { return ff_; }
+  const swiglu_options& options() const { return options_; }
+
+  /// What the activation reads of expert e: [gate | up], [n, 2 ff], or [n, ff] without a gate.
+  template <storage In>
+  void activation_input(expert_id e, matrix_view<const In> in, matrix_view<float> out) const {
+    simd::gemm(in, gate_up_[static_cast<std::size_t>(e)], out);
+  }
 
   index_t scratch_floats() const { return tile * hidden(); }
 

@@ -59,12 +59,12 @@ F scale_and_dot(const U* row, const T* other, F factor, index_t n, V* out, bool 
 /// A choice without a slot has dw = 0, and no row. Identity experts: dx[t] += w dy[t], dw = dy[t] .
 /// x[t]. A token that was lost: dx[t] += dy[t]. Shared rows: dshared[t] = shared_weight dy[t],
 /// dshared_weight = dy[t] . shared[t]. With combine_output::accumulate the gradient of what y held
-/// is dy itself. With combine_weight::one weights count as 1 and have no gradient here.
-/// Shapes: as combine(); dy [T, d]. slots may be without rows where gradients.weights is empty.
-/// Throws: error where the shapes do not fit, rows run into one another, or a gradient shares
-/// memory with what is read. Cost: reads slots and dy once, writes dslots once; no allocation.
-/// Determinism: the same bits for every executor, thread count and (float) ISA. 16-bit dslots are
-/// rounded once.
+/// is dy itself. With combine_weight::one weights count as 1 and have gradient 0 here, but for
+/// those of identity experts. Shapes: as combine(); dy [T, d]. slots may be without rows where
+/// gradients.weights is empty. Throws: error where the shapes do not fit, rows run into one
+/// another, or a gradient shares memory with what is read. Cost: reads slots and dy once, writes
+/// dslots once; no allocation. Determinism: the same bits for every executor, thread count and
+/// (float) ISA. 16-bit dslots are rounded once.
 template <gradient_rows X, gradient_rows Y, class V, class F, executor Exec = serial,
           class A = simd::default_arch, storage H = float, storage S = float>
 void combine_backward(const X& slot_rows, const dispatch_plan& plan,
@@ -90,12 +90,13 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
     check_apart(where, "dy", dy, "gradients.slots", dslots);
   }
   if (wants_weights) {
-    if (ones) fail(where, "gradients.weights is wanted, but combine_weight::one has none");
     check_size(where, "gradients.weights.size()", static_cast<index_t>(gradients.weights.size()),
                plan.choices());
-    check_size(where, "slots.rows()", slots.rows, plan.slots());
-    check_size(where, "slots.cols()", slots.cols, dy.cols);
-    check_stride(where, "slots", slots);
+    if (!ones) {
+      check_size(where, "slots.rows()", slots.rows, plan.slots());
+      check_size(where, "slots.cols()", slots.cols, dy.cols);
+      check_stride(where, "slots", slots);
+    }
   }
   const bool identity = options.identity_first < options.identity_end;
   if (identity) {
@@ -141,8 +142,8 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
         if (slot[c] != no_slot) {
           lost = false;
           dot = detail::scale_and_dot<A>(
-              row, wants_weights ? slots.data + slot[c] * slots.stride : nullptr, w, dy.cols,
-              wants_slots ? dslots.data + slot[c] * dslots.stride : nullptr, stream);
+              row, wants_weights && !ones ? slots.data + slot[c] * slots.stride : nullptr, w,
+              dy.cols, wants_slots ? dslots.data + slot[c] * dslots.stride : nullptr, stream);
         } else if (identity) {
           const expert_id e = choices->ids()[static_cast<std::size_t>(c)];
           if (e >= options.identity_first && e < options.identity_end && choices->kept(c)) {

@@ -85,13 +85,15 @@ void gate_backward(const matrix_view<T>& x, const matrix_view<W>& weight,
 }
 
 /// The derivative of a vector's direction: from that of u = v / |v| to that of v, for every row:
-/// dv (+)= (du - u (u . du)) / |v|. A row of norm below 1e-12 has no gradient.
+/// dv (+)= (du - u (u . du)) / |v|, where |v| is the root of v . v + eps. A row of norm below 1e-12
+/// has no gradient.
 ///
 /// Shapes: v, du, dv [n, d]; dv may be du. Throws: error where the shapes do not fit.
 template <class T, class F, executor Exec = serial, class A = simd::default_arch>
 void unit_rows_backward(const matrix_view<T>& v,
                         const std::type_identity_t<matrix_view<const F>>& du, gradient_to to,
-                        const matrix_view<F>& dv, const Exec& exec = {}) {
+                        const matrix_view<F>& dv, const Exec& exec = {},
+                        std::type_identity_t<F> eps = 0) {
   constexpr const char* where = "unit_rows_backward";
   if (to == gradient_to::nowhere) return;
   check_size(where, "du.rows()", du.rows, v.rows);
@@ -102,7 +104,7 @@ void unit_rows_backward(const matrix_view<T>& v,
   exec.parallel_for(v.rows, 16, [&](index_t begin, index_t end) {
     for (index_t r = begin; r < end; ++r) {
       const auto* const from = v.data + r * v.stride;
-      const F square = simd::row_dot<A>(from, from, v.cols);
+      const F square = simd::row_dot<A>(from, from, v.cols) + eps;
       const F norm = std::sqrt(square);
       const bool there = norm > F(1e-12);
       const F along =

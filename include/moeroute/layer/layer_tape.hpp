@@ -1,0 +1,52 @@
+// What a layer's forward pass leaves for its backward pass.
+#pragma once
+
+#include <span>
+
+#include <moeroute/base/workspace.hpp>
+#include <moeroute/data/assignment.hpp>
+#include <moeroute/data/dispatch_plan.hpp>
+#include <moeroute/data/soft_plan.hpp>
+#include <moeroute/matrix/matrix.hpp>
+
+namespace moeroute {
+
+/// The memory of one forward call: nothing is computed for the tape and nothing copied, the layer
+/// goes on with the memory that the tape held before. Reusable: two calls of a size are the last
+/// that allocate.
+///
+/// in and out are [slots, d]; of up to decode_tokens tokens in is unspecified, and filled by the
+/// backward pass. shared_out [T, d] and shared_weight [T] are there where the layer has shared
+/// experts.
+struct layer_tape {
+  index_t tokens = -1;  ///< of the call, -1 before any
+  assignment choices{};
+  dispatch_plan plan{};
+  matrix_view<float> logits{};
+  matrix_view<float> in{}, out{}, shared_out{};
+  std::span<float> shared_weight{};
+  bool has_inputs = false;  ///< whether `in` was filled
+
+  /// Bytes that the tape holds, apart from the choices and the plan.
+  index_t bytes() const {
+    return early.capacity() + memory.capacity() + backward.capacity() + router.capacity();
+  }
+
+  workspace early, memory;     ///< what the views point into
+  workspace backward, router;  ///< scratch of the backward pass
+};
+
+/// The same of a soft layer's call: in and out are [slots, d].
+struct soft_tape {
+  index_t tokens = -1;  ///< of the call, -1 before any
+  soft_plan plan{};
+  matrix_view<float> in{}, out{};
+
+  /// Bytes that the tape holds, apart from the plan.
+  index_t bytes() const { return memory.capacity() + backward.capacity() + sums.capacity(); }
+
+  workspace memory;          ///< what the views point into
+  workspace backward, sums;  ///< scratch of the backward pass
+};
+
+}  // namespace moeroute

@@ -1,0 +1,343 @@
+#include <moeroute/layer/moe_layer_backward.hpp>
+//
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/layer/swiglu_backward.hpp>
+#include <moeroute/policy/weigh/batch_routers.hpp>
+#include <moeroute/policy/weigh/row_routers.hpp>
+#include <string>
+#include <vector>
+
+#include "support/allocations.hpp"
+#include "support/backwards.hpp"
+#include "support/compare.hpp"
+#include "support/gradient_file.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/threads.hpp"
+
+using namespace moeroute;
+using floats = std::vector<float>;
+
+namespace {
+
+constexpr index_t d = 12, experts = 8;
+
+floats random_floats(index_t n, std::uint64_t seed, float size = 1.0f) {
+  test::random rng(seed);
+  floats x(static_cast<std::size_t>(n));
+  for (float& v : x) v = size * rng.normal();
+  return x;
+}
+template <class T>
+matrix_view<const T> rows(const std::vector<T>& x, index_t n) {
+  return {x.data(), n, n > 0 ? static_cast<index_t>(x.size()) / n : d};
+}
+matrix_view<float> into(floats& x, index_t n) {
+  return {x.data(), n, n > 0 ? static_cast<index_t>(x.size()) / n : d};
+}
+double dot(const floats& a, const floats& b) {
+  double sum = 0.0;
+  for (std::size_t i = 0; i < a.size(); ++i)
+    sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return sum;
+}
+
+// Element by element: out = tanh(x) (e + 1), and its gradient.
+struct curves {
+  void operator()(expert_id e, matrix_view<const float> in, matrix_view<float> out) const {
+    for (index_t r = 0; r < in.rows; ++r)
+      for (index_t c = 0; c < in.cols; ++c)
+        out(r, c) = std::tanh(in(r, c)) * static_cast<float>(e + 1);
+  }
+};
+struct curve_gradients {
+  void operator()(expert_id e, matrix_view<const float> in, matrix_view<const float> dout,
+                  matrix_view<float> din) const {
+    for (index_t r = 0; r < in.rows; ++r)
+      for (index_t c = 0; c < in.cols; ++c) {
+        const float y = std::tanh(in(r, c));
+        din(r, c) = dout(r, c) * (1.0f - y * y) * static_cast<float>(e + 1);
+      }
+  }
+};
+
+// The layer's output and choices at a gate and states.
+struct output {
+  floats y;
+  std::vector<expert_id> ids;
+};
+template <class Router>
+output run(const Router& router, const moe_layer_options& options, const floats& gate,
+           const floats& x, index_t tokens, const side_inputs& side) {
+  moe_layer layer(simd::packed_matrix<>(rows(gate, experts)), router, curves{}, options);
+  output o{floats(x.size()), {}};
+  layer.forward(rows(x, tokens), into(o.y, tokens), side);
+  o.ids.assign(layer.choices().ids().begin(), layer.choices().ids().end());
+  for (index_t c = 0; c < layer.choices().choices(); ++c)
+    if (!layer.choices().kept(c)) o.ids[static_cast<std::size_t>(c)] = -7;
+  return o;
+}
+
+// Along a random direction the layer changes as its gradients say. The direction is short enough
+// that no token changes its experts; float bounds how well that can be seen.
+template <class Router>
+void gradients_agree(const std::string& name, const Router& router,
+                     const moe_layer_options& options = {}, const side_inputs& side = {}) {
+  for (const index_t tokens : {5, 40}) {
+    INFO(name << ", " << tokens << " tokens");
+    side_inputs cut = side;
+    if (!cut.mask.empty()) cut.mask = cut.mask.first(static_cast<std::size_t>(tokens));
+    const floats x = random_floats(tokens * d, 1), gate = random_floats(experts * d, 2, 0.4f);
+    const floats dy = random_floats(tokens * d, 3);
+    moe_layer layer(simd::packed_matrix<>(rows(gate, experts)), router, curves{}, options);
+    layer_tape tape;
+    floats y(x.size()), dx(x.size(), 5.0f), dgate(gate.size(), 5.0f);
+    layer.forward(rows(x, tokens), into(y, tokens), cut, serial{}, tape);
+    backward(layer, rows(x, tokens), cut, tape, rows(dy, tokens),
+             layer_weights<>{rows(gate, experts)}, curve_gradients{},
+             layer_gradients{.x = into(dx, tokens), .gate = into(dgate, experts)});
+    const auto along = [&](const floats& vx, const floats& vg, float h) {
+      floats moved_x = x, moved_g = gate;
+      for (std::size_t i = 0; i < x.size(); ++i) moved_x[i] += h * vx[i];
+      for (std::size_t i = 0; i < gate.size(); ++i) moved_g[i] += h * vg[i];
+      return run(router, options, moved_g, moved_x, tokens, cut);
+    };
+    int tried = 0;
+    for (std::uint64_t seed = 10; seed < 500 && tried < 3; ++seed) {
+      const bool of_x = seed % 2 == 0;
+      const floats vx = random_floats(tokens * d, seed, of_x ? 1.0f : 0.0f);
+      const floats vg = random_floats(experts * d, seed + 100, of_x ? 0.0f : 1.0f);
+      const float h = 0x1p-9f;
+      const auto up = along(vx, vg, h), down = along(vx, vg, -h);
+      if (up.ids != down.ids) continue;
+      ++tried;
+      const double slope = (dot(up.y, dy) - dot(down.y, dy)) / (2.0 * static_cast<double>(h));
+      const double said = dot(dx, vx) + dot(dgate, vg);
+      CHECK(std::abs(slope - said) < 3e-3 * (1.0 + std::abs(said)));
+    }
+    CHECK(tried > 0);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a layer changes as its gradients say, whatever router and options") {
+  const router<softmax> two{.selection = {.k = 2}};
+  const router<softmax> shares{.selection = {.k = 3}, .weight = sum_normalized};
+  const std::vector<std::uint8_t> mask = [] {
+    std::vector<std::uint8_t> list(40, 1);
+    for (std::size_t t = 1; t < 40; t += 3) list[t] = 0;
+    return list;
+  }();
+  gradients_agree("softmax", two);
+  gradients_agree("renormalised, masked", shares, {}, {.mask = mask});
+  gradients_agree("threshold", threshold_router<relu>{});
+  gradients_agree("expert choice", expert_choice<>{.capacity = {.factor = 2.0}});
+  gradients_agree("weights on the input", router<sigmoid>{.selection = {.k = 2}},
+                  {.weights = weight_on::input});
+  gradients_agree(
+      "identity and zero experts", shares,
+      {.special = {.identity_first = 4, .identity_end = 6, .zero_first = 6, .zero_end = 7}});
+  gradients_agree(
+      "identity experts, weights on the input", shares,
+      {.special = {.identity_first = 4, .identity_end = 6}, .weights = weight_on::input});
+  for (const auto when :
+       {renormalization::none, renormalization::before_drop, renormalization::after_drop})
+    gradients_agree(
+        "capacity", two,
+        {.capacity = capacity_policy{.rule = {.formula = capacity_formula::fixed, .count = 2},
+                                     .renormalize = when},
+         .lost = lost_token::residual});
+}
+
+TEST_CASE("a SwiGLU layer with a gated shared expert has autograd's gradients") {
+  const test::gradient_file file("layer_swiglu_shared_T5_E16_k4");
+  const index_t tokens = file.tokens, wide = file.experts, dim = file.json["d"],
+                ff = file.json["ff"];
+  const auto one = [&](const char* field) { return file.floats(field); };
+  const floats x = one("X"), gate = one("gate_weight"), w1 = one("W1"), w3 = one("W3"),
+               w2 = one("W2");
+  const floats s1 = one("S1"), s3 = one("S3"), s2 = one("S2"), shared_gate = one("shared_gate");
+  const floats dy = one("upstream");
+  const auto networks = [&](index_t n, const floats& g, const floats& u, const floats& down) {
+    swiglu_experts<> list(n, dim, ff);
+    for (index_t e = 0; e < n; ++e) {
+      list.set_gate(static_cast<expert_id>(e), rows(g, n * ff).middle_rows(e * ff, ff));
+      list.set_up(static_cast<expert_id>(e), rows(u, n * ff).middle_rows(e * ff, ff));
+      list.set_down(static_cast<expert_id>(e), rows(down, n * dim).middle_rows(e * dim, dim));
+    }
+    return list;
+  };
+  const swiglu_experts<> own = networks(wide, w1, w3, w2), common = networks(1, s1, s3, s2);
+  moe_layer layer(simd::packed_matrix<>(rows(gate, wide)),
+                  router<softmax>{.selection = {.k = 4}, .weight = sum_normalized}, own,
+                  {.shared = {.gate = shared_gate}}, common);
+  floats y(x.size()), dx(x.size()), dgate(gate.size()), d1(w1.size()), d3(w3.size()), d2(w2.size());
+  floats e1(s1.size()), e3(s3.size()), e2(s2.size()), dshared(shared_gate.size());
+  layer_tape tape;
+  layer.forward(rows(x, tokens), into(y, tokens), {}, serial{}, tape);
+  const auto differs = [&](const floats& actual, const char* field) {
+    const std::vector<double> expected = file.numbers(field);
+    double largest = 0.0;
+    for (const double v : expected) largest = std::max(largest, std::abs(v));
+    return test::difference(actual, expected, 0.0, 2e-6 * largest);
+  };
+  CHECK(differs(y, "Y") == "");
+  const swiglu_backward<> of_own(own,
+                                 {rows(w1, wide * ff), rows(w3, wide * ff), rows(w2, wide * dim)},
+                                 {into(d1, wide * ff), into(d3, wide * ff), into(d2, wide * dim)});
+  const swiglu_backward<> of_common(common, {rows(s1, ff), rows(s3, ff), rows(s2, dim)},
+                                    {into(e1, ff), into(e3, ff), into(e2, dim)});
+  backward(
+      layer, rows(x, tokens), {}, tape, rows(dy, tokens),
+      layer_weights<>{rows(gate, wide), shared_gate}, of_own,
+      layer_gradients{.x = into(dx, tokens), .gate = into(dgate, wide), .shared_gate = dshared},
+      serial{}, of_common);
+  CHECK(differs(dx, "grad_X") == "");
+  CHECK(differs(dgate, "grad_gate_weight") == "");
+  CHECK(differs(d1, "grad_W1") == "");
+  CHECK(differs(d3, "grad_W3") == "");
+  CHECK(differs(d2, "grad_W2") == "");
+  CHECK(differs(e1, "grad_S1") == "");
+  CHECK(differs(e3, "grad_S3") == "");
+  CHECK(differs(e2, "grad_S2") == "");
+  CHECK(differs(dshared, "grad_shared_gate") == "");
+}
+
+TEST_CASE("gradients of SwiGLU's variants are derivatives, biases and limits among them") {
+  constexpr index_t ff = 7, n = 9;
+  const swiglu_options variants[] = {
+      {},
+      {.limit = 0.75f, .alpha = 1.702f, .up_offset = 1.0f},
+      {.activation = expert_activation::relu_squared},
+      {.activation = expert_activation::relu_squared, .limit = 0.5f},
+  };
+  for (const swiglu_options& o : variants) {
+    const bool gated = o.activation == expert_activation::silu_gated;
+    const index_t gate_rows = gated ? ff : 0;
+    // One list of parameters: gate, up, down, their biases, and the input behind them.
+    const index_t size[] = {gate_rows * d, ff * d, d * ff, gate_rows, ff, d, n * d};
+    index_t first[8] = {0};
+    for (int i = 0; i < 7; ++i) first[i + 1] = first[i] + size[i];
+    const floats theta = random_floats(first[7], 5, 0.5f), dy = random_floats(n * d, 6);
+    const auto part = [&](const floats& list, int i) {
+      return std::span<const float>(list.data() + first[i], static_cast<std::size_t>(size[i]));
+    };
+    const auto network = [&](const floats& p) {
+      swiglu_experts<> list(1, d, ff, o);
+      if (gated) {
+        list.set_gate(0, {part(p, 0).data(), ff, d});
+        list.set_gate_bias(0, part(p, 3));
+      }
+      list.set_up(0, {part(p, 1).data(), ff, d});
+      list.set_down(0, {part(p, 2).data(), d, ff});
+      list.set_up_bias(0, part(p, 4));
+      list.set_down_bias(0, part(p, 5));
+      return list;
+    };
+    const auto value = [&](const floats& p) {
+      const swiglu_experts<> list = network(p);
+      floats out(n * d), memory(static_cast<std::size_t>(list.scratch_floats()));
+      list(0, matrix_view<const float>(part(p, 6).data(), n, d), into(out, n), memory.data());
+      return dot(out, dy);
+    };
+    const swiglu_experts<> list = network(theta);
+    floats g(theta.size());
+    const auto own = [&](int i) {
+      return std::span<float>(g.data() + first[i], static_cast<std::size_t>(size[i]));
+    };
+    const swiglu_backward<> back(
+        list,
+        {{part(theta, 0).data(), gate_rows, d},
+         {part(theta, 1).data(), ff, d},
+         {part(theta, 2).data(), d, ff}},
+        {{own(0).data(), gate_rows, d}, {own(1).data(), ff, d}, {own(2).data(), d, ff}},
+        {own(3), own(4), own(5)});
+    floats memory(static_cast<std::size_t>(back.scratch_floats()));
+    back(0, {part(theta, 6).data(), n, d}, rows(dy, n), {own(6).data(), n, d}, memory.data());
+    int wrong = 0;
+    for (std::size_t i = 0; i < theta.size(); ++i) {
+      floats moved = theta;
+      const float h = 0x1p-10f;
+      moved[i] = theta[i] + h;
+      const double up = value(moved);
+      moved[i] = theta[i] - h;
+      const double slope = (up - value(moved)) / (2.0 * static_cast<double>(h));
+      wrong += std::abs(slope - static_cast<double>(g[i])) > 1e-2;
+    }
+    // A corner of a limit or of relu within h has two slopes.
+    CHECK(wrong <= (o.limit > 0.0f ? 4 : 1));
+  }
+}
+
+TEST_CASE(
+    "a layer's gradients have the same bits for every executor, and a warm tape allocates "
+    "nothing") {
+  constexpr index_t tokens = 300, ff = 16;
+  const floats x = random_floats(tokens * d, 1), gate = random_floats(experts * d, 2);
+  const floats dy = random_floats(tokens * d, 3), w = random_floats(experts * ff * d, 4);
+  swiglu_experts<> own(experts, d, ff);
+  own.set_all_down(rows(w, experts * d));
+  for (expert_id e = 0; e < experts; ++e) {
+    own.set_gate(e, rows(w, experts * ff).middle_rows(e * ff, ff));
+    own.set_up(e, rows(w, experts * ff).middle_rows(e * ff, ff));
+  }
+  moe_layer layer(simd::packed_matrix<>(rows(gate, experts)),
+                  router<sigmoid>{.selection = {.k = 3}}, own);
+  layer_tape tape;
+  const auto step = [&](const auto& exec, int times) {
+    floats y(x.size()), dx(x.size()), dgate(gate.size()), d1(w.size()), d3(w.size()), d2(w.size());
+    floats dz(tokens * experts, 0.5f);
+    long made = 0;
+    for (int i = 0; i < times; ++i) {
+      for (floats* list : {&d1, &d3, &d2}) std::fill(list->begin(), list->end(), 0.0f);
+      std::fill(dz.begin(), dz.end(), 0.5f);
+      made = test::allocations_during([&] {
+        layer.forward(rows(x, tokens), into(y, tokens), {}, exec, tape);
+        const swiglu_backward<> back(
+            own, {rows(w, experts * ff), rows(w, experts * ff), rows(w, experts * d)},
+            {into(d1, experts * ff), into(d3, experts * ff), into(d2, experts * d)});
+        backward(layer, rows(x, tokens), {}, tape, rows(dy, tokens),
+                 layer_weights<>{rows(gate, experts)}, back,
+                 layer_gradients{.x = into(dx, tokens),
+                                 .gate = into(dgate, experts),
+                                 .logits = into(dz, tokens),
+                                 .logits_to = gradient_to::add},
+                 exec);
+      });
+    }
+    if constexpr (std::is_same_v<std::decay_t<decltype(exec)>, serial>)
+      if (times > 2) CHECK(made == 0);
+    floats all = dx;
+    for (const floats* list : {&dgate, &d1, &d3, &d2, &dz})
+      all.insert(all.end(), list->begin(), list->end());
+    return all;
+  };
+  const floats alone = step(serial{}, 3);
+  CHECK(tape.bytes() > 0);
+  CHECK(test::bit_difference(step(test::backwards{}, 1), alone) == "");
+  CHECK(test::bit_difference(step(test::several_threads{}, 1), alone) == "");
+}
+
+TEST_CASE("a tape without a call, or of another shape, is refused by name") {
+  const floats gate = random_floats(experts * d, 2), x = random_floats(6 * d, 1);
+  floats y(x.size()), dx(x.size());
+  moe_layer layer(simd::packed_matrix<>(rows(gate, experts)),
+                  router<softmax>{.selection = {.k = 2}}, curves{});
+  layer_tape tape;
+  const auto refused = [&](index_t tokens, const layer_weights<>& weights) {
+    return test::refusal([&] {
+      backward(layer, rows(x, 6).middle_rows(0, tokens), {}, tape,
+               rows(x, 6).middle_rows(0, tokens), weights, curve_gradients{},
+               layer_gradients{.x = into(dx, 6).middle_rows(0, tokens)});
+    });
+  };
+  const layer_weights<> weights{rows(gate, experts)};
+  CHECK(refused(6, weights) == "moeroute::backward: the tape is empty: it comes from forward()");
+  layer.forward(rows(x, 6), into(y, 6), {}, serial{}, tape);
+  CHECK(refused(5, weights) == "moeroute::backward: x.rows() is 5, expected 6");
+  CHECK(refused(6, {}) == "moeroute::backward: weights.gate.rows() is 0, expected 8");
+  CHECK(refused(6, weights) == "accepted");
+}

@@ -1,0 +1,115 @@
+#include <moeroute/layer/soft_moe_backward.hpp>
+//
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "support/backwards.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+using floats = std::vector<float>;
+
+namespace {
+
+constexpr index_t tokens = 9, slots = 6, d = 5;
+
+floats random_floats(index_t n, std::uint64_t seed) {
+  test::random rng(seed);
+  floats x(static_cast<std::size_t>(n));
+  for (float& v : x) v = rng.normal();
+  return x;
+}
+matrix_view<const float> rows(const floats& x, index_t n) { return {x.data(), n, d}; }
+matrix_view<float> into(floats& x, index_t n) { return {x.data(), n, d}; }
+
+struct curves {
+  void operator()(expert_id e, matrix_view<const float> in, matrix_view<float> out) const {
+    for (index_t r = 0; r < in.rows; ++r)
+      for (index_t c = 0; c < d; ++c) out(r, c) = std::tanh(in(r, c)) * static_cast<float>(e + 1);
+  }
+};
+struct curve_gradients {
+  void operator()(expert_id e, matrix_view<const float> in, matrix_view<const float> dout,
+                  matrix_view<float> din) const {
+    for (index_t r = 0; r < in.rows; ++r)
+      for (index_t c = 0; c < d; ++c) {
+        const float y = std::tanh(in(r, c));
+        din(r, c) = dout(r, c) * (1.0f - y * y) * static_cast<float>(e + 1);
+      }
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a soft layer changes as its gradients say, its slots, their scale and its input") {
+  for (const soft_logits kind : {soft_logits::product, soft_logits::normalized}) {
+    const floats x = random_floats(tokens * d, 1), mu = random_floats(slots * d, 2);
+    const floats dy = random_floats(tokens * d, 3);
+    const float scale = kind == soft_logits::normalized ? 1.5f : 1.0f;
+    const auto value = [&](const floats& at_x, const floats& at_mu, float at_scale) {
+      soft_moe layer(rows(at_mu, slots), curves{}, {2, kind, at_scale});
+      floats y(x.size());
+      layer.forward(rows(at_x, tokens), into(y, tokens));
+      double sum = 0.0;
+      for (std::size_t i = 0; i < y.size(); ++i)
+        sum += static_cast<double>(y[i]) * static_cast<double>(dy[i]);
+      return sum;
+    };
+    soft_moe layer(rows(mu, slots), curves{}, {2, kind, scale});
+    soft_tape tape;
+    floats y(x.size()), dx(x.size(), 9.0f), dmu(mu.size(), 9.0f);
+    float dscale = 0.0f;
+    layer.forward(rows(x, tokens), into(y, tokens), serial{}, tape);
+    const soft_gradients wanted{gradient_to::write, into(dx, tokens), into(dmu, slots), &dscale};
+    backward(layer, rows(x, tokens), tape, rows(dy, tokens), rows(mu, slots), curve_gradients{},
+             wanted);
+    const float h = 0x1p-7f;
+    const auto slope = [&](auto&& at) { return (at(h) - at(-h)) / (2.0 * static_cast<double>(h)); };
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const double s = slope([&](float step) {
+        floats moved = x;
+        moved[i] += step;
+        return value(moved, mu, scale);
+      });
+      CHECK(std::abs(s - static_cast<double>(dx[i])) < 3e-3 * (1.0 + std::abs(s)));
+    }
+    for (std::size_t i = 0; i < mu.size(); ++i) {
+      const double s = slope([&](float step) {
+        floats moved = mu;
+        moved[i] += step;
+        return value(x, moved, scale);
+      });
+      CHECK(std::abs(s - static_cast<double>(dmu[i])) < 3e-3 * (1.0 + std::abs(s)));
+    }
+    if (kind == soft_logits::normalized) {
+      const double s = slope([&](float step) { return value(x, mu, scale + step); });
+      CHECK(std::abs(s - static_cast<double>(dscale)) < 3e-3 * (1.0 + std::abs(s)));
+    }
+    floats again(x.size()), mu_again(mu.size());
+    backward(layer, rows(x, tokens), tape, rows(dy, tokens), rows(mu, slots), curve_gradients{},
+             {gradient_to::write, into(again, tokens), into(mu_again, slots)}, test::backwards{});
+    CHECK(test::bit_difference(again, dx) == "");
+    CHECK(test::bit_difference(mu_again, dmu) == "");
+  }
+}
+
+TEST_CASE("a soft tape without a call, or of another shape, is refused by name") {
+  const floats x = random_floats(tokens * d, 1), mu = random_floats(slots * d, 2);
+  floats y(x.size()), dx(x.size());
+  soft_moe layer(rows(mu, slots), curves{});
+  soft_tape tape;
+  const auto refused = [&](index_t n) {
+    return test::refusal([&] {
+      backward(layer, rows(x, n), tape, rows(x, n), rows(mu, slots), curve_gradients{},
+               {.x = into(dx, n)});
+    });
+  };
+  CHECK(refused(tokens) == "moeroute::backward: the tape is empty: it comes from forward()");
+  layer.forward(rows(x, tokens), into(y, tokens), serial{}, tape);
+  CHECK(refused(4) == "moeroute::backward: x.rows() is 4, expected 9");
+  CHECK(refused(tokens) == "accepted");
+}
