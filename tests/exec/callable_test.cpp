@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <catch2/catch_test_macros.hpp>
+#include <functional>
+#include <moeroute/exec/worker_slots.hpp>
 #include <mutex>
 #include <stdexcept>
 #include <thread>
@@ -65,4 +67,54 @@ TEST_CASE("what a piece throws on another thread reaches the caller, once all ha
 TEST_CASE("a callable has at least one thread") {
   CHECK(callable_executor(threads_of(1), 0).concurrency() == 1);
   CHECK(callable_executor(threads_of(1), 7).concurrency() == 7);
+}
+
+namespace {
+
+// A pool that steals: whoever waits inside a piece runs pieces that have not begun, its own loop's
+// among them.
+class stealing_pool {
+ public:
+  void run(index_t n, index_t grain, loop_body body) {
+    for (index_t b = 0; b < n; b += grain)
+      queue_.push_back([=] { body(b, std::min(n, b + grain)); });
+    while (help()) {
+    }
+  }
+  bool help() {
+    if (queue_.empty()) return false;
+    const auto piece = queue_.back();
+    queue_.pop_back();
+    piece();
+    return true;
+  }
+
+ private:
+  std::vector<std::function<void()>> queue_;
+};
+
+}  // namespace
+
+TEST_CASE("a pool that runs pieces inside suspended ones gives each its scratch, or an error") {
+  stealing_pool pool;
+  const callable_executor exec(
+      [&](index_t n, index_t grain, loop_body body) { pool.run(n, grain, body); }, 2);
+  std::vector<int> depth_of(3, 0);
+  const auto loop = [&](index_t n) {
+    worker_slots slots(exec.concurrency());
+    int depth = 0;
+    exec.parallel_for(n, 1, [&](index_t, index_t) {
+      const worker_slots::held worker(slots);
+      CHECK(depth_of[static_cast<std::size_t>(int{worker})]++ == 0);
+      ++depth;
+      while (pool.help()) {
+      }
+      --depth;
+      --depth_of[static_cast<std::size_t>(int{worker})];
+    });
+    CHECK(depth == 0);
+  };
+  loop(2);
+  CHECK_THROWS_AS(loop(3), error);  // it would wait for itself
+  loop(2);
 }

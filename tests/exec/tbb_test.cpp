@@ -4,7 +4,9 @@
 #include <moeroute/exec/tbb.hpp>
 
 #include <algorithm>
+#include <atomic>
 #include <catch2/catch_test_macros.hpp>
+#include <chrono>
 #include <mutex>
 #include <stdexcept>
 #include <thread>
@@ -48,6 +50,23 @@ TEST_CASE("what a oneTBB task throws reaches the caller") {
     });
   };
   CHECK_THROWS_AS(loop(), std::runtime_error);
+}
+
+TEST_CASE("a thread that waits inside a piece for tasks of its own runs no other piece") {
+  ::tbb::task_arena arena(4);
+  const onetbb exec{&arena};
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    std::atomic<int> nested{0};
+    exec.parallel_for(64, 1, [&](index_t, index_t) {
+      static thread_local bool inside = false;
+      nested += inside;
+      inside = true;
+      ::tbb::parallel_for(0, 8,
+                          [](int) { std::this_thread::sleep_for(std::chrono::microseconds(20)); });
+      inside = false;
+    });
+    CHECK(nested == 0);
+  }
 }
 
 TEST_CASE("a loop of one piece makes no oneTBB task") {

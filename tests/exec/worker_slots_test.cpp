@@ -5,6 +5,8 @@
 #include <thread>
 #include <vector>
 
+#include "support/refusal.hpp"
+
 using namespace moeroute;
 
 TEST_CASE("a number is held by one at a time and comes back") {
@@ -40,4 +42,22 @@ TEST_CASE("more threads than numbers wait, and never share one") {
     });
   for (auto& t : threads) t.join();
   CHECK(broken == 0);
+}
+
+TEST_CASE("a thread that holds a number may hold another, and an endless wait is an error") {
+  worker_slots slots(2);
+  const worker_slots::held outer(slots);
+  {
+    const worker_slots::held inner(slots);
+    CHECK(inner == 1);
+    // Both are this thread's own, suspended: nobody can give one back.
+    CHECK(test::refusal([&] {
+            const worker_slots::held third(slots);
+          }).starts_with("moeroute::worker_slots: every thread waits inside a piece"));
+    worker_slots others(2);
+    const worker_slots::held other(others);  // of another loop: no wait
+    CHECK(other == 0);
+  }
+  const worker_slots::held again(slots);
+  CHECK(again == 1);
 }

@@ -42,7 +42,10 @@ class loop_body {
 /// Runs loops by run(n, grain, body), where body is a loop_body: for pools that are not ours.
 ///
 /// run returns when body has been called for all of [0, n). What a piece throws is thrown by
-/// parallel_for then.
+/// parallel_for then. Where pieces use the pool themselves, a thread that waits inside a piece
+/// should run no other piece of the same loop (work-stealing pools: isolate the piece). One that
+/// does so needs scratch for both; where all of it is held by threads that wait for more,
+/// parallel_for throws error instead of waiting forever.
 template <class Run>
 class callable_executor {
  public:

@@ -12,7 +12,9 @@ namespace moeroute {
 /// last.
 ///
 /// The pieces are cut by (n, grain) alone, never by the number of threads, so results that are
-/// computed piece by piece have the same bits under every executor.
+/// computed piece by piece have the same bits under every executor. A piece may run loops of its
+/// own (an expert that uses the same pool); a thread that waits for them inside the piece should
+/// take no other piece of the outer loop: see worker_slots.
 template <class Exec>
 concept executor = requires(const Exec& exec, index_t n, void (*f)(index_t, index_t)) {
   { exec.parallel_for(n, n, f) };

@@ -15,7 +15,8 @@ namespace moeroute {
 
 /// Pieces run on an OpenMP team of `threads` threads; 0 means the OpenMP default.
 ///
-/// What a piece throws reaches the caller; pieces that have not begun by then are left out.
+/// What a piece throws reaches the caller; pieces that have not begun by then are left out. A
+/// thread that waits inside a piece runs no other: pieces are iterations of a loop, not tasks.
 struct openmp {
   int threads = 0;
 

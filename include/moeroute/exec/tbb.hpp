@@ -12,7 +12,9 @@ namespace moeroute {
 
 /// Pieces run as oneTBB tasks, in the arena of the calling thread or in one that the caller owns.
 ///
-/// What a piece throws reaches the caller.
+/// What a piece throws reaches the caller. Pieces are isolated: a thread that waits inside one for
+/// oneTBB work of its own takes no other piece of the loop meanwhile, which would wait for scratch
+/// that only the suspended one gives back.
 struct onetbb {
   ::tbb::task_arena* arena = nullptr;
 
@@ -31,7 +33,8 @@ struct onetbb {
           [&](const ::tbb::blocked_range<index_t>& range) {
             for (index_t piece = range.begin(); piece < range.end(); ++piece) {
               const index_t begin = piece * grain;
-              f(begin, begin + grain < n ? begin + grain : n);
+              ::tbb::this_task_arena::isolate(
+                  [&] { f(begin, begin + grain < n ? begin + grain : n); });
             }
           },
           ::tbb::simple_partitioner());
