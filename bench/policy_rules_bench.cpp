@@ -67,12 +67,13 @@ void compete(benchmark::State& state, const input& in, const Router& router, Pla
              const drawn_sides& sides, agreement asked = agreement::nearly) {
   const bench::logit_rows logits(in.shape, in.experts, "l2", in.tokens);
   const moeroute::side_inputs side = sides.view(in);
+  const moeroute::side_inputs read = side.only(moeroute::side_use_of(router, in.experts));
   moeroute::workspace workspace;
   moeroute::assignment choices;
   const auto ours = [&](index_t first) {
     moeroute::route(router,
                     moeroute::matrix_view<const float>(logits.row(first), in.tokens, in.experts),
-                    side, workspace, choices);
+                    read, workspace, choices);
     benchmark::DoNotOptimize(choices.ids().data());
   };
   const index_t most = moeroute::detail::most_choices(router, in.experts);

@@ -15,6 +15,15 @@ function(moeroute_add_dispatch target)
   set(flags_avx2 -mavx2 -mfma -mbmi -mbmi2 -mf16c)
   set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd)
 
+  # A machine must have what the kernels are compiled for: pick.cpp asks it for each of the flags.
+  file(READ "${MOEROUTE_DISPATCH_DIR}/pick.cpp" asked)
+  foreach(flag IN LISTS flags_avx2 flags_avx512)
+    string(REPLACE "-m" "" feature "${flag}")
+    if(NOT asked MATCHES "__builtin_cpu_supports\\(\"${feature}\"\\)|has_${feature}\\(\\)")
+      message(FATAL_ERROR "moeroute: kernels are compiled with ${flag}, but pick.cpp does not ask for ${feature}")
+    endif()
+  endforeach()
+
   if(NOT TARGET moeroute_dispatch)
     # Whatever links the program: only GNU's linker lets go of the groups that share functions.
     find_program(MOEROUTE_LD NAMES ld.bfd ld REQUIRED)

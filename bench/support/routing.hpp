@@ -58,7 +58,8 @@ inline void compete_routing(benchmark::State& state, const moeroute::router_spec
   const index_t tokens = turns.step, columns = spec.columns();
   const moeroute::any_router router = moeroute::make_router(spec, tensors);
   moeroute::side_inputs side;
-  side.token_ids = token_ids.first(std::min(token_ids.size(), static_cast<std::size_t>(tokens)));
+  if (router.reads_side(columns).token_ids)
+    side.token_ids = token_ids.first(std::min(token_ids.size(), static_cast<std::size_t>(tokens)));
   moeroute::workspace workspace;
   moeroute::assignment choices;
   const auto ours = [&](index_t first) {

@@ -9,6 +9,7 @@
 #include "verify.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -147,6 +148,7 @@ class generate_app {
     auto logits = decode.run(prompt_, wanted_logits::last, count);
     prefill.watch = decode.watch().take();
     for (std::int64_t i = 0; i < tokens; ++i) {
+      check_finite(logits, prompt_size + i);
       const std::int32_t token = pick({logits.data, static_cast<std::size_t>(logits.cols)});
       decode.watch().lap(part::rest);
       printer.write(token);
@@ -166,6 +168,19 @@ class generate_app {
     print_speed(out_, prefill, decoding);
     print_shares(out_, prefill, decoding);
     print_bars(out_, load);
+  }
+
+  /// Weights may be finite and what they make of a token not: no text is drawn
+  /// from such logits.
+  static void check_finite(moeroute::matrix_view<const float> logits, std::int64_t position) {
+    for (index_t t = 0; t < logits.rows; ++t) {
+      for (index_t c = 0; c < logits.cols; ++c) {
+        if (!std::isfinite(logits(t, c))) {
+          refuse("the logits after position ", position - 1, ": expected finite numbers, found ",
+                 std::isnan(logits(t, c)) ? "NaN" : "infinity", " at token ", c);
+        }
+      }
+    }
   }
 
   /// Memory is touched and buffers have grown before anything is timed.
@@ -191,12 +206,14 @@ class generate_app {
       const auto all = static_cast<index_t>(text.tokens.size());
       for (index_t first = 0; first < all; first += segment) {
         decode.reset();
-        static_cast<void>(decode.run(
-            {text.tokens.data() + first, static_cast<std::size_t>(std::min(segment, all - first))},
-            wanted_logits::last, [&](const layer_routing& r) {
-              load.count(r.layer, r.ids);
-              load.add_entropy(r.layer, r.logits);
-            }));
+        const index_t count = std::min(segment, all - first);
+        const auto logits =
+            decode.run({text.tokens.data() + first, static_cast<std::size_t>(count)},
+                       wanted_logits::last, [&](const layer_routing& r) {
+                         load.count(r.layer, r.ids);
+                         load.add_entropy(r.layer, r.logits);
+                       });
+        check_finite(logits, first + count);
         shown.show(first, all);
       }
     }
@@ -240,11 +257,13 @@ int run_generate(int count, const char* const* words, std::ostream& out, std::os
   try {
     arguments asked = parse_arguments(count, words, default_threads);
     if (asked.help) {
-      out << *asked.help;
-      return 0;
+      out << *asked.help << std::flush;
+      return out ? 0 : say("the output cannot be written");
     }
     const auto exec = make_executor(asked.threads);
-    return generate_app(std::move(asked), exec, out, err).run();
+    const int code = generate_app(std::move(asked), exec, out, err).run();
+    out.flush();
+    return out ? code : say("the output cannot be written");
   } catch (const std::bad_alloc&) {
     return say("out of memory");
   } catch (const std::exception& error) {

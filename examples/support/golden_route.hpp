@@ -20,13 +20,15 @@ inline moeroute::assignment route_golden(const golden_router& router,
                                          std::span<const std::uint8_t> mask = {}) {
   using namespace moeroute;
   const router_spec& spec = router.spec;
-  const side_inputs side{.token_ids = router.input_ids, .mask = mask};
+  side_inputs side{.token_ids = router.input_ids, .mask = mask};
   const router_tensors tensors{.bias = router.bias,
                                .per_expert_scale = router.per_expert_scale,
                                .table = router.table ? &*router.table : nullptr};
   workspace memory;
   assignment choices;
-  route(make_router(spec, tensors), logits, side, memory, choices);
+  const any_router described = make_router(spec, tensors);
+  side = side.only(described.reads_side(logits.cols));  // a file may have ids that nobody reads
+  route(described, logits, side, memory, choices);
   if (spec.capacity == 0) return choices;
 
   capacity_policy policy = capacity_of(spec);
@@ -37,7 +39,7 @@ inline moeroute::assignment route_golden(const golden_router& router,
     router_spec plain{
         .experts = spec.experts, .k = 1, .score = spec.score, .softcap = spec.softcap};
     assignment first;
-    route(make_router(plain), logits, side, memory, first);
+    route(make_router(plain), logits, {.mask = mask}, memory, first);
     best.assign(first.weights().begin(), first.weights().end());
     policy.priority = best;
   }

@@ -165,7 +165,8 @@ inline int run_route_file(int count, const char* const* words, std::ostream& out
   try {
     const route_file_arguments given = parse_route_file(count, words);
     if (given.help) {
-      out << *given.help;
+      out << *given.help << std::flush;
+      if (!out) refuse("the output cannot be written");
       return 0;
     }
     file = given.input.string();

@@ -3,6 +3,10 @@
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <cstdint>
+#include <moeroute/balance/loss_count.hpp>
+#include <span>
+#include <vector>
 
 #include "support/loss_agreement.hpp"
 #include "support/refusal.hpp"
@@ -121,4 +125,44 @@ TEST_CASE("arguments of losses of tokens are refused by name") {
   CHECK(test::refusal([&] { test::run_losses<double>(b, sigmoid, router_z_loss{}); }) ==
         "moeroute::balance_loss: scores are divided by their sum, expected the softmax for "
         "losses of rows");
+}
+
+TEST_CASE("told the tokens of the whole, parts with padding of their own add up to it") {
+  const auto whole = test::random_batch(91, 24, 8);
+  const auto value = [](const oracle::batch& b, std::span<const std::uint8_t> mask, double tokens,
+                        row& gradient) {
+    workspace ws;
+    const std::vector<double> counts(8, 3.0),
+        by_sequence(static_cast<std::size_t>(b.tokens / 6 * 8), 2.0);
+    const double sequences = tokens > 0.0 ? 4.0 : 0.0;
+    gradient.assign(b.logits.size(), 0.0);
+    const auto values = balance_loss<double>(
+        {.mask = mask, .sequence_length = 6},
+        matrix_view<const double>(b.logits.data(), b.tokens, 8),
+        matrix_view<double>(gradient.data(), b.tokens, 8), ws, serial{},
+        router_z_loss{.coefficient = 0.3, .tokens = tokens},
+        token_entropy_loss{.coefficient = 0.2, .tokens = tokens},
+        tsallis_loss{.coefficient = 0.2, .q = 1.5, .tokens = tokens},
+        sparsity_loss{.coefficient = 0.1, .tokens = tokens},
+        device_loss{.counts = counts, .devices = 2, .tokens = tokens},
+        communication_loss{.counts = {counts.data(), 2}, .tokens = tokens},
+        specialisation_loss{.sharpness = 0.5, .counts = counts, .tokens = tokens},
+        sequence_loss{.counts = {by_sequence.data(), b.tokens / 6, 8}, .sequences = sequences});
+    return std::vector<double>(values.value.begin(), values.value.end());
+  };
+  // The first part has a padded end: 7 of its 12 tokens count, in both of its sequences.
+  std::vector<std::uint8_t> mask(24, 1);
+  for (const std::size_t t : {4, 5, 9, 10, 11}) mask[t] = 0;
+  row all, first, second;
+  const auto together = value(whole, mask, 0.0, all);
+  oracle::batch a = whole, b = whole;
+  a.tokens = b.tokens = 12;
+  a.logits.assign(whole.logits.begin(), whole.logits.begin() + 96);
+  b.logits.assign(whole.logits.begin() + 96, whole.logits.end());
+  auto sum = value(a, std::span(mask).first(12), 19.0, first);
+  const auto rest = value(b, std::span(mask).last(12), 19.0, second);
+  for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += rest[i];
+  CHECK(test::difference(sum, together, 1e-12) == "");
+  first.insert(first.end(), second.begin(), second.end());
+  CHECK(test::difference(first, all, 1e-12, 1e-15) == "");
 }

@@ -2,11 +2,14 @@
 
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
+#include <limits>
 #include <span>
+#include <string>
 #include <utility>
 
 #include "support/allocations.hpp"
 #include "support/counting_new.hpp"
+#include "support/refusal.hpp"
 
 using namespace moeroute;
 using test::allocations_during;
@@ -127,4 +130,33 @@ TEST_CASE("a warm workspace never allocates") {
         }) == 0);
   CHECK(ws.capacity() == held);
   CHECK(allocations_during([&] { carve(1000); }) == 1);
+}
+
+TEST_CASE("a buffer that gets no memory is empty, and what no machine has is refused") {
+  buffer<float> b(10);
+  const auto refused = [&](index_t n) { return test::refusal([&] { b.resize(n); }); };
+  // The second one times the size of a float is no number of 64 bits.
+  for (const index_t n : {index_t{1} << 58, (index_t{1} << 62) + 3}) {
+    CHECK(refused(n) == "moeroute::buffer: room for " + std::to_string(n) +
+                            " values of 4 bytes is asked for, more than any machine has");
+    CHECK((b.size() == 0 && b.capacity() == 0 && b.data() == nullptr));
+    b.resize(10);
+    CHECK(b.size() == 10);
+  }
+  workspace ws;
+  for (const index_t n : {index_t{1} << 60, (index_t{1} << 62) + 3})
+    CHECK(test::refusal([&] {
+            ws.carve([&](scratch& tape) {
+              tape.take<double>(n);
+              return tape.take<double>(n);
+            });
+          }).starts_with("moeroute::buffer: room for "));
+}
+
+TEST_CASE("a product of sizes that does not fit is the largest size") {
+  constexpr index_t most = std::numeric_limits<index_t>::max();
+  static_assert(size_product(3, 4) == 12 && size_product(0, most) == 0);
+  static_assert(size_product(most, 1) == most && size_product(most, 2) == most);
+  static_assert(size_product(index_t{1} << 40, index_t{1} << 40) == most);
+  CHECK(size_product(index_t{1} << 62, 4) == most);
 }

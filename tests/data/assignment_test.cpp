@@ -1,6 +1,8 @@
 #include <moeroute/data/assignment.hpp>
 
 #include <catch2/catch_test_macros.hpp>
+#include <moeroute/data/dispatch_plan.hpp>
+#include <string>
 
 #include "support/allocations.hpp"
 #include "support/counting_new.hpp"
@@ -53,4 +55,16 @@ TEST_CASE("a refused reset leaves the assignment as it was") {
   a.reset(3, 8, 2);
   CHECK_THROWS_AS(a.reset(1, 8, 9), error);
   CHECK((a.tokens() == 3 && a.k() == 2 && a.ids().size() == 6));
+}
+
+TEST_CASE("sizes whose product is no number of 64 bits are refused by their own name") {
+  assignment a;
+  dispatch_plan p;
+  const std::string tokens =
+      "moeroute::assignment: tokens is 4611686018427387904, expected 0 to 2147483647";
+  CHECK(refusal([&] { a.reset(index_t{1} << 62, 1024, 4); }) == tokens);
+  CHECK(refusal([&] { a.reset_ragged(index_t{1} << 62, 1024, 4); }) == tokens);
+  CHECK(refusal([&] {
+          p.reset(index_t{1} << 62, 1024, 4);
+        }).starts_with("moeroute::plan: choices is "));
 }

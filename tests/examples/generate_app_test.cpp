@@ -130,6 +130,42 @@ TEST_CASE("truncated or lying weights are refused and never read past their end"
   header([](json& t) { t.erase("dtype"); }, "field 'dtype' is missing");
 }
 
+TEST_CASE("NaN and infinite weights are refused with the tensor's name, wherever they stand") {
+  for (const char* tensor : {"model.layers.0.mlp.gate.weight", "model.embed_tokens.weight",
+                             "model.layers.1.mlp.experts.2.down_proj.weight"}) {
+    for (const bool infinite : {false, true}) {
+      const model_copy copy;
+      copy.set_bfloat16(tensor, 7, infinite ? 0xff80 : 0x7fc0);
+      CHECK(is_refusal(prompt_on(copy), "tensor '" + std::string(tensor) +
+                                            "': expected finite numbers, element 7 is " +
+                                            (infinite ? "infinite" : "NaN")));
+    }
+  }
+}
+
+TEST_CASE("no text is drawn from logits that are not finite") {
+  const model_copy copy;
+  // The largest bfloat16: what it is added to overflows.
+  copy.set_bfloat16("model.norm.weight", 0, 0x7f7f);
+  copy.set_bfloat16("model.norm.weight", 1, 0x7f7f);
+  CHECK(is_refusal(prompt_on(copy), "the logits after position 1: expected finite numbers"));
+}
+
+TEST_CASE("an output that cannot be written is a failure") {
+  std::ostream nowhere(nullptr);
+  const std::string model = bundled("olmoe");
+  for (const auto& rest :
+       {std::vector<const char*>{"--prompt", "ab", "--tokens", "2"}, {"--verify"}, {"--help"}}) {
+    std::vector<const char*> words{"generate", "--model", model.c_str()};
+    words.insert(words.end(), rest.begin(), rest.end());
+    std::ostringstream err;
+    nowhere.clear();
+    const int code = run_generate(static_cast<int>(words.size()), words.data(), nowhere, err, 1,
+                                  [](int) { return moeroute::serial{}; });
+    CHECK(is_refusal({code, "", err.str()}, "the output cannot be written"));
+  }
+}
+
 TEST_CASE("a message stays on one line, whatever names the files hold") {
   const model_copy copy;
   copy.edit_header([](json& tensors) { tensors["a\nb\x1b[2J"] = 1; });

@@ -74,6 +74,16 @@ class model_copy {
     change(header);
     write_weights(safetensors_bytes(header.dump(), bytes.substr(8 + length)));
   }
+  /// Overwrites one element of a bfloat16 tensor.
+  void set_bfloat16(const std::string& tensor, std::size_t element, std::uint16_t bits) const {
+    std::string bytes = weights();
+    std::uint64_t length = 0;
+    std::memcpy(&length, bytes.data(), sizeof length);
+    const json header = json::parse(bytes.substr(8, length));
+    const auto first = header.at(tensor).at("data_offsets").at(0).get<std::size_t>();
+    std::memcpy(bytes.data() + 8 + length + first + 2 * element, &bits, sizeof bits);
+    write_weights(bytes);
+  }
 
  private:
   scratch_folder folder_;

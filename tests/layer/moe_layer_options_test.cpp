@@ -406,6 +406,13 @@ TEST_CASE("options that do not fit the gate are refused by name") {
         "moeroute::moe_layer: identity_end is 13, expected 0 to 12");
   CHECK(made({.special = {.zero_first = 5, .zero_end = 4}}) ==
         "moeroute::moe_layer: zero_first is 5, expected 0 to 4");
+  CHECK(
+      made({.special = {.identity_first = 3, .identity_end = 6, .zero_first = 5, .zero_end = 8}}) ==
+      "moeroute::moe_layer: identity experts [3, 6) and zero experts [5, 8) overlap, expected "
+      "ranges of their own");
+  CHECK(
+      made({.special = {.identity_first = 3, .identity_end = 6, .zero_first = 6, .zero_end = 8}}) ==
+      "accepted");
   CHECK(made({.capacity =
                   capacity_policy{.rule = {.formula = capacity_formula::megatron, .factor = -1.0}}})
             .starts_with("moeroute::capacity_rule: factor is -1"));

@@ -6,6 +6,7 @@
 #include <moeroute/layer/swiglu_experts.hpp>
 #include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/router.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -144,6 +145,23 @@ TEST_CASE("a warm layer never allocates, in float and bfloat16") {
             forward(l, x16, y16);
           }) == 0);
   }
+}
+
+TEST_CASE("a copied layer has what the original had, in memory of its own") {
+  const auto x = test::random_rows(9, d, 12);
+  row_matrix<float> y(9, d), again(9, d);
+  std::optional<layer> original(make_layer());
+  original->forward(x, y);
+  const layer copy = *original;
+  const std::vector<float> before(original->logits().data, original->logits().data + 9 * experts);
+  CHECK(copy.logits().data != original->logits().data);
+  original->forward(test::random_rows(9, d, 13), again);
+  original.reset();
+  CHECK((copy.logits().rows == 9 && copy.logits().cols == experts));
+  CHECK(std::equal(before.begin(), before.end(), copy.logits().data));
+  layer other = copy;
+  other.forward(x, again);
+  CHECK(test::bit_difference(test::values(y), test::values(again)) == "");
 }
 
 TEST_CASE("each batch size is warm after one call of its own") {

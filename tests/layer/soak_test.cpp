@@ -145,9 +145,10 @@ class soak {
       mask[t] = rng.below(10) > 0;
     }
     const auto n = static_cast<std::size_t>(tokens);
-    const side_inputs side{.token_ids = {ids, n},
-                           .mask = {mask, masked ? n : 0},
-                           .seed = static_cast<std::uint64_t>(d)};
+    const side_inputs side = side_inputs{.token_ids = {ids, n},
+                                         .mask = {mask, masked ? n : 0},
+                                         .seed = static_cast<std::uint64_t>(d)}
+                                 .only(side_use_of(s.router, columns));
     float* const y = y_.window(tokens * d, end);
     const capacity_policy capacity{
         .rule = {.formula = capacity_formula::megatron, .factor = 1.0},

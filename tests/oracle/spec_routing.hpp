@@ -88,11 +88,14 @@ inline double group_worth(const router_spec& s, std::vector<double> choice) {
   return sum;
 }
 
+// Where an expert stands to the groups that stay; either, where rounding decides.
+enum group_status { in_group, out_of_group, either };
+
 // What ids were chosen on, or why they are not the best ones. Values closer than rounding are not
 // told apart, except where logit and bias are the same: there the lower id comes first.
 inline std::string choice_break(const router_spec& s, const token_inputs& in,
                                 const std::vector<double>& z, const std::vector<double>& score,
-                                std::span<const expert_id> ids) {
+                                std::span<const expert_id> ids, std::vector<int>& status) {
   const auto n = static_cast<std::size_t>(s.experts);
   std::vector<double> choice(n, never), slack(n, 0.0);
   for (std::size_t e = 0; e < n; ++e) {
@@ -102,8 +105,7 @@ inline std::string choice_break(const router_spec& s, const token_inputs& in,
     // Infinity is not rounded.
     if (std::isfinite(score[e])) slack[e] = 3e-6 * (std::abs(score[e]) + std::abs(b)) + 1e-36;
   }
-  enum { in_group, out_of_group, either };
-  std::vector<int> status(n, in_group);
+  status.assign(n, in_group);
   if (s.groups > 1) {
     const std::size_t groups = static_cast<std::size_t>(s.groups), size = n / groups;
     std::vector<double> worth, room;
@@ -259,9 +261,21 @@ inline std::string break_of(const router_spec& s, const token_inputs& in,
       if (ids[r] != expected[r])
         return "rank " + std::to_string(r) + ": expert " + std::to_string(ids[r]) + ", expected " +
                std::to_string(expected[r]);
-  } else if (const std::string broken = detail::choice_break(s, in, z, score, ids);
-             !broken.empty()) {
-    return broken;
+  } else {
+    // The softmax over the selected experts is chosen on logits.
+    const bool on_logits = s.domain == moeroute::score_domain::selected;
+    std::vector<int> status;
+    const std::string broken = detail::choice_break(s, in, z, on_logits ? z : score, ids, status);
+    if (!broken.empty()) return broken;
+    const moeroute::top_k rule{s.k,           s.groups,     s.topk_group,
+                               s.group_score, s.group_fill, s.lost_weight};
+    if (s.selection == selection_kind::top_k && rule.weighs_lost_with_0())
+      for (const expert_id e : ids) {
+        if (e < 0) continue;
+        const auto at = static_cast<std::size_t>(e);
+        if (status[at] == detail::either) return "";  // either weight is right
+        if (status[at] == detail::out_of_group) score[at] = 0;
+      }
   }
 
   bool undecided = false;

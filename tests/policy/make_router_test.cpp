@@ -48,8 +48,35 @@ TEST_CASE("a router from a spec decides what the same router from templates deci
   same({.experts = 16,
         .score = score_kind::relu,
         .selection = selection_kind::threshold,
+        .eps = 1e-5f,
         .row_norm = threshold_norm::rms},
        threshold_router<relu>{.norm = threshold_norm::rms});
+  same({.experts = 16,
+        .score = score_kind::relu,
+        .selection = selection_kind::threshold,
+        .row_norm = threshold_norm::sum},
+       threshold_router<relu>{.norm = threshold_norm::sum, .eps = 0.0f});
+  same({.experts = 16,
+        .domain = score_domain::selected,
+        .selection_bias = true,
+        .groups = 4,
+        .topk_group = 2,
+        .normalize = normalization::sum},
+       router<softmax_selected>{.selection = {.groups = 4, .topk_group = 2},
+                                .weight = sum_normalized,
+                                .bias = selection_bias(bias)},
+       {.bias = bias});
+  same({.experts = 16,
+        .groups = 4,
+        .topk_group = 1,
+        .group_score = group_score::max,
+        .group_fill = 0.0f,
+        .lost_weight = lost_weight::own},
+       router<softmax>{.selection = {.groups = 4,
+                                     .topk_group = 1,
+                                     .group_score = group_score::max,
+                                     .group_fill = 0.0f,
+                                     .lost_weight = lost_weight::own}});
   same({.experts = 16, .selection = selection_kind::sparsemixer}, sparsemixer{});
   same({.experts = 16, .selection = selection_kind::random}, random_choice{2});
 }
@@ -94,5 +121,6 @@ TEST_CASE("logits of another number of columns than the spec's E are refused") {
 }
 
 TEST_CASE("a spec that clashes makes no router") {
-  CHECK(not_made({.eps_where = eps_mode::add}).find("clashes") != std::string::npos);
+  CHECK(not_made({.normalize = normalization::sum, .lp_p = 2.0f}).find("clashes") !=
+        std::string::npos);
 }

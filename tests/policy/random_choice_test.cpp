@@ -2,6 +2,9 @@
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <cstdint>
+#include <moeroute/policy/router.hpp>
+#include <moeroute/policy/row/compose.hpp>
 #include <set>
 #include <string>
 #include <vector>
@@ -118,9 +121,15 @@ TEST_CASE("GShard's sampling is from the softmax, also beside a noise gate that 
   const std::vector<float> logits = test::make_logits(test::shape::normal, 3, 40, 16);
   const std::vector<float> gate(logits.size(), 5.0f);
   const gshard_top2 sampling{.policy = second_expert::sampling};
-  const assignment a = routed(sampling, logits, 16, {.seed = 7});
-  const assignment b =
-      routed(sampling, logits, 16,
-             {.noise_logits = matrix_view<const float>(gate.data(), 40, 16), .seed = 7});
+  // The gate is the second router's, which no token of this batch goes to.
+  router noisy{softmax{}, top_k{.k = 2}};
+  noisy.transform.noise.kind = noise_kind::gaussian;
+  const by_modality<gshard_top2, router<softmax>> both{sampling, noisy, 8};
+  const std::vector<std::uint8_t> first(40, 0);
+  const assignment a = routed(both, logits, 16, {.modality = first, .seed = 7});
+  const assignment b = routed(both, logits, 16,
+                              {.modality = first,
+                               .noise_logits = matrix_view<const float>(gate.data(), 40, 16),
+                               .seed = 7});
   CHECK(test::bit_difference(a.ids(), b.ids()) == "");
 }

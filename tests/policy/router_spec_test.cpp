@@ -90,12 +90,14 @@ TEST_CASE("fields that clash are both named") {
           "selection=sparsemixer");
   clashes({.selection = selection_kind::expert_table, .selection_bias = true}, "bias=selection",
           "selection=hash_table");
-  clashes({.domain = score_domain::selected, .selection_bias = true}, "bias=selection",
-          "score_domain=selected");
-  clashes({.domain = score_domain::selected, .groups = 4, .topk_group = 2}, "groups=4",
-          "score_domain=selected");
+  clashes({.score = score_kind::sigmoid, .domain = score_domain::selected, .selection_bias = true},
+          "bias=selection", "score_domain=selected");
+  clashes({.score = score_kind::sigmoid,
+           .domain = score_domain::selected,
+           .groups = 4,
+           .topk_group = 2},
+          "groups=4", "score_domain=selected");
   clashes({.normalize = normalization::sum, .lp_p = 2.0f}, "lp_p=2", "normalize");
-  clashes({.eps_where = eps_mode::add, .eps = 1e-6f}, "eps_mode", "normalize=none");
   clashes({.score = score_kind::sigmoid, .selection = selection_kind::top_p, .top_p = 0.5f},
           "selection=top_p", "score=sigmoid");
   clashes({.top_p = 0.5f}, "p=0.5", "selection=top_k");
@@ -122,6 +124,10 @@ TEST_CASE("fields that clash are both named") {
            .capacity = 4,
            .normalize_before_drop = false},
           "norm_before_drop=false", "scale");
+}
+
+TEST_CASE("eps where nothing is normalised is inert, and accepted") {
+  CHECK(test::refusal([] { check({.eps_where = eps_mode::add, .eps = 1e-20f}); }) == "accepted");
 }
 
 TEST_CASE(

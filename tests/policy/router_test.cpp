@@ -10,6 +10,7 @@
 #include "oracle/routing.hpp"
 #include "support/arches.hpp"
 #include "support/compare.hpp"
+#include "support/routed.hpp"
 #include "support/shapes.hpp"
 
 using namespace moeroute;
@@ -150,4 +151,65 @@ TEST_CASE("a router needs no type but its score's") {
   CHECK(r.k() == 3);
   const router by_rank{softmax_selected{}, top_k{.k = 4}};
   CHECK(by_rank.k() == 4);
+}
+
+TEST_CASE("the softmax over the selected experts weighs them, whatever moves the choice") {
+  const std::vector<float> z{1.0f, 2.0f, 3.0f, 4.0f}, zero(4, 0.0f), first{9.0f, 0.0f, 0.0f, 0.0f};
+  const auto expect = [](const auto& router, const std::vector<float>& logits,
+                         std::vector<expert_id> ids, std::vector<double> weights) {
+    const assignment a = test::routed(router, logits, 4);
+    CHECK(test::listed(a.ids(0)) == ids);
+    CHECK(test::difference(a.weights(0), weights, 2e-7) == "");
+  };
+  const double high = 1.0 / (1.0 + std::exp(-1.0)), low = 1.0 - high;
+  const top_k two{.k = 2}, grouped{.k = 2, .groups = 2, .topk_group = 1};
+  expect(router{softmax_selected{}, two}, z, {3, 2}, {high, low});
+  expect(router{softmax_selected{}, grouped}, z, {3, 2}, {high, low});
+  expect(router{softmax_selected{}, two, raw_weights, selection_bias(zero)}, z, {3, 2},
+         {high, low});
+  expect(router{softmax_selected{}, two, sum_normalized, selection_bias(zero)}, z, {3, 2},
+         {high, low});
+  expect(router{softmax_selected{}, two, sum_normalized, selection_bias(zero)},
+         {-1.0f, -2.0f, -3.0f, -4.0f}, {0, 1}, {high, low});
+  // The bias moves the choice; the weights are those of the logits.
+  const double third = 1.0 / (1.0 + std::exp(3.0));
+  expect(router{softmax_selected{}, two, raw_weights, selection_bias(first)}, z, {0, 3},
+         {third, 1.0 - third});
+  expect(router{softmax_selected{}, grouped, raw_weights, selection_bias(first)}, z, {0, 1},
+         {low, high});
+}
+
+TEST_CASE("a chosen expert of a lost group weighs what its published class gives it") {
+  // The group that stays has one probability above 0; expert 0 fills the place.
+  const std::vector<float> z{0.0f, 0.0f, 0.1f, -200.0f};
+  const double sum = 2.0 + std::exp(0.1), p = std::exp(0.1) / sum, own = 1.0 / sum;
+  const auto weights = [&](group_score by, lost_weight lost) {
+    const router r{softmax{}, top_k{.k = 2,
+                                    .groups = 2,
+                                    .topk_group = 1,
+                                    .group_score = by,
+                                    .group_fill = 0.0f,
+                                    .lost_weight = lost}};
+    const assignment a = test::routed(r, z, 4);
+    CHECK(a.ids(0)[0] == (by == group_score::max ? 2 : 0));
+    return test::listed(a.weights(0));
+  };
+  const auto is = [](const std::vector<float>& w, std::vector<double> expected) {
+    return test::difference(w, expected, 2e-7) == "";
+  };
+  CHECK(is(weights(group_score::max, lost_weight::as_published), {p, 0.0}));
+  CHECK(is(weights(group_score::max, lost_weight::zero), {p, 0.0}));
+  CHECK(is(weights(group_score::max, lost_weight::own), {p, own}));
+  // A score of 0 in a group that stays is no lost one, and a biased choice may be 0 by chance.
+  const std::vector<float> bias{-0.5f, 0.0f, -1.0f, -1.0f};
+  const router biased{sigmoid{},
+                      top_k{.k = 2,
+                            .groups = 2,
+                            .topk_group = 1,
+                            .group_score = group_score::max,
+                            .group_fill = 0.0f},
+                      raw_weights, selection_bias(bias)};
+  const assignment a = test::routed(biased, {0.0f, 0.0f, 0.0f, 0.0f}, 4);
+  CHECK(test::listed(a.ids(0)) == std::vector<expert_id>{1, 0});
+  CHECK(test::listed(a.weights(0)) == std::vector<float>{0.5f, 0.5f});
 }

@@ -166,8 +166,20 @@ TEST_CASE("a router without its table or token ids, or with ids outside the tabl
         "moeroute::table_router: token id is 2, expected 0 to 1");
   CHECK(refused({.table = &table}, {-1}) ==
         "moeroute::table_router: token id is -1, expected 0 to 1");
+  const expert_table empty({}, 1, 4);
+  CHECK(refused({.table = &empty, .key = table_key::bigram}, {0})
+            .starts_with("moeroute::table_router: table rows is 0, expected 1 to "));
   CHECK(test::refusal([&] {
           const std::vector<std::int32_t> ids = {0};
           routed(table_router<uniform_score>{.table = &table}, zeros(1, 5), 5, {.token_ids = ids});
         }) == "moeroute::table_router: table experts is 4, expected 5");
+}
+
+TEST_CASE("a masked token's id is not looked at") {
+  const expert_table table({0, 1, 1, 3}, 2, 4);
+  const std::vector<std::int32_t> ids = {1, 0, -100};
+  const std::vector<std::uint8_t> mask = {1, 1, 0};
+  const table_router<uniform_score> router{.table = &table, .weight = sum_normalized};
+  const assignment a = routed(router, zeros(3, 4), 4, {.token_ids = ids, .mask = mask});
+  CHECK(test::listed(a.ids()) == std::vector<expert_id>{1, 3, 0, 1, no_expert, no_expert});
 }

@@ -71,6 +71,20 @@ TEST_CASE("eps is added to the divisor, or is its least value") {
   CHECK(near(add, {0.0f, 0.0f}, {0, 0}) == "");
 }
 
+TEST_CASE("eps has the unit of the scores where their sum is beyond a float") {
+  using enum eps_mode;
+  const auto sum = [](eps_mode where, float eps) {
+    return weight_rule{.normalize = normalization::sum, .eps_where = where, .eps = eps};
+  };
+  CHECK(near(sum(add, 1e38f), {3e38f, 3e38f}, {3.0 / 7, 3.0 / 7}) == "");
+  CHECK(near(sum(add, 1e-5f), {3e38f, 3e38f}, {0.5, 0.5}) == "");
+  CHECK(near(sum(clamp, 2.0f), {3e38f, 1e38f, 1e38f}, {0.6, 0.2, 0.2}) == "");
+  const weight_rule lp{.normalize = normalization::lp, .p = 2.0f, .eps_where = add, .eps = 5e29f};
+  CHECK(near(lp, {3e29f, 4e29f}, {0.3, 0.4}) == "");
+  // An infinite score leaves nothing of it.
+  CHECK(near(sum(add, 3.0f), {test::infinity, 7.0f}, {1, 0}) == "");
+}
+
 TEST_CASE("a divisor of 0 gives weights of 0") {
   CHECK(near(sum_normalized, {0.0f, 0.0f}, {0, 0}) == "");
   CHECK(near(sum_normalized, {none, none}, {0, 0}) == "");

@@ -33,6 +33,13 @@ inline moeroute::assignment any_assignment(bytes& in, bool sound) {
       const auto n = static_cast<std::int32_t>(in.below(k + 1));
       for (std::int32_t c = p.offsets[t]; c < p.offsets[t] + n; ++c) {
         p.ids[c] = id();
+        // An expert twice in a token is refused: seldom, so that plans are made.
+        const moeroute::expert_id* const first = p.ids + p.offsets[t];
+        while (p.ids[c] >= 0 && p.ids[c] < experts &&
+               std::find(first, first + (c - p.offsets[t]), p.ids[c]) !=
+                   first + (c - p.offsets[t]) &&
+               in.below(32) != 1)
+          p.ids[c] = static_cast<moeroute::expert_id>((p.ids[c] + 1) % experts);
         p.weights[c] = p.ids[c] < 0 ? 0.0f : static_cast<float>(in.below(8)) / 8.0f;
       }
       p.offsets[t + 1] = p.offsets[t] + n;
@@ -66,13 +73,26 @@ inline std::string plan_property(bytes in) {
   dispatch_plan p;
   const bool sound = std::all_of(a.ids().begin(), a.ids().end(),
                                  [&](expert_id e) { return e >= -1 && e < a.experts(); });
+  const auto takes_part = [&](index_t t, index_t c) {
+    const expert_id e = a.ids()[static_cast<std::size_t>(c)];
+    return e >= 0 && a.kept(c) && (owned.empty() || owned[static_cast<std::size_t>(e)] != 0) &&
+           (mask.empty() || mask[static_cast<std::size_t>(t)] != 0);
+  };
+  bool twice = false;
+  for (index_t t = 0; sound && a.ragged() && t < a.tokens(); ++t)
+    for (index_t c = a.first(t); c < a.first(t + 1); ++c)
+      for (index_t other = a.first(t); other < c; ++other)
+        twice = twice ||
+                (a.ids()[static_cast<std::size_t>(c)] == a.ids()[static_cast<std::size_t>(other)] &&
+                 takes_part(t, c) && takes_part(t, other));
   try {
     plan(a, p, options);
   } catch (const error& refused) {
-    const bool expected = !sound || options.block < 1 || options.capacity != as_needed;
+    const bool expected = !sound || twice || options.block < 1 || options.capacity != as_needed;
     return expected ? "" : std::string("refused: ") + refused.what();
   }
   if (!sound) return "an id out of range was planned";
+  if (twice) return "a token with an expert twice was planned";
 
   // Expert by expert all choices are looked at.
   std::vector<slot_id> offsets{0}, token_of_slot;
@@ -81,10 +101,7 @@ inline std::string plan_property(bytes in) {
     for (index_t t = 0; t < a.tokens(); ++t)
       for (index_t c = a.first(t); c < a.first(t + 1); ++c) {
         const auto at = static_cast<std::size_t>(c);
-        if (a.ids()[at] != e || !a.kept(c) ||
-            (!owned.empty() && owned[static_cast<std::size_t>(e)] == 0) ||
-            (!mask.empty() && mask[static_cast<std::size_t>(t)] == 0))
-          continue;
+        if (a.ids()[at] != e || !takes_part(t, c)) continue;
         slot_of_choice[at] = static_cast<slot_id>(token_of_slot.size());
         token_of_slot.push_back(static_cast<slot_id>(t));
       }

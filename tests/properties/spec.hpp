@@ -41,6 +41,7 @@ inline moeroute::router_spec any_spec(bytes& in) {
   if (change()) s.topk_group = in.below(9);
   if (change()) s.group_score = in.one_of(group_score::top_sum);
   if (change()) s.group_fill = parameter(in, 0.0f);
+  if (change()) s.lost_weight = in.one_of(lost_weight::own);
   if (change()) s.normalize = in.one_of(normalization::lp);
   if (change()) s.lp_p = parameter(in, 2.0f);
   if (change()) s.eps_where = in.one_of(eps_mode::clamp);
@@ -126,8 +127,9 @@ inline std::string spec_property(bytes in) {
       token_ids.push_back(static_cast<std::int32_t>(in.below(5)));
     workspace memory;
     assignment out;
-    route(router, matrix_view<const float>(z.data(), tokens, s.columns()), {.token_ids = token_ids},
-          memory, out);
+    const side_inputs side{.token_ids = token_ids};
+    route(router, matrix_view<const float>(z.data(), tokens, s.columns()),
+          side.only(router.reads_side(s.columns())), memory, out);
     if (const std::string broken = detail::shape_break(out); !broken.empty())
       return told + ": " + broken;
     if (out.ragged() || s.selection == selection_kind::random ||

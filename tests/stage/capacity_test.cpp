@@ -399,3 +399,21 @@ TEST_CASE("what capacity refuses, it refuses by name") {
           drops_by_position(a, none, none);
         }).starts_with("moeroute::drops_by_position: chosen.size() is 0"));
 }
+
+TEST_CASE("masked tokens count in a capacity's T unless it is told how many there are") {
+  test::random rng(17);
+  const auto capacity = [&](index_t counted) {
+    workspace ws;
+    assignment a = test::fixed_choices(rng, 40, 4, 2);
+    for (std::size_t c = 40; c < 80; ++c) a.ids()[c] = no_expert;  // half of them is padding
+    return apply_capacity(
+               a,
+               {.rule = {.formula = capacity_formula::megatron, .factor = 1.0}, .tokens = counted},
+               ws)
+        .capacity;
+  };
+  CHECK(capacity(capacity_policy::all_tokens) == 20);
+  CHECK(capacity(20) == 10);
+  CHECK(test::refusal([&] { capacity(41); }) ==
+        "moeroute::apply_capacity: tokens is 41, expected -1 to 40");
+}

@@ -13,6 +13,7 @@
 #include <moeroute/base/workspace.hpp>
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/exec/worker_slots.hpp>
+#include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/simd/rows/panel.hpp>
 #include <moeroute/simd/select/kth_largest.hpp>
@@ -196,6 +197,7 @@ inline void check_scores(const char* where, matrix_view<const float> scores,
                          std::span<const std::uint8_t> mask, index_t experts) {
   check_size(where, "scores.cols", scores.cols, experts);
   check_range(where, "scores.rows", scores.rows, 0, std::int32_t{0x7fffffff});
+  check_stride(where, "scores", scores);
   if (!mask.empty())
     check_size(where, "mask.size()", static_cast<index_t>(mask.size()), scores.rows);
 }

@@ -57,11 +57,11 @@ struct switch_loss {
     detail::check_coefficient("switch_loss", coefficient);
     detail::check_counts("switch_loss", counts, shape.experts);
     if (!(divisor > 0.0)) fail_value("switch_loss", "divisor", divisor, "> 0");
-    if (!(tokens >= 0.0)) fail_value("switch_loss", "tokens", tokens, ">= 0");
+    detail::check_whole("switch_loss", "tokens", tokens);
   }
 
   void expert_slope(const loss_shape& shape, double* c) const {
-    const double n = tokens > 0.0 ? tokens : static_cast<double>(shape.tokens);
+    const double n = detail::tokens_of(shape, tokens);
     const double factor = coefficient * static_cast<double>(shape.experts) / (divisor * n * n);
     for (index_t e = 0; e < shape.experts; ++e)
       c[e] += factor * counts[static_cast<std::size_t>(e)];
@@ -74,19 +74,23 @@ static_assert(loss_term<switch_loss>);
 ///
 /// Backward: G[t, e] = coefficient * E * count_e / (k S^2 sequences). S and the sequences leave
 /// masked tokens out. loss_options::sequence_length says where sequences end; the last may be
-/// shorter.
-/// Throws: error where counts are not [sequences, E] and >= 0, or coefficient < 0.
-/// Source: DeepSeek-V3 (normalised sigmoid), DeepSeek-V2; Megatron-LM's seq_aux_loss.
+/// shorter. `sequences` is how many have a token in more than this call (ranks, micro-steps);
+/// values and gradients of the parts then add up to those of the whole. Throws: error where counts
+/// are not [sequences, E] and >= 0, or coefficient or sequences is negative. Source: DeepSeek-V3
+/// (normalised sigmoid), DeepSeek-V2; Megatron-LM's seq_aux_loss.
 struct sequence_loss {
   double coefficient = 1e-4;
   matrix_view<const double> counts{};  ///< [sequences, E]
   index_t k = 1;
+  double sequences = 0.0;  ///< that have a token, of the whole; 0: those of this call
 
   void check(const loss_shape& shape) const {
     detail::check_coefficient("sequence_loss", coefficient);
     detail::check_k("sequence_loss", k);
+    detail::check_whole("sequence_loss", "sequences", sequences);
     check_size("sequence_loss", "counts.cols", counts.cols, shape.experts);
     check_size("sequence_loss", "counts.rows", counts.rows, shape.all_sequences);
+    check_stride("sequence_loss", "counts", counts);
     for (index_t s = 0; s < counts.rows; ++s)
       detail::check_counts("sequence_loss", {counts.row(s), static_cast<std::size_t>(counts.cols)},
                            shape.experts);
@@ -95,7 +99,8 @@ struct sequence_loss {
   void sequence_slope(const loss_shape& shape, index_t sequence, index_t tokens, double* c) const {
     const double s = static_cast<double>(tokens);
     const double factor = coefficient * static_cast<double>(shape.experts) /
-                          (static_cast<double>(k) * s * s * static_cast<double>(shape.sequences));
+                          (static_cast<double>(k) * s * s *
+                           (sequences > 0.0 ? sequences : static_cast<double>(shape.sequences)));
     for (index_t e = 0; e < shape.experts; ++e) c[e] += factor * counts(sequence, e);
   }
 };
@@ -113,9 +118,11 @@ struct device_loss {
   std::span<const double> counts{};  ///< [E]
   index_t k = 1;
   index_t devices = 1;
+  double tokens = 0.0;  ///< T of the whole, as in switch_loss; 0: the tokens of this call
 
   void check(const loss_shape& shape) const {
     detail::check_coefficient("device_loss", coefficient);
+    detail::check_whole("device_loss", "tokens", tokens);
     detail::check_counts("device_loss", counts, shape.experts);
     detail::check_k("device_loss", k);
     check_range("device_loss", "devices", devices, 1, shape.experts);
@@ -123,7 +130,7 @@ struct device_loss {
   }
 
   void expert_slope(const loss_shape& shape, double* c) const {
-    const double n = static_cast<double>(shape.tokens);
+    const double n = detail::tokens_of(shape, tokens);
     const index_t each = shape.experts / devices;
     for (index_t g = 0; g < devices; ++g) {
       double load = 0.0;
@@ -147,10 +154,12 @@ struct communication_loss {
   double coefficient = 0.02;
   std::span<const double> counts{};  ///< [D], as count_device_tokens gives them
   index_t devices_per_token = 1;     ///< M, the most that a token may reach
+  double tokens = 0.0;  ///< T of the whole, as in switch_loss; 0: the tokens of this call
 
   void check(const loss_shape& shape) const {
     const auto devices = static_cast<index_t>(counts.size());
     detail::check_coefficient("communication_loss", coefficient);
+    detail::check_whole("communication_loss", "tokens", tokens);
     check_range("communication_loss", "counts.size", devices, 1, shape.experts);
     detail::check_counts("communication_loss", counts, devices);
     check_size("communication_loss", "experts % devices", shape.experts % devices, 0);
@@ -158,7 +167,7 @@ struct communication_loss {
   }
 
   void expert_slope(const loss_shape& shape, double* c) const {
-    const double n = static_cast<double>(shape.tokens);
+    const double n = detail::tokens_of(shape, tokens);
     const auto devices = static_cast<index_t>(counts.size());
     const index_t each = shape.experts / devices;
     for (index_t e = 0; e < shape.experts; ++e) {
@@ -181,10 +190,12 @@ struct specialisation_loss {
   double coefficient = 0.01;
   double sharpness = 0.0;
   std::span<const double> counts{};  ///< [E]
+  double tokens = 0.0;  ///< T of the whole, as in switch_loss; 0: the tokens of this call
   static constexpr unsigned functions = simd::entropy;
 
   void check(const loss_shape& shape) const {
     detail::check_coefficient("specialisation_loss", coefficient);
+    detail::check_whole("specialisation_loss", "tokens", tokens);
     detail::check_counts("specialisation_loss", counts, shape.experts);
     if (!std::isfinite(sharpness)) fail("specialisation_loss", "sharpness is not finite");
   }
@@ -195,11 +206,11 @@ struct specialisation_loss {
     if (!(all > 0.0)) return;
     for (index_t e = 0; e < shape.experts; ++e)
       c[e] += coefficient * counts[static_cast<std::size_t>(e)] /
-              (all * static_cast<double>(shape.tokens));
+              (all * detail::tokens_of(shape, tokens));
   }
 
   simd::row_functions<double> row_weights(const loss_shape& shape) const {
-    return {.entropy = -sharpness / static_cast<double>(shape.tokens)};
+    return {.entropy = -sharpness / detail::tokens_of(shape, tokens)};
   }
 };
 static_assert(loss_term<specialisation_loss>);

@@ -103,17 +103,26 @@ double noisy_load_loss(const load_loss& loss, const token_options& how,
   check_range(where, "k", loss.k, 1, z.cols);
   check_size(where, "noisy.rows", noisy.rows, z.rows);
   check_size(where, "noisy.cols", noisy.cols, z.cols);
+  check_stride(where, "noisy", noisy);
   const bool constant = sigma.rows == 1 && sigma.cols == 1;
   if (!constant) {
     check_size(where, "sigma.rows", sigma.rows, z.rows);
     check_size(where, "sigma.cols", sigma.cols, z.cols);
+    check_stride(where, "sigma", sigma);
   }
   const bool learned = dsigma.data != nullptr && how.gradient != gradient_to::nowhere;
   if (learned) {
     if (constant) fail(where, "dsigma is given, expected sigma of [T, E]");
     check_size(where, "dsigma.rows", dsigma.rows, z.rows);
     check_size(where, "dsigma.cols", dsigma.cols, z.cols);
+    check_stride(where, "dsigma", dsigma);
+    check_apart(where, "dlogits", dz, "dsigma", dsigma);
   }
+  if (how.gradient != gradient_to::nowhere)
+    for (const auto& from : {z, noisy, sigma}) {
+      check_apart(where, "logits, noisy or sigma", from, "dlogits", dz);
+      if (learned) check_apart(where, "logits, noisy or sigma", from, "dsigma", dsigma);
+    }
   const index_t experts = z.cols, grain = detail::loss_grain(z.rows);
   const index_t pieces = ceil_div(z.rows, grain), ranks = std::min(loss.k + 1, experts);
   worker_slots slots(exec.concurrency());
@@ -207,6 +216,9 @@ void noise_logit_gradient(std::type_identity_t<matrix_view<const F>> sigma, doub
   constexpr const char* where = "noise_logit_gradient";
   check_size(where, "sigma.rows", sigma.rows, dsigma.rows);
   check_size(where, "sigma.cols", sigma.cols, dsigma.cols);
+  check_stride(where, "sigma", sigma);
+  check_stride(where, "dsigma", dsigma);
+  check_apart(where, "sigma", sigma, "dsigma", dsigma);
   for (index_t t = 0; t < dsigma.rows; ++t)
     for (index_t e = 0; e < dsigma.cols; ++e)
       dsigma(t, e) = static_cast<F>(static_cast<double>(dsigma(t, e)) *

@@ -17,6 +17,9 @@ void fill_router_noise(std::type_identity_t<matrix_view<const F>> router, std::u
                        std::uint64_t step, matrix_view<F> delta) {
   check_size("fill_router_noise", "delta.rows", delta.rows, router.rows);
   check_size("fill_router_noise", "delta.cols", delta.cols, router.cols);
+  check_stride("fill_router_noise", "router", router);
+  check_stride("fill_router_noise", "delta", delta);
+  check_apart("fill_router_noise", "router", router, "delta", delta);
   for (index_t i = 0; i < router.rows; ++i) {
     double nearest = std::numeric_limits<double>::infinity();
     for (index_t j = 0; j < router.rows; ++j) {
@@ -73,6 +76,9 @@ double expert_router_coupling(const coupling_loss& loss, gradient_to to,
   check_size(where, "delta.cols", delta.cols, d);
   check_size(where, "expert.rows % experts", expert.rows % experts, 0);
   check_size(where, "expert.cols", expert.cols, d);
+  check_stride(where, "router", router);
+  check_stride(where, "delta", delta);
+  check_stride(where, "expert", expert);
   detail::check_coefficient(where, loss.coefficient);
   if (!(loss.alpha >= 0.0 && loss.alpha <= 1.0)) fail_value(where, "alpha", loss.alpha, "0 to 1");
   if (to != gradient_to::nowhere) {
@@ -80,6 +86,13 @@ double expert_router_coupling(const coupling_loss& loss, gradient_to to,
     check_size(where, "drouter.cols", drouter.cols, d);
     check_size(where, "dexpert.rows", dexpert.rows, expert.rows);
     check_size(where, "dexpert.cols", dexpert.cols, d);
+    check_stride(where, "drouter", drouter);
+    check_stride(where, "dexpert", dexpert);
+    check_apart(where, "drouter", drouter, "dexpert", dexpert);
+    for (const auto& from : {router, delta, expert}) {
+      check_apart(where, "router, delta or expert", from, "drouter", drouter);
+      check_apart(where, "router, delta or expert", from, "dexpert", dexpert);
+    }
   }
   const index_t hidden = expert.rows / experts;
   worker_slots slots(exec.concurrency());

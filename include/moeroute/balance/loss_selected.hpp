@@ -14,6 +14,7 @@ template <class F>
 void check_selected(const char* where, const assignment& a, const matrix_view<const F>& z) {
   check_size(where, "assignment.tokens", a.tokens(), z.rows);
   check_size(where, "assignment.experts", a.experts(), z.cols);
+  check_choices(where, a);
 }
 
 }  // namespace detail

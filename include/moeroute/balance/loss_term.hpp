@@ -109,6 +109,16 @@ inline void check_coefficient(const char* where, double coefficient) {
     fail_value(where, "coefficient", coefficient, ">= 0");
 }
 
+// How many tokens (or sequences) a mean runs over, where it runs over more than one call: ranks,
+// layers, micro-steps with padding of their own.
+inline void check_whole(const char* where, const char* what, double whole) {
+  if (!(whole >= 0.0) || std::isinf(whole)) [[unlikely]]
+    fail_value(where, what, whole, ">= 0");
+}
+inline double tokens_of(const loss_shape& shape, double whole) {
+  return whole > 0.0 ? whole : static_cast<double>(shape.tokens);
+}
+
 inline void check_counts(const char* where, std::span<const double> counts, index_t expected) {
   check_size(where, "counts.size", static_cast<index_t>(counts.size()), expected);
   for (const double c : counts)

@@ -1,4 +1,6 @@
-// Losses of single tokens: router z, entropy, Tsallis entropy, sparsity.
+// Losses of single tokens: router z, entropy, Tsallis entropy, sparsity. With `tokens` the values
+// and gradients of parts (micro-steps, ranks) add up to those of the whole, however uneven their
+// padding.
 #pragma once
 
 #include <moeroute/balance/loss.hpp>
@@ -12,11 +14,15 @@ namespace moeroute {
 /// 2022.
 struct router_z_loss {
   double coefficient = 1e-3;
+  double tokens = 0.0;  ///< T of the whole where this call is a part; 0: the tokens of this call
   static constexpr unsigned functions = simd::square_lse;
 
-  void check(const loss_shape&) const { detail::check_coefficient("router_z_loss", coefficient); }
+  void check(const loss_shape&) const {
+    detail::check_coefficient("router_z_loss", coefficient);
+    detail::check_whole("router_z_loss", "tokens", tokens);
+  }
   simd::row_functions<double> row_weights(const loss_shape& shape) const {
-    return {.square_lse = coefficient / static_cast<double>(shape.tokens)};
+    return {.square_lse = coefficient / detail::tokens_of(shape, tokens)};
   }
 };
 static_assert(loss_term<router_z_loss>);
@@ -27,13 +33,15 @@ static_assert(loss_term<router_z_loss>);
 /// Throws: error where coefficient < 0. Source: Huang et al. 2024 (dynamic routing, top-p).
 struct token_entropy_loss {
   double coefficient = 1e-4;
+  double tokens = 0.0;  ///< T of the whole where this call is a part; 0: the tokens of this call
   static constexpr unsigned functions = simd::entropy;
 
   void check(const loss_shape&) const {
     detail::check_coefficient("token_entropy_loss", coefficient);
+    detail::check_whole("token_entropy_loss", "tokens", tokens);
   }
   simd::row_functions<double> row_weights(const loss_shape& shape) const {
-    return {.entropy = coefficient / static_cast<double>(shape.tokens)};
+    return {.entropy = coefficient / detail::tokens_of(shape, tokens)};
   }
 };
 static_assert(loss_term<token_entropy_loss>);
@@ -48,15 +56,17 @@ static_assert(loss_term<token_entropy_loss>);
 struct tsallis_loss {
   double coefficient = 0.01;
   double q = 1.1;
+  double tokens = 0.0;  ///< T of the whole where this call is a part; 0: the tokens of this call
   static constexpr unsigned functions = simd::power;
 
   void check(const loss_shape&) const {
     detail::check_coefficient("tsallis_loss", coefficient);
+    detail::check_whole("tsallis_loss", "tokens", tokens);
     if (!(q > 0.0) || std::abs(q - 1.0) < 1e-3 || std::isinf(q))
       fail_value("tsallis_loss", "q", q, "> 0 and not 1");
   }
   simd::row_functions<double> row_weights(const loss_shape& shape) const {
-    return {.power = coefficient / static_cast<double>(shape.tokens), .q = q};
+    return {.power = coefficient / detail::tokens_of(shape, tokens), .q = q};
   }
 };
 static_assert(loss_term<tsallis_loss>);
@@ -68,11 +78,15 @@ static_assert(loss_term<tsallis_loss>);
 /// [1, sqrt E]. Throws: error where coefficient < 0. Source: You et al. 2021.
 struct sparsity_loss {
   double coefficient = 0.1;
+  double tokens = 0.0;  ///< T of the whole where this call is a part; 0: the tokens of this call
   static constexpr unsigned functions = simd::inverse_norm;
 
-  void check(const loss_shape&) const { detail::check_coefficient("sparsity_loss", coefficient); }
+  void check(const loss_shape&) const {
+    detail::check_coefficient("sparsity_loss", coefficient);
+    detail::check_whole("sparsity_loss", "tokens", tokens);
+  }
   simd::row_functions<double> row_weights(const loss_shape& shape) const {
-    return {.inverse_norm = coefficient / static_cast<double>(shape.tokens), .offset = 1e-9};
+    return {.inverse_norm = coefficient / detail::tokens_of(shape, tokens), .offset = 1e-9};
   }
 };
 static_assert(loss_term<sparsity_loss>);

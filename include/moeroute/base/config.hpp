@@ -5,9 +5,18 @@
 
 // NaN and infinities are data here (a NaN logit counts as -inf), so finite-math modes break the
 // promises.
-#if defined(__FAST_MATH__) && !defined(MOEROUTE_ALLOW_FAST_MATH)
+#if !defined(MOEROUTE_ALLOW_FAST_MATH)
+#if defined(__FAST_MATH__)
 #error \
     "[moeroute] -ffast-math breaks NaN, infinity and tie handling; compile without it, or define MOEROUTE_ALLOW_FAST_MATH to accept wrong routing"
+#elif defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ != 0
+#error \
+    "[moeroute] -ffinite-math-only breaks NaN and infinity handling; compile without it, or define MOEROUTE_ALLOW_FAST_MATH to accept wrong routing"
+#elif defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__)
+// Macros of g++ alone: clang does not tell.
+#error \
+    "[moeroute] -fassociative-math, -freciprocal-math and -fno-signed-zeros change ties and bits; compile without them, or define MOEROUTE_ALLOW_FAST_MATH to accept wrong routing"
+#endif
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 namespace moeroute {
 
@@ -30,6 +31,13 @@ inline constexpr int block_rows = 16;
 
 /// Alignment of everything the library allocates: one cache line, one AVX-512 register.
 inline constexpr std::size_t alignment = 64;
+
+/// a * b for sizes that were not checked yet, both >= 0: the largest index_t where the product does
+/// not fit, which every range check refuses and no allocation grants.
+constexpr index_t size_product(index_t a, index_t b) {
+  constexpr index_t most = std::numeric_limits<index_t>::max();
+  return b != 0 && a > most / b ? most : a * b;
+}
 
 constexpr index_t ceil_div(index_t n, index_t d) { return (n + d - 1) / d; }
 constexpr index_t round_up(index_t n, index_t multiple) { return ceil_div(n, multiple) * multiple; }

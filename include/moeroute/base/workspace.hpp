@@ -8,14 +8,28 @@
 #include <memory>
 #include <new>
 #include <span>
+#include <string>
 #include <type_traits>
 #include <utility>
 
 #include <moeroute/base/config.hpp>
 #include <moeroute/base/contract.hpp>
+#include <moeroute/base/error.hpp>
 #include <moeroute/base/index.hpp>
 
 namespace moeroute {
+
+namespace detail {
+
+// More than an address reaches: what asks for more is a mistake, or a product that overflowed.
+inline constexpr index_t most_bytes = index_t{1} << 56;
+
+[[noreturn]] MOEROUTE_COLD inline void fail_memory(index_t n, index_t size) {
+  fail("buffer", "room for " + std::to_string(n) + " values of " + std::to_string(size) +
+                     " bytes is asked for, more than any machine has");
+}
+
+}  // namespace detail
 
 /// An aligned array of plain values that grows and never shrinks, so that a warm call allocates
 /// nothing.
@@ -47,14 +61,18 @@ class buffer {
     return *this;
   }
 
-  /// Makes room for n values, their contents unspecified.
+  /// Makes room for n values, their contents unspecified. Throws: std::bad_alloc where there is no
+  /// memory for them, error where no machine has so much; the buffer is empty then.
   void resize(index_t n) {
     MOEROUTE_EXPECTS(n >= 0);
     if (n > capacity_) {
       memory_.reset();
-      capacity_ = 0;
+      size_ = capacity_ = 0;  // what is left if there is no memory: an empty array
+      const index_t bytes = size_product(n, sizeof(T));
+      if (bytes > detail::most_bytes) [[unlikely]]
+        detail::fail_memory(n, sizeof(T));
       memory_.reset(static_cast<T*>(
-          ::operator new(static_cast<std::size_t>(n) * sizeof(T), std::align_val_t{alignment})));
+          ::operator new(static_cast<std::size_t>(bytes), std::align_val_t{alignment})));
       capacity_ = n;
     }
     size_ = n;
@@ -89,7 +107,11 @@ class scratch {
   T* take(index_t n) {
     MOEROUTE_EXPECTS(n >= 0);
     std::byte* at = memory_ == nullptr ? nullptr : memory_ + used_;
-    used_ += round_up(n * static_cast<index_t>(sizeof(T)), static_cast<index_t>(alignment));
+    const index_t bytes = size_product(n, sizeof(T));
+    // A measure that no machine can hold stays one, and the buffer refuses it.
+    used_ = bytes > detail::most_bytes - used_
+                ? detail::most_bytes + 1
+                : used_ + round_up(bytes, static_cast<index_t>(alignment));
     return reinterpret_cast<T*>(at);
   }
 

@@ -28,23 +28,19 @@ class assignment {
   /// Throws: error where T < 0, E is outside [1, 2^20], k is outside [1, E], or T * k exceeds 2^31
   /// - 1.
   void reset(index_t tokens, index_t experts, index_t k) {
-    prepare(tokens, experts, k, tokens * k);
-    ragged_ = false;
+    prepare(tokens, experts, k, room_of(tokens, k), false);
     choices_ = tokens * k;
   }
 
   /// The ragged form: room for up to `most` choices per token. The writer fills offsets_to_fill()
   /// and, with it, the choices; then calls close().
   void reset_ragged(index_t tokens, index_t experts, index_t most) {
-    reset_ragged(tokens, experts, most, tokens * most);
+    reset_ragged(tokens, experts, most, room_of(tokens, most));
   }
 
   /// The same with room for `choices` choices in all: for writers that know their number.
   void reset_ragged(index_t tokens, index_t experts, index_t most, index_t choices) {
-    prepare(tokens, experts, most, choices);
-    ragged_ = true;
-    choices_ = 0;
-    offsets_.resize(tokens + 1);
+    prepare(tokens, experts, most, choices, true);
   }
 
   /// Ends the writing of the ragged form: offsets are complete.
@@ -125,18 +121,27 @@ class assignment {
  private:
   std::size_t size() const { return static_cast<std::size_t>(choices_); }
 
-  void prepare(index_t tokens, index_t experts, index_t k, index_t room) {
+  // Not checked yet: negative sizes are refused by their own names.
+  static index_t room_of(index_t tokens, index_t k) {
+    return tokens < 0 || k < 0 ? 0 : size_product(tokens, k);
+  }
+
+  void prepare(index_t tokens, index_t experts, index_t k, index_t room, bool ragged) {
     check_range("assignment", "tokens", tokens, 0, std::int32_t{0x7fffffff});
     check_range("assignment", "experts", experts, 1, max_experts);
     check_range("assignment", "k", k, 1, experts);
     check_range("assignment", room == tokens * k ? "tokens * k" : "choices", room, 0,
                 std::int32_t{0x7fffffff});
+    // Without memory an assignment of no tokens is left.
+    tokens_ = choices_ = 0;
+    ragged_ = drops_ = false;
+    ids_.resize(room);
+    weights_.resize(room);
+    if (ragged) offsets_.resize(tokens + 1);
     tokens_ = tokens;
     experts_ = experts;
     k_ = k;
-    drops_ = false;
-    ids_.resize(room);
-    weights_.resize(room);
+    ragged_ = ragged;
   }
 
   index_t tokens_ = 0;

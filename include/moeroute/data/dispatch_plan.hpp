@@ -27,13 +27,15 @@ class dispatch_plan {
   /// Room for a plan of T tokens with k choices each over E experts and no padding, contents
   /// unspecified.
   void reset(index_t tokens, index_t experts, index_t k) {
-    reset(tokens, experts, k, tokens * k, tokens * k);
+    const index_t choices = size_product(tokens, k);
+    reset(tokens, experts, k, choices, choices);
   }
 
   /// The same with room for so many choices in all, k at most per token, and so many slots.
   ///
-  /// Throws: error where `slots` exceeds 2^31 - 1.
+  /// Throws: error where `choices` or `slots` exceeds 2^31 - 1.
   void reset(index_t tokens, index_t experts, index_t k, index_t choices, index_t slots) {
+    check_range("plan", "choices", choices, 0, std::int32_t{0x7fffffff});
     check_range("plan", "slots", slots, 0, std::int32_t{0x7fffffff});
     tokens_ = tokens;
     experts_ = experts;

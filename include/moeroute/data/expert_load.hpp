@@ -8,6 +8,8 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
+#include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
 
 namespace moeroute {
@@ -48,22 +50,24 @@ void for_each_counted(const assignment& a, const count_options& what, index_t to
   }
 }
 
-inline void check_count_mask(const char* where, const assignment& a, const count_options& what) {
+template <class A = simd::default_arch>
+void check_counted(const char* where, const assignment& a, const count_options& what) {
   if (!what.mask.empty())
     check_size(where, "mask.size", static_cast<index_t>(what.mask.size()), a.tokens());
+  check_choices<A>(where, a);
 }
 
 }  // namespace detail
 
 /// counts[e] = choices of expert e.
 ///
-/// Shapes: counts [E]. Throws: error where a size differs. Cost: O(T k + E). No allocation.
-/// Determinism: exact up to 2^24 in float, 2^53 in double.
+/// Shapes: counts [E]. Throws: error where a size differs or an id is outside [-1, E). Cost: O(T k
+/// + E). No allocation. Determinism: exact up to 2^24 in float, 2^53 in double.
 template <class N>
   requires std::is_arithmetic_v<N>
 void count_choices(const assignment& a, const count_options& what, std::span<N> counts) {
   check_size("count_choices", "counts.size", static_cast<index_t>(counts.size()), a.experts());
-  detail::check_count_mask("count_choices", a, what);
+  detail::check_counted("count_choices", a, what);
   std::fill(counts.begin(), counts.end(), N{0});
   for (index_t t = 0; t < a.tokens(); ++t)
     detail::for_each_counted(a, what, t,
@@ -82,7 +86,8 @@ void count_choices_by_sequence(const assignment& a, const count_options& what, i
   check_range(where, "length", length, 1, index_t{1} << 40);
   check_size(where, "counts.rows", counts.rows, ceil_div(a.tokens(), length));
   check_size(where, "counts.cols", counts.cols, a.experts());
-  detail::check_count_mask(where, a, what);
+  check_stride(where, "counts", counts);
+  detail::check_counted(where, a, what);
   for (index_t s = 0; s < counts.rows; ++s) {
     N* const row = counts.row(s);
     std::fill_n(row, counts.cols, N{0});
@@ -103,7 +108,7 @@ void count_device_tokens(const assignment& a, const count_options& what, std::sp
   const auto devices = static_cast<index_t>(counts.size());
   check_range(where, "counts.size", devices, 1, a.experts());
   check_size(where, "experts % devices", a.experts() % devices, 0);
-  detail::check_count_mask(where, a, what);
+  detail::check_counted(where, a, what);
   const index_t each = a.experts() / devices;
   std::fill(counts.begin(), counts.end(), N{0});
   for (index_t t = 0; t < a.tokens(); ++t) {

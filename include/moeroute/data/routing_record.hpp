@@ -11,6 +11,7 @@
 #include <moeroute/base/error.hpp>
 #include <moeroute/base/workspace.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
 
 namespace moeroute {
 
@@ -25,13 +26,15 @@ class routing_record {
  public:
   static constexpr Id none = std::is_signed_v<Id> ? Id(-1) : std::numeric_limits<Id>::max();
 
-  /// Throws: error where Id is too small for E, or the assignment is ragged. Cost: O(T k), no
+  /// Throws: error where Id is too small for E, the assignment is ragged, or an id of it is outside
+  /// [-1, E). Cost: O(T k), no
   /// allocation warm.
   void record(const assignment& choices) {
     if (choices.ragged())
       fail("routing_record", "the assignment is ragged, expected the fixed form");
     if constexpr (!std::is_signed_v<Id>)
       check_range("routing_record", "E", choices.experts(), 1, static_cast<index_t>(none));
+    check_ids("routing_record", choices.ids(), choices.experts());
     tokens_ = choices.tokens();
     experts_ = choices.experts();
     k_ = choices.k();

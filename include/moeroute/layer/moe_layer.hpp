@@ -105,6 +105,11 @@ class moe_layer {
     check_range("moe_layer", "identity_end", s.identity_end, 0, total);
     check_range("moe_layer", "zero_first", s.zero_first, 0, s.zero_end);
     check_range("moe_layer", "zero_end", s.zero_end, 0, total);
+    if (std::max(s.identity_first, s.zero_first) < std::min(s.identity_end, s.zero_end))
+      fail("moe_layer", "identity experts [" + std::to_string(s.identity_first) + ", " +
+                            std::to_string(s.identity_end) + ") and zero experts [" +
+                            std::to_string(s.zero_first) + ", " + std::to_string(s.zero_end) +
+                            ") overlap, expected ranges of their own");
     index_t networks = total;
     if (s.any()) {
       owned_.resize(total);
@@ -170,18 +175,19 @@ class moe_layer {
     const early_memory early = reserve_early(tokens, workers);
     memory& m = last_;
     if constexpr (!batch_router<Router>) m = reserve(tokens, exec.concurrency());
-    logits_ = matrix_view<float>(early.logits, tokens, columns);
+    logits_.resize(tokens * columns);
+    const matrix_view<float> logits(logits_.data(), tokens, columns);
+    logit_rows_ = tokens;
 
     probe(layer_step::gate);
-    gate(x, gate_, logits_, exec);
+    gate(x, gate_, logits, exec);
     probe(layer_step::route);
     if constexpr (batch_router<Router>) {
-      route(router_, logits_, side, batch_workspace_, choices_, exec);
+      route(router_, logits, side, batch_workspace_, choices_, exec);
       m = reserve(tokens, exec.concurrency());
     } else {
-      detail::check_side(side, tokens, choices_.k());
-      detail::route_with<A>(router_, const_view(logits_), side, early.route, workers, choices_,
-                            exec);
+      detail::check_side(side, tokens, columns, side_use_of(router_, columns));
+      detail::route_with<A>(router_, const_view(logits), side, early, workers, choices_, exec);
     }
     if (options_.capacity) apply_capacity(choices_, *options_.capacity, capacity_workspace_);
     probe(layer_step::plan);
@@ -270,7 +276,7 @@ class moe_layer {
   const moe_layer_options& options() const { return options_; }
 
   /// Of the last call: logits [T, columns of the gate], valid until the next one.
-  matrix_view<const float> logits() const { return logits_; }
+  matrix_view<const float> logits() const { return {logits_.data(), logit_rows_, gate_.rows()}; }
   /// Of the last call: every token's experts and weights.
   const assignment& choices() const { return choices_; }
   /// Of the last call: slots and load of every expert.
@@ -295,10 +301,7 @@ class moe_layer {
   struct route_memory_of<R> {
     using type = std::byte;  // a batch router carves for itself
   };
-  struct early_memory {
-    float* logits;
-    const typename route_memory_of<Router>::type* route;
-  };
+  using early_memory = const typename route_memory_of<Router>::type*;
   struct memory {
     float* in;
     float* out;
@@ -317,15 +320,13 @@ class moe_layer {
     } else if constexpr (!batch_router<Router>) {
       choices_.reset(tokens, experts(), router_.k());
     }
-    return early_workspace_.carve([&](scratch& tape) {
-      float* logits = tape.take<float>(tokens * columns);
-      if constexpr (batch_router<Router>) {
-        return early_memory{logits, nullptr};
-      } else {
-        return early_memory{
-            logits, detail::route_memory<Router, float>::carve(tape, router_, columns, workers)};
-      }
-    });
+    if constexpr (batch_router<Router>) {
+      return nullptr;
+    } else {
+      return early_workspace_.carve([&](scratch& tape) -> early_memory {
+        return detail::route_memory<Router, float>::carve(tape, router_, columns, workers);
+      });
+    }
   }
 
   // The rest, for as many choices as there is room for.
@@ -403,7 +404,8 @@ class moe_layer {
   Shared shared_;
   moe_layer_options options_;
   buffer<std::uint8_t> owned_;
-  matrix_view<float> logits_;
+  buffer<float> logits_;  // a view would be the original's in a copy
+  index_t logit_rows_ = 0;
   assignment choices_;
   dispatch_plan plan_;
   workspace early_workspace_;

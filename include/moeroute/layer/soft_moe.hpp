@@ -39,6 +39,7 @@ class soft_moe {
   soft_moe(matrix_view<const float> mu, Experts experts, const soft_moe_options& options = {})
       : gate_(mu.rows, mu.cols), experts_(std::move(experts)), options_(options) {
     check_range("soft_moe", "slots_per_expert", options.slots_per_expert, 1, mu.rows);
+    check_stride("soft_moe", "mu", mu);
     check_size("soft_moe", "mu.rows() % slots_per_expert", mu.rows % options.slots_per_expert, 0);
     if (!std::isfinite(options.scale))
       fail_value("soft_moe", "scale", options.scale, "a finite number");

@@ -46,10 +46,13 @@ class swiglu_experts {
   /// Rows that pass through an expert at a time.
   static constexpr index_t tile = 96;
 
-  /// Throws: error where experts is outside [1, 2^20], or an option is negative or not finite.
+  /// Throws: error where experts is outside [1, 2^20], a size is negative, or an option is negative
+  /// or not finite.
   swiglu_experts(index_t experts, index_t d, index_t ff, const swiglu_options& options = {})
       : d_(d), ff_(ff), options_(options) {
     check_range("swiglu_experts", "experts", experts, 1, max_experts);
+    check_range("swiglu_experts", "d", d, 0, index_t{1} << 40);
+    check_range("swiglu_experts", "ff", ff, 0, index_t{1} << 40);
     if (!(options.limit >= 0.0f && std::isfinite(options.limit)))
       fail_value("swiglu_experts", "limit", options.limit, ">= 0");
     if (!std::isfinite(options.alpha) || !std::isfinite(options.up_offset))

@@ -5,6 +5,7 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
 
 namespace moeroute {
 
@@ -31,6 +32,8 @@ struct disagreement {
 /// where the numbers of tokens differ. Cost: O(T k^2).
 inline disagreement selection_disagreement(const assignment& a, const assignment& b) {
   check_size("selection_disagreement", "b.tokens", b.tokens(), a.tokens());
+  check_offsets("selection_disagreement", a);
+  check_offsets("selection_disagreement", b);
   disagreement out{.tokens = a.tokens()};
   for (index_t t = 0; t < a.tokens(); ++t) {
     const auto mine = a.ids(t), other = b.ids(t);

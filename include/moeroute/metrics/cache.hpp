@@ -24,7 +24,7 @@ class expert_trace {
   /// another number of experts or the mask another length. Cost: O(T k); grows.
   void add(const assignment& a, const count_options& what = {}) {
     check_size("expert_trace", "experts", a.experts(), experts_);
-    detail::check_count_mask("expert_trace", a, what);
+    detail::check_counted("expert_trace", a, what);
     for (index_t t = 0; t < a.tokens(); ++t) {
       detail::for_each_counted(a, what, t,
                                [&](index_t e) { ids_.push_back(static_cast<expert_id>(e)); });

@@ -23,7 +23,7 @@ class co_activation {
   /// Throws: error where the assignment has another number of experts or the mask another length.
   void add(const assignment& a, const count_options& what = {}) {
     check_size("co_activation", "experts", a.experts(), experts_);
-    detail::check_count_mask("co_activation", a, what);
+    detail::check_counted("co_activation", a, what);
     for (index_t t = 0; t < a.tokens(); ++t)
       detail::for_each_counted(a, what, t, [&](index_t i) {
         detail::for_each_counted(a, what, t, [&](index_t j) { ++pairs_[at(i, j)]; });

@@ -10,6 +10,7 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/simd/reduce.hpp>
 
@@ -49,6 +50,7 @@ class committee_meter {
            std::span<const std::uint8_t> mask = {}) {
     check_range("committee_meter", "domain", domain, 0, domains_ - 1);
     check_size("committee_meter", "logits.cols", logits.cols, experts_);
+    check_stride("committee_meter", "logits", logits);
     if (!mask.empty())
       check_size("committee_meter", "mask.size()", static_cast<index_t>(mask.size()), logits.rows);
     double* const sum = sum_.data() + domain * experts_;
@@ -63,7 +65,11 @@ class committee_meter {
   }
 
   /// Mean probability of the expert in the domain; even where the domain has no tokens.
+  ///
+  /// Throws: error where one is out of range.
   double contribution(index_t domain, index_t expert) const {
+    check_range("committee_meter", "domain", domain, 0, domains_ - 1);
+    check_range("committee_meter", "expert", expert, 0, experts_ - 1);
     const auto n = static_cast<double>(tokens_[static_cast<std::size_t>(domain)]);
     return n > 0.0 ? sum_[static_cast<std::size_t>(domain * experts_ + expert)] / n
                    : 1.0 / static_cast<double>(experts_);

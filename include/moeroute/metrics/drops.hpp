@@ -8,6 +8,7 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
 
 namespace moeroute {
 
@@ -24,6 +25,7 @@ class drop_meter {
   void add(const assignment& a, std::span<const std::uint8_t> mask = {}) {
     if (!mask.empty())
       check_size("drop_meter", "mask.size()", static_cast<index_t>(mask.size()), a.tokens());
+    check_offsets("drop_meter", a);
     for (index_t t = 0; t < a.tokens(); ++t) {
       if (!mask.empty() && mask[static_cast<std::size_t>(t)] == 0) continue;
       const auto place = static_cast<std::size_t>(t * places / a.tokens());

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include <moeroute/base/error.hpp>
+#include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/simd/reduce.hpp>
 
@@ -64,11 +65,12 @@ double token_entropy(std::span<const float> logits) {
 class entropy_meter {
  public:
   /// Shapes: logits [T, E]; mask [T] or empty, 0: the token does not count. Throws: error where the
-  /// mask has another length.
+  /// mask has another length, or rows run into one another.
   template <class A = simd::default_arch>
   void add(matrix_view<const float> logits, std::span<const std::uint8_t> mask = {}) {
     if (!mask.empty())
       check_size("entropy_meter", "mask.size()", static_cast<index_t>(mask.size()), logits.rows);
+    check_stride("entropy_meter", "logits", logits);
     for (index_t t = 0; t < logits.rows; ++t) {
       if (!mask.empty() && mask[static_cast<std::size_t>(t)] == 0) continue;
       sum_ += token_entropy<A>({logits.row(t), static_cast<std::size_t>(logits.cols)});

@@ -9,6 +9,7 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
 
 namespace moeroute {
 
@@ -23,6 +24,8 @@ class saturation_meter {
   void add(const assignment& earlier, const assignment& later) {
     check_size("saturation_meter", "later.tokens", later.tokens(), earlier.tokens());
     check_size("saturation_meter", "later.experts", later.experts(), earlier.experts());
+    check_offsets("saturation_meter", earlier);
+    check_offsets("saturation_meter", later);
     for (index_t t = 0; t < earlier.tokens(); ++t) {
       const auto mine = earlier.ids(t), other = later.ids(t);
       index_t own = 0, both = 0;
@@ -61,6 +64,7 @@ class fluctuation_meter {
       changed_.assign(target_.size(), 0);
     }
     check_size("fluctuation_meter", "tokens", a.tokens(), static_cast<index_t>(target_.size()));
+    check_offsets("fluctuation_meter", a);
     for (index_t t = 0; t < a.tokens(); ++t) {
       const auto ids = a.ids(t);
       const expert_id first = ids.empty() ? no_expert : ids[0];

@@ -39,7 +39,7 @@ class segment_meter {
   /// or the mask another length.
   void add(const assignment& a, const count_options& what = {}) {
     check_size("segment_meter", "experts", a.experts(), experts_);
-    detail::check_count_mask("segment_meter", a, what);
+    detail::check_counted("segment_meter", a, what);
     for (index_t t = 0; t < a.tokens(); ++t) {
       if (!what.mask.empty() && what.mask[static_cast<std::size_t>(t)] == 0) continue;
       // The window that ends with this token is the one numbered tokens_ - m + 1.

@@ -2,6 +2,7 @@
 // batch.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <cstdint>
 #include <span>
@@ -17,6 +18,16 @@
 
 namespace moeroute {
 
+/// Which side inputs a router reads; what it does not read is refused, never ignored. Everybody
+/// honours the mask.
+struct side_use {
+  bool token_ids = false;
+  index_t own_k = 0;  ///< the most that k_of_token may ask for; 0: it is not read
+  bool modality = false;
+  bool shared_weight = false;
+  bool noise_logits = false;
+};
+
 /// What routing may need beside the logits. Empty spans are "not given".
 struct side_inputs {
   std::span<const std::int32_t> token_ids{};   ///< [T], for tables by token id
@@ -31,7 +42,30 @@ struct side_inputs {
   bool masked(index_t token) const {
     return !mask.empty() && mask[static_cast<std::size_t>(token)] == 0;
   }
+
+  /// Without what a router does not read, for callers that hand the same to many kinds of router:
+  /// route(router, z, side.only(side_use_of(router, z.cols)), ...).
+  side_inputs only(const side_use& use) const {
+    side_inputs out = *this;
+    if (!use.token_ids) out.token_ids = {};
+    if (use.own_k == 0) out.k_of_token = {};
+    if (!use.modality) out.modality = {};
+    if (!use.shared_weight) out.shared_weight = {};
+    if (!use.noise_logits) out.noise_logits = {};
+    return out;
+  }
 };
+
+/// What a router reads of the side inputs, from its columns of logits: what its
+/// reads_side(columns) says, nothing where it has none.
+template <class R>
+side_use side_use_of(const R& router, [[maybe_unused]] index_t columns) {
+  if constexpr (requires { router.reads_side(columns); }) {
+    return router.reads_side(columns);
+  } else {
+    return {};
+  }
+}
 
 /// Up to 16 rows of logits, one per token.
 struct logit_block {
@@ -73,8 +107,34 @@ struct choice_block {
   bool has_row_max = false;  ///< the values are logits, and each row's largest is among them
 };
 
+/// Takes away what a block's tokens have chosen beyond their own k, where side_inputs::k_of_token
+/// is given.
+///
+/// A router that reads it calls this between choosing and weighing, so that weights are those of
+/// the choices that stay.
+template <class Block>
+void keep_own_k(const Block& z, choice_block& c) {
+  if (z.side->k_of_token.empty()) return;
+  for (int i = 0; i < z.rows; ++i) {
+    const int own = z.side->k_of_token[static_cast<std::size_t>(z.first_token + i)];
+    for (int at = own * block_rows + i; at < c.k * block_rows; at += block_rows) {
+      c.id[at] = no_expert;
+      c.value[at] = 0.0f;
+    }
+  }
+}
+
+/// Gives the lanes without a row of a short block a value, before a router sees it: registers are
+/// read whole, and what nobody wrote has none.
+inline void clear_lanes(const choice_block& c, int rows) {
+  if (rows == block_rows) return;
+  std::fill_n(c.id, c.k * block_rows, no_expert);
+  std::fill_n(c.value, c.k * block_rows, 0.0f);
+}
+
 /// Token choice with a fixed k: the stage hands it one block after the other, possibly from several
-/// threads at once, each with scratch of its own.
+/// threads at once, each with scratch of its own. A router that reads side inputs beside the mask
+/// says so in `side_use reads_side(index_t columns) const`.
 template <class R>
 concept token_router = requires(const R& r, const logit_block& z, choice_block& c, scratch& s) {
   { r.k() } -> std::convertible_to<index_t>;

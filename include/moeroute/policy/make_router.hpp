@@ -49,6 +49,11 @@ class any_router {
     return std::visit(std::forward<F>(f), kind_);
   }
 
+  /// What it reads of the side inputs.
+  side_use reads_side(index_t columns) const {
+    return visit([&](const auto& kind) { return side_use_of(kind, columns); });
+  }
+
  private:
   router_spec spec_;
   kinds kind_;
@@ -89,7 +94,7 @@ inline any_router make_router(const router_spec& s, const router_tensors& tensor
 
   switch (s.selection) {
     case selection_kind::top_k: {
-      const top_k rule{s.k, s.groups, s.topk_group, s.group_score, s.group_fill};
+      const top_k rule{s.k, s.groups, s.topk_group, s.group_score, s.group_fill, s.lost_weight};
       const auto with = [&](auto score) {
         return any_router(s, router(score, rule, weight, selection_bias(tensors.bias), transform));
       };
@@ -126,7 +131,7 @@ inline any_router make_router(const router_spec& s, const router_tensors& tensor
         return any_router(s, threshold_router<Score>{.threshold = s.threshold,
                                                      .score = score,
                                                      .norm = s.row_norm,
-                                                     .eps = s.eps > 0.0f ? s.eps : 1e-5f,
+                                                     .eps = s.eps,
                                                      .scale = weight.scale,
                                                      .gamma = tensors.gamma,
                                                      .transform = transform});

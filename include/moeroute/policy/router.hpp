@@ -63,6 +63,9 @@ struct router {
   };
 
   index_t k() const { return selection.choices(); }
+  side_use reads_side(index_t) const {
+    return {.own_k = k(), .noise_logits = transform.noise.active()};
+  }
   static index_t experts(index_t columns) { return columns; }
 
   /// Throws: error where a part does not fit E experts.
@@ -88,6 +91,7 @@ struct router {
     if (transform.active()) z = transform.template apply<A>(z, memory.logits);
     if (selects_on_logits()) {
       selection.template select<A>(z, nullptr, c, memory.select);
+      keep_own_k(z, c);
       c.has_row_max = true;
       score.template score_choices<A>(z, c, weight.needs());
     } else {
@@ -96,17 +100,19 @@ struct router {
       choice.logits = memory.choice;
       choice.stride = z.experts;
       selection.template select<A>(choice, memory.choice, c, memory.select);
+      keep_own_k(z, c);
       // The value of a choice held score + bias, and subtracting the bias would not give back the
       // score.
-      const float* from = Score::traits.elementwise ? z.logits : memory.scores;
-      const index_t stride = Score::traits.elementwise ? z.stride : z.experts;
+      const float* from = scores_winners ? z.logits : memory.scores;
+      const index_t stride = scores_winners ? z.stride : z.experts;
       for (int r = 0; r < c.k; ++r)
         for (int i = 0; i < z.rows; ++i) {
           const expert_id e = c.id[r * block_rows + i];
           c.value[r * block_rows + i] = e == no_expert ? 0.0f : from[i * stride + e];
         }
-      if constexpr (Score::traits.elementwise)
-        score.template score_choices<A>(z, c, score_scale::exact);
+      if constexpr (scores_winners) score.template score_choices<A>(z, c, weight.needs());
+      if constexpr (requires { selection.weighs_lost_with_0(); })
+        if (selection.weighs_lost_with_0()) clear_lost(z, memory, c);
     }
     weight.template apply<A>(c);
   }
@@ -120,6 +126,7 @@ struct router {
     if (transform.active() || !selects_on_logits())
       return this->template route_block<A>(z.template widened<A>(), memory, c);
     selection.template select<A>(z, c, memory.select);
+    keep_own_k(z, c);
     c.has_row_max = true;
     const logit_block rows =
         reads_rows(Score::traits, weight.needs())
@@ -130,6 +137,23 @@ struct router {
   }
 
  private:
+  // Scores that need no other logits than the winners' are made from these when all is chosen: the
+  // softmax over the selected experts knows them then only.
+  static constexpr bool scores_winners =
+      Score::traits.elementwise || Score::traits.reads_rows == row_use::never;
+
+  // Experts of groups that lost, chosen because nothing else was left: the reference weighs them by
+  // their masked score.
+  void clear_lost(const logit_block& z, const buffers& memory, choice_block& c) const {
+    for (int r = 0; r < c.k; ++r)
+      for (int i = 0; i < z.rows; ++i) {
+        const expert_id e = c.id[r * block_rows + i];
+        if (e != no_expert && memory.choice[i * z.experts + e] == 0.0f &&
+            selection.lost(memory.select, i, e, z.experts))
+          c.value[r * block_rows + i] = 0.0f;
+      }
+  }
+
   template <class A>
   void score_rows(const logit_block& z, const buffers& memory) const {
     using F = simd::vfloat<A>;

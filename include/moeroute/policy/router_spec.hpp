@@ -19,7 +19,7 @@ enum class score_kind { softmax, sigmoid, sqrt_softplus, relu, identity, uniform
 /// Which experts are scored.
 enum class score_domain {
   all,       ///< every expert; the choice is made on scores (+ bias)
-  selected,  ///< the choice is made on logits, then only the k winners are scored
+  selected,  ///< the choice is made on logits (+ bias), then only the k winners are scored
 };
 
 enum class selection_kind {
@@ -56,6 +56,7 @@ struct router_spec {
   index_t topk_group = 1;
   moeroute::group_score group_score = moeroute::group_score::top2_sum;
   float group_fill = -std::numeric_limits<float>::infinity();
+  moeroute::lost_weight lost_weight = moeroute::lost_weight::as_published;
   normalization normalize = normalization::none;
   float lp_p = 1.0f;
   eps_mode eps_where = eps_mode::none;
@@ -165,6 +166,8 @@ inline std::string to_string(const router_spec& s) {
         : s.group_score == group_score::top2_sum ? "group_score=top2_sum"
                                                  : "group_score=top_sum");
     add("group_fill=" + detail::number(s.group_fill));
+    if (s.lost_weight != plain.lost_weight)
+      add(s.lost_weight == lost_weight::zero ? "lost_weight=zero" : "lost_weight=own");
   }
   if (s.normalize == normalization::sum) add("normalize=sum");
   if (s.normalize == normalization::lp) add("normalize=lp lp_p=" + detail::number(s.lp_p));
@@ -216,17 +219,20 @@ inline void check(const router_spec& s) {
   if (ranked) detail::check_top_k(s.experts, s.k, s.groups, s.topk_group, s.group_fill);
   if (s.selection_bias && !ranked)
     clash("bias=selection", selection, "only top_k adds a selection bias");
-  if (s.selection_bias && s.domain == score_domain::selected)
-    clash("bias=selection", "score_domain=selected",
-          "a bias on scores needs the scores of all experts");
-  if (s.groups != 1 && s.domain == score_domain::selected)
-    clash("groups=" + std::to_string(s.groups), "score_domain=selected",
-          "group limits need the scores of all experts");
+  // The softmax over the selected experts is chosen on logits (+ bias, by groups); other scores
+  // look at one logit and are the same in both domains, but for the choice that a bias or a group
+  // moves.
+  if (s.domain == score_domain::selected && s.score != score_kind::softmax) {
+    if (s.selection_bias)
+      clash("bias=selection", "score_domain=selected",
+            "a bias on scores needs the scores of all experts");
+    if (s.groups != 1)
+      clash("groups=" + std::to_string(s.groups), "score_domain=selected",
+            "group limits need the scores of all experts");
+  }
   if (s.normalize != normalization::lp && s.lp_p != 1.0f)
     clash("lp_p=" + detail::number(s.lp_p), "normalize", "only normalize=lp has a p");
   if (!(s.eps >= 0.0f)) fail("router_spec", "eps is " + detail::number(s.eps) + ", expected >= 0");
-  if (s.eps_where != eps_mode::none && s.normalize == normalization::none)
-    clash("eps_mode", "normalize=none", "there is no divisor for eps to enter");
   if (s.selection == selection_kind::top_p) {
     if (s.score != score_kind::softmax || s.domain != score_domain::all)
       clash(selection, score, "top_p needs probabilities: softmax over all experts");

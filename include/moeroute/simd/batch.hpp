@@ -109,7 +109,7 @@ MOEROUTE_INLINE void store_first(float* p, index_t n, vfloat<A> v) {
 #endif
   alignas(alignment) float lane[width<A>];
   v.store_aligned(lane);
-  for (index_t i = 0; i < n; ++i) p[i] = lane[i];
+  __builtin_memcpy(p, lane, static_cast<std::size_t>(n) * sizeof(float));  // p may hold integers
 }
 
 template <class A>

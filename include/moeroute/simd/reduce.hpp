@@ -117,18 +117,24 @@ float row_sum(const float* row, index_t cols) {
   return sum_of<A>(sum);
 }
 
-/// The Euclidean norm of the row, widened from 16 bits where it is kept so.
+/// The Euclidean norm of the row, widened from 16 bits where it is kept so; the same bits on every
+/// ISA.
 template <class A = default_arch, storage T>
 float row_norm(const T* row, index_t cols) {
   partials<A> sum(0.0f);
   index_t c = 0;
-  for (int r = 0; c + width<A> <= cols; c += width<A>, r = (r + 1) % partials<A>::n) {
+  int r = 0;
+  for (; c + width<A> <= cols; c += width<A>, r = (r + 1) % partials<A>::n) {
     const vfloat<A> x = detail::load_wide<A>(row + c);
     sum.part[r] = fma<A>(x, x, sum.part[r]);
   }
-  float tail = 0.0f;
-  for (; c < cols; ++c) tail += static_cast<float>(row[c]) * static_cast<float>(row[c]);
-  return std::sqrt(sum_of<A>(sum) + tail);
+  if (c < cols) {
+    alignas(alignment) float rest[width<A>] = {};
+    for (int i = 0; c + i < cols; ++i) rest[i] = static_cast<float>(row[c + i]);
+    const vfloat<A> x = vfloat<A>::load_aligned(rest);
+    sum.part[r] = fma<A>(x, x, sum.part[r]);
+  }
+  return std::sqrt(sum_of<A>(sum));
 }
 
 /// exp(x - max) where max is the row's largest value: 1 at the maximum itself (also where both are

@@ -105,6 +105,19 @@ MOEROUTE_INLINE void load_transposed(const float* const* rows, index_t c, index_
 
 namespace detail {
 
+// Registers of values that may be integers behind the pointer: copied, for no lvalue of another
+// type may read or write them.
+template <class A>
+MOEROUTE_INLINE vfloat<A> load_words(const float* p) {
+  vfloat<A> x;
+  __builtin_memcpy(static_cast<void*>(&x), p, sizeof x);
+  return x;
+}
+template <class A>
+MOEROUTE_INLINE void store_words(float* p, vfloat<A> x) {
+  __builtin_memcpy(p, static_cast<const void*>(&x), sizeof x);
+}
+
 // store_ranks for a k that is a power of two: log2(k) rounds of zips.
 template <class A, int k>
 MOEROUTE_INLINE void zip_ranks(const float* ranks, int n, float* out) {
@@ -112,7 +125,7 @@ MOEROUTE_INLINE void zip_ranks(const float* ranks, int n, float* out) {
   for (int first = 0; first < n; first += w) {
     vfloat<A> x[k], y[k];
     MOEROUTE_UNROLL
-    for (int r = 0; r < k; ++r) x[r] = load<A>(ranks + r * block_rows + first);
+    for (int r = 0; r < k; ++r) x[r] = load_words<A>(ranks + r * block_rows + first);
     MOEROUTE_UNROLL
     for (int round = 1; round < k; round *= 2) {
       MOEROUTE_UNROLL
@@ -127,7 +140,7 @@ MOEROUTE_INLINE void zip_ranks(const float* ranks, int n, float* out) {
     float* const to = out + first * k;
     for (int r = 0; r < k && r * w < size; ++r) {
       if (size - r * w >= w)
-        x[r].store_unaligned(to + r * w);
+        store_words<A>(to + r * w, x[r]);
       else
         store_first<A>(to + r * w, size - r * w, x[r]);
     }
@@ -158,14 +171,14 @@ void store_ranks(const float* ranks, int k, int n, float* out) {
       vfloat<A> x[w];
       MOEROUTE_UNROLL
       for (int j = 0; j < w; ++j)
-        x[j] = load<A>(ranks + (r + j < k ? r + j : k - 1) * block_rows + first);
+        x[j] = detail::load_words<A>(ranks + (r + j < k ? r + j : k - 1) * block_rows + first);
       transpose<A>(x);
       const int rows = n - first < w ? n - first : w;
       for (int i = 0; i < rows; ++i) {
         // What a full register writes past the row is written again by the rows that follow.
         const int at = (first + i) * k + r;
         if (at + w <= size && (r + w <= k || k < w)) {
-          x[i].store_unaligned(out + at);
+          detail::store_words<A>(out + at, x[i]);
         } else {
           store_first<A>(out + at, k - r < w ? k - r : w, x[i]);
         }

@@ -13,6 +13,7 @@
 #include <moeroute/base/rng.hpp>
 #include <moeroute/base/workspace.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
 #include <moeroute/policy/parts/capacity.hpp>
 
 namespace moeroute {
@@ -153,10 +154,10 @@ inline void drop_excess(assignment& a, const capacity_policy& policy, index_t ca
 /// Choices without an expert take no place; choices that were dropped before stay dropped and take
 /// none either. Weights decide an order as they are before renormalisation.
 /// Ensures: an expert keeps min(its choices, C); kept + dropped + unrouted = choices.
-/// Throws: error where the rule refuses, or `priority` is neither empty nor of size T.
-/// Cost: O(choices + E), for batch_priority O(T log T) on top; O(choices) integers of scratch; no
-/// allocation once ws and the assignment are warm. Determinism: exact.
-/// Source: Lepikhin et al. 2020 (choice_major), Riquelme et al. 2021 (batch_priority).
+/// Throws: error where the rule refuses, an id is outside [-1, E), or `priority` is neither empty
+/// nor of size T. Cost: O(choices + E), for batch_priority O(T log T) on top; O(choices) integers
+/// of scratch; no allocation once ws and the assignment are warm. Determinism: exact. Source:
+/// Lepikhin et al. 2020 (choice_major), Riquelme et al. 2021 (batch_priority).
 inline capacity_result apply_capacity(assignment& choices, const capacity_policy& policy,
                                       workspace& ws) {
   const index_t tokens = choices.tokens(), experts = choices.experts(), n = choices.choices();
@@ -165,6 +166,8 @@ inline capacity_result apply_capacity(assignment& choices, const capacity_policy
                tokens);
   if (!(policy.eps >= 0.0f)) fail_value("apply_capacity", "eps", policy.eps, ">= 0");
   policy.rule.check();
+  check_range("apply_capacity", "tokens", policy.tokens, capacity_policy::all_tokens, tokens);
+  check_choices("apply_capacity", choices);
   const auto m = ws.carve(
       [&](scratch& tape) { return detail::capacity_memory::carve(tape, choices, policy.order); });
   const expert_id* id = choices.ids().data();
@@ -181,7 +184,8 @@ inline capacity_result apply_capacity(assignment& choices, const capacity_policy
     }
   }
   const index_t greatest = experts > 0 ? *std::max_element(m.count, m.count + experts) : 0;
-  result.capacity = policy.rule.capacity(tokens, experts, choices.k(), greatest);
+  const index_t counted = policy.tokens == capacity_policy::all_tokens ? tokens : policy.tokens;
+  result.capacity = policy.rule.capacity(counted, experts, choices.k(), greatest);
 
   if (greatest > result.capacity) {
     std::uint8_t* kept = choices.kept_to_change().data();
@@ -209,6 +213,7 @@ inline void drops_by_position(const assignment& choices, std::span<std::int64_t>
   const auto parts = static_cast<index_t>(chosen.size());
   check_size("drops_by_position", "dropped.size()", static_cast<index_t>(dropped.size()), parts);
   check_range("drops_by_position", "chosen.size()", parts, 1, std::int32_t{0x7fffffff});
+  check_offsets("drops_by_position", choices);
   std::fill(chosen.begin(), chosen.end(), 0);
   std::fill(dropped.begin(), dropped.end(), 0);
   for (index_t t = 0; t < choices.tokens(); ++t) {

@@ -80,7 +80,8 @@ void run_tokens(const dispatch_plan& plan, const matrix_view<const In>& x,
 
 /// Calls f for every expert that has tokens, with the rows of its slots; padding is left out.
 ///
-/// Shapes: in [plan.slots(), d], out [plan.slots(), d'].
+/// Shapes: in [plan.slots(), d], out [plan.slots(), d']; apart, or the same memory where f works in
+/// place.
 /// Throws: error where the shapes do not fit the plan; what f throws. Cost: what f costs; calls run
 /// on the executor's threads, so f must allow that.
 /// Determinism: as f's; what a call sees depends on the plan and options only, never on threads.
@@ -94,6 +95,7 @@ void for_each_expert(const dispatch_plan& plan, const X& in_rows, Y&& out_rows, 
   check_size("for_each_expert", "out.rows()", out.rows, plan.slots());
   check_stride("for_each_expert", "in", in);
   check_stride("for_each_expert", "out", out);
+  check_apart_or_same("for_each_expert", "in", in, "out", out);
   check_range("for_each_expert", "rows_per_call", options.rows_per_call, 0,
               std::int32_t{0x7fffffff});
   if (options.rows_per_call > 0) {

@@ -46,8 +46,8 @@ void cosine_gate(const X& x_rows, const simd::packed_matrix<W, A>& weight, float
 /// weights[t] = scale * sigmoid(x[t] . w): the gate of shared experts that have one.
 ///
 /// Shapes: x [T, d], weight [1, d], weights [T]. Throws: error where shapes do not fit.
-/// Cost: T d multiply-adds, no allocation. Determinism: the same bits on every ISA, executor and
-/// thread count. Source: Qwen2-MoE (2024).
+/// Cost: T d multiply-adds, no allocation. Determinism: as gate(): the same bits for every executor
+/// and thread count, but not on every ISA. Source: Qwen2-MoE (2024).
 template <readable_rows X, executor Exec = serial, storage W = float, class A = simd::default_arch>
 void shared_gate(const X& x_rows, const simd::packed_matrix<W, A>& weight, float scale,
                  std::span<float> weights, const Exec& exec = {}) {
@@ -61,9 +61,12 @@ void shared_gate(const X& x_rows, const simd::packed_matrix<W, A>& weight, float
 }
 
 /// Divides every row by its norm; a zero row stays. For the weights of a cosine gate.
+///
+/// Throws: error where rows run into one another.
 template <writable_rows W, class A = simd::default_arch>
 void unit_rows(W&& weight_rows) {
   const auto w = view(weight_rows);
+  check_stride("unit_rows", "weight", w);
   for (index_t r = 0; r < w.rows; ++r) {
     const float norm = std::max(simd::row_norm<A>(w.row(r), w.cols), 1e-12f);
     for (index_t c = 0; c < w.cols; ++c) w(r, c) /= norm;

@@ -8,6 +8,7 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
 #include <moeroute/data/expert_lists.hpp>
 #include <moeroute/simd/rows/counting_sort.hpp>
@@ -41,14 +42,6 @@ struct plan_options {
 };
 
 namespace detail {
-
-[[noreturn]] MOEROUTE_COLD inline void fail_expert_id(std::span<const expert_id> ids,
-                                                      index_t experts) {
-  const auto bad =
-      std::find_if(ids.begin(), ids.end(), [&](expert_id e) { return e < -1 || e >= experts; });
-  fail("plan", "the id of choice " + std::to_string(bad - ids.begin()) + " is " +
-                   std::to_string(*bad) + ", expected -1 to " + std::to_string(experts - 1));
-}
 
 inline void check_plan_options(const plan_options& options, index_t tokens, index_t experts) {
   check_range("plan", "block", options.block, 1, std::int32_t{0x7fffffff});
@@ -122,6 +115,33 @@ inline index_t pad_offsets(const dispatch_plan::parts& p, const std::int32_t* lo
   return padding;
 }
 
+[[noreturn]] MOEROUTE_COLD inline void fail_distinct(const dispatch_plan& plan) {
+  const slot_id* const token = plan.token_of_slot().data();
+  for (index_t e = 0; e < plan.experts(); ++e) {
+    const index_t first = plan.offsets()[static_cast<std::size_t>(e)];
+    for (index_t s = first + 1; s < first + plan.load(e); ++s)
+      if (token[s] == token[s - 1])
+        fail("plan", "token " + std::to_string(token[s]) + " has expert " + std::to_string(e) +
+                         " twice, expected distinct experts");
+  }
+  std::abort();
+}
+
+// A token that names an expert twice stands twice in a row among the expert's slots. Slots of one
+// expert are compared together with those of the next: equal neighbours there are no fault.
+inline void check_distinct(const dispatch_plan& plan) {
+  const slot_id* const token = plan.token_of_slot().data();
+  const index_t slots = plan.slots();
+  index_t equal = 0;
+  for (index_t s = 1; s < slots; ++s) equal += (token[s] == token[s - 1]) & (token[s] >= 0);
+  for (index_t e = 1; e < plan.experts() && equal > 0; ++e) {
+    const index_t s = plan.offsets()[static_cast<std::size_t>(e)];
+    if (plan.rows(e) > 0 && s > 0) equal -= (token[s] == token[s - 1]) & (token[s] >= 0);
+  }
+  if (equal > 0) [[unlikely]]
+    fail_distinct(plan);
+}
+
 // Writes spare tokens over the empty slots. An expert's own tokens ascend, so one walk finds those
 // that are not among them.
 inline void fill_spare_tokens(const dispatch_plan& plan, std::span<const std::uint8_t> mask,
@@ -149,11 +169,11 @@ void plan_every_choice(const assignment& choices, dispatch_plan& out) {
   if (simd::are_few_keys<A>(n, experts)) {
     if (!simd::sort_few_keys<A>(id, n, experts, token, p.offsets, p.slot_of_choice,
                                 p.token_of_slot)) [[unlikely]]
-      fail_expert_id(choices.ids(), experts);
+      fail_expert_id("plan", choices.ids(), experts);
     return;
   }
   if (!simd::rank_keys<A>(id, n, experts, p.offsets, p.slot_of_choice)) [[unlikely]]
-    fail_expert_id(choices.ids(), experts);
+    fail_expert_id("plan", choices.ids(), experts);
   simd::exclusive_scan<A>(p.offsets, experts, p.offsets);
   simd::place_keys<A>(id, n, token, p.offsets, p.slot_of_choice, p.token_of_slot);
 }
@@ -164,8 +184,7 @@ void plan_with_options(const assignment& choices, dispatch_plan& out, const plan
   const std::span<const expert_id> ids = choices.ids();
   const index_t n = choices.choices(), room = choices.room();
   check_plan_options(options, tokens, experts);
-  if (!simd::keys_in_range<A>(ids.data(), n, experts)) [[unlikely]]
-    fail_expert_id(ids, experts);
+  check_choices<A>("plan", choices);
 
   out.reset(tokens, experts, choices.k(), room, most_slots(room, experts, options));
   out.set_choices(n);
@@ -192,6 +211,7 @@ void plan_with_options(const assignment& choices, dispatch_plan& out, const plan
   }
   simd::place_keys<A>(ids.data(), n, token_of_choice, p.offsets, p.slot_of_choice, p.token_of_slot);
   out.set_counts(counts.dropped, counts.elsewhere, padding);
+  if (choices.ragged()) check_distinct(out);
   if (options.padding == slot_padding::spare_tokens && padding > 0)
     fill_spare_tokens(out, options.mask, p.token_of_slot);
 }
@@ -204,9 +224,10 @@ void plan_with_options(const assignment& choices, dispatch_plan& out, const plan
 /// left to others.
 /// Ensures: slot_of_choice and token_of_slot are inverse to each other; offsets end at the number
 /// of slots; kept + dropped + elsewhere + unrouted = choices. Throws: error where an id is outside
-/// [-1, E), a mask has the wrong size, block < 1, an expert has more tokens than `capacity` slots,
-/// or the slots exceed 2^31 - 1. Cost: O(choices + E), no allocation once the plan is warm.
-/// Determinism: exact, stable in token order.
+/// [-1, E), the offsets of a ragged assignment do not ascend or one of its tokens has an expert
+/// twice (in the fixed form it gets a slot for each), a mask has the wrong size, block < 1, an
+/// expert has more tokens than `capacity` slots, or the slots exceed 2^31 - 1. Cost: O(choices +
+/// E), no allocation once the plan is warm. Determinism: exact, stable in token order.
 template <class A = simd::default_arch>
 void plan(const assignment& choices, dispatch_plan& out, const plan_options& options = {}) {
   // Decided where the caller's options are known: what is not asked for is not looked at again.
@@ -224,9 +245,9 @@ void plan(const assignment& choices, dispatch_plan& out, const plan_options& opt
 ///
 /// weights, if given, become those of the lists in the order of the plan's choices, for combine.
 /// Shapes: weights [E * C], of which out.choices() are written; or empty.
-/// Throws: error where a list or an option has the wrong size, a token is outside [-1, T), or as
-/// above. Cost: O(E C + T), O(C log C) on top for each list that does not ascend; no allocation
-/// once the plan is warm. Determinism: exact.
+/// Throws: error where a list or an option has the wrong size, a token is outside [-1, T) or twice
+/// in an expert's list, or as above. Cost: O(E C + T), O(C log C) on top for each list that does
+/// not ascend; no allocation once the plan is warm. Determinism: exact.
 template <class A = simd::default_arch>
 void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& options = {},
           std::span<float> weights = {}) {
@@ -310,6 +331,7 @@ void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& opt
     for (index_t i = 0; i < load; ++i)
       p.slot_of_choice[cursor[own[i]]++] = static_cast<slot_id>(p.offsets[e] + i);
   }
+  detail::check_distinct(out);
   if (!weights.empty()) {
     cursor = as_cursors();
     for (index_t i = 0; i < n; ++i)

@@ -9,6 +9,8 @@
 #include <moeroute/base/error.hpp>
 #include <moeroute/base/workspace.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
+#include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/stage/capacity.hpp>
 
@@ -42,6 +44,8 @@ index_t rectify_within_rank(assignment& choices, const Scores& score_rows,
   const index_t experts = choices.experts();
   check_size("rectify_within_rank", "scores.rows()", scores.rows, choices.tokens());
   check_size("rectify_within_rank", "scores.cols()", scores.cols, experts);
+  check_stride("rectify_within_rank", "scores", scores);
+  check_choices("rectify_within_rank", choices);
   check_size("rectify_within_rank", "rank_of_token.size()",
              static_cast<index_t>(rank_of_token.size()), choices.tokens());
   check_range("rectify_within_rank", "experts_per_rank", experts_per_rank, 1, experts);
@@ -97,6 +101,8 @@ index_t rectify_by_filling(const assignment& choices, const Scores& score_rows, 
   const index_t tokens = choices.tokens(), experts = choices.experts();
   check_size("rectify_by_filling", "scores.rows()", scores.rows, tokens);
   check_size("rectify_by_filling", "scores.cols()", scores.cols, experts);
+  check_stride("rectify_by_filling", "scores", scores);
+  check_choices("rectify_by_filling", choices);
   check_range("rectify_by_filling", "capacity", capacity, 0, std::int32_t{0x7fffffff});
   check_range("rectify_by_filling", "rounds", rounds, 0, experts);
   if (&choices == &filled)
@@ -107,7 +113,8 @@ index_t rectify_by_filling(const assignment& choices, const Scores& score_rows, 
     std::uint32_t* key;
   };
   // At most what all experts lack is given away, and no token gets more than one per round.
-  const index_t most_given = std::min(capacity * experts, tokens * rounds);
+  const index_t most_given =
+      std::min(size_product(capacity, experts), size_product(tokens, rounds));
   const memory m = ws.carve([&](scratch& tape) {
     return memory{tape.take<std::int32_t>(experts),     tape.take<std::int32_t>(tokens),
                   tape.take<std::int32_t>(tokens),      tape.take<std::int32_t>(tokens),

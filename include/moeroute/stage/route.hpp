@@ -9,6 +9,7 @@
 #include <moeroute/data/assignment.hpp>
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/exec/worker_slots.hpp>
+#include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/simd/select/top_k_packed.hpp>
@@ -97,22 +98,19 @@ void route_with(const Router& router, matrix_view<const T> logits, const side_in
     const route_memory<Router, T>& m = memories[worker];
     for_each_block<A>(logits, side, m, begin, end, [&](const auto& block) {
       choice_block choices{k, m.id, m.value};
+      clear_lanes(choices, block.rows);
       router.route_block(block, m.router, choices);
       expert_id* id = out.ids().data() + block.first_token * k;
       float* weight = out.weights().data() + block.first_token * k;
-      if (side.mask.empty() && side.k_of_token.empty()) {
+      if (side.mask.empty()) {
         simd::store_ranks<A>(reinterpret_cast<const float*>(m.id), k, block.rows,
                              reinterpret_cast<float*>(id));
         simd::store_ranks<A>(m.value, k, block.rows, weight);
         return;
       }
       for (int i = 0; i < block.rows; ++i) {
-        const bool masked = side.masked(block.first_token + i);
-        const int own = side.k_of_token.empty()
-                            ? k
-                            : side.k_of_token[static_cast<std::size_t>(block.first_token + i)];
+        const bool taken = !side.masked(block.first_token + i);
         for (int r = 0; r < k; ++r) {
-          const bool taken = !masked && r < own;
           id[i * k + r] = taken ? m.id[r * block_rows + i] : no_expert;
           weight[i * k + r] = taken ? m.value[r * block_rows + i] : 0.0f;
         }
@@ -168,18 +166,33 @@ void route_with(const Router& router, matrix_view<const T> logits, const side_in
   out.close();
 }
 
-inline void check_side(const side_inputs& side, index_t tokens, index_t k) {
-  const auto given = [&](auto list, const char* name) {
-    if (!list.empty()) check_size("route", name, static_cast<index_t>(list.size()), tokens);
+[[noreturn]] MOEROUTE_COLD inline void fail_unread(const char* name) {
+  fail("route", std::string(name) +
+                    " is given, which this router does not read: leave it out, or take "
+                    "side.only(side_use_of(router, columns))");
+}
+
+// Every side input fits T, and is one that the router reads: what it does not read it would ignore.
+inline void check_side(const side_inputs& side, index_t tokens, index_t columns,
+                       const side_use& use) {
+  const auto given = [&](auto list, const char* name, const char* size, bool read) {
+    if (list.empty()) return;
+    check_size("route", size, static_cast<index_t>(list.size()), tokens);
+    if (!read) fail_unread(name);
   };
-  given(side.token_ids, "token_ids.size()");
-  given(side.mask, "mask.size()");
-  given(side.k_of_token, "k_of_token.size()");
-  given(side.modality, "modality.size()");
-  given(side.shared_weight, "shared_weight.size()");
-  if (side.noise_logits.data != nullptr)
+  given(side.token_ids, "token_ids", "token_ids.size()", use.token_ids);
+  given(side.mask, "mask", "mask.size()", true);
+  given(side.k_of_token, "k_of_token", "k_of_token.size()", use.own_k > 0);
+  given(side.modality, "modality", "modality.size()", use.modality);
+  given(side.shared_weight, "shared_weight", "shared_weight.size()", use.shared_weight);
+  if (side.noise_logits.data != nullptr) {
+    if (!use.noise_logits) fail_unread("noise_logits");
     check_size("route", "noise_logits.rows", side.noise_logits.rows, tokens);
-  for (const std::int32_t own : side.k_of_token) check_range("route", "k_of_token", own, 0, k);
+    check_size("route", "noise_logits.cols", side.noise_logits.cols, columns);
+    check_stride("route", "noise_logits", side.noise_logits);
+  }
+  for (const std::int32_t own : side.k_of_token)
+    check_range("route", "k_of_token", own, 0, use.own_k);
 }
 
 }  // namespace detail
@@ -189,9 +202,10 @@ inline void check_side(const side_inputs& side, index_t tokens, index_t k) {
 /// Shapes: logits [T, E] in float, bfloat16 or float16 (as if widened first); out becomes [T, k],
 /// or ragged where the router's k varies. Ensures: ids are in [0, E) or no_expert with weight 0;
 /// weights are finite; a NaN logit counts as -inf and a -inf logit is never chosen; a masked token
-/// has no choices (no_expert in the fixed form). Throws: error where the router does not fit E, or
-/// a side input does not fit T. Cost: no allocation once ws and out are warm. Determinism: the same
-/// ids on every ISA, executor and thread count. Token routers: rows are independent.
+/// has no choices (no_expert in the fixed form). Throws: error where the router does not fit E, a
+/// side input does not fit T and the columns or is one that the router does not read, or rows run
+/// into one another. Cost: no allocation once ws and out are warm. Determinism: the same ids on
+/// every ISA, executor and thread count. Token routers: rows are independent.
 template <any_kind_of_router Router, readable_rows Z, executor Exec = serial,
           class A = simd::default_arch>
 void route(const Router& router, const Z& logit_rows, const side_inputs& side, workspace& ws,
@@ -199,16 +213,17 @@ void route(const Router& router, const Z& logit_rows, const side_inputs& side, w
   using T = element_of<const Z>;
   const matrix_view<const T> logits = const_view(logit_rows);
   const index_t tokens = logits.rows, columns = logits.cols;
+  check_stride("route", "logits", logits);
   if constexpr (batch_router<Router>) {
     static_assert(std::is_same_v<T, float>,
                   "[moeroute::route] rules that see the whole batch take float logits");
     router.check(tokens, columns);
-    detail::check_side(side, tokens, columns);
+    detail::check_side(side, tokens, columns, side_use_of(router, columns));
     router.route_batch(logits, side, ws, out, exec);
   } else {
     router.check(columns);
     const index_t most = detail::most_choices(router, columns);
-    detail::check_side(side, tokens, most);
+    detail::check_side(side, tokens, columns, side_use_of(router, columns));
     if constexpr (ragged_router<Router>) {
       out.reset_ragged(tokens, router.experts(columns), most);
     } else {

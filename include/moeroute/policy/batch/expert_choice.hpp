@@ -182,6 +182,8 @@ struct expert_choice {
   /// the places that it gives back stay empty.
   index_t most_experts = 0;
 
+  static side_use reads_side(index_t columns) { return {.own_k = columns}; }
+
   void check(index_t tokens, index_t experts) const {
     capacity.check();
     check_range("expert_choice", "experts", experts, 1, max_experts);

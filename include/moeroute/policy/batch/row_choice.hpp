@@ -32,7 +32,7 @@ struct row_memory {
   }
 };
 
-// Routes every token of the batch; masked tokens and ranks past a token's own k get nothing.
+// Routes every token of the batch; masked tokens get nothing.
 template <class A, token_router Router, executor Exec>
 void route_rows(const Router& router, matrix_view<const float> z, const side_inputs& side,
                 const row_memory<Router>* memories, int workers, assignment& out,
@@ -48,13 +48,11 @@ void route_rows(const Router& router, matrix_view<const float> z, const side_inp
     for (index_t t = begin; t < end; t += block_rows) {
       const int rows = static_cast<int>(std::min<index_t>(block_rows, end - t));
       choice_block c{k, m.id, m.value};
+      clear_lanes(c, rows);
       router.template route_block<A>({z.row(t), z.stride, rows, z.cols, t, &side}, m.router, c);
       for (int i = 0; i < rows; ++i) {
-        const bool masked = side.masked(t + i);
-        const int own =
-            side.k_of_token.empty() ? k : side.k_of_token[static_cast<std::size_t>(t + i)];
+        const bool taken = !side.masked(t + i);
         for (int r = 0; r < k; ++r) {
-          const bool taken = !masked && r < own;
           const index_t at = (t + i) * k + r;
           out.ids()[static_cast<std::size_t>(at)] = taken ? c.id[r * block_rows + i] : no_expert;
           out.weights()[static_cast<std::size_t>(at)] = taken ? c.value[r * block_rows + i] : 0.0f;
@@ -98,6 +96,7 @@ struct filled_rows {
         if (i >= z.rows) e = no_expert;
         c.value[r * block_rows + i] = e == no_expert ? simd::minus_infinity : z.row(i)[e];
       }
+    keep_own_k(z, c);
     weigh.template operator()<A>(z, c, m.choice);
   }
 };

@@ -64,6 +64,8 @@ struct sinkhorn {
   plan_weights weights = plan_weights::by_k;
   sinkhorn_scaling scaling{};
 
+  side_use reads_side(index_t) const { return {.own_k = k}; }
+
   /// Throws: error where k is outside [1, E] or a field of scaling is out of range.
   void check(index_t, index_t experts) const {
     check_range("sinkhorn", "experts", experts, 1, max_experts);
@@ -131,6 +133,8 @@ struct selective_sinkhorn {
   logit_noise noise{};
   std::uint64_t stream = 0x53535200;  ///< of the coin; give layers that should differ their own
 
+  side_use reads_side(index_t) const { return {.own_k = k, .noise_logits = noise.active()}; }
+
   /// Throws: error where k is outside [1, E], probability outside [0, 1], or a field of scaling out
   /// of range.
   void check(index_t, index_t experts) const {
@@ -172,7 +176,8 @@ static_assert(batch_router<selective_sinkhorn>);
 ///
 /// Shapes: logits [T, E]; the result is ragged, a token's experts in ascending id, possibly none.
 /// Ensures: every expert has exactly C tokens, fewer only where fewer tokens have a logit above
-/// -inf. Throws: error where weights is by_k or sigmoid, or an option is out of its range. Cost: as
+/// -inf or a token's own k gives places back, those that the plan gives it least of. Throws: error
+/// where weights is by_k or sigmoid, or an option is out of its range. Cost: as
 /// sinkhorn, and one column sweep; a [T, E] matrix and a panel of scratch. No allocation once warm.
 /// Determinism: the same ids and weights on every ISA, executor and thread count.
 /// Source: Liu et al. 2024, "Routers in Vision Mixture of Experts"; weights are V-MoE's.
@@ -180,6 +185,8 @@ struct sinkhorn_expert_choice {
   tokens_per_expert capacity{};
   plan_weights weights = plan_weights::softmax;  ///< or the plan's own entries, as they are
   sinkhorn_scaling scaling{};
+
+  static side_use reads_side(index_t columns) { return {.own_k = columns}; }
 
   void check(index_t, index_t experts) const {
     check_range("sinkhorn_expert_choice", "experts", experts, 1, max_experts);
@@ -242,6 +249,7 @@ struct sinkhorn_expert_choice {
     detail::rows_from_picks(
         s, m.picks, m.cursor, experts, out,
         [](index_t, index_t, std::int32_t key) { return simd::value_of_key(key); });
+    if (!side.k_of_token.empty()) detail::release_above_cap(side, experts, out);
     if (weights == plan_weights::plan) return;
     const assignment::parts p = out.to_fill();
     exec.parallel_for(tokens, 256, [&](index_t begin, index_t end) {

@@ -240,6 +240,8 @@ struct sparse_transport_token_choice {
   /// Its capacity is the plan's support where that is 0.
   sparse_transport transport{};
 
+  side_use reads_side(index_t) const { return {.own_k = k}; }
+
   void check(index_t tokens, index_t experts) const {
     transport.check(tokens, experts);
     check_range("sparse_transport_token_choice", "k", k, 1, experts);

@@ -128,6 +128,9 @@ enum class renormalization {
 };
 
 /// A capacity and what happens at it.
+///
+/// The formula's T is all tokens of the assignment, those of padding too, so that C is a constant
+/// of the shape, as in the systems that the formulas are named after; `tokens` is another T.
 struct capacity_policy {
   capacity_rule rule{};
   drop_order order = drop_order::choice_major;
@@ -137,6 +140,9 @@ struct capacity_policy {
   std::span<const float> priority{};
   std::uint64_t seed = 0;  ///< of the order `random`: the same seed and step replay
   std::uint64_t step = 0;
+  index_t tokens = all_tokens;  ///< T of the formula where padding shall not count
+
+  static constexpr index_t all_tokens = -1;
 };
 
 }  // namespace moeroute

@@ -16,6 +16,14 @@ enum class group_score {
   top_sum,   ///< the sum of its k / topk_group best (Megatron-LM)
 };
 
+/// What an expert of a lost group weighs that is chosen all the same: with group_fill 0, where the
+/// groups that stay have too few scores above 0.
+enum class lost_weight {
+  as_published,  ///< zero with group_score::max, own otherwise
+  zero,          ///< 0: the masked scores are the weights (DeepSeek-V2's class)
+  own,           ///< its own score (DeepSeek-V3's and Mistral4's classes)
+};
+
 /// What the selected scores are divided by.
 enum class normalization {
   none,

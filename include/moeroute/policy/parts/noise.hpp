@@ -5,6 +5,7 @@
 #include <string>
 
 #include <moeroute/base/rng.hpp>
+#include <moeroute/matrix/check.hpp>
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/random.hpp>
@@ -111,12 +112,20 @@ struct logit_noise {
 
 /// out = x * u with u uniform in [1 - eps, 1 + eps) for every element: the input jitter of Switch
 /// (Fedus et al. 2021) and Mixtral. Training only; out may be x.
+///
+/// Throws: error where shapes do not fit, rows run into one another, the two overlap without being
+/// the same, or eps is negative or not finite.
 template <readable_rows X, writable_rows Y>
 void jitter_rows(const X& x_rows, float eps, const side_inputs& side, Y&& out_rows) {
   const auto x = const_view(x_rows);
   const auto out = view(out_rows);
   check_size("jitter_rows", "out.rows", out.rows, x.rows);
   check_size("jitter_rows", "out.cols", out.cols, x.cols);
+  check_stride("jitter_rows", "x", x);
+  check_stride("jitter_rows", "out", out);
+  check_apart_or_same("jitter_rows", "x", x, "out", out);
+  if (!(eps >= 0.0f) || !std::isfinite(eps))
+    fail("jitter_rows", "eps is " + std::to_string(eps) + ", expected >= 0");
   const std::uint64_t stream = detail::random_stream(detail::random_use::jitter, side.step);
   for (index_t t = 0; t < x.rows; ++t)
     for (index_t c = 0; c < x.cols; ++c) {

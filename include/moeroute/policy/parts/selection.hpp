@@ -33,9 +33,17 @@ struct top_k {
   index_t topk_group = 1;  ///< groups that stay
   moeroute::group_score group_score = moeroute::group_score::top2_sum;
   float group_fill = simd::minus_infinity;  ///< choice score of experts in other groups: -inf or 0
+  moeroute::lost_weight lost_weight = moeroute::lost_weight::as_published;
 
   index_t choices() const { return k; }
   bool masks_experts() const { return groups > 1; }
+  /// Whether chosen experts of groups that lost have weight 0.
+  bool weighs_lost_with_0() const {
+    return masks_experts() && group_fill == 0.0f &&
+           (lost_weight == moeroute::lost_weight::zero ||
+            (lost_weight == moeroute::lost_weight::as_published &&
+             group_score == moeroute::group_score::max));
+  }
 
   /// Throws: error where k is outside [1, E], groups do not divide E, or topk_group groups hold
   /// fewer than k.
@@ -78,6 +86,18 @@ struct top_k {
   template <class A = simd::default_arch>
   void select(const narrow_block<bfloat16>& z, choice_block& c, const buffers& m) const {
     simd::top_k_block<A>(z.logits, z.stride, z.rows, z.experts, c.k, c.value, c.id, z.wide, m.key);
+  }
+
+  /// Whether expert e of a row is of a group that lost, after select() on this memory.
+  bool lost(const buffers& m, int row, expert_id e, index_t experts) const {
+    const index_t g = e / (experts / groups);
+    const float mine = m.worth[g * block_rows + row];
+    index_t before = 0;
+    for (index_t h = 0; h < groups; ++h) {
+      const float other = m.worth[h * block_rows + row];
+      before += h < g ? other >= mine : other > mine;
+    }
+    return before >= topk_group;
   }
 
  private:

@@ -60,10 +60,11 @@ struct weight_rule {
       F divisor(1.0f);
       if (normalize != normalization::none) {
         divisor = this->template norm<A>(c, lane);
-        if (simd::any<A>(divisor > most)) divisor = this->template tame<A>(c, lane, divisor);
-        if (eps_where == eps_mode::add) divisor += F(eps);
+        F least(eps);
+        if (simd::any<A>(divisor > most)) divisor = this->template tame<A>(c, lane, divisor, least);
+        if (eps_where == eps_mode::add) divisor += least;
         if (eps_where == eps_mode::clamp)
-          divisor = simd::select<A>(divisor > F(eps), divisor, F(eps));
+          divisor = simd::select<A>(divisor > least, divisor, least);
       }
       const auto usable = divisor > zero;
       detail::for_each_rank<A>(c, lane, [&](F score, simd::vmask<A> present) {
@@ -99,9 +100,10 @@ struct weight_rule {
   }
 
   // Rows whose divisor overflowed: +inf scores become 1 and the others 0; finite ones are scaled
-  // down.
+  // down, and eps with them.
   template <class A>
-  simd::vfloat<A> tame(choice_block& c, int lane, simd::vfloat<A> divisor) const {
+  simd::vfloat<A> tame(choice_block& c, int lane, simd::vfloat<A> divisor,
+                       simd::vfloat<A>& least) const {
     using F = simd::vfloat<A>;
     const F infinite(simd::plus_infinity), zero(0.0f);
     const auto wild = divisor > F(std::numeric_limits<float>::max());
@@ -115,6 +117,7 @@ struct weight_rule {
       const F scaled = simd::select<A>(top == infinite, shared, simd::divide<A>(x, top));
       return simd::select<A>(wild, scaled, x);
     });
+    least = simd::select<A>(wild, simd::divide<A>(least, top), least);
     return simd::select<A>(wild, norm<A>(c, lane), divisor);
   }
 

@@ -29,6 +29,16 @@ struct by_modality {
 
   index_t k() const { return first.k(); }
   static index_t experts(index_t columns) { return columns; }
+  side_use reads_side(index_t columns) const {
+    side_use use = side_use_of(first, first_experts);
+    const side_use other = side_use_of(second, columns - first_experts);
+    use.token_ids |= other.token_ids;
+    use.own_k = std::min(use.own_k, other.own_k);
+    use.modality = true;
+    use.shared_weight |= other.shared_weight;
+    use.noise_logits |= other.noise_logits;
+    return use;
+  }
 
   /// Throws: error where E0 does not leave columns for the second router, or the two differ in k.
   void check(index_t columns) const {
@@ -56,7 +66,11 @@ struct by_modality {
     if (others == 0) return;
     part.logits = z.logits + first_experts;
     part.experts = z.experts - first_experts;
+    side_inputs side = *z.side;  // its columns of the noise logits are the second router's as well
+    if (side.noise_logits.data != nullptr) side.noise_logits.data += first_experts;
+    part.side = &side;
     choice_block other{c.k, memory.id, memory.value};
+    clear_lanes(other, z.rows);
     second.route_block(part, memory.second, other);
     for (int i = 0; i < z.rows; ++i) {
       if (modality[static_cast<std::size_t>(i)] == 0) continue;
@@ -72,7 +86,8 @@ struct by_modality {
 /// A router's choices followed by `shared` experts that every token takes, with ids from E on.
 ///
 /// Their weight is side_inputs::shared_weight of the token where given (a shared expert behind a
-/// gate, as in Qwen2-MoE), else `weight`. The logits keep their E columns; the assignment has E +
+/// gate, as in Qwen2-MoE), else `weight`. A token's own k is of the router's choices: the shared
+/// experts stay. The logits keep their E columns; the assignment has E +
 /// shared experts.
 template <token_router Router>
 struct with_shared {
@@ -82,6 +97,11 @@ struct with_shared {
 
   index_t k() const { return router.k() + shared; }
   index_t experts(index_t columns) const { return router.experts(columns) + shared; }
+  side_use reads_side(index_t columns) const {
+    side_use use = side_use_of(router, columns);
+    use.shared_weight = true;
+    return use;
+  }
 
   /// Throws: error where shared < 1 or the router does not fit.
   void check(index_t columns) const {

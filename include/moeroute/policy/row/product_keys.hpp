@@ -17,7 +17,8 @@ namespace moeroute {
 ///
 /// Exactly the top-k of all n^2 sums, without forming them: only columns that reach the k-th sum
 /// are looked at. Shapes: logits [T, 2n]; E = n^2. Cost: O(n) + O(k n) compares per row in the
-/// worst case. Source: Lample et al. 2019; PEER (He 2024).
+/// worst case. softmax gives softmax(first)_i * softmax(second)_j. Source: Lample et al. 2019; PEER
+/// (He 2024).
 template <score_function Score = softmax_selected>
 struct product_keys {
   index_t choices = 16;
@@ -33,6 +34,7 @@ struct product_keys {
   };
 
   index_t k() const { return choices; }
+  side_use reads_side(index_t) const { return {.own_k = choices}; }
   static index_t experts(index_t columns) { return columns / 2 * (columns / 2); }
 
   /// Throws: error where the columns are odd, n^2 exceeds 2^20 or k exceeds n^2.
@@ -72,6 +74,7 @@ struct product_keys {
         c.value[r * block_rows + i] = there ? m.sums[at] : simd::minus_infinity;
       }
     }
+    keep_own_k(z, c);
     if constexpr (std::is_same_v<Score, softmax>) {
       this->template softmax_of_sums<A>(z, c);
     } else {

@@ -73,6 +73,7 @@ struct gshard_top2 {
   };
   static index_t k() { return 2; }
   static index_t experts(index_t columns) { return columns; }
+  static side_use reads_side(index_t) { return {.own_k = 2}; }
 
   /// Throws: error where E < 2.
   void check(index_t experts) const {
@@ -119,6 +120,7 @@ struct gshard_top2 {
         }
       }
     }
+    keep_own_k(z, c);
     weight.template apply<A>(c);
   }
 };

@@ -27,6 +27,9 @@ struct replay {
   };
   index_t k() const { return record == nullptr ? 1 : record->k(); }
   static index_t experts(index_t columns) { return columns; }
+  side_use reads_side(index_t) const {
+    return {.own_k = k(), .noise_logits = transform.noise.active()};
+  }
 
   /// Throws: error where there is no record or it was made for another E.
   void check(index_t experts) const {
@@ -46,6 +49,7 @@ struct replay {
     if (transform.active()) z = transform.template apply<A>(z, memory.logits);
     const index_t first = z.first_token * c.k;
     detail::take_given<A>(z, c, [&](int i, int r) { return record->id(first + i * c.k + r); });
+    keep_own_k(z, c);
     score.template score_choices<A>(z, c, weight.needs());
     weight.template apply<A>(c);
   }

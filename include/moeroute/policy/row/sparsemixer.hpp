@@ -24,6 +24,7 @@ struct sparsemixer {
   };
   static index_t k() { return 2; }
   static index_t experts(index_t columns) { return columns; }
+  static side_use reads_side(index_t) { return {.own_k = 2}; }
 
   /// Throws: error where E < 2 or jitter < 0.
   void check(index_t experts) const {
@@ -36,7 +37,10 @@ struct sparsemixer {
   template <class A = simd::default_arch>
   void route_block(const logit_block& z, const buffers& memory, choice_block& c) const {
     using F = simd::vfloat<A>;
-    if (z.experts <= block_rows) return this->template route_lanes<A>(z, c);
+    if (z.experts <= block_rows) {
+      this->template route_lanes<A>(z, c);
+      return keep_own_k(z, c);
+    }
     float* const row = memory.row;
     for (int i = 0; i < z.rows; ++i) {
       simd::map_row<A>(z.row(i), z.experts, row,
@@ -50,6 +54,7 @@ struct sparsemixer {
         row[best] = simd::minus_infinity;
       }
     }
+    keep_own_k(z, c);
   }
 
  private:

@@ -137,8 +137,9 @@ enum class table_key {
 
 /// A router whose experts come from a table, while the weights come from the gate's logits.
 ///
-/// Needs side_inputs::token_ids in [0, vocabulary). With uniform_score and a sum the weights are 1
-/// / k. Cost: O(k) per row, plus a pass over the row where the score needs it (softmax).
+/// Needs side_inputs::token_ids in [0, vocabulary), those of masked tokens aside. With
+/// uniform_score and a sum the weights are 1 / k. Cost: O(k) per row, plus a pass over the row
+/// where the score needs it (softmax).
 template <score_function Score>
 struct table_router {
   const expert_table* table = nullptr;
@@ -153,11 +154,17 @@ struct table_router {
 
   index_t k() const { return table == nullptr ? 1 : table->k(); }
   static index_t experts(index_t columns) { return columns; }
+  side_use reads_side(index_t) const {
+    return {.token_ids = true, .own_k = k(), .noise_logits = transform.noise.active()};
+  }
 
-  /// Throws: error where there is no table or it is made for another E.
+  /// Throws: error where there is no table, it is made for another E, or it has no rows to hash
+  /// into.
   void check(index_t experts) const {
     if (table == nullptr) fail("table_router", "table is missing");
     check_size("table_router", "table experts", table->experts(), experts);
+    if (key == table_key::bigram)  // there is no row to hash into
+      check_range("table_router", "table rows", table->vocabulary(), 1, index_t{1} << 40);
     transform.check(experts);
     weight.check(experts);
   }
@@ -176,12 +183,17 @@ struct table_router {
       this->template bigram_rows<A>(z, list);
     } else {
       for (int i = 0; i < z.rows; ++i) {
+        // A masked token's id is nobody's: padding has what the tokeniser likes.
+        list[i] = nullptr;
+        if (z.side->masked(z.first_token + i)) continue;
         const std::int32_t id = z.side->token_ids[static_cast<std::size_t>(z.first_token + i)];
         check_range("table_router", "token id", id, 0, table->vocabulary() - 1);
         list[i] = table->of(id).data();
       }
     }
-    detail::take_given<A>(z, c, [&](int i, int r) { return list[i][r]; });
+    detail::take_given<A>(
+        z, c, [&](int i, int r) { return list[i] == nullptr ? no_expert : list[i][r]; });
+    keep_own_k(z, c);
     score.template score_choices<A>(z, c, weight.needs());
     weight.template apply<A>(c);
   }

@@ -37,6 +37,7 @@ struct threshold_router {
 
   static index_t max_choices(index_t columns) { return columns; }
   static index_t experts(index_t columns) { return columns; }
+  side_use reads_side(index_t) const { return {.noise_logits = transform.noise.active()}; }
 
   /// Throws: error where eps is negative, threshold NaN or gamma has another length than E.
   void check(index_t experts) const {

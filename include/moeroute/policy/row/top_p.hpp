@@ -18,8 +18,8 @@ namespace moeroute {
 /// min_k and at most max_k of them. Probabilities are the softmax over all experts; the weight rule
 /// sees the chosen ones.
 ///
-/// A ragged router: choices come best first. Cost: O(E log k) per row.
-/// Source: "Harder Tasks Need More Experts" (Huang et al. 2024).
+/// A ragged router: choices come best first; side_inputs::k_of_token cuts them, below min_k too.
+/// Cost: O(E log k) per row. Source: "Harder Tasks Need More Experts" (Huang et al. 2024).
 struct top_p {
   float p = 0.4f;
   moeroute::crossing crossing = moeroute::crossing::include;
@@ -42,6 +42,9 @@ struct top_p {
     return max_k > 0 ? std::min(max_k, columns) : columns;
   }
   static index_t experts(index_t columns) { return columns; }
+  side_use reads_side(index_t columns) const {
+    return {.own_k = max_choices(columns), .noise_logits = transform.noise.active()};
+  }
 
   /// Throws: error where p is outside (0, 1], min_k outside [1, E] or max_k below min_k.
   void check(index_t experts) const {
@@ -71,6 +74,10 @@ struct top_p {
       this->template choose_row_by_row<A>(z, memory, c, count);
     else
       this->template choose_together<A>(z, memory, c, count);
+    if (!z.side->k_of_token.empty())
+      for (int i = 0; i < z.rows; ++i)
+        count[i] =
+            std::min(count[i], z.side->k_of_token[static_cast<std::size_t>(z.first_token + i)]);
     for (int r = 0; r < c.k; ++r)
       for (int i = 0; i < block_rows; ++i)
         if (i >= z.rows || r >= count[i]) c.id[r * block_rows + i] = no_expert;

@@ -97,7 +97,10 @@ class packed_matrix {
   packed_matrix(index_t rows, index_t cols) : rows_(rows), cols_(cols) {
     if (rows < 0) fail_value("packed_matrix", "rows", rows, ">= 0");
     if (cols < 0) fail_value("packed_matrix", "cols", cols, ">= 0");
-    weights_.resize(panels() * panel_width * cols);  // the last panel may need less
+    constexpr index_t most = index_t{1} << 48;  // what is still too much, the buffer refuses
+    check_range("packed_matrix", "rows", rows, 0, most);
+    check_range("packed_matrix", "cols", cols, 0, most);
+    weights_.resize(size_product(panels() * panel_width, cols));  // the last panel may need less
     bias_.resize(panels() * panel_width);
     std::fill_n(weights_.data(), weights_.size(), W{});
     std::fill_n(bias_.data(), bias_.size(), 0.0f);
@@ -141,6 +144,7 @@ class packed_matrix {
     check_size("packed_matrix::set_rows", "w.cols()", w.cols, cols_);
     check_range("packed_matrix::set_rows", "w.rows()", w.rows, 0, rows_);
     check_range("packed_matrix::set_rows", "first", first, 0, rows_ - w.rows);
+    check_stride("packed_matrix::set_rows", "w", w);
     if (cols_ == 0) return;  // no panel to point into
     for (index_t r = 0; r < w.rows; ++r) {
       const index_t p = (first + r) / panel_width;
