@@ -29,11 +29,18 @@ struct layer_tape {
 
   /// Bytes that the tape holds, apart from the choices and the plan.
   index_t bytes() const {
-    return early.capacity() + memory.capacity() + backward.capacity() + router.capacity();
+    return logit_values.capacity() * index_t{sizeof(float)} + memory.capacity() +
+           backward.capacity() + router.capacity();
   }
 
-  workspace early, memory;     ///< what the views point into
+  buffer<float> logit_values;  ///< what the views point into, and
+  workspace memory;
   workspace backward, router;  ///< scratch of the backward pass
+
+  // A copy's views would point into the original.
+  layer_tape() = default;
+  layer_tape(layer_tape&&) = default;
+  layer_tape& operator=(layer_tape&&) = default;
 };
 
 /// The same of a soft layer's call: in and out are [slots, d].
@@ -47,6 +54,10 @@ struct soft_tape {
 
   workspace memory;          ///< what the views point into
   workspace backward, sums;  ///< scratch of the backward pass
+
+  soft_tape() = default;
+  soft_tape(soft_tape&&) = default;
+  soft_tape& operator=(soft_tape&&) = default;
 };
 
 }  // namespace moeroute

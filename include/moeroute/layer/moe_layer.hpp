@@ -245,13 +245,14 @@ class moe_layer {
   void forward(const X& x, Y&& y, const side_inputs& side, const Exec& exec, layer_tape& tape,
                Probe&& probe = {}) {
     forward(x, y, side, exec, probe);
-    const index_t tokens = logits_.rows, slots = plan_.slots();
+    const index_t tokens = logit_rows_, slots = plan_.slots();
     std::swap(choices_, tape.choices);
     std::swap(plan_, tape.plan);
-    std::swap(early_workspace_, tape.early);
+    std::swap(logits_, tape.logit_values);
     std::swap(workspace_, tape.memory);
     tape.tokens = tokens;
-    tape.logits = std::exchange(logits_, {});
+    tape.logits = {tape.logit_values.data(), tokens, gate_.rows()};
+    logit_rows_ = 0;
     tape.in = {last_.in, slots, d()};
     tape.out = {last_.out, slots, d()};
     tape.has_inputs = tokens > decode_tokens || options_.weights == weight_on::input;
