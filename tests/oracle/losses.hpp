@@ -74,7 +74,9 @@ rows probabilities(const batch& b, Score score, index_t first, index_t last) {
     if (b.live(t)) p.push_back(score(b.of(t)));
   return p;
 }
-inline rows probabilities(const batch& b) { return probabilities(b, softmax, 0, b.tokens); }
+inline rows probabilities(const batch& b) {
+  return probabilities(b, [](const row& z) { return softmax(z); }, 0, b.tokens);
+}
 
 inline row mean(const rows& p, std::size_t experts) {
   row m(experts, 0.0);

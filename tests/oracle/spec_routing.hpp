@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <moeroute/policy/parts/selection.hpp>
 #include <moeroute/policy/router_spec.hpp>
 #include <span>
 #include <string>

@@ -24,11 +24,11 @@ namespace {
 
 // Rows whose entries are random, with a stride of their own.
 template <class T>
-struct rows {
+struct spread_rows {
   index_t n, d, stride;
   std::vector<T> value;
 
-  rows(index_t count, index_t cols, std::uint64_t seed, index_t gap = 3)
+  spread_rows(index_t count, index_t cols, std::uint64_t seed, index_t gap = 3)
       : n(count), d(cols), stride(cols + gap), value(static_cast<std::size_t>(n * stride)) {
     test::random rng(seed);
     for (T& v : value) v = static_cast<T>(rng.normal());
@@ -41,7 +41,7 @@ struct rows {
 };
 
 template <class A, class B>
-double dot(const rows<A>& a, const rows<B>& b) {
+double dot(const spread_rows<A>& a, const spread_rows<B>& b) {
   double sum = 0.0;
   for (index_t r = 0; r < a.n; ++r)
     for (index_t c = 0; c < a.d; ++c) sum += a(r, c) * b(r, c);
@@ -83,14 +83,14 @@ void for_each_scene(F&& f) {
 template <class T>
 void agree_with_loops(const scene& s, index_t d, double bound) {
   const index_t tokens = s.plan.tokens(), slots = s.plan.slots();
-  const rows<T> out(slots, d, 5), dy(tokens, d, 6);
-  rows<T> dslots(slots, d, 7), dx(tokens, d, 8);
-  const rows<T> before = dx;
+  const spread_rows<T> out(slots, d, 5), dy(tokens, d, 6);
+  spread_rows<T> dslots(slots, d, 7), dx(tokens, d, 8);
+  const spread_rows<T> before = dx;
   const std::vector<T> w = weights_of<T>(s.choices);
   std::vector<T> dw(w.size(), T(9)), dscale(w.size(), T(9));
   combine_backward(out.view(), s.plan, w, dy.view(), combine_gradients<T, T>{dslots.view(), dw});
   std::vector<double> slow(w.size());
-  rows<double> slow_slots(slots, d, 1), slow_x(tokens, d, 1), slow_added(tokens, d, 1);
+  spread_rows<double> slow_slots(slots, d, 1), slow_x(tokens, d, 1), slow_added(tokens, d, 1);
   std::fill(slow_slots.value.begin(), slow_slots.value.end(), 0.0);
   std::fill(slow_x.value.begin(), slow_x.value.end(), 0.0);
   std::vector<double> slow_scale(w.size());
@@ -116,7 +116,7 @@ void agree_with_loops(const scene& s, index_t d, double bound) {
   for (index_t r = 0; r < tokens; ++r)
     for (index_t j = 0; j < d; ++j) same = same && close(dx(r, j), slow_x(r, j), 30 * bound);
   CHECK(same);
-  rows<T> added = before;
+  spread_rows<T> added = before;
   dispatch_backward(out.view(), s.plan, gradient_to::add, added.view(), serial{}, {.scale = w});
   for (index_t r = 0; r < tokens; ++r)
     for (index_t j = 0; j < d; ++j)
@@ -140,8 +140,8 @@ TEST_CASE("each is the adjoint of its forward pass") {
   for_each_scene([](const char* name, const scene& s) {
     INFO(name);
     const index_t d = 24, tokens = s.plan.tokens(), slots = s.plan.slots();
-    const rows<float> in(slots, d, 15), dy(tokens, d, 16), x(tokens, d, 18);
-    rows<float> y(tokens, d, 1), dslots(slots, d, 2), moved(slots, d, 3), dx(tokens, d, 4);
+    const spread_rows<float> in(slots, d, 15), dy(tokens, d, 16), x(tokens, d, 18);
+    spread_rows<float> y(tokens, d, 1), dslots(slots, d, 2), moved(slots, d, 3), dx(tokens, d, 4);
     std::vector<float> dw(s.choices.weights().size());
     combine(in.view(), s.plan, s.choices, y.view());
     combine_backward(in.view(), s.plan, s.choices, dy.view(),
@@ -166,7 +166,7 @@ TEST_CASE("identity experts, lost tokens and shared rows pull back what combine 
   std::vector<std::uint8_t> owned = {1, 1, 1, 1, 1, 1, 0, 0};
   const scene s(a, {.owned = owned});
   const index_t d = 20;
-  const rows<float> in(s.plan.slots(), d, 1), x(30, d, 2), shared(30, d, 3), dy(30, d, 4);
+  const spread_rows<float> in(s.plan.slots(), d, 1), x(30, d, 2), shared(30, d, 3), dy(30, d, 4);
   std::vector<float> gate(30);
   for (float& g : gate) g = rng.uniform();
   const combine_options<> how{.lost = lost_token::residual,
@@ -175,7 +175,7 @@ TEST_CASE("identity experts, lost tokens and shared rows pull back what combine 
                               .x = x.view(),
                               .shared = shared.view(),
                               .shared_weight = gate};
-  rows<float> y(30, d, 5), dslots(s.plan.slots(), d, 6), dx(30, d, 7), dshared(30, d, 8);
+  spread_rows<float> y(30, d, 5), dslots(s.plan.slots(), d, 6), dx(30, d, 7), dshared(30, d, 8);
   std::fill(dx.value.begin(), dx.value.end(), 0.0f);
   std::vector<float> dw(60), dgate(30);
   combine(in.view(), s.plan, s.choices, y.view(), how);
@@ -203,9 +203,9 @@ TEST_CASE("gradients of moved rows have the same bits for every executor, and al
   test::random rng(22);
   const scene s(test::fixed_choices(rng, 700, 16, 4, 6));
   const index_t d = 256;
-  const rows<float> out(s.plan.slots(), d, 1, 0), dy(700, d, 2, 0);
+  const spread_rows<float> out(s.plan.slots(), d, 1, 0), dy(700, d, 2, 0);
   const auto all = [&](const auto& exec) {
-    rows<float> dslots(s.plan.slots(), d, 3, 0), dx(700, d, 4, 0);
+    spread_rows<float> dslots(s.plan.slots(), d, 3, 0), dx(700, d, 4, 0);
     std::vector<float> dw(s.choices.weights().size()), dscale(dw.size());
     const long made = test::allocations_during([&] {
       combine_backward(out.view(), s.plan, s.choices, dy.view(),
@@ -230,7 +230,7 @@ TEST_CASE("16-bit gradients of experts' rows are rounded once, large ones are st
   const index_t d = 1024;  // 9.6 MB of float
   buffer<float> wide(s.plan.slots() * d);
   buffer<bfloat16> narrow(s.plan.slots() * d);
-  const rows<float> dy(600, d, 2, 0);
+  const spread_rows<float> dy(600, d, 2, 0);
   combine_backward(matrix_view<const float>{}, s.plan, s.choices, dy.view(),
                    combine_gradients<float>{{wide.data(), s.plan.slots(), d}});
   combine_backward(matrix_view<const float>{}, s.plan, s.choices, dy.view(),
@@ -274,7 +274,7 @@ TEST_CASE("capacity divides weights as apply_capacity did, and its gradient is t
 TEST_CASE("backward stages refuse what does not fit by name") {
   test::random rng(41);
   const scene s(test::fixed_choices(rng, 6, 4, 2));
-  rows<float> out(12, 8, 1), dy(6, 8, 2), dslots(12, 8, 3), dx(6, 8, 4);
+  spread_rows<float> out(12, 8, 1), dy(6, 8, 2), dslots(12, 8, 3), dx(6, 8, 4);
   std::vector<float> dw(12), few(11);
   const auto combined = [&](matrix_view<float> o, matrix_view<float> y, matrix_view<float> into,
                             std::span<float> weights, const combine_options<>& how = {}) {
@@ -304,7 +304,7 @@ TEST_CASE("backward stages refuse what does not fit by name") {
           dispatch_backward(dslots.view(), s.plan, gradient_to::write, dx.view(), serial{},
                             {.dscale = dw});
         }) == "moeroute::dispatch_backward: x.rows() is 0, expected 6");
-  rows<bfloat16> narrow(6, 8, 5);
+  spread_rows<bfloat16> narrow(6, 8, 5);
   CHECK(test::refusal(
             [&] { dispatch_backward(dslots.view(), s.plan, gradient_to::add, narrow.view()); }) ==
         "moeroute::dispatch_backward: dx is kept in 16 bits and added to, which rounds every time: "

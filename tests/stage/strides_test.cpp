@@ -20,13 +20,13 @@ using namespace moeroute;
 namespace {
 
 // Choices with drops, missing experts and padded slots, and hidden states of d columns.
-struct batch {
+struct moved {
   assignment choices;
   dispatch_plan plan;
   std::vector<float> gates;
   index_t tokens, d;
 
-  batch(index_t t, index_t columns) : tokens(t), d(columns) {
+  moved(index_t t, index_t columns) : tokens(t), d(columns) {
     test::random rng(static_cast<std::uint64_t>(t * columns));
     choices = test::fixed_choices(rng, tokens, 6, 3, 5);
     test::drop_some(rng, choices, 4);
@@ -39,11 +39,11 @@ struct batch {
 template <class Call>
 void for_each_batch(Call&& call) {
   for (const index_t tokens : {1, 19})
-    for (const index_t d : {1, 16, 37, 130}) call(batch(tokens, d));
+    for (const index_t d : {1, 16, 37, 130}) call(moved(tokens, d));
 }
 
 template <class From, class To>
-std::string dispatch_differs(const batch& b, store_path stores, bool scaled) {
+std::string dispatch_differs(const moved& b, store_path stores, bool scaled) {
   return test::differs_by_stride([&](test::layout& l) {
     test::random rng(1);
     const auto x = l.in(test::numbers<From>(rng, b.tokens * b.d), b.tokens, b.d);
@@ -55,7 +55,7 @@ std::string dispatch_differs(const batch& b, store_path stores, bool scaled) {
 }
 
 template <class T, class U>
-std::string combine_differs(const batch& b, int bits) {
+std::string combine_differs(const moved& b, int bits) {
   return test::differs_by_stride([&](test::layout& l) {
     test::random rng(2);
     const auto slots = l.in(test::numbers<T>(rng, b.plan.slots() * b.d), b.plan.slots(), b.d);
@@ -78,7 +78,7 @@ std::string combine_differs(const batch& b, int bits) {
 }  // namespace
 
 TEST_CASE("dispatch gives the same slots wherever rows lie, and writes nothing between them") {
-  for_each_batch([](const batch& b) {
+  for_each_batch([](const moved& b) {
     for (const store_path stores : {store_path::cached, store_path::streamed}) {
       CHECK(dispatch_differs<float, float>(b, stores, false) == "");
       CHECK(dispatch_differs<bfloat16, bfloat16>(b, stores, false) == "");
@@ -89,7 +89,7 @@ TEST_CASE("dispatch gives the same slots wherever rows lie, and writes nothing b
 }
 
 TEST_CASE("rows of bytes go to the same slots wherever they lie") {
-  for_each_batch([](const batch& b) {
+  for_each_batch([](const moved& b) {
     for (const store_path stores : {store_path::cached, store_path::streamed})
       CHECK(test::differs_by_stride([&](test::layout& l) {
               std::vector<std::byte> bytes;
@@ -102,7 +102,7 @@ TEST_CASE("rows of bytes go to the same slots wherever they lie") {
 }
 
 TEST_CASE("combine gives the same sums wherever slots, outputs, hidden and shared rows lie") {
-  for_each_batch([](const batch& b) {
+  for_each_batch([](const moved& b) {
     for (int bits = 0; bits < 8; ++bits) {
       CHECK(combine_differs<float, float>(b, bits) == "");
       CHECK(combine_differs<bfloat16, bfloat16>(b, bits) == "");
@@ -111,7 +111,7 @@ TEST_CASE("combine gives the same sums wherever slots, outputs, hidden and share
 }
 
 TEST_CASE("experts see their own rows wherever slots lie, split or whole") {
-  for_each_batch([](const batch& b) {
+  for_each_batch([](const moved& b) {
     for (const index_t rows_per_call : {0, 3})
       CHECK(test::differs_by_stride([&](test::layout& l) {
               test::random rng(3);
@@ -130,7 +130,7 @@ TEST_CASE("experts see their own rows wherever slots lie, split or whole") {
 }
 
 TEST_CASE("gates give the same logits wherever hidden states and logits lie") {
-  for_each_batch([](const batch& b) {
+  for_each_batch([](const moved& b) {
     CHECK(test::differs_by_stride([&](test::layout& l) {
             test::random rng(4);
             const auto w = l.in(test::numbers(rng, 5 * b.d), 5, b.d);
@@ -152,7 +152,7 @@ TEST_CASE("gates give the same logits wherever hidden states and logits lie") {
 }
 
 TEST_CASE("soft mixtures give the same slots and outputs wherever rows lie") {
-  for_each_batch([](const batch& b) {
+  for_each_batch([](const moved& b) {
     CHECK(test::differs_by_stride([&](test::layout& l) {
             test::random rng(5);
             const auto logits = l.in(test::numbers(rng, b.tokens * 8), b.tokens, 8);
@@ -167,7 +167,7 @@ TEST_CASE("soft mixtures give the same slots and outputs wherever rows lie") {
 }
 
 TEST_CASE("rectification reads scores wherever rows lie") {
-  for_each_batch([](const batch& b) {
+  for_each_batch([](const moved& b) {
     CHECK(test::differs_by_stride([&](test::layout& l) {
             test::random rng(6);
             const auto scores = l.in(test::numbers(rng, b.tokens * 6), b.tokens, 6);
