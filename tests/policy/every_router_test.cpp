@@ -239,6 +239,35 @@ TEST_CASE("what a masked token says matters to no kind of router, and it has no 
   }
 }
 
+TEST_CASE("an own k is kept by every kind of router, or refused by its name") {
+  const side_values values;
+  std::vector<std::int32_t> own;
+  for (index_t t = 0; t < tokens; ++t) own.push_back(static_cast<std::int32_t>(t % 3));
+  for (const any_kind& r : kinds()) {
+    INFO(r.name);
+    side_inputs side = r.side(values);
+    side.k_of_token = own;
+    workspace ws;
+    assignment out;
+    std::string refused;
+    try {
+      r.route(matrix_view<const float>(logits().data(), tokens, experts), side, ws, out, false);
+    } catch (const error& e) {
+      refused = e.what();
+    }
+    if (!refused.empty()) {
+      CHECK(refused.find("k_of_token") != std::string::npos);
+      continue;
+    }
+    const index_t shared = r.name == "with shared experts" ? 2 : 0;
+    for (index_t t = 0; t < tokens; ++t) {
+      index_t made = 0;
+      for (const expert_id e : out.ids(t)) made += e != no_expert;
+      REQUIRE(made <= own[static_cast<std::size_t>(t)] + shared);
+    }
+  }
+}
+
 TEST_CASE("no kind of router remembers the batch before") {
   const side_values values;
   const std::vector<float> before = test::make_logits(test::shape::zipf, 8, tokens, experts);

@@ -142,6 +142,31 @@ TEST_CASE("a token that chooses everything writes nothing of its neighbours', in
   CHECK(test::bit_difference(backwards.weights(), forwards.weights()) == "");
 }
 
+TEST_CASE("pieces of a ragged batch are joined without a gap, in any order") {
+  constexpr index_t tokens = 4000, experts = 20;
+  const std::vector<float> logits = test::make_logits(test::shape::normal, 7, tokens, experts);
+  const threshold_router<relu> rule{.threshold = 0.5f, .scale = 2.0f};
+  std::vector<expert_id> ids;
+  std::vector<float> weights;
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t e = 0; e < experts; ++e)
+      if (const float z = logits[static_cast<std::size_t>(t * experts + e)]; z > 0.5f) {
+        ids.push_back(static_cast<expert_id>(e));
+        weights.push_back(2.0f * z);
+      }
+  workspace memory;
+  assignment a;
+  const auto check = [&] {
+    CHECK(test::bit_difference(a.ids(), ids) == "");
+    CHECK(test::bit_difference(a.weights(), weights) == "");
+    CHECK(a.first(tokens) == static_cast<index_t>(ids.size()));
+  };
+  route(rule, test::rows_of(logits, experts), memory, a);
+  check();
+  route(rule, test::rows_of(logits, experts), memory, a, test::backwards{});
+  check();
+}
+
 TEST_CASE("a threshold, eps or gamma that makes no sense is refused") {
   using rule = threshold_router<relu>;
   const auto refused = [](const rule& r) { return test::refusal([&] { r.check(8); }); };
