@@ -99,10 +99,11 @@ TEMPLATE_LIST_TEST_CASE("every number of rows in a block is selected, row by row
 
 TEMPLATE_LIST_TEST_CASE("a row alone is selected as it is in a block", "", test::widths) {
   for (const shape s : test::all_shapes)
-    for (const index_t cols : {index_t{1}, index_t{15}, index_t{64}, index_t{65}, index_t{255},
-                               index_t{256}, index_t{257}, index_t{320}, index_t{1040}}) {
+    for (const index_t cols :
+         {index_t{1}, index_t{15}, index_t{64}, index_t{65}, index_t{255}, index_t{256},
+          index_t{257}, index_t{320}, index_t{1040}, index_t{2200}}) {
       const std::vector<float> rows = test::make_logits(s, 9, block_rows, cols);
-      for (const int k : {1, 3, 8, 9}) {
+      for (const int k : {1, 2, 3, 8, 9, 10, 12, 17, 40, 64}) {
         if (k > cols) continue;
         const block all = select<TestType>(rows, cols, block_rows, cols, k);
         for (int i = 0; i < block_rows; ++i) {
@@ -133,6 +134,25 @@ TEMPLATE_LIST_TEST_CASE("a row that many columns tie in does not touch the rows 
       for (int i = 0; i < n; ++i) order.push_back(oracle::order(rows.data() + i * cols, cols));
       INFO(n << " rows, k " << k);
       CHECK(wrong(select<TestType>(rows, cols, n, cols, k), rows, cols, order, k) == "");
+    }
+}
+
+TEMPLATE_LIST_TEST_CASE("however the largest values of a row alone lie, the best are found", "",
+                        test::widths) {
+  constexpr index_t cols = 2500;
+  for (const index_t step : {1, 16, 32, 64, 640})
+    for (const bool ascending : {false, true}) {
+      std::vector<float> row = test::make_logits(shape::normal, 12, 1, cols);
+      // Every step-th column is above all others, a few of them equal.
+      for (index_t c = 3; c < cols; c += step) {
+        const auto size = static_cast<float>((ascending ? c : cols - c) / (4 * step));
+        row[static_cast<std::size_t>(c)] = 100.0f + size;
+      }
+      const std::vector<std::vector<expert_id>> order{oracle::order(row.data(), cols)};
+      for (const int k : {1, 2, 4, 8, 10, 11, 16, 20, 32, 33, 64}) {
+        INFO("every " << step << "th column, ascending " << ascending << ", k " << k);
+        CHECK(wrong(select<TestType>(row, cols, 1, cols, k), row, cols, order, k) == "");
+      }
     }
 }
 

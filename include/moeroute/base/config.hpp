@@ -21,6 +21,7 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define MOEROUTE_INLINE [[gnu::always_inline]] inline
+#define MOEROUTE_INLINE_LAMBDA __attribute__((always_inline))
 #define MOEROUTE_COLD [[gnu::cold, gnu::noinline]]
 #define MOEROUTE_OUT_OF_LINE [[gnu::noinline]]
 #define MOEROUTE_RESTRICT __restrict__
@@ -28,8 +29,10 @@
 #define MOEROUTE_PREFETCH(address) __builtin_prefetch(address)
 #define MOEROUTE_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
 #define MOEROUTE_FORGET(address) asm volatile("" : : "r"(address) : "memory")
+#define MOEROUTE_APART(integer) asm("" : "+r"(integer))
 #else
 #define MOEROUTE_INLINE inline
+#define MOEROUTE_INLINE_LAMBDA
 #define MOEROUTE_COLD
 #define MOEROUTE_OUT_OF_LINE
 #define MOEROUTE_RESTRICT
@@ -37,10 +40,14 @@
 #define MOEROUTE_PREFETCH(address) static_cast<void>(address)
 #define MOEROUTE_PREFETCH_TO_WRITE(address) static_cast<void>(address)
 #define MOEROUTE_FORGET(address) static_cast<void>(address)
+#define MOEROUTE_APART(integer) static_cast<void>(integer)
 #endif
 
 // MOEROUTE_FORGET: the compiler forgets what it has stored at an address and loads it. From what it
 // knows it would make one lane of a register by two or three shuffles, which all take one port.
+
+// MOEROUTE_APART: an integer that is read by itself. Two neighbours read at once have to wait until
+// what wrote them one by one has reached the cache.
 
 // Loops over register arrays must be unrolled completely, or the array spills to the stack.
 #if defined(__clang__)

@@ -67,6 +67,9 @@ side_use side_use_of(const R& router, [[maybe_unused]] index_t columns) {
   }
 }
 
+/// No side input at all: what route() takes where none is given.
+inline constexpr side_inputs no_side_inputs{};
+
 /// Up to 16 rows of logits, one per token.
 struct logit_block {
   const float* logits;  ///< row i at logits + i * stride
@@ -150,6 +153,17 @@ concept bfloat16_router = token_router<R> && requires(const R& r, const narrow_b
                                                       choice_block& c, scratch& s) {
   { r.route_block(z, r.carve(s, index_t{}), c) };
 };
+
+/// A token router with a way for single rows: without scratch and without the layout of a block,
+/// with the bits of route_block.
+template <class R>
+concept row_router =
+    token_router<R> && requires(const R& r, const float* row, index_t token,
+                                const side_inputs& side, expert_id* id, float* weight) {
+      // So many rows at most are routed sooner one by one than as a block; 0 where none may be.
+      { r.rows_alone(index_t{}) } -> std::convertible_to<index_t>;
+      { r.route_row(row, index_t{}, token, side, id, weight) };  // writes k ids and weights
+    };
 
 /// Token choice with a varying k: a row's choices are written one after the other.
 template <class R>

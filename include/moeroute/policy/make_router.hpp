@@ -29,6 +29,17 @@ struct router_tensors {
 ///
 /// Cost: the kind is looked up once per call of route(), not per token.
 class any_router {
+  // Comparisons and no table of functions: f is inlined, and what it captures stays in registers.
+  template <std::size_t i, class F>
+  MOEROUTE_INLINE decltype(auto) visit_from(F&& f) const {
+    if constexpr (i + 1 == std::variant_size_v<kinds>) {
+      return f(*std::get_if<i>(&kind_));
+    } else {
+      if (kind_.index() == i) return f(*std::get_if<i>(&kind_));
+      return this->template visit_from<i + 1>(std::forward<F>(f));
+    }
+  }
+
  public:
   using kinds = std::variant<
       router<softmax>, router<softmax_selected>, router<sigmoid>, router<sqrt_softplus>,
@@ -46,7 +57,7 @@ class any_router {
   /// f(the router), whatever its type.
   template <class F>
   decltype(auto) visit(F&& f) const {
-    return std::visit(std::forward<F>(f), kind_);
+    return this->template visit_from<0>(std::forward<F>(f));
   }
 
   /// What it reads of the side inputs.

@@ -117,6 +117,42 @@ struct router {
     weight.template apply<A>(c);
   }
 
+  /// So many rows at most are routed sooner one by one than as a block; 0 where the parts have no
+  /// way for single rows.
+  index_t rows_alone(index_t experts) const {
+    if constexpr (row_score<Score> && row_selection<Selection>) {
+      const bool takes = !transform.active() && selection.takes_rows() &&
+                         (selects_on_logits() || experts <= most_scores);
+      return takes ? simd::rows_sooner_alone<>(experts, k()) : 0;
+    } else {
+      return 0;
+    }
+  }
+
+  /// Routes one token with the bits of route_block: k ids and weights. Requires: rows_alone() > 0.
+  template <class A = simd::default_arch>
+    requires row_score<Score> && row_selection<Selection>
+  void route_row(const float* z, index_t experts, index_t, const side_inputs&, expert_id* id,
+                 float* weights) const {
+    constexpr int block = simd::registers_per_block<A>;
+    constexpr int blocks = simd::max_row_k / block_rows;
+    simd::row_ranks ranks;
+    if (selects_on_logits()) {
+      selection.template select_row<A>(z, experts, ranks);
+      if (k() <= block_rows)
+        this->template weigh_row<A, block>(z, experts, ranks, nullptr, id, weights);
+      else
+        this->template weigh_row<A, block * blocks>(z, experts, ranks, nullptr, id, weights);
+    } else {
+      alignas(alignment) float scores[most_scores + block_rows];
+      this->template select_on_scores<A>(z, experts, scores, ranks);
+      if (k() <= block_rows)
+        this->template weigh_row<A, block>(z, experts, ranks, scores, id, weights);
+      else
+        this->template weigh_row<A, block * blocks>(z, experts, ranks, scores, id, weights);
+    }
+  }
+
   /// The same from bfloat16 rows: where the choice is made on the logits it is made on them as they
   /// are, and they are widened only for scores that depend on the whole row.
   template <class A = simd::default_arch>
@@ -152,6 +188,45 @@ struct router {
             selection.lost(memory.select, i, e, z.experts))
           c.value[r * block_rows + i] = 0.0f;
       }
+  }
+
+  // Experts whose scores fit beside those of others on the stack.
+  static constexpr index_t most_scores = 1024;
+
+  // scores: those of the whole row, where the choice was made on them.
+  template <class A, int n>
+  MOEROUTE_INLINE void weigh_row(const float* z, index_t experts, const simd::row_ranks& ranks,
+                                 const float* scores, expert_id* id, float* weights) const {
+    row_choices<A, n> c(ranks, static_cast<int>(k()));
+    if (scores == nullptr) {
+      score.score_one(z, experts, c, weight.needs());
+    } else if constexpr (scores_winners && !Score::traits.elementwise) {
+      c.take_from(z);
+      c.has_row_max = false;
+      score.score_one(z, experts, c, weight.needs());
+    } else {
+      c.take_from(scores);
+    }
+    weight.template apply_to<A>(c);
+    c.store(id, weights);
+  }
+
+  template <class A>
+  [[gnu::noinline]] void select_on_scores(const float* z, index_t experts, float* scores,
+                                          simd::row_ranks& ranks) const {
+    alignas(alignment) float choice[most_scores];
+    const float* const b = bias.empty() ? nullptr : bias.values().data();
+    if constexpr (!Score::traits.elementwise) score.template score_row<A>(z, experts, scores);
+    detail::choice_row<A>(z, b, experts, choice, [&](simd::vfloat<A> x, index_t e) {
+      if constexpr (Score::traits.elementwise) {
+        const simd::vfloat<A> s = Score::template value<A>(x);
+        s.store_unaligned(scores + e);
+        return s;
+      } else {
+        return simd::load<A>(scores + e);
+      }
+    });
+    selection.template select_row<A>(choice, experts, ranks);
   }
 
   template <class A>

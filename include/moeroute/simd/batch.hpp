@@ -97,6 +97,24 @@ MOEROUTE_INLINE vfloat<A> load_first(const float* p, index_t n, float fill) {
   return vfloat<A>::load_aligned(lane);
 }
 
+template <class A>
+MOEROUTE_INLINE vint<A> load_first(const std::int32_t* p, index_t n, std::int32_t fill) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16)
+    return _mm512_mask_loadu_epi32(_mm512_set1_epi32(fill), static_cast<__mmask16>((1u << n) - 1),
+                                   p);
+#endif
+#if defined(__AVX2__)
+  if constexpr (width<A> == 8)
+    return _mm256_blendv_epi8(_mm256_set1_epi32(fill),
+                              _mm256_maskload_epi32(p, detail::first_lanes(n)),
+                              detail::first_lanes(n));
+#endif
+  alignas(alignment) std::int32_t lane[width<A>];
+  for (int i = 0; i < width<A>; ++i) lane[i] = i < n ? p[i] : fill;
+  return vint<A>::load_aligned(lane);
+}
+
 /// Writes the first n lanes to p and nothing else. n in [0, width].
 template <class A>
 MOEROUTE_INLINE void store_first(float* p, index_t n, vfloat<A> v) {
@@ -112,6 +130,52 @@ MOEROUTE_INLINE void store_first(float* p, index_t n, vfloat<A> v) {
   __builtin_memcpy(p, lane, static_cast<std::size_t>(n) * sizeof(float));  // p may hold integers
 }
 
+/// Writes the first n lanes to p and nothing else, in whole pieces: what is read back at once must
+/// not wait for a masked store to reach the cache. n in [1, width].
+template <class A>
+MOEROUTE_INLINE void store_pieces(float* p, int n, vfloat<A> v) {
+  if (n == width<A>) return v.store_unaligned(p);
+#if defined(__SSE2__)
+  __m128 four;
+#if defined(__AVX__)
+  if constexpr (width<A> >= 8) {
+    __m256 eight;
+#if defined(__AVX512F__)
+    if constexpr (width<A> == 16) {
+      eight = _mm512_castps512_ps256(v);
+      if ((n & 8) != 0) {
+        _mm256_storeu_ps(p, eight);
+        eight = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+        p += 8;
+      }
+    } else
+#endif
+      eight = v;
+    four = _mm256_castps256_ps128(eight);
+    if ((n & 4) != 0) {
+      _mm_storeu_ps(p, four);
+      four = _mm256_extractf128_ps(eight, 1);
+      p += 4;
+    }
+  } else
+#endif
+    four = v;
+  if ((n & 2) != 0) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), four);
+    four = _mm_movehl_ps(four, four);
+    p += 2;
+  }
+  if ((n & 1) != 0) _mm_store_ss(p, four);
+#else
+  store_first<A>(p, n, v);
+#endif
+}
+
+template <class A>
+MOEROUTE_INLINE void store_pieces(std::int32_t* p, int n, vint<A> v) {
+  store_pieces<A>(reinterpret_cast<float*>(p), n, xsimd::bitwise_cast<float>(v));
+}
+
 template <class A>
 MOEROUTE_INLINE vint<A> select(vmask<A> m, vint<A> a, vint<A> b) {
   return xsimd::select(xsimd::batch_bool_cast<std::int32_t>(m), a, b);
@@ -125,6 +189,16 @@ MOEROUTE_INLINE vfloat<A> select(vmask<A> m, vfloat<A> a, vfloat<A> b) {
 template <class A>
 MOEROUTE_INLINE vmask<A> differs(vint<A> a, vint<A> b) {
   return xsimd::batch_bool_cast<float>(a != b);
+}
+/// Lanes whose number is at least `first`, as a mask for floats.
+template <class A>
+MOEROUTE_INLINE vmask<A> lanes_from(std::int32_t first) {
+  return xsimd::batch_bool_cast<float>(lane_numbers<A>() >= vint<A>(first));
+}
+/// The largest lane of x, which has no NaN, in every lane.
+template <class A>
+MOEROUTE_INLINE vfloat<A> largest_lane(vfloat<A> x) {
+  return vfloat<A>(xsimd::reduce_max(x));
 }
 template <class A>
 MOEROUTE_INLINE bool any(vmask<A> m) {

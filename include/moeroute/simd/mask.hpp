@@ -5,6 +5,7 @@
 #include <bit>
 #include <concepts>
 #include <cstdint>
+#include <type_traits>
 
 #include <moeroute/simd/batch.hpp>
 
@@ -29,6 +30,33 @@ MOEROUTE_INLINE vfloat<A> max_or_second(vfloat<A> x, vfloat<A> y) {
   if constexpr (std::derived_from<A, xsimd::sse2>) return _mm_max_ps(x, y);
 #endif
   return select<A>(x > y, x, y);
+}
+
+/// count + 1 in the lanes of a mask of floats or of integers.
+template <class A, class T>
+MOEROUTE_INLINE vint<A> count_where(vint<A> count, xsimd::batch_bool<T, A> m) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16)
+    return _mm512_mask_sub_epi32(count, m, count, _mm512_set1_epi32(-1));
+#endif
+  // A lane that is set is -1.
+#if defined(__AVX2__)
+  if constexpr (width<A> == 8) {
+    if constexpr (std::is_same_v<T, float>)
+      return _mm256_sub_epi32(count, _mm256_castps_si256(m));
+    else
+      return _mm256_sub_epi32(count, m);
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (width<A> == 4) {
+    if constexpr (std::is_same_v<T, float>)
+      return _mm_sub_epi32(count, _mm_castps_si128(m));
+    else
+      return _mm_sub_epi32(count, m);
+  }
+#endif
+  return count + xsimd::select(xsimd::batch_bool_cast<std::int32_t>(m), vint<A>(1), vint<A>(0));
 }
 
 /// Bits of 64 columns in memory, which may be written in parts.

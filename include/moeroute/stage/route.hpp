@@ -19,6 +19,15 @@ namespace moeroute {
 
 namespace detail {
 
+// The matrix itself where it is a view: a copy would be read before it has been written.
+template <readable_rows Z>
+decltype(auto) view_of(const Z& rows) {
+  if constexpr (is_matrix_view<Z>)
+    return rows;
+  else
+    return const_view(rows);
+}
+
 // Tokens per piece of parallel work: about 2^15 logits, whole blocks.
 inline index_t route_grain(index_t experts) {
   return std::clamp<index_t>(round_up((index_t{1} << 15) / experts, block_rows), block_rows, 4096);
@@ -86,6 +95,36 @@ void for_each_block(matrix_view<const T> logits, const side_inputs& side,
   }
 }
 
+// Experts whose widened logits fit on the stack.
+inline constexpr index_t most_widened = 1024;
+
+// So many rows at most the router takes one by one; 0 where it does not.
+template <class T, class Router>
+index_t rows_alone(const Router& router, const side_inputs& side, index_t columns) {
+  if (!side.k_of_token.empty() || (!std::is_same_v<T, float> && columns > most_widened)) return 0;
+  return router.rows_alone(columns);
+}
+
+// Routes a few rows one by one; masked ones get nothing.
+template <class A, class T, row_router Router>
+MOEROUTE_INLINE void route_alone(const Router& router, const T* row, index_t stride,
+                                 index_t columns, index_t begin, index_t end,
+                                 const side_inputs& side, expert_id* id, float* weight) {
+  const index_t k = router.k();
+  for (index_t t = begin; t < end; ++t, row += stride, id += k, weight += k) {
+    if (side.masked(t)) {
+      std::fill_n(id, k, no_expert);
+      std::fill_n(weight, k, 0.0f);
+    } else if constexpr (std::is_same_v<T, float>) {
+      router.route_row(row, columns, t, side, id, weight);
+    } else {
+      alignas(alignment) float wide[most_widened + block_rows];
+      simd::convert_row<A>(row, columns, wide);
+      router.route_row(wide, columns, t, side, id, weight);
+    }
+  }
+}
+
 // route() on memory that is already carved; out has been reset.
 template <class A, class T, token_router Router, executor Exec>
 void route_with(const Router& router, matrix_view<const T> logits, const side_inputs& side,
@@ -96,7 +135,17 @@ void route_with(const Router& router, matrix_view<const T> logits, const side_in
   exec.parallel_for(logits.rows, route_grain(logits.cols), [&](index_t begin, index_t end) {
     const worker_slots::held worker(slots);
     const route_memory<Router, T>& m = memories[worker];
-    for_each_block<A>(logits, side, m, begin, end, [&](const auto& block) {
+    index_t blocks = end;
+    if constexpr (row_router<Router>) {
+      // What is left over after whole blocks.
+      const index_t left = (end - begin) % block_rows;
+      if (left > 0 && left <= rows_alone<T>(router, side, logits.cols)) {
+        blocks = end - left;
+        route_alone<A>(router, logits.row(blocks), logits.stride, logits.cols, blocks, end, side,
+                       out.ids().data() + blocks * k, out.weights().data() + blocks * k);
+      }
+    }
+    for_each_block<A>(logits, side, m, begin, blocks, [&](const auto& block) {
       choice_block choices{k, m.id, m.value};
       clear_lanes(choices, block.rows);
       router.route_block(block, m.router, choices);
@@ -166,6 +215,18 @@ void route_with(const Router& router, matrix_view<const T> logits, const side_in
   out.close();
 }
 
+// Everything that is not routed row by row. Apart from route(), which needs no view in memory.
+template <class A, class T, class Router, executor Exec>
+[[gnu::noinline]] void route_blocks(const Router& router, matrix_view<const T> logits,
+                                    const side_inputs& side, workspace& ws, assignment& out,
+                                    const Exec& exec) {
+  const int workers = route_workers(exec, logits.rows, logits.cols);
+  const auto* memories = ws.carve([&](scratch& tape) {
+    return route_memory<Router, T>::carve(tape, router, logits.cols, workers);
+  });
+  route_with<A>(router, logits, side, memories, workers, out, exec);
+}
+
 [[noreturn]] MOEROUTE_COLD inline void fail_unread(const char* name) {
   fail("route", std::string(name) +
                     " is given, which this router does not read: leave it out, or take "
@@ -211,29 +272,33 @@ template <any_kind_of_router Router, readable_rows Z, executor Exec = serial,
 void route(const Router& router, const Z& logit_rows, const side_inputs& side, workspace& ws,
            assignment& out, const Exec& exec = {}) {
   using T = element_of<const Z>;
-  const matrix_view<const T> logits = const_view(logit_rows);
-  const index_t tokens = logits.rows, columns = logits.cols;
+  const auto& logits = detail::view_of(logit_rows);
+  index_t tokens = logits.rows, columns = logits.cols;
+  MOEROUTE_APART(tokens);
+  MOEROUTE_APART(columns);
   check_stride("route", "logits", logits);
   if constexpr (batch_router<Router>) {
     static_assert(std::is_same_v<T, float>,
                   "[moeroute::route] rules that see the whole batch take float logits");
     router.check(tokens, columns);
     detail::check_side(side, tokens, columns, side_use_of(router, columns));
-    router.route_batch(logits, side, ws, out, exec);
+    router.route_batch(const_view(logit_rows), side, ws, out, exec);
   } else {
     router.check(columns);
     const index_t most = detail::most_choices(router, columns);
-    detail::check_side(side, tokens, columns, side_use_of(router, columns));
+    if (&side != &no_side_inputs)
+      detail::check_side(side, tokens, columns, side_use_of(router, columns));
     if constexpr (ragged_router<Router>) {
       out.reset_ragged(tokens, router.experts(columns), most);
     } else {
       out.reset(tokens, router.experts(columns), most);
     }
-    const int workers = detail::route_workers(exec, tokens, columns);
-    const auto* memories = ws.carve([&](scratch& tape) {
-      return detail::route_memory<Router, T>::carve(tape, router, columns, workers);
-    });
-    detail::route_with<A>(router, logits, side, memories, workers, out, exec);
+    if constexpr (row_router<Router>) {
+      if (tokens <= detail::rows_alone<T>(router, side, columns))
+        return detail::route_alone<A, T>(router, logits.data, logits.stride, columns, 0, tokens,
+                                         side, out.ids().data(), out.weights().data());
+    }
+    detail::route_blocks<A>(router, const_view(logit_rows), side, ws, out, exec);
   }
 }
 
@@ -246,7 +311,7 @@ template <class Router, readable_rows Z, executor Exec = serial, class A = simd:
   }
 void route(const Router& router, const Z& logits, const side_inputs& side, workspace& ws,
            assignment& out, const Exec& exec = {}) {
-  check_size("route", "logits.cols", const_view(logits).cols, router.columns());
+  check_size("route", "logits.cols", detail::view_of(logits).cols, router.columns());
   router.visit([&]<class Kind>(const Kind& kind) {
     route<Kind, Z, Exec, A>(kind, logits, side, ws, out, exec);
   });
@@ -256,7 +321,7 @@ void route(const Router& router, const Z& logits, const side_inputs& side, works
 template <class Router, readable_rows Z, executor Exec = serial, class A = simd::default_arch>
 void route(const Router& router, const Z& logits, workspace& ws, assignment& out,
            const Exec& exec = {}) {
-  route<Router, Z, Exec, A>(router, logits, side_inputs{}, ws, out, exec);
+  route<Router, Z, Exec, A>(router, logits, no_side_inputs, ws, out, exec);
 }
 
 }  // namespace moeroute

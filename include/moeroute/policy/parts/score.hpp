@@ -2,6 +2,7 @@
 #pragma once
 
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/choices.hpp>
 #include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/reduce.hpp>
 
@@ -40,30 +41,38 @@ concept score_function = requires(const S& s, const logit_block& z, choice_block
   { s.score_row(z.row(0), z.experts, row) };
 };
 
+/// A score function that also evaluates the choices of one row alone.
+template <class S>
+concept row_score = score_function<S> &&
+                    requires(const S& s, const float* row, row_choices<simd::default_arch, 1>& c) {
+                      s.score_one(row, index_t{}, c, score_scale::exact);
+                    };
+
 namespace detail {
 
-// Calls f(values of one rank, mask of the rows that have it) and stores what it returns, rank by
-// rank.
-template <class A, class F>
-MOEROUTE_INLINE void for_each_rank(choice_block& c, int lane, F&& f) {
-  const simd::vint<A> none(no_expert);
-  for (int r = 0; r < c.k; ++r) {
-    float* value = c.value + r * block_rows + lane;
-    const simd::vint<A> id = simd::load<A>(c.id + r * block_rows + lane);
-    const auto present = simd::differs<A>(id, none);
-    f(simd::load<A>(value), present).store_unaligned(value);
-  }
+// exp(x - max) / total for the choices that are there, 0 for the others; without the quotient up to
+// a factor of the row.
+template <class A, class Choices>
+MOEROUTE_INLINE void softmax_of(Choices& c, simd::vfloat<A> max, simd::vfloat<A> total,
+                                score_scale scale) {
+  using F = simd::vfloat<A>;
+  const bool exact = scale == score_scale::exact;
+  c.for_each([&](F x, simd::vmask<A> present) MOEROUTE_INLINE_LAMBDA {
+    const F e = simd::exp_below_max<A>(x, max);
+    return simd::select<A>(present, exact ? simd::divide<A>(e, total) : e, F(0.0f));
+  });
 }
 
-// The largest value of each row's choices; -inf where there is none.
-template <class A>
-MOEROUTE_INLINE simd::vfloat<A> largest_choice(choice_block& c, int lane) {
-  simd::vfloat<A> max(simd::minus_infinity);
-  for_each_rank<A>(c, lane, [&](simd::vfloat<A> x, simd::vmask<A> present) {
-    max = simd::select<A>(present & (x > max), x, max);
-    return x;
+// The same where the total is that of the choices themselves.
+template <class A, class Choices>
+MOEROUTE_INLINE void softmax_among(Choices& c, score_scale scale) {
+  using F = simd::vfloat<A>;
+  softmax_of<A>(c, c.largest(), F(1.0f), score_scale::up_to_row_factor);
+  if (scale == score_scale::up_to_row_factor) return;
+  const F sum = c.sum([](F x) MOEROUTE_INLINE_LAMBDA { return x; });
+  c.for_each([&](F e, simd::vmask<A> present) MOEROUTE_INLINE_LAMBDA {
+    return simd::select<A>(present, simd::divide<A>(e, sum), F(0.0f));
   });
-  return max;
 }
 
 }  // namespace detail
@@ -80,7 +89,7 @@ struct softmax {
   static void score_choices(const logit_block& z, choice_block& c, score_scale scale) {
     alignas(alignment) float max[block_rows], total[block_rows];
     for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
-      detail::largest_choice<A>(c, lane).store_aligned(max + lane);
+      lane_choices<A>{&c, lane}.largest().store_aligned(max + lane);
       simd::vfloat<A>(1.0f).store_aligned(total + lane);
     }
     if (scale == score_scale::exact) {
@@ -91,13 +100,22 @@ struct softmax {
       }
     }
     for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
-      const simd::vfloat<A> top = simd::load<A>(max + lane), sum = simd::load<A>(total + lane);
-      detail::for_each_rank<A>(c, lane, [&](simd::vfloat<A> x, simd::vmask<A> present) {
-        const simd::vfloat<A> e = simd::exp_below_max<A>(x, top);
-        return simd::select<A>(present, scale == score_scale::exact ? simd::divide<A>(e, sum) : e,
-                               simd::vfloat<A>(0.0f));
-      });
+      lane_choices<A> here{&c, lane};
+      detail::softmax_of<A>(here, simd::load<A>(max + lane), simd::load<A>(total + lane), scale);
     }
+  }
+
+  /// The choices of one row alone.
+  template <class A, int n>
+  MOEROUTE_INLINE static void score_one(const float* z, index_t experts, row_choices<A, n>& c,
+                                        score_scale scale) {
+    float max = c.has_row_max ? c.first() : c.largest().get(0);
+    float total = 1.0f;
+    if (scale == score_scale::exact) {
+      if (!c.has_row_max) max = std::max(max, simd::row_max<A>(z, experts));
+      total = simd::row_sum_exp<A>(z, experts, max);
+    }
+    detail::softmax_of<A>(c, simd::vfloat<A>(max), simd::vfloat<A>(total), scale);
   }
 
   /// All scores of one row; zeros where the row has nothing above -inf.
@@ -125,19 +143,15 @@ struct softmax_selected {
   template <class A = simd::default_arch>
   static void score_choices(const logit_block&, choice_block& c, score_scale scale) {
     for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
-      const simd::vfloat<A> max = detail::largest_choice<A>(c, lane);
-      simd::vfloat<A> sum(0.0f);
-      detail::for_each_rank<A>(c, lane, [&](simd::vfloat<A> x, simd::vmask<A> present) {
-        const simd::vfloat<A> e =
-            simd::select<A>(present, simd::exp_below_max<A>(x, max), simd::vfloat<A>(0.0f));
-        sum += e;
-        return e;
-      });
-      if (scale == score_scale::up_to_row_factor) continue;
-      detail::for_each_rank<A>(c, lane, [&](simd::vfloat<A> e, simd::vmask<A> present) {
-        return simd::select<A>(present, simd::divide<A>(e, sum), simd::vfloat<A>(0.0f));
-      });
+      lane_choices<A> here{&c, lane};
+      detail::softmax_among<A>(here, scale);
     }
+  }
+
+  template <class A, int n>
+  MOEROUTE_INLINE static void score_one(const float*, index_t, row_choices<A, n>& c,
+                                        score_scale scale) {
+    detail::softmax_among<A>(c, scale);
   }
 
   /// What a choice is made on: the logits themselves.
@@ -159,15 +173,28 @@ struct elementwise_score {
 
   template <class A = simd::default_arch>
   static void score_choices(const logit_block&, choice_block& c, score_scale) {
-    for (int lane = 0; lane < block_rows; lane += simd::width<A>)
-      detail::for_each_rank<A>(c, lane, [](simd::vfloat<A> x, simd::vmask<A> present) {
-        return simd::select<A>(present, F::template value<A>(x), simd::vfloat<A>(0.0f));
-      });
+    for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
+      lane_choices<A> here{&c, lane};
+      score_all<A>(here);
+    }
+  }
+
+  template <class A, int n>
+  MOEROUTE_INLINE static void score_one(const float*, index_t, row_choices<A, n>& c, score_scale) {
+    score_all<A>(c);
   }
 
   template <class A = simd::default_arch>
   static void score_row(const float* z, index_t experts, float* score) {
     simd::map_row<A>(z, experts, score, [](simd::vfloat<A> x) { return F::template value<A>(x); });
+  }
+
+ private:
+  template <class A, class Choices>
+  MOEROUTE_INLINE static void score_all(Choices& c) {
+    c.for_each([](simd::vfloat<A> x, simd::vmask<A> present) MOEROUTE_INLINE_LAMBDA {
+      return simd::select<A>(present, F::template value<A>(x), simd::vfloat<A>(0.0f));
+    });
   }
 };
 

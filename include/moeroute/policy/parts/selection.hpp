@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/parts/kinds.hpp>
@@ -21,6 +22,15 @@ concept selection_rule =
       { s.masks_experts() } -> std::convertible_to<bool>;  // rewrites the choice scores in `rows`
       { s.select(choice, rows, c, s.carve(tape, index_t{})) };
     };
+
+/// A selection rule that also takes one row alone.
+template <class S>
+concept row_selection = selection_rule<S> && requires(const S& s, float* choice,
+                                                      const float* logits, simd::row_ranks& ranks) {
+  { s.takes_rows() } -> std::convertible_to<bool>;
+  s.select_row(choice, index_t{}, ranks);  // a row that it may overwrite
+  s.select_row(logits, index_t{}, ranks);  // where it does not mask experts
+};
 
 /// The k experts with the largest choice scores, the lowest id first among equals; with groups > 1
 /// only experts of the topk_group best groups stay, equal groups in ascending order.
@@ -82,6 +92,27 @@ struct top_k {
                          c.id, m.key);
   }
 
+  /// Whether select_row knows this rule: k up to simd::max_row_k, up to 16 groups.
+  bool takes_rows() const {
+    return k <= simd::max_row_k &&
+           (!masks_experts() || (groups <= block_rows && !weighs_lost_with_0() &&
+                                 group_score != moeroute::group_score::top_sum));
+  }
+
+  /// The same for one row that comes alone. Requires: takes_rows(); where masks_experts() the row
+  /// is overwritten.
+  template <class A = simd::default_arch>
+  void select_row(float* choice, index_t experts, simd::row_ranks& c) const {
+    if (masks_experts())
+      this->template select_of_groups<A>(choice, experts, c);
+    else
+      simd::top_k_row<A>(choice, experts, static_cast<int>(k), c);
+  }
+  template <class A = simd::default_arch>
+  void select_row(const float* choice, index_t experts, simd::row_ranks& c) const {
+    simd::top_k_row<A>(choice, experts, static_cast<int>(k), c);
+  }
+
   /// The same on logits, which nothing masks. Requires: !masks_experts().
   template <class A = simd::default_arch>
   void select(const narrow_block<bfloat16>& z, choice_block& c, const buffers& m) const {
@@ -106,6 +137,63 @@ struct top_k {
     if (group_score == moeroute::group_score::max) return 1;
     if (group_score == moeroute::group_score::top2_sum) return std::min<index_t>(2, size);
     return std::clamp<index_t>(k / topk_group, 1, size);
+  }
+
+  // The groups of a row that stay, as bits.
+  template <class A>
+  std::uint32_t best_groups(const float* choice, index_t size) const {
+    using F = simd::vfloat<A>;
+    alignas(alignment) float one[block_rows], two[block_rows];
+    simd::best_two_of_row<A>(choice, groups, size, one, two);
+    if (group_score == moeroute::group_score::top2_sum)
+      for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
+        const F best = simd::load<A>(one + lane), second = simd::load<A>(two + lane);
+        simd::select<A>(second > F(simd::minus_infinity), best + second, best)
+            .store_aligned(one + lane);
+      }
+    std::uint32_t stays = 0;
+    for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
+      const F mine = simd::load<A>(one + lane);
+      simd::vint<A> before(0);
+      for (int g = 0; g < groups; ++g) {
+        const F other(one[g]);
+        const auto later = simd::lanes_from<A>(g - lane + 1);
+        before = simd::count_where<A>(before, (other > mine) | (later & (other == mine)));
+      }
+      stays |= static_cast<std::uint32_t>(
+                   (before < simd::vint<A>(static_cast<std::int32_t>(topk_group))).mask())
+               << lane;
+    }
+    return stays & ((1u << groups) - 1);
+  }
+
+  template <class A>
+  void select_of_groups(float* choice, index_t experts, simd::row_ranks& c) const {
+    using F = simd::vfloat<A>;
+    const index_t size = experts / groups;
+    std::uint32_t stays = this->template best_groups<A>(choice, size);
+    if (group_fill == simd::minus_infinity) {
+      // Nothing outside can be chosen: the groups that stay move together.
+      std::int32_t start[block_rows];
+      index_t kept = 0;
+      for (; stays != 0; stays &= stays - 1, ++kept) {
+        const index_t g = std::countr_zero(stays);
+        start[kept] = static_cast<std::int32_t>(g * size);
+        simd::map_row<A>(choice + g * size, size, choice + kept * size, [](F x) { return x; });
+      }
+      simd::top_k_row<A>(choice, kept * size, static_cast<int>(k), c);
+      simd::move_columns<A>(c, static_cast<int>(k), start, static_cast<int>(kept),
+                            static_cast<std::int32_t>(size));
+    } else {
+      const F fill(group_fill), never(simd::minus_infinity);
+      for (index_t g = 0; g < groups; ++g) {
+        float* const group = choice + g * size;
+        const simd::vmask<A> is_out((stays >> g & 1) == 0);
+        simd::map_row<A>(group, size, group,
+                         [&](F x) { return simd::select<A>(is_out & (x > never), fill, x); });
+      }
+      simd::top_k_row<A>(choice, experts, static_cast<int>(k), c);
+    }
   }
 
   // worth[g][row] = the sum of the group's best, from the largest down; experts that cannot be
@@ -168,6 +256,6 @@ struct top_k {
     }
   }
 };
-static_assert(selection_rule<top_k>);
+static_assert(row_selection<top_k>);
 
 }  // namespace moeroute

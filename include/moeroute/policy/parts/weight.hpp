@@ -49,76 +49,75 @@ struct weight_rule {
 
   template <class A = simd::default_arch>
   void apply(choice_block& c) const {
+    for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
+      lane_choices<A> here{&c, lane};
+      this->template apply_to<A>(here);
+    }
+  }
+
+  /// The same for the choices of one row, or of some lanes of a block.
+  template <class A, class Choices>
+  MOEROUTE_INLINE void apply_to(Choices& c) const {
     using F = simd::vfloat<A>;
     const F zero(0.0f), most(std::numeric_limits<float>::max());
-    const auto finite = [&](F w) {
+    const auto finite = [&](F w) MOEROUTE_INLINE_LAMBDA {
       w = simd::select<A>(w > most, most, simd::select<A>(w == w, w, zero));  // 0 * infinity
       return simd::select<A>(w < -most, -most, w);
     };
-    const bool scales_experts = !expert_scale.empty();
-    for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
-      F divisor(1.0f);
-      if (normalize != normalization::none) {
-        divisor = this->template norm<A>(c, lane);
-        F least(eps);
-        if (simd::any<A>(divisor > most)) divisor = this->template tame<A>(c, lane, divisor, least);
-        if (eps_where == eps_mode::add) divisor += least;
-        if (eps_where == eps_mode::clamp)
-          divisor = simd::select<A>(divisor > least, divisor, least);
+    F divisor(1.0f);
+    if (normalize != normalization::none) {
+      divisor = this->template norm<A>(c);
+      F least(eps);
+      if (simd::any<A>(divisor > most)) [[unlikely]] {
+        Choices wild = c;  // a copy: what cold code sees is not kept in registers
+        divisor = this->template tame<A>(wild, divisor, least);
+        c = wild;
       }
-      const auto usable = divisor > zero;
-      detail::for_each_rank<A>(c, lane, [&](F score, simd::vmask<A> present) {
-        F w = normalize == normalization::none ? score : simd::divide<A>(score, divisor);
-        if (divide != 1.0f) w = simd::divide<A>(w, F(divide));
-        if (scale != 1.0f) w *= F(scale);
-        w = simd::select<A>(present & usable, w, zero);
-        return scales_experts ? w : finite(w);
-      });
+      if (eps_where == eps_mode::add) divisor += least;
+      if (eps_where == eps_mode::clamp) divisor = simd::select<A>(divisor > least, divisor, least);
     }
-    if (!scales_experts) return;
-    // no_expert is out of range, and so may be what stands in lanes without a row.
-    for (int i = 0; i < c.k * block_rows; ++i)
-      if (const auto e = static_cast<std::size_t>(c.id[i]); e < expert_scale.size())
-        c.value[i] *= expert_scale[e];
-    for (int lane = 0; lane < block_rows; lane += simd::width<A>)
-      detail::for_each_rank<A>(c, lane, [&](F w, simd::vmask<A>) { return finite(w); });
+    const auto usable = divisor > zero;
+    c.for_each([&](F score, simd::vmask<A> present) MOEROUTE_INLINE_LAMBDA {
+      F w = normalize == normalization::none ? score : simd::divide<A>(score, divisor);
+      if (divide != 1.0f) w = simd::divide<A>(w, F(divide));
+      if (scale != 1.0f) w *= F(scale);
+      w = simd::select<A>(present & usable, w, zero);
+      return expert_scale.empty() ? finite(w) : w;
+    });
+    if (expert_scale.empty()) return;
+    c.scale_by(expert_scale);
+    c.for_each([&](F w, simd::vmask<A>) MOEROUTE_INLINE_LAMBDA { return finite(w); });
   }
 
  private:
-  // Adding and comparing what is absent would need a mask: absent scores are 0.
-  template <class A>
-  simd::vfloat<A> norm(choice_block& c, int lane) const {
-    using F = simd::vfloat<A>;
-    F sum(0.0f);
-    const bool plain = normalize == normalization::sum || p == 1.0f;
-    detail::for_each_rank<A>(c, lane, [&](F x, simd::vmask<A> present) {
-      x = simd::select<A>(present, x, F(0.0f));
-      sum += plain ? x : power<A>(x, p);
-      return x;
-    });
-    return plain ? sum : power<A>(sum, 1.0f / p);
+  template <class A, class Choices>
+  MOEROUTE_INLINE simd::vfloat<A> norm(Choices& c) const {
+    if (normalize == normalization::sum || p == 1.0f)
+      return c.sum([](simd::vfloat<A> x) MOEROUTE_INLINE_LAMBDA { return x; });
+    return this->template lp_norm<A>(c);
+  }
+
+  template <class A, class Choices>
+  MOEROUTE_COLD simd::vfloat<A> lp_norm(Choices c) const {
+    return power<A>(c.sum([&](simd::vfloat<A> x) { return power<A>(x, p); }), 1.0f / p);
   }
 
   // Rows whose divisor overflowed: +inf scores become 1 and the others 0; finite ones are scaled
   // down, and eps with them.
-  template <class A>
-  simd::vfloat<A> tame(choice_block& c, int lane, simd::vfloat<A> divisor,
-                       simd::vfloat<A>& least) const {
+  template <class A, class Choices>
+  MOEROUTE_COLD simd::vfloat<A> tame(Choices& c, simd::vfloat<A> divisor,
+                                     simd::vfloat<A>& least) const {
     using F = simd::vfloat<A>;
     const F infinite(simd::plus_infinity), zero(0.0f);
     const auto wild = divisor > F(std::numeric_limits<float>::max());
-    F top = zero;
-    detail::for_each_rank<A>(c, lane, [&](F x, simd::vmask<A>) {
-      top = simd::select<A>(x > top, x, top);
-      return x;
-    });
-    detail::for_each_rank<A>(c, lane, [&](F x, simd::vmask<A>) {
+    const F largest = c.largest(), top = simd::select<A>(largest > zero, largest, zero);
+    c.for_each([&](F x, simd::vmask<A>) {
       const F shared = simd::select<A>(x == infinite, F(1.0f), zero);
       const F scaled = simd::select<A>(top == infinite, shared, simd::divide<A>(x, top));
       return simd::select<A>(wild, scaled, x);
     });
     least = simd::select<A>(wild, simd::divide<A>(least, top), least);
-    return simd::select<A>(wild, norm<A>(c, lane), divisor);
+    return simd::select<A>(wild, norm<A>(c), divisor);
   }
 
   template <class A>

@@ -5,6 +5,8 @@
 #include <limits>
 
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/choices.hpp>
+#include <moeroute/policy/parts/weight.hpp>
 
 namespace moeroute::detail {
 
@@ -44,6 +46,19 @@ MOEROUTE_INLINE void take_given(const logit_block& z, choice_block& c, const Giv
       simd::select<A>(there, e, none).store_unaligned(c.id + at);
     }
   }
+}
+
+// Largest k of rows of given choices that come alone, and so many of them at most.
+inline constexpr index_t most_given = block_rows, given_rows_alone = 4;
+
+// One row's k <= most_given experts, which somebody else named, weighed.
+template <class A, class Score>
+void weigh_given(const Score& score, const weight_rule& weight, const expert_id* named, int k,
+                 const float* z, index_t experts, expert_id* id, float* weights) {
+  row_choices<A, simd::registers_per_block<A>> c(named, k, z);
+  score.score_one(z, experts, c, weight.needs());
+  weight.template apply_to<A>(c);
+  c.store(id, weights);
 }
 
 }  // namespace moeroute::detail

@@ -50,8 +50,29 @@ struct random_choice {
       std::fill_n(c.value + r * block_rows, block_rows, 1.0f / static_cast<float>(choices));
     }
   }
+
+  /// Few rows come one by one: the draws of a row lie side by side.
+  index_t rows_alone(index_t) const { return choices <= block_rows ? 4 : 0; }
+
+  template <class A = simd::default_arch>
+  void route_row(const float*, index_t experts, index_t token, const side_inputs& side,
+                 expert_id* id, float* weights) const {
+    const int n = static_cast<int>(choices);
+    simd::random_lanes<A> random;
+    random.place_all(detail::random_stream(detail::random_use::random_choice, side.step),
+                     static_cast<std::uint64_t>(token) * static_cast<std::uint64_t>(choices), 1, n);
+    random.draw(side.seed, n);
+    for (int r = 0; r < n; ++r) {
+      const auto limit = static_cast<std::uint32_t>(experts - choices + r + 1);
+      const auto drawn = static_cast<expert_id>(random.below(limit, r));
+      id[r] = drawn;
+      for (int before = 0; before < r; ++before)
+        id[r] = id[before] == drawn ? static_cast<expert_id>(limit) - 1 : id[r];
+      weights[r] = 1.0f / static_cast<float>(choices);
+    }
+  }
 };
-static_assert(token_router<random_choice>);
+static_assert(row_router<random_choice>);
 
 /// What becomes of GShard's second expert.
 enum class second_expert {

@@ -53,7 +53,24 @@ struct replay {
     score.template score_choices<A>(z, c, weight.needs());
     weight.template apply<A>(c);
   }
+
+  /// Few rows come one by one.
+  index_t rows_alone(index_t) const {
+    return !transform.active() && k() <= detail::most_given ? detail::given_rows_alone : 0;
+  }
+
+  /// Throws: error where the record has fewer tokens.
+  template <class A = simd::default_arch>
+    requires row_score<Score>
+  void route_row(const float* z, index_t experts, index_t token, const side_inputs&, expert_id* id,
+                 float* weights) const {
+    check_range("replay", "tokens", token + 1, 0, record->tokens());
+    const int choices = static_cast<int>(record->k());
+    expert_id named[detail::most_given];
+    for (int r = 0; r < choices; ++r) named[r] = record->id(token * choices + r);
+    detail::weigh_given<A>(score, weight, named, choices, z, experts, id, weights);
+  }
 };
-static_assert(token_router<replay<softmax, std::uint8_t>>);
+static_assert(row_router<replay<softmax, std::uint8_t>>);
 
 }  // namespace moeroute

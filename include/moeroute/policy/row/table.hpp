@@ -198,22 +198,47 @@ struct table_router {
     weight.template apply<A>(c);
   }
 
+  /// Few rows come one by one.
+  index_t rows_alone(index_t) const {
+    return !transform.active() && k() <= detail::most_given ? detail::given_rows_alone : 0;
+  }
+
+  /// Throws: error where token ids are missing or outside the table.
+  template <class A = simd::default_arch>
+    requires row_score<Score>
+  void route_row(const float* z, index_t experts, index_t token, const side_inputs& side,
+                 expert_id* id, float* weights) const {
+    if (side.token_ids.empty()) fail("table_router", "side_inputs::token_ids is missing");
+    index_t row = side.token_ids[static_cast<std::size_t>(token)];
+    if (key == table_key::bigram) {
+      row = random_below(static_cast<std::uint32_t>(table->vocabulary()), 0, previous(side, token),
+                         static_cast<std::uint32_t>(row));
+    } else {
+      check_range("table_router", "token id", row, 0, table->vocabulary() - 1);
+    }
+    detail::weigh_given<A>(score, weight, table->of(row).data(), static_cast<int>(table->k()), z,
+                           experts, id, weights);
+  }
+
  private:
+  // A pair of ids is hashed to the words at (stream, counter) = (the one before, its own).
+  static std::uint32_t previous(const side_inputs& side, index_t token) {
+    return static_cast<std::uint32_t>(
+        token > 0 ? side.token_ids[static_cast<std::size_t>(token - 1)] : -1);
+  }
   template <class A>
   void bigram_rows(const logit_block& z, const expert_id** list) const {
     simd::random_lanes<A> hash;
     for (int i = 0; i < z.rows; ++i) {
       const index_t token = z.first_token + i;
       const std::int32_t id = z.side->token_ids[static_cast<std::size_t>(token)];
-      const std::int32_t before =
-          token > 0 ? z.side->token_ids[static_cast<std::size_t>(token - 1)] : -1;
-      hash.place(i, static_cast<std::uint32_t>(before), static_cast<std::uint32_t>(id));
+      hash.place(i, previous(*z.side, token), static_cast<std::uint32_t>(id));
     }
     hash.draw(0, z.rows);
-    for (int i = 0; i < z.rows; ++i)
-      list[i] = table->of(hash.below(static_cast<std::uint32_t>(table->vocabulary()), i)).data();
+    const auto rows = static_cast<std::uint32_t>(table->vocabulary());
+    for (int i = 0; i < z.rows; ++i) list[i] = table->of(hash.below(rows, i)).data();
   }
 };
-static_assert(token_router<table_router<sqrt_softplus>>);
+static_assert(row_router<table_router<sqrt_softplus>>);
 
 }  // namespace moeroute

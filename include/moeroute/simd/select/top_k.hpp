@@ -95,14 +95,16 @@ void top_k_block(const float* rows, index_t stride, int n, index_t cols, int k, 
   }
   for (int first = 0; first < n; first += width<A>) {
     // The lanes of a third of a register cost more together than so many rows one by one.
-    if (3 * (n - first) <= width<A> && k <= 8) {
-      int alone = first;
-      while (alone < n &&
-             detail::top_k_row<A>(rows + alone * stride, cols, k, value + alone, column + alone))
-        ++alone;
-      if (alone == n) return;
-      // The lanes below write whole registers: from the first row on, or they would reach into the
-      // next rank of the rows that are done.
+    if (3 * (n - first) <= width<A>) {
+      for (; first < n; ++first) {
+        row_ranks ranks;
+        top_k_row<A>(rows + first * stride, cols, k, ranks);
+        for (int r = 0; r < k; ++r) {
+          value[r * block_rows + first] = ranks.value[r];
+          column[r * block_rows + first] = ranks.column[r];
+        }
+      }
+      return;
     }
     const float* row[width<A>];
     for (int i = 0; i < width<A>; ++i) row[i] = rows + std::min(first + i, n - 1) * stride;

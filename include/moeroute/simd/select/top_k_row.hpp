@@ -1,5 +1,5 @@
-// Top-k of a single row: as by a bound, but ranks are counted, as there are no other rows to fill
-// the lanes.
+// Top-k of a single row: as there are no other rows to fill the lanes, its choices lie side by side
+// in them, and ranks are counted.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +8,12 @@
 #include <cstdint>
 #include <limits>
 
+#include <moeroute/base/contract.hpp>
 #include <moeroute/simd/mask.hpp>
 #include <moeroute/simd/select/compress.hpp>
+#include <moeroute/simd/select/kth_key.hpp>
 #include <moeroute/simd/select/ordered_key.hpp>
+#include <moeroute/simd/select/rank_columns.hpp>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -18,114 +21,203 @@
 
 namespace moeroute::simd {
 
+/// Largest k that top_k_row takes.
+inline constexpr int max_row_k = 64;
+
+/// The choices of one row, best first: whole blocks of 16, (-inf, no_expert) where there is none.
+struct row_ranks {
+  alignas(alignment) float value[max_row_k];
+  alignas(alignment) std::int32_t column[max_row_k];
+};
+
 namespace detail {
 
-// One value for each of 16 places.
-template <class V, class A>
-using sixteen = std::array<V, static_cast<std::size_t>(registers_per_block<A>)>;
-
-// The largest of each of 16 groups of columns (c modulo 16); -inf where a group has no value.
-template <class A>
-MOEROUTE_INLINE sixteen<vfloat<A>, A> group_maxima(const float* row, index_t cols) {
+// The largest of each of 16 n groups of columns (c modulo 16 n), in registers; -inf where a group
+// has no value.
+template <class A, int n>
+MOEROUTE_INLINE void group_maxima(const float* row, index_t cols, vfloat<A>* group) {
   // Four registers at least: in a single one every maximum would wait for the one before.
-  constexpr int w = width<A>, n = registers_per_block<A>, chains = std::max(4, n);
+  constexpr int w = width<A>, registers = n * registers_per_block<A>,
+                chains = std::max(4, registers);
   vfloat<A> most[chains];
+  MOEROUTE_UNROLL
   for (auto& m : most) m = vfloat<A>(minus_infinity);
   index_t c = 0;
   for (; c + chains * w <= cols; c += chains * w) {
     MOEROUTE_UNROLL
     for (int j = 0; j < chains; ++j) most[j] = max_or_second<A>(load<A>(row + c + j * w), most[j]);
   }
-  for (int j = 0; c < cols; ++j, c += w)
-    most[j] = max_or_second<A>(
-        load_first<A>(row + c, std::min<index_t>(cols - c, w), minus_infinity), most[j]);
+  if (c < cols) {
+    MOEROUTE_UNROLL
+    for (int j = 0; j < chains; ++j)
+      if (const index_t here = c + j * w; here < cols)
+        most[j] = max_or_second<A>(here + w <= cols
+                                       ? load<A>(row + here)
+                                       : load_first<A>(row + here, cols - here, minus_infinity),
+                                   most[j]);
+  }
   MOEROUTE_UNROLL
-  for (int half = chains / 2; half >= n; half /= 2) {
+  for (int half = chains / 2; half >= registers; half /= 2) {
     MOEROUTE_UNROLL
     for (int j = 0; j < half; ++j) most[j] = xsimd::max(most[j], most[j + half]);
   }
-  sixteen<vfloat<A>, A> result;
   MOEROUTE_UNROLL
-  for (std::size_t r = 0; r < result.size(); ++r) result[r] = most[r];
-  return result;
+  for (int r = 0; r < registers; ++r) group[r] = most[r];
 }
 
-// For each of 16 values how many go before it: larger ones, and equal ones in lower places. No NaN.
-template <class A>
-MOEROUTE_INLINE sixteen<vint<A>, A> count_before(const sixteen<vfloat<A>, A>& value) {
-  constexpr std::size_t w = width<A>, n = registers_per_block<A>;
+// The k-th largest of the values in n registers, in every lane: k of them reach it. No NaN.
+template <class A, int n>
+MOEROUTE_INLINE vfloat<A> kth_of(const vfloat<A>* x, int k) {
+  constexpr int w = width<A>;
+  alignas(alignment) float all[n * w];
+  vint<A> larger[n];
+  MOEROUTE_UNROLL
+  for (int r = 0; r < n; ++r) {
+    x[r].store_aligned(all + r * w);
+    larger[r] = vint<A>(0);
+  }
+  MOEROUTE_FORGET(all);
+  for (int first = 0; first < n * w; first += 16) {
+    MOEROUTE_UNROLL
+    for (int j = 0; j < std::min(16, n * w); ++j) {
+      const vfloat<A> other(all[first + j]);
+      MOEROUTE_UNROLL
+      for (int r = 0; r < n; ++r) larger[r] = count_where<A>(larger[r], other > x[r]);
+    }
+  }
+  vfloat<A> least(plus_infinity);
+  MOEROUTE_UNROLL
+  for (int r = 0; r < n; ++r)
+    least = xsimd::min(least, select<A>(xsimd::batch_bool_cast<float>(larger[r] < vint<A>(k)), x[r],
+                                        vfloat<A>(plus_infinity)));
+  return vfloat<A>(xsimd::reduce_min(least));
+}
+
+// A value that at least k columns reach, and about k + k^2 / 32 n do; never -inf. k <= 16 n.
+template <class A, int n>
+MOEROUTE_INLINE vfloat<A> bound_of_row(const float* row, index_t cols, int k) {
+  constexpr int registers = n * registers_per_block<A>;
+  vfloat<A> group[registers];
+  group_maxima<A, n>(row, cols, group);
+  return xsimd::max(kth_of<A, registers>(group, k),
+                    vfloat<A>(std::numeric_limits<float>::lowest()));
+}
+
+// For each value in n registers how many of the first `size` go before it: larger ones, and equal
+// ones in lower places. No NaN; -inf past the first `size`.
+template <class A, int n>
+MOEROUTE_INLINE void count_before(const vfloat<A>* value, int size, vint<A>* before) {
+  constexpr int w = width<A>;
   // From place j an equal key goes before those in later places: their keys count as one less.
   alignas(alignment) static constexpr auto later = [] {
     std::array<std::int32_t, 2 * block_rows> list{};
     for (std::size_t i = block_rows; i < list.size(); ++i) list[i] = 1;
     return list;
   }();
-  sixteen<vint<A>, A> key, before;
-  alignas(alignment) std::int32_t all[block_rows];
+  vint<A> key[n];
+  alignas(alignment) std::int32_t all[n * w];
   MOEROUTE_UNROLL
-  for (std::size_t r = 0; r < n; ++r) {
+  for (int r = 0; r < n; ++r) {
     key[r] = ordered_key<A>(value[r]);
     key[r].store_aligned(all + r * w);
     before[r] = vint<A>(0);
   }
   MOEROUTE_FORGET(all);
-#if defined(__AVX512F__)
-  if constexpr (width<A> == 16) {
-    __m512i count = _mm512_setzero_si512();
+  const std::int32_t* after = later.data() + block_rows - 1;
+  for (int first = 0; first < size; first += 4, after -= 4) {
     MOEROUTE_UNROLL
-    for (std::size_t j = 0; j < block_rows; ++j) {
-      const __m512i least = _mm512_sub_epi32(key[0], load<A>(later.data() + block_rows - 1 - j));
-      const __mmask16 goes_before = _mm512_cmplt_epi32_mask(least, _mm512_set1_epi32(all[j]));
-      count = _mm512_mask_sub_epi32(count, goes_before, count, _mm512_set1_epi32(-1));
-    }
-    before[0] = count;
-    return before;
-  }
-#endif
-  MOEROUTE_UNROLL
-  for (std::size_t j = 0; j < block_rows; ++j) {
-    MOEROUTE_UNROLL
-    for (std::size_t r = 0; r < n; ++r) {
-      const vint<A> least = key[r] - load<A>(later.data() + block_rows - 1 - j + r * w);
-      before[r] += xsimd::select(vint<A>(all[j]) > least, vint<A>(1), vint<A>(0));
+    for (int j = 0; j < 4; ++j) {
+      MOEROUTE_UNROLL
+      for (int r = 0; r < n; ++r)
+        before[r] = count_where<A>(before[r],
+                                   vint<A>(all[first + j]) > key[r] - load<A>(after - j + r * w));
     }
   }
-  return before;
 }
 
-// The one of 16 values that m of its places are before.
-template <class A>
-MOEROUTE_INLINE vfloat<A> value_at(const sixteen<vfloat<A>, A>& value,
-                                   const sixteen<vint<A>, A>& before, std::int32_t m) {
+// Writes the k first of `size` values in n registers and their columns, best first. -inf past the
+// first `size`.
+template <class A, int n>
+MOEROUTE_INLINE void write_in_order(const vfloat<A>* value, const vint<A>* column, int size, int k,
+                                    row_ranks& out) {
+  constexpr int w = width<A>;
+  const int last = std::min(k, size);
+  vint<A> before[n];
+  count_before<A, n>(value, size, before);
 #if defined(__AVX512F__)
   if constexpr (width<A> == 16) {
-    const __mmask16 here = _mm512_cmpeq_epi32_mask(before[0], _mm512_set1_epi32(m));
-    return _mm512_broadcastss_ps(_mm512_castps512_ps128(_mm512_maskz_compress_ps(here, value[0])));
+    const __m512 never = _mm512_set1_ps(minus_infinity);
+    const __m512i nobody = _mm512_set1_epi32(no_expert);
+    __m512 v;
+    __m512i c;
+    if (k <= 2) {
+      const auto first_of = [&](int rank) {
+        return _mm512_cmpeq_epi32_mask(before[0], _mm512_set1_epi32(rank));
+      };
+      const __mmask16 best = first_of(0), next = k == 2 ? first_of(1) : __mmask16{0};
+      v = _mm512_mask_unpacklo_ps(never, 3, _mm512_mask_compress_ps(never, best, value[0]),
+                                  _mm512_mask_compress_ps(never, next, value[0]));
+      c = _mm512_unpacklo_epi32(_mm512_maskz_compress_epi32(best, column[0]),
+                                _mm512_maskz_compress_epi32(next, column[0]));
+    } else {
+      // Each place writes its number into the lane of its rank.
+      alignas(alignment) std::int32_t rank[w], from[w];
+      const __m512i number = lane_numbers<A>();
+      before[0].store_aligned(rank);
+      _mm512_store_si512(from, number);
+      MOEROUTE_FORGET(rank);
+      MOEROUTE_FORGET(from);
+      __m512i place = number;
+      for (int first = 0; first < size; first += 4) {
+        MOEROUTE_UNROLL
+        for (int j = first; j < first + 4; ++j)
+          place = _mm512_mask_broadcastd_epi32(
+              place, _mm512_cmpeq_epi32_mask(number, _mm512_set1_epi32(rank[j])),
+              _mm_cvtsi32_si128(from[j]));
+      }
+      const auto wanted = static_cast<__mmask16>((1u << last) - 1);
+      v = _mm512_mask_permutexvar_ps(never, wanted, place, value[0]);
+      c = _mm512_permutexvar_epi32(place, column[0]);
+    }
+    _mm512_store_ps(out.value, v);
+    _mm512_store_si512(
+        out.column, _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, never, _CMP_GT_OQ), nobody, c));
+    return;
   }
 #endif
-  vfloat<A> found(minus_infinity);
+  alignas(alignment) float v[n * w];
+  alignas(alignment) std::int32_t c[n * w];
   MOEROUTE_UNROLL
-  for (std::size_t r = 0; r < value.size(); ++r)
-    found = xsimd::max(found, select<A>(xsimd::batch_bool_cast<float>(before[r] == vint<A>(m)),
-                                        value[r], vfloat<A>(minus_infinity)));
-  return vfloat<A>(xsimd::reduce_max(found));
-}
-
-// The places of 16 whose value is m, as bits.
-template <class A>
-MOEROUTE_INLINE std::uint32_t places_equal(const sixteen<vint<A>, A>& value, std::int32_t m) {
-  std::uint32_t places = 0;
+  for (int r = 0; r < n; ++r) {
+    value[r].store_aligned(v + r * w);
+    select<A>(value[r] > vfloat<A>(minus_infinity), column[r], vint<A>(no_expert))
+        .store_aligned(c + r * w);
+  }
+  // Into registers, which are stored whole: what reads them at once does not wait for the cache.
   MOEROUTE_UNROLL
-  for (std::size_t r = 0; r < value.size(); ++r)
-    places |= static_cast<std::uint32_t>((value[r] == vint<A>(m)).mask()) << r * width<A>;
-  return places;
+  for (int to = 0; to < registers_per_block<A>; ++to) {
+    vfloat<A> best(minus_infinity);
+    vint<A> from(no_expert);
+    for (int i = 0; i < w && to * w + i < last; ++i) {
+      std::uint32_t here = 0;
+      MOEROUTE_UNROLL
+      for (int r = 0; r < n; ++r)
+        here |= static_cast<std::uint32_t>((before[r] == vint<A>(to * w + i)).mask()) << r * w;
+      const int at = std::countr_zero(here);
+      const vmask<A> lane = xsimd::batch_bool_cast<float>(lane_numbers<A>() == vint<A>(i));
+      best = select<A>(lane, vfloat<A>(v[at]), best);
+      from = select<A>(lane, vint<A>(c[at]), from);
+    }
+    best.store_aligned(out.value + to * w);
+    from.store_aligned(out.column + to * w);
+  }
 }
 
 // The columns of a row that reach a bound, ascending, 0 past the end; returns how many there are,
 // or more than 16 where 16 places do not hold them.
 template <class A>
 MOEROUTE_INLINE std::int32_t columns_not_below(const float* row, index_t cols, vfloat<A> least,
-                                               sixteen<vint<A>, A>& column) {
+                                               vint<A>* column) {
   column_list<A, block_rows> found;
   index_t c = 0;
   do {
@@ -134,8 +226,7 @@ MOEROUTE_INLINE std::int32_t columns_not_below(const float* row, index_t cols, v
     found.append(&mask, c, std::min(c + 64, cols));
     c += 64;
   } while (c < cols);
-  for (int r = 0; r < registers_per_block<A>; ++r)
-    column[static_cast<std::size_t>(r)] = found.columns(r);
+  for (int r = 0; r < registers_per_block<A>; ++r) column[r] = found.columns(r);
   return found.size();
 }
 
@@ -145,7 +236,7 @@ MOEROUTE_INLINE std::int32_t columns_not_below(const float* row, index_t cols, v
 template <class A>
   requires(width<A> == 16)
 MOEROUTE_INLINE std::int32_t columns_not_below(const float* row, index_t cols, vfloat<A> least,
-                                               sixteen<vint<A>, A>& column) {
+                                               vint<A>* column) {
   const __m128i place = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m128i low = _mm_setzero_si128();  // columns modulo 256
   __m512i high = _mm512_setzero_si512();
@@ -173,37 +264,215 @@ MOEROUTE_INLINE std::int32_t columns_not_below(const float* row, index_t cols, v
 }
 #endif
 
-// False where more than 16 columns reach the bound; nothing has been written then. k <= 16.
-template <class A>
-bool top_k_row(const float* row, index_t cols, int k, float* value, std::int32_t* column) {
-  constexpr int slots = block_rows, w = width<A>;
-  const sixteen<vfloat<A>, A> most = group_maxima<A>(row, cols);
-  const vfloat<A> least = xsimd::max(value_at<A>(most, count_before<A>(most), k - 1),
-                                     vfloat<A>(std::numeric_limits<float>::lowest()));
-  sixteen<vint<A>, A> found;
-  const std::int32_t size = columns_not_below<A>(row, cols, least, found);
-  if (size > slots) return false;
-  sixteen<vfloat<A>, A> v;
-  alignas(alignment) std::int32_t from[slots];
-  alignas(alignment) float what[slots];
+// The values of a row at the columns in registers, all of which are in [0, cols).
+template <class A, int n>
+MOEROUTE_INLINE void values_at(const float* row, [[maybe_unused]] index_t cols,
+                               const vint<A>* column, vfloat<A>* value) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16) {
+    // Registers that hold the row: a gather costs more.
+    if (cols == 64 || cols == 128) {
+      const __m512i c = column[0];
+      const auto of_two = [&](int j) {
+        return _mm512_permutex2var_ps(load<A>(row + 16 * j), c, load<A>(row + 16 * j + 16));
+      };
+      const __mmask16 odd = _mm512_test_epi32_mask(c, _mm512_set1_epi32(32));
+      __m512 v = _mm512_mask_blend_ps(odd, of_two(0), of_two(2));
+      if (cols == 128)
+        v = _mm512_mask_blend_ps(_mm512_test_epi32_mask(c, _mm512_set1_epi32(64)), v,
+                                 _mm512_mask_blend_ps(odd, of_two(4), of_two(6)));
+      value[0] = v;
+      return;
+    }
+  }
+#endif
   MOEROUTE_UNROLL
-  for (int r = 0; r < slots / w; ++r) {
-    const auto i = static_cast<std::size_t>(r);
-    const vmask<A> there = xsimd::batch_bool_cast<float>(lane_numbers<A>() < vint<A>(size - r * w));
-    const vint<A> c = select<A>(there, found[i], vint<A>(0));
-    v[i] = select<A>(there, vfloat<A>::gather(row, c), vfloat<A>(minus_infinity));
-    v[i].store_aligned(what + r * w);
-    select<A>(there, c, vint<A>(no_expert)).store_aligned(from + r * w);
+  for (int r = 0; r < n; ++r) value[r] = vfloat<A>::gather(row, column[r]);
+}
+
+// Entries of the list of top_k_list: a panel of columns, what is kept of those before, and the rest
+// of a register.
+inline constexpr index_t list_panel = 1024;
+inline constexpr index_t list_room = list_panel + max_row_k + block_rows;
+
+// Keeps the k best of n > k listed values in their order; returns the least value that a later
+// column has to have.
+template <class A>
+float keep_best(float* value, std::int32_t* column, index_t n, index_t k) {
+  alignas(alignment) std::int32_t key[list_room];
+  index_t i = 0;
+  for (; i < n; i += width<A>) ordered_key<A>(load<A>(value + i)).store_unaligned(key + i);
+  std::fill(key + n, key + i, lowest_key);
+  const std::int32_t bound = kth_largest_bound<A>(key, n, k, 0);
+  index_t ties = k - count_at_least<A>(key, n, bound + 1), at = 0;
+  const vint<A> least(bound);
+  for (i = 0; i < n; i += width<A>) {
+    const vint<A> x = load<A>(key + i);
+    const std::uint64_t equal = (x == least).mask();
+    std::uint64_t bits = (x > least).mask();
+    if (ties >= std::popcount(equal)) {
+      bits |= equal;
+      ties -= std::popcount(equal);
+    } else {
+      for (std::uint64_t left = equal; ties > 0; --ties, left &= left - 1) bits |= left & -left;
+    }
+    for (; bits != 0; bits &= bits - 1, ++at) {
+      value[at] = value[i + std::countr_zero(bits)];
+      column[at] = column[i + std::countr_zero(bits)];
+    }
   }
-  const sixteen<vint<A>, A> before = count_before<A>(v);
-  for (int r = 0; r < k; ++r) {
-    const int s = std::countr_zero(places_equal<A>(before, r));
-    column[r * block_rows] = from[s];
-    value[r * block_rows] = what[s];
+  return value_of_key(bound + 1);
+}
+
+// Any k up to max_row_k and any number of columns that reach the bound: they are listed in memory,
+// panel by panel.
+template <class A>
+[[gnu::noinline]] void top_k_list(const float* row, index_t cols, int k, row_ranks& out) {
+  constexpr int w = width<A>;
+  alignas(alignment) float value[list_room];
+  alignas(alignment) std::int32_t column[list_room], key[round_up(max_row_k, block_rows)];
+  std::int32_t order[max_row_k];
+  vfloat<A> least(std::numeric_limits<float>::lowest());
+  if (cols > max_row_k)
+    least = k <= 16 ? bound_of_row<A, 2>(row, cols, k) : bound_of_row<A, 4>(row, cols, k);
+  index_t n = 0;
+  for (index_t first = 0; first < cols; first += list_panel) {
+    const index_t end = std::min(first + list_panel, cols);
+    for (index_t c = first; c < end; c += w) {
+      const vfloat<A> x =
+          end - c >= w ? load<A>(row + c) : load_first<A>(row + c, end - c, minus_infinity);
+      n += store_chosen<A>(x >= least, x, static_cast<std::int32_t>(c), value + n, column + n);
+    }
+    if (n > (end < cols ? k : max_row_k)) {
+      least = vfloat<A>(keep_best<A>(value, column, n, k));
+      n = k;
+    }
   }
+  rank_columns<A>(value, n, key, order);
+  for (index_t r = 0; r < round_up(k, block_rows); ++r) {
+    const bool there = r < std::min<index_t>(k, n);
+    out.value[r] = there ? value[order[r]] : minus_infinity;
+    out.column[r] = there ? column[order[r]] : no_expert;
+  }
+}
+
+// False where more than 16 columns reach the bound of 16 n groups; nothing has been written then.
+template <class A, int n>
+MOEROUTE_INLINE bool top_k_by_bound(const float* row, index_t cols, int k, row_ranks& out) {
+  constexpr int w = width<A>, registers = registers_per_block<A>;
+  const vfloat<A> least = bound_of_row<A, n>(row, cols, k);
+  vint<A> column[registers];
+  const std::int32_t size = columns_not_below<A>(row, cols, least, column);
+  if (size > block_rows) return false;
+  vfloat<A> value[registers];
+  values_at<A, registers>(row, cols, column, value);
+  MOEROUTE_UNROLL
+  for (int r = 0; r < registers; ++r)
+    value[r] = select<A>(xsimd::batch_bool_cast<float>(lane_numbers<A>() < vint<A>(size - r * w)),
+                         value[r], vfloat<A>(minus_infinity));
+  if (w == 8 && size <= w)
+    write_in_order<A, 1>(value, column, size, k, out);
+  else
+    write_in_order<A, registers>(value, column, size, k, out);
   return true;
 }
 
+// Up to 16 columns: one or a few registers hold them.
+template <class A, int places>
+MOEROUTE_INLINE void top_k_of_few(const float* row, index_t cols, int k, row_ranks& out) {
+  constexpr int w = width<A>, registers = std::max(1, places / w);
+  vfloat<A> value[registers];
+  vint<A> column[registers];
+  MOEROUTE_UNROLL
+  for (int r = 0; r < registers; ++r) {
+    const vfloat<A> x = load_first<A>(row + std::min<index_t>(r * w, cols),
+                                      std::clamp<index_t>(cols - r * w, 0, w), minus_infinity);
+    value[r] = max_or_second<A>(x, vfloat<A>(minus_infinity));
+    column[r] = lane_numbers<A>() + vint<A>(r * w);
+  }
+  write_in_order<A, registers>(value, column, static_cast<int>(cols), k, out);
+}
+
+// The largest value and the first column that has it.
+template <class A>
+MOEROUTE_INLINE void top_one(const float* row, index_t cols, row_ranks& out) {
+  constexpr int w = width<A>;
+  vfloat<A> group[registers_per_block<A>];
+  group_maxima<A, 1>(row, cols, group);
+  MOEROUTE_UNROLL
+  for (int r = 1; r < registers_per_block<A>; ++r) group[0] = xsimd::max(group[0], group[r]);
+  const vfloat<A> most(xsimd::reduce_max(group[0]));
+  std::int32_t column = no_expert;
+  // From the last columns to the first, without a branch that depends on the data; -inf is the
+  // least of all, so what reaches the largest is equal to it.
+  for (index_t c = (cols - 1) / 64 * 64; c >= 0; c -= 64) {
+    column_mask mask;
+    mask_not_below<A, mask_form::joined>(row + c, cols - c, most, mask);
+    const std::uint64_t bits = mask.bits();
+    const auto here = static_cast<std::int32_t>(c) + std::countr_zero(bits);
+    column = bits != 0 ? here : column;
+  }
+  // The row's own value: a zero keeps its sign.
+  const vmask<A> first = xsimd::batch_bool_cast<float>(lane_numbers<A>() == vint<A>(0)) &
+                         (most > vfloat<A>(minus_infinity));
+  const vfloat<A> value =
+      select<A>(first, vfloat<A>(row[std::max(column, 0)]), vfloat<A>(minus_infinity));
+  value.store_aligned(out.value);
+  select<A>(first, vint<A>(column), vint<A>(no_expert)).store_aligned(out.column);
+  MOEROUTE_UNROLL
+  for (int r = 1; r < registers_per_block<A>; ++r) {
+    vfloat<A>(minus_infinity).store_aligned(out.value + r * w);
+    vint<A>(no_expert).store_aligned(out.column + r * w);
+  }
+}
+
 }  // namespace detail
+
+/// The k best columns of one row, best first.
+///
+/// Shapes: row has cols floats. Where it has fewer than k finite or +inf values the rest is (-inf,
+/// no_expert), up to the next multiple of 16. Requires: 1 <= k <= min(cols, max_row_k), cols <=
+/// 2^20. Cost: two passes over the row and a count of ranks in registers for k up to 10; a list in
+/// memory for larger k, and where many columns tie. No allocation. Determinism: exact; the same on
+/// every ISA.
+template <class A = default_arch>
+void top_k_row(const float* row, index_t cols, int k, row_ranks& out) {
+  MOEROUTE_EXPECTS(k >= 1 && k <= cols && k <= max_row_k);
+  if (cols <= 8) return detail::top_k_of_few<A, 8>(row, cols, k, out);
+  if (k == 1) return detail::top_one<A>(row, cols, out);
+  if (cols <= block_rows) return detail::top_k_of_few<A, block_rows>(row, cols, k, out);
+  if (k <= 8 && detail::top_k_by_bound<A, 1>(row, cols, k, out)) return;
+  if (k > 8 && k <= 10 && cols > 32 && detail::top_k_by_bound<A, 2>(row, cols, k, out)) return;
+  detail::top_k_list<A>(row, cols, k, out);
+}
+
+/// Columns of a row whose groups of `size` were moved together become those they had before: group
+/// i began at start[i].
+template <class A = default_arch>
+void move_columns(row_ranks& c, int k, const std::int32_t* start, int groups, std::int32_t size) {
+  for (int r = 0; r < k; r += width<A>) {
+    const vint<A> column = vint<A>::load_aligned(c.column + r);
+    vint<A> back = column;
+    for (std::int32_t g = 0, moved = 0; g < groups; ++g) {
+      const std::int32_t by = start[g] - g * size;
+      back += xsimd::select(column >= vint<A>(g * size), vint<A>(by - moved), vint<A>(0));
+      moved = by;
+    }
+    back.store_aligned(c.column + r);
+  }
+}
+
+/// So many rows at most are selected and weighed sooner one by one than side by side in lanes.
+///
+/// Measured from T = 1 to 15 on the gates of named models. A full register of rows costs the same
+/// however few of them there are, so narrow registers are full sooner.
+template <class A = default_arch>
+constexpr index_t rows_sooner_alone(index_t cols, index_t k) {
+  if (width<A> == 4) return 2;
+  if (cols <= 32) return 4;
+  if (k == 1) return 10;
+  if (width<A> == 8) return k <= 10 ? 5 : 3;
+  return k <= 10 ? 8 : 5;
+}
 
 }  // namespace moeroute::simd
