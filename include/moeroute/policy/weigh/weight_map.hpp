@@ -163,7 +163,7 @@ class weigh_token {
     constexpr F most = std::numeric_limits<float>::max();
     score_choices(transformed());
     const bool wild = map_.divisor != weight_divisor::none && tame();
-    const divisor_value d = wild && of_threshold() ? divisor_value{} : divisor();
+    const divisor_value d = wild && of_threshold() ? divisor_value{} : divisor(wild);
     for (std::size_t c = 0; c < k(); ++c) {
       const index_t e = expert(c);
       if (e < 0) continue;
@@ -347,12 +347,14 @@ class weigh_token {
     return wild;
   }
 
-  divisor_value divisor() const {
+  // Beside an infinite score eps is nothing.
+  divisor_value divisor(bool wild = false) const {
     if (map_.divisor == weight_divisor::none) return {};
     const bool plain_sum =
         map_.divisor == weight_divisor::sum || map_.divisor == weight_divisor::scaled_sum;
     const bool squares = map_.divisor == weight_divisor::rms || map_.p == 2.0f;
-    const double p = static_cast<double>(map_.p), eps = static_cast<double>(map_.eps);
+    const double p = static_cast<double>(map_.p);
+    const double eps = wild ? 0.0 : static_cast<double>(map_.eps);
     double sum = 0.0;
     for (std::size_t c = 0; c < k(); ++c) {
       const double s = wide(m_.score[c]);
