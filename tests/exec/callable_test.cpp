@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "support/refusal.hpp"
+
 using namespace moeroute;
 
 namespace {
@@ -117,4 +119,21 @@ TEST_CASE("a pool that runs pieces inside suspended ones gives each its scratch,
   loop(2);
   CHECK_THROWS_AS(loop(3), error);  // it would wait for itself
   loop(2);
+}
+
+TEST_CASE("a pool that forgets a piece, or runs one twice, is refused") {
+  const auto forgets = [](index_t n, index_t grain, loop_body body) {
+    for (index_t b = 0; b + grain < n; b += grain) body(b, b + grain);
+  };
+  const auto repeats = [](index_t n, index_t grain, loop_body body) {
+    for (index_t b = 0; b < n; b += grain) body(b, std::min(n, b + grain));
+    body(0, std::min(n, grain));
+  };
+  auto nothing = [](index_t, index_t) {};
+  CHECK(test::refusal([&] { callable_executor(forgets, 1).parallel_for(10, 3, nothing); }) ==
+        "moeroute::callable_executor: what run covered of the loop is 9, expected 10");
+  CHECK(test::refusal([&] { callable_executor(repeats, 1).parallel_for(10, 3, nothing); }) ==
+        "moeroute::callable_executor: what run covered of the loop is 13, expected 10");
+  CHECK(test::refusal([&] { callable_executor(forgets, 1).parallel_for(0, 3, nothing); }) ==
+        "accepted");
 }

@@ -1,6 +1,19 @@
 // Compiled once per instruction set, for one program.
+#include <moeroute/balance/loss_chunk.hpp>
+#include <moeroute/balance/loss_count.hpp>
+#include <moeroute/balance/loss_load.hpp>
+#include <moeroute/balance/loss_relu.hpp>
+#include <moeroute/balance/loss_router.hpp>
+#include <moeroute/balance/loss_selected.hpp>
+#include <moeroute/balance/loss_sums.hpp>
+#include <moeroute/balance/loss_token.hpp>
+#include <moeroute/data/expert_load.hpp>
+#include <moeroute/metrics/committee.hpp>
+#include <moeroute/metrics/entropy.hpp>
+#include <moeroute/metrics/load.hpp>
 #include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/router.hpp>
+#include <moeroute/stage/capacity.hpp>
 #include <moeroute/stage/combine.hpp>
 #include <moeroute/stage/dispatch.hpp>
 #include <moeroute/stage/plan.hpp>
@@ -44,6 +57,30 @@ void decide(const Router& router, const isa_input& in, isa_output& out) {
   out.weights.insert(out.weights.end(), y.data(), y.data() + y.size());
 }
 
+// Losses and meters are not promised to agree between instruction sets, but each must be its own:
+// shared_kernels looks at what they became.
+void learn(const isa_input& in) {
+  workspace ws;
+  buffer<float> gradient(in.tokens * in.experts);
+  const matrix_view<const float> z(in.logits.data(), in.tokens, in.experts);
+  const matrix_view<float> dz(gradient.data(), in.tokens, in.experts);
+  const buffer<double> counts(in.experts);
+  balance_loss<float>({}, z, dz, ws, serial{}, switch_loss{.counts = counts}, router_z_loss{},
+                      token_entropy_loss{});
+  balance_loss<float>({}, z, dz, ws, serial{}, importance_loss{});
+  chunk_sparsity<float>({.chunk = 2}, {}, z, dz, ws, serial{});
+  relu_balance_loss<float>({}, {}, z, dz, ws, serial{});
+  const float one = 1.0f;
+  noisy_load_loss<float>({}, {}, z, z, {&one, 1, 1}, dz, ws, serial{});
+  assignment choices;
+  route(router{softmax{}, top_k{.k = 2}}, z, ws, choices);
+  selected_importance_loss<float>({}, drop_stage::before_drop, {}, choices, z, dz, ws, serial{});
+  apply_capacity(choices, {.rule = {.formula = capacity_formula::megatron}}, ws);
+  entropy_meter().add(z);
+  committee_meter(1, in.experts).add(0, z);
+  load_meter(in.experts).add(choices);
+}
+
 isa_output run(const isa_input& in) {
   isa_output out;
   decide(router{softmax{}, top_k{.k = 6}, sum_normalized}, in, out);
@@ -52,6 +89,7 @@ isa_output run(const isa_input& in) {
          in, out);
   decide(expert_choice<>{}, in, out);
   decide(router{witness{}, top_k{.k = 2}}, in, out);
+  learn(in);
   out.compiled_for = simd::default_arch::name();
   out.ran = witness::seen;
   return out;

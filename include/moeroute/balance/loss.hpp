@@ -45,7 +45,8 @@ struct loss_memory {
   }
 };
 
-template <class F, class Exec, class... L>
+// A names the instruction set that the engine is compiled for: its kernels take it by default.
+template <class F, class Exec, class A, class... L>
 class loss_engine {
  public:
   static constexpr index_t losses = sizeof...(L);
@@ -354,18 +355,18 @@ class loss_engine {
 /// mean_importance_loss, batch_entropy_loss). Scratch: 16 rows per worker and T / 64 rows, plus one
 /// row per sequence for losses by sequence. No allocation once warm.
 /// Determinism: the same bits for every executor and thread count.
-template <class F, executor Exec, loss_term... L>
+template <class F, executor Exec, loss_term... L, class A = simd::default_arch>
   requires(sizeof...(L) > 0 && std::is_floating_point_v<F>)
 loss_values<sizeof...(L)> balance_loss(const loss_options& how,
                                        std::type_identity_t<matrix_view<const F>> logits,
                                        matrix_view<F> dlogits, workspace& ws, const Exec& exec,
                                        const L&... losses) {
-  detail::loss_engine<F, Exec, L...> engine(how, logits, dlogits, exec, losses...);
+  detail::loss_engine<F, Exec, A, L...> engine(how, logits, dlogits, exec, losses...);
   return engine.run(ws);
 }
 
 /// The values alone, in one sweep; `how.gradient` is not used.
-template <class F, executor Exec, loss_term... L>
+template <class F, executor Exec, loss_term... L, class A = simd::default_arch>
   requires(sizeof...(L) > 0 && std::is_floating_point_v<F>)
 loss_values<sizeof...(L)> balance_loss_value(loss_options how, matrix_view<const F> logits,
                                              workspace& ws, const Exec& exec, const L&... losses) {

@@ -32,7 +32,7 @@ struct relu_share {
   F scale;  // 1 / D; 0: the row has no shares
   F curve;  // dD/dr_e = 1 + curve * r_e
 
-  template <class Loss>
+  template <class A = simd::default_arch, class Loss>
   static relu_share of(const F* z, index_t experts, const Loss& loss) {
     const F each = F{1} / static_cast<F>(experts), eps = static_cast<F>(loss.eps);
     const simd::rectified_sums<F> r = simd::sums_of_rectified(z, experts);
@@ -44,7 +44,7 @@ struct relu_share {
 };
 
 // The gradient of sum_e slope_e share_e by the logits, times `factor`, given mean = that sum.
-template <class F>
+template <class F, class A = simd::default_arch>
 void share_gradient_to(gradient_to to, const F* z, const F* slope, const relu_share<F>& share,
                        F mean, F factor, index_t experts, F* out) {
   if (share.scale == F{0}) {
@@ -74,7 +74,7 @@ void share_gradient_to(gradient_to to, const F* z, const F* slope, const relu_sh
 /// second over a chunk that is still in cache. Scratch: 2 E per worker and 2 numbers per token of
 /// a chunk. No allocation once warm. Determinism: the same bits for every executor and thread
 /// count. Source: Song et al. 2025 (BlockFFN).
-template <class F, executor Exec>
+template <class F, executor Exec, class A = simd::default_arch>
 double chunk_sparsity(const chunk_sparsity_loss& loss, const token_options& how,
                       std::type_identity_t<matrix_view<const F>> z, matrix_view<F> dz,
                       workspace& ws, const Exec& exec) {
@@ -146,7 +146,7 @@ double chunk_sparsity(const chunk_sparsity_loss& loss, const token_options& how,
 /// Throws: error where a size differs or coefficient or an eps is negative. Cost: two sweeps.
 /// Scratch: 2 T / 64 rows, 2 numbers per token. No allocation once warm. Determinism: the
 /// same bits for every executor and thread count. Source: Song et al. 2025 (BlockFFN).
-template <class F, executor Exec>
+template <class F, executor Exec, class A = simd::default_arch>
 double share_balance(const share_balance_loss& loss, const token_options& how,
                      std::type_identity_t<matrix_view<const F>> z, matrix_view<F> dz, workspace& ws,
                      const Exec& exec) {
@@ -227,7 +227,7 @@ struct locality_loss {
 /// 0. Throws: error where a size differs, a neighbour is outside [-1, T), or coefficient or beta <
 /// 0. Cost: one sweep over the pairs. No allocation. Determinism: runs on the calling thread, since
 /// tokens may share a neighbour. Source: Song et al. 2025 (BlockFFN).
-template <class F>
+template <class F, class A = simd::default_arch>
 double activation_locality(const locality_loss& loss, const token_options& how,
                            std::type_identity_t<matrix_view<const F>> z, matrix_view<F> dz) {
   constexpr const char* where = "activation_locality";

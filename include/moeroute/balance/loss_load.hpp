@@ -41,9 +41,11 @@ struct load_ranks {
   }
 };
 
-inline void best_of_rows(const float* rows, index_t stride, int n, index_t experts, index_t ranks,
-                         const load_ranks<float>& to) {
-  simd::top_k_block(rows, stride, n, experts, static_cast<int>(ranks), to.value, to.column, to.key);
+template <class A = simd::default_arch>
+void best_of_rows(const float* rows, index_t stride, int n, index_t experts, index_t ranks,
+                  const load_ranks<float>& to) {
+  simd::top_k_block<A>(rows, stride, n, experts, static_cast<int>(ranks), to.value, to.column,
+                       to.key);
 }
 
 // By insertion: for tests of gradients.
@@ -89,7 +91,7 @@ inline void best_of_rows(const double* rows, index_t stride, int n, index_t expe
 /// Cost: a selection of k + 1, then two sweeps with an error function and an exponential per
 /// element. Scratch: T / 64 rows, 2 thresholds per token. No allocation once warm. Determinism: the
 /// same bits for every executor and thread count. Source: Shazeer et al. 2017; Tutel.
-template <class F, executor Exec>
+template <class F, executor Exec, class A = simd::default_arch>
 double noisy_load_loss(const load_loss& loss, const token_options& how,
                        std::type_identity_t<matrix_view<const F>> z,
                        std::type_identity_t<matrix_view<const F>> noisy,
@@ -197,7 +199,7 @@ double noisy_load_loss(const load_loss& loss, const token_options& how,
   });
   return value;
 }
-template <class F, executor Exec>
+template <class F, executor Exec, class A = simd::default_arch>
 double noisy_load_loss(const load_loss& loss, const token_options& how,
                        std::type_identity_t<matrix_view<const F>> z,
                        std::type_identity_t<matrix_view<const F>> noisy,

@@ -110,7 +110,7 @@ struct dirichlet_prior_loss {
 /// what takes the time: for the first steps of a training. Scratch: 18 numbers per token. No
 /// allocation once warm. Determinism: the same bits for every executor and thread count.
 /// Source: Dirichlet-prior shaping of routers (DPSL).
-template <class F, executor Exec>
+template <class F, executor Exec, class A = simd::default_arch>
 double dirichlet_prior(const dirichlet_prior_loss& loss, const token_options& how,
                        std::type_identity_t<matrix_view<const F>> z, matrix_view<F> dz,
                        workspace& ws, const Exec& exec) {

@@ -43,7 +43,7 @@ struct relu_memory {
 /// Cost: a sweep that reads and one that writes, of which the gradient reads again. Scratch: 2 T /
 /// 64 rows. No allocation once warm. Determinism: the same bits for every executor and thread
 /// count. Source: Wang et al. 2024 (ReMoE).
-template <class F, executor Exec>
+template <class F, executor Exec, class A = simd::default_arch>
 double relu_balance_loss(const relu_loss& loss, const token_options& how,
                          std::type_identity_t<matrix_view<const F>> z, matrix_view<F> dz,
                          workspace& ws, const Exec& exec) {

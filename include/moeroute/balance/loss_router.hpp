@@ -12,7 +12,7 @@ namespace moeroute {
 ///
 /// Shapes: router, delta [E, d]. By counter: the same seed and step replay. One expert or a row of
 /// zeros: 1. Throws: error where a size differs. Cost: O(E^2 d). No allocation.
-template <class F>
+template <class F, class A = simd::default_arch>
 void fill_router_noise(std::type_identity_t<matrix_view<const F>> router, std::uint64_t seed,
                        std::uint64_t step, matrix_view<F> delta) {
   check_size("fill_router_noise", "delta.rows", delta.rows, router.rows);
@@ -62,7 +62,7 @@ struct coupling_loss {
 /// O(E^2 H d), three times that with gradients; independent of the tokens. Scratch: 2 E^2, and d +
 /// H per worker. No allocation once warm. Determinism: the same bits for every executor and thread
 /// count. Source: expert-router coupling (ERC) 2025, arXiv 2512.23447.
-template <class F, executor Exec>
+template <class F, executor Exec, class A = simd::default_arch>
 double expert_router_coupling(const coupling_loss& loss, gradient_to to,
                               std::type_identity_t<matrix_view<const F>> router,
                               std::type_identity_t<matrix_view<const F>> delta,

@@ -30,7 +30,7 @@ void check_selected(const char* where, const assignment& a, const matrix_view<co
 /// to clear dlogits under write. Scratch: T / 64 rows, two numbers per choice. No
 /// allocation once warm. Determinism: the same bits for every executor and thread count. Source:
 /// Shazeer et al. 2017.
-template <class F, executor Exec>
+template <class F, executor Exec, class A = simd::default_arch>
 double selected_importance_loss(const importance_loss& loss, drop_stage drops,
                                 const token_options& how, const assignment& a,
                                 std::type_identity_t<matrix_view<const F>> z, matrix_view<F> dz,

@@ -50,11 +50,10 @@ void for_each_counted(const assignment& a, const count_options& what, index_t to
   }
 }
 
-template <class A = simd::default_arch>
-void check_counted(const char* where, const assignment& a, const count_options& what) {
+inline void check_counted(const char* where, const assignment& a, const count_options& what) {
   if (!what.mask.empty())
     check_size(where, "mask.size", static_cast<index_t>(what.mask.size()), a.tokens());
-  check_choices<A>(where, a);
+  check_choices(where, a);
 }
 
 }  // namespace detail

@@ -1,11 +1,13 @@
 // Any thread pool as an executor: a callable f(n, grain, body).
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <type_traits>
 #include <utility>
 
 #include <moeroute/base/contract.hpp>
+#include <moeroute/base/error.hpp>
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/exec/first_exception.hpp>
 
@@ -17,17 +19,19 @@ namespace moeroute {
 class loop_body {
  public:
   template <class F>
-  loop_body(F& f, index_t grain, first_exception& failure)
+  loop_body(F& f, index_t grain, first_exception& failure, std::atomic<index_t>& covered)
       : object_(std::addressof(f)),
         call_([](void* object, index_t begin, index_t end) {
           (*static_cast<F*>(object))(begin, end);
         }),
         grain_(grain),
-        failure_(&failure) {}
+        failure_(&failure),
+        covered_(&covered) {}
 
   /// A range of several grains is run piece by piece: where the pieces begin decides results' bits.
   void operator()(index_t begin, index_t end) const {
     MOEROUTE_EXPECTS(begin % grain_ == 0);
+    covered_->fetch_add(end - begin, std::memory_order_relaxed);
     for (; begin < end; begin += grain_)
       failure_->guard([&] { call_(object_, begin, begin + grain_ < end ? begin + grain_ : end); });
   }
@@ -37,11 +41,13 @@ class loop_body {
   void (*call_)(void*, index_t, index_t);
   index_t grain_;
   first_exception* failure_;
+  std::atomic<index_t>* covered_;
 };
 
 /// Runs loops by run(n, grain, body), where body is a loop_body: for pools that are not ours.
 ///
-/// run returns when body has been called for all of [0, n). What a piece throws is thrown by
+/// run returns when body has been called for all of [0, n) once; parallel_for throws error where it
+/// was called for more or less. What a piece throws is thrown by
 /// parallel_for then. Where pieces use the pool themselves, a thread that waits inside a piece
 /// should run no other piece of the same loop (work-stealing pools: isolate the piece). One that
 /// does so needs scratch for both; where all of it is held by threads that wait for more,
@@ -58,8 +64,11 @@ class callable_executor {
   void parallel_for(index_t n, index_t grain, F&& f) const {
     if (n <= 0) return;
     first_exception failure;
-    run_(n, grain, loop_body(f, grain, failure));
+    std::atomic<index_t> covered{0};
+    run_(n, grain, loop_body(f, grain, failure, covered));
     failure.rethrow();
+    // A pool that forgets a piece leaves what was there before.
+    check_size("callable_executor", "what run covered of the loop", covered, n);
   }
 
  private:

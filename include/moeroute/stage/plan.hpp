@@ -184,7 +184,9 @@ void plan_with_options(const assignment& choices, dispatch_plan& out, const plan
   const std::span<const expert_id> ids = choices.ids();
   const index_t n = choices.choices(), room = choices.room();
   check_plan_options(options, tokens, experts);
-  check_choices<A>("plan", choices);
+  check_offsets("plan", choices);
+  if (!simd::keys_in_range<A>(ids.data(), n, experts)) [[unlikely]]
+    fail_expert_id("plan", ids, experts);
 
   out.reset(tokens, experts, choices.k(), room, most_slots(room, experts, options));
   out.set_choices(n);
