@@ -274,6 +274,12 @@ class moe_layer {
   }
   index_t d() const { return gate_.cols(); }
   const Router& router() const { return router_; }
+  /// The gate's weights after a step of training, [columns, d]. Throws: error where the shape
+  /// differs.
+  void set_gate(matrix_view<const Gate> w) {
+    check_size("moe_layer", "w.rows()", w.rows, gate_.rows());
+    gate_.set_rows(0, w);
+  }
   const moe_layer_options& options() const { return options_; }
 
   /// Of the last call: logits [T, columns of the gate], valid until the next one.
