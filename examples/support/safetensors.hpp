@@ -204,17 +204,17 @@ class safetensors_file {
   }
 
   void check_overlap() const {
-    std::vector<std::pair<std::uint64_t, const std::string*>> order;
+    std::vector<std::pair<std::uint64_t, std::string>> order;
     for (const auto& [tensor, found] : entries_) {
       if (found.begin != found.end) {
-        order.emplace_back(found.begin, &tensor);
+        order.emplace_back(found.begin, tensor);
       }
     }
     std::sort(order.begin(), order.end());
     for (std::size_t i = 1; i < order.size(); ++i) {
-      if (entries_.at(*order[i - 1].second).end > order[i].first) {
-        refuse(name(), ": tensor '", *order[i].second,
-               "': expected data of its own, found it overlapping tensor '", *order[i - 1].second,
+      if (entries_.at(order[i - 1].second).end > order[i].first) {
+        refuse(name(), ": tensor '", order[i].second,
+               "': expected data of its own, found it overlapping tensor '", order[i - 1].second,
                "'");
       }
     }

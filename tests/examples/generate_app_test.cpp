@@ -91,11 +91,12 @@ TEST_CASE("weights that do not fit the configuration are refused with the tensor
   refused("num_hidden_layers", 3, "tensor 'model.layers.2.input_layernorm.weight' is missing");
   refused("num_hidden_layers", 65536, "is missing");
   refused("num_experts", 17, "tensor 'model.layers.0.mlp.gate.weight': expected shape [17, 64]");
-  refused("num_experts", 16777216, "expected shape [16777216, 64]");
+  refused("num_experts", 16777216, "field 'num_experts': expected an integer from 1 to 1048576");
+  refused("num_experts", 1048576, "expected shape [1048576, 64]");
   refused("intermediate_size", 16777216, "expected shape [16777216, 64], found [32, 64]");
   refused("num_key_value_heads", 2,
           "tensor 'model.layers.0.self_attn.k_proj.weight': expected shape [32, 64]");
-  refused("num_experts_per_tok", 17, "field 'num_experts_per_tok': expected at most");
+  refused("num_experts_per_tok", 17, "field 'num_experts_per_tok': expected an integer from 1");
   refused("model_type", "bert", "expected qwen3_moe, mixtral or olmoe, found 'bert'");
   refused("vocab_size", 300, "--prompt: expected --prompt-ids: the model's 300 tokens");
 }

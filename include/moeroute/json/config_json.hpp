@@ -511,7 +511,7 @@ inline std::vector<layer_router> read_layers(const config_source& from, bool by_
   if (const std::string_view entry = from.model.entry;
       entry == "switch_transformers" || entry == "nllb_moe")
     return {};                       // an encoder and a decoder, each with layers of its own
-  constexpr index_t most = 1 << 12;  // layers: far more than any model has
+  constexpr index_t most = 1 << 16;  // layers: far more than any model has
   const auto count = [&](const char* name, index_t absent) {
     if (!f.said(name)) return absent;
     return f.has(name) ? static_cast<index_t>(f.integer(name, 0, most)) : 0;
