@@ -2,6 +2,7 @@
 // E.
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <moeroute/policy/catalog.hpp>
@@ -31,6 +32,44 @@ void add(const std::string& router, const router_spec& spec, index_t tokens,
   bench::entry(name, [=](benchmark::State& state) {
     route(state, spec, tokens, shape, mem.empty() ? "l2" : mem);
   });
+}
+
+// The gates of eight models, one for each way to route of those that most systems run.
+std::vector<std::pair<std::string, router_spec>> eight_models() {
+  std::vector<std::pair<std::string, router_spec>> list;
+  for (const char* name :
+       {"mixtral", "llama4_maverick", "gpt_oss", "olmoe", "qwen3_moe", "deepseek_v3", "qwen3_next"})
+    list.emplace_back(name, moeroute::find_in_catalog(name)->spec);
+  router_spec kimi = moeroute::find_in_catalog("deepseek_v3")->spec;
+  kimi.experts = 384;
+  kimi.groups = kimi.topk_group = 1;
+  kimi.scale = 2.827f;
+  list.emplace_back("kimi_k2", kimi);
+  return list;
+}
+
+// One token of a named shape, beside one of normal rows by the same router: what the worst input
+// costs.
+void route_worst(benchmark::State& state, const router_spec& spec, const std::string& shape) {
+  const bench::logit_rows logits(shape, spec.columns(), "l2", 1);
+  const bench::logit_rows normal("normal", spec.columns(), "l2", 1);
+  const bench::drawn_tensors tensors(spec, 1);
+  const moeroute::any_router router = moeroute::make_router(spec, tensors.view());
+  moeroute::workspace workspace;
+  moeroute::assignment choices;
+  const auto route_rows = [&](const bench::logit_rows& rows) {
+    return [&](index_t first, index_t n) {
+      for (index_t t = first; t < first + n; ++t) {
+        moeroute::route(router, moeroute::matrix_view<const float>(rows.row(t), 1, spec.columns()),
+                        workspace, choices);
+        benchmark::DoNotOptimize(choices.ids().data());
+      }
+    };
+  };
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", bench::over(logits.turns, 0.0, route_rows(logits))});
+  list.push_back({"normal", bench::over(normal.turns, 0.5, route_rows(normal))});
+  bench::compete(state, logits.bytes(), std::move(list));
 }
 
 // A router that does not take bfloat16 logits as they are: the stage widens them for it.
@@ -119,17 +158,26 @@ const bool registered = [] {
     }
 
   std::vector<router_spec> seen;
+  for (const auto& [name, spec] : eight_models()) {
+    seen.push_back(spec);
+    for (const index_t tokens : {1, 2, 4, 8, 16, 64, 1024}) add(name, spec, tokens);
+    if (spec.experts < 128 || spec.k == 1) continue;
+    for (const char* shape : {"all_equal", "ascending", "half_nan", "masked", "one_column"})
+      bench::entry("route_worst/" + name + "/T:1/E:" + std::to_string(spec.experts) +
+                       "/k:" + std::to_string(spec.k) + "/shape:" + shape,
+                   [=](benchmark::State& state) { route_worst(state, spec, shape); });
+  }
   for (const moeroute::catalog_entry& entry : moeroute::catalog) {
     const std::string name(entry.name);
     // Routers of the same fields cost the same: the first of them stands for all.
-    if (std::find(seen.begin(), seen.end(), entry.spec) != seen.end()) continue;
-    seen.push_back(entry.spec);
-    add(name, entry.spec, 1024);
     if (name == "qwen3_moe" || name == "deepseek_v3") {
-      for (const index_t tokens : {1, 4, 16, 64, 256}) add(name, entry.spec, tokens);
+      add(name, entry.spec, 256);
       add(name, entry.spec, 1024, "normal", "stream");
       add(name, entry.spec, 1024, "bf16_rounded");
     }
+    if (std::find(seen.begin(), seen.end(), entry.spec) != seen.end()) continue;
+    seen.push_back(entry.spec);
+    add(name, entry.spec, 1024);
   }
   return true;
 }();

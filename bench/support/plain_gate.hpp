@@ -9,8 +9,11 @@
 #include <span>
 #include <vector>
 
+#include <moeroute/base/workspace.hpp>
 #include <moeroute/policy/router_spec.hpp>
+#include <moeroute/simd/elementwise.hpp>
 
+#include "support/floors.hpp"
 #include "support/plain_selection.hpp"
 
 namespace bench {
@@ -129,6 +132,116 @@ class plain_gate {
   plain_selection select_;
   std::vector<float> score_, choice_;
   std::vector<std::pair<float, index_t>> group_;
+};
+
+/// The same by what a good engineer would write for one token: no more exponentials than are
+/// needed, scores by vectors, and a selection that sorts nothing. Softmax and sigmoid gates.
+class quick_gate {
+ public:
+  /// How the k best are found.
+  enum class way { insertion, max_passes };
+
+  quick_gate(const moeroute::router_spec& spec, std::span<const float> bias, way w)
+      : spec_(spec), bias_(bias), way_(w), score_(spec.experts), choice_(spec.experts) {}
+
+  static bool can(const moeroute::router_spec& s) {
+    using moeroute::score_kind;
+    return plain_gate::can(s) && (s.score == score_kind::softmax || s.score == score_kind::sigmoid);
+  }
+
+  void operator()(const float* row, std::int32_t* id, float* weight) {
+    using namespace moeroute;
+    const index_t experts = spec_.experts, k = spec_.k;
+    const bool monotone = !spec_.selection_bias && spec_.groups <= 1;
+    if (!monotone) {
+      by_vectors([](simd::vfloat<> x) { return simd::sigmoid<simd::default_arch>(x); }, row,
+                 score_.data());
+      for (index_t e = 0; e < experts; ++e)
+        choice_[e] = score_[e] + (spec_.selection_bias ? bias_[static_cast<std::size_t>(e)] : 0.0f);
+      if (spec_.groups > 1) keep_groups();
+    } else {
+      std::copy_n(row, experts, choice_.data());
+    }
+    if (way_ == way::insertion)
+      plain_selection::insertion(choice_.data(), experts, k, id, weight);
+    else
+      max_passes(id, weight);
+    if (!monotone) {
+      for (index_t r = 0; r < k; ++r) weight[r] = score_[id[r]];
+    } else if (spec_.score == score_kind::sigmoid) {
+      for (index_t r = 0; r < k; ++r) weight[r] = 1.0f / (1.0f + std::exp(-weight[r]));
+    } else {
+      const float max = weight[0];
+      const bool all = spec_.domain == score_domain::all && spec_.normalize == normalization::none;
+      float sum = 0.0f;
+      if (all) {
+        by_vectors(
+            [max](simd::vfloat<> x) {
+              return simd::exp<simd::default_arch>(x - simd::vfloat<>(max));
+            },
+            row, score_.data());
+        simd::vfloat<> sums(0.0f);
+        index_t e = 0;
+        constexpr index_t w = simd::width<>;
+        for (; e + w <= experts; e += w) sums += simd::vfloat<>::load_unaligned(score_.data() + e);
+        sum = xsimd::reduce_add(sums);
+        for (; e < experts; ++e) sum += score_[e];
+      }
+      for (index_t r = 0; r < k; ++r) {
+        weight[r] = std::exp(weight[r] - max);
+        if (!all) sum += weight[r];
+      }
+      for (index_t r = 0; r < k; ++r) weight[r] *= weight_factor(spec_) / sum;
+      return;
+    }
+    finish_weights(spec_, weight);
+  }
+
+ private:
+  template <class F>
+  void by_vectors(F&& f, const float* row, float* out) const {
+    moeroute::simd::map_row<moeroute::simd::default_arch>(row, spec_.experts, out, f);
+  }
+
+  // Clobbers the choice scores.
+  void max_passes(std::int32_t* id, float* value) {
+    using F = moeroute::simd::vfloat<>;
+    constexpr index_t w = moeroute::simd::width<>;
+    const index_t experts = spec_.experts;
+    for (index_t r = 0; r < spec_.k; ++r) {
+      max_of_rows(choice_.data(), 1, experts, &value[r]);
+      index_t e = 0;
+      const F best(value[r]);
+      while (e + w <= experts && !xsimd::any(F::load_unaligned(choice_.data() + e) == best)) e += w;
+      while (choice_[e] != value[r]) ++e;
+      id[r] = static_cast<std::int32_t>(e);
+      choice_[e] = plain_selection::lowest;
+    }
+  }
+
+  void keep_groups() {
+    const index_t size = spec_.experts / spec_.groups;
+    float worth[64];
+    for (index_t g = 0; g < spec_.groups; ++g) {
+      const float* of = choice_.data() + g * size;
+      float first = plain_selection::lowest, second = first;
+      for (index_t e = 0; e < size; ++e) {
+        second = std::max(second, std::min(first, of[e]));
+        first = std::max(first, of[e]);
+      }
+      worth[g] = spec_.group_score == moeroute::group_score::top2_sum ? first + second : first;
+    }
+    for (index_t left = spec_.groups - spec_.topk_group; left > 0; --left) {
+      const index_t g = std::min_element(worth, worth + spec_.groups) - worth;
+      worth[g] = std::numeric_limits<float>::infinity();
+      std::fill_n(choice_.data() + g * size, size, plain_selection::lowest);
+    }
+  }
+
+  moeroute::router_spec spec_;
+  std::span<const float> bias_;
+  way way_;
+  moeroute::buffer<float> score_, choice_;
 };
 
 }  // namespace bench
