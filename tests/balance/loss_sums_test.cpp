@@ -3,8 +3,11 @@
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <utility>
+#include <vector>
 
 #include "support/loss_agreement.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 
 using namespace moeroute;
@@ -131,4 +134,27 @@ TEST_CASE("arguments of losses of sums are refused by name") {
         "moeroute::mean_importance_loss: coefficient is nan, expected >= 0");
   CHECK(refusal(batch_entropy_loss{.coefficient = -2.0}) ==
         "moeroute::batch_entropy_loss: coefficient is -2.000000, expected >= 0");
+}
+
+TEST_CASE("importance of nearly even loads is that in double to a millionth") {
+  test::random rng(97);
+  for (const auto& [tokens, experts] :
+       {std::pair<index_t, index_t>{64, 64}, {64, 256}, {1024, 8}}) {
+    oracle::batch b{tokens, experts, {}, {}};
+    row lean;
+    for (index_t e = 0; e < experts; ++e) lean.push_back(0.01 * static_cast<double>(rng.normal()));
+    std::vector<float> single;
+    for (index_t i = 0; i < tokens * experts; ++i) {
+      const double z = lean[static_cast<std::size_t>(i % experts)];
+      single.push_back(static_cast<float>(z + 0.01 * static_cast<double>(rng.normal())));
+      b.logits.push_back(static_cast<double>(single.back()));
+    }
+    const double exact = oracle::importance_loss(oracle::probabilities(b), false);
+    workspace ws;
+    const double value =
+        balance_loss_value<float>({}, matrix_view<const float>(single.data(), tokens, experts), ws,
+                                  serial{}, importance_loss{.coefficient = 1.0})[0];
+    INFO(tokens << " tokens, " << experts << " experts");
+    CHECK(std::abs(value - exact) < 1e-6 * exact);
+  }
 }

@@ -21,8 +21,9 @@ template <class F>
 struct loss_memory {
   F* block;                        // [workers][16 * (stride + 1)], twice that for powers
   F* coefficient;                  // [1, or one per sequence][stride], padded with 0
-  F* piece_sum;                    // [pieces][stride]
-  F* run_sum;                      // [workers][stride], of a part of a sequence
+  F* piece_sum;                    // [pieces][2][stride]: sums, and what they round away
+  F* run_sum;                      // [workers][2][stride], likewise
+  F* block_sum;                    // [workers][stride]
   double* run_slope;               // [workers][stride], of one loss in one sequence
   simd::row_function_sums* piece;  // [pieces]
   double* piece_value;             // [pieces][losses], of losses by sequence
@@ -34,7 +35,8 @@ struct loss_memory {
                            index_t losses, int workers) {
     return {tape.take<F>(workers * 2 * block_rows * (stride + 1)),
             tape.take<F>(std::max<index_t>(1, sequences) * stride),
-            tape.take<F>(pieces * stride),
+            tape.take<F>(pieces * 2 * stride),
+            tape.take<F>(workers * 2 * stride),
             tape.take<F>(workers * stride),
             tape.take<double>(workers * stride),
             tape.take<simd::row_function_sums>(pieces),
@@ -192,6 +194,10 @@ class loss_engine {
     for (index_t t = begin; t < end; ++t) std::fill_n(dz_.row(t), dz_.cols, F{0});
   }
 
+  double sum_of(const F* sum, index_t e) const {
+    return static_cast<double>(sum[e]) + static_cast<double>(sum[stride_ + e]);
+  }
+
   template <unsigned functions, gradient_to to>
   void sweep_to() {
     if constexpr (uses == simd::no_function) {
@@ -208,16 +214,17 @@ class loss_engine {
     exec_.parallel_for(z_.rows, grain_, [&](index_t begin, index_t end) {
       const worker_slots::held worker(slots_);
       const index_t piece = begin / grain_;
-      F* const piece_sum = m_.piece_sum + piece * stride_;
-      F* const run_sum = by_sequence ? m_.run_sum + worker * stride_ : piece_sum;
+      F* const piece_sum = m_.piece_sum + piece * 2 * stride_;
+      F* const run_sum = by_sequence ? m_.run_sum + worker * 2 * stride_ : piece_sum;
       m_.piece[piece] = {};
-      std::fill_n(piece_sum, stride_, F{0});
+      std::fill_n(piece_sum, 2 * stride_, F{0});
+      std::fill_n(m_.block_sum + worker * stride_, stride_, F{0});
       std::fill_n(m_.piece_value + piece * losses, losses, 0.0);
       for (index_t t = begin; t < end;) {
         const index_t s = t / sequence_length_;
         const index_t stop = std::min(end, (s + 1) * sequence_length_);
         const F* const coefficient = m_.coefficient + (by_sequence ? s * stride_ : 0);
-        if (by_sequence) std::fill_n(run_sum, stride_, F{0});
+        if (by_sequence) std::fill_n(run_sum, 2 * stride_, F{0});
         run_of_rows<scores, functions, to, keep>(t, stop, worker, coefficient, m_.piece[piece],
                                                  run_sum);
         if constexpr (by_sequence) close_run(s, worker, piece, run_sum, piece_sum);
@@ -227,8 +234,7 @@ class loss_engine {
     // Joined in the order of the pieces, whoever ran them.
     std::fill_n(m_.sum, stride_, 0.0);
     for (index_t p = 0; p < ceil_div(z_.rows, grain_); ++p)
-      for (index_t e = 0; e < z_.cols; ++e)
-        m_.sum[e] += static_cast<double>(m_.piece_sum[p * stride_ + e]);
+      for (index_t e = 0; e < z_.cols; ++e) m_.sum[e] += sum_of(m_.piece_sum + p * 2 * stride_, e);
   }
 
   template <probability scores, unsigned functions, gradient_to to, bool keep>
@@ -241,6 +247,7 @@ class loss_engine {
     block.stride = stride_;
     const F* row[block_rows];
     F* gradient[block_rows];
+    F* const block_sum = m_.block_sum + worker * stride_;
     constexpr bool writes = to != gradient_to::nowhere;
     for (index_t t = begin; t < end;) {
       int n = 0;
@@ -256,11 +263,12 @@ class loss_engine {
       simd::open_probability_rows<scores, functions>(row, n, z_.cols, coefficient, functions_,
                                                      writes ? gradient : nullptr, block, total);
       if constexpr (keep) {
-        simd::keep_probability_rows(block, n, z_.cols, gradient, column_sum);
+        simd::keep_probability_rows(block, n, z_.cols, gradient, block_sum);
       } else {
-        simd::close_probability_rows<scores, functions, to>(
-            row, n, z_.cols, coefficient, functions_, block, gradient, column_sum);
+        simd::close_probability_rows<scores, functions, to>(row, n, z_.cols, coefficient,
+                                                            functions_, block, gradient, block_sum);
       }
+      simd::add_block_sum(block_sum, stride_, column_sum, column_sum + stride_);
     }
   }
 
@@ -288,11 +296,11 @@ class loss_engine {
         std::fill_n(slope, z_.cols, 0.0);
         loss.sequence_slope(shape_, s, m_.sequence_tokens[s], slope);
         double value = 0.0;
-        for (index_t e = 0; e < z_.cols; ++e) value += slope[e] * static_cast<double>(run_sum[e]);
+        for (index_t e = 0; e < z_.cols; ++e) value += slope[e] * sum_of(run_sum, e);
         m_.piece_value[piece * losses + i] += value;
       }
     });
-    for (index_t e = 0; e < z_.cols; ++e) piece_sum[e] += run_sum[e];
+    for (index_t e = 0; e < 2 * stride_; ++e) piece_sum[e] += run_sum[e];
   }
 
   loss_values<sizeof...(L)> values() {
@@ -352,7 +360,7 @@ class loss_engine {
 /// tokens; the gradient of a row with a +inf is 0. No token at all: every value is 0.
 /// Throws: error where a size differs, a loss refuses, or the arguments contradict one another.
 /// Cost: one sweep over [T, E], or two where a loss needs the sums first (importance_loss,
-/// mean_importance_loss, batch_entropy_loss). Scratch: 16 rows per worker and T / 64 rows, plus one
+/// mean_importance_loss, batch_entropy_loss). Scratch: 17 rows per worker and T / 32 rows, plus one
 /// row per sequence for losses by sequence. No allocation once warm.
 /// Determinism: the same bits for every executor and thread count.
 template <class F, executor Exec, loss_term... L, class A = simd::default_arch>

@@ -37,7 +37,7 @@ MOEROUTE_INLINE void close_rows(const float* const* row, int first, index_t cols
   const F zero(0.0f), one(1.0f), log_factor(-functions.entropy);
   const auto columns = [&](index_t c, index_t m) {
     const F weight = load<A>(coefficient + c);
-    F sum = load<A>(column_sum + c);
+    F sum(0.0f);  // of these rows: added to those before, one by one, they would round in step
     MOEROUTE_UNROLL
     for (int j = 0; j < R; ++j) {
       const int i = first + j;
@@ -67,7 +67,7 @@ MOEROUTE_INLINE void close_rows(const float* const* row, int first, index_t cols
         }
       }
     }
-    sum.store_unaligned(column_sum + c);
+    (load<A>(column_sum + c) + sum).store_unaligned(column_sum + c);
   };
   index_t c = 0;
   for (; c + w <= cols; c += w) columns(c, index_t{w});
@@ -129,7 +129,7 @@ MOEROUTE_INLINE void keep_rows(const probability_block<float>& b, int first, ind
   using F = vfloat<A>;
   constexpr int w = width<A>;
   for (index_t c = 0; c < cols; c += w) {
-    F sum = load<A>(column_sum + c);
+    F sum(0.0f);
     MOEROUTE_UNROLL
     for (int j = 0; j < R; ++j) {
       const int i = first + j;
@@ -142,7 +142,7 @@ MOEROUTE_INLINE void keep_rows(const probability_block<float>& b, int first, ind
         store_first<A>(out[i] + c, cols - c, p);
       }
     }
-    sum.store_unaligned(column_sum + c);
+    (load<A>(column_sum + c) + sum).store_unaligned(column_sum + c);
   }
 }
 
@@ -158,6 +158,29 @@ void keep_probability_rows(const probability_block<float>& b, int n, index_t col
   int i = 0;
   for (; i + 4 <= n; i += 4) detail::keep_rows<A, 4>(b, i, cols, out, column_sum);
   for (; i < n; ++i) detail::keep_rows<A, 1>(b, i, cols, out, column_sum);
+}
+
+/// sum + rest += block, and block = 0: what `sum` rounds away stands in `rest`.
+///
+/// Loads that are nearly even are sums of nearly equal terms, whose roundings agree: they would add
+/// up. Shapes: all [stride], a multiple of 16. Cost: one pass. No allocation.
+template <class A = default_arch>
+void add_block_sum(float* block, index_t stride, float* sum, float* rest) {
+  using F = vfloat<A>;
+  for (index_t c = 0; c < stride; c += width<A>) {
+    const F b = load<A>(block + c), before = load<A>(sum + c), after = before + b;
+    const F added = after - before;
+    const F lost = (before - (after - added)) + (b - added);
+    after.store_unaligned(sum + c);
+    (load<A>(rest + c) + lost).store_unaligned(rest + c);
+    F(0.0f).store_unaligned(block + c);
+  }
+}
+inline void add_block_sum(double* block, index_t stride, double* sum, double*) {
+  for (index_t c = 0; c < stride; ++c) {
+    sum[c] += block[c];
+    block[c] = 0.0;
+  }
 }
 
 /// p becomes p * (c - sum p c), for n rows p of a softmax, 1 <= n <= 16.
