@@ -52,47 +52,63 @@ std::string list_of(std::span<const expert_id> ids) {
   return text.empty() ? "none" : text;
 }
 
-// The experts whose preference for one domain is at least twice an even one's.
+// The expert's load in a domain, in multiples of the even share.
+double relative(const specialisation_meter& m, index_t domain, index_t expert) {
+  return m.share(domain, expert) * static_cast<double>(m.experts());
+}
+
+// The experts that a domain uses at least twice as much as the domains do on average, and at least
+// as much as any expert of it: one that hardly ever serves is nobody's specialist.
 std::vector<expert_id> specialists(const specialisation_meter& m, index_t domain) {
   std::vector<expert_id> ids;
   for (index_t e = 0; e < m.experts(); ++e)
-    if (m.preference(e, domain) >= 2.0) ids.push_back(static_cast<expert_id>(e));
+    if (m.preference(e, domain) >= 2.0 && relative(m, domain, e) >= 1.0)
+      ids.push_back(static_cast<expert_id>(e));
   return ids;
+}
+
+// "20 1.4x": each with its load.
+std::string with_loads(const specialisation_meter& m, index_t domain) {
+  std::string text;
+  for (const expert_id e : specialists(m, domain))
+    text += (text.empty() ? "" : ", ") + std::to_string(e) + " " +
+            number(relative(m, domain, e), 1) + "×";
+  return text.empty() ? "none" : text;
 }
 
 // One panel for each layer: a row for each domain, a cell for each expert.
 void write_map(std::ostream& out, const std::vector<layer_view>& layers) {
   using example::detail::fixed;
-  constexpr double left = 70, cell = 27, high = 26, gap = 30;
+  constexpr double left = 96, cell = 27, high = 28, gap = 34;
   const index_t experts = layers[0].domains.experts();
   const double panel = high * static_cast<double>(example::trace_domains.size()) + gap;
-  const double height = panel * static_cast<double>(layers.size()) + 28;
-  out << "<figure class=\"chart\"><svg viewBox=\"0 0 "
+  const double height = panel * static_cast<double>(layers.size()) + 46;
+  out << "<figure class=\"chart map\"><svg viewBox=\"0 0 "
       << fixed(left + cell * static_cast<double>(experts) + 8, 0) << ' ' << fixed(height, 0)
       << "\" role=\"img\" aria-label=\"Load by layer, domain and expert\">\n";
   for (std::size_t l = 0; l < layers.size(); ++l) {
     const specialisation_meter& m = layers[l].domains;
-    const double top = panel * static_cast<double>(l) + 22;
+    const double top = panel * static_cast<double>(l) + 26;
     out << "<text class=\"tick\" x=\"0\" y=\"" << fixed(top - 7, 1) << "\">layer " << l
         << "</text>\n";
     for (index_t d = 0; d < m.domains(); ++d) {
       const double y = top + high * static_cast<double>(d);
-      out << "<text class=\"tick end\" x=\"" << fixed(left - 8, 1) << "\" y=\"" << fixed(y + 17, 1)
+      out << "<text class=\"tick end\" x=\"" << fixed(left - 8, 1) << "\" y=\"" << fixed(y + 20, 1)
           << "\">" << example::trace_domains[static_cast<std::size_t>(d)] << "</text>\n";
       for (index_t e = 0; e < experts; ++e) {
-        const double relative = m.share(d, e) * static_cast<double>(experts);
-        out << "<rect class=\"h" << example::detail::heat_class(relative) << "\" x=\""
+        const double load = relative(m, d, e);
+        out << "<rect class=\"h" << example::detail::heat_class(load) << "\" x=\""
             << fixed(left + cell * static_cast<double>(e), 1) << "\" y=\"" << fixed(y, 1)
             << "\" width=\"" << fixed(cell - 1.5, 1) << "\" height=\"" << fixed(high - 1.5, 1)
             << "\"><title>layer " << l << ", expert " << e << ", "
-            << example::trace_domains[static_cast<std::size_t>(d)] << ": " << fixed(relative, 2)
+            << example::trace_domains[static_cast<std::size_t>(d)] << ": " << fixed(load, 2)
             << "× even share</title></rect>\n";
       }
     }
   }
   for (index_t e = 0; e < experts; e += 4)
     out << "<text class=\"tick mid\" x=\"" << fixed(left + cell * (static_cast<double>(e) + 0.5), 1)
-        << "\" y=\"" << fixed(height - 26, 1) << "\">" << e << "</text>\n";
+        << "\" y=\"" << fixed(height - 34, 1) << "\">" << e << "</text>\n";
   out << "<text class=\"axis mid\" x=\"" << fixed(left + cell * static_cast<double>(experts) / 2, 1)
       << "\" y=\"" << fixed(height - 6, 1) << "\">expert</text>\n</svg></figure>\n";
 }
@@ -145,7 +161,7 @@ int run(int argc, char** argv) {
   for (std::size_t l = 0; l < layers.size(); ++l) {
     const layer_view& view = layers[l];
     std::vector<std::string> row{std::to_string(l)};
-    for (index_t d = 0; d < domains; ++d) row.push_back(list_of(specialists(view.domains, d)));
+    for (index_t d = 0; d < domains; ++d) row.push_back(with_loads(view.domains, d));
     const standing_committee c = view.committee.audit({.k = k});
     row.push_back(list_of(c.members));
     row.push_back(number(100 * c.coverage, 1) + " %");
@@ -190,8 +206,10 @@ int run(int argc, char** argv) {
         out << "<h2>Specialists, committee, divergence</h2>\n";
         example::write_html(out, who);
         out << "<p class=\"note\">A specialist's share of a domain is at least twice its mean "
-               "share "
-               "of all. The standing committee is among the k best of every domain, and no other "
+               "share of all domains, and at least the even share; behind it, its load in "
+               "multiples "
+               "of the even share. The standing committee is among the k best of every domain, and "
+               "no other "
                "such expert beats it in both mean and variance of its rank. Divergence is "
                "Jensen-Shannon over ln 2: 0 the same load, 1 nothing in common. SRP: the best F1 "
                "of "

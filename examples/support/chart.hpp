@@ -1,4 +1,4 @@
-// Charts of one page: lines over a logarithmic axis, bars, tables; HTML that needs nothing but
+// Charts of one page: lines over a logarithmic axis, tables; HTML that needs nothing but
 // itself.
 #pragma once
 
@@ -35,21 +35,26 @@ inline constexpr std::string_view chart_style = R"css(
   :root { --c0: #5cc3ee; --c1: #ff9a62; --c2: #6fd28e; --c3: #f48fb8; --c4: #b9a2ff; --c5: #e3c04a;
     --c6: #b5c0cc; --c7: #ff8a8a; }
 }
-.chart { max-width: 1000px; margin-bottom: 22px; }
+figure.chart { max-width: 1000px; margin-bottom: 22px; }
 .chart path { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .grid { stroke: var(--line); stroke-width: 1; }
-.name { font-size: 13px; font-weight: 600; }
 .s0 { stroke: var(--c0); } .s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); }
 .s3 { stroke: var(--c3); } .s4 { stroke: var(--c4); } .s5 { stroke: var(--c5); }
 .s6 { stroke: var(--c6); } .s7 { stroke: var(--c7); }
-.f0 { fill: var(--c0); } .f1 { fill: var(--c1); } .f2 { fill: var(--c2); } .f3 { fill: var(--c3); }
-.f4 { fill: var(--c4); } .f5 { fill: var(--c5); } .f6 { fill: var(--c6); } .f7 { fill: var(--c7); }
 .d1 { stroke-dasharray: 7 3; } .d2 { stroke-dasharray: 2 3; } .d3 { stroke-dasharray: 9 3 2 3; }
 td:first-child, th:first-child { text-align: left; }
+td { white-space: nowrap; }
+/* A picture shrinks with its page; what is written in it has to stay readable. */
+@media (max-width: 760px) {
+  main { padding: 18px 14px 28px; }
+  th, td { padding: 4px 9px; }
+  .chart .tick, .chart .axis { font-size: 19px; }
+  .map .tick, .map .axis { font-size: 24px; }
+}
 )css";
 
 struct line_axes {
-  double left = 64, top = 14, width = 690, height = 400;
+  double left = 62, top = 12, width = 640, height = 300;
   double low, high;  // of the values, powers of ten apart
   double steps;
 
@@ -84,48 +89,40 @@ inline void write_axes(std::ostream& out, const line_axes& at, std::string_view 
       << "</text>\n";
 }
 
-// Names at the lines' ends, pushed apart until none covers another.
-inline std::vector<double> label_places(const line_axes& at, const std::vector<chart_line>& lines) {
-  std::vector<std::size_t> order(lines.size());
-  for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::vector<double> place;
-  for (const chart_line& line : lines) place.push_back(at.y(line.values.back()));
-  std::sort(order.begin(), order.end(),
-            [&](std::size_t a, std::size_t b) { return place[a] < place[b]; });
-  constexpr double apart = 17;
-  for (std::size_t i = 1; i < order.size(); ++i)
-    place[order[i]] = std::max(place[order[i]], place[order[i - 1]] + apart);
-  double limit = at.top + at.height + 6;
-  for (std::size_t i = order.size(); i-- > 0; limit -= apart)
-    place[order[i]] = std::min(place[order[i]], limit);
-  return place;
-}
-
 }  // namespace detail
 
-/// Lines over steps, both axes logarithmic, each line with its name at its end.
+/// Lines over steps, both axes logarithmic; write_names() says which is whose.
 ///
-/// Requires: at most 32 lines of equal length, at least two values each.
+/// Requires: at most 32 lines, of two values or more; one without values is left out.
 inline void write_lines(std::ostream& out, const std::vector<chart_line>& lines,
                         std::string_view x_name, std::string_view y_name, double low, double high) {
   using namespace detail;
-  line_axes at{
-      .low = low, .high = high, .steps = static_cast<double>(lines.front().values.size() - 1)};
-  out << "<figure class=\"chart\">\n<svg viewBox=\"0 0 1000 464\" role=\"img\" aria-label=\""
+  std::size_t most = 2;
+  for (const chart_line& line : lines) most = std::max(most, line.values.size());
+  line_axes at{.low = low, .high = high, .steps = static_cast<double>(most - 1)};
+  out << "<figure class=\"chart\">\n<svg viewBox=\"0 0 720 368\" role=\"img\" aria-label=\""
       << escape_html(y_name) << " against " << escape_html(x_name) << "\">\n";
   write_axes(out, at, x_name, y_name);
-  const std::vector<double> places = label_places(at, lines);
   for (std::size_t i = 0; i < lines.size(); ++i) {
+    if (lines[i].values.empty()) continue;
     const std::string hue = std::to_string(i % 8);
     out << "<path class=\"s" << hue << " d" << i % 4 << "\" d=\"";
     for (std::size_t s = 0; s < lines[i].values.size(); ++s)
       out << (s == 0 ? 'M' : 'L') << fixed(at.x(static_cast<double>(s)), 1) << ' '
           << fixed(at.y(lines[i].values[s]), 1);
-    out << "\"><title>" << escape_html(lines[i].name) << "</title></path>\n<text class=\"name f"
-        << hue << "\" x=\"" << fixed(at.left + at.width + 10, 1) << "\" y=\""
-        << fixed(places[i] + 4, 1) << "\">" << escape_html(lines[i].name) << "</text>\n";
+    out << "\"><title>" << escape_html(lines[i].name) << "</title></path>\n";
   }
   out << "</svg>\n</figure>\n";
+}
+
+/// The names of the lines of charts, each beside its hue and dashes.
+inline void write_names(std::ostream& out, const std::vector<chart_line>& lines) {
+  out << "<div class=\"legend\"><ul>\n";
+  for (std::size_t i = 0; i < lines.size(); ++i)
+    out << "<li><svg class=\"chart\" viewBox=\"0 0 28 14\" aria-hidden=\"true\"><path class=\"s"
+        << i % 8 << " d" << i % 4 << "\" d=\"M0 7L28 7\"/></svg>"
+        << detail::escape_html(lines[i].name) << "</li>\n";
+  out << "</ul></div>\n";
 }
 
 /// A table of text; the first column names the rows.
