@@ -1,11 +1,10 @@
 // Property: every instruction set that the machine has gives the same ids and weights. For programs
-// with moeroute_add_dispatch().
+// that link moeroute::compiled.
 #pragma once
-
-#include <moeroute_dispatch.hpp>
 
 #include <algorithm>
 #include <bit>
+#include <moeroute/compiled.hpp>
 
 #include "properties/bytes.hpp"
 #include "properties/spec.hpp"
@@ -25,21 +24,22 @@ inline std::string isa_property(bytes in) {
   std::vector<float> z;
   std::vector<std::int32_t> first_ids;
   std::vector<float> first_weights;
-  for (const dispatch::kernels* kernels : dispatch::available()) {
+  compiled::assignment choices;
+  for (int i = 0; const char* isa = moeroute_isa_name(i); ++i) {
     try {
-      dispatch::session session(s, {.bias = bias, .per_expert_scale = scale}, *kernels);
-      if (z.empty()) z = in.logits(tokens * s.columns());
-      std::vector<std::int32_t> ids(static_cast<std::size_t>(tokens * s.k));
-      std::vector<float> weights(ids.size());
-      session.route(z.data(), tokens, s.columns(), ids.data(), weights.data());
-      if (kernels == dispatch::available().front()) {
-        first_ids = ids;
-        first_weights = weights;
+      compiled::check(moeroute_use_isa(isa));
+      const compiled::router router(compiled::describe(s),
+                                    {.bias = bias, .per_expert_scale = scale});
+      if (z.empty()) z = in.logits(tokens * router.columns());
+      compiled::route(router, {z.data(), tokens, router.columns()}, choices);
+      if (i == 0) {
+        first_ids.assign(choices.ids().begin(), choices.ids().end());
+        first_weights.assign(choices.weights().begin(), choices.weights().end());
       }
-      const std::string where = to_string(s) + " on " + kernels->name + ": ";
-      if (ids != first_ids) return where + "other ids";
+      const std::string where = to_string(s) + " on " + isa + ": ";
+      if (!std::ranges::equal(choices.ids(), first_ids)) return where + "other ids";
       const auto bits = [](float w) { return std::bit_cast<std::uint32_t>(w); };
-      if (!std::ranges::equal(weights, first_weights, {}, bits, bits))
+      if (!std::ranges::equal(choices.weights(), first_weights, {}, bits, bits))
         return where + "other weights";
     } catch (const std::invalid_argument&) {
       return "";  // refused by all alike: the specs are checked before anything is done

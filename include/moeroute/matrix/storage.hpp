@@ -99,10 +99,12 @@ struct stored_as {
 
 }  // namespace moeroute
 
+namespace std {
+
 template <>
-class std::numeric_limits<moeroute::bfloat16> : public std::numeric_limits<float> {
+class numeric_limits<moeroute::bfloat16> : public numeric_limits<float> {
   using T = moeroute::bfloat16;
-  static constexpr T of(std::uint16_t bits) { return std::bit_cast<T>(bits); }
+  static constexpr T of(uint16_t bits) { return bit_cast<T>(bits); }
 
  public:
   static constexpr int digits = 8, digits10 = 2, max_digits10 = 4;
@@ -118,9 +120,9 @@ class std::numeric_limits<moeroute::bfloat16> : public std::numeric_limits<float
 };
 
 template <>
-class std::numeric_limits<moeroute::float16> : public std::numeric_limits<float> {
+class numeric_limits<moeroute::float16> : public numeric_limits<float> {
   using T = moeroute::float16;
-  static constexpr T of(std::uint16_t bits) { return std::bit_cast<T>(bits); }
+  static constexpr T of(uint16_t bits) { return bit_cast<T>(bits); }
 
  public:
   static constexpr int digits = 11, digits10 = 3, max_digits10 = 5;
@@ -136,3 +138,5 @@ class std::numeric_limits<moeroute::float16> : public std::numeric_limits<float>
   static constexpr T signaling_NaN() noexcept { return of(0x7d00); }
   static constexpr T denorm_min() noexcept { return of(0x0001); }
 };
+
+}  // namespace std

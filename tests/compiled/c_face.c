@@ -1,0 +1,305 @@
+// The C face seen from C: what is refused is refused by a code, whatever the handle and the
+// pointer.
+#include <moeroute.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int failures = 0;
+
+#define CHECK(condition)                                                     \
+  do {                                                                       \
+    if (!(condition)) {                                                      \
+      printf("%s:%d: %s (last error: %s)\n", __FILE__, __LINE__, #condition, \
+             moeroute_last_error());                                         \
+      ++failures;                                                            \
+    }                                                                        \
+  } while (0)
+
+// The call is refused, and the sentence holds `text`.
+#define REFUSED(call, text)                             \
+  do {                                                  \
+    CHECK((call) == MOEROUTE_INVALID);                  \
+    CHECK(strstr(moeroute_last_error(), text) != NULL); \
+  } while (0)
+
+static void in_order(void* pool, int64_t n, int64_t grain, moeroute_body body, void* loop) {
+  (void)grain;
+  ++*(int*)pool;
+  body(loop, 0, n);
+}
+
+static void check_handles(void) {
+  moeroute_spec spec;
+  moeroute_router *router = NULL, *none = NULL;
+  moeroute_assignment* choices = NULL;
+  moeroute_plan* plan = NULL;
+  moeroute_bias* bias = NULL;
+  moeroute_router_shape shape;
+  moeroute_assignment_view view;
+  moeroute_plan_view slots;
+  float z[32] = {0};
+  const moeroute_const_matrix logits = {z, 4, 8, 0, MOEROUTE_FLOAT};
+
+  CHECK(moeroute_spec_init(&spec) == MOEROUTE_OK);
+  CHECK(moeroute_router_new(&spec, NULL, &router) == MOEROUTE_OK);
+  CHECK(moeroute_assignment_new(&choices) == MOEROUTE_OK);
+  CHECK(moeroute_plan_new(&plan) == MOEROUTE_OK);
+  CHECK(moeroute_bias_new(8, NULL, &bias) == MOEROUTE_OK);
+
+  // null
+  REFUSED(moeroute_spec_init(NULL), "the spec is null");
+  REFUSED(moeroute_spec_of_model(NULL, &spec), "the name is null");
+  REFUSED(moeroute_spec_of_model("mixtral", NULL), "the spec is null");
+  none = router;
+  REFUSED(moeroute_router_new(NULL, NULL, &none), "the spec is null");
+  CHECK(none == NULL);
+  REFUSED(moeroute_router_new(&spec, NULL, NULL), "the place for the handle is null");
+  REFUSED(moeroute_router_get_shape(NULL, &shape), "the router is null");
+  REFUSED(moeroute_router_get_shape(router, NULL), "the shape is null");
+  REFUSED(moeroute_route(NULL, logits, NULL, NULL, choices), "the router is null");
+  REFUSED(moeroute_route(router, logits, NULL, NULL, NULL), "the assignment is null");
+  REFUSED(moeroute_route_to(router, logits, NULL, NULL, choices, NULL, z), "ids is null");
+  REFUSED(moeroute_assignment_get(NULL, &view), "the assignment is null");
+  REFUSED(moeroute_assignment_get(choices, NULL), "the view is null");
+  REFUSED(moeroute_plan_make(plan, NULL, NULL), "the assignment is null");
+  REFUSED(moeroute_plan_make(NULL, choices, NULL), "the plan is null");
+  REFUSED(moeroute_plan_get(plan, NULL), "the view is null");
+  {
+    moeroute_matrix y = {z, 4, 8, 0, MOEROUTE_FLOAT};
+    REFUSED(moeroute_combine(logits, NULL, choices, y, NULL, NULL), "the plan is null");
+    REFUSED(moeroute_combine(logits, plan, NULL, y, NULL, NULL), "the assignment is null");
+    REFUSED(moeroute_combine_choices(logits, NULL, y, NULL, NULL), "the assignment is null");
+    REFUSED(moeroute_combine_choices(logits, choices, y, NULL, NULL), "expected 0");
+  }
+  REFUSED(moeroute_apply_capacity(choices, NULL, NULL), "the capacity is null");
+  REFUSED(moeroute_bias_update(bias, NULL, 8), "counts is null");
+  REFUSED(moeroute_bias_get(bias, NULL, NULL), "values is null");
+  REFUSED(moeroute_use_isa(NULL), "the name is null");
+  REFUSED(moeroute_use_isa("z80"), "'z80' is no instruction set");
+  CHECK(moeroute_router_free(NULL) == MOEROUTE_OK);
+  CHECK(moeroute_plan_free(NULL) == MOEROUTE_OK);
+
+  // of another kind
+  REFUSED(moeroute_route((const moeroute_router*)(const void*)plan, logits, NULL, NULL, choices),
+          "a plan, expected a router");
+  REFUSED(moeroute_route(router, logits, NULL, NULL, (moeroute_assignment*)(void*)router),
+          "a router, expected a assignment");
+  REFUSED(moeroute_plan_make((moeroute_plan*)(void*)bias, choices, NULL),
+          "a bias, expected a plan");
+  REFUSED(moeroute_plan_free((moeroute_plan*)(void*)router), "a router, expected a plan");
+  {
+    moeroute_soft_plan_view soft;
+    REFUSED(moeroute_soft_plan_get((const moeroute_soft_plan*)(const void*)plan, &soft),
+            "a plan, expected a soft plan");
+  }
+  {
+    int64_t nothing[8] = {0};
+    REFUSED(moeroute_router_free((moeroute_router*)(void*)nothing), "none of ours");
+  }
+
+  // of another version
+  spec.size = 12;
+  REFUSED(moeroute_router_new(&spec, NULL, &none), "spec.size is 12");
+
+  // a plan that was not made, and one that does not fit
+  CHECK(moeroute_plan_get(plan, &slots) == MOEROUTE_OK && slots.slots == 0);
+  {
+    float row[8] = {0};
+    moeroute_const_matrix x = {row, 1, 8, 0, MOEROUTE_FLOAT};
+    moeroute_matrix to = {row, 1, 8, 0, MOEROUTE_FLOAT};
+    REFUSED(moeroute_dispatch(plan, x, to, NULL, NULL), "expected 0");
+  }
+
+  CHECK(moeroute_spec_init(&spec) == MOEROUTE_OK);
+  CHECK(moeroute_router_free(router) == MOEROUTE_OK);
+  CHECK(moeroute_assignment_free(choices) == MOEROUTE_OK);
+  CHECK(moeroute_plan_free(plan) == MOEROUTE_OK);
+  CHECK(moeroute_bias_free(bias) == MOEROUTE_OK);
+}
+
+static void check_sizes(void) {
+  moeroute_spec spec;
+  moeroute_router *router = NULL, *none = NULL;
+  moeroute_assignment* choices = NULL;
+  moeroute_plan* plan = NULL;
+  moeroute_gate* gate = NULL;
+  moeroute_soft_plan* soft = NULL;
+  moeroute_bias* bias = NULL;
+  moeroute_tensors tensors;
+  float z[64] = {0};
+  double counts[8] = {0};
+  int32_t ids[16] = {0};
+  int runs = 0;
+  moeroute_executor pool;
+  moeroute_const_matrix m = {z, 4, 8, 0, MOEROUTE_FLOAT};
+
+  CHECK(moeroute_spec_init(&spec) == MOEROUTE_OK);
+  CHECK(moeroute_router_new(&spec, NULL, &router) == MOEROUTE_OK);
+  CHECK(moeroute_assignment_new(&choices) == MOEROUTE_OK);
+  CHECK(moeroute_plan_new(&plan) == MOEROUTE_OK);
+  CHECK(moeroute_soft_plan_new(&soft) == MOEROUTE_OK);
+
+  m.rows = -1;
+  REFUSED(moeroute_route(router, m, NULL, NULL, choices), "logits.rows is -1");
+  REFUSED(moeroute_gate_new(m, NULL, 0, &gate), "weight.rows is -1");
+  m.rows = 4;
+  m.cols = -8;
+  REFUSED(moeroute_route(router, m, NULL, NULL, choices), "logits.cols is -8");
+  m.cols = 8;
+  m.stride = 7;
+  REFUSED(moeroute_route(router, m, NULL, NULL, choices),
+          "logits.stride is 7, expected at least 8");
+  m.stride = -8;
+  REFUSED(moeroute_route(router, m, NULL, NULL, choices), "logits.stride is -8");
+  m.stride = 0;
+  m.type = 9;
+  REFUSED(moeroute_route(router, m, NULL, NULL, choices), "logits.type is 9");
+  m.type = MOEROUTE_FLOAT;
+  m.data = NULL;
+  REFUSED(moeroute_route(router, m, NULL, NULL, choices), "logits.data is null");
+  m.rows = 0;
+  CHECK(moeroute_route(router, m, NULL, NULL, choices) == MOEROUTE_OK);
+  m.data = z;
+  m.rows = INT64_MAX;
+  REFUSED(moeroute_route(router, m, NULL, NULL, choices), "logits.rows is");
+  m.rows = 4;
+
+  REFUSED(moeroute_assignment_reserve(choices, router, -1, MOEROUTE_FLOAT, 1), "tokens is -1");
+  REFUSED(moeroute_assignment_reserve(choices, router, 1, 9, 1), "logits_type is 9");
+  REFUSED(moeroute_assignment_reserve(choices, router, 1, MOEROUTE_FLOAT, 0), "threads is 0");
+  REFUSED(moeroute_assignment_set(choices, -1, 8, 2, ids, z), "-1");
+  REFUSED(moeroute_assignment_set(choices, 2, 8, 0, ids, z), "k is 0");
+  REFUSED(moeroute_assignment_set(choices, 2, 0, 1, ids, z), "experts is 0");
+  ids[1] = -2;
+  REFUSED(moeroute_assignment_set(choices, 2, 8, 2, ids, z), "ids[1] is -2, expected -1 to 7");
+  ids[1] = 3;
+  CHECK(moeroute_assignment_set(choices, 2, 8, 2, ids, z) == MOEROUTE_OK);
+  REFUSED(moeroute_count_choices(choices, 0, 0, NULL, counts, 7), "expected 8");
+  REFUSED(moeroute_count_choices(choices, 0, 0, NULL, counts, -8), "counts is -8");
+  {
+    moeroute_plan_options options;
+    memset(&options, 0, sizeof options);
+    options.block = -1;
+    REFUSED(moeroute_plan_make(plan, choices, &options), "block is -1");
+    REFUSED(moeroute_plan_reserve(plan, choices, &options), "block is -1");
+  }
+  CHECK(moeroute_plan_make(plan, choices, NULL) == MOEROUTE_OK);
+  REFUSED(moeroute_plan_row_id_map(plan, ids, -3), "map is -3");
+  REFUSED(moeroute_plan_row_id_map(plan, ids, 16), "map.size() is 16");
+  REFUSED(moeroute_plan_aligned_blocks(plan, 0, -1, ids, 16, ids, NULL, 16), "block is 0");
+  REFUSED(moeroute_once_counts(choices, -2, 1, ids, ids, (uint8_t*)ids, NULL), "per_rank is -2");
+
+  memset(&tensors, 0, sizeof tensors);
+  tensors.bias = z;
+  tensors.bias_size = -8;
+  REFUSED(moeroute_router_new(&spec, &tensors, &none), "bias is -8");
+  tensors.bias = NULL;
+  tensors.bias_size = 8;
+  REFUSED(moeroute_router_new(&spec, &tensors, &none), "bias is null");
+  tensors.bias_size = 0;
+  REFUSED(moeroute_gate_new(m, z, 3, &gate), "bias_size is 3, expected 4");
+  REFUSED(moeroute_soft_plan_make(soft, m, 3, NULL), "slots % slots_per_expert");
+  REFUSED(moeroute_soft_plan_reserve(soft, -1, 8, 2), "tokens is -1");
+  REFUSED(moeroute_bias_new(-8, NULL, &bias), "experts is -8");
+  CHECK(bias == NULL);
+
+  CHECK(none == NULL);
+  pool.pool = &runs;
+  pool.threads = 0;
+  pool.run = in_order;
+  REFUSED(moeroute_route(router, m, NULL, &pool, choices), "executor.threads is 0");
+  pool.threads = 2;
+  pool.run = NULL;
+  REFUSED(moeroute_route(router, m, NULL, &pool, choices), "executor.run is null");
+
+  CHECK(moeroute_router_free(router) == MOEROUTE_OK);
+  CHECK(moeroute_assignment_free(choices) == MOEROUTE_OK);
+  CHECK(moeroute_plan_free(plan) == MOEROUTE_OK);
+  CHECK(moeroute_soft_plan_free(soft) == MOEROUTE_OK);
+}
+
+// Every function on every set once, on memory with guards of its own: what a sanitizer watches.
+static void check_a_step(void) {
+  enum { T = 600, E = 8, K = 2, D = 24 };
+  float* x = calloc(T * D, sizeof *x);
+  float* w = calloc(E * D, sizeof *w);
+  float* z = calloc(T * E, sizeof *z);
+  float* y = calloc(T * D, sizeof *y);
+  float* slots = calloc(T * K * D, sizeof *slots);
+  uint16_t* narrow = calloc(T * K * D, sizeof *narrow);
+  int32_t* ids = calloc(T * K, sizeof *ids);
+  float* weights = calloc(T * K, sizeof *weights);
+  int i;
+  for (i = 0; i < T * D; ++i) x[i] = (float)(i * 7 % 101) / 50.0f - 1.0f;
+  for (i = 0; i < E * D; ++i) w[i] = (float)(i * 13 % 97) / 50.0f - 1.0f;
+  for (i = 0; moeroute_isa_name(i) != NULL; ++i) {
+    moeroute_spec spec;
+    moeroute_router* router = NULL;
+    moeroute_gate* gate = NULL;
+    moeroute_assignment* choices = NULL;
+    moeroute_plan* plan = NULL;
+    moeroute_plan_view view;
+    moeroute_combine_options options;
+    int runs = 0, t;
+    moeroute_executor pool;
+    moeroute_const_matrix rows = {x, T, D, 0, MOEROUTE_FLOAT},
+                          gate_weight = {w, E, D, 0, MOEROUTE_FLOAT};
+    moeroute_matrix logits = {z, T, E, 0, MOEROUTE_FLOAT}, out = {y, T, D, 0, MOEROUTE_FLOAT};
+    moeroute_const_matrix const_logits = {z, T, E, 0, MOEROUTE_FLOAT};
+    moeroute_matrix in = {slots, 0, D, 0, MOEROUTE_FLOAT},
+                    half = {narrow, 0, D, 0, MOEROUTE_BFLOAT16};
+    moeroute_const_matrix const_half = {narrow, 0, D, 0, MOEROUTE_BFLOAT16};
+    pool.run = in_order;
+    pool.pool = &runs;
+    pool.threads = 2;
+    CHECK(moeroute_use_isa(moeroute_isa_name(i)) == MOEROUTE_OK);
+    CHECK(moeroute_spec_init(&spec) == MOEROUTE_OK);
+    CHECK(moeroute_router_new(&spec, NULL, &router) == MOEROUTE_OK);
+    CHECK(moeroute_gate_new(gate_weight, w, E, &gate) == MOEROUTE_OK);
+    CHECK(moeroute_assignment_new(&choices) == MOEROUTE_OK);
+    CHECK(moeroute_plan_new(&plan) == MOEROUTE_OK);
+    CHECK(moeroute_gate_run(gate, rows, logits, &pool) == MOEROUTE_OK);
+    CHECK(moeroute_gate_cosine(gate, rows, 4.0f, logits, &pool) == MOEROUTE_OK);
+    CHECK(moeroute_route_to(router, const_logits, NULL, &pool, choices, ids, weights) ==
+          MOEROUTE_OK);
+    for (t = 0; t < T; ++t)
+      CHECK(fabsf(weights[t * K]) <= 1.0f && ids[t * K] >= 0 && ids[t * K] < E);
+    CHECK(moeroute_plan_make(plan, choices, NULL) == MOEROUTE_OK);
+    CHECK(moeroute_plan_get(plan, &view) == MOEROUTE_OK && view.slots == T * K);
+    in.rows = half.rows = const_half.rows = view.slots;
+    CHECK(moeroute_dispatch(plan, rows, in, weights, &pool) == MOEROUTE_OK);
+    CHECK(moeroute_dispatch(plan, rows, half, NULL, &pool) == MOEROUTE_OK);
+    memset(&options, 0, sizeof options);
+    options.weights_applied = 1;
+    options.lost_residual = 1;
+    options.x = rows;
+    CHECK(moeroute_combine(const_half, plan, choices, out, &options, &pool) == MOEROUTE_OK);
+    half.type = MOEROUTE_FLOAT16;
+    REFUSED(moeroute_dispatch(plan, const_half, half, NULL, NULL), "");
+    CHECK(runs > 0);
+    CHECK(moeroute_router_free(router) == MOEROUTE_OK);
+    CHECK(moeroute_gate_free(gate) == MOEROUTE_OK);
+    CHECK(moeroute_assignment_free(choices) == MOEROUTE_OK);
+    CHECK(moeroute_plan_free(plan) == MOEROUTE_OK);
+  }
+  free(x);
+  free(w);
+  free(z);
+  free(y);
+  free(slots);
+  free(narrow);
+  free(ids);
+  free(weights);
+}
+
+int main(void) {
+  CHECK(moeroute_last_error()[0] == '\0');
+  check_handles();
+  check_sizes();
+  check_a_step();
+  if (failures == 0) puts("c_face: all refused that had to be");
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
