@@ -20,7 +20,7 @@ gguf_metadata keys_of(const std::string& arch, gguf_metadata more) {
   return keys;
 }
 
-std::string refusal(const gguf_metadata& keys) {
+std::string keys_refusal(const gguf_metadata& keys) {
   try {
     (void)routers_from_gguf(keys, "m.gguf");
   } catch (const moeroute::error& e) {
@@ -130,14 +130,14 @@ TEST_CASE("a key that is missing, wrong or unknown is named") {
   const auto with = [&](const char* key, moeroute::gguf_value value) {
     gguf_metadata keys = good;
     keys[std::string("llama.") + key] = std::move(value);
-    return refusal(keys);
+    return keys_refusal(keys);
   };
   CHECK(with("block_count", n(4)) == "accepted");
-  CHECK(refusal({}) == "moeroute::gguf: m.gguf: key 'general.architecture' is missing");
-  CHECK(refusal({{"general.architecture", std::string("gpt2")}}) ==
+  CHECK(keys_refusal({}) == "moeroute::gguf: m.gguf: key 'general.architecture' is missing");
+  CHECK(keys_refusal({{"general.architecture", std::string("gpt2")}}) ==
         "moeroute::gguf: m.gguf: key 'general.architecture': expected a mixture-of-experts model "
         "of the catalogue, found 'gpt2'");
-  CHECK(refusal(keys_of("llama", {{"expert_count", n(8)}})) ==
+  CHECK(keys_refusal(keys_of("llama", {{"expert_count", n(8)}})) ==
         "moeroute::gguf: m.gguf: key 'llama.expert_used_count': expected a whole number, found "
         "none");
   CHECK(with("expert_used_count", n(9)).find("expected a whole number from 1 to 8, found 9") !=

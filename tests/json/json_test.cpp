@@ -7,7 +7,7 @@ using moeroute::parse_json;
 
 namespace {
 
-std::string refusal(const std::string& text) {
+std::string text_refusal(const std::string& text) {
   try {
     (void)parse_json(text, "a.json");
   } catch (const moeroute::error& e) {
@@ -30,31 +30,33 @@ TEST_CASE("Python's numbers are read outside strings, as strings of their letter
       parse_json(R"({"NaN": [NaN, Infinity, -Infinity], "s": "NaN \" -Infinity"})", "a.json");
   CHECK(read == nlohmann::json::parse(
                     R"({"NaN": ["NaN", "Infinity", "-Infinity"], "s": "NaN \" -Infinity"})"));
-  CHECK(refusal("[NaNs]") ==
+  CHECK(text_refusal("[NaNs]") ==
         "moeroute::json: a.json: line 1, column 2: expected JSON text, found "
         "something else");
 }
 
 TEST_CASE("what is no JSON is refused with line and column") {
   const std::string found = ": expected JSON text, found something else";
-  CHECK(refusal("") == "moeroute::json: a.json: line 1, column 1" + found);
-  CHECK(refusal("{\"a\": 1,\n \"b\" 2}") == "moeroute::json: a.json: line 2, column 6" + found);
-  CHECK(refusal("[NaN, Infinity,\n NaN, x]") == "moeroute::json: a.json: line 2, column 7" + found);
-  CHECK(refusal("[1] 2") == "moeroute::json: a.json: line 1, column 5" + found);
-  CHECK(refusal("[1e999]").find("expected numbers that fit their type") != std::string::npos);
+  CHECK(text_refusal("") == "moeroute::json: a.json: line 1, column 1" + found);
+  CHECK(text_refusal("{\"a\": 1,\n \"b\" 2}") ==
+        "moeroute::json: a.json: line 2, column 6" + found);
+  CHECK(text_refusal("[NaN, Infinity,\n NaN, x]") ==
+        "moeroute::json: a.json: line 2, column 7" + found);
+  CHECK(text_refusal("[1] 2") == "moeroute::json: a.json: line 1, column 5" + found);
+  CHECK(text_refusal("[1e999]").find("expected numbers that fit their type") != std::string::npos);
 }
 
 TEST_CASE("a key that an object has twice is refused") {
-  CHECK(refusal(R"({"a": 1, "b": {"a": 2}, "a": 1})") ==
+  CHECK(text_refusal(R"({"a": 1, "b": {"a": 2}, "a": 1})") ==
         "moeroute::json: a.json: key 'a' stands there twice");
-  CHECK(refusal(R"({"a": {"c\n": 1, "c\n": 2}})") ==
+  CHECK(text_refusal(R"({"a": {"c\n": 1, "c\n": 2}})") ==
         "moeroute::json: a.json: key 'c?' stands there twice");
-  CHECK(refusal(R"([{"a": 1}, {"a": 1}])").empty());
+  CHECK(text_refusal(R"([{"a": 1}, {"a": 1}])").empty());
 }
 
 TEST_CASE("deep nesting is read without deep recursion") {
   const std::string deep = std::string(200000, '[') + std::string(200000, ']');
-  CHECK(refusal(deep).empty());
+  CHECK(text_refusal(deep).empty());
 }
 
 TEST_CASE("null is there, and is not a value") {
