@@ -93,8 +93,7 @@ template <int n, class V>
 MOEROUTE_INLINE void clean(V* x) {
   if constexpr (n > largest_unrolled) {
     for (int i = 0; i < n / 2; ++i) exchange(x[i], x[n / 2 + i]);
-    clean<n / 2>(x);
-    clean<n / 2>(x + n / 2);
+    for (int half = 0; half < 2; ++half) clean<n / 2>(x + half * (n / 2));
   } else if constexpr (n == largest_unrolled) {
     call_network<bitonic_clean_network<n>>(x);
   } else if constexpr (n > 1) {
@@ -108,11 +107,9 @@ MOEROUTE_INLINE void clean(V* x) {
 template <int n, class V>
 MOEROUTE_INLINE void sort(V* x) {
   if constexpr (n > detail::largest_unrolled) {
-    sort<n / 2>(x);
-    sort<n / 2>(x + n / 2);
+    for (int half = 0; half < 2; ++half) sort<n / 2>(x + half * (n / 2));
     for (int i = 0; i < n / 2; ++i) exchange(x[i], x[n - 1 - i]);
-    detail::clean<n / 2>(x);
-    detail::clean<n / 2>(x + n / 2);
+    for (int half = 0; half < 2; ++half) detail::clean<n / 2>(x + half * (n / 2));
   } else if constexpr (n == detail::largest_unrolled) {
     detail::call_network<detail::batcher_network<n>>(x);
   } else if constexpr (n > 1) {

@@ -99,18 +99,31 @@ struct ranks {
   MOEROUTE_INLINE ranked<A> get(int r) const { return {{part[0][r], part[1][r]}}; }
 };
 
+namespace detail {
+
+// f(0), f(1): twice in the code only where n ranks may stay in registers.
+template <int n, class F>
+MOEROUTE_INLINE void for_both_parts(F&& f) {
+  if constexpr (n > largest_unrolled) {
+    for (int h = 0; h < 2; ++h) f(h);
+  } else {
+    f(0);
+    f(1);
+  }
+}
+
+}  // namespace detail
+
 /// Sorts n = 2^m ranks.
 template <class A, int n>
 MOEROUTE_INLINE void sort(ranks<A, n>& x) {
-  MOEROUTE_UNROLL
-  for (int h = 0; h < 2; ++h) sort<n>(x.part[h]);
+  detail::for_both_parts<n>([&](int h) { sort<n>(x.part[h]); });
 }
 
 /// Merges sorted runs of n = 2^m and r <= n ranks; top keeps the n that go first, sorted.
 template <class A, int n, int r>
 MOEROUTE_INLINE void merge_keep_first(ranks<A, n>& top, const ranks<A, r>& run) {
-  MOEROUTE_UNROLL
-  for (int h = 0; h < 2; ++h) merge_keep_first<n, r>(top.part[h], run.part[h]);
+  detail::for_both_parts<n>([&](int h) { merge_keep_first<n, r>(top.part[h], run.part[h]); });
 }
 
 /// What goes after everything that can be selected.

@@ -38,46 +38,56 @@ MOEROUTE_INLINE std::int32_t collect(const float* const* rows, int n, index_t co
   return most;
 }
 
+// f(s) for s = 0, step, ... below `used`: twice and more in the code only where all of it may stay
+// in registers.
+template <bool unrolled, int step, int most, class F>
+MOEROUTE_INLINE void for_each_step(int used, F&& f) {
+  if constexpr (unrolled) {
+    MOEROUTE_UNROLL
+    for (int s = 0; s < most; s += step) f(s);
+  } else {
+    for (int s = 0; s < used; s += step) f(s);
+  }
+}
+
 // The first `used` listed values of n rows as ranks, in any order; nothing in the slots past the
 // end.
-template <class A, int slots, int used>
-MOEROUTE_INLINE void rank_survivors(const float* const* rows, int n, index_t cols,
+template <class A, bool unrolled, int slots>
+MOEROUTE_INLINE void rank_survivors(const float* const* rows, int n, index_t cols, int used,
                                     const column_list<A, slots>* found,
-                                    double (*rank_of_slot)[used]) {
+                                    double (*rank_of_slot)[slots]) {
   constexpr int w = width<A>;
-  alignas(alignment) std::int32_t column[w][used];
-  alignas(alignment) float value[w][used];
+  alignas(alignment) std::int32_t column[w][slots];
+  alignas(alignment) float value[w][slots];
   // Three loops, so that no wide load waits for the narrow stores just before it.
-  for (int i = 0; i < n; ++i) {
-    MOEROUTE_UNROLL
-    for (int r = 0; r < used / w; ++r) found[i].columns(r).store_aligned(column[i] + r * w);
-  }
-  pick<A, used>(rows, n, cols, column, value);
-  for (int i = 0; i < n; ++i) {
-    MOEROUTE_UNROLL
-    for (int r = 0; r < used / w; ++r) {
-      const vfloat<A> v = vfloat<A>::load_aligned(value[i] + r * w);
-      const ranked<A> x = rank<A>(select<A>(found[i].in_list(r), v, vfloat<A>(minus_infinity)),
-                                  vint<A>::load_aligned(column[i] + r * w));
-      x.part[0].store_aligned(rank_of_slot[i] + r * w);
-      x.part[1].store_aligned(rank_of_slot[i] + r * w + w / 2);
-    }
-  }
+  for (int i = 0; i < n; ++i)
+    for_each_step<unrolled, w, slots>(
+        used, [&](int s) { found[i].columns(s / w).store_aligned(column[i] + s); });
+  pick<A, unrolled ? slots : 16>(rows, n, cols, used, column, value);
+  for (int i = 0; i < n; ++i)
+    for_each_step<unrolled, w, slots>(used, [&](int s) {
+      const vfloat<A> v = vfloat<A>::load_aligned(value[i] + s);
+      const ranked<A> x = rank<A>(select<A>(found[i].in_list(s / w), v, vfloat<A>(minus_infinity)),
+                                  vint<A>::load_aligned(column[i] + s));
+      x.part[0].store_aligned(rank_of_slot[i] + s);
+      x.part[1].store_aligned(rank_of_slot[i] + s + w / 2);
+    });
 }
 
 // The k best of the listed values, none of which are in slots past `used`: sorted runs of slots are
 // merged into the best K so far.
-template <class A, int K, int slots, int used>
-MOEROUTE_INLINE void top_of_survivors(const float* const* rows, index_t cols,
+template <class A, int K, int slots>
+MOEROUTE_INLINE void top_of_survivors(const float* const* rows, index_t cols, int used,
                                       const column_list<A, slots>* found, int k, float* value,
                                       std::int32_t* column) {
   constexpr int w = width<A>, half = w / 2;
   constexpr int length = std::min(K, 16), chunk = std::max(length, half);
-  alignas(alignment) double rank_of_slot[w][used];
-  rank_survivors<A, slots, used>(rows, w, cols, found, rank_of_slot);
+  // More than 8 ranks and a run of as many are more than there are registers.
+  constexpr bool unrolled = K <= 8;
+  alignas(alignment) double rank_of_slot[w][slots];
+  rank_survivors<A, unrolled>(rows, w, cols, used, found, rank_of_slot);
   ranks<A, K> top;
-  MOEROUTE_UNROLL
-  for (int s = 0; s < used; s += chunk) {
+  for_each_step<unrolled, chunk, slots>(used, [&](int s) {
     ranks<A, length> run[chunk / length];
     MOEROUTE_UNROLL
     for (int j = 0; j < chunk; j += half) {
@@ -101,7 +111,7 @@ MOEROUTE_INLINE void top_of_survivors(const float* const* rows, index_t cols,
         for (int r = 0; r < K; ++r) top.set(r, r < length ? run[0].get(r) : rank_nothing<A>());
       }
     }
-  }
+  });
   store_top(top, k, rows, value, column);
 }
 
@@ -118,11 +128,7 @@ template <class A, int K, int G, int slots, int usual = slots>
   column_list<A, slots> found[w];
   const std::int32_t most = collect<A, slots>(rows, w, cols, bound, found);
   if (most > slots) return false;
-  if (most <= usual) {
-    top_of_survivors<A, K, slots, usual>(rows, cols, found, k, value, column);
-  } else {
-    top_of_survivors<A, K, slots, slots>(rows, cols, found, k, value, column);
-  }
+  top_of_survivors<A, K>(rows, cols, most <= usual ? usual : slots, found, k, value, column);
   return true;
 }
 

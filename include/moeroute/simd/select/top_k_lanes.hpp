@@ -57,18 +57,34 @@ void top_k_lanes(const float* const* rows, index_t cols, int k, float* value,
   ranks<A, K> top;
   for (int r = 0; r < K; ++r) top.set(r, rank_nothing<A>());
   for (index_t c = 0; c < cols; c += chunk) {
-    vfloat<A> x[chunk];
-    MOEROUTE_UNROLL
-    for (int j = 0; j < chunk; j += w) load_transposed<A>(rows, c + j, cols, minus_infinity, x + j);
-    MOEROUTE_UNROLL
-    for (int g = 0; g < chunk; g += K) {
+    if constexpr (K > largest_unrolled) {
       ranks<A, K> run;
-      MOEROUTE_UNROLL
-      for (int j = 0; j < K; ++j)
-        run.set(j, rank<A>(nan_to_minus_infinity<A>(x[g + j]),
-                           vint<A>(static_cast<std::int32_t>(c) + g + j)));
+      // A run of so many ranks is in memory: one piece of code fills all of it.
+      for (int j = 0; j < K; j += w) {
+        vfloat<A> x[w];
+        load_transposed<A>(rows, c + j, cols, minus_infinity, x);
+        MOEROUTE_UNROLL
+        for (int i = 0; i < w; ++i)
+          run.set(j + i, rank<A>(nan_to_minus_infinity<A>(x[i]),
+                                 vint<A>(static_cast<std::int32_t>(c) + j + i)));
+      }
       sort(run);
       merge_keep_first(top, run);
+    } else {
+      vfloat<A> x[chunk];
+      MOEROUTE_UNROLL
+      for (int j = 0; j < chunk; j += w)
+        load_transposed<A>(rows, c + j, cols, minus_infinity, x + j);
+      MOEROUTE_UNROLL
+      for (int g = 0; g < chunk; g += K) {
+        ranks<A, K> run;
+        MOEROUTE_UNROLL
+        for (int j = 0; j < K; ++j)
+          run.set(j, rank<A>(nan_to_minus_infinity<A>(x[g + j]),
+                             vint<A>(static_cast<std::int32_t>(c) + g + j)));
+        sort(run);
+        merge_keep_first(top, run);
+      }
     }
   }
   store_top(top, k, rows, value, column);
