@@ -28,7 +28,7 @@ struct broken {
 float values[16] = {};
 
 const broken all[] = {
-    {"r >= 0 && c >= 0 && (s >= c || r <= 1) (", [] { matrix_view<float>(values, 2, 4, 3); }},
+    {"r >= 0 && c >= 0 (", [] { matrix_view<float>(values, -1, 4); }},
     {"r >= 0 && r < rows (", [] { matrix_view<float>(values, 2, 4).row(2); }},
     {"r >= 0 && r < rows (", [] { matrix_view<float>(values, 2, 4).row(-1); }},
     {"first >= 0 && n >= 0 && first + n <= rows (",

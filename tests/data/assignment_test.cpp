@@ -3,6 +3,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
 #include <string>
+#include <utility>
 
 #include "support/allocations.hpp"
 #include "support/counting_new.hpp"
@@ -21,6 +22,29 @@ TEST_CASE("an assignment has k choices per token, token by token") {
   const assignment& read = a;
   CHECK((read.ids(1).size() == 2 && read.ids(1)[0] == 2 && read.ids(2)[1] == 5));
   CHECK(read.weights(2).data() == read.weights().data() + 4);
+}
+
+TEST_CASE("an assignment over the caller's memory writes there, and its copies do not") {
+  expert_id ids[6] = {};
+  float weights[6] = {};
+  assignment a = assignment::over(ids, weights);
+  a.reset(3, 8, 2);
+  a.ids()[5] = 7;
+  a.weights()[0] = 0.5f;
+  CHECK((ids[5] == 7 && weights[0] == 0.5f && a.room() == 6));
+  assignment copy = a;
+  copy.ids()[5] = 1;
+  CHECK((ids[5] == 7 && copy.ids()[5] == 1 && copy.weights()[0] == 0.5f));
+  copy.reset(4, 8, 2);  // its memory grows
+  const assignment moved = std::move(a);
+  CHECK((moved.ids().data() == ids && moved.choices() == 6));
+  assignment other = assignment::over(ids, weights);
+  CHECK(refusal([&] { other.reset(4, 8, 2); }) ==
+        "moeroute::assignment: ids.size() is 6, expected room for 8");
+  CHECK(allocations_during([&] { other.reset(2, 8, 3); }) == 0);
+  other = copy;
+  other.ids()[0] = 3;
+  CHECK((ids[0] == 0 && other.tokens() == 4));
 }
 
 TEST_CASE("a warm assignment never allocates") {

@@ -1,5 +1,4 @@
-// expect: readable_rows
-// expect: std::is_same_v<std::remove_const_t<T>, bfloat16>
+// expect: [moeroute::route] logits are rows of float, bfloat16 or float16
 #include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/stage/route.hpp>

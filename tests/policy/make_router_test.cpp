@@ -124,3 +124,26 @@ TEST_CASE("a spec that clashes makes no router") {
   CHECK(not_made({.normalize = normalization::sum, .lp_p = 2.0f}).find("clashes") !=
         std::string::npos);
 }
+
+TEST_CASE("a described router takes plain memory, where its k does not vary") {
+  workspace memory;
+  const index_t tokens = 33;
+  const std::vector<float> z = test::make_logits(test::shape::normal, 8, tokens, 16);
+  const any_router router = make_router({.experts = 16, .k = 4});
+  CHECK((router.k() == 4 && !router.ragged()));
+  assignment expected;
+  route(router, matrix_view<const float>(z.data(), tokens, 16), memory, expected);
+  std::vector<expert_id> ids(132);
+  std::vector<float> weights(132);
+  route(router, z.data(), tokens, 16, memory, ids.data(), weights.data());
+  CHECK(std::equal(ids.begin(), ids.end(), expected.ids().begin()));
+  CHECK(std::equal(weights.begin(), weights.end(), expected.weights().begin()));
+  const any_router varying =
+      make_router({.experts = 16, .k = 4, .selection = selection_kind::top_p, .top_p = 0.5f});
+  CHECK(test::refusal([&] {
+          route(varying, z.data(), tokens, 16, memory, ids.data(), weights.data());
+        }) == "moeroute::route: the router's k varies, expected a fixed k: give an assignment");
+  CHECK(test::refusal([&] {
+          route(router, matrix_view<const float>(z.data(), 2, 15), memory, expected);
+        }) == "moeroute::route: logits.cols is 15, expected 16");
+}

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "oracle/routing.hpp"
@@ -15,19 +16,20 @@ using namespace moeroute;
 namespace {
 
 /// The experts chosen for each row of [T, E] choice scores, at most 16 rows.
-std::vector<expert_id> chosen(const top_k& rule, std::vector<float> rows, int tokens,
+template <selection_rule Rule>
+std::vector<expert_id> chosen(const Rule& rule, std::vector<float> rows, int tokens,
                               index_t experts) {
   const side_inputs side;
+  const index_t k = rule.choices();
   const logit_block block{rows.data(), experts, tokens, experts, 0, &side};
-  std::vector<expert_id> id(static_cast<std::size_t>(rule.k * block_rows)), out;
+  std::vector<expert_id> id(static_cast<std::size_t>(k * block_rows)), out;
   std::vector<float> value(id.size());
   workspace memory;
   const auto carved = memory.carve([&](scratch& tape) { return rule.carve(tape, experts); });
-  choice_block c{static_cast<int>(rule.k), id.data(), value.data()};
+  choice_block c{static_cast<int>(k), id.data(), value.data()};
   rule.select(block, rows.data(), c, carved);
   for (int i = 0; i < tokens; ++i)
-    for (index_t r = 0; r < rule.k; ++r)
-      out.push_back(id[static_cast<std::size_t>(r * block_rows + i)]);
+    for (index_t r = 0; r < k; ++r) out.push_back(id[static_cast<std::size_t>(r * block_rows + i)]);
   return out;
 }
 
@@ -98,6 +100,23 @@ TEST_CASE("with groups only experts of the best groups are chosen, equal groups 
           CHECK(chosen(rule, rows, 9, 32) == expected);
         }
       }
+}
+
+TEST_CASE("a k that the program knows chooses what the same k does at run time") {
+  const auto check = []<index_t... n>(std::integer_sequence<index_t, n...>) {
+    for (const index_t experts : {66, 130, 257})
+      for (const int tokens : {1, 9, 16})
+        for (const test::shape s : test::all_shapes) {
+          const std::vector<float> rows = test::make_logits(s, 3, tokens, experts);
+          INFO(test::name(s) << " E=" << experts << " T=" << tokens);
+          CHECK(((chosen(top_k_of<n>{}, rows, tokens, experts) ==
+                  chosen(top_k{.k = n}, rows, tokens, experts)) &&
+                 ...));
+        }
+  };
+  check(std::integer_sequence<index_t, 1, 2, 3, 4, 8, 10, 24, 33, 65>{});
+  CHECK(test::refusal([] { top_k_of<8>::check(7); }) ==
+        "moeroute::top_k_of: k is 8, expected 1 to 7");
 }
 
 TEST_CASE("selections that do not fit E are refused") {

@@ -115,6 +115,52 @@ TEST_CASE("any row-major Eigen matrix is routed") {
   CHECK(test::bit_difference(out.weights(), expected.weights()) == "");
 }
 
+TEST_CASE("plain memory is routed as a view of it, and nothing past the choices is written") {
+  const router r{softmax{}, top_k{.k = 3}, sum_normalized};
+  workspace memory;
+  for (const index_t tokens : {0, 1, 7, 16, 45}) {
+    const std::vector<float> z = test::make_logits(shape::normal, 4, tokens, 12);
+    assignment expected;
+    const matrix_view<const float> rows(z.data(), tokens, 10, 12);
+    route(r, rows, memory, expected);
+    const auto n = static_cast<std::size_t>(tokens * 3);
+    std::vector<expert_id> ids(n + 1, -7);
+    std::vector<float> weights(n + 1, -7.0f);
+    route(r, z.data(), tokens, 10, 12, memory, ids.data(), weights.data());
+    CHECK(std::equal(expected.ids().begin(), expected.ids().end(), ids.begin()));
+    CHECK(std::equal(expected.weights().begin(), expected.weights().end(), weights.begin()));
+    CHECK((ids[n] == -7 && weights[n] == -7.0f));
+    assignment lent = assignment::over({ids.data(), n}, {weights.data(), n});
+    route(r, rows, memory, lent);
+    CHECK((lent.ids().data() == ids.data() && lent.weights().data() == weights.data()));
+  }
+}
+
+TEST_CASE("plain memory that does not fit is refused by name") {
+  const router r{softmax{}, top_k{.k = 2}};
+  workspace memory;
+  float z[24] = {}, weights[4];
+  expert_id ids[4];
+  const auto said = [&](const float* logits, index_t tokens, index_t stride, expert_id* i,
+                        float* w) {
+    return test::refusal([&] { route(r, logits, tokens, 8, stride, memory, i, w); });
+  };
+  CHECK(said(z, 2, 7, ids, weights) == "moeroute::route: logits.stride is 7, expected at least 8");
+  CHECK(said(z, -1, 8, ids, weights) == "moeroute::route: tokens is -1, expected 0 to 2147483647");
+  CHECK(said(nullptr, 2, 8, ids, weights) == "moeroute::route: logits is null, expected rows");
+  CHECK(said(z, 2, 8, nullptr, weights) ==
+        "moeroute::route: ids is null, expected room for tokens * k");
+  CHECK(said(z, 2, 8, ids, nullptr) ==
+        "moeroute::route: weights is null, expected room for tokens * k");
+  CHECK(said(nullptr, 0, 8, nullptr, nullptr) == "accepted");
+  assignment small = assignment::over(ids, {weights, 3});
+  CHECK(test::refusal([&] { route(r, matrix_view<const float>(z, 2, 8), memory, small); }) ==
+        "moeroute::assignment: weights.size() is 3, expected room for 4");
+  assignment out;
+  CHECK(test::refusal([&] { route(r, matrix_view<const float>(z, 3, 8, 5), memory, out); }) ==
+        "moeroute::route: logits.stride is 5, expected at least 8");
+}
+
 TEST_CASE("a masked token has no choices, and the others are as without the mask") {
   const std::vector<float> z = test::make_logits(shape::normal, 2, 40, 8);
   std::vector<std::uint8_t> mask(40, 1);

@@ -4,7 +4,7 @@
 
 void run(const float* z, moeroute::index_t tokens, moeroute::workspace& ws,
          moeroute::assignment& out) {
-  const moeroute::router router{moeroute::softmax{}, moeroute::top_k{.k = 8},
+  const moeroute::router router{moeroute::softmax{}, moeroute::top_k_of<8>{},
                                 moeroute::sum_normalized};
   moeroute::route(router, moeroute::matrix_view<const float>(z, tokens, 64), ws, out);
 }

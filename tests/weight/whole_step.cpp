@@ -18,7 +18,7 @@ struct memory {
 
 void run(const moeroute::simd::packed_matrix<>& gate, moeroute::matrix_view<const float> x,
          moeroute::matrix_view<float> logits, moeroute::matrix_view<float> y, memory& m) {
-  const moeroute::router router{moeroute::softmax{}, moeroute::top_k{.k = 2},
+  const moeroute::router router{moeroute::softmax{}, moeroute::top_k_of<2>{},
                                 moeroute::sum_normalized};
   moeroute::gate(x, gate, logits);
   moeroute::route(router, logits, m.workspace, m.choices);

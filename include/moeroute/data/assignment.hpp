@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
+#include <utility>
 
 #include <moeroute/base/contract.hpp>
 #include <moeroute/base/error.hpp>
@@ -12,6 +13,62 @@
 #include <moeroute/base/workspace.hpp>
 
 namespace moeroute {
+
+namespace detail {
+
+// A buffer, or memory of the caller's that takes its place. A copy owns what it holds.
+template <class T>
+class lendable {
+ public:
+  lendable() = default;
+  lendable(const lendable& other) { *this = other; }
+  lendable(lendable&& other) noexcept { *this = std::move(other); }
+  lendable& operator=(const lendable& other) {
+    if (this == &other) return *this;
+    lent_ = -1;
+    own_.resize(other.size_);
+    std::copy_n(other.data_, other.size_, own_.data());
+    point(own_.data(), other.size_);
+    return *this;
+  }
+  lendable& operator=(lendable&& other) noexcept {
+    own_ = std::move(other.own_);
+    lent_ = std::exchange(other.lent_, -1);
+    point(std::exchange(other.data_, nullptr), std::exchange(other.size_, 0));
+    return *this;
+  }
+
+  void lend(std::span<T> memory) {
+    lent_ = static_cast<index_t>(memory.size());
+    point(memory.data(), 0);
+  }
+
+  void resize(index_t n, const char* what) {
+    if (lent_ < 0) {
+      own_.resize(n);
+      data_ = own_.data();
+    } else if (n > lent_) [[unlikely]] {
+      fail_value("assignment", what, lent_, "room for ", n);
+    }
+    size_ = n;
+  }
+
+  T* data() const { return data_; }
+  index_t size() const { return size_; }
+
+ private:
+  void point(T* data, index_t size) {
+    data_ = data;
+    size_ = size;
+  }
+
+  buffer<T> own_;
+  T* data_ = nullptr;
+  index_t size_ = 0;
+  index_t lent_ = -1;  // values that there is room for in the caller's memory; -1: own_ is used
+};
+
+}  // namespace detail
 
 /// The sparse T x E result of routing: per token a list of choices (expert, weight).
 ///
@@ -22,6 +79,17 @@ namespace moeroute {
 class assignment {
  public:
   assignment() = default;
+
+  /// An assignment whose choices lie in the caller's memory, which must outlive it: room for as
+  /// many choices as the shorter of both. A copy has memory of its own.
+  ///
+  /// Throws: (on reset) error where T * k choices have no room.
+  static assignment over(std::span<expert_id> ids, std::span<float> weights) {
+    assignment a;
+    a.ids_.lend(ids);
+    a.weights_.lend(weights);
+    return a;
+  }
 
   /// The fixed form: room for k choices per token, contents unspecified, nothing dropped.
   ///
@@ -135,8 +203,8 @@ class assignment {
     // Without memory an assignment of no tokens is left.
     tokens_ = choices_ = 0;
     ragged_ = drops_ = false;
-    ids_.resize(room);
-    weights_.resize(room);
+    ids_.resize(room, "ids.size()");
+    weights_.resize(room, "weights.size()");
     if (ragged) offsets_.resize(tokens + 1);
     tokens_ = tokens;
     experts_ = experts;
@@ -150,8 +218,8 @@ class assignment {
   index_t choices_ = 0;
   bool ragged_ = false;
   bool drops_ = false;
-  buffer<expert_id> ids_;
-  buffer<float> weights_;
+  detail::lendable<expert_id> ids_;
+  detail::lendable<float> weights_;
   buffer<std::int32_t> offsets_;
   buffer<std::uint8_t> kept_;
 };

@@ -71,34 +71,32 @@ side_use side_use_of(const R& router, [[maybe_unused]] index_t columns) {
 inline constexpr side_inputs no_side_inputs{};
 
 /// Up to 16 rows of logits, one per token.
-struct logit_block {
-  const float* logits;  ///< row i at logits + i * stride
-  index_t stride;
-  int rows;             ///< 1 to 16
-  index_t experts;      ///< columns
-  index_t first_token;  ///< the token of row 0
-  const side_inputs* side;
-
-  const float* row(int i) const { return logits + i * stride; }
-};
-
-/// Up to 16 rows of logits that are kept in 16 bits, not widened yet.
 template <storage T>
-struct narrow_block {
+struct logit_rows {
   const T* logits;  ///< row i at logits + i * stride
   index_t stride;
   int rows;             ///< 1 to 16
   index_t experts;      ///< columns
   index_t first_token;  ///< the token of row 0
   const side_inputs* side;
+
+  const T* row(int i) const { return logits + i * stride; }
+};
+
+/// What most routers see.
+using logit_block = logit_rows<float>;
+
+/// Rows of logits that are kept in 16 bits, not widened yet.
+template <storage T>
+struct narrow_block : logit_rows<T> {
   float* wide;  ///< simd::widened_block(experts) floats of scratch
 
   /// The block as floats, in `wide`.
   template <class A = simd::default_arch>
   logit_block widened() const {
-    for (int i = 0; i < rows; ++i)
-      simd::convert_row<A>(logits + i * stride, experts, wide + i * experts);
-    return {wide, experts, rows, experts, first_token, side};
+    for (int i = 0; i < this->rows; ++i)
+      simd::convert_row<A>(this->row(i), this->experts, wide + i * this->experts);
+    return {wide, this->experts, this->rows, this->experts, this->first_token, this->side};
   }
 };
 

@@ -135,21 +135,20 @@ struct router {
   void route_row(const float* z, index_t experts, index_t, const side_inputs&, expert_id* id,
                  float* weights) const {
     constexpr int block = simd::registers_per_block<A>;
-    constexpr int blocks = simd::max_row_k / block_rows;
     simd::row_ranks ranks;
     if (selects_on_logits()) {
       selection.template select_row<A>(z, experts, ranks);
       if (k() <= block_rows)
         this->template weigh_row<A, block>(z, experts, ranks, nullptr, id, weights);
       else
-        this->template weigh_row<A, block * blocks>(z, experts, ranks, nullptr, id, weights);
+        this->template weigh_long_row<A>(z, experts, ranks, nullptr, id, weights);
     } else {
       alignas(alignment) float scores[most_scores + block_rows];
       this->template select_on_scores<A>(z, experts, scores, ranks);
       if (k() <= block_rows)
         this->template weigh_row<A, block>(z, experts, ranks, scores, id, weights);
       else
-        this->template weigh_row<A, block * blocks>(z, experts, ranks, scores, id, weights);
+        this->template weigh_long_row<A>(z, experts, ranks, scores, id, weights);
     }
   }
 
@@ -209,6 +208,16 @@ struct router {
     }
     weight.template apply_to<A>(c);
     c.store(id, weights);
+  }
+
+  // More than a block's choices: in the code once, where a call is nothing beside the work.
+  template <class A>
+  MOEROUTE_OUT_OF_LINE void weigh_long_row(const float* z, index_t experts,
+                                           const simd::row_ranks& ranks, const float* scores,
+                                           expert_id* id, float* weights) const {
+    constexpr int blocks = simd::max_row_k / block_rows;
+    this->template weigh_row<A, simd::registers_per_block<A> * blocks>(z, experts, ranks, scores,
+                                                                       id, weights);
   }
 
   template <class A>

@@ -144,9 +144,31 @@ inline std::string number(float x) {
   return text;
 }
 
-[[noreturn]] MOEROUTE_COLD inline void clash(const std::string& a, const std::string& b,
+// A field as messages show it, put into words only when one is written.
+struct shown_field {
+  const char* name;
+  std::string_view word{};
+  double number = 0.0;
+  bool numeric = false;
+
+  shown_field(const char* n) : name(n) {}
+  shown_field(const char* n, std::string_view w) : name(n), word(w) {}
+  shown_field(const char* n, float x) : name(n), number(static_cast<double>(x)), numeric(true) {}
+  shown_field(const char* n, index_t x) : name(n), number(static_cast<double>(x)), numeric(true) {}
+
+  std::string text() const {
+    return name + (numeric ? detail::number(static_cast<float>(number)) : std::string(word));
+  }
+};
+
+[[noreturn]] MOEROUTE_COLD inline void clash(const shown_field& a, const shown_field& b,
                                              const char* why) {
-  fail("router_spec", a + " clashes with " + b + ": " + why);
+  fail("router_spec", a.text() + " clashes with " + b.text() + ": " + why);
+}
+
+[[noreturn]] MOEROUTE_COLD inline void fail_field(const char* name, float value,
+                                                  const char* expected) {
+  fail_value("router_spec", name, number(value), expected);
 }
 
 }  // namespace detail
@@ -207,15 +229,14 @@ inline std::string to_string(const router_spec& s) {
 }
 
 /// Throws: error that names the field and both values, or the two fields that clash.
-inline void check(const router_spec& s) {
+MOEROUTE_OUT_OF_LINE inline void check(const router_spec& s) {
   using detail::clash;
   check_range("router_spec", "experts", s.experts, 1, max_experts);
   check_range("router_spec", "k", s.k, 1, s.experts);
-  const std::string selection = "selection=" + std::string(to_string(s.selection));
-  const std::string score = "score=" + std::string(to_string(s.score));
+  const detail::shown_field selection("selection=", to_string(s.selection));
+  const detail::shown_field score("score=", to_string(s.score));
   const bool ranked = s.selection == selection_kind::top_k;
-  if (s.groups != 1 && !ranked)
-    clash("groups=" + std::to_string(s.groups), selection, "only top_k limits groups");
+  if (s.groups != 1 && !ranked) clash({"groups=", s.groups}, selection, "only top_k limits groups");
   if (ranked) detail::check_top_k(s.experts, s.k, s.groups, s.topk_group, s.group_fill);
   if (s.selection_bias && !ranked)
     clash("bias=selection", selection, "only top_k adds a selection bias");
@@ -227,18 +248,18 @@ inline void check(const router_spec& s) {
       clash("bias=selection", "score_domain=selected",
             "a bias on scores needs the scores of all experts");
     if (s.groups != 1)
-      clash("groups=" + std::to_string(s.groups), "score_domain=selected",
+      clash({"groups=", s.groups}, "score_domain=selected",
             "group limits need the scores of all experts");
   }
   if (s.normalize != normalization::lp && s.lp_p != 1.0f)
-    clash("lp_p=" + detail::number(s.lp_p), "normalize", "only normalize=lp has a p");
-  if (!(s.eps >= 0.0f)) fail("router_spec", "eps is " + detail::number(s.eps) + ", expected >= 0");
+    clash({"lp_p=", s.lp_p}, "normalize", "only normalize=lp has a p");
+  if (!(s.eps >= 0.0f)) detail::fail_field("eps", s.eps, ">= 0");
   if (s.selection == selection_kind::top_p) {
     if (s.score != score_kind::softmax || s.domain != score_domain::all)
       clash(selection, score, "top_p needs probabilities: softmax over all experts");
     detail::check_top_p(s.experts, s.top_p, s.min_k, s.max_k);
   } else if (s.top_p != 0.0f) {
-    clash("p=" + detail::number(s.top_p), selection, "only top_p has a mass");
+    clash({"p=", s.top_p}, selection, "only top_p has a mass");
   }
   if (s.selection == selection_kind::threshold) {
     if (s.score != score_kind::relu && s.score != score_kind::sigmoid &&
@@ -281,9 +302,7 @@ inline void check(const router_spec& s) {
       (s.normalize != normalization::none || s.scale != 1.0f))
     clash("normalize or scale", selection, "every choice weighs 1 / k");
   const auto finite = [](float x, const char* field) {
-    if (!std::isfinite(x))
-      fail("router_spec",
-           std::string(field) + " is " + detail::number(x) + ", expected a finite number");
+    if (!std::isfinite(x)) detail::fail_field(field, x, "a finite number");
   };
   finite(s.scale, "scale");
   finite(s.output_scale, "output_scale");
@@ -292,16 +311,13 @@ inline void check(const router_spec& s) {
   finite(s.temperature, "temperature");
   finite(s.threshold, "threshold");
   finite(s.jitter, "jitter_eps");
-  if (!(s.softcap >= 0.0f))
-    fail("router_spec", "logit_softcap is " + detail::number(s.softcap) + ", expected >= 0");
-  if (!(s.temperature > 0.0f))
-    fail("router_spec", "temperature is " + detail::number(s.temperature) + ", expected > 0");
-  if (!(s.jitter >= 0.0f))
-    fail("router_spec", "jitter_eps is " + detail::number(s.jitter) + ", expected >= 0");
+  if (!(s.softcap >= 0.0f)) detail::fail_field("logit_softcap", s.softcap, ">= 0");
+  if (!(s.temperature > 0.0f)) detail::fail_field("temperature", s.temperature, "> 0");
+  if (!(s.jitter >= 0.0f)) detail::fail_field("jitter_eps", s.jitter, ">= 0");
   check_range("router_spec", "zero_experts", s.zero_experts, 0, s.experts - 1);
   check_range("router_spec", "capacity", s.capacity, 0, std::int32_t{0x7fffffff});
   if (s.capacity == 0 && s.drop_order != drop_order::choice_major)
-    clash("drop_order=" + std::string(to_string(s.drop_order)), "capacity=0",
+    clash({"drop_order=", to_string(s.drop_order)}, "capacity=0",
           "without a capacity nothing is dropped");
   if (s.capacity != 0 && !s.normalize_before_drop) {
     // The stage that drops then divides by the sum of what is left, and by nothing else.

@@ -85,7 +85,7 @@ void for_each_block(matrix_view<const T> logits, const side_inputs& side,
     if constexpr (std::is_same_v<T, float>) {
       f(logit_block{logits.row(t), logits.stride, rows, columns, t, &side});
     } else {
-      const narrow_block<T> block{logits.row(t), logits.stride, rows, columns, t, &side, m.wide};
+      const narrow_block<T> block{{logits.row(t), logits.stride, rows, columns, t, &side}, m.wide};
       if constexpr (std::is_same_v<T, bfloat16> && bfloat16_router<Router>) {
         f(block);
       } else {
@@ -227,6 +227,10 @@ template <class A, class T, class Router, executor Exec>
   route_with<A>(router, logits, side, memories, workers, out, exec);
 }
 
+// Not a vector or a span: those are one row to view(), whatever they were meant to be.
+template <class Z>
+concept has_shape = is_matrix_view<Z> || strided_rows<const Z>;
+
 [[noreturn]] MOEROUTE_COLD inline void fail_unread(const char* name) {
   fail("route", std::string(name) +
                     " is given, which this router does not read: leave it out, or take "
@@ -234,8 +238,8 @@ template <class A, class T, class Router, executor Exec>
 }
 
 // Every side input fits T, and is one that the router reads: what it does not read it would ignore.
-inline void check_side(const side_inputs& side, index_t tokens, index_t columns,
-                       const side_use& use) {
+MOEROUTE_OUT_OF_LINE inline void check_side(const side_inputs& side, index_t tokens,
+                                            index_t columns, const side_use& use) {
   const auto given = [&](auto list, const char* name, const char* size, bool read) {
     if (list.empty()) return;
     check_size("route", size, static_cast<index_t>(list.size()), tokens);
@@ -256,6 +260,10 @@ inline void check_side(const side_inputs& side, index_t tokens, index_t columns,
     check_range("route", "k_of_token", own, 0, use.own_k);
 }
 
+template <class Router, class T, executor Exec>
+void route_plain(const Router& router, const T* logits, index_t tokens, index_t columns,
+                 index_t stride, workspace& ws, expert_id* ids, float* weights, const Exec& exec);
+
 }  // namespace detail
 
 /// Decides for every token which experts it goes to, and with which weights.
@@ -271,6 +279,10 @@ template <any_kind_of_router Router, readable_rows Z, executor Exec = serial,
           class A = simd::default_arch>
 void route(const Router& router, const Z& logit_rows, const side_inputs& side, workspace& ws,
            assignment& out, const Exec& exec = {}) {
+  static_assert(
+      detail::has_shape<Z> || requires { router.columns(); },
+      "[moeroute::route] a vector does not say how many tokens it holds: hand in "
+      "matrix_view(data, tokens, experts)");
   using T = element_of<const Z>;
   const auto& logits = detail::view_of(logit_rows);
   index_t tokens = logits.rows, columns = logits.cols;
@@ -306,15 +318,16 @@ void route(const Router& router, const Z& logit_rows, const side_inputs& side, w
 /// of columns.
 template <class Router, readable_rows Z, executor Exec = serial, class A = simd::default_arch>
   requires requires(const Router& r) {
-    r.visit([](const auto&) {});
-    r.columns();
+    { r.ragged() } -> std::same_as<bool>;
+    { r.as_token_router() } -> token_router;
+    { r.as_ragged_router() } -> ragged_router;
   }
 void route(const Router& router, const Z& logits, const side_inputs& side, workspace& ws,
            assignment& out, const Exec& exec = {}) {
-  check_size("route", "logits.cols", detail::view_of(logits).cols, router.columns());
-  router.visit([&]<class Kind>(const Kind& kind) {
-    route<Kind, Z, Exec, A>(kind, logits, side, ws, out, exec);
-  });
+  if (router.ragged())
+    route(router.as_ragged_router(), logits, side, ws, out, exec);
+  else
+    route(router.as_token_router(), logits, side, ws, out, exec);
 }
 
 /// The same without side inputs.
@@ -323,5 +336,70 @@ void route(const Router& router, const Z& logits, workspace& ws, assignment& out
            const Exec& exec = {}) {
   route<Router, Z, Exec, A>(router, logits, no_side_inputs, ws, out, exec);
 }
+
+/// The same from and to plain memory: token t's logits begin at logits + t * stride, its choices at
+/// ids + t * k and weights + t * k.
+///
+/// Shapes: logits [tokens, columns] in float, bfloat16 or float16; ids and weights [tokens, k].
+/// Throws: error where a pointer is null, the stride is less than the columns, or the router's k
+/// varies (take an assignment). Example:
+///
+///     std::vector<std::int32_t> ids(tokens * k);
+///     std::vector<float> weights(tokens * k);
+///     moeroute::route(router, logits, tokens, experts, stride, ws, ids.data(), weights.data());
+template <any_kind_of_router Router, storage T, executor Exec = serial>
+void route(const Router& router, const T* logits, index_t tokens, index_t columns, index_t stride,
+           workspace& ws, expert_id* ids, float* weights, const Exec& exec = {}) {
+  detail::route_plain(router, logits, tokens, columns, stride, ws, ids, weights, exec);
+}
+
+/// The same for a router picked at run time, which knows its columns.
+template <class Router, storage T, executor Exec = serial>
+  requires requires(const Router& r) { r.columns(); }
+void route(const Router& router, const T* logits, index_t tokens, index_t stride, workspace& ws,
+           expert_id* ids, float* weights, const Exec& exec = {}) {
+  if (router.ragged())
+    fail("route", "the router's k varies, expected a fixed k: give an assignment");
+  detail::route_plain(router.as_token_router(), logits, tokens, router.columns(), stride, ws, ids,
+                      weights, exec);
+}
+
+// Calls that would end in a page about templates.
+
+template <class Router, class T, class... Rest>
+  requires(sizeof...(Rest) < 5)
+void route(const Router&, const T*, Rest&&...) {
+  static_assert(storage<T> && sizeof...(Rest) > 5,
+                "[moeroute::route] a pointer has no shape: hand in matrix_view(logits, tokens, "
+                "experts, stride), or tokens, experts, stride, workspace, ids and weights");
+}
+
+template <class Router, class Z, class... Rest>
+  requires(!readable_rows<Z> && !std::is_pointer_v<Z>)
+void route(const Router&, const Z&, Rest&&...) {
+  static_assert(readable_rows<Z>,
+                "[moeroute::route] logits are rows of float, bfloat16 or float16: a matrix_view, "
+                "or what view() makes one of");
+}
+
+namespace detail {
+
+template <class Router, class T, executor Exec>
+void route_plain(const Router& router, const T* logits, index_t tokens, index_t columns,
+                 index_t stride, workspace& ws, expert_id* ids, float* weights, const Exec& exec) {
+  static_assert(token_router<Router>,
+                "[moeroute::route] the router's k varies: give an assignment");
+  check_range("route", "tokens", tokens, 0, std::int32_t{0x7fffffff});
+  if (tokens > 0) {
+    if (logits == nullptr) fail("route", "logits is null, expected rows");
+    if (ids == nullptr) fail("route", "ids is null, expected room for tokens * k");
+    if (weights == nullptr) fail("route", "weights is null, expected room for tokens * k");
+  }
+  const auto room = static_cast<std::size_t>(tokens * router.k());
+  assignment out = assignment::over({ids, room}, {weights, room});
+  moeroute::route(router, matrix_view<const T>(logits, tokens, columns, stride), ws, out, exec);
+}
+
+}  // namespace detail
 
 }  // namespace moeroute

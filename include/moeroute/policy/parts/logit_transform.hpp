@@ -29,7 +29,7 @@ struct logit_transform {
 
   /// Throws: error where temperature is not positive, softcap is negative, or add has another
   /// length.
-  void check(index_t columns) const {
+  MOEROUTE_OUT_OF_LINE void check(index_t columns) const {
     if (!(temperature > 0.0f) || !std::isfinite(temperature))
       fail_value("logit_transform", "temperature", temperature, "> 0");
     if (!(softcap >= 0.0f) || !std::isfinite(softcap))

@@ -258,4 +258,43 @@ struct top_k {
 };
 static_assert(row_selection<top_k>);
 
+/// top_k of n experts out of all, where the program knows n: only the kernels of this n are
+/// compiled, which is half of a router's code.
+template <index_t n>
+struct top_k_of {
+  static_assert(n >= 1 && n <= max_experts, "[moeroute::top_k_of] n is 1 to 2^20");
+
+  struct buffers {
+    std::uint64_t* key;
+  };
+
+  static constexpr index_t choices() { return n; }
+  static constexpr bool masks_experts() { return false; }
+
+  /// Throws: error where n is greater than E.
+  static void check(index_t experts) { check_range("top_k_of", "k", n, 1, experts); }
+
+  static buffers carve(scratch& tape, index_t experts) {
+    return {tape.take<std::uint64_t>(simd::top_k_scratch(experts, n))};
+  }
+
+  template <class A = simd::default_arch>
+  static void select(const logit_block& choice, float*, choice_block& c, const buffers& m) {
+    simd::top_k_block<A, static_cast<int>(n), static_cast<int>(n)>(
+        choice.logits, choice.stride, choice.rows, choice.experts, c.k, c.value, c.id, m.key);
+  }
+  template <class A = simd::default_arch>
+  static void select(const narrow_block<bfloat16>& z, choice_block& c, const buffers& m) {
+    simd::top_k_block<A, static_cast<int>(n), static_cast<int>(n)>(
+        z.logits, z.stride, z.rows, z.experts, c.k, c.value, c.id, z.wide, m.key);
+  }
+
+  static constexpr bool takes_rows() { return n <= simd::max_row_k; }
+  template <class A = simd::default_arch>
+  static void select_row(const float* choice, index_t experts, simd::row_ranks& c) {
+    simd::top_k_row<A>(choice, experts, static_cast<int>(n), c);
+  }
+};
+static_assert(row_selection<top_k_of<8>>);
+
 }  // namespace moeroute

@@ -36,7 +36,7 @@ struct weight_rule {
 
   /// Throws: error where eps < 0, p < 1, a factor is not finite, or expert_scale has another length
   /// than E.
-  void check(index_t experts) const {
+  MOEROUTE_OUT_OF_LINE void check(index_t experts) const {
     if (!(eps >= 0.0f) || !std::isfinite(eps)) fail_value("weight_rule", "eps", eps, ">= 0");
     if (!(p >= 1.0f) || !std::isfinite(p)) fail_value("weight_rule", "p", p, ">= 1");
     if (!(divide > 0.0f) || !std::isfinite(divide))

@@ -135,6 +135,42 @@ enum class table_key {
            ///< al. 2021)
 };
 
+namespace detail {
+
+// The experts of the block's rows, with their logits as values: the same code for every score.
+template <class A>
+MOEROUTE_OUT_OF_LINE void take_of_table(const expert_table& table, table_key key,
+                                        const logit_block& z, choice_block& c) {
+  if (z.side->token_ids.empty()) fail("table_router", "side_inputs::token_ids is missing");
+  const auto id_of = [&](index_t token) {
+    return z.side->token_ids[static_cast<std::size_t>(token)];
+  };
+  const expert_id* list[block_rows];
+  if (key == table_key::bigram) {
+    simd::random_lanes<A> hash;
+    for (int i = 0; i < z.rows; ++i) {
+      const index_t token = z.first_token + i;
+      const std::int32_t before = token > 0 ? id_of(token - 1) : -1;
+      hash.place(i, static_cast<std::uint32_t>(before), static_cast<std::uint32_t>(id_of(token)));
+    }
+    hash.draw(0, z.rows);
+    for (int i = 0; i < z.rows; ++i)
+      list[i] = table.of(hash.below(static_cast<std::uint32_t>(table.vocabulary()), i)).data();
+  } else {
+    for (int i = 0; i < z.rows; ++i) {
+      // A masked token's id is nobody's: padding has what the tokeniser likes.
+      list[i] = nullptr;
+      if (z.side->masked(z.first_token + i)) continue;
+      const std::int32_t id = id_of(z.first_token + i);
+      check_range("table_router", "token id", id, 0, table.vocabulary() - 1);
+      list[i] = table.of(id).data();
+    }
+  }
+  take_given<A>(z, c, [&](int i, int r) { return list[i] == nullptr ? no_expert : list[i][r]; });
+}
+
+}  // namespace detail
+
 /// A router whose experts come from a table, while the weights come from the gate's logits.
 ///
 /// Needs side_inputs::token_ids in [0, vocabulary), those of masked tokens aside. With
@@ -177,22 +213,7 @@ struct table_router {
   template <class A = simd::default_arch>
   void route_block(logit_block z, const buffers& memory, choice_block& c) const {
     if (transform.active()) z = transform.template apply<A>(z, memory.logits);
-    if (z.side->token_ids.empty()) fail("table_router", "side_inputs::token_ids is missing");
-    const expert_id* list[block_rows];
-    if (key == table_key::bigram) {
-      this->template bigram_rows<A>(z, list);
-    } else {
-      for (int i = 0; i < z.rows; ++i) {
-        // A masked token's id is nobody's: padding has what the tokeniser likes.
-        list[i] = nullptr;
-        if (z.side->masked(z.first_token + i)) continue;
-        const std::int32_t id = z.side->token_ids[static_cast<std::size_t>(z.first_token + i)];
-        check_range("table_router", "token id", id, 0, table->vocabulary() - 1);
-        list[i] = table->of(id).data();
-      }
-    }
-    detail::take_given<A>(
-        z, c, [&](int i, int r) { return list[i] == nullptr ? no_expert : list[i][r]; });
+    detail::take_of_table<A>(*table, key, z, c);
     keep_own_k(z, c);
     score.template score_choices<A>(z, c, weight.needs());
     weight.template apply<A>(c);
@@ -225,18 +246,6 @@ struct table_router {
   static std::uint32_t previous(const side_inputs& side, index_t token) {
     return static_cast<std::uint32_t>(
         token > 0 ? side.token_ids[static_cast<std::size_t>(token - 1)] : -1);
-  }
-  template <class A>
-  void bigram_rows(const logit_block& z, const expert_id** list) const {
-    simd::random_lanes<A> hash;
-    for (int i = 0; i < z.rows; ++i) {
-      const index_t token = z.first_token + i;
-      const std::int32_t id = z.side->token_ids[static_cast<std::size_t>(token)];
-      hash.place(i, previous(*z.side, token), static_cast<std::uint32_t>(id));
-    }
-    hash.draw(0, z.rows);
-    const auto rows = static_cast<std::uint32_t>(table->vocabulary());
-    for (int i = 0; i < z.rows; ++i) list[i] = table->of(hash.below(rows, i)).data();
   }
 };
 static_assert(row_router<table_router<sqrt_softplus>>);

@@ -43,8 +43,8 @@ inline void top_k_one_row(const float* row, index_t cols, int k, float* value, s
   }
 }
 
-// `width` rows, one per lane. k <= max_lane_k.
-template <class A>
+// `width` rows, one per lane. least <= k <= most, k <= max_lane_k.
+template <class A, int least, int most>
 void top_k_lane_group(const float* const* rows, index_t cols, int k, float* value,
                       std::int32_t* column) {
   // Columns from which a bound wins, measured: with 16 lanes insertion of two still wins at 128
@@ -52,27 +52,30 @@ void top_k_lane_group(const float* const* rows, index_t cols, int k, float* valu
   // 128.
   constexpr index_t bound_of_two = width<A> == 16 ? 192 : 80;
   constexpr index_t bound_of_few = width<A> == 16 ? 64 : 80;
-  if (k <= 1) {
-    top_k_insert<A, 1>(rows, cols, k, value, column);
-  } else if (k <= 2) {
-    if (cols >= bound_of_two && top_k_bound<A, 8, 32, 16>(rows, cols, k, value, column)) return;
-    top_k_insert<A, 2>(rows, cols, k, value, column);
-  } else if (k <= 4) {
-    if (cols >= bound_of_few && top_k_bound<A, 8, 32, 16>(rows, cols, k, value, column)) return;
-    top_k_lanes<A, 4>(rows, cols, k, value, column);
-  } else if (k <= 8) {
-    if (cols >= bound_of_few && top_k_bound<A, 8, 32, 16>(rows, cols, k, value, column)) return;
-    top_k_lanes<A, 8>(rows, cols, k, value, column);
-  } else if (k <= 16) {
-    if (cols >= bound_of_few && top_k_bound<A, 16, 32, 32, 16>(rows, cols, k, value, column))
+  if constexpr (most > 32)
+    if (k > 32) return top_k_lanes<A, 64>(rows, cols, k, value, column);
+  if constexpr (least <= 32 && most > 16)
+    if (k > 16) {
+      if (cols >= 96 && top_k_bound<A, 32, 64, 64, 48>(rows, cols, k, value, column)) return;
+      return top_k_lanes<A, 32>(rows, cols, k, value, column);
+    }
+  if constexpr (least <= 16 && most > 8)
+    if (k > 8) {
+      if (cols >= bound_of_few && top_k_bound<A, 16, 32, 32, 16>(rows, cols, k, value, column))
+        return;
+      return top_k_lanes<A, 16>(rows, cols, k, value, column);
+    }
+  if constexpr (least <= 8 && most > 1)
+    if (cols >= (k <= 2 ? bound_of_two : bound_of_few) && k > 1 &&
+        top_k_bound<A, 8, 32, 16>(rows, cols, k, value, column))
       return;
-    top_k_lanes<A, 16>(rows, cols, k, value, column);
-  } else if (k <= 32) {
-    if (cols >= 96 && top_k_bound<A, 32, 64, 64, 48>(rows, cols, k, value, column)) return;
-    top_k_lanes<A, 32>(rows, cols, k, value, column);
-  } else {
-    top_k_lanes<A, 64>(rows, cols, k, value, column);
-  }
+  if constexpr (least <= 8 && most > 4)
+    if (k > 4) return top_k_lanes<A, 8>(rows, cols, k, value, column);
+  if constexpr (least <= 4 && most > 2)
+    if (k > 2) return top_k_lanes<A, 4>(rows, cols, k, value, column);
+  if constexpr (least <= 2 && most > 1)
+    if (k > 1) return top_k_insert<A, 2>(rows, cols, k, value, column);
+  if constexpr (least <= 1) top_k_insert<A, 1>(rows, cols, k, value, column);
 }
 
 }  // namespace detail
@@ -84,14 +87,18 @@ void top_k_lane_group(const float* const* rows, index_t cols, int k, float* valu
 /// or +inf values the rest is (-inf, no_expert). Requires: 1 <= k <= cols <= 2^20; key holds
 /// top_k_scratch(cols, k) words. Cost: O(cols log^2 k) compare-exchanges on registers, no
 /// allocation. Determinism: exact; the same on every ISA.
-template <class A = default_arch>
+///
+/// Who knows that k is in [least, most] compiles the kernels of such k alone.
+template <class A = default_arch, int least = 1, int most = int{max_experts}>
 void top_k_block(const float* rows, index_t stride, int n, index_t cols, int k, float* value,
                  std::int32_t* column, std::uint64_t* key) {
-  MOEROUTE_EXPECTS(n >= 1 && n <= block_rows && k >= 1 && k <= cols);
-  if (k > max_lane_k) {
-    for (int i = 0; i < n; ++i)
-      detail::top_k_one_row(rows + i * stride, cols, k, value + i, column + i, key);
-    return;
+  MOEROUTE_EXPECTS(n >= 1 && n <= block_rows && k >= least && k <= most && k <= cols);
+  if constexpr (most > max_lane_k) {
+    if (k > max_lane_k) {
+      for (int i = 0; i < n; ++i)
+        detail::top_k_one_row(rows + i * stride, cols, k, value + i, column + i, key);
+      return;
+    }
   }
   for (int first = 0; first < n; first += width<A>) {
     // The lanes of a third of a register cost more together than so many rows one by one.
@@ -108,7 +115,7 @@ void top_k_block(const float* rows, index_t stride, int n, index_t cols, int k, 
     }
     const float* row[width<A>];
     for (int i = 0; i < width<A>; ++i) row[i] = rows + std::min(first + i, n - 1) * stride;
-    detail::top_k_lane_group<A>(row, cols, k, value + first, column + first);
+    detail::top_k_lane_group<A, least, most>(row, cols, k, value + first, column + first);
   }
 }
 

@@ -264,42 +264,47 @@ template <class A, int K, int slots, int usual = slots>
   std::int32_t fullest = 0;
   for (int i = 0; i < w; ++i) fullest = std::max(fullest, found[i].size());
   if (fullest > slots) return false;
-  if (fullest <= usual) {
-    top_of_packed<A, K, slots, usual>(rows, order, cols, found, k, value, column);
-  } else {
-    top_of_packed<A, K, slots, slots>(rows, order, cols, found, k, value, column);
+  if constexpr (usual < slots) {
+    if (fullest <= usual) {
+      top_of_packed<A, K, slots, usual>(rows, order, cols, found, k, value, column);
+      return true;
+    }
   }
+  top_of_packed<A, K, slots, slots>(rows, order, cols, found, k, value, column);
   return true;
 }
 
-// `width` rows, one per lane. k <= max_packed_k.
-template <class A>
+// `width` rows, one per lane. least <= k <= most, k <= max_packed_k.
+template <class A, int least, int most>
 void top_k_packed_group(const bfloat16* const* rows, index_t cols, int k, std::int16_t* order,
                         float* value, std::int32_t* column) {
   // Columns from which a bound wins, measured.
   constexpr bool wide = width<A> == 16;
   constexpr index_t bound_of_two = wide ? 192 : 384, bound_of_four = wide ? 128 : 192;
   constexpr index_t bound_of_eight = wide ? 96 : 192, bound_of_sixteen = wide ? 112 : 192;
-  if (k <= 1) {
-    top_k_packed_lanes<A, 1>(rows, cols, k, value, column);
-  } else if (k <= 2) {
-    if (cols >= bound_of_two && top_k_packed_bound<A, 4, 16>(rows, cols, k, order, value, column))
+  if constexpr (least <= 16 && most > 8)
+    if (k > 8) {
+      if (cols >= bound_of_sixteen &&
+          top_k_packed_bound<A, 16, 32, 16>(rows, cols, k, order, value, column))
+        return;
+      return top_k_packed_lanes<A, 16>(rows, cols, k, value, column);
+    }
+  if constexpr (least <= 8 && most > 4)
+    if (k > 4) {
+      if (cols >= bound_of_eight &&
+          top_k_packed_bound<A, 8, 16>(rows, cols, k, order, value, column))
+        return;
+      return top_k_packed_lanes<A, 8>(rows, cols, k, value, column);
+    }
+  if constexpr (least <= 4 && most > 1)
+    if (cols >= (k <= 2 ? bound_of_two : bound_of_four) && k > 1 &&
+        top_k_packed_bound<A, 4, 16>(rows, cols, k, order, value, column))
       return;
-    top_k_packed_lanes<A, 2>(rows, cols, k, value, column);
-  } else if (k <= 4) {
-    if (cols >= bound_of_four && top_k_packed_bound<A, 4, 16>(rows, cols, k, order, value, column))
-      return;
-    top_k_packed_lanes<A, 4>(rows, cols, k, value, column);
-  } else if (k <= 8) {
-    if (cols >= bound_of_eight && top_k_packed_bound<A, 8, 16>(rows, cols, k, order, value, column))
-      return;
-    top_k_packed_lanes<A, 8>(rows, cols, k, value, column);
-  } else {
-    if (cols >= bound_of_sixteen &&
-        top_k_packed_bound<A, 16, 32, 16>(rows, cols, k, order, value, column))
-      return;
-    top_k_packed_lanes<A, 16>(rows, cols, k, value, column);
-  }
+  if constexpr (least <= 4 && most > 2)
+    if (k > 2) return top_k_packed_lanes<A, 4>(rows, cols, k, value, column);
+  if constexpr (least <= 2 && most > 1)
+    if (k > 1) return top_k_packed_lanes<A, 2>(rows, cols, k, value, column);
+  if constexpr (least <= 1) top_k_packed_lanes<A, 1>(rows, cols, k, value, column);
 }
 
 // Largest k of the packed kernels: above it the rows are widened.
@@ -317,20 +322,20 @@ inline constexpr int max_packed_k = 16;
 /// compare-exchanges for large k; where packed keys do not pay (arches without them, k above 16,
 /// very few rows) the rows are widened first. No allocation. Determinism: exact; the same on every
 /// ISA.
-template <class A = default_arch>
+template <class A = default_arch, int least = 1, int most = int{max_experts}>
 void top_k_block(const bfloat16* rows, index_t stride, int n, index_t cols, int k, float* value,
                  std::int32_t* column, float* wide, std::uint64_t* key) {
   MOEROUTE_EXPECTS(n >= 1 && n <= block_rows && k >= 1 && k <= cols);
   int first = 0;
 #if defined(__AVX2__)
-  if constexpr (has_packed_keys<A>) {
+  if constexpr (has_packed_keys<A> && least <= detail::max_packed_k) {
     if (k <= detail::max_packed_k && cols <= max_packed_columns) {
       // The lanes of a third of a register cost more together than so many rows one by one.
       for (; 3 * (n - first) > width<A> || (k > 8 && first < n); first += width<A>) {
         const bfloat16* row[width<A>];
         for (int i = 0; i < width<A>; ++i) row[i] = rows + std::min(first + i, n - 1) * stride;
-        detail::top_k_packed_group<A>(row, cols, k, reinterpret_cast<std::int16_t*>(wide),
-                                      value + first, column + first);
+        detail::top_k_packed_group<A, least, most>(
+            row, cols, k, reinterpret_cast<std::int16_t*>(wide), value + first, column + first);
       }
       if (first >= n) return;
     }
@@ -338,7 +343,7 @@ void top_k_block(const bfloat16* rows, index_t stride, int n, index_t cols, int 
 #endif
   for (int i = first; i < n; ++i)
     convert_row<A>(rows + i * stride, cols, wide + (i - first) * cols);
-  top_k_block<A>(wide, cols, n - first, cols, k, value + first, column + first, key);
+  top_k_block<A, least, most>(wide, cols, n - first, cols, k, value + first, column + first, key);
 }
 
 }  // namespace moeroute::simd
