@@ -27,6 +27,12 @@ std::string page() {
          "Its words are those of [the golden files](../tests/golden/README.md), so a spec can be "
          "written "
          "down as the `config` of a file for `./run example route_file`.\n\n"
+         "`./run example spec_of FILE` prints the spec of a checkpoint's `config.json` "
+         "or GGUF file, layer by layer where layers differ; a program reads them with "
+         "[moeroute/json/config_json.hpp](../include/moeroute/json/config_json.hpp) and "
+         "[gguf.hpp](../include/moeroute/json/gguf.hpp) (link `moeroute::json`, which "
+         "brings nlohmann-json). `parse_spec` reads such a line back, and `advice` says "
+         "what is strange about a legal one.\n\n"
          "All "
       << std::size(moeroute::catalog)
       << " entries are recomputed in float64 at their own size on all input shapes; " << golden

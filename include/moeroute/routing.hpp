@@ -11,5 +11,6 @@
 #include <moeroute/policy/make_router.hpp>
 #include <moeroute/policy/row/compose.hpp>
 #include <moeroute/policy/row/replay.hpp>
+#include <moeroute/policy/spec_text.hpp>
 #include <moeroute/stage/plan_layouts.hpp>
 #include <moeroute/stage/rectify.hpp>

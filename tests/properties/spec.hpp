@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <moeroute/policy/catalog.hpp>
 #include <moeroute/policy/make_router.hpp>
+#include <moeroute/policy/spec_text.hpp>
 #include <moeroute/stage/route.hpp>
 #include <span>
 
@@ -118,6 +119,7 @@ inline std::string spec_property(bytes in) {
   std::string told = to_string(s);
   try {
     check(s);
+    if (to_string(parse_spec(told)) != told) return told + ": parsed as another router";
     if (s.selection == selection_kind::expert_table)
       table = random_table(5, s.k, s.experts, in.take<std::uint32_t>());
     const any_router router =

@@ -455,7 +455,7 @@ inline bool agrees(const config_source& from, const std::string& key, const rout
     return true;
   };
   const std::string score(to_string(s.score));
-  if (among({"norm_topk_prob", "route_norm", "moe_renormalize"}))
+  if (among({"norm_topk_prob", "route_norm", "moe_renormalize", "moe_norm_gate_logits"}))
     return must(
         value.is_null() || (value == true && sums_to_one(s)) || (value == false && !divides(s)),
         divides(s) ? "true" : "false");
@@ -488,7 +488,8 @@ inline bool agrees(const config_source& from, const std::string& key, const rout
              "batch_prioritized_routing", "moe_apply_router_weight_on_input",
              "moe_router_logit_softcapping", "router_logit_softcapping", "moe_use_hard_gate",
              "zero_expert_num", "moe_group_experts", "moe_router_force_load_balancing",
-             "moe_drop_tokens", "moe_random_routing_dropped_token", "moe_use_token_type_bias"}))
+             "moe_drop_tokens", "moe_reverse_token_drop", "moe_random_routing_dropped_token",
+             "moe_use_token_type_bias"}))
     return must(says_nothing(value) || (key == "use_grouped_topk" && s.groups == 1),
                 "false, 0 or null");
   if (key == "moe_gate") return must(value == "topk" || value == "top2_fused", "topk");

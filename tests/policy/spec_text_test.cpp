@@ -1,0 +1,137 @@
+#include <moeroute/policy/spec_text.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <moeroute/policy/catalog.hpp>
+#include <string>
+#include <vector>
+
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+std::string refused_text(const std::string& text) {
+  return test::refusal([&] { (void)parse_spec(text); });
+}
+
+bool advises(const router_spec& s, const std::string& words) {
+  for (const std::string& sentence : advice(s))
+    if (sentence.find(words) != std::string::npos) return true;
+  return false;
+}
+
+}  // namespace
+
+TEST_CASE(
+    "what a spec prints is parsed to what prints the same, for every router of the catalogue") {
+  for (const catalog_entry& entry : catalog) {
+    INFO(entry.name);
+    // The place of a scale of 1 is not printed: it is nowhere.
+    CHECK(to_string(parse_spec(to_string(entry.spec))) == to_string(entry.spec));
+  }
+}
+
+TEST_CASE("every word that a spec can print is parsed") {
+  const std::vector<router_spec> specs{
+      {.experts = 16,
+       .k = 4,
+       .score = score_kind::sigmoid,
+       .selection_bias = true,
+       .groups = 4,
+       .topk_group = 2,
+       .group_score = group_score::top_sum,
+       .group_fill = 0.0f,
+       .lost_weight = lost_weight::zero,
+       .normalize = normalization::lp,
+       .lp_p = 2.5f,
+       .eps_where = eps_mode::clamp,
+       .eps = 1e-7f,
+       .scale = 2.826f,
+       .scale_where = scale_place::output,
+       .divide_by_k = true,
+       .output_scale = 3.5f,
+       .per_expert_scale = true,
+       .gate_bias = true,
+       .softcap = 30.0f,
+       .temperature = 0.7f,
+       .zero_experts = 2,
+       .shared_experts = 1,
+       .weight_on = weight_place::input},
+      {.experts = 16,
+       .k = 4,
+       .selection = selection_kind::top_p,
+       .top_p = 0.7f,
+       .crossing = crossing::include_strict,
+       .min_k = 2,
+       .max_k = 8},
+      {.experts = 16,
+       .k = 4,
+       .score = score_kind::relu,
+       .selection = selection_kind::threshold,
+       .threshold = 0.125f,
+       .row_norm = threshold_norm::rms},
+      {.experts = 16,
+       .k = 4,
+       .normalize = normalization::sum,
+       .capacity = 40,
+       .drop_order = drop_order::by_weight,
+       .normalize_before_drop = false},
+      {.experts = 16, .k = 2, .selection = selection_kind::sparsemixer, .jitter = 0.25f},
+      {.experts = 16, .k = 2, .score = score_kind::uniform, .selection = selection_kind::random},
+  };
+  for (const router_spec& s : specs) {
+    INFO(to_string(s));
+    CHECK(parse_spec(to_string(s)) == s);
+  }
+  CHECK(parse_spec("  k=2   E=8 score=softmax ") == router_spec{});
+}
+
+TEST_CASE("a word that is unknown, wrong, repeated or missing is named") {
+  CHECK(refused_text("E=8 k=2 router=fast") ==
+        "moeroute::parse_spec: 'router=fast', expected a word of docs/models.md");
+  CHECK(refused_text("E=8 k=two") == "moeroute::parse_spec: 'k=two', expected a whole number");
+  CHECK(refused_text("E=8 k=2 k=3") == "moeroute::parse_spec: 'k=3', expected it once");
+  CHECK(refused_text("E=8") == "moeroute::parse_spec: 'k' is missing");
+  CHECK(refused_text("") == "moeroute::parse_spec: 'E' is missing");
+  CHECK(refused_text("E=8 k=2 score=tanh") ==
+        "moeroute::parse_spec: 'score=tanh', expected softmax, sigmoid, sqrtsoftplus, relu, "
+        "identity, uniform");
+  CHECK(refused_text("E=8 k=2 gate_bias=1") ==
+        "moeroute::parse_spec: 'gate_bias=1', expected the word alone");
+  CHECK(refused_text("E=8 k=2 scale=2.5x") ==
+        "moeroute::parse_spec: 'scale=2.5x', expected a number");
+  CHECK(refused_text("E=8 k=9").find("k is 9, expected 1 to 8") != std::string::npos);
+}
+
+TEST_CASE(
+    "advice names what is legal and strange, and says nothing of published routers but of biases "
+    "on softmax and drops") {
+  CHECK(advice({}).empty());
+  CHECK(advises({.k = 1, .normalize = normalization::sum}, "the gate has no gradient"));
+  CHECK(advises({.k = 1, .domain = score_domain::selected}, "the gate has no gradient"));
+  CHECK_FALSE(advises({.k = 1}, "the gate has no gradient"));
+  CHECK(advises({.experts = 4, .k = 4}, "nothing is chosen"));
+  CHECK(advises({.groups = 4, .topk_group = 4}, "the limit does nothing"));
+  CHECK(advises({.score = score_kind::sigmoid,
+                 .selection_bias = true,
+                 .groups = 4,
+                 .topk_group = 2,
+                 .group_fill = 0.0f},
+                "an expert of a lost group"));
+  CHECK(advises({.experts = 256, .selection_bias = true}, "0.00390625"));
+  CHECK(advises({.score = score_kind::identity, .normalize = normalization::sum}, "may vanish"));
+  CHECK(advises({.normalize = normalization::sum, .eps_where = eps_mode::add, .eps = 0.01f},
+                "is added to the divisor"));
+  CHECK(advises({.softcap = 0.5f}, "nearly equal scores"));
+  CHECK(advises({.score = score_kind::sigmoid, .selection = selection_kind::threshold},
+                "every expert through"));
+  CHECK(advises({.selection = selection_kind::top_p, .top_p = 0.7f}, "without max_k"));
+  CHECK(advises({.normalize = normalization::sum, .capacity = 4}, "before the drop"));
+  for (const catalog_entry& entry : catalog)
+    for (const std::string& sentence : advice(entry.spec)) {
+      INFO(entry.name << ": " << sentence);
+      CHECK((sentence.starts_with("bias=selection on softmax") ||
+             sentence.find("before the drop") != std::string::npos));
+    }
+}
