@@ -18,6 +18,12 @@ namespace detail {
                     "weigh_plan_backward");
 }
 
+[[noreturn]] MOEROUTE_COLD inline void fail_transport(const char* weights) {
+  fail("weigh", std::string(weights) +
+                    " is plan, whose potentials have no gradient here: take softmax, or count the "
+                    "weights as constants");
+}
+
 }  // namespace detail
 
 template <class Score>
@@ -59,14 +65,14 @@ inline weight_maps weight_maps_of(const sinkhorn_expert_choice& r, const side_in
 
 /// Throws: error where the weights are the plan's.
 inline weight_maps weight_maps_of(const sparse_transport& r, const side_inputs&) {
-  if (r.weights == transport_weights::plan) detail::fail_coupled("sparse_transport");
+  if (r.weights == transport_weights::plan) detail::fail_transport("sparse_transport.weights");
   return {{.score = {weight_score::softmax}}};
 }
 
 /// Throws: error where the weights are the plan's.
 inline weight_maps weight_maps_of(const sparse_transport_token_choice& r, const side_inputs&) {
   if (r.transport.weights == transport_weights::plan)
-    detail::fail_coupled("sparse_transport_token_choice");
+    detail::fail_transport("sparse_transport_token_choice.transport.weights");
   return {{.score = {weight_score::softmax}}};
 }
 
