@@ -96,6 +96,12 @@ class assignment {
   /// Throws: error where T < 0, E is outside [1, 2^20], k is outside [1, E], or T * k exceeds 2^31
   /// - 1.
   void reset(index_t tokens, index_t experts, index_t k) {
+    // The shape that it has already, as in every step of a decoder, has been checked.
+    if (tokens == tokens_ && experts == experts_ && k == k_ && !ragged_ && choices_ > 0 &&
+        ids_.size() == choices_ && weights_.size() == choices_) [[likely]] {
+      drops_ = false;
+      return;
+    }
     prepare(tokens, experts, k, room_of(tokens, k), false);
     choices_ = tokens * k;
   }
@@ -194,7 +200,8 @@ class assignment {
     return tokens < 0 || k < 0 ? 0 : size_product(tokens, k);
   }
 
-  void prepare(index_t tokens, index_t experts, index_t k, index_t room, bool ragged) {
+  MOEROUTE_OUT_OF_LINE void prepare(index_t tokens, index_t experts, index_t k, index_t room,
+                                    bool ragged) {
     check_range("assignment", "tokens", tokens, 0, std::int32_t{0x7fffffff});
     check_range("assignment", "experts", experts, 1, max_experts);
     check_range("assignment", "k", k, 1, experts);

@@ -56,7 +56,11 @@ MOEROUTE_INLINE vint<A> count_where(vint<A> count, xsimd::batch_bool<T, A> m) {
       return _mm_sub_epi32(count, m);
   }
 #endif
-  return count + xsimd::select(xsimd::batch_bool_cast<std::int32_t>(m), vint<A>(1), vint<A>(0));
+  const vint<A> one(1), zero(0);
+  if constexpr (std::is_same_v<T, float>)
+    return count + xsimd::select(xsimd::batch_bool_cast<std::int32_t>(m), one, zero);
+  else
+    return count + xsimd::select(m, one, zero);
 }
 
 /// Bits of 64 columns in memory, which may be written in parts.

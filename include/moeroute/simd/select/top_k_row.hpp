@@ -295,16 +295,21 @@ MOEROUTE_INLINE void values_at(const float* row, [[maybe_unused]] index_t cols,
 inline constexpr index_t list_panel = 1024;
 inline constexpr index_t list_room = list_panel + max_row_k + block_rows;
 
-// Keeps the k best of n > k listed values in their order; returns the least value that a later
-// column has to have.
+// Keeps the k best of n > k listed values, none of which has a key below `bound`, in their order;
+// returns the key of the k-th, which a later column has to be above.
 template <class A>
-float keep_best(float* value, std::int32_t* column, index_t n, index_t k) {
+std::int32_t keep_best(float* value, std::int32_t* column, index_t n, index_t k,
+                       std::int32_t bound) {
   alignas(alignment) std::int32_t key[list_room];
   index_t i = 0;
   for (; i < n; i += width<A>) ordered_key<A>(load<A>(value + i)).store_unaligned(key + i);
   std::fill(key + n, key + i, lowest_key);
-  const std::int32_t bound = kth_largest_bound<A>(key, n, k, 0);
+  // Where fewer than k are above the least value it is the k-th: many columns tie.
   index_t ties = k - count_at_least<A>(key, n, bound + 1), at = 0;
+  if (ties <= 0) {
+    bound = kth_largest_bound<A>(key, n, k, 0);
+    ties = k - count_at_least<A>(key, n, bound + 1);
+  }
   const vint<A> least(bound);
   for (i = 0; i < n; i += width<A>) {
     const vint<A> x = load<A>(key + i);
@@ -321,7 +326,7 @@ float keep_best(float* value, std::int32_t* column, index_t n, index_t k) {
       column[at] = column[i + std::countr_zero(bits)];
     }
   }
-  return value_of_key(bound + 1);
+  return bound;
 }
 
 // Any k up to max_row_k and any number of columns that reach the bound: they are listed in memory,
@@ -335,6 +340,7 @@ template <class A>
   vfloat<A> least(std::numeric_limits<float>::lowest());
   if (cols > max_row_k)
     least = k <= 16 ? bound_of_row<A, 2>(row, cols, k) : bound_of_row<A, 4>(row, cols, k);
+  std::int32_t bound = ordered_key(least.get(0));
   index_t n = 0;
   for (index_t first = 0; first < cols; first += list_panel) {
     const index_t end = std::min(first + list_panel, cols);
@@ -343,8 +349,10 @@ template <class A>
           end - c >= w ? load<A>(row + c) : load_first<A>(row + c, end - c, minus_infinity);
       n += store_chosen<A>(x >= least, x, static_cast<std::int32_t>(c), value + n, column + n);
     }
-    if (n > (end < cols ? k : max_row_k)) {
-      least = vfloat<A>(keep_best<A>(value, column, n, k));
+    // Ranks of all in the list are counted in the end: no more of them than need be.
+    if (n > (end < cols ? k : std::max(k, 48))) {
+      bound = keep_best<A>(value, column, n, k, bound);
+      least = vfloat<A>(value_of_key(bound + 1));
       n = k;
     }
   }
