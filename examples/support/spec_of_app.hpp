@@ -57,7 +57,8 @@ namespace detail {
     mine->layers.push_back(l);
   }
   const auto named = [](const std::vector<std::size_t>& layers) {
-    return (layers.size() == 1 ? "layer " : "layers ") + runs_of(layers);
+    std::string name(layers.size() == 1 ? "layer " : "layers ");
+    return name += runs_of(layers);
   };
   std::string text;
   if (kinds.size() < 2 && (kinds.empty() || kinds[0].spec == model.spec)) {

@@ -249,8 +249,8 @@ TEST_CASE("views whose rows run into one another are refused by every entry that
   CHECK(refused([&] {
           count_choices_by_sequence(four, {}, 1, strided<int>(ints.data(), 4, 8, 7));
         }) == "");
-  const auto load = [&](auto z, auto noisy, auto sigma, auto dz, auto dsigma) {
-    noisy_load_loss<float>({.k = 2}, {}, z, noisy, sigma, dz, dsigma, ws, serial{});
+  const auto load = [&](auto z, auto with_noise, auto sigma, auto dz, auto dsigma) {
+    noisy_load_loss<float>({.k = 2}, {}, z, with_noise, sigma, dz, dsigma, ws, serial{});
   };
   std::vector<float> e(64), f(64);
   CHECK(refused([&] { load(good_read(a), read(b), good_read(c), good(e), good(f)); }) == "");

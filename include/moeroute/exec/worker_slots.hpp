@@ -33,7 +33,7 @@ class worker_slots {
     explicit held(worker_slots& slots) : slots_(slots) {
       if (slots.size_ == 1) return;  // one piece at a time: nobody to keep out
       if (!take()) wait();
-      outer_ = std::exchange(innermost(), this);
+      outer_ = enter(this);
     }
     ~held() {
       if (slots_.size_ == 1) return;
@@ -51,6 +51,9 @@ class worker_slots {
       static constinit thread_local held* latest = nullptr;
       return latest;
     }
+
+    // Out of line: a compiler that sees a local object's address stored warns.
+    MOEROUTE_OUT_OF_LINE static held* enter(held* self) { return std::exchange(innermost(), self); }
 
     bool take() {
       for (number_ = 0; number_ < slots_.size_; ++number_)

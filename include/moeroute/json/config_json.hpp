@@ -312,7 +312,7 @@ inline std::vector<index_t> sizes_of(const json_fields& fields, const std::strin
         static_cast<index_t>(json_fields(single, fields.where()).integer(name, 1, high)));
   }
   if (sizes.empty()) fields.wrong(name, "a number");
-  if (std::equal(sizes.begin() + 1, sizes.end(), sizes.begin())) sizes.resize(1);
+  if (std::equal(sizes.begin() + 1, sizes.end(), sizes.begin())) return {sizes.front()};
   return sizes;
 }
 

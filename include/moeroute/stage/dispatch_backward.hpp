@@ -25,8 +25,8 @@ struct dispatch_scale {
 ///
 /// Padding is not read. Sums are made in float (in double with double) and rounded once.
 /// Shapes: dslots [slots, d], dx [T, d], apart. Throws: error where the shapes do not fit, rows run
-/// into one another or memory is shared. gradient_to::add to 16 bits does not compile: each
-/// addition would round. Cost: reads dslots once, as combine; a second time, from cache, for
+/// into one another or memory is shared, or for gradient_to::add to 16 bits: each addition would
+/// round. Cost: reads dslots once, as combine; a second time, from cache, for
 /// dscale; no allocation. Determinism: the same bits for every executor, thread count and (float)
 /// ISA.
 template <gradient_rows X, class D, executor Exec = serial, class A = simd::default_arch>

@@ -68,7 +68,7 @@ MOEROUTE_INLINE void group_maxima(const float* row, index_t cols, vfloat<A>* gro
 // The k-th largest of the values in n registers, in every lane: k of them reach it. No NaN.
 template <class A, int n>
 MOEROUTE_INLINE vfloat<A> kth_of(const vfloat<A>* x, int k) {
-  constexpr int w = width<A>;
+  constexpr int w = width<A>, at_once = n * w < 16 ? n * w : 16;
   alignas(alignment) float all[n * w];
   vint<A> larger[n];
   MOEROUTE_UNROLL
@@ -77,9 +77,9 @@ MOEROUTE_INLINE vfloat<A> kth_of(const vfloat<A>* x, int k) {
     larger[r] = vint<A>(0);
   }
   MOEROUTE_FORGET(all);
-  for (int first = 0; first < n * w; first += 16) {
+  for (int first = 0; first < n * w; first += at_once) {
     MOEROUTE_UNROLL
-    for (int j = 0; j < std::min(16, n * w); ++j) {
+    for (int j = 0; j < at_once; ++j) {
       const vfloat<A> other(all[first + j]);
       MOEROUTE_UNROLL
       for (int r = 0; r < n; ++r) larger[r] = count_where<A>(larger[r], other > x[r]);
