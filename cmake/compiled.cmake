@@ -32,6 +32,10 @@ else()
   mark_as_advanced(MOEROUTE_LD)
 endif()
 
+if(NOT CMAKE_OBJCOPY)
+  message(FATAL_ERROR "The compiled library needs objcopy (Debian: binutils), which was not found")
+endif()
+
 set(source "${PROJECT_SOURCE_DIR}/src")
 
 # moeroute_joined(<variable> <symbol> <flags> <sources>...): one object of the sources, of which the

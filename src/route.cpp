@@ -133,19 +133,24 @@ void run_router(const moeroute_router& router, const moeroute_const_matrix& logi
                           .seed = side.seed,
                           .step = side.step};
   const pool exec(with);
-  if (router.rows) {
-    return with_type(logits.type, [&]<class T>(T) {
-      route(*router.rows, rows_of<T>(logits), given, out.workspace, out.choices, exec);
-    });
+  try {
+    if (router.rows) {
+      return with_type(logits.type, [&]<class T>(T) {
+        route(*router.rows, rows_of<T>(logits), given, out.workspace, out.choices, exec);
+      });
+    }
+    check_size("route", "logits.cols", logits.cols, router.shape.columns);
+    if (logits.type != MOEROUTE_FLOAT)
+      fail("route", "logits are of 16 bits, expected float: the rule sees the whole batch");
+    std::visit(
+        [&](const auto& kind) {
+          route(kind, rows_of<float>(logits), given, out.workspace, out.choices, exec);
+        },
+        *router.batch);
+  } catch (...) {
+    out.choices.reset(0, 1, 1);  // what was refused half-way is no assignment
+    throw;
   }
-  check_size("route", "logits.cols", logits.cols, router.shape.columns);
-  if (logits.type != MOEROUTE_FLOAT)
-    fail("route", "logits are of 16 bits, expected float: the rule sees the whole batch");
-  std::visit(
-      [&](const auto& kind) {
-        route(kind, rows_of<float>(logits), given, out.workspace, out.choices, exec);
-      },
-      *router.batch);
 }
 
 plan_options options_of(const moeroute_plan_options& o, const moeroute::assignment& choices) {
@@ -177,8 +182,13 @@ void plan_reserve(const moeroute_assignment& assignment, const moeroute_plan_opt
 void plan_make(const moeroute_assignment& assignment, const moeroute_plan_options& o,
                moeroute_plan& out) {
   const moeroute::assignment& choices = assignment.choices;
-  plan(choices, out.slots, options_of(o, choices));
-  out.loads.resize(choices.experts());
+  try {
+    out.loads.resize(choices.experts());
+    plan(choices, out.slots, options_of(o, choices));
+  } catch (...) {
+    out.slots.reset(0, 0, 0);  // what was refused is no plan
+    throw;
+  }
   for (index_t e = 0; e < choices.experts(); ++e)
     out.loads[e] = static_cast<std::int32_t>(out.slots.load(e));
 }

@@ -74,6 +74,7 @@ void combine_rows(const moeroute_const_matrix& rows, const moeroute_plan* plan,
   const pool exec(with);
   if (o.x.data != nullptr) check_size("combine", "x.type", o.x.type, y.type);
   if (o.shared.data != nullptr) check_size("combine", "shared.type", o.shared.type, y.type);
+  check_range("combine", "identity_first", o.identity_first, 0, max_experts);
   with_types("combine", rows.type, y.type, [&]<class From, class To>(From, To) {
     const combine_options<To, To> options{
         .weight = o.weights_applied != 0 ? combine_weight::one : combine_weight::of_choice,

@@ -216,7 +216,7 @@ class assignment {
   /// After this, routing up to so many tokens allocates nothing, nor do capacity and losses.
   void reserve(const router& r, std::int64_t tokens, moeroute_type logits_type = MOEROUTE_FLOAT,
                int threads = 1) {
-    check(moeroute_assignment_reserve(get(), r.get(), tokens, logits_type, threads));
+    refresh_after(moeroute_assignment_reserve(get(), r.get(), tokens, logits_type, threads));
     refresh();
   }
   /// Choices that somebody else made, k per token; copied.
@@ -245,6 +245,11 @@ class assignment {
   moeroute_assignment* get() const { return handle_.get(); }
   /// Reads where the choices are: for those who call the C face on get().
   void refresh() { check(moeroute_assignment_get(get(), &view_)); }
+  /// The same behind a call that may have failed, whose error it throws.
+  void refresh_after(int status) {
+    moeroute_assignment_get(get(), &view_);
+    check(status);
+  }
 
  private:
   detail::owned<moeroute_assignment, moeroute_assignment_free> handle_;
@@ -253,8 +258,8 @@ class assignment {
 
 inline void route(const router& r, const const_rows& logits, const side_inputs& side,
                   assignment& out, const executor& exec = {}) {
-  check(moeroute_route(r.get(), logits, &side, exec.get(), out.get()));
-  out.refresh();
+  const int status = moeroute_route(r.get(), logits, &side, exec.get(), out.get());
+  out.refresh_after(status);
 }
 inline void route(const router& r, const const_rows& logits, assignment& out,
                   const executor& exec = {}) {
@@ -263,8 +268,7 @@ inline void route(const router& r, const const_rows& logits, assignment& out,
 
 inline capacity_result apply_capacity(assignment& a, const capacity& policy) {
   capacity_result result;
-  check(moeroute_apply_capacity(a.get(), &policy, &result));
-  a.refresh();
+  a.refresh_after(moeroute_apply_capacity(a.get(), &policy, &result));
   return result;
 }
 /// What the spec says about capacity.
@@ -280,8 +284,7 @@ class dispatch_plan {
   dispatch_plan() { check(moeroute_plan_new(handle_.place())); }
 
   void reserve(const assignment& a, const plan_options& options = {}) {
-    check(moeroute_plan_reserve(get(), a.get(), &options));
-    refresh();
+    refresh_after(moeroute_plan_reserve(get(), a.get(), &options));
   }
 
   const moeroute_plan_view& counts() const { return view_; }
@@ -300,6 +303,11 @@ class dispatch_plan {
 
   moeroute_plan* get() const { return handle_.get(); }
   void refresh() { check(moeroute_plan_get(get(), &view_)); }
+  /// The same behind a call that may have failed, whose error it throws.
+  void refresh_after(int status) {
+    moeroute_plan_get(get(), &view_);
+    check(status);
+  }
 
  private:
   detail::owned<moeroute_plan, moeroute_plan_free> handle_;
@@ -307,8 +315,7 @@ class dispatch_plan {
 };
 
 inline void plan(const assignment& a, dispatch_plan& out, const plan_options& options = {}) {
-  check(moeroute_plan_make(out.get(), a.get(), &options));
-  out.refresh();
+  out.refresh_after(moeroute_plan_make(out.get(), a.get(), &options));
 }
 
 inline void dispatch(const const_rows& x, const dispatch_plan& p, const rows& slots,

@@ -62,7 +62,7 @@ const broken all[] = {
                                              1);
        off_the_grain.parallel_for(4, 2, [](index_t, index_t) {});
      }},
-    {"n >= 1 && n <= block_rows && k >= 1 && k <= cols (",
+    {"n >= 1 && n <= block_rows && k >= least && k <= most && k <= cols (",
      [] {
        float value[3 * block_rows];
        expert_id id[3 * block_rows];

@@ -20,6 +20,7 @@
 #include <moeroute/stage/route.hpp>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "isa_kernels.hpp"
 
@@ -64,7 +65,7 @@ void learn(const isa_input& in) {
   buffer<float> gradient(in.tokens * in.experts);
   const matrix_view<const float> z(in.logits.data(), in.tokens, in.experts);
   const matrix_view<float> dz(gradient.data(), in.tokens, in.experts);
-  const buffer<double> counts(in.experts);
+  const std::vector<double> counts(static_cast<std::size_t>(in.experts), 1.0);
   balance_loss<float>({}, z, dz, ws, serial{}, switch_loss{.counts = counts}, router_z_loss{},
                       token_entropy_loss{});
   balance_loss<float>({}, z, dz, ws, serial{}, importance_loss{});

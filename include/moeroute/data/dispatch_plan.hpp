@@ -37,15 +37,16 @@ class dispatch_plan {
   void reset(index_t tokens, index_t experts, index_t k, index_t choices, index_t slots) {
     check_range("plan", "choices", choices, 0, std::int32_t{0x7fffffff});
     check_range("plan", "slots", slots, 0, std::int32_t{0x7fffffff});
-    tokens_ = tokens;
-    experts_ = experts;
-    k_ = k;
-    choices_ = choices;
+    tokens_ = experts_ = choices_ = 0;  // until there is room
     ragged_ = padded_ = false;
     dropped_ = elsewhere_ = padding_ = 0;
     offsets_.resize(experts + 1);
     token_of_slot_.resize(slots);
     slot_of_choice_.resize(choices);
+    tokens_ = tokens;
+    experts_ = experts;
+    k_ = k;
+    choices_ = choices;
   }
 
   index_t tokens() const { return tokens_; }

@@ -21,11 +21,13 @@ class soft_plan {
     check_range("soft_plan", "slots", slots, 1, std::int32_t{0x7fffffff});
     check_range("soft_plan", "slots_per_expert", slots_per_expert, 1, slots);
     check_size("soft_plan", "slots % slots_per_expert", slots % slots_per_expert, 0);
+    const index_t entries = size_product(tokens, slots);
+    tokens_ = slots_ = 0;  // until there is room
+    dispatch_.resize(entries);
+    combine_.resize(entries);
     tokens_ = tokens;
     slots_ = slots;
     slots_per_expert_ = slots_per_expert;
-    dispatch_.resize(tokens * slots);
-    combine_.resize(tokens * slots);
   }
 
   index_t tokens() const { return tokens_; }

@@ -41,7 +41,9 @@ inline std::string quoted_numbers(std::string_view text, std::vector<std::size_t
     if (!inside && (i == 0 || !letter(i - 1)))
       for (const std::string_view word : {"NaN", "Infinity", "-Infinity"})
         if (text.substr(i, word.size()) == word && !letter(i + word.size())) length = word.size();
-    if (length == 0) {
+    // A word in a key's place stays one, and is refused.
+    const std::size_t next = text.find_first_not_of(" \t\r\n", i + length);
+    if (length == 0 || (next < text.size() && text[next] == ':')) {
       copy += text[i++];
       continue;
     }

@@ -117,8 +117,12 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
     float *dout, *din, *dweights, *before, *identities, *dlogits, *experts, *x, *dshared,
         *dshared_in, *shared, *dshared_weight;
   };
-  // By the room for choices, as the forward pass: their number may vary.
-  const index_t room = std::max(tape.choices.room(), slots);
+  // The gate's gradients need those of the logits, wanted or not.
+  const bool own_logits =
+      gradients.logits.data == nullptr || gradients.logits_to == gradient_to::nowhere;
+  // By the room for choices, as the forward pass: their number may vary. Or for rows of tokens,
+  // which stand there where only the weights' gradient is wanted.
+  const index_t room = std::max({tape.choices.room(), slots, tokens});
   const memory m = tape.backward.carve([&](scratch& s) {
     const index_t of_shared = with_shared ? tokens : 0;
     return memory{s.take<float>(room * d),
@@ -126,7 +130,7 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
                   s.take<float>(room),
                   s.take<float>(shares ? room : 0),
                   s.take<float>(on_input && identity ? room : 0),
-                  s.take<float>(gradients.logits.data == nullptr ? tokens * columns : 0),
+                  s.take<float>(own_logits ? tokens * columns : 0),
                   s.take<float>(detail::scratch_of(experts) * workers),
                   s.take<float>(wide_x ? tokens * d : 0),
                   s.take<float>(of_shared * d),
@@ -136,9 +140,8 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
   });
   const matrix_view<float> dout(m.dout, slots, d), din(m.din, slots, d);
   const std::span<float> dw(m.dweights, static_cast<std::size_t>(choices));
-  const matrix_view<float> dlogits = gradients.logits.data != nullptr
-                                         ? gradients.logits
-                                         : matrix_view<float>(m.dlogits, tokens, columns);
+  const matrix_view<float> dlogits =
+      own_logits ? matrix_view<float>(m.dlogits, tokens, columns) : gradients.logits;
   matrix_view<const float> x_float;
   if constexpr (std::is_same_v<T, float>) {
     x_float = x;
@@ -199,8 +202,9 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
     weigh(layer.router(), tape.logits, side, tape.choices, before, tape.router, exec);
     renormalize_backward(*options.capacity, tape.choices, before, dw);
   }
-  weigh_backward(layer.router(), tape.logits, side, tape.choices, dw, gradients.logits_to, dlogits,
-                 tape.router, exec, gradients.router);
+  weigh_backward(layer.router(), tape.logits, side, tape.choices, dw,
+                 own_logits ? gradient_to::write : gradients.logits_to, dlogits, tape.router, exec,
+                 gradients.router);
 
   const gate_gradients<float> to_x{gradient_to::add, dx};
   if constexpr (with_shared) {

@@ -48,6 +48,8 @@ void backward(const soft_moe<Experts, A>& layer, const X& x_rows, soft_tape& tap
   check_size(where, "tape.plan.slots()", tape.plan.slots(), slots);
   check_size(where, "mu.rows()", mu.rows, slots);
   check_size(where, "mu.cols()", mu.cols, d);
+  const matrix_view<float> dx =
+      gradients.to == gradient_to::nowhere ? matrix_view<float>() : gradients.x;
   const bool unit = layer.options().logits == soft_logits::normalized;
   constexpr bool with_scratch =
       expert_gradient_with_scratch<std::remove_reference_t<ExpertGradient>, float, float, float>;
@@ -104,7 +106,7 @@ void backward(const soft_moe<Experts, A>& layer, const X& x_rows, soft_tape& tap
   plan_soft_backward(dispatch, combine, rows(ddispatch), rows(dcombine), gradient_to::write,
                      dlogits, tape.sums, exec);
   if (!unit) {
-    gate_backward(states, mu, dlogits, gate_gradients<float>{gradient_to::add, gradients.x}, exec);
+    gate_backward(states, mu, dlogits, gate_gradients<float>{gradient_to::add, dx}, exec);
     gate_backward(states, mu, dlogits, gate_gradients<float>{gradients.to, {}, gradients.mu}, exec);
     return;
   }
@@ -124,8 +126,7 @@ void backward(const soft_moe<Experts, A>& layer, const X& x_rows, soft_tape& tap
   const float scale = layer.options().scale;
   for (index_t i = 0; i < tokens * d; ++i) m.dx[i] *= scale;
   for (index_t i = 0; i < slots * d; ++i) m.dmu[i] *= scale;
-  if (gradients.x.data != nullptr)
-    unit_rows_backward(states, rows(dux), gradient_to::add, gradients.x, exec, eps);
+  if (dx.data != nullptr) unit_rows_backward(states, rows(dux), gradient_to::add, dx, exec, eps);
   if (gradients.mu.data != nullptr)
     unit_rows_backward(mu, rows(dumu), gradients.to, gradients.mu, exec, eps);
 }

@@ -169,7 +169,11 @@ inline index_t any_token_router::k() const { return any.choices_; }
 inline side_use any_token_router::reads_side(index_t) const { return any.use_; }
 inline index_t any_token_router::columns() const { return any.columns_; }
 inline index_t any_token_router::experts(index_t) const { return any.experts_; }
-inline void any_token_router::check(index_t columns) const { any.check(columns); }
+inline void any_token_router::check(index_t columns) const {
+  if (any.ragged_) [[unlikely]]
+    fail("route", "the router's k varies: route() takes it as it is");
+  any.check(columns);
+}
 inline index_t any_token_router::rows_alone(index_t) const { return any.rows_alone_; }
 inline any_buffers any_token_router::carve(scratch& tape, index_t) const { return any.carve(tape); }
 

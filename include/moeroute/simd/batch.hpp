@@ -165,7 +165,11 @@ MOEROUTE_INLINE void store_pieces(float* p, int n, vfloat<A> v) {
     four = _mm_movehl_ps(four, four);
     p += 2;
   }
-  if ((n & 1) != 0) _mm_store_ss(p, four);
+  if ((n & 1) != 0) {
+    // By memcpy: ids come this way too, and the intrinsic is a plain store of a float.
+    const float last = _mm_cvtss_f32(four);
+    __builtin_memcpy(p, &last, sizeof last);
+  }
 #else
   store_first<A>(p, n, v);
 #endif

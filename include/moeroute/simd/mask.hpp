@@ -89,7 +89,7 @@ MOEROUTE_INLINE void mask_not_below(const float* row, index_t n, vfloat<A> bound
            : n > c ? load_first<A>(row + c, std::min<index_t>(n - c, w), minus_infinity)
                    : vfloat<A>(minus_infinity);
   };
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
   if constexpr (w == 16) {
     __mmask16 part[4];
     MOEROUTE_UNROLL

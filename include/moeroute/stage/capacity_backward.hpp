@@ -8,6 +8,7 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
 #include <moeroute/policy/parts/capacity.hpp>
 
 namespace moeroute {
@@ -40,6 +41,7 @@ struct kept_sum {
 /// Throws: error where the sizes differ. Cost: O(choices), no allocation. Determinism: exact.
 template <std::floating_point F>
 void renormalize(const capacity_policy& policy, const assignment& choices, std::span<F> weights) {
+  check_offsets("renormalize", choices);
   check_size("renormalize", "weights.size()", static_cast<index_t>(weights.size()),
              choices.choices());
   for (index_t t = 0; t < choices.tokens(); ++t) {
@@ -62,6 +64,7 @@ template <std::floating_point F>
 void renormalize_backward(const capacity_policy& policy, const assignment& choices,
                           std::type_identity_t<std::span<const F>> weights, std::span<F> dweights) {
   constexpr const char* where = "renormalize_backward";
+  check_offsets(where, choices);
   check_size(where, "weights.size()", static_cast<index_t>(weights.size()), choices.choices());
   check_size(where, "dweights.size()", static_cast<index_t>(dweights.size()), choices.choices());
   if (!weights.empty() && weights.data() == dweights.data())

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
 #include <moeroute/matrix/check.hpp>
 #include <moeroute/stage/dispatch.hpp>
@@ -241,6 +242,7 @@ template <readable_rows X, writable_rows Y, executor Exec = serial, class A = si
           storage H = float, storage S = float>
 void combine(const X& rows, const assignment& choices, Y&& y, const Exec& exec = {},
              const combine_options<H, S>& options = {}) {
+  check_offsets("combine", choices);
   detail::combine_rows<A>(rows, detail::rows_of_choices{&choices, choices.weights().data()},
                           std::forward<Y>(y), exec, options);
 }

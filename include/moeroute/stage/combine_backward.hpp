@@ -51,6 +51,21 @@ F scale_and_dot(const U* row, const T* other, F factor, index_t n, V* out, bool 
   return dot;
 }
 
+// a . b in float as kernels make it, in double one by one.
+template <class A, class F, class S, class U>
+F dot_of(const S* a, const U* b, index_t n) {
+  if constexpr (std::is_same_v<F, float>) {
+    return simd::row_dot<A>(a, b, n);
+  } else {
+    F sum = 0;
+    for (index_t i = 0; i < n; ++i) {
+      const auto x = static_cast<float>(a[i]);  // storage, which no double is
+      sum += static_cast<F>(x) * static_cast<F>(b[i]);
+    }
+    return sum;
+  }
+}
+
 }  // namespace detail
 
 /// dslots[s] = w dy[t] and dw = dy[t] . slots[s] for the choice of slot s with weight w, the
@@ -80,7 +95,8 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
   const bool wants_slots = dslots.data != nullptr, wants_weights = !gradients.weights.empty();
   check_size(where, "dy.rows()", dy.rows, plan.tokens());
   check_stride(where, "dy", dy);
-  if (!ones)
+  const bool identity = options.identity_first < options.identity_end;
+  if (!ones || (identity && !weights.empty()))
     check_size(where, "weights.size()", static_cast<index_t>(weights.size()), plan.choices());
   if (wants_slots) {
     check_size(where, "gradients.slots.rows()", dslots.rows, plan.slots());
@@ -98,7 +114,6 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
       check_stride(where, "slots", slots);
     }
   }
-  const bool identity = options.identity_first < options.identity_end;
   if (identity) {
     if (choices == nullptr)
       fail(where, "choices are missing: identity experts are told by their ids");
@@ -106,17 +121,20 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
     if (wants_weights) {
       check_size(where, "x.rows()", options.x.rows, dy.rows);
       check_size(where, "x.cols()", options.x.cols, dy.cols);
+      check_stride(where, "x", options.x);
     }
   }
   const matrix_view<F>&dx = gradients.x, &dshared = gradients.shared;
   if (dx.data != nullptr) {
     check_size(where, "gradients.x.rows()", dx.rows, dy.rows);
     check_size(where, "gradients.x.cols()", dx.cols, dy.cols);
+    check_stride(where, "gradients.x", dx);
     check_apart(where, "dy", dy, "gradients.x", dx);
   }
   if (dshared.data != nullptr) {
     check_size(where, "gradients.shared.rows()", dshared.rows, dy.rows);
     check_size(where, "gradients.shared.cols()", dshared.cols, dy.cols);
+    check_stride(where, "gradients.shared", dshared);
     check_apart_or_same(where, "dy", dy, "gradients.shared", dshared);
   }
   if (!gradients.shared_weight.empty()) {
@@ -124,6 +142,7 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
                static_cast<index_t>(gradients.shared_weight.size()), dy.rows);
     check_size(where, "shared.rows()", options.shared.rows, dy.rows);
     check_size(where, "shared.cols()", options.shared.cols, dy.cols);
+    check_stride(where, "shared", options.shared);
   }
   if (!options.shared_weight.empty())
     check_size(where, "shared_weight.size()", static_cast<index_t>(options.shared_weight.size()),
@@ -152,19 +171,17 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
             const F own = weights.empty() ? F(1) : weights[static_cast<std::size_t>(c)];
             if (dx.data != nullptr)
               simd::add_scaled_row<A>(row, own, dy.cols, dx.data + t * dx.stride);
-            if constexpr (std::is_same_v<F, float>)
-              if (wants_weights)
-                dot = simd::row_dot<A>(options.x.data + t * options.x.stride, row, dy.cols);
+            if (wants_weights)
+              dot = detail::dot_of<A, F>(options.x.data + t * options.x.stride, row, dy.cols);
           }
         }
         if (wants_weights) gradients.weights[static_cast<std::size_t>(c)] = dot;
       }
       if (lost && options.lost == lost_token::residual && dx.data != nullptr)
         simd::add_scaled_row<A>(row, F(1), dy.cols, dx.data + t * dx.stride);
-      if constexpr (std::is_same_v<F, float>)
-        if (!gradients.shared_weight.empty())
-          gradients.shared_weight[static_cast<std::size_t>(t)] =
-              simd::row_dot<A>(options.shared.data + t * options.shared.stride, row, dy.cols);
+      if (!gradients.shared_weight.empty())
+        gradients.shared_weight[static_cast<std::size_t>(t)] =
+            detail::dot_of<A, F>(options.shared.data + t * options.shared.stride, row, dy.cols);
       if (dshared.data != nullptr)
         simd::scale_row<A>(row,
                            options.shared_weight.empty()

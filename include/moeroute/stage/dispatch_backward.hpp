@@ -56,6 +56,7 @@ void dispatch_backward(
     check_size(where, "dscale.size()", static_cast<index_t>(how.dscale.size()), plan.choices());
     check_size(where, "x.rows()", how.x.rows, plan.tokens());
     check_size(where, "x.cols()", how.x.cols, dslots.cols);
+    check_stride(where, "x", how.x);
     check_apart(where, "x", how.x, "dx", dx);
   }
   const slot_id* const slot = plan.slot_of_choice().data();

@@ -42,6 +42,7 @@ void check_gate_gradients(const char* where, const matrix_view<T>& x, const matr
     check_stride(where, "gradients.x", g.x);
     check_apart(where, "x", x, "gradients.x", g.x);
     check_apart(where, "weight", weight, "gradients.x", g.x);
+    check_apart(where, "dlogits", dlogits, "gradients.x", g.x);
   }
   if (g.weight.data != nullptr) {
     check_size(where, "gradients.weight.rows()", g.weight.rows, experts);
@@ -49,6 +50,7 @@ void check_gate_gradients(const char* where, const matrix_view<T>& x, const matr
     check_stride(where, "gradients.weight", g.weight);
     check_apart(where, "x", x, "gradients.weight", g.weight);
     check_apart(where, "weight", weight, "gradients.weight", g.weight);
+    check_apart(where, "dlogits", dlogits, "gradients.weight", g.weight);
   }
   if (!g.bias.empty())
     check_size(where, "gradients.bias.size()", static_cast<index_t>(g.bias.size()), experts);

@@ -168,12 +168,16 @@ void plan_every_choice(const assignment& choices, dispatch_plan& out) {
   const simd::groups token{nullptr, choices.k()};
   if (simd::are_few_keys<A>(n, experts)) {
     if (!simd::sort_few_keys<A>(id, n, experts, token, p.offsets, p.slot_of_choice,
-                                p.token_of_slot)) [[unlikely]]
+                                p.token_of_slot)) [[unlikely]] {
+      out.reset(0, 0, 0);  // what was refused is no plan
       fail_expert_id("plan", choices.ids(), experts);
+    }
     return;
   }
-  if (!simd::rank_keys<A>(id, n, experts, p.offsets, p.slot_of_choice)) [[unlikely]]
+  if (!simd::rank_keys<A>(id, n, experts, p.offsets, p.slot_of_choice)) [[unlikely]] {
+    out.reset(0, 0, 0);
     fail_expert_id("plan", choices.ids(), experts);
+  }
   simd::exclusive_scan<A>(p.offsets, experts, p.offsets);
   simd::place_keys<A>(id, n, token, p.offsets, p.slot_of_choice, p.token_of_slot);
 }

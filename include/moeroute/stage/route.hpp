@@ -324,10 +324,13 @@ template <class Router, readable_rows Z, executor Exec = serial, class A = simd:
   }
 void route(const Router& router, const Z& logits, const side_inputs& side, workspace& ws,
            assignment& out, const Exec& exec = {}) {
-  if (router.ragged())
-    route(router.as_ragged_router(), logits, side, ws, out, exec);
-  else
-    route(router.as_token_router(), logits, side, ws, out, exec);
+  if (router.ragged()) {
+    const auto kind = router.as_ragged_router();
+    route<decltype(kind), Z, Exec, A>(kind, logits, side, ws, out, exec);
+  } else {
+    const auto kind = router.as_token_router();
+    route<decltype(kind), Z, Exec, A>(kind, logits, side, ws, out, exec);
+  }
 }
 
 /// The same without side inputs.

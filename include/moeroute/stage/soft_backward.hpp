@@ -35,11 +35,13 @@ void plan_soft_backward(const std::type_identity_t<matrix_view<const F>>& dispat
                         index_t cols) {
     check_size(where, rows_name, m.rows, rows);
     check_size(where, cols_name, m.cols, cols);
+    check_stride(where, rows_name, m);
   };
   fits(dispatch, "dispatch.rows()", slots, "dispatch.cols()", tokens);
   fits(ddispatch, "ddispatch.rows()", slots, "ddispatch.cols()", tokens);
   fits(dcombine, "dcombine.rows()", tokens, "dcombine.cols()", slots);
   fits(dlogits, "dlogits.rows()", tokens, "dlogits.cols()", slots);
+  check_apart(where, "dlogits", dlogits, "dispatch", dispatch);
   check_apart(where, "dlogits", dlogits, "combine", combine);
   check_apart(where, "dlogits", dlogits, "dcombine", dcombine);
   check_apart(where, "dlogits", dlogits, "ddispatch", ddispatch);

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/exec/worker_slots.hpp>
 #include <moeroute/matrix/check.hpp>
@@ -26,6 +27,11 @@ inline index_t weigh_grain(index_t columns) {
 inline void check_weigh(const char* where, const weight_maps& maps, index_t tokens, index_t columns,
                         const side_inputs& side, const assignment& choices, index_t weights) {
   check_size(where, "logits.rows", tokens, choices.tokens());
+  check_offsets(where, choices);
+  if (maps.first.layout == logit_layout::product_keys) {
+    check_range(where, "logits.cols", columns, 2, 2 * max_experts);
+    check_size(where, "logits.cols % 2", columns % 2, 0);
+  }
   const index_t experts =
       maps.first.layout == logit_layout::product_keys ? columns / 2 * (columns / 2) : columns;
   check_size(where, "choices.experts()", choices.experts(), experts + maps.shared);
@@ -37,15 +43,22 @@ inline void check_weigh(const char* where, const weight_maps& maps, index_t toke
   if (maps.shared > 0 && !side.shared_weight.empty())
     check_size(where, "shared_weight.size()", static_cast<index_t>(side.shared_weight.size()),
                tokens);
-  for (const weight_map* m : {&maps.first, &maps.second})
+  for (const weight_map* m : {&maps.first, &maps.second}) {
+    if (m == &maps.second && maps.first_columns == 0) continue;
+    const index_t own = m == &maps.second        ? columns - maps.first_columns
+                        : maps.first_columns > 0 ? maps.first_columns
+                                                 : columns;
+    if (!m->expert_factor.empty())
+      check_size(where, "factors of experts", static_cast<index_t>(m->expert_factor.size()),
+                 m->layout == logit_layout::product_keys ? experts : own);
+    if (!m->transform.add.empty())
+      check_size(where, "transform.add.size()", static_cast<index_t>(m->transform.add.size()), own);
     if (m->transform.noise.active() && side.noise_logits.data != nullptr) {
       check_size(where, "noise_logits.rows", side.noise_logits.rows, tokens);
-      check_range(where, "noise_logits.cols", side.noise_logits.cols,
-                  m == &maps.second        ? columns - maps.first_columns
-                  : maps.first_columns > 0 ? maps.first_columns
-                                           : columns,
-                  max_experts);
+      check_size(where, "noise_logits.cols", side.noise_logits.cols, columns);
+      check_stride(where, "noise_logits", side.noise_logits);
     }
+  }
 }
 
 // Ids come from outside: they name a column.

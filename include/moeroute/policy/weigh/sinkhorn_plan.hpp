@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include <moeroute/base/gradient.hpp>
+#include <moeroute/data/check_choices.hpp>
 #include <moeroute/matrix/check.hpp>
 #include <moeroute/policy/batch/sinkhorn_scaling.hpp>
 
@@ -116,7 +117,7 @@ class plan_of {
         double* const p = similarity + t * experts;
         double sum = 0.0;
         for (index_t e = 0; e < experts; ++e)
-          sum += p[e] = k[e] > never ? std::exp(k[e] - top) : 0.0;
+          sum += p[e] = k[e] == top ? 1.0 : k[e] > never ? std::exp(k[e] - top) : 0.0;
         for (index_t e = 0; e < experts; ++e) {
           p[e] /= sum;
           if (k[e] > never) k[e] = p[e];
@@ -127,7 +128,7 @@ class plan_of {
       }
       const double heat = static_cast<double>(how.temperature);
       for (index_t e = 0; e < experts; ++e)
-        k[e] = k[e] > never ? std::exp((k[e] - top) / heat) : 0.0;
+        k[e] = !(k[e] > never) ? 0.0 : k[e] == top ? 1.0 : std::exp((k[e] - top) / heat);
       const bool there = top > never;
       live += there;
       row_mass[t] = there ? 1.0 : 0.0;
@@ -184,7 +185,8 @@ class plan_of {
               dv[e] += kernel[t * experts + e] * da[t];
             }
         } else {
-          for (index_t e = 0; e < experts; ++e) db[e] = -dv[e] * vi[e] * vi[e] / column_mass;
+          for (index_t e = 0; e < experts; ++e)
+            db[e] = column_mass > 0.0 ? -dv[e] * vi[e] * vi[e] / column_mass : 0.0;
           std::fill_n(dv, experts, 0.0);
           for (index_t t = 0; t < tokens; ++t)
             for (index_t e = 0; e < experts; ++e) {
@@ -352,6 +354,7 @@ void weigh_plan(const sinkhorn_scaling& how, plan_share share,
                 const assignment& choices, std::span<F> weights, workspace& ws) {
   constexpr const char* where = "weigh_plan";
   detail::check_plan(where, how, logits, side);
+  check_offsets(where, choices);
   check_size(where, "logits.rows", logits.rows, choices.tokens());
   check_size(where, "logits.cols", logits.cols, choices.experts());
   check_size(where, "weights.size()", static_cast<index_t>(weights.size()), choices.choices());
@@ -376,6 +379,7 @@ void weigh_plan_backward(const sinkhorn_scaling& how, plan_share share,
                          gradient_to to, matrix_view<F> dlogits, workspace& ws) {
   constexpr const char* where = "weigh_plan_backward";
   detail::check_plan(where, how, logits, side);
+  check_offsets(where, choices);
   check_size(where, "logits.rows", logits.rows, choices.tokens());
   check_size(where, "logits.cols", logits.cols, choices.experts());
   check_size(where, "dweights.size()", static_cast<index_t>(dweights.size()), choices.choices());

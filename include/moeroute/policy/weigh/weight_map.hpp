@@ -279,8 +279,9 @@ class weigh_token {
   bool learned_width() const { return row_.side->noise_logits.data != nullptr; }
   F noise_width(index_t c) const {
     const logit_noise& noise = map_.transform.noise;
-    return learned_width() ? softplus(F(row_.side->noise_logits(row_.token, c))) + F(noise.floor)
-                           : F(noise.sigma);
+    return learned_width()
+               ? softplus(F(row_.side->noise_logits(row_.token, first_ + c))) + F(noise.floor)
+               : F(noise.sigma);
   }
 
   F logit(const F* z, index_t e) const {
@@ -406,6 +407,9 @@ class weigh_token {
             static_cast<F>(wide(dweight[c]) * share * common_factor());
     }
     if (map_.divisor == weight_divisor::none || d.clamped || !(d.value > 0.0)) return;
+    const bool of_powers =
+        map_.divisor == weight_divisor::lp || map_.divisor == weight_divisor::rms;
+    if (of_powers && !(d.norm > 0.0)) return;  // all scores are 0: no direction to go
     const double p = static_cast<double>(map_.p);
     for (std::size_t c = 0; c < k(); ++c) {
       if (expert(c) < 0) continue;
@@ -429,10 +433,10 @@ class weigh_token {
       for (std::size_t c = 0; c < k(); ++c)
         if (m_.score[c] > 0) mean += m_.score[c] * m_.dscore[c];
       for (std::size_t c = 0; c < k(); ++c)
-        if (m_.score[c] > 0)
+        if (m_.score[c] > 0 && std::isfinite(logit(z, expert(c))))
           to_logit(dz, expert(c), m_.score[c] * (over_all ? m_.dscore[c] : m_.dscore[c] - mean));
       for (index_t c = 0; over_all && c < columns_; ++c)
-        if (m_.probability[c] > 0) dz[c] -= m_.probability[c] * mean;
+        if (m_.probability[c] > 0 && std::isfinite(z[c])) dz[c] -= m_.probability[c] * mean;
       return;
     }
     for (std::size_t c = 0; c < k(); ++c) {
@@ -460,8 +464,8 @@ class weigh_token {
       if (g == 0 || !(in[c] > never)) continue;
       if (!own.add.empty()) own.add[static_cast<std::size_t>(first_ + c)] += g;
       if (widths)
-        own.noise_logits(row_.token, c) +=
-            g * F(m_.noise[c]) * sigmoid(F(row_.side->noise_logits(row_.token, c)));
+        own.noise_logits(row_.token, first_ + c) +=
+            g * F(m_.noise[c]) * sigmoid(F(row_.side->noise_logits(row_.token, first_ + c)));
       if (t.softcap != 0.0f) {
         const F bent = std::tanh(in[c] / F(t.temperature) / F(t.softcap));
         g *= 1 - bent * bent;

@@ -255,7 +255,7 @@ MOEROUTE_INLINE std::int32_t columns_not_below(const float* row, index_t cols, v
     size += std::popcount(bits);
     if (size > block_rows) break;
     c += 64;
-    if (c % 256 == 0)
+    if (c % 256 == 0 && c < cols)  // places past the end stay 0: what is there is read
       high = _mm512_mask_add_epi32(high, static_cast<__mmask16>(0xffffu << size), high,
                                    _mm512_set1_epi32(256));
   } while (c < cols);
@@ -423,8 +423,8 @@ MOEROUTE_INLINE void top_one(const float* row, index_t cols, row_ranks& out) {
   // The row's own value: a zero keeps its sign.
   const vmask<A> first = xsimd::batch_bool_cast<float>(lane_numbers<A>() == vint<A>(0)) &
                          (most > vfloat<A>(minus_infinity));
-  const vfloat<A> value =
-      select<A>(first, vfloat<A>(row[std::max(column, 0)]), vfloat<A>(minus_infinity));
+  const vfloat<A> value = select<A>(first, vfloat<A>(row[std::clamp<index_t>(column, 0, cols - 1)]),
+                                    vfloat<A>(minus_infinity));
   value.store_aligned(out.value);
   select<A>(first, vint<A>(column), vint<A>(no_expert)).store_aligned(out.column);
   MOEROUTE_UNROLL
