@@ -28,8 +28,12 @@ namespace detail {
   for (std::size_t i = 0; i < layers.size();) {
     std::size_t end = i + 1;
     while (end < layers.size() && layers[end] == layers[end - 1] + 1) ++end;
-    text += (text.empty() ? "" : " ") + std::to_string(layers[i]);
-    if (end - i > 1) text += "-" + std::to_string(layers[end - 1]);
+    if (!text.empty()) text += ' ';
+    text += std::to_string(layers[i]);
+    if (end - i > 1) {
+      text += '-';
+      text += std::to_string(layers[end - 1]);
+    }
     i = end;
   }
   return text;

@@ -288,9 +288,9 @@ void for_each_loss(F&& f) {
                                            dz, ws, serial{});
   });
   f([](const token_options& how, auto z, auto dz, const assignment& a, workspace&) {
-    std::vector<double> counts(static_cast<std::size_t>(z.cols), 3.0);
-    counts[0] = 5.0;
-    return stable_moe_loss<float>(0.3, counts, drop_stage::before_drop, how, a, z, dz);
+    std::vector<double> drawn(static_cast<std::size_t>(z.cols), 3.0);
+    drawn[0] = 5.0;
+    return stable_moe_loss<float>(0.3, drawn, drop_stage::before_drop, how, a, z, dz);
   });
   f([](const token_options& how, auto z, auto dz, const assignment&, workspace& ws) {
     const float one = 1.0f;

@@ -174,7 +174,7 @@ TEST_CASE("a bias that follows the load chooses as the reference in every step")
 
 namespace {
 
-const std::vector<float> z = {2.0f, 1.0f, 0.5f, -1.0f};
+const std::vector<float> four_logits = {2.0f, 1.0f, 0.5f, -1.0f};
 
 // One token's choices as the sheet prints them, to its six digits.
 void is(const assignment& a, const std::vector<expert_id>& ids,
@@ -186,42 +186,43 @@ void is(const assignment& a, const std::vector<expert_id>& ids,
 }  // namespace
 
 TEST_CASE("worked example: softmax, raw and over the selected") {
-  is(routed(router<softmax>{.selection = {.k = 4}}, z, 4), {0, 1, 2, 3},
+  is(routed(router<softmax>{.selection = {.k = 4}}, four_logits, 4), {0, 1, 2, 3},
      {0.609460, 0.224208, 0.135989, 0.030343});
-  is(routed(router<softmax>{.selection = {.k = 1}}, z, 4), {0}, {0.609460});
-  is(routed(router<softmax>{.weight = sum_normalized}, z, 4), {0, 1}, {0.731059, 0.268941});
-  is(routed(router<softmax_selected>{}, z, 4), {0, 1}, {0.731059, 0.268941});
+  is(routed(router<softmax>{.selection = {.k = 1}}, four_logits, 4), {0}, {0.609460});
+  is(routed(router<softmax>{.weight = sum_normalized}, four_logits, 4), {0, 1},
+     {0.731059, 0.268941});
+  is(routed(router<softmax_selected>{}, four_logits, 4), {0, 1}, {0.731059, 0.268941});
 }
 
 TEST_CASE("worked example: sigmoid, with and without a bias") {
-  is(routed(router<sigmoid>{.selection = {.k = 4}}, z, 4), {0, 1, 2, 3},
+  is(routed(router<sigmoid>{.selection = {.k = 4}}, four_logits, 4), {0, 1, 2, 3},
      {0.880797, 0.731059, 0.622459, 0.268941});
   const weight_rule v3{
       .normalize = normalization::sum, .eps_where = eps_mode::add, .eps = 1e-20f, .scale = 2.5f};
-  is(routed(router<sigmoid>{.weight = v3}, z, 4), {0, 1}, {1.366123, 1.133877});
+  is(routed(router<sigmoid>{.weight = v3}, four_logits, 4), {0, 1}, {1.366123, 1.133877});
   const std::vector<float> bias = {-0.3f, 0.0f, 0.0f, 0.5f};
-  is(routed(router<sigmoid>{.weight = v3, .bias = selection_bias(bias)}, z, 4), {3, 1},
+  is(routed(router<sigmoid>{.weight = v3, .bias = selection_bias(bias)}, four_logits, 4), {3, 1},
      {0.672354, 1.827646});
 }
 
 TEST_CASE("worked example: square root of softplus") {
-  is(routed(router<sqrt_softplus>{.selection = {.k = 4}}, z, 4), {0, 1, 2, 3},
+  is(routed(router<sqrt_softplus>{.selection = {.k = 4}}, four_logits, 4), {0, 1, 2, 3},
      {1.458399, 1.145976, 0.986953, 0.559698});
-  is(routed(router<sqrt_softplus>{.weight = {.normalize = normalization::sum, .scale = 1.5f}}, z,
-            4),
+  is(routed(router<sqrt_softplus>{.weight = {.normalize = normalization::sum, .scale = 1.5f}},
+            four_logits, 4),
      {0, 1}, {0.839971, 0.660029});
 }
 
 TEST_CASE("worked example: ReLU routing, raw, by RMS and by sum") {
-  is(routed(threshold_router<relu>{}, z, 4), {0, 1, 2}, {2, 1, 0.5});
-  is(routed(threshold_router<relu>{.norm = threshold_norm::rms}, z, 4), {0, 1, 2},
+  is(routed(threshold_router<relu>{}, four_logits, 4), {0, 1, 2}, {2, 1, 0.5});
+  is(routed(threshold_router<relu>{.norm = threshold_norm::rms}, four_logits, 4), {0, 1, 2},
      {1.745736, 0.872868, 0.436434});
-  is(routed(threshold_router<relu>{.norm = threshold_norm::sum}, z, 4), {0, 1, 2},
+  is(routed(threshold_router<relu>{.norm = threshold_norm::sum}, four_logits, 4), {0, 1, 2},
      {0.571427, 0.285713, 0.142857});
 }
 
 TEST_CASE("worked example: SparseMixer") {
-  is(routed(sparsemixer{}, z, 4), {0, 1}, {1, 1});
+  is(routed(sparsemixer{}, four_logits, 4), {0, 1}, {1, 1});
   is(routed(sparsemixer{}, {2.0f, 1.99f, 0.5f, -1.0f}, 4), {0, 1}, {0.502500, 1});
 }
 
