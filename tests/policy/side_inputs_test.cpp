@@ -107,7 +107,8 @@ TEST_CASE("a record's choices and a table's are cut by the own k, and weighed as
 TEST_CASE("with shared experts an own k cuts the routed ones, and the shared ones stay") {
   const router plain{softmax{}, top_k{.k = 3}, sum_normalized};
   const std::vector<std::int32_t> own = own_counts(3);
-  const assignment a = routed(with_shared{plain, 2, 0.25f}, logits(), experts, {.k_of_token = own});
+  const assignment a =
+      routed(with_shared<router<softmax>>{plain, 2, 0.25f}, logits(), experts, {.k_of_token = own});
   const assignment routed_only = routed(plain, logits(), experts, {.k_of_token = own});
   for (index_t t = 0; t < tokens; ++t) {
     for (std::size_t r = 0; r < 3; ++r) {
@@ -119,7 +120,8 @@ TEST_CASE("with shared experts an own k cuts the routed ones, and the shared one
   }
   const std::vector<std::int32_t> four(tokens, 4);
   CHECK(test::refusal([&] {
-          routed(with_shared{plain, 2, 0.25f}, logits(), experts, {.k_of_token = four});
+          routed(with_shared<router<softmax>>{plain, 2, 0.25f}, logits(), experts,
+                 {.k_of_token = four});
         }) == "moeroute::route: k_of_token is 4, expected 0 to 3");
 }
 
@@ -188,7 +190,7 @@ TEST_CASE("a side input that a router does not read is refused by name, never ig
   CHECK(taken(gshard_top2{}) == "k");
   CHECK(taken(random_choice{2}) == "");
   CHECK(taken(by_modality<router<softmax>>{plain, noisy, 8}) == "kmn");
-  CHECK(taken(with_shared{noisy, 1}) == "ksn");
+  CHECK(taken(with_shared<router<softmax>>{noisy, 1}) == "ksn");
   CHECK(taken(expert_choice<>{}) == "k");
   CHECK(taken(sinkhorn{}) == "k");
   CHECK(taken(selective_sinkhorn{.noise = {.kind = noise_kind::gumbel}}) == "kn");
