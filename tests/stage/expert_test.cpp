@@ -88,7 +88,7 @@ TEST_CASE("experts that read tokens where they lie give what they give on copies
         dispatch_plan plan;
         moeroute::plan(a, plan, {.block = tokens == 8 ? 4 : 1});
         const row_matrix<float> x = test::random_rows(tokens, 9);
-        const matrix_view<const float> window(x.data() + 2, tokens, 5, 9);
+        const matrix_view<const float> window(tokens == 0 ? nullptr : x.data() + 2, tokens, 5, 9);
         const index_t slots = plan.slots();
         row_matrix<float> in = row_matrix<float>::Zero(slots, 5);
         row_matrix<float> copied = row_matrix<float>::Constant(slots, 5, -1.0f), same = copied;
