@@ -15,9 +15,9 @@ namespace moeroute {
 /// goes on with the memory that the tape held before. Reusable: two calls of a size are the last
 /// that allocate.
 ///
-/// in and out are [slots, d]; of up to decode_tokens tokens in is unspecified, and filled by the
-/// backward pass. shared_out [T, d] and shared_weight [T] are there where the layer has shared
-/// experts.
+/// in is [slots, d] and out [slots, d_out]; of up to decode_tokens tokens in is unspecified, and
+/// filled by the backward pass. shared_out [T, d_out] and shared_weight [T] are there where the
+/// layer has shared experts.
 struct layer_tape {
   index_t tokens = -1;  ///< of the call, -1 before any
   assignment choices{};
@@ -26,6 +26,7 @@ struct layer_tape {
   matrix_view<float> in{}, out{}, shared_out{};
   std::span<float> shared_weight{};
   bool has_inputs = false;  ///< whether `in` was filled
+  bool gated = true;        ///< whether the logits are the gate's of x
 
   /// Bytes that the tape holds, apart from the choices and the plan.
   index_t bytes() const {

@@ -65,10 +65,14 @@ struct shared_expert_weight {
 };
 
 struct moe_layer_options {
+  /// Width of x and of y; 0: the gate's, and what experts say in d_out() or x's.
+  index_t d = 0, d_out = 0;
   std::optional<capacity_policy> capacity{};
   special_experts special{};
   weight_on weights = weight_on::output;
   lost_token lost = lost_token::zero;
+  /// accumulate: y gets the sum added (a residual stream, where y is x).
+  combine_output output = combine_output::overwrite;
   shared_expert_weight shared{};
   /// Most rows that an expert is called with at once, 0: all that it has.
   index_t rows_per_call = 0;
@@ -77,29 +81,73 @@ struct moe_layer_options {
 /// Tokens up to which a layer runs experts on the rows of x itself instead of gathered copies.
 inline constexpr index_t decode_tokens = 8;
 
+namespace detail {
+
+// Routers picked at run time, as route() knows them.
+template <class R>
+concept run_time_router = requires(const R& r) {
+  { r.ragged() } -> std::same_as<bool>;
+  { r.as_token_router() } -> token_router;
+  { r.as_ragged_router() } -> ragged_router;
+};
+
+// Where a call's logits come from: rows that the gate reads, outside, or nowhere.
+template <class T>
+struct gated_rows {
+  matrix_view<const T> rows;
+};
+struct given_logits {
+  matrix_view<const float> logits;
+};
+
+}  // namespace detail
+
+/// What a layer takes for a router: what route() takes.
+template <class R>
+concept layer_router = any_kind_of_router<R> || detail::run_time_router<R>;
+
 /// y = the weighted sum over each token's chosen experts of expert(x), plus what shared experts
 /// give.
 ///
-/// Router is of any kind; Experts an expert_function (float rows in, float rows out), with or
-/// without scratch; Shared one that is called with expert 0 and all tokens, its output is added
-/// last, with the weight that options give it. A layer is used by one caller at a time: it owns the
+/// Router is of any kind, picked at run time too; Experts an expert_function (float rows in, float
+/// rows out), with or without scratch; Shared one that is called with expert 0 and all tokens, its
+/// output is added last, with the weight that options give it; Gate a gate_function, a gate_ref to
+/// one that others use too, or no_gate. A layer is used by one caller at a time: it owns the
 /// workspaces, the assignment and the plan. After an exception it can be used as before.
-template <any_kind_of_router Router, class Experts, class Shared = no_shared_experts,
-          storage Gate = float, class A = simd::default_arch>
+template <layer_router Router, class Experts, class Shared = no_shared_experts,
+          class Gate = linear_gate<>, class A = simd::default_arch>
 class moe_layer {
  public:
-  /// gate: weights [columns, d], packed, with the bias if the gate has one.
+  /// gate: weights [columns, d], packed, with the bias if the gate has one; or any gate.
   ///
   /// Throws: error where router, experts or options do not fit the gate.
-  moe_layer(simd::packed_matrix<Gate, A> gate, Router router, Experts experts,
-            const moe_layer_options& options = {}, Shared shared = {})
+  moe_layer(Gate gate, Router router, Experts experts, const moe_layer_options& options = {},
+            Shared shared = {})
       : gate_(std::move(gate)),
         router_(std::move(router)),
         experts_(std::move(experts)),
         shared_(std::move(shared)),
         options_(options) {
-    if constexpr (!batch_router<Router>) router_.check(gate_.rows());
+    if constexpr (detail::run_time_router<Router>) {
+      check_size("moe_layer", "gate.columns()", gate_.columns(), router_.columns());
+    } else if constexpr (!batch_router<Router>) {
+      router_.check(gate_.columns());
+    }
+    if constexpr (gated) {
+      if (options_.d == 0) options_.d = gate_.d();
+    } else if constexpr (requires { experts_.d(); }) {
+      if (options_.d == 0) options_.d = experts_.d();
+    }
+    if (options_.d_out == 0) options_.d_out = options_.d;
+    if constexpr (requires { experts_.d_out(); }) {
+      if (options.d_out == 0) options_.d_out = experts_.d_out();
+      check_size("moe_layer", "experts.d_out()", experts_.d_out(), options_.d_out);
+    }
+    check_range("moe_layer", "d", options_.d, 1, index_t{1} << 40);
+    check_range("moe_layer", "d_out", options_.d_out, 1, index_t{1} << 40);
     const special_experts& s = options_.special;
+    if (s.identity_first < s.identity_end || options_.lost == lost_token::residual)
+      check_size("moe_layer", "d_out with x in the output", d_out(), d());
     const auto total = static_cast<expert_id>(this->experts());
     check_range("moe_layer", "identity_first", s.identity_first, 0, s.identity_end);
     check_range("moe_layer", "identity_end", s.identity_end, 0, total);
@@ -140,16 +188,19 @@ class moe_layer {
       }
     }
     if constexpr (requires { experts_.d(); })
-      check_size("moe_layer", "experts.d()", experts_.d(), gate_.cols());
+      check_size("moe_layer", "experts.d()", experts_.d(), d());
   }
 
   /// Runs the layer.
   ///
-  /// Shapes: x and y [T, d], each in float, bfloat16 or float16; they may be the same memory.
-  /// Throws: error where the shapes do not fit; what an expert throws.
+  /// Shapes: x [T, d] and y [T, d_out], each in float, bfloat16 or float16; they may be the same
+  /// memory.
+  /// Throws: error where the shapes do not fit, or the layer has no gate and a router that reads
+  /// logits; what an expert throws.
   /// Cost: allocates only where T (or the executor's concurrency) exceeds every earlier one, and
   /// then at the start of the call; where the router sees the whole batch, also when it has run. Up
-  /// to decode_tokens tokens are not copied. probe(step) is called as each step begins.
+  /// to decode_tokens tokens are not copied. Without a gate there are no logits: no product, and no
+  /// memory for any. probe(step) is called as each step begins.
   /// Determinism: the same bits for every executor and thread count; the same bits with and without
   /// copies where an expert's rows do not depend on one another.
   template <readable_rows X, writable_rows Y, executor Exec = serial, class Probe = no_probe>
@@ -161,33 +212,230 @@ class moe_layer {
   template <readable_rows X, writable_rows Y, executor Exec = serial, class Probe = no_probe>
   void forward(const X& x_rows, Y&& y_rows, const side_inputs& side, const Exec& exec = {},
                Probe&& probe = {}) {
-    using T = element_of<const X>;
-    const matrix_view<const T> x = const_view(x_rows);
-    const auto y = view(y_rows);
-    check_size("moe_layer", "x.cols()", x.cols, gate_.cols());
+    const auto x = const_view(x_rows);
+    if constexpr (gated) {
+      check_size("moe_layer", "x.cols()", x.cols, gate_.d());
+      run(x, detail::gated_rows<element_of<const X>>{x}, view(y_rows), side, exec, probe);
+    } else {
+      check_unread();
+      run(x, given_nothing{}, view(y_rows), side, exec, probe);
+    }
+  }
+
+  /// The same with rows of its own for the router: the experts read x, the gate r.
+  ///
+  /// Shapes: r [T, d of the gate]; its type may be another than that of x. Example, a router that
+  /// reads what attention read (SmallThinker): layer.forward(h, attention_input, y);
+  template <readable_rows X, readable_rows R, writable_rows Y, executor Exec = serial,
+            class Probe = no_probe>
+    requires(!executor<Y>)
+  void forward(const X& x, const R& r, Y&& y, const side_inputs& side = {}, const Exec& exec = {},
+               Probe&& probe = {}) {
+    run(const_view(x), own_rows(const_view(r)), view(y), side, exec, probe);
+  }
+
+  /// The same with logits that were made outside, [T, columns] in float. Any router may be in a
+  /// layer with no_gate then; logits() has none.
+  template <readable_rows X, readable_rows Z, writable_rows Y, executor Exec = serial,
+            class Probe = no_probe>
+  void forward_logits(const X& x, const Z& logits, Y&& y, const side_inputs& side = {},
+                      const Exec& exec = {}, Probe&& probe = {}) {
+    static_assert(std::is_same_v<element_of<const Z>, float>,
+                  "[moeroute::moe_layer] logits from outside are float");
+    run(const_view(x), detail::given_logits{const_view(logits)}, view(y), side, exec, probe);
+  }
+
+  /// forward(), and the tape keeps what backward() needs (layer/moe_layer_backward.hpp). The call's
+  /// logits, choices and plan are the tape's then; the layer's accessors have none.
+  template <readable_rows X, writable_rows Y, executor Exec = serial, class Probe = no_probe>
+  void forward(const X& x, Y&& y, const side_inputs& side, const Exec& exec, layer_tape& tape,
+               Probe&& probe = {}) {
+    forward(x, y, side, exec, probe);
+    record(tape, gated);
+  }
+
+  /// The same with r: the gradients end at the logits (layer_gradients::logits).
+  template <readable_rows X, readable_rows R, writable_rows Y, executor Exec = serial,
+            class Probe = no_probe>
+    requires(!executor<Y>)
+  void forward(const X& x, const R& r, Y&& y, const side_inputs& side, const Exec& exec,
+               layer_tape& tape, Probe&& probe = {}) {
+    forward(x, r, y, side, exec, probe);
+    record(tape, false);
+  }
+
+  /// The same with logits, which must still be there when the layer is run backwards.
+  template <readable_rows X, readable_rows Z, writable_rows Y, executor Exec = serial,
+            class Probe = no_probe>
+  void forward_logits(const X& x, const Z& logits, Y&& y, const side_inputs& side, const Exec& exec,
+                      layer_tape& tape, Probe&& probe = {}) {
+    forward_logits(x, logits, y, side, exec, probe);
+    record(tape, false);
+    tape.logits = {const_cast<float*>(const_view(logits).data), tape.tokens, gate_.columns(),
+                   const_view(logits).stride};
+  }
+
+  index_t experts() const {
+    if constexpr (detail::run_time_router<Router>) {
+      return router_.as_ragged_router().experts(gate_.columns());
+    } else if constexpr (requires { router_.experts(index_t{}); }) {
+      return router_.experts(gate_.columns());
+    } else {
+      return gate_.columns();
+    }
+  }
+  index_t d() const { return options_.d; }
+  index_t d_out() const { return options_.d_out; }
+  const Router& router() const { return router_; }
+  const Gate& gate() const { return gate_; }
+  /// The gate's weights after a step of training, [columns, d]. Throws: error where the shape
+  /// differs.
+  template <class W>
+    requires requires(Gate& g, matrix_view<const W> w) { g.set_weight(w); }
+  void set_gate(matrix_view<W> w) {
+    gate_.set_weight(matrix_view<const W>(w));
+  }
+  /// Another gate of the same shape. Throws: error where it is not.
+  void set_gate(Gate other) {
+    check_size("moe_layer", "gate.columns()", other.columns(), gate_.columns());
+    if constexpr (gated) check_size("moe_layer", "gate.d()", other.d(), gate_.d());
+    gate_ = std::move(other);
+  }
+  const moe_layer_options& options() const { return options_; }
+
+  /// Of the last call: logits [T, columns of the gate], valid until the next one; no rows where it
+  /// computed none.
+  matrix_view<const float> logits() const { return {logits_.data(), logit_rows_, gate_.columns()}; }
+  /// Of the last call: every token's experts and weights.
+  const assignment& choices() const { return choices_; }
+  /// Of the last call: slots and load of every expert.
+  const dispatch_plan& plan() const { return plan_; }
+
+ private:
+  static constexpr bool with_scratch = expert_function_with_scratch<Experts, float, float>;
+  static_assert(with_scratch || expert_function<Experts, float, float>,
+                "[moeroute::moe_layer] Experts must be callable as f(expert, in, out)");
+  static constexpr bool with_shared = !std::is_same_v<Shared, no_shared_experts>;
+  static constexpr bool shared_with_scratch = expert_function_with_scratch<Shared, float, float>;
+  static_assert(!with_shared || shared_with_scratch || expert_function<Shared, float, float>,
+                "[moeroute::moe_layer] Shared must be callable as f(0, in, out)");
+  // Tokens that pass through the shared experts at a time.
+  static constexpr index_t shared_tile = 96;
+
+  static constexpr bool gated = !std::is_same_v<Gate, no_gate>;
+  static constexpr bool gate_wants_scratch = gate_function_with_scratch<Gate>;
+  static_assert(any_gate<Gate> || !gated,
+                "[moeroute::moe_layer] Gate must say columns() and d() and be callable as "
+                "gate(x, logits, exec)");
+
+  struct given_nothing {};
+  struct memory {
+    float* in;
+    float* out;
+    float* experts;
+    float* shared_in;
+    float* shared_out;
+    float* shared_weight;
+    float* shared;
+  };
+
+  template <class T>
+  detail::gated_rows<T> own_rows(const matrix_view<const T>& r) const {
+    static_assert(gated, "[moeroute::moe_layer] a layer without a gate reads no rows for it");
+    check_size("moe_layer", "r.cols()", r.cols, gate_.d());
+    return {r};
+  }
+
+  void check_unread() const {
+    if (moeroute::reads_logits(router_)) [[unlikely]]
+      fail("moe_layer",
+           "the router reads logits, and there is no gate: give it one, or take "
+           "forward_logits");
+  }
+
+  // The logits of a call, which stay in the layer where it makes them.
+  template <class Source, class Exec, class Probe>
+  matrix_view<const float> make_logits(const Source& from, index_t tokens, const Exec& exec,
+                                       Probe& probe) {
+    const index_t columns = gate_.columns();
+    if constexpr (std::is_same_v<Source, given_nothing>) {
+      return {nullptr, tokens, columns, 0};
+    } else if constexpr (std::is_same_v<Source, detail::given_logits>) {
+      return from.logits;
+    } else {
+      const matrix_view<float> logits(logits_.data(), tokens, columns);
+      logit_rows_ = tokens;
+      probe(layer_step::gate);
+      if constexpr (gate_wants_scratch) {
+        float* const memory = gate_workspace_.carve(
+            [&](scratch& tape) { return tape.take<float>(gate_.scratch_floats(tokens)); });
+        gate_(from.rows, logits, memory, exec);
+      } else {
+        gate_(from.rows, logits, exec);
+      }
+      return logits;
+    }
+  }
+
+  // Everything of a call up to its choices. What can be known before the router runs is reserved
+  // before the gate does.
+  template <class Kind, class Source, class Exec, class Probe>
+  memory decide(const Kind& kind, const Source& from, index_t tokens, const side_inputs& side,
+                const Exec& exec, Probe& probe) {
+    const index_t columns = gate_.columns();
+    logit_rows_ = 0;
+    if constexpr (requires { from.rows; }) logits_.resize(tokens * columns);
+    if constexpr (batch_router<Kind>) {
+      const auto logits = make_logits(from, tokens, exec, probe);
+      probe(layer_step::route);
+      route(kind, logits, side, batch_workspace_, choices_, exec);
+      return reserve(tokens, exec.concurrency());
+    } else {
+      const int workers = detail::route_workers(exec, tokens, columns);
+      if constexpr (ragged_router<Kind>) {
+        choices_.reset_ragged(tokens, experts(), kind.max_choices(columns));
+      } else {
+        choices_.reset(tokens, experts(), kind.k());
+      }
+      const auto* memories = early_workspace_.carve([&](scratch& tape) {
+        return detail::route_memory<Kind, float>::carve(tape, kind, columns, workers);
+      });
+      const memory m = reserve(tokens, exec.concurrency());
+      const auto logits = make_logits(from, tokens, exec, probe);
+      probe(layer_step::route);
+      detail::check_side(side, tokens, columns, side_use_of(kind, columns));
+      detail::route_with<A>(kind, logits, side, memories, workers, choices_, exec);
+      return m;
+    }
+  }
+
+  template <class T, class Source, class U, class Exec, class Probe>
+  void run(const matrix_view<const T>& x, const Source& from, const matrix_view<U>& y,
+           const side_inputs& side, const Exec& exec, Probe& probe) {
+    check_size("moe_layer", "x.cols()", x.cols, d());
     check_size("moe_layer", "y.rows()", y.rows, x.rows);
-    check_size("moe_layer", "y.cols()", y.cols, x.cols);
+    check_size("moe_layer", "y.cols()", y.cols, d_out());
     check_stride("moe_layer", "x", x);
     check_stride("moe_layer", "y", y);
     check_apart_or_same("moe_layer", "x", x, "y", y);
-    const index_t tokens = x.rows, columns = gate_.rows();
-    const int workers = detail::route_workers(exec, tokens, columns);
-    const early_memory early = reserve_early(tokens, workers);
+    if constexpr (std::is_same_v<Source, detail::given_logits>) {
+      check_size("moe_layer", "logits.rows()", from.logits.rows, x.rows);
+      check_size("moe_layer", "logits.cols()", from.logits.cols, gate_.columns());
+      check_stride("moe_layer", "logits", from.logits);
+    } else if constexpr (requires { from.rows; }) {
+      check_size("moe_layer", "r.rows()", from.rows.rows, x.rows);
+      check_stride("moe_layer", "r", from.rows);
+    }
+    const index_t tokens = x.rows;
     memory& m = last_;
-    if constexpr (!batch_router<Router>) m = reserve(tokens, exec.concurrency());
-    logits_.resize(tokens * columns);
-    const matrix_view<float> logits(logits_.data(), tokens, columns);
-    logit_rows_ = tokens;
-
-    probe(layer_step::gate);
-    gate(x, gate_, logits, exec);
-    probe(layer_step::route);
-    if constexpr (batch_router<Router>) {
-      route(router_, logits, side, batch_workspace_, choices_, exec);
-      m = reserve(tokens, exec.concurrency());
+    if constexpr (detail::run_time_router<Router>) {
+      if (router_.ragged()) {
+        m = decide(router_.as_ragged_router(), from, tokens, side, exec, probe);
+      } else {
+        m = decide(router_.as_token_router(), from, tokens, side, exec, probe);
+      }
     } else {
-      detail::check_side(side, tokens, columns, side_use_of(router_, columns));
-      detail::route_with<A>(router_, const_view(logits), side, early, workers, choices_, exec);
+      m = decide(router_, from, tokens, side, exec, probe);
     }
     if (options_.capacity) apply_capacity(choices_, *options_.capacity, capacity_workspace_);
     probe(layer_step::plan);
@@ -196,7 +444,7 @@ class moe_layer {
     moeroute::plan<A>(choices_, plan_, planning);
 
     const index_t slots = plan_.slots();
-    const matrix_view<float> in(m.in, slots, x.cols), out(m.out, slots, x.cols);
+    const matrix_view<float> in(m.in, slots, d()), out(m.out, slots, d_out());
     const bool copied = tokens > decode_tokens || options_.weights == weight_on::input;
     probe(layer_step::dispatch);
     matrix_view<const float> rows(m.in, tokens, x.cols);
@@ -227,113 +475,40 @@ class moe_layer {
     probe(layer_step::combine);
     combine_options<T, float> combining;
     if (options_.weights == weight_on::input) combining.weight = combine_weight::one;
+    combining.output = options_.output;
     combining.lost = options_.lost;
     combining.identity_first = options_.special.identity_first;
     combining.identity_end = options_.special.identity_end;
     combining.x = x;
     if constexpr (with_shared) {
-      combining.shared = matrix_view<const float>(m.shared_out, tokens, x.cols);
+      combining.shared = matrix_view<const float>(m.shared_out, tokens, d_out());
       combining.shared_weight = {m.shared_weight, static_cast<std::size_t>(tokens)};
     }
     combine(out, plan_, choices_, y, exec, combining);
     probe(layer_step::done);
   }
 
-  /// The same, and the tape keeps what backward() needs (layer/moe_layer_backward.hpp). The call's
-  /// logits, choices and plan are the tape's then; the layer's accessors have none.
-  template <readable_rows X, writable_rows Y, executor Exec = serial, class Probe = no_probe>
-  void forward(const X& x, Y&& y, const side_inputs& side, const Exec& exec, layer_tape& tape,
-               Probe&& probe = {}) {
-    forward(x, y, side, exec, probe);
-    const index_t tokens = logit_rows_, slots = plan_.slots();
+  // Gives the last call's memory to a tape.
+  void record(layer_tape& tape, bool from_gate) {
+    const index_t tokens = choices_.tokens(), slots = plan_.slots();
     std::swap(choices_, tape.choices);
     std::swap(plan_, tape.plan);
     std::swap(logits_, tape.logit_values);
     std::swap(workspace_, tape.memory);
     tape.tokens = tokens;
-    tape.logits = {tape.logit_values.data(), tokens, gate_.rows()};
+    tape.gated = from_gate;
+    tape.logits = {logit_rows_ > 0 ? tape.logit_values.data() : nullptr, tokens, gate_.columns()};
     logit_rows_ = 0;
     tape.in = {last_.in, slots, d()};
-    tape.out = {last_.out, slots, d()};
+    tape.out = {last_.out, slots, d_out()};
     tape.has_inputs = tokens > decode_tokens || options_.weights == weight_on::input;
     tape.shared_out = {};
     tape.shared_weight = {};
     if constexpr (with_shared) {
-      tape.shared_out = {last_.shared_out, tokens, d()};
+      tape.shared_out = {last_.shared_out, tokens, d_out()};
       tape.shared_weight = {last_.shared_weight, static_cast<std::size_t>(tokens)};
     }
     last_ = {};
-  }
-
-  index_t experts() const {
-    if constexpr (requires { router_.experts(index_t{}); }) {
-      return router_.experts(gate_.rows());
-    } else {
-      return gate_.rows();
-    }
-  }
-  index_t d() const { return gate_.cols(); }
-  const Router& router() const { return router_; }
-  /// The gate's weights after a step of training, [columns, d]. Throws: error where the shape
-  /// differs.
-  void set_gate(matrix_view<const Gate> w) {
-    check_size("moe_layer", "w.rows()", w.rows, gate_.rows());
-    gate_.set_rows(0, w);
-  }
-  const moe_layer_options& options() const { return options_; }
-
-  /// Of the last call: logits [T, columns of the gate], valid until the next one.
-  matrix_view<const float> logits() const { return {logits_.data(), logit_rows_, gate_.rows()}; }
-  /// Of the last call: every token's experts and weights.
-  const assignment& choices() const { return choices_; }
-  /// Of the last call: slots and load of every expert.
-  const dispatch_plan& plan() const { return plan_; }
-
- private:
-  static constexpr bool with_scratch = expert_function_with_scratch<Experts, float, float>;
-  static_assert(with_scratch || expert_function<Experts, float, float>,
-                "[moeroute::moe_layer] Experts must be callable as f(expert, in, out)");
-  static constexpr bool with_shared = !std::is_same_v<Shared, no_shared_experts>;
-  static constexpr bool shared_with_scratch = expert_function_with_scratch<Shared, float, float>;
-  static_assert(!with_shared || shared_with_scratch || expert_function<Shared, float, float>,
-                "[moeroute::moe_layer] Shared must be callable as f(0, in, out)");
-  // Tokens that pass through the shared experts at a time.
-  static constexpr index_t shared_tile = 96;
-
-  template <class R>
-  struct route_memory_of {
-    using type = detail::route_memory<R, float>;
-  };
-  template <batch_router R>
-  struct route_memory_of<R> {
-    using type = std::byte;  // a batch router carves for itself
-  };
-  using early_memory = const typename route_memory_of<Router>::type*;
-  struct memory {
-    float* in;
-    float* out;
-    float* experts;
-    float* shared_in;
-    float* shared_out;
-    float* shared_weight;
-    float* shared;
-  };
-
-  // What is known before the router has run.
-  early_memory reserve_early(index_t tokens, int workers) {
-    const index_t columns = gate_.rows();
-    if constexpr (ragged_router<Router>) {
-      choices_.reset_ragged(tokens, experts(), router_.max_choices(columns));
-    } else if constexpr (!batch_router<Router>) {
-      choices_.reset(tokens, experts(), router_.k());
-    }
-    if constexpr (batch_router<Router>) {
-      return nullptr;
-    } else {
-      return early_workspace_.carve([&](scratch& tape) -> early_memory {
-        return detail::route_memory<Router, float>::carve(tape, router_, columns, workers);
-      });
-    }
   }
 
   // The rest, for as many choices as there is room for.
@@ -351,10 +526,10 @@ class moe_layer {
     if constexpr (with_shared) shared_rows = tokens;
     return workspace_.carve([&](scratch& tape) {
       return memory{tape.take<float>(std::max(slots, tokens) * d()),
-                    tape.take<float>(slots * d()),
+                    tape.take<float>(slots * d_out()),
                     tape.take<float>(expert_scratch),
                     tape.take<float>(shared_rows > 0 ? workers * shared_tile * d() : 0),
-                    tape.take<float>(shared_rows * d()),
+                    tape.take<float>(shared_rows * d_out()),
                     tape.take<float>(shared_rows),
                     tape.take<float>(shared_scratch)};
     });
@@ -395,7 +570,7 @@ class moe_layer {
           simd::convert_row<A>(x.data + t * x.stride, x.cols, wide + (t - begin) * x.cols);
         in = matrix_view<const float>(wide, end - begin, x.cols);
       }
-      const matrix_view<float> out(m.shared_out + begin * d(), end - begin, d());
+      const matrix_view<float> out(m.shared_out + begin * d_out(), end - begin, d_out());
       if constexpr (shared_with_scratch) {
         shared_(expert_id{0}, in, out, m.shared + worker * shared_.scratch_floats());
       } else {
@@ -404,7 +579,7 @@ class moe_layer {
     });
   }
 
-  simd::packed_matrix<Gate, A> gate_;
+  Gate gate_;
   simd::packed_matrix<float, A> shared_gate_;
   Router router_;
   Experts experts_;
@@ -416,10 +591,18 @@ class moe_layer {
   assignment choices_;
   dispatch_plan plan_;
   workspace early_workspace_;
+  workspace gate_workspace_;
   workspace batch_workspace_;
   workspace capacity_workspace_;
   workspace workspace_;
   memory last_{};  // of the last call, in workspace_
 };
+
+template <storage W, class A, class Router, class Experts, class Shared = no_shared_experts>
+moe_layer(simd::packed_matrix<W, A>, Router, Experts, const moe_layer_options& = {}, Shared = {})
+    -> moe_layer<Router, Experts, Shared, linear_gate<W, A>, A>;
+template <class Gate, class Router, class Experts, class Shared = no_shared_experts>
+moe_layer(Gate, Router, Experts, const moe_layer_options& = {}, Shared = {})
+    -> moe_layer<Router, Experts, Shared, Gate>;
 
 }  // namespace moeroute

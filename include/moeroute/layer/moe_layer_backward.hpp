@@ -18,7 +18,7 @@ namespace moeroute {
 /// The layer's own weights as they are trained, not packed.
 template <storage W = float>
 struct layer_weights {
-  matrix_view<const W> gate{};           ///< [columns, d]
+  matrix_view<const W> gate{};           ///< [columns, d], where the layer has a gate
   std::span<const float> shared_gate{};  ///< [d], where shared experts have a gate
 };
 
@@ -30,7 +30,8 @@ struct layer_gradients {
   std::span<float> gate_bias{};         ///< [columns]
   std::span<float> shared_gate{};       ///< [d]
   /// [T, columns]: with logits_to add it holds what losses put there (balance/), and their
-  /// gradients go through the gate with the layer's own. Empty: scratch.
+  /// gradients go through the gate with the layer's own. Empty: scratch. Where the logits were not
+  /// the gate's of x, all ends here: the caller hands them on to what made them.
   matrix_view<float> logits{};
   gradient_to logits_to = gradient_to::write;
   router_gradients<float> router{};  ///< added to
@@ -66,13 +67,16 @@ inline void check_tape(const layer_tape& tape, index_t tokens, index_t d, index_
 /// experts runs the experts backwards (an expert_gradient, with or without scratch, e.g.
 /// swiglu_backward), shared the shared ones, called once with all tokens: both add to gradients of
 /// their own. Choices, drops, bias and noise seeds are constants.
-/// Shapes: x and side as in that call (x must still hold what it held: y was not x), dy [T, d].
+/// The gate's own gradient is what gate_backward(gate, x, weight, dlogits, gradients, ws, exec)
+/// does (stage/gate_backward.hpp), which a gate of one's own may offer beside its type.
+/// Shapes: x and side as in that call (x must still hold what it held: y was not x), dy [T, d_out].
 /// Throws: error where the tape is empty or of another shape, a shape does not fit, gate weights
-/// are missing, or a gradient shares memory with what is read. Cost: twice the experts' forward
+/// are missing, a gradient of the gate's is wanted where the logits were not its, or a gradient
+/// shares memory with what is read. Cost: twice the experts' forward
 /// cost and more (swiglu_backward), 2 T E d multiply-adds for the gate, three passes over the
 /// slots; memory of the tape: no allocation once it is warm. Determinism: the same bits for every
 /// executor and thread count.
-template <class Router, class Experts, class Shared, storage Gate, class A, readable_rows X,
+template <class Router, class Experts, class Shared, class Gate, class A, readable_rows X,
           readable_rows DY, storage W, class ExpertGradient, executor Exec = serial,
           class SharedGradient = no_shared_experts>
   requires differentiable_router<Router>
@@ -92,8 +96,9 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
   const moe_layer_options& options = layer.options();
   detail::check_tape(tape, x.rows, x.cols, layer.experts());
   check_size(where, "dy.rows()", dy.rows, x.rows);
-  check_size(where, "dy.cols()", dy.cols, x.cols);
-  const index_t tokens = x.rows, d = x.cols, slots = tape.plan.slots(), columns = tape.logits.cols;
+  check_size(where, "dy.cols()", dy.cols, tape.out.cols);
+  const index_t tokens = x.rows, d = x.cols, d_out = dy.cols, slots = tape.plan.slots(),
+                columns = tape.logits.cols;
   const index_t choices = tape.choices.choices();
   const bool on_input = options.weights == weight_on::input;
   const bool identity = options.special.identity_first < options.special.identity_end;
@@ -102,8 +107,14 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
     check_size(where, "gradients.logits.rows()", gradients.logits.rows, tokens);
     check_size(where, "gradients.logits.cols()", gradients.logits.cols, columns);
   }
-  check_size(where, "weights.gate.rows()", weights.gate.rows, columns);
-  check_size(where, "weights.gate.cols()", weights.gate.cols, d);
+  if (tape.gated) {
+    check_size(where, "weights.gate.rows()", weights.gate.rows, columns);
+    check_size(where, "weights.gate.cols()", weights.gate.cols, d);
+  } else if (gradients.gate.data != nullptr || !gradients.gate_bias.empty()) {
+    fail(where,
+         "a gradient of the gate is wanted, but the logits were not the gate's of x: take "
+         "gradients.logits to what made them");
+  }
   if (gradients.x.data != nullptr) {
     check_size(where, "gradients.x.rows()", gradients.x.rows, tokens);
     check_size(where, "gradients.x.cols()", gradients.x.cols, d);
@@ -125,7 +136,7 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
   const index_t room = std::max({tape.choices.room(), slots, tokens});
   const memory m = tape.backward.carve([&](scratch& s) {
     const index_t of_shared = with_shared ? tokens : 0;
-    return memory{s.take<float>(room * d),
+    return memory{s.take<float>(room * std::max(d, d_out)),
                   s.take<float>(room * d),
                   s.take<float>(room),
                   s.take<float>(shares ? room : 0),
@@ -133,12 +144,12 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
                   s.take<float>(own_logits ? tokens * columns : 0),
                   s.take<float>(detail::scratch_of(experts) * workers),
                   s.take<float>(wide_x ? tokens * d : 0),
-                  s.take<float>(of_shared * d),
+                  s.take<float>(of_shared * d_out),
                   s.take<float>(of_shared * d),
                   s.take<float>(detail::scratch_of(shared)),
                   s.take<float>(2 * of_shared)};
   });
-  const matrix_view<float> dout(m.dout, slots, d), din(m.din, slots, d);
+  const matrix_view<float> dout(m.dout, slots, d_out), din(m.din, slots, d);
   const std::span<float> dw(m.dweights, static_cast<std::size_t>(choices));
   const matrix_view<float> dlogits =
       own_logits ? matrix_view<float>(m.dlogits, tokens, columns) : gradients.logits;
@@ -174,7 +185,7 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
   if constexpr (with_shared) {
     combining.shared = matrix_view<const float>(tape.shared_out);
     combining.shared_weight = tape.shared_weight;
-    terms.shared = {m.dshared, tokens, d};
+    terms.shared = {m.dshared, tokens, d_out};
     terms.shared_weight = {m.dshared_weight, static_cast<std::size_t>(tokens)};
   }
   combine_backward(tape.out, tape.plan, tape.choices, dy, terms, exec, combining);
@@ -197,18 +208,24 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
   for (index_t c = 0; on_input && identity && c < choices; ++c) m.dweights[c] += m.identities[c];
 
   // From the weights to the logits, against the order in which they were made.
-  if (shares) {
+  // Without logits the weights are constants.
+  const bool has_logits = tape.logits.data != nullptr || tokens == 0;
+  if (shares && has_logits) {
     const std::span<float> before(m.before, static_cast<std::size_t>(choices));
     weigh(layer.router(), tape.logits, side, tape.choices, before, tape.router, exec);
     renormalize_backward(*options.capacity, tape.choices, before, dw);
   }
-  weigh_backward(layer.router(), tape.logits, side, tape.choices, dw,
-                 own_logits ? gradient_to::write : gradients.logits_to, dlogits, tape.router, exec,
-                 gradients.router);
+  if (!has_logits) {
+    if (gradients.logits.data != nullptr)
+      fail(where, "gradients.logits is given, but the call had no logits");
+  } else
+    weigh_backward(layer.router(), tape.logits, side, tape.choices, dw,
+                   own_logits ? gradient_to::write : gradients.logits_to, dlogits, tape.router,
+                   exec, gradients.router);
 
   const gate_gradients<float> to_x{gradient_to::add, dx};
   if constexpr (with_shared) {
-    const matrix_view<float> dshared(m.dshared, tokens, d), dshared_in(m.dshared_in, tokens, d);
+    const matrix_view<float> dshared(m.dshared, tokens, d_out), dshared_in(m.dshared_in, tokens, d);
     if (tokens > 0) {
       if constexpr (detail::has_scratch_floats<std::remove_cvref_t<SharedGradient>>) {
         shared(expert_id{0}, x_float, matrix_view<const float>(dshared), dshared_in, m.shared);
@@ -237,9 +254,15 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
             tape.router, exec);
     }
   }
-  if (wants_x) gate_backward(x, weights.gate, dlogits, to_x, exec);
-  gate_backward(x, weights.gate, dlogits,
-                gate_gradients<float>{gradients.to, {}, gradients.gate, gradients.gate_bias}, exec);
+  if constexpr (!std::is_same_v<Gate, no_gate>) {
+    if (!tape.gated) return;
+    if (wants_x)
+      gate_backward(layer.gate(), x, weights.gate, matrix_view<const float>(dlogits), to_x,
+                    tape.router, exec);
+    gate_backward(layer.gate(), x, weights.gate, matrix_view<const float>(dlogits),
+                  gate_gradients<float>{gradients.to, {}, gradients.gate, gradients.gate_bias},
+                  tape.router, exec);
+  }
 }
 
 }  // namespace moeroute

@@ -121,6 +121,7 @@ class any_router {
       r.check(columns_);
       experts_ = r.experts(columns_);
       use_ = side_use_of(r, columns_);
+      reads_logits_ = moeroute::reads_logits(r);
       ragged_ = ragged_router<Kind>;
       if constexpr (ragged_router<Kind>)
         choices_ = r.max_choices(columns_);
@@ -143,6 +144,7 @@ class any_router {
 
   /// What it reads of the side inputs.
   side_use reads_side(index_t) const { return use_; }
+  bool reads_logits() const { return reads_logits_; }
 
  private:
   friend detail::any_token_router;
@@ -157,7 +159,7 @@ class any_router {
   kinds kind_;
   index_t columns_ = 0, experts_ = 0, choices_ = 0, rows_alone_ = 0;
   side_use use_;
-  bool ragged_ = false;
+  bool ragged_ = false, reads_logits_ = true;
 };
 
 namespace detail {

@@ -2,9 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <span>
+#include <utility>
 
 #include <moeroute/base/error.hpp>
+#include <moeroute/base/workspace.hpp>
 #include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/reduce.hpp>
 #include <moeroute/simd/rows/gemm.hpp>
@@ -23,6 +26,133 @@ template <readable_rows X, writable_rows Y, executor Exec = serial, storage W = 
           class A = simd::default_arch>
 void gate(const X& x, const simd::packed_matrix<W, A>& weight, Y&& logits, const Exec& exec = {}) {
   simd::gemm(x, weight, logits, exec);
+}
+
+/// A gate: g(x, logits, exec) makes the logits [T, columns()] of the rows x [T, d()].
+///
+/// What it learns and keeps is its own; what it is called with fits. gate() and moe_layer check
+/// shapes, by name, before they call one.
+template <class G, class T = float>
+concept gate_function =
+    requires(const G& g, matrix_view<const T> x, matrix_view<float> logits, const serial& exec) {
+      { g.columns() } -> std::convertible_to<index_t>;
+      { g.d() } -> std::convertible_to<index_t>;
+      g(x, logits, exec);
+    };
+
+/// A gate that wants scratch: g(x, logits, memory, exec) with scratch_floats(T) floats of its own.
+template <class G, class T = float>
+concept gate_function_with_scratch =
+    requires(const G& g, matrix_view<const T> x, matrix_view<float> logits, float* memory,
+             const serial& exec) {
+      { g.columns() } -> std::convertible_to<index_t>;
+      { g.d() } -> std::convertible_to<index_t>;
+      { g.scratch_floats(index_t{}) } -> std::convertible_to<index_t>;
+      g(x, logits, memory, exec);
+    };
+
+template <class G, class T = float>
+concept any_gate = gate_function<G, T> || gate_function_with_scratch<G, T>;
+
+/// logits = x W^T + b: the gate of nearly every model.
+template <storage W = float, class A = simd::default_arch>
+class linear_gate {
+ public:
+  /// weight: [columns, d], packed, with the bias if the gate has one.
+  linear_gate(simd::packed_matrix<W, A> weight) : weight_(std::move(weight)) {}
+
+  index_t columns() const { return weight_.rows(); }
+  index_t d() const { return weight_.cols(); }
+  const simd::packed_matrix<W, A>& weight() const { return weight_; }
+  /// The weights after a step of training, [columns, d]. Throws: error where the shape differs.
+  void set_weight(matrix_view<const W> w) {
+    check_size("linear_gate", "w.rows()", w.rows, columns());
+    weight_.set_rows(0, w);
+  }
+
+  template <readable_rows X, executor Exec = serial>
+  void operator()(const X& x, const matrix_view<float>& logits, const Exec& exec = {}) const {
+    simd::gemm(x, weight_, logits, exec);
+  }
+
+ private:
+  simd::packed_matrix<W, A> weight_;
+};
+
+/// A gate that somebody else owns and several layers use (Omni-router): it must outlive them.
+template <class G>
+class gate_ref {
+ public:
+  explicit gate_ref(const G& gate) : gate_(&gate) {}
+  explicit gate_ref(const G&&) = delete;
+
+  index_t columns() const { return gate_->columns(); }
+  index_t d() const { return gate_->d(); }
+  const G& get() const { return *gate_; }
+  index_t scratch_floats(index_t tokens) const
+    requires gate_function_with_scratch<G>
+  {
+    return gate_->scratch_floats(tokens);
+  }
+
+  template <class X, class... Rest>
+  auto operator()(const X& x, const matrix_view<float>& logits, Rest&&... rest) const
+      -> decltype(std::declval<const G&>()(x, logits, rest...)) {
+    return (*gate_)(x, logits, rest...);
+  }
+
+ private:
+  const G* gate_;
+};
+
+/// Stands where a layer has no gate: tables, random choices and records look at no logit, and
+/// logits may come from outside.
+class no_gate {
+ public:
+  explicit no_gate(index_t columns) : columns_(columns) {
+    check_range("no_gate", "columns", columns, 1, index_t{1} << 40);
+  }
+  index_t columns() const { return columns_; }
+
+ private:
+  index_t columns_;
+};
+
+namespace detail {
+
+template <class T, class G>
+void check_gate(const matrix_view<T>& x, const G& g, const matrix_view<float>& logits) {
+  check_size("gate", "x.cols()", x.cols, g.d());
+  check_size("gate", "logits.rows()", logits.rows, x.rows);
+  check_size("gate", "logits.cols()", logits.cols, g.columns());
+  check_stride("gate", "x", x);
+  check_stride("gate", "logits", logits);
+  check_apart("gate", "x", x, "logits", logits);
+}
+
+}  // namespace detail
+
+/// The logits of any gate. Shapes: x [T, g.d()], logits [T, g.columns()]. Throws: error where they
+/// are not. Cost and determinism: as g's.
+template <readable_rows X, class G, writable_rows Y, executor Exec = serial>
+  requires gate_function<G, element_of<const X>>
+void gate(const X& x_rows, const G& g, Y&& logit_rows, const Exec& exec = {}) {
+  const auto x = const_view(x_rows);
+  const matrix_view<float> logits = view(logit_rows);
+  detail::check_gate(x, g, logits);
+  g(x, logits, exec);
+}
+
+/// The same of a gate that wants scratch.
+template <readable_rows X, class G, writable_rows Y, executor Exec = serial>
+  requires gate_function_with_scratch<G, element_of<const X>>
+void gate(const X& x_rows, const G& g, Y&& logit_rows, workspace& ws, const Exec& exec = {}) {
+  const auto x = const_view(x_rows);
+  const matrix_view<float> logits = view(logit_rows);
+  detail::check_gate(x, g, logits);
+  float* const memory =
+      ws.carve([&](scratch& tape) { return tape.take<float>(g.scratch_floats(x.rows)); });
+  g(x, logits, memory, exec);
 }
 
 /// logits = scale * cos(x, w_e): rows of x and of W count by their direction only.

@@ -11,6 +11,7 @@
 #include <moeroute/matrix/check.hpp>
 #include <moeroute/simd/rows/row_dot.hpp>
 #include <moeroute/simd/rows/row_product.hpp>
+#include <moeroute/stage/gate.hpp>
 
 namespace moeroute {
 
@@ -84,6 +85,22 @@ void gate_backward(const matrix_view<T>& x, const matrix_view<W>& weight,
   for (index_t t = 0; t < dlogits.rows; ++t)
     for (index_t e = 0; e < dlogits.cols; ++e)
       gradients.bias[static_cast<std::size_t>(e)] += dlogits(t, e);
+}
+
+/// The same for a layer's gate: what moe_layer's backward calls. weight is [columns, d] as the
+/// caller trains it. A gate of another type brings a function of this name and these arguments.
+template <storage G, class GA, class T, class W, executor Exec = serial>
+void gate_backward(const linear_gate<G, GA>&, const matrix_view<T>& x, const matrix_view<W>& weight,
+                   const matrix_view<const float>& dlogits, const gate_gradients<float>& gradients,
+                   workspace&, const Exec& exec = {}) {
+  gate_backward<T, W, float, Exec, GA>(x, weight, dlogits, gradients, exec);
+}
+
+template <class G, class T, class W, executor Exec = serial>
+void gate_backward(const gate_ref<G>& gate, const matrix_view<T>& x, const matrix_view<W>& weight,
+                   const matrix_view<const float>& dlogits, const gate_gradients<float>& gradients,
+                   workspace& ws, const Exec& exec = {}) {
+  gate_backward(gate.get(), x, weight, dlogits, gradients, ws, exec);
 }
 
 /// The derivative of a vector's direction: from that of u = v / |v| to that of v, for every row:

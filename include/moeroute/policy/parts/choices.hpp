@@ -84,8 +84,8 @@ struct row_choices {
     }
   }
 
-  /// Experts that somebody else named, with their logits. An expert that is masked in the logits
-  /// cannot be had this way either.
+  /// Experts that somebody else named, with their logits, or without any. An expert that is masked
+  /// in the logits cannot be had this way either.
   MOEROUTE_INLINE row_choices(const expert_id* named, int choices, const float* logits)
       : k(choices), has_row_max(false) {
     constexpr int w = simd::width<A>;
@@ -96,7 +96,9 @@ struct row_choices {
       const simd::vint<A> e =
           simd::load_first<A>(named + r * w, std::clamp(k - r * w, 0, w), no_expert);
       const F x =
-          F::gather(logits, simd::select<A>(simd::differs<A>(e, none), e, simd::vint<A>(0)));
+          logits == nullptr
+              ? F(0.0f)
+              : F::gather(logits, simd::select<A>(simd::differs<A>(e, none), e, simd::vint<A>(0)));
       const auto there = simd::differs<A>(e, none) & (x > never);
       value[r] = simd::select<A>(there, x, never);
       id[r] = simd::select<A>(there, e, none);

@@ -1,6 +1,7 @@
 // Experts that somebody else named, by a table or a record: what a block takes of them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -34,6 +35,10 @@ MOEROUTE_INLINE void take_given(const logit_block& z, choice_block& c, const Giv
       x[i] = id[i] < 0 ? simd::minus_infinity : z.row(lane + i)[id[i]];
     return simd::load<A>(x);
   };
+  if (z.logits == nullptr) {  // nobody looks at any
+    std::fill_n(c.value, c.k * block_rows, 0.0f);
+    return;
+  }
   for (int lane = 0; lane < block_rows; lane += simd::width<A>) {
     const I start = (simd::lane_numbers<A>() + I(lane)) * row_step;
     for (int at = lane; at < c.k * block_rows; at += block_rows) {

@@ -24,6 +24,7 @@ struct random_choice {
   static index_t experts(index_t columns) { return columns; }
   void check(index_t experts) const { check_range("random_choice", "k", choices, 1, experts); }
   static buffers carve(scratch&, index_t) { return {}; }
+  static bool reads_logits() { return false; }
 
   template <class A = simd::default_arch>
   void route_block(const logit_block& z, const buffers&, choice_block& c) const {

@@ -1,6 +1,8 @@
 // Replay: recorded experts, weights from the logits of now.
 #pragma once
 
+#include <type_traits>
+
 #include <moeroute/data/routing_record.hpp>
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/parts/logit_transform.hpp>
@@ -30,6 +32,7 @@ struct replay {
   side_use reads_side(index_t) const {
     return {.own_k = k(), .noise_logits = transform.noise.active()};
   }
+  bool reads_logits() const { return !std::is_same_v<Score, uniform_score> || transform.active(); }
 
   /// Throws: error where there is no record or it was made for another E.
   void check(index_t experts) const {
