@@ -6,4 +6,5 @@
 #include <moeroute/exec/callable.hpp>
 #include <moeroute/metrics.hpp>
 #include <moeroute/routing.hpp>
+#include <moeroute/scale_out.hpp>
 #include <moeroute/training.hpp>

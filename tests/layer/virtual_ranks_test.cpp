@@ -1,0 +1,472 @@
+#include <moeroute/layer/virtual_ranks.hpp>
+//
+#include <catch2/catch_test_macros.hpp>
+#include <moeroute/layer/swiglu_experts.hpp>
+#include <moeroute/policy/catalog.hpp>
+#include <moeroute/policy/make_router.hpp>
+#include <moeroute/stage/plan.hpp>
+#include <string>
+#include <vector>
+
+#include "support/assignments.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/threads.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+using rows = std::vector<float>;
+
+rows random_rows(index_t n, std::uint64_t seed) {
+  test::random rng(seed);
+  rows v(static_cast<std::size_t>(n));
+  for (float& x : v) x = rng.normal();
+  return v;
+}
+
+// Experts that multiply each column by a weight of their own: the smallest with a gradient.
+struct column_experts {
+  index_t d;
+  rows weight, gradient;  // [E, d]
+
+  column_experts(index_t experts, index_t cols, std::uint64_t seed)
+      : d(cols), weight(random_rows(experts * cols, seed)), gradient(weight.size(), 0.0f) {}
+
+  void forward(expert_id e, matrix_view<const float> in, matrix_view<float> out) const {
+    for (index_t r = 0; r < in.rows; ++r)
+      for (index_t j = 0; j < d; ++j)
+        out(r, j) = weight[static_cast<std::size_t>(e * d + j)] * in(r, j);
+  }
+  void backward(expert_id e, matrix_view<const float> in, matrix_view<const float> dout,
+                matrix_view<float> din) {
+    for (index_t r = 0; r < in.rows; ++r)
+      for (index_t j = 0; j < d; ++j) {
+        const auto at = static_cast<std::size_t>(e * d + j);
+        din(r, j) = weight[at] * dout(r, j);
+        gradient[at] += dout(r, j) * in(r, j);
+      }
+  }
+};
+
+// What one rank makes of all tokens.
+struct one_rank {
+  rows y, dx, dweights, dw;
+
+  one_rank(const rows& x, const rows& dy, const assignment& choices, column_experts experts,
+           const exchange_options& o, std::span<const std::uint8_t> mask) {
+    const index_t d = experts.d, tokens = choices.tokens();
+    dispatch_plan plan;
+    std::vector<std::uint8_t> owned;
+    for (index_t e = 0; e < choices.experts(); ++e) owned.push_back(o.special.contains(e) ? 0 : 1);
+    moeroute::plan(choices, plan, {.owned = owned, .mask = mask});
+    rows in(static_cast<std::size_t>(plan.slots() * d)), out = in, din = in, dout = in;
+    const auto as = [&](rows& v) { return matrix_view<float>(v.data(), plan.slots(), d); };
+    const auto seen = [&](const rows& v, index_t n) {
+      return matrix_view<const float>(v.data(), n, d);
+    };
+    const bool on_input = o.weights == weight_on::input;
+    dispatch_options moving;
+    if (on_input) moving.scale = choices.weights();
+    dispatch(seen(x, tokens), plan, as(in), moving);
+    for_each_expert(plan, as(in), as(out),
+                    [&](expert_id e, matrix_view<const float> a, matrix_view<float> b) {
+                      experts.forward(e, a, b);
+                    });
+    combine_options<float> combining;
+    if (on_input) combining.weight = combine_weight::one;
+    combining.lost = o.lost_token_gets;
+    combining.identity_first = o.special.identity_first;
+    combining.identity_end = o.special.identity_end;
+    combining.x = seen(x, tokens);
+    y.resize(x.size());
+    combine(as(out), plan, choices, matrix_view<float>(y.data(), tokens, d), combining);
+
+    dx.assign(x.size(), 0.0f);
+    dweights.resize(static_cast<std::size_t>(choices.choices()));
+    rows identities(dweights.size());
+    const bool identity = o.special.identity_first < o.special.identity_end;
+    combine_gradients<float> terms{.slots = as(dout),
+                                   .weights = on_input ? identities : dweights,
+                                   .x = {dx.data(), tokens, d}};
+    combine_backward(as(out), plan, choices, seen(dy, tokens), terms, serial{}, combining);
+    for_each_expert_backward(
+        plan, seen(in, plan.slots()), seen(dout, plan.slots()), as(din),
+        [&](expert_id e, matrix_view<const float> a, matrix_view<const float> b,
+            matrix_view<float> c) { experts.backward(e, a, b, c); });
+    dispatch_scale<float> scale;
+    if (on_input) scale = {.scale = choices.weights(), .x = seen(x, tokens), .dscale = dweights};
+    const bool first = identity || o.lost_token_gets == lost_token::residual;
+    dispatch_backward(as(din), plan, first ? gradient_to::add : gradient_to::write,
+                      matrix_view<float>(dx.data(), tokens, d), serial{}, scale);
+    for (std::size_t c = 0; on_input && identity && c < dweights.size(); ++c)
+      dweights[c] += identities[c];
+    dw = experts.gradient;
+  }
+};
+
+// Ragged numbers of tokens, some 0; rank 0 gets none where there are several.
+std::vector<index_t> cut_tokens(index_t tokens, index_t ranks, std::uint64_t seed) {
+  test::random rng(seed);
+  std::vector<index_t> edge{0};
+  for (index_t r = 1; r < ranks; ++r) edge.push_back(r == 1 ? 0 : rng.below(tokens + 1));
+  edge.push_back(tokens);
+  std::sort(edge.begin(), edge.end());
+  return edge;
+}
+
+struct scene {
+  std::string name;
+  assignment choices;
+  rows x, dy;
+  index_t d;
+  std::vector<std::uint8_t> mask{};
+};
+
+scene scene_of(std::string name, assignment a, index_t d, std::uint64_t seed) {
+  const index_t n = a.tokens() * d;
+  return {std::move(name), std::move(a), random_rows(n, seed), random_rows(n, seed + 1), d};
+}
+
+// The first thing in which R ranks differ from one: "" where nothing does.
+template <class Exec = serial>
+std::string difference(const scene& s, const placement& p, const exchange_options& options,
+                       exchange_path path = exchange_path::flat, const Exec& exec = {},
+                       const slot_ranges* ranges = nullptr, bool backward = true) {
+  column_experts experts(s.choices.experts(), s.d, 11);
+  const one_rank expected(s.x, s.dy, s.choices, experts, options, s.mask);
+  const index_t ranks = p.ranks();
+  const std::vector<index_t> edge =
+      cut_tokens(s.choices.tokens(), ranks, 5 + static_cast<std::uint64_t>(ranks));
+  std::vector<assignment> own(static_cast<std::size_t>(ranks));
+  rows y(s.x.size(), 9.0f), dx(s.x.size(), 9.0f),
+      dweights(static_cast<std::size_t>(s.choices.choices()), 9.0f);
+  std::vector<rank_tokens<>> tokens;
+  std::vector<rank_gradients> gradients;
+  for (index_t r = 0; r < ranks; ++r) {
+    const index_t first = edge[static_cast<std::size_t>(r)],
+                  n = edge[static_cast<std::size_t>(r) + 1] - first;
+    copy_tokens(s.choices, first, n, own[static_cast<std::size_t>(r)]);
+    std::span<const std::uint8_t> mask = s.mask;
+    if (!mask.empty())
+      mask = mask.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n));
+    tokens.push_back({{s.x.data() + first * s.d, n, s.d},
+                      own[static_cast<std::size_t>(r)],
+                      {y.data() + first * s.d, n, s.d},
+                      mask});
+    const index_t c = s.choices.first(first);
+    gradients.push_back(
+        {{s.dy.data() + first * s.d, n, s.d},
+         {dx.data() + first * s.d, n, s.d},
+         std::span(dweights).subspan(static_cast<std::size_t>(c),
+                                     static_cast<std::size_t>(s.choices.first(first + n) - c))});
+  }
+  virtual_ranks<> all(p, options, path);
+  if (ranges != nullptr) all.set_ranges(*ranges);
+  const auto expert_at = [&](index_t rank, expert_id slot) {
+    return p.experts_of_rank(rank)[static_cast<std::size_t>(slot)];
+  };
+  // Twice: what a warm call finds in its buffers is nothing to it.
+  for (int call = 0; call < 2; ++call)
+    all.forward(
+        tokens,
+        [&](index_t rank, expert_id slot, matrix_view<const float> in, matrix_view<float> out) {
+          experts.forward(expert_at(rank, slot), in, out);
+        },
+        exec);
+  if (const std::string diff = test::bit_difference(y, expected.y); !diff.empty())
+    return s.name + " y " + diff;
+  if (path == exchange_path::two_level || !backward) return "";
+  all.backward(
+      tokens, gradients,
+      [&](index_t rank, expert_id slot, matrix_view<const float> in, matrix_view<const float> dout,
+          matrix_view<float> din) { experts.backward(expert_at(rank, slot), in, dout, din); },
+      exec);
+  if (const std::string diff = test::bit_difference(dx, expected.dx); !diff.empty())
+    return s.name + " dx " + diff;
+  if (const std::string diff = test::bit_difference(dweights, expected.dweights); !diff.empty())
+    return s.name + " dweights " + diff;
+  // A replicated expert's gradient is a sum of its slots' own.
+  for (index_t e = 0; e < p.experts(); ++e) {
+    if (p.replicas(e) != 1) continue;
+    const auto at = static_cast<std::size_t>(e * s.d), n = static_cast<std::size_t>(s.d);
+    if (const std::string diff = test::bit_difference(std::span(experts.gradient).subspan(at, n),
+                                                      std::span(expected.dw).subspan(at, n));
+        !diff.empty())
+      return s.name + " dw of expert " + std::to_string(e) + " " + diff;
+  }
+  return "";
+}
+
+std::vector<scene> scenes() {
+  test::random rng(3);
+  std::vector<scene> list;
+  list.push_back(scene_of("fixed", test::fixed_choices(rng, 60, 24, 8), 5, 1));
+  list.push_back(
+      scene_of("skewed, some missing", test::fixed_choices(rng, 45, 64, 6, 7, 1.0), 7, 2));
+  list.push_back(scene_of("ragged", test::ragged_choices(rng, 33, 12, 9), 3, 3));
+  list.push_back(scene_of("k is E", test::fixed_choices(rng, 9, 8, 8), 4, 4));
+  list.push_back(scene_of("one choice", test::fixed_choices(rng, 50, 16, 1), 2, 5));
+  assignment dropped = test::fixed_choices(rng, 29, 5, 2);
+  test::drop_some(rng, dropped, 3);
+  list.push_back(scene_of("drops", dropped, 6, 6));
+  list.push_back(scene_of("nobody", test::fixed_choices(rng, 0, 4, 2), 6, 7));
+  list.push_back(scene_of("masked", test::fixed_choices(rng, 31, 10, 3), 4, 8));
+  for (index_t t = 0; t < 31; ++t) list.back().mask.push_back(t % 4 != 1 ? 1 : 0);
+  assignment one = test::fixed_choices(rng, 20, 6, 1);
+  std::fill(one.ids().begin(), one.ids().end(), 4);
+  list.push_back(scene_of("all to one expert", one, 4, 9));
+  return list;
+}
+
+// Experts contiguous, and `extra` more slots on ranks in turn for experts in turn: replicas,
+// numbers of slots that differ, two nodes.
+placement replicated(index_t experts, index_t ranks, index_t extra) {
+  std::vector<std::vector<expert_id>> of(static_cast<std::size_t>(ranks));
+  for (index_t e = 0; e < experts; ++e)
+    of[static_cast<std::size_t>(e * ranks / experts)].push_back(static_cast<expert_id>(e));
+  for (index_t i = 0; i < extra; ++i)
+    of[static_cast<std::size_t>(i * 5 % ranks)].push_back(static_cast<expert_id>(i * 3 % experts));
+  std::vector<std::int32_t> offset{0}, node;
+  std::vector<expert_id> slots;
+  for (index_t r = 0; r < ranks; ++r) {
+    std::vector<expert_id>& own = of[static_cast<std::size_t>(r)];
+    slots.insert(slots.end(), own.begin(), own.end());
+    offset.push_back(static_cast<std::int32_t>(slots.size()));
+    node.push_back(ranks > 1 && r >= ranks / 2 ? 1 : 0);
+  }
+  return placement(
+      {.experts = experts, .slot_offset = offset, .expert_of_slot = slots, .node_of_rank = node});
+}
+
+constexpr index_t rank_counts[] = {1, 2, 3, 4, 7, 16, 64};
+
+}  // namespace
+
+TEST_CASE("tokens over R ranks have the outputs and gradients of one rank bit for bit") {
+  for (const scene& s : scenes())
+    for (const index_t ranks : rank_counts) {
+      INFO(ranks << " ranks");
+      CHECK(difference(s, placement::contiguous(s.choices.experts(), ranks), {}) == "");
+      CHECK(difference(s, placement::round_robin(s.choices.experts(), ranks), {}) == "");
+    }
+}
+
+TEST_CASE("replicas and the rule that picks them do not change a bit") {
+  for (const scene& s : scenes())
+    for (const index_t ranks : {2, 4, 7}) {
+      const placement p = replicated(s.choices.experts(), ranks, 9);
+      for (const replica_rule rule : {replica_rule::nearest, replica_rule::round_robin,
+                                      replica_rule::even, replica_rule::shares}) {
+        INFO(ranks << " ranks, rule " << static_cast<int>(rule));
+        CHECK(difference(s, p, {.rule = rule}) == "");
+      }
+    }
+}
+
+TEST_CASE("every router of the catalogue that sees tokens one by one gives the bits of one rank") {
+  for (const catalog_entry& entry : catalog) {
+    router_spec spec = entry.spec;
+    if (spec.capacity != 0) continue;
+    const bool table = spec.selection == selection_kind::expert_table;
+    test::random rng(7);
+    rows bias, scale;
+    for (index_t e = 0; e < spec.experts; ++e) {
+      if (spec.selection_bias) bias.push_back(0.1f * rng.normal());
+      if (spec.per_expert_scale) scale.push_back(0.5f + rng.uniform());
+    }
+    expert_table of_tokens;
+    if (table) of_tokens = random_table(8, spec.k, spec.experts, 11);
+    const any_router router =
+        make_router(spec, {.bias = bias, .per_expert_scale = scale, .table = &of_tokens});
+    const index_t tokens = 13;
+    const rows logits = random_rows(tokens * router.columns(), 5);
+    std::vector<std::int32_t> ids;
+    for (index_t t = 0; t < tokens; ++t) ids.push_back(static_cast<std::int32_t>(t % 8));
+    workspace memory;
+    assignment choices;
+    side_inputs side;
+    if (table) side.token_ids = ids;
+    route(router, matrix_view<const float>(logits.data(), tokens, router.columns()), side, memory,
+          choices);
+    exchange_options options;
+    if (spec.zero_experts > 0) {
+      options.special.identity_first =
+          static_cast<expert_id>(choices.experts() - spec.zero_experts);
+      options.special.identity_end = static_cast<expert_id>(choices.experts());
+    }
+    const scene s = scene_of(std::string(entry.name), choices, 3, 3);
+    CHECK(difference(s, replicated(choices.experts(), 3, 4), options) == "");
+  }
+}
+
+TEST_CASE("weights on inputs, identity experts and residuals are added where one rank adds them") {
+  test::random rng(8);
+  scene s = scene_of("special", test::fixed_choices(rng, 40, 12, 4, 6), 5, 1);
+  for (const weight_on weights : {weight_on::output, weight_on::input})
+    for (const bool identity : {false, true})
+      for (const index_t ranks : {1, 3, 4}) {
+        exchange_options o{.weights = weights};
+        if (identity) {
+          o.special = {.identity_first = 8, .identity_end = 10, .zero_first = 10, .zero_end = 12};
+          o.lost_token_gets = lost_token::residual;
+        }
+        INFO(static_cast<int>(weights) << identity << ranks);
+        CHECK(difference(s, replicated(12, ranks, 3), o) == "");
+      }
+}
+
+TEST_CASE("any executor gives the bits of the serial one") {
+  const test::several_threads exec{3};
+  for (const scene& s : scenes())
+    CHECK(difference(s, placement::contiguous(s.choices.experts(), 4), {}, exchange_path::flat,
+                     exec) == "");
+}
+
+TEST_CASE("two levels give the bits of one") {
+  for (const scene& s : scenes())
+    for (const auto& [nodes, places] :
+         {std::pair<index_t, index_t>{1, 3}, {2, 2}, {3, 2}, {4, 4}}) {
+      const index_t ranks = nodes * places;
+      std::vector<std::int32_t> node;
+      for (index_t r = 0; r < ranks; ++r) node.push_back(static_cast<std::int32_t>(r / places));
+      const placement even = replicated(s.choices.experts(), ranks, 5);
+      const placement p({.experts = even.experts(),
+                         .slot_offset = even.slot_offset(),
+                         .expert_of_slot = even.expert_of_slot(),
+                         .node_of_rank = node});
+      INFO(nodes << " nodes of " << places);
+      CHECK(difference(s, p, {.rule = replica_rule::even}, exchange_path::two_level) == "");
+    }
+}
+
+TEST_CASE("reduced results are within their bound and the same every time") {
+  test::random rng(9);
+  const scene s = scene_of("reduced", test::fixed_choices(rng, 50, 24, 8), 6, 2);
+  column_experts experts(24, s.d, 11);
+  for (const weight_on weights : {weight_on::output, weight_on::input}) {
+    const one_rank exact(s.x, s.dy, s.choices, experts, {.weights = weights}, {});
+    for (const index_t ranks : {1, 3, 16}) {
+      const placement p = placement::contiguous(24, ranks);
+      const std::vector<index_t> edge = cut_tokens(50, ranks, 1);
+      std::vector<assignment> own(static_cast<std::size_t>(ranks));
+      rows y(s.x.size()), again;
+      std::vector<rank_tokens<>> tokens;
+      for (std::size_t r = 0; r < own.size(); ++r) {
+        copy_tokens(s.choices, edge[r], edge[r + 1] - edge[r], own[r]);
+        tokens.push_back({{s.x.data() + edge[r] * s.d, edge[r + 1] - edge[r], s.d},
+                          own[r],
+                          {y.data() + edge[r] * s.d, edge[r + 1] - edge[r], s.d}});
+      }
+      virtual_ranks<> all(p, {.result = exchange_result::reduced, .weights = weights});
+      const auto run = [&] {
+        all.forward(tokens, [&](index_t rank, expert_id slot, matrix_view<const float> in,
+                                matrix_view<float> out) {
+          experts.forward(p.experts_of_rank(rank)[static_cast<std::size_t>(slot)], in, out);
+        });
+      };
+      run();
+      again = y;
+      run();
+      CHECK(test::bit_difference(y, again) == "");
+      bool within = true;
+      for (index_t t = 0; t < 50; ++t)
+        for (index_t j = 0; j < s.d; ++j) {
+          double sum = 0.0;
+          for (index_t c = 0; c < 8; ++c)
+            sum += std::abs(double(s.choices.weights(t)[static_cast<std::size_t>(c)]) *
+                            double(experts.weight[static_cast<std::size_t>(
+                                s.choices.ids(t)[static_cast<std::size_t>(c)] * s.d + j)]) *
+                            double(s.x[static_cast<std::size_t>(t * s.d + j)]));
+          const auto at = static_cast<std::size_t>(t * s.d + j);
+          within = within &&
+                   std::abs(double(y[at]) - double(exact.y[at])) <= 2 * 7 * 0x1p-24 * sum + 1e-30;
+        }
+      CHECK(within);
+    }
+  }
+}
+
+TEST_CASE("a rank that serves nobody changes nothing while every expert has another slot") {
+  test::random rng(10);
+  const scene s = scene_of("drained", test::fixed_choices(rng, 40, 6, 2), 4, 1);
+  const std::vector<expert_id> slots{0, 1, 2, 3, 4, 5, 3, 4, 5, 0, 1, 2};
+  for (index_t dead = 0; dead < 4; ++dead) {
+    std::vector<std::uint8_t> alive(4, 1);
+    alive[static_cast<std::size_t>(dead)] = 0;
+    const placement p = placement::from_slots(6, 4, slots, {}, alive);
+    for (const replica_rule rule :
+         {replica_rule::nearest, replica_rule::even, replica_rule::shares})
+      CHECK(difference(s, p, {.rule = rule}) == "");
+  }
+}
+
+TEST_CASE("experts that are networks give the bits of one rank, in 16 bits too") {
+  constexpr index_t d = 24, ff = 16, experts = 8, tokens = 30, ranks = 3;
+  swiglu_experts<> net(experts, d, ff);
+  for (index_t e = 0; e < experts; ++e) {
+    const rows w = random_rows(3 * d * ff, 40 + static_cast<std::uint64_t>(e));
+    net.set_gate(static_cast<expert_id>(e), {w.data(), ff, d});
+    net.set_up(static_cast<expert_id>(e), {w.data() + d * ff, ff, d});
+    net.set_down(static_cast<expert_id>(e), {w.data() + 2 * d * ff, d, ff});
+  }
+  test::random rng(2);
+  const assignment choices = test::fixed_choices(rng, tokens, experts, 3);
+  const rows wide = random_rows(tokens * d, 3);
+  std::vector<bfloat16> x(wide.begin(), wide.end());
+  rows memory(static_cast<std::size_t>(net.scratch_floats())), expected(wide.size()),
+      y(wide.size());
+  dispatch_plan plan;
+  moeroute::plan(choices, plan);
+  rows in(static_cast<std::size_t>(plan.slots() * d)), out = in;
+  dispatch(matrix_view<const bfloat16>(x.data(), tokens, d), plan,
+           matrix_view<float>(in.data(), plan.slots(), d));
+  for_each_expert(plan, matrix_view<const float>(in.data(), plan.slots(), d),
+                  matrix_view<float>(out.data(), plan.slots(), d), net, memory.data());
+  combine(matrix_view<const float>(out.data(), plan.slots(), d), plan, choices,
+          matrix_view<float>(expected.data(), tokens, d));
+  const placement p = placement::contiguous(experts, ranks);
+  const std::vector<index_t> edge{0, 1, 1, tokens};
+  std::vector<assignment> own(ranks);
+  std::vector<rank_tokens<bfloat16>> list;
+  for (std::size_t r = 0; r < ranks; ++r) {
+    copy_tokens(choices, edge[r], edge[r + 1] - edge[r], own[r]);
+    list.push_back({{x.data() + edge[r] * d, edge[r + 1] - edge[r], d},
+                    own[r],
+                    {y.data() + edge[r] * d, edge[r + 1] - edge[r], d}});
+  }
+  virtual_ranks<bfloat16> all(p);
+  all.forward(list,
+              [&](index_t rank, expert_id slot, matrix_view<const float> a, matrix_view<float> b) {
+                net(p.experts_of_rank(rank)[static_cast<std::size_t>(slot)], a, b, memory.data());
+              });
+  CHECK(test::bit_difference(y, expected) == "");
+}
+
+TEST_CASE("virtual ranks refuse by name what does not fit") {
+  test::random rng(1);
+  const assignment choices = test::fixed_choices(rng, 4, 4, 2);
+  rows x(16), y(16);
+  std::vector<rank_tokens<>> one{{{x.data(), 4, 4}, choices, {y.data(), 4, 4}}};
+  const auto identity = [](index_t, expert_id, matrix_view<const float> in,
+                           matrix_view<float> out) {
+    for (index_t r = 0; r < in.rows; ++r) std::copy_n(in.row(r), in.cols, out.row(r));
+  };
+  CHECK(test::refusal([&] {
+          virtual_ranks<>(placement::contiguous(4, 2)).forward(one, identity);
+        }) == "moeroute::virtual_ranks: ranks.size() is 1, expected 2");
+  CHECK(test::refusal([&] {
+          virtual_ranks<>(placement::contiguous(4, 1), {.most_rows = 3}).forward(one, identity);
+        }) == "moeroute::exchange: received rows is 4, expected 0 to 3");
+  CHECK(test::refusal([&] {
+          virtual_ranks<>(placement::from_slots(4, 1, std::vector<expert_id>{0, 1, 2}))
+              .forward(one, identity);
+        }).find("which has no live slot") != std::string::npos);
+  const std::vector<std::int32_t> node{0, 1, 0};
+  CHECK(test::refusal([&] {
+          virtual_ranks<>(placement::from_slots(3, 3, std::vector<expert_id>{0, 1, 2}, node), {},
+                          exchange_path::two_level);
+        }).find("expected nodes that are runs of equally many ranks") != std::string::npos);
+}
