@@ -5,6 +5,7 @@
 #include <moeroute/balance.hpp>
 #include <moeroute/exec/callable.hpp>
 #include <moeroute/metrics.hpp>
+#include <moeroute/residency.hpp>
 #include <moeroute/routing.hpp>
 #include <moeroute/scale_out.hpp>
 #include <moeroute/training.hpp>

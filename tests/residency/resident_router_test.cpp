@@ -1,0 +1,406 @@
+#include <moeroute/residency/resident_router.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <cstdint>
+#include <map>
+#include <moeroute/exec/callable.hpp>
+#include <moeroute/policy/catalog.hpp>
+#include <moeroute/policy/weigh/router.hpp>
+#include <moeroute/residency/resident_any_router.hpp>
+#include <moeroute/stage/weigh.hpp>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "oracle/residency.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/routed.hpp"
+#include "support/shapes.hpp"
+#include "support/traces.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+using kind = residency_kind;
+
+resident_set some_experts(test::random& rng, index_t experts, float share) {
+  resident_set set(experts);
+  for (expert_id e = 0; e < experts; ++e)
+    if (rng.uniform() < share) set.insert(e);
+  return set;
+}
+
+buddy_table some_buddies(test::random& rng, index_t experts, index_t most) {
+  std::vector<double> m(static_cast<std::size_t>(experts * experts));
+  for (index_t a = 0; a < experts; ++a)
+    for (index_t b = 0; b < a; ++b)
+      m[static_cast<std::size_t>(a * experts + b)] = m[static_cast<std::size_t>(b * experts + a)] =
+          static_cast<double>(rng.below(5));
+  return {{m.data(), experts, experts}, most};
+}
+
+// Every rule, once or twice.
+std::vector<residency_rule> rules(index_t experts, index_t k, const buddy_table& buddies) {
+  const index_t more = std::min(experts, k + 5), two = std::min<index_t>(2, k);
+  return {{.kind = kind::cache_prior, .strength = 0.1f},
+          {.kind = kind::cache_prior, .strength = 0.4f, .forced = two},
+          {.kind = kind::cache_prior, .strength = 0.4f, .forced = 0},
+          {.kind = kind::max_rank, .ranks = more},
+          {.kind = kind::max_rank, .ranks = k, .forced = two},
+          {.kind = kind::mass_threshold, .strength = 0.9f},
+          {.kind = kind::margin_swap, .strength = 0.15f},
+          {.kind = kind::margin_swap, .strength = 0.5f, .forced = 0, .swaps = 1},
+          {.kind = kind::buddy, .buddies = &buddies, .search = buddies.most()},
+          {.kind = kind::buddy,
+           .forced = 0,
+           .buddies = &buddies,
+           .search = buddies.most(),
+           .least_entropy = 1.4f,
+           .most_missing = 0.6f},
+          {.kind = kind::within},
+          {.kind = kind::within, .ranks = more, .forced = two}};
+}
+
+// A router's choices, each row alone as well.
+template <class Router>
+assignment both_ways(const Router& router, const std::vector<float>& z, index_t experts) {
+  const assignment all = test::routed(router, z, experts);
+  const auto rows = test::rows_of(z, experts);
+  for (index_t t = 0; t < rows.rows; ++t) {
+    const std::vector<float> row(rows.row(t), rows.row(t) + experts);
+    const assignment one = test::routed(router, row, experts);
+    REQUIRE(test::listed(one.ids()) == test::listed(all.ids(t)));
+    REQUIRE(test::listed(one.weights()) == test::listed(all.weights(t)));
+  }
+  return all;
+}
+
+std::vector<expert_id> chosen(const assignment& a, index_t t) {
+  std::vector<expert_id> list;
+  for (const expert_id e : a.ids(t))
+    if (e != no_expert) list.push_back(e);
+  return list;
+}
+
+template <class Router>
+void expect_oracle(const Router& router, const std::vector<float>& z,
+                   const std::vector<float>& scores, index_t experts, index_t k,
+                   test::random& rng) {
+  for (const float share : {0.0f, 0.3f, 0.7f, 1.0f}) {
+    const resident_set set = some_experts(rng, experts, share);
+    std::set<expert_id> held;
+    for_each_resident(set, [&](expert_id e) { held.insert(e); });
+    const buddy_table buddies = some_buddies(rng, experts, std::min<index_t>(experts, 5));
+    for (const residency_rule& rule : rules(experts, k, buddies)) {
+      const assignment a = both_ways(resident_router(router, rule, set), z, experts);
+      for (index_t t = 0; t < a.tokens(); ++t) {
+        INFO(to_string(rule.kind) << " " << rule.strength << " ranks " << rule.ranks << " forced "
+                                  << rule.forced << " share " << share << " token " << t << " E "
+                                  << experts << " k " << k);
+        const std::vector<float> row(scores.begin() + t * experts,
+                                     scores.begin() + (t + 1) * experts);
+        REQUIRE(chosen(a, t) == oracle::choose(rule, held, row, k));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("each rule chooses what plain loops choose, in blocks and row by row") {
+  test::random rng(1);
+  for (const auto& [experts, k] :
+       {std::pair<index_t, index_t>{8, 2}, {32, 4}, {61, 8}, {5, 5}, {256, 8}, {1, 1}, {80, 20}})
+    for (const test::shape shape :
+         {test::shape::normal, test::shape::quantised, test::shape::masked, test::shape::plus_infs,
+          test::shape::half_nan, test::shape::all_minus_inf}) {
+      const auto z = test::make_logits(shape, 3, 19, experts);
+      INFO(test::name(shape));
+      expect_oracle(router<softmax>{.score = {}, .selection = {.k = k}, .weight = sum_normalized},
+                    z, z, experts, k, rng);
+    }
+}
+
+TEST_CASE("where a bias decides, rules go by score and bias, and weights never see it") {
+  test::random rng(2);
+  constexpr index_t experts = 32, k = 4;
+  std::vector<float> bias(experts);
+  for (float& b : bias) b = 0.3f * rng.normal();
+  const auto z = test::make_logits(test::shape::normal, 5, 21, experts);
+  std::vector<float> s(z.size());
+  for (index_t t = 0; t < 21; ++t) {
+    sigmoid::score_row(z.data() + t * experts, experts, s.data() + t * experts);
+    for (index_t e = 0; e < experts; ++e)
+      s[static_cast<std::size_t>(t * experts + e)] += bias[static_cast<std::size_t>(e)];
+  }
+  const router<sigmoid> plain{
+      .score = {}, .selection = {.k = k}, .weight = sum_normalized, .bias = selection_bias(bias)};
+  expect_oracle(plain, z, s, experts, k, rng);
+}
+
+TEST_CASE("weights of other experts are what the router gives them; groups stay the router's") {
+  test::random rng(3);
+  constexpr index_t experts = 32, k = 4;
+  const auto z = test::make_logits(test::shape::normal, 7, 40, experts);
+  const resident_set set = some_experts(rng, experts, 0.4f);
+  const buddy_table buddies = some_buddies(rng, experts, 5);
+  const auto check = [&](const auto& plain) {
+    for (const residency_rule& rule : rules(experts, k, buddies)) {
+      const resident_router moved(plain, rule, set);
+      const assignment a = both_ways(moved, z, experts);
+      workspace ws;
+      std::vector<float> weights(static_cast<std::size_t>(a.choices()));
+      weigh(moved, test::rows_of(z, experts), {}, a, std::span(weights), ws);
+      for (std::size_t c = 0; c < weights.size(); ++c)
+        REQUIRE(std::abs(weights[c] - a.weights()[c]) <= 3e-6f * std::abs(weights[c]));
+      if (plain.selection.groups == 1) continue;
+      const assignment before = test::routed(plain, z, experts);
+      for (index_t t = 0; t < a.tokens(); ++t) {
+        // Two of four groups stay; four choices of score order come from them.
+        std::set<expert_id> groups;
+        for (const expert_id e : before.ids(t)) groups.insert(e / 8);
+        for (const expert_id e : a.ids(t))
+          groups.insert(e == no_expert ? before.ids(t)[0] / 8 : e / 8);
+        REQUIRE(groups.size() <= 2);
+      }
+    }
+  };
+  check(router<softmax>{.score = {}, .selection = {.k = k}, .weight = raw_weights});
+  check(router<softmax>{.score = {}, .selection = {.k = k}, .weight = sum_normalized});
+  check(router<softmax_selected>{.score = {}, .selection = {.k = k}});
+  check(router<sigmoid>{
+      .score = {}, .selection = {.k = k, .groups = 4, .topk_group = 2}, .weight = sum_normalized});
+}
+
+TEST_CASE("a strength of 0 is the router to the bit, for every router of the catalogue") {
+  std::map<std::string, int> seen;
+  for (const catalog_entry& entry : catalog) {
+    router_spec spec = entry.spec;
+    spec.capacity = 0;
+    spec.drop_order = drop_order::choice_major;
+    spec.normalize_before_drop = true;
+    test::random rng(4);
+    std::vector<float> bias, scale;
+    for (index_t e = 0; e < spec.experts; ++e) {
+      if (spec.selection_bias) bias.push_back(0.1f * rng.normal());
+      if (spec.per_expert_scale) scale.push_back(0.5f + rng.uniform());
+    }
+    const expert_table table = random_table(8, spec.k, spec.experts, 11);
+    const any_router plain =
+        make_router(spec, {.bias = bias, .per_expert_scale = scale, .table = &table});
+    INFO(entry.name);
+    const index_t columns = plain.columns();
+    resident_set set(spec.experts + spec.zero_experts);
+    if (plain.ragged()) {
+      CHECK(test::refusal([&] { resident_any_router(plain, {}, set); }) ==
+            "moeroute::resident_any_router: the router's k varies, expected a fixed one");
+      continue;
+    }
+    set = resident_set(plain.as_token_router().experts(columns));
+    for (expert_id e = 0; e < set.experts(); e += 2) set.insert(e);
+    const auto z = test::make_logits(test::shape::bf16_rounded, 9, 18, columns);
+    std::vector<std::int32_t> ids(18, 3);
+    const side_inputs side = side_inputs{.token_ids = ids}.only(side_use_of(plain, columns));
+    const assignment want = test::routed(plain, z, columns, side);
+    ++seen[std::string(to_string(spec.selection))];
+    for (const kind k : {kind::off, kind::cache_prior, kind::max_rank, kind::mass_threshold,
+                         kind::margin_swap, kind::drop_cold}) {
+      const resident_any_router moved(plain, {.kind = k}, set);
+      const assignment got = test::routed(moved, z, columns, side);
+      REQUIRE(test::listed(got.ids()) == test::listed(want.ids()));
+      REQUIRE(test::listed(got.weights()) == test::listed(want.weights()));
+    }
+    // And a rule that does something is the one of the router at compile time, or refused by name.
+    const residency_rule prior{.kind = kind::cache_prior, .strength = 0.2f};
+    if (spec.selection == selection_kind::top_k) {
+      residency_counts counts;
+      test::routed(resident_any_router(plain, prior, set, &counts), z, columns, side);
+      CHECK((counts.substitutions > 0) == (spec.k > 1));  // the best stays
+    } else {
+      CHECK(test::refusal([&] {
+              resident_any_router(plain, prior, set);
+            }).ends_with(" does not choose by rank: drop is what it takes"));
+      test::routed(resident_any_router(plain, {.kind = kind::drop_cold, .strength = 0.5f}, set), z,
+                   columns, side);
+    }
+  }
+  CHECK(seen.size() >= 4);
+}
+
+TEST_CASE("what is missing and hardly counts is dropped; the row's sum stays, or does not") {
+  constexpr index_t experts = 32, k = 4;
+  test::random rng(5);
+  const auto z = test::make_logits(test::shape::normal, 11, 50, experts);
+  const resident_set set = some_experts(rng, experts, 0.4f);
+  const router<softmax> plain{.score = {}, .selection = {.k = k}, .weight = sum_normalized};
+  const assignment before = test::routed(plain, z, experts);
+  index_t dropped = 0;
+  for (const dropped_weight what : {dropped_weight::lost, dropped_weight::shared_out}) {
+    const residency_rule rule{.kind = kind::drop_cold, .strength = 0.3f, .dropped = what};
+    const assignment a = both_ways(resident_router(plain, rule, set), z, experts);
+    for (index_t t = 0; t < a.tokens(); ++t) {
+      float kept = 0;
+      std::vector<expert_id> want;
+      for (std::size_t r = 0; r < k; ++r) {
+        const float w = before.weights(t)[r];
+        const bool stays =
+            r == 0 || set.contains(before.ids(t)[r]) || !(w < 0.3f * before.weights(t)[0]);
+        want.push_back(stays ? before.ids(t)[r] : no_expert);
+        if (stays) kept += w;
+        dropped += !stays;
+      }
+      REQUIRE(test::listed(a.ids(t)) == want);
+      for (std::size_t r = 0; r < k; ++r) {
+        const float w = want[r] == no_expert ? 0.0f : before.weights(t)[r];
+        const float expected = what == dropped_weight::lost ? w : w / kept;
+        REQUIRE(std::abs(a.weights(t)[r] - expected) <= 1e-6f);
+      }
+    }
+  }
+  CHECK(dropped > 20);
+}
+
+TEST_CASE("counts are what plain sums over the choices give, and counting changes nothing") {
+  constexpr index_t experts = 32, k = 4;
+  test::random rng(6);
+  const auto z = test::make_logits(test::shape::normal, 13, 70, experts);
+  const resident_set set = some_experts(rng, experts, 0.4f);
+  const buddy_table buddies = some_buddies(rng, experts, 5);
+  const router<softmax> plain{.score = {}, .selection = {.k = k}, .weight = sum_normalized};
+  const assignment before = test::routed(plain, z, experts);
+  std::vector<residency_rule> all = rules(experts, k, buddies);
+  all.push_back({.kind = kind::drop_cold, .strength = 0.4f});
+  std::vector<std::uint8_t> mask(70, 1);
+  mask[5] = mask[66] = 0;
+  for (const residency_rule& rule : all) {
+    INFO(to_string(rule.kind));
+    residency_counts counts;
+    const assignment a =
+        test::routed(resident_router(plain, rule, set, &counts), z, experts, {.mask = mask});
+    const assignment quiet =
+        test::routed(resident_router(plain, rule, set), z, experts, {.mask = mask});
+    REQUIRE(test::listed(a.ids()) == test::listed(quiet.ids()));
+    REQUIRE(test::listed(a.weights()) == test::listed(quiet.weights()));
+    residency_counts want;
+    double lost = 0;
+    for (index_t t = 0; t < 70; ++t) {
+      if (mask[static_cast<std::size_t>(t)] == 0) continue;
+      ++want.tokens;
+      double total = 0;
+      const float* row = z.data() + t * experts;
+      for (index_t e = 0; e < experts; ++e) total += std::exp(double(row[e]));
+      const auto b = before.ids(t);
+      for (const expert_id e : b) {
+        ++want.plain_choices;
+        lost += std::exp(double(row[e])) / total;
+      }
+      for (const expert_id e : a.ids(t)) {
+        if (e == no_expert) continue;
+        ++want.choices;
+        want.misses += !set.contains(e);
+        const bool own = std::find(b.begin(), b.end(), e) != b.end();
+        want.agreed += own;
+        want.substitutions += !own;
+        lost -= std::exp(double(row[e])) / total;
+      }
+    }
+    CHECK(counts.tokens == want.tokens);
+    CHECK(counts.plain_choices == want.plain_choices);
+    CHECK(counts.choices == want.choices);
+    CHECK(counts.misses == want.misses);
+    CHECK(counts.agreed == want.agreed);
+    CHECK(counts.substitutions == want.substitutions);
+    CHECK(counts.dropped == want.plain_choices - want.choices);
+    CHECK(std::abs(counts.mass_lost() - lost / double(want.tokens)) < 1e-7);
+  }
+}
+
+TEST_CASE("real logits choose and weigh the same under every rule everywhere") {
+  // FNV-1a over ids and weights of the Python trace, T at once; made once, checked on every
+  // instruction set and compiler.
+  const auto traces = example::read_traces(MOEROUTE_MODEL_DIR);
+  std::vector<double> together(32 * 32);
+  const router<softmax> plain{.score = {}, .selection = {.k = 4}, .weight = sum_normalized};
+  const assignment first = test::routed(
+      plain, std::vector<float>(traces[0].logits.begin(), traces[0].logits.begin() + 2048 * 32),
+      32);
+  for (index_t t = 0; t < first.tokens(); ++t)
+    for (const expert_id a : first.ids(t))
+      for (const expert_id b : first.ids(t)) together[static_cast<std::size_t>(a * 32 + b)] += 1;
+  const buddy_table buddies({together.data(), 32, 32}, 8);
+  resident_set set(32);
+  for (expert_id e = 0; e < 32; e += 3) set.insert(e);
+  std::vector<residency_rule> all = rules(32, 4, buddies);
+  all.push_back({.kind = kind::drop_cold, .strength = 0.4f});
+  std::uint64_t hash = 0xcbf29ce484222325;
+  const auto add = [&](std::uint32_t word) {
+    for (int byte = 0; byte < 4; ++byte) hash = (hash ^ (word >> 8 * byte & 255)) * 0x100000001b3;
+  };
+  workspace ws;
+  assignment a;
+  for (const residency_rule& rule : all)
+    for (index_t layer = 0; layer < traces[0].layers; ++layer) {
+      route(resident_router(plain, rule, set), traces[0].layer(layer), ws, a);
+      for (const expert_id e : a.ids()) add(static_cast<std::uint32_t>(e));
+      for (const float w : a.weights()) add(std::bit_cast<std::uint32_t>(w));
+    }
+  INFO("0x" << std::hex << hash);
+  CHECK(hash == 0xd01b3ed4a6620d11);
+}
+
+TEST_CASE("a running range is the decayed mean of the tokens' own") {
+  running_range mean(0.5f);
+  CHECK(mean.value() == 0.0f);
+  const float z[] = {1, 3, 2, -INFINITY, 0, 8, NAN, 4};
+  mean.update({z, 2, 4});
+  CHECK(mean.value() == 0.5f * 2 + 0.5f * 8);
+  resident_set set(4);
+  set.insert(0);
+  const residency_rule rule{
+      .kind = kind::cache_prior, .strength = 0.5f, .range = score_range::running, .running = &mean};
+  const router<softmax> plain{.score = {}, .selection = {.k = 2}};
+  // 0.5 * 5 lifts expert 0 from 0 above 2, which half of the token's own range would not.
+  const assignment a = test::routed(resident_router(plain, rule, set), {0, 2, 1, 3}, 4);
+  CHECK(test::listed(a.ids()) == std::vector<expert_id>{3, 0});
+}
+
+TEST_CASE("what does not fit together is refused by name") {
+  const router<softmax> plain{.score = {}, .selection = {.k = 4}};
+  const resident_set set(32), small(16);
+  const auto refused = [&](const residency_rule& rule, const resident_set& held) {
+    return test::refusal(
+        [&] { test::routed(resident_router(plain, rule, held), test::zeros(2, 32), 32); });
+  };
+  CHECK(refused({.kind = kind::cache_prior, .strength = 0.1f}, small) ==
+        "moeroute::resident_router: set.experts is 16, expected 32");
+  CHECK(refused({.kind = kind::cache_prior, .strength = -1}, set) ==
+        "moeroute::residency_rule: strength is -1.000000, expected a finite number >= 0");
+  CHECK(refused({.kind = kind::mass_threshold, .strength = 1.5f}, set) ==
+        "moeroute::residency_rule: strength of mass_threshold is 1.500000, expected 0 to 1");
+  CHECK(refused({.kind = kind::max_rank, .ranks = 3}, set) ==
+        "moeroute::residency_rule: ranks is 3, expected 4 to 32");
+  CHECK(refused({.kind = kind::max_rank, .ranks = 8, .forced = 5}, set) ==
+        "moeroute::residency_rule: forced is 5, expected 0 to 4");
+  CHECK(refused({.kind = kind::buddy}, set) ==
+        "moeroute::residency_rule: kind is buddy, and there is no buddy_table");
+  CHECK(refused({.kind = kind::cache_prior, .strength = 1, .range = score_range::running}, set) ==
+        "moeroute::residency_rule: range is running, and there is no running_range");
+  CHECK(test::refusal([] { resident_set(0); }) ==
+        "moeroute::resident_set: experts is 0, expected 1 to 1048576");
+  CHECK(test::refusal([] { resident_set(4).insert(4); }) ==
+        "moeroute::resident_set: expert is 4, expected 0 to 3");
+  const expert_table table = random_table(8, 2, 32, 1);
+  CHECK(
+      test::refusal([&] {
+        resident_router(table_router<softmax>{.table = &table},
+                        {.kind = kind::margin_swap, .strength = 1}, set);
+      }) ==
+      "moeroute::resident_router: the rule is swap, and this router does not choose by rank: drop "
+      "is what it takes");
+  const double negative[] = {0, -1, 2, 0};
+  CHECK(test::refusal([&] { buddy_table({negative, 2, 2}, 1); }) ==
+        "moeroute::buddy_table: co_activations is -1.000000, expected >= 0");
+}
