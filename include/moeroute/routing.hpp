@@ -12,5 +12,10 @@
 #include <moeroute/policy/row/compose.hpp>
 #include <moeroute/policy/row/replay.hpp>
 #include <moeroute/policy/spec_text.hpp>
+#include <moeroute/stage/gates/codebook.hpp>
+#include <moeroute/stage/gates/cosine.hpp>
+#include <moeroute/stage/gates/mixing.hpp>
+#include <moeroute/stage/gates/mlp.hpp>
+#include <moeroute/stage/gates/normalized.hpp>
 #include <moeroute/stage/plan_layouts.hpp>
 #include <moeroute/stage/rectify.hpp>

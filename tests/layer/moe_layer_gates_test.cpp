@@ -281,6 +281,44 @@ TEST_CASE("a layer refuses gates, rows and logits that do not fit, by name") {
         "moeroute::moe_layer: gate.d() is 21, expected 20");
 }
 
+TEST_CASE(
+    "a cosine gate is trained through the layer, a gate without a gradient up to its logits") {
+  constexpr index_t tokens = 17;
+  const floats x = random_floats(tokens * d, 15), dy = random_floats(tokens * d, 16);
+  floats y(x.size()), dx(x.size()), dgate(gate_weight().size()), dlogits(tokens * experts);
+  layer_tape tape;
+  moe_layer layer(scaled_cosine_gate<>(rows(gate_weight(), d), 0.5f), three_best(), curves{});
+  layer.forward(rows(x, d), into(y, d), side_inputs{}, serial{}, tape);
+  backward(layer, rows(x, d), side_inputs{}, tape, rows(dy, d),
+           layer_weights<>{rows(gate_weight(), d)}, curve_gradients{},
+           layer_gradients{.x = into(dx, d), .gate = into(dgate, d)});
+  const std::vector<expert_id> chosen(tape.choices.ids().begin(), tape.choices.ids().end());
+  const auto slope = [&](const floats& vx, const floats& vw) {
+    const auto moved = [&](float h) {
+      floats at = x, w = gate_weight();
+      for (std::size_t i = 0; i < at.size(); ++i) at[i] += h * vx[i];
+      for (std::size_t i = 0; i < w.size(); ++i) w[i] += h * vw[i];
+      moe_layer other(scaled_cosine_gate<>(rows(w, d), 0.5f), three_best(), curves{});
+      const floats out = output(other, at);
+      REQUIRE(std::equal(chosen.begin(), chosen.end(), other.choices().ids().begin()));
+      return std::inner_product(out.begin(), out.end(), dy.begin(), 0.0);
+    };
+    return (moved(0x1p-11f) - moved(-0x1p-11f)) / 0x1p-10;
+  };
+  const floats vx = random_floats(tokens * d, 17), vw = random_floats(experts * d, 18);
+  const floats still_x(vx.size()), still_w(vw.size());
+  const double of_x = std::inner_product(dx.begin(), dx.end(), vx.begin(), 0.0);
+  const double of_w = std::inner_product(dgate.begin(), dgate.end(), vw.begin(), 0.0);
+  CHECK(std::abs(slope(vx, still_w) - of_x) < 1e-2 * (1.0 + std::abs(of_x)));
+  CHECK(std::abs(slope(still_x, vw) - of_w) < 1e-2 * (1.0 + std::abs(of_w)));
+
+  moe_layer own(doubled{packed()}, three_best(), curves{});
+  own.forward(rows(x, d), into(y, d), side_inputs{}, serial{}, tape);
+  backward(own, rows(x, d), side_inputs{}, tape, rows(dy, d), layer_weights<>{}, curve_gradients{},
+           layer_gradients{.x = into(dx, d), .logits = into(dlogits, experts)});
+  CHECK(std::any_of(dlogits.begin(), dlogits.end(), [](float v) { return v != 0.0f; }));
+}
+
 TEST_CASE("gradients end at the logits where these were not the gate's of x") {
   constexpr index_t tokens = 17, wide = 27;
   const floats x = random_floats(tokens * d, 12), dy = random_floats(tokens * wide, 13);
@@ -322,5 +360,5 @@ TEST_CASE("gradients end at the logits where these were not the gate's of x") {
                    curve_gradients{}, layer_gradients{.gate = into(dgate, d)});
         }) ==
         "moeroute::backward: a gradient of the gate is wanted, but the logits were not the gate's "
-        "of x: take gradients.logits to what made them");
+        "of x, or it offers no gate_backward: take gradients.logits to what made them");
 }

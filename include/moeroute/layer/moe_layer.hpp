@@ -367,9 +367,9 @@ class moe_layer {
       logit_rows_ = tokens;
       probe(layer_step::gate);
       if constexpr (gate_wants_scratch) {
-        float* const memory = gate_workspace_.carve(
+        float* const of_gate = gate_workspace_.carve(
             [&](scratch& tape) { return tape.take<float>(gate_.scratch_floats(tokens)); });
-        gate_(from.rows, logits, memory, exec);
+        gate_(from.rows, logits, of_gate, exec);
       } else {
         gate_(from.rows, logits, exec);
       }

@@ -67,8 +67,9 @@ inline void check_tape(const layer_tape& tape, index_t tokens, index_t d, index_
 /// experts runs the experts backwards (an expert_gradient, with or without scratch, e.g.
 /// swiglu_backward), shared the shared ones, called once with all tokens: both add to gradients of
 /// their own. Choices, drops, bias and noise seeds are constants.
-/// The gate's own gradient is what gate_backward(gate, x, weight, dlogits, gradients, ws, exec)
-/// does (stage/gate_backward.hpp), which a gate of one's own may offer beside its type.
+/// The gate's gradient is what gate_backward(gate, x, weight, dlogits, gradients, ws, exec)
+/// does (stage/gate_backward.hpp), which a gate of one's own may offer beside its type; without one
+/// the gradients end at the logits.
 /// Shapes: x and side as in that call (x must still hold what it held: y was not x), dy [T, d_out].
 /// Throws: error where the tape is empty or of another shape, a shape does not fit, gate weights
 /// are missing, a gradient of the gate's is wanted where the logits were not its, or a gradient
@@ -107,13 +108,18 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
     check_size(where, "gradients.logits.rows()", gradients.logits.rows, tokens);
     check_size(where, "gradients.logits.cols()", gradients.logits.cols, columns);
   }
-  if (tape.gated) {
+  constexpr bool gate_offers =
+      requires(workspace& ws, const matrix_view<const float>& z, const gate_gradients<float>& g) {
+        gate_backward(layer.gate(), x, weights.gate, z, g, ws, exec);
+      };
+  const bool through_gate = gate_offers && tape.gated;
+  if (through_gate) {
     check_size(where, "weights.gate.rows()", weights.gate.rows, columns);
     check_size(where, "weights.gate.cols()", weights.gate.cols, d);
   } else if (gradients.gate.data != nullptr || !gradients.gate_bias.empty()) {
     fail(where,
-         "a gradient of the gate is wanted, but the logits were not the gate's of x: take "
-         "gradients.logits to what made them");
+         "a gradient of the gate is wanted, but the logits were not the gate's of x, or it "
+         "offers no gate_backward: take gradients.logits to what made them");
   }
   if (gradients.x.data != nullptr) {
     check_size(where, "gradients.x.rows()", gradients.x.rows, tokens);
@@ -254,8 +260,8 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
             tape.router, exec);
     }
   }
-  if constexpr (!std::is_same_v<Gate, no_gate>) {
-    if (!tape.gated) return;
+  if constexpr (gate_offers) {
+    if (!through_gate) return;
     if (wants_x)
       gate_backward(layer.gate(), x, weights.gate, matrix_view<const float>(dlogits), to_x,
                     tape.router, exec);

@@ -166,11 +166,12 @@ void cosine_gate(const X& x_rows, const simd::packed_matrix<W, A>& weight, float
   const auto x = const_view(x_rows);
   const matrix_view<float> logits = view(logit_rows);
   simd::gemm(x, weight, logits, exec);
-  for (index_t t = 0; t < x.rows; ++t) {
-    const float norm = simd::row_norm<A>(x.row(t), x.cols);
-    const float factor = scale / std::max(norm, 1e-12f);
-    for (index_t e = 0; e < logits.cols; ++e) logits(t, e) *= factor;
-  }
+  exec.parallel_for(x.rows, 64, [&](index_t begin, index_t end) {
+    for (index_t t = begin; t < end; ++t) {
+      const float norm = simd::row_norm<A>(x.row(t), x.cols);
+      simd::scale_row<A>(logits.row(t), scale / std::max(norm, 1e-12f), logits.cols, logits.row(t));
+    }
+  });
 }
 
 /// weights[t] = scale * sigmoid(x[t] . w): the gate of shared experts that have one.

@@ -12,6 +12,7 @@
 #include <moeroute/simd/rows/row_dot.hpp>
 #include <moeroute/simd/rows/row_product.hpp>
 #include <moeroute/stage/gate.hpp>
+#include <moeroute/stage/gates/cosine.hpp>
 
 namespace moeroute {
 
@@ -182,6 +183,15 @@ void cosine_gate_backward(const matrix_view<T>& x, const matrix_view<W>& weight,
     unit_rows_backward<T, F, Exec, A>(x, dux, gradients.to, gradients.x, exec);
   if (gradients.weight.data != nullptr)
     unit_rows_backward<W, F, Exec, A>(weight, duw, gradients.to, gradients.weight, exec);
+}
+
+/// The same for a layer's gate; weight is of any norms, and the gate has no bias.
+template <storage G, class GA, class T, class W, executor Exec = serial>
+void gate_backward(const scaled_cosine_gate<G, GA>& gate, const matrix_view<T>& x,
+                   const matrix_view<W>& weight, const matrix_view<const float>& dlogits,
+                   const gate_gradients<float>& gradients, workspace& ws, const Exec& exec = {}) {
+  cosine_gate_backward<T, W, float, Exec, GA>(x, weight, 1.0f / gate.temperature(), dlogits,
+                                              gradients, ws, exec);
 }
 
 /// The gradient of shared_gate(): weights[t] = scale sigmoid(x[t] . w).

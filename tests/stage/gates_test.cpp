@@ -1,0 +1,341 @@
+#include <moeroute/stage/gates/codebook.hpp>
+#include <moeroute/stage/gates/cosine.hpp>
+#include <moeroute/stage/gates/mixing.hpp>
+#include <moeroute/stage/gates/mlp.hpp>
+#include <moeroute/stage/gates/normalized.hpp>
+//
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "oracle/layer.hpp"
+#include "support/allocations.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/threads.hpp"
+
+using namespace moeroute;
+using floats = std::vector<float>;
+
+namespace {
+
+constexpr index_t batches[] = {0, 1, 5, 16, 100};
+constexpr index_t d = 37, experts = 11;
+
+floats random_floats(index_t n, std::uint64_t seed, float size = 1.0f) {
+  test::random rng(seed);
+  floats x(static_cast<std::size_t>(n));
+  for (float& v : x) v = size * rng.normal();
+  return x;
+}
+matrix_view<const float> rows(const floats& x, index_t cols) {
+  return {x.data(), static_cast<index_t>(x.size()) / cols, cols};
+}
+oracle::matrix wide(const floats& x, index_t cols) {
+  return {static_cast<index_t>(x.size()) / cols, cols, x.data()};
+}
+double dot(const oracle::matrix& a, index_t i, const oracle::matrix& b, index_t j) {
+  double sum = 0.0;
+  for (index_t c = 0; c < a.cols; ++c) sum += a(i, c) * b(j, c);
+  return sum;
+}
+oracle::matrix cosines(const oracle::matrix& x, const oracle::matrix& w) {
+  oracle::matrix z(x.rows, w.rows);
+  for (index_t t = 0; t < x.rows; ++t)
+    for (index_t e = 0; e < w.rows; ++e)
+      z(t, e) = dot(x, t, w, e) / std::sqrt(dot(x, t, x, t) * dot(w, e, w, e));
+  return z;
+}
+void softmax_of(oracle::matrix& z) {
+  for (index_t t = 0; t < z.rows; ++t) {
+    double most = z(t, 0), sum = 0.0;
+    for (index_t c = 0; c < z.cols; ++c) most = std::max(most, z(t, c));
+    for (index_t c = 0; c < z.cols; ++c) sum += z(t, c) = std::exp(z(t, c) - most);
+    for (index_t c = 0; c < z.cols; ++c) z(t, c) /= sum;
+  }
+}
+
+// A gate agrees with its oracle on float and bfloat16 rows that lie apart, under executors, without
+// allocations once warm, and refuses rows of another width.
+template <class G, class Oracle>
+void agrees(const G& g, Oracle&& oracle, double tolerance, bool rows_alone = true) {
+  workspace ws;
+  const auto run = [&]<class T>(const std::vector<T>& x, index_t stride, const auto& exec) {
+    const index_t tokens = static_cast<index_t>(x.size()) / stride;
+    floats logits(static_cast<std::size_t>(tokens * (g.columns() + 3)), 7.0f);
+    const matrix_view<float> out(logits.data(), tokens, g.columns(), g.columns() + 3);
+    const matrix_view<const T> in(x.data(), tokens, g.d(), stride);
+    const auto call = [&] {
+      if constexpr (gate_function<G>) {
+        gate(in, g, out, exec);
+      } else {
+        gate(in, g, out, ws, exec);
+      }
+    };
+    call();
+    if (std::is_same_v<std::remove_cvref_t<decltype(exec)>, serial>)
+      CHECK(test::allocations_during(call) == 0);
+    floats packed;
+    for (index_t t = 0; t < tokens; ++t) {
+      packed.insert(packed.end(), out.row(t), out.row(t) + g.columns());
+      for (index_t c = g.columns(); c < g.columns() + 3; ++c) CHECK(out.row(t)[c] == 7.0f);
+    }
+    return packed;
+  };
+  for (const index_t tokens : batches) {
+    const index_t stride = g.d() + 5;
+    const floats x = random_floats(tokens * stride, static_cast<std::uint64_t>(tokens) + 50);
+    std::vector<bfloat16> narrow;
+    floats dense, dense_narrow;
+    for (const float v : x) narrow.push_back(static_cast<bfloat16>(v));
+    for (index_t t = 0; t < tokens; ++t)
+      for (index_t c = 0; c < g.d(); ++c) {
+        const auto at = static_cast<std::size_t>(t * stride + c);
+        dense.push_back(x[at]);
+        dense_narrow.push_back(static_cast<float>(narrow[at]));
+      }
+    INFO(tokens << " tokens");
+    const floats z = run(x, stride, serial{});
+    CHECK(test::difference(z, oracle(wide(dense, g.d())).value, tolerance, tolerance) == "");
+    CHECK(test::difference(run(narrow, stride, serial{}), oracle(wide(dense_narrow, g.d())).value,
+                           tolerance, tolerance) == "");
+    CHECK(test::bit_difference(run(x, stride, test::several_threads{3}), z) == "");
+    if (!rows_alone || tokens < 2) continue;
+    const floats last(x.end() - stride, x.end());
+    const floats alone = run(last, stride, serial{});
+    CHECK(std::equal(alone.begin(), alone.end(), z.end() - g.columns()));
+  }
+  floats x(static_cast<std::size_t>(2 * (g.d() + 1))), z(static_cast<std::size_t>(2 * g.columns()));
+  const auto refusal = [&](index_t cols, index_t out_rows, index_t out_cols) {
+    return test::refusal([&] {
+      const matrix_view<const float> in(x.data(), 2, cols);
+      const matrix_view<float> out(z.data(), out_rows, out_cols);
+      if constexpr (gate_function<G>) {
+        gate(in, g, out);
+      } else {
+        gate(in, g, out, ws);
+      }
+    });
+  };
+  const std::string width = std::to_string(g.d()), columns = std::to_string(g.columns());
+  CHECK(refusal(g.d() + 1, 2, g.columns()) ==
+        "moeroute::gate: x.cols() is " + std::to_string(g.d() + 1) + ", expected " + width);
+  CHECK(refusal(g.d(), 1, g.columns()) == "moeroute::gate: logits.rows() is 1, expected 2");
+  CHECK(refusal(g.d(), 2, g.columns() - 1) == "moeroute::gate: logits.cols() is " +
+                                                  std::to_string(g.columns() - 1) + ", expected " +
+                                                  columns);
+}
+
+}  // namespace
+
+TEST_CASE("a linear gate's logits are x W^T + b, of float and of 16-bit weights") {
+  const floats w = random_floats(experts * d, 1), b = random_floats(experts, 2);
+  simd::packed_matrix<> packed(rows(w, d));
+  simd::packed_matrix<bfloat16> narrow(rows(w, d));
+  floats rounded = w;
+  for (float& v : rounded) v = static_cast<float>(static_cast<bfloat16>(v));
+  for (index_t e = 0; e < experts; ++e)
+    packed.bias(e) = narrow.bias(e) = b[static_cast<std::size_t>(e)];
+  const std::vector<double> bias(b.begin(), b.end());
+  agrees(
+      linear_gate<>(packed),
+      [&](const oracle::matrix& x) { return oracle::linear(x, wide(w, d), bias); }, 2e-5);
+  agrees(
+      linear_gate<bfloat16>(narrow),
+      [&](const oracle::matrix& x) { return oracle::linear(x, wide(rounded, d), bias); }, 2e-5);
+}
+
+TEST_CASE("a cosine gate's logits are cos / temperature, of any norms of its weights") {
+  const floats w = random_floats(experts * d, 3, 9.0f);
+  const auto expected = [&](const oracle::matrix& x) {
+    oracle::matrix z = cosines(x, wide(w, d));
+    for (double& v : z.value) v /= 0.07;
+    return z;
+  };
+  scaled_cosine_gate<> g(rows(w, d), 0.07f);
+  agrees(g, expected, 2e-5);
+  floats longer = w;
+  for (float& v : longer) v *= 4.0f;
+  g.set_weight(rows(longer, d));
+  agrees(g, expected, 2e-5);
+  CHECK(test::refusal([&] { scaled_cosine_gate<>(rows(w, d), 0.0f); }) ==
+        "moeroute::scaled_cosine_gate: temperature is 0.000000, expected a number above 0");
+  CHECK(test::refusal([&] { g.set_weight(rows(w, experts)); }) ==
+        "moeroute::scaled_cosine_gate: weight.rows() is 37, expected 11");
+}
+
+TEST_CASE("a low-rank cosine gate's logits are cos(P x, w) / temperature") {
+  constexpr index_t rank = 6;
+  const floats p = random_floats(rank * d, 4), w = random_floats(experts * rank, 5);
+  const low_rank_cosine_gate<> g(simd::packed_matrix<>(rows(p, d)), rows(w, rank), 0.5f);
+  agrees(
+      g,
+      [&](const oracle::matrix& x) {
+        oracle::matrix z = cosines(oracle::linear(x, wide(p, d)), wide(w, rank));
+        for (double& v : z.value) v /= 0.5;
+        return z;
+      },
+      1e-5);
+  CHECK(test::refusal([&] {
+          low_rank_cosine_gate<>(simd::packed_matrix<>(rows(p, d)), rows(p, d), 0.5f);
+        }) == "moeroute::low_rank_cosine_gate: weight.cols() is 37, expected 6");
+}
+
+TEST_CASE("a gate with a norm of its own reads x / rms(x), scaled") {
+  const floats w = random_floats(experts * d, 6), gamma = random_floats(d, 7),
+               b = random_floats(experts, 8);
+  const auto expected = [&](const oracle::matrix& x, bool with_gamma, double scale, double eps,
+                            bool with_bias) {
+    oracle::matrix r = x;
+    for (index_t t = 0; t < x.rows; ++t) {
+      const double root = std::sqrt(dot(x, t, x, t) / static_cast<double>(d) + eps);
+      for (index_t c = 0; c < d; ++c)
+        r(t, c) *= scale / root * (with_gamma ? double{gamma[static_cast<std::size_t>(c)]} : 1.0);
+    }
+    return oracle::linear(
+        r, wide(w, d), with_bias ? std::vector<double>(b.begin(), b.end()) : std::vector<double>{});
+  };
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+  agrees(
+      rms_gate<>(rows(w, d), {.gamma = gamma, .scale = scale}),
+      [&](const oracle::matrix& x) { return expected(x, true, double{scale}, 1e-6, false); }, 1e-5);
+  agrees(
+      rms_gate<>(rows(w, d), {.eps = 0.5f}, b),
+      [&](const oracle::matrix& x) { return expected(x, false, 1.0, 0.5, true); }, 2e-5);
+  // A row of zeros has the bias alone, also where nothing is added to the mean.
+  floats z(experts), zero(d);
+  gate(rows(zero, d), rms_gate<>(rows(w, d), {.eps = 0.0f}, b),
+       matrix_view<float>(z.data(), 1, experts));
+  CHECK(z == b);
+  CHECK(test::refusal([&] { rms_gate<>(rows(w, d), {.gamma = b}); }) ==
+        "moeroute::rms_gate: gamma.size() is 11, expected 37");
+  CHECK(test::refusal([&] { rms_gate<>(rows(w, d), {}, gamma); }) ==
+        "moeroute::rms_gate: bias.size() is 37, expected 11");
+  CHECK(test::refusal([&] { rms_gate<>(rows(w, d), {.eps = -1.0f}); }) ==
+        "moeroute::rms_gate: eps is -1.000000, expected a number of 0 or more");
+}
+
+TEST_CASE("a gate with a hidden layer is W2 f(W1 x + b1) + b2") {
+  constexpr index_t hidden = 19;
+  const floats first = random_floats(hidden * d, 9, 0.3f),
+               second = random_floats(experts * hidden, 10), b = random_floats(hidden, 11);
+  simd::packed_matrix<> packed(rows(first, d));
+  for (index_t i = 0; i < hidden; ++i) packed.bias(i) = b[static_cast<std::size_t>(i)];
+  const auto check = [&](gate_activation f, auto&& of) {
+    agrees(
+        mlp_gate<>(packed, simd::packed_matrix<>(rows(second, hidden)), f),
+        [&](const oracle::matrix& x) {
+          oracle::matrix h = oracle::linear(x, wide(first, d), {b.begin(), b.end()});
+          for (double& v : h.value) v = of(v);
+          return oracle::linear(h, wide(second, hidden));
+        },
+        2e-5);
+  };
+  check(gate_activation::relu, [](double v) { return std::max(v, 0.0); });
+  check(gate_activation::tanh, [](double v) { return std::tanh(v); });
+  check(gate_activation::silu, [](double v) { return v / (1.0 + std::exp(-v)); });
+  CHECK(test::refusal([&] { mlp_gate<>(packed, packed); }) ==
+        "moeroute::mlp_gate: second.cols() is 37, expected 19");
+}
+
+TEST_CASE("a codebook gate's best expert has the nearest code, by brute force") {
+  for (const index_t codes : {experts, index_t{30}, index_t{512}}) {
+    const floats c = random_floats(codes * d, 12);
+    const codebook_gate<> g(rows(c, d), experts);
+    const oracle::matrix code = wide(c, d);
+    const auto scores = [&](const oracle::matrix& x) {
+      oracle::matrix z(x.rows, experts);
+      for (index_t t = 0; t < x.rows; ++t)
+        for (index_t i = 0; i < codes; ++i) {
+          const double score = dot(x, t, code, i) - 0.5 * dot(code, i, code, i);
+          z(t, i % experts) = i < experts ? score : std::max(z(t, i % experts), score);
+        }
+      return z;
+    };
+    agrees(g, scores, 3e-5);
+    const floats x = random_floats(64 * d, 13);
+    std::vector<std::int32_t> nearest(64);
+    workspace ws;
+    g.nearest(rows(x, d), nearest, ws);
+    const oracle::matrix wide_x = wide(x, d);
+    const oracle::matrix z = scores(wide_x);
+    for (index_t t = 0; t < 64; ++t) {
+      index_t best = 0;
+      double least = 1e300;
+      for (index_t i = 0; i < codes; ++i) {
+        double distance = 0.0;
+        for (index_t k = 0; k < d; ++k) {
+          const double apart = wide_x(t, k) - code(i, k);
+          distance += apart * apart;
+        }
+        if (distance < least) {
+          least = distance;
+          best = i;
+        }
+      }
+      CHECK(nearest[static_cast<std::size_t>(t)] == best);
+      index_t expert = 0;
+      for (index_t e = 1; e < experts; ++e)
+        if (z(t, e) > z(t, expert)) expert = e;
+      CHECK(g.expert_of(best) == expert);
+    }
+  }
+}
+
+TEST_CASE("a code moves to the mean of its tokens, and one without tokens stays") {
+  const floats c{0, 0, 10, 10, -50, 50};
+  codebook_gate<> g(rows(c, 2), 3);
+  const floats x{1, 0, 0, 1, 1, 1, 12, 8};
+  std::vector<std::int32_t> code(4);
+  workspace ws;
+  g.nearest(rows(x, 2), code, ws);
+  CHECK(code == std::vector<std::int32_t>{0, 0, 0, 1});
+  g.update(rows(x, 2), code, 0.75f);
+  // n = 0.75 + 0.25 * 3, m = 0.25 (2, 2); n = 1, m = 0.75 (10, 10) + 0.25 (12, 8).
+  const auto near = [&](index_t r, double a, double b) {
+    CHECK(std::abs(double{g.code_rows()(r, 0)} - a) < 1e-5);
+    CHECK(std::abs(double{g.code_rows()(r, 1)} - b) < 1e-5);
+  };
+  near(0, 0.5 / 1.5, 0.5 / 1.5);
+  near(1, 10.5, 9.5);
+  near(2, -50.0, 50.0);
+  for (int step = 0; step < 60; ++step) {
+    g.nearest(rows(x, 2), code, ws);
+    g.update(rows(x, 2), code, 0.5f);
+  }
+  near(0, 2.0 / 3.0, 2.0 / 3.0);
+  near(1, 12.0, 8.0);
+  near(2, -50.0, 50.0);
+  CHECK(test::refusal([&] { g.update(rows(x, 2), code, 1.0f); }) ==
+        "moeroute::codebook_gate: decay is 1.000000, expected a number from 0 to below 1");
+  code[1] = 3;
+  CHECK(test::refusal([&] { g.update(rows(x, 2), code, 0.5f); }) ==
+        "moeroute::codebook_gate: code is 3, expected 0 to 2");
+  CHECK(test::refusal([&] { codebook_gate<>(rows(c, 2), 4); }) ==
+        "moeroute::codebook_gate: experts is 4, expected 1 to 3");
+}
+
+TEST_CASE("a mixing gate's columns are S P: softmax of similarities times softmax of logits") {
+  const floats w = random_floats(experts * d, 14, 0.3f);
+  const linear_gate<> inner{simd::packed_matrix<>(rows(w, d))};
+  agrees(
+      mixing_gate(inner, 12.0f),
+      [&](const oracle::matrix& x) {
+        oracle::matrix p = oracle::linear(x, wide(w, d)), s(x.rows, x.rows), mixed(x.rows, experts);
+        softmax_of(p);
+        for (index_t t = 0; t < x.rows; ++t)
+          for (index_t u = 0; u < x.rows; ++u) s(t, u) = dot(x, t, x, u) / 12.0;
+        softmax_of(s);
+        for (index_t t = 0; t < x.rows; ++t)
+          for (index_t e = 0; e < experts; ++e)
+            for (index_t u = 0; u < x.rows; ++u) mixed(t, e) += s(t, u) * p(u, e);
+        return mixed;
+      },
+      2e-5, false);
+  CHECK(test::refusal([&] { mixing_gate(inner, 0.0f); }) ==
+        "moeroute::mixing_gate: temperature is 0.000000, expected a number above 0");
+}
