@@ -24,7 +24,7 @@ using floats = std::vector<float>;
 namespace {
 
 constexpr index_t batches[] = {0, 1, 5, 16, 100};
-constexpr index_t d = 37, experts = 11;
+constexpr index_t row_width = 37, gate_experts = 11;
 
 floats random_floats(index_t n, std::uint64_t seed, float size = 1.0f) {
   test::random rng(seed);
@@ -133,103 +133,106 @@ void agrees(const G& g, Oracle&& oracle, double tolerance, bool rows_alone = tru
 }  // namespace
 
 TEST_CASE("a linear gate's logits are x W^T + b, of float and of 16-bit weights") {
-  const floats w = random_floats(experts * d, 1), b = random_floats(experts, 2);
-  simd::packed_matrix<> packed(rows(w, d));
-  simd::packed_matrix<bfloat16> narrow(rows(w, d));
+  const floats w = random_floats(gate_experts * row_width, 1), b = random_floats(gate_experts, 2);
+  simd::packed_matrix<> packed(rows(w, row_width));
+  simd::packed_matrix<bfloat16> narrow(rows(w, row_width));
   floats rounded = w;
   for (float& v : rounded) v = static_cast<float>(static_cast<bfloat16>(v));
-  for (index_t e = 0; e < experts; ++e)
+  for (index_t e = 0; e < gate_experts; ++e)
     packed.bias(e) = narrow.bias(e) = b[static_cast<std::size_t>(e)];
   const std::vector<double> bias(b.begin(), b.end());
   agrees(
       linear_gate<>(packed),
-      [&](const oracle::matrix& x) { return oracle::linear(x, wide(w, d), bias); }, 2e-5);
+      [&](const oracle::matrix& x) { return oracle::linear(x, wide(w, row_width), bias); }, 2e-5);
   agrees(
       linear_gate<bfloat16>(narrow),
-      [&](const oracle::matrix& x) { return oracle::linear(x, wide(rounded, d), bias); }, 2e-5);
+      [&](const oracle::matrix& x) { return oracle::linear(x, wide(rounded, row_width), bias); },
+      2e-5);
 }
 
 TEST_CASE("a cosine gate's logits are cos / temperature, of any norms of its weights") {
-  const floats w = random_floats(experts * d, 3, 9.0f);
+  const floats w = random_floats(gate_experts * row_width, 3, 9.0f);
   const auto expected = [&](const oracle::matrix& x) {
-    oracle::matrix z = cosines(x, wide(w, d));
+    oracle::matrix z = cosines(x, wide(w, row_width));
     for (double& v : z.value) v /= 0.07;
     return z;
   };
-  scaled_cosine_gate<> g(rows(w, d), 0.07f);
+  scaled_cosine_gate<> g(rows(w, row_width), 0.07f);
   agrees(g, expected, 2e-5);
   floats longer = w;
   for (float& v : longer) v *= 4.0f;
-  g.set_weight(rows(longer, d));
+  g.set_weight(rows(longer, row_width));
   agrees(g, expected, 2e-5);
-  CHECK(test::refusal([&] { scaled_cosine_gate<>(rows(w, d), 0.0f); }) ==
+  CHECK(test::refusal([&] { scaled_cosine_gate<>(rows(w, row_width), 0.0f); }) ==
         "moeroute::scaled_cosine_gate: temperature is 0.000000, expected a number above 0");
-  CHECK(test::refusal([&] { g.set_weight(rows(w, experts)); }) ==
+  CHECK(test::refusal([&] { g.set_weight(rows(w, gate_experts)); }) ==
         "moeroute::scaled_cosine_gate: weight.rows() is 37, expected 11");
 }
 
 TEST_CASE("a low-rank cosine gate's logits are cos(P x, w) / temperature") {
   constexpr index_t rank = 6;
-  const floats p = random_floats(rank * d, 4), w = random_floats(experts * rank, 5);
-  const low_rank_cosine_gate<> g(simd::packed_matrix<>(rows(p, d)), rows(w, rank), 0.5f);
+  const floats p = random_floats(rank * row_width, 4), w = random_floats(gate_experts * rank, 5);
+  const low_rank_cosine_gate<> g(simd::packed_matrix<>(rows(p, row_width)), rows(w, rank), 0.5f);
   agrees(
       g,
       [&](const oracle::matrix& x) {
-        oracle::matrix z = cosines(oracle::linear(x, wide(p, d)), wide(w, rank));
+        oracle::matrix z = cosines(oracle::linear(x, wide(p, row_width)), wide(w, rank));
         for (double& v : z.value) v /= 0.5;
         return z;
       },
       1e-5);
   CHECK(test::refusal([&] {
-          low_rank_cosine_gate<>(simd::packed_matrix<>(rows(p, d)), rows(p, d), 0.5f);
+          low_rank_cosine_gate<>(simd::packed_matrix<>(rows(p, row_width)), rows(p, row_width),
+                                 0.5f);
         }) == "moeroute::low_rank_cosine_gate: weight.cols() is 37, expected 6");
 }
 
 TEST_CASE("a gate with a norm of its own reads x / rms(x), scaled") {
-  const floats w = random_floats(experts * d, 6), gamma = random_floats(d, 7),
-               b = random_floats(experts, 8);
+  const floats w = random_floats(gate_experts * row_width, 6), gamma = random_floats(row_width, 7),
+               b = random_floats(gate_experts, 8);
   const auto expected = [&](const oracle::matrix& x, bool with_gamma, double scale, double eps,
                             bool with_bias) {
     oracle::matrix r = x;
     for (index_t t = 0; t < x.rows; ++t) {
-      const double root = std::sqrt(dot(x, t, x, t) / static_cast<double>(d) + eps);
-      for (index_t c = 0; c < d; ++c)
+      const double root = std::sqrt(dot(x, t, x, t) / static_cast<double>(row_width) + eps);
+      for (index_t c = 0; c < row_width; ++c)
         r(t, c) *= scale / root * (with_gamma ? double{gamma[static_cast<std::size_t>(c)]} : 1.0);
     }
     return oracle::linear(
-        r, wide(w, d), with_bias ? std::vector<double>(b.begin(), b.end()) : std::vector<double>{});
+        r, wide(w, row_width),
+        with_bias ? std::vector<double>(b.begin(), b.end()) : std::vector<double>{});
   };
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+  const float scale = 1.0f / std::sqrt(static_cast<float>(row_width));
   agrees(
-      rms_gate<>(rows(w, d), {.gamma = gamma, .scale = scale}),
+      rms_gate<>(rows(w, row_width), {.gamma = gamma, .scale = scale}),
       [&](const oracle::matrix& x) { return expected(x, true, double{scale}, 1e-6, false); }, 1e-5);
   agrees(
-      rms_gate<>(rows(w, d), {.eps = 0.5f}, b),
+      rms_gate<>(rows(w, row_width), {.eps = 0.5f}, b),
       [&](const oracle::matrix& x) { return expected(x, false, 1.0, 0.5, true); }, 2e-5);
   // A row of zeros has the bias alone, also where nothing is added to the mean.
-  floats z(experts), zero(d);
-  gate(rows(zero, d), rms_gate<>(rows(w, d), {.eps = 0.0f}, b),
-       matrix_view<float>(z.data(), 1, experts));
+  floats z(gate_experts), zero(row_width);
+  gate(rows(zero, row_width), rms_gate<>(rows(w, row_width), {.eps = 0.0f}, b),
+       matrix_view<float>(z.data(), 1, gate_experts));
   CHECK(z == b);
-  CHECK(test::refusal([&] { rms_gate<>(rows(w, d), {.gamma = b}); }) ==
+  CHECK(test::refusal([&] { rms_gate<>(rows(w, row_width), {.gamma = b}); }) ==
         "moeroute::rms_gate: gamma.size() is 11, expected 37");
-  CHECK(test::refusal([&] { rms_gate<>(rows(w, d), {}, gamma); }) ==
+  CHECK(test::refusal([&] { rms_gate<>(rows(w, row_width), {}, gamma); }) ==
         "moeroute::rms_gate: bias.size() is 37, expected 11");
-  CHECK(test::refusal([&] { rms_gate<>(rows(w, d), {.eps = -1.0f}); }) ==
+  CHECK(test::refusal([&] { rms_gate<>(rows(w, row_width), {.eps = -1.0f}); }) ==
         "moeroute::rms_gate: eps is -1.000000, expected a number of 0 or more");
 }
 
 TEST_CASE("a gate with a hidden layer is W2 f(W1 x + b1) + b2") {
   constexpr index_t hidden = 19;
-  const floats first = random_floats(hidden * d, 9, 0.3f),
-               second = random_floats(experts * hidden, 10), b = random_floats(hidden, 11);
-  simd::packed_matrix<> packed(rows(first, d));
+  const floats first = random_floats(hidden * row_width, 9, 0.3f),
+               second = random_floats(gate_experts * hidden, 10), b = random_floats(hidden, 11);
+  simd::packed_matrix<> packed(rows(first, row_width));
   for (index_t i = 0; i < hidden; ++i) packed.bias(i) = b[static_cast<std::size_t>(i)];
   const auto check = [&](gate_activation f, auto&& of) {
     agrees(
         mlp_gate<>(packed, simd::packed_matrix<>(rows(second, hidden)), f),
         [&](const oracle::matrix& x) {
-          oracle::matrix h = oracle::linear(x, wide(first, d), {b.begin(), b.end()});
+          oracle::matrix h = oracle::linear(x, wide(first, row_width), {b.begin(), b.end()});
           for (double& v : h.value) v = of(v);
           return oracle::linear(h, wide(second, hidden));
         },
@@ -243,32 +246,33 @@ TEST_CASE("a gate with a hidden layer is W2 f(W1 x + b1) + b2") {
 }
 
 TEST_CASE("a codebook gate's best expert has the nearest code, by brute force") {
-  for (const index_t codes : {experts, index_t{30}, index_t{512}}) {
-    const floats c = random_floats(codes * d, 12);
-    const codebook_gate<> g(rows(c, d), experts);
-    const oracle::matrix code = wide(c, d);
+  for (const index_t codes : {gate_experts, index_t{30}, index_t{512}}) {
+    const floats c = random_floats(codes * row_width, 12);
+    const codebook_gate<> g(rows(c, row_width), gate_experts);
+    const oracle::matrix code = wide(c, row_width);
     const auto scores = [&](const oracle::matrix& x) {
-      oracle::matrix z(x.rows, experts);
+      oracle::matrix z(x.rows, gate_experts);
       for (index_t t = 0; t < x.rows; ++t)
         for (index_t i = 0; i < codes; ++i) {
           const double score = dot(x, t, code, i) - 0.5 * dot(code, i, code, i);
-          z(t, i % experts) = i < experts ? score : std::max(z(t, i % experts), score);
+          z(t, i % gate_experts) =
+              i < gate_experts ? score : std::max(z(t, i % gate_experts), score);
         }
       return z;
     };
     agrees(g, scores, 3e-5);
-    const floats x = random_floats(64 * d, 13);
+    const floats x = random_floats(64 * row_width, 13);
     std::vector<std::int32_t> nearest(64);
     workspace ws;
-    g.nearest(rows(x, d), nearest, ws);
-    const oracle::matrix wide_x = wide(x, d);
+    g.nearest(rows(x, row_width), nearest, ws);
+    const oracle::matrix wide_x = wide(x, row_width);
     const oracle::matrix z = scores(wide_x);
     for (index_t t = 0; t < 64; ++t) {
       index_t best = 0;
       double least = 1e300;
       for (index_t i = 0; i < codes; ++i) {
         double distance = 0.0;
-        for (index_t k = 0; k < d; ++k) {
+        for (index_t k = 0; k < row_width; ++k) {
           const double apart = wide_x(t, k) - code(i, k);
           distance += apart * apart;
         }
@@ -279,7 +283,7 @@ TEST_CASE("a codebook gate's best expert has the nearest code, by brute force") 
       }
       CHECK(nearest[static_cast<std::size_t>(t)] == best);
       index_t expert = 0;
-      for (index_t e = 1; e < experts; ++e)
+      for (index_t e = 1; e < gate_experts; ++e)
         if (z(t, e) > z(t, expert)) expert = e;
       CHECK(g.expert_of(best) == expert);
     }
@@ -320,18 +324,19 @@ TEST_CASE("a code moves to the mean of its tokens, and one without tokens stays"
 }
 
 TEST_CASE("a mixing gate's columns are S P: softmax of similarities times softmax of logits") {
-  const floats w = random_floats(experts * d, 14, 0.3f);
-  const linear_gate<> inner{simd::packed_matrix<>(rows(w, d))};
+  const floats w = random_floats(gate_experts * row_width, 14, 0.3f);
+  const linear_gate<> inner{simd::packed_matrix<>(rows(w, row_width))};
   agrees(
       mixing_gate(inner, 12.0f),
       [&](const oracle::matrix& x) {
-        oracle::matrix p = oracle::linear(x, wide(w, d)), s(x.rows, x.rows), mixed(x.rows, experts);
+        oracle::matrix p = oracle::linear(x, wide(w, row_width)), s(x.rows, x.rows),
+                       mixed(x.rows, gate_experts);
         softmax_of(p);
         for (index_t t = 0; t < x.rows; ++t)
           for (index_t u = 0; u < x.rows; ++u) s(t, u) = dot(x, t, x, u) / 12.0;
         softmax_of(s);
         for (index_t t = 0; t < x.rows; ++t)
-          for (index_t e = 0; e < experts; ++e)
+          for (index_t e = 0; e < gate_experts; ++e)
             for (index_t u = 0; u < x.rows; ++u) mixed(t, e) += s(t, u) * p(u, e);
         return mixed;
       },
