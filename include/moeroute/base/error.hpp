@@ -90,8 +90,8 @@ inline void check_range(const char* where, const char* what, index_t actual, ind
 }
 
 /// Throws error where one of n values is NaN.
-MOEROUTE_OUT_OF_LINE inline void check_numbers(const char* where, const char* what,
-                                               const float* values, index_t n) {
+MOEROUTE_COLD inline void check_numbers(const char* where, const char* what, const float* values,
+                                        index_t n) {
   for (index_t i = 0; i < n; ++i)
     if (values[i] != values[i])
       fail(where, what + (": value " + std::to_string(i)) + " is NaN, expected a number");

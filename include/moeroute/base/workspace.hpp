@@ -106,19 +106,22 @@ class scratch {
   template <class T>
   T* take(index_t n) {
     MOEROUTE_EXPECTS(n >= 0);
-    std::byte* at = memory_ == nullptr ? nullptr : memory_ + used_;
-    const index_t bytes = size_product(n, sizeof(T));
-    // A measure that no machine can hold stays one, and the buffer refuses it.
-    used_ = bytes > detail::most_bytes - used_
-                ? detail::most_bytes + 1
-                : used_ + round_up(bytes, static_cast<index_t>(alignment));
-    return reinterpret_cast<T*>(at);
+    return static_cast<T*>(take_bytes(size_product(n, sizeof(T))));
   }
 
   /// Bytes taken so far.
   index_t used() const { return used_; }
 
  private:
+  MOEROUTE_OUT_OF_LINE void* take_bytes(index_t bytes) {
+    std::byte* const at = memory_ == nullptr ? nullptr : memory_ + used_;
+    // A measure that no machine can hold stays one, and the buffer refuses it.
+    used_ = bytes > detail::most_bytes - used_
+                ? detail::most_bytes + 1
+                : used_ + round_up(bytes, static_cast<index_t>(alignment));
+    return at;
+  }
+
   std::byte* memory_ = nullptr;
   index_t used_ = 0;
 };

@@ -95,12 +95,10 @@ struct any_ragged_router {
 /// Cost: the kind is looked up once per block of rows, not per token.
 class any_router {
  public:
-  using kinds = std::variant<
-      router<softmax>, router<softmax_selected>, router<sigmoid>, router<sqrt_softplus>,
-      router<relu>, router<identity_score>, table_router<softmax>, table_router<softmax_selected>,
-      table_router<sigmoid>, table_router<sqrt_softplus>, table_router<uniform_score>, top_p,
-      threshold_router<relu>, threshold_router<sigmoid>, threshold_router<identity_score>,
-      product_keys<softmax_selected>, sparsemixer, gshard_top2, random_choice>;
+  using kinds =
+      std::variant<router<any_score>, table_router<any_score>, top_p, threshold_router<relu>,
+                   threshold_router<sigmoid>, threshold_router<identity_score>,
+                   product_keys<softmax_selected>, sparsemixer, gshard_top2, random_choice>;
 
   /// f(the router), whatever its type. Comparisons and no table of functions: f is inlined, and
   /// what it captures stays in registers.
@@ -115,7 +113,7 @@ class any_router {
   }
 
   /// Throws: error where the router does not fit the spec's columns.
-  any_router(router_spec spec, kinds kind)
+  MOEROUTE_COLD any_router(router_spec spec, kinds kind)
       : spec_(spec), kind_(std::move(kind)), columns_(spec.columns()) {
     visit([&]<class Kind>(const Kind& r) {
       r.check(columns_);
@@ -130,6 +128,12 @@ class any_router {
       if constexpr (requires { r.rows_alone(columns_); }) rows_alone_ = r.rows_alone(columns_);
     });
   }
+
+  /// The same for a router whose score the program knows: its kernels are those of any score.
+  template <class Score>
+  any_router(router_spec spec, const router<Score>& r)
+      : any_router(spec,
+                   kinds(router<any_score>{r.score, r.selection, r.weight, r.bias, r.transform})) {}
 
   const router_spec& spec() const { return spec_; }
   /// Columns of the logits that it takes.
@@ -242,7 +246,8 @@ static_assert(ragged_router<detail::any_ragged_router>);
 /// Throws: error where the spec contradicts itself, or a tensor that it needs is missing or has
 /// another length than E. The spec's capacity is applied by the stage of that name, not by the
 /// router.
-inline any_router make_router(const router_spec& s, const router_tensors& tensors = {}) {
+MOEROUTE_COLD inline any_router make_router(const router_spec& s,
+                                            const router_tensors& tensors = {}) {
   check(s);
   const auto needed = [&](std::span<const float> list, bool wanted, const char* name,
                           const char* size) {
@@ -267,39 +272,23 @@ inline any_router make_router(const router_spec& s, const router_tensors& tensor
   // What is normalised after dropping is normalised by the capacity stage.
   if (s.capacity != 0 && !s.normalize_before_drop) weight = raw_weights;
   const logit_transform transform{.temperature = s.temperature, .softcap = s.softcap};
-  const bool selected = s.domain == score_domain::selected;
 
   switch (s.selection) {
     case selection_kind::top_k: {
       const top_k rule{s.k, s.groups, s.topk_group, s.group_score, s.group_fill, s.lost_weight};
-      const auto with = [&](auto score) {
-        return any_router(s, router(score, rule, weight, selection_bias(tensors.bias), transform));
-      };
-      switch (s.score) {
-        case score_kind::softmax: return selected ? with(softmax_selected{}) : with(softmax{});
-        case score_kind::sigmoid: return with(sigmoid{});
-        case score_kind::sqrt_softplus: return with(sqrt_softplus{});
-        case score_kind::relu: return with(relu{});
-        default: return with(identity_score{});
-      }
+      return {s, router{any_score(s.score, s.domain), rule, weight, selection_bias(tensors.bias),
+                        transform}};
     }
     case selection_kind::expert_table: {
       if (tensors.table == nullptr)
         fail("make_router", "table is missing, expected one of k ids per token");
       check_size("make_router", "table k", tensors.table->k(), s.k);
       check_size("make_router", "table experts", tensors.table->experts(), s.experts);
-      const auto with = [&]<class Score>(Score score) {
-        return any_router(s, table_router<Score>{tensors.table, score, weight, transform});
-      };
-      switch (s.score) {
-        case score_kind::softmax: return selected ? with(softmax_selected{}) : with(softmax{});
-        case score_kind::sigmoid: return with(sigmoid{});
-        case score_kind::sqrt_softplus: return with(sqrt_softplus{});
-        case score_kind::uniform: return with(uniform_score{});
-        default:
-          detail::clash("selection=hash_table", {"score=", to_string(s.score)},
-                        "tables are weighted by softmax, sigmoid, sqrtsoftplus or uniform");
-      }
+      if (s.score == score_kind::relu || s.score == score_kind::identity)
+        detail::clash("selection=hash_table", {"score=", to_string(s.score)},
+                      "tables are weighted by softmax, sigmoid, sqrtsoftplus or uniform");
+      return {s, table_router<any_score>{tensors.table, any_score(s.score, s.domain), weight,
+                                         transform}};
     }
     case selection_kind::top_p:
       return {s, top_p{s.top_p, s.crossing, s.min_k, s.max_k, weight, transform}};

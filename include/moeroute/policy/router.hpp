@@ -1,9 +1,11 @@
 // A router: transform, score, bias, selection and weight rules put together at compile time.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/any_score.hpp>
 #include <moeroute/policy/parts/logit_transform.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/policy/parts/selection.hpp>
@@ -36,6 +38,31 @@ void choice_row(const float* z, const float* bias, index_t experts, float* choic
   simd::store_first<A>(choice + e, n, simd::select<A>(x > never, s, never));
 }
 
+// The scores of one row, where `scores` is not null (whole registers are written), and its choice
+// scores.
+template <class A, class Score>
+void score_to_choose(const Score& score, const float* z, const float* bias, index_t experts,
+                     float* scores, float* choice) {
+  using F = simd::vfloat<A>;
+  if constexpr (std::is_same_v<Score, any_score>) {
+    score.visit([&]<class S>(S) {
+      // The softmax over the selected is not known before they are: its choice is made on logits.
+      using chosen_on = std::conditional_t<std::is_same_v<S, softmax_selected>, identity_score, S>;
+      score_to_choose<A>(chosen_on{}, z, bias, experts, scores, choice);
+    });
+  } else if constexpr (Score::traits.elementwise) {
+    choice_row<A>(z, bias, experts, choice, [&](F x, index_t e) {
+      const F s = Score::template value<A>(x);
+      if (scores != nullptr) s.store_unaligned(scores + e);
+      return s;
+    });
+  } else {
+    score.template score_row<A>(z, experts, scores);
+    choice_row<A>(z, bias, experts, choice,
+                  [&](F, index_t e) { return simd::load<A>(scores + e); });
+  }
+}
+
 }  // namespace detail
 
 /// A token-choice router: each token picks its experts from its own row of logits.
@@ -52,7 +79,7 @@ struct router {
   logit_transform transform{};
 
   bool selects_on_logits() const {
-    return Score::traits.monotone && bias.empty() && !selection.masks_experts();
+    return score.traits.monotone && bias.empty() && !selection.masks_experts();
   }
 
   struct buffers {
@@ -79,8 +106,7 @@ struct router {
   buffers carve(scratch& tape, index_t experts) const {
     const index_t block = block_rows * experts;
     // A register may be read past the last score.
-    const index_t scores =
-        selects_on_logits() || Score::traits.elementwise ? 0 : block + block_rows;
+    const index_t scores = selects_on_logits() || score.traits.elementwise ? 0 : block + block_rows;
     return {selection.carve(tape, experts), tape.take<float>(transform.active() ? block : 0),
             tape.take<float>(scores), tape.take<float>(selects_on_logits() ? 0 : block)};
   }
@@ -104,14 +130,14 @@ struct router {
       keep_own_k(z, c);
       // The value of a choice held score + bias, and subtracting the bias would not give back the
       // score.
-      const float* from = scores_winners ? z.logits : memory.scores;
-      const index_t stride = scores_winners ? z.stride : z.experts;
+      const float* from = scores_winners() ? z.logits : memory.scores;
+      const index_t stride = scores_winners() ? z.stride : z.experts;
       for (int r = 0; r < c.k; ++r)
         for (int i = 0; i < z.rows; ++i) {
           const expert_id e = c.id[r * block_rows + i];
           c.value[r * block_rows + i] = e == no_expert ? 0.0f : from[i * stride + e];
         }
-      if constexpr (scores_winners) score.template score_choices<A>(z, c, weight.needs());
+      if (scores_winners()) score.template score_choices<A>(z, c, weight.needs());
       if constexpr (requires { selection.weighs_lost_with_0(); })
         if (selection.weighs_lost_with_0()) clear_lost(z, memory, c);
     }
@@ -137,20 +163,18 @@ struct router {
                  float* weights) const {
     constexpr int block = simd::registers_per_block<A>;
     simd::row_ranks ranks;
-    if (selects_on_logits()) {
+    alignas(alignment) float scores[most_scores + block_rows];
+    const bool on_logits = selects_on_logits();
+    if (on_logits)
       selection.template select_row<A>(z, experts, ranks);
-      if (k() <= block_rows)
-        this->template weigh_row<A, block>(z, experts, ranks, nullptr, id, weights);
-      else
-        this->template weigh_long_row<A>(z, experts, ranks, nullptr, id, weights);
-    } else {
-      alignas(alignment) float scores[most_scores + block_rows];
+    else
       this->template select_on_scores<A>(z, experts, scores, ranks);
-      if (k() <= block_rows)
-        this->template weigh_row<A, block>(z, experts, ranks, scores, id, weights);
-      else
-        this->template weigh_long_row<A>(z, experts, ranks, scores, id, weights);
-    }
+    if (k() <= block_rows)
+      this->template weigh_row<A, block>(z, experts, ranks, on_logits ? nullptr : scores, id,
+                                         weights);
+    else
+      this->template weigh_long_row<A>(z, experts, ranks, on_logits ? nullptr : scores, id,
+                                       weights);
   }
 
   /// The same from bfloat16 rows: where the choice is made on the logits it is made on them as they
@@ -165,7 +189,7 @@ struct router {
     keep_own_k(z, c);
     c.has_row_max = true;
     const logit_block rows =
-        reads_rows(Score::traits, weight.needs())
+        reads_rows(score.traits, weight.needs())
             ? z.template widened<A>()
             : logit_block{nullptr, 0, z.rows, z.experts, z.first_token, z.side};
     score.template score_choices<A>(rows, c, weight.needs());
@@ -175,8 +199,9 @@ struct router {
  private:
   // Scores that need no other logits than the winners' are made from these when all is chosen: the
   // softmax over the selected experts knows them then only.
-  static constexpr bool scores_winners =
-      Score::traits.elementwise || Score::traits.reads_rows == row_use::never;
+  bool scores_winners() const {
+    return score.traits.elementwise || score.traits.reads_rows == row_use::never;
+  }
 
   // Experts of groups that lost, chosen because nothing else was left: the reference weighs them by
   // their masked score.
@@ -198,14 +223,15 @@ struct router {
   MOEROUTE_INLINE void weigh_row(const float* z, index_t experts, const simd::row_ranks& ranks,
                                  const float* scores, expert_id* id, float* weights) const {
     row_choices<A, n> c(ranks, static_cast<int>(k()));
-    if (scores == nullptr) {
-      score.score_one(z, experts, c, weight.needs());
-    } else if constexpr (scores_winners && !Score::traits.elementwise) {
-      c.take_from(z);
-      c.has_row_max = false;
-      score.score_one(z, experts, c, weight.needs());
-    } else {
+    const bool chosen_on_scores = scores != nullptr;
+    if (chosen_on_scores && (score.traits.elementwise || !scores_winners())) {
       c.take_from(scores);
+    } else {
+      if (chosen_on_scores) {
+        c.take_from(z);
+        c.has_row_max = false;
+      }
+      score.score_one(z, experts, c, weight.needs());
     }
     weight.template apply_to<A>(c);
     c.store(id, weights);
@@ -226,35 +252,17 @@ struct router {
                                           simd::row_ranks& ranks) const {
     alignas(alignment) float choice[most_scores];
     const float* const b = bias.empty() ? nullptr : bias.values().data();
-    if constexpr (!Score::traits.elementwise) score.template score_row<A>(z, experts, scores);
-    detail::choice_row<A>(z, b, experts, choice, [&](simd::vfloat<A> x, index_t e) {
-      if constexpr (Score::traits.elementwise) {
-        const simd::vfloat<A> s = Score::template value<A>(x);
-        s.store_unaligned(scores + e);
-        return s;
-      } else {
-        return simd::load<A>(scores + e);
-      }
-    });
+    detail::score_to_choose<A>(score, z, b, experts, scores, choice);
     selection.template select_row<A>(choice, experts, ranks);
   }
 
   template <class A>
   void score_rows(const logit_block& z, const buffers& memory) const {
-    using F = simd::vfloat<A>;
-    const float* b = bias.empty() ? nullptr : bias.values().data();
-    for (int i = 0; i < z.rows; ++i) {
-      float* choice = memory.choice + i * z.experts;
-      if constexpr (Score::traits.elementwise) {
-        detail::choice_row<A>(z.row(i), b, z.experts, choice,
-                              [](F x, index_t) { return Score::template value<A>(x); });
-      } else {
-        float* scores = memory.scores + i * z.experts;
-        score.template score_row<A>(z.row(i), z.experts, scores);
-        detail::choice_row<A>(z.row(i), b, z.experts, choice,
-                              [&](F, index_t e) { return simd::load<A>(scores + e); });
-      }
-    }
+    const float* const b = bias.empty() ? nullptr : bias.values().data();
+    for (int i = 0; i < z.rows; ++i)
+      detail::score_to_choose<A>(score, z.row(i), b, z.experts,
+                                 score.traits.elementwise ? nullptr : memory.scores + i * z.experts,
+                                 memory.choice + i * z.experts);
   }
 };
 

@@ -14,14 +14,6 @@
 
 namespace moeroute {
 
-enum class score_kind { softmax, sigmoid, sqrt_softplus, relu, identity, uniform };
-
-/// Which experts are scored.
-enum class score_domain {
-  all,       ///< every expert; the choice is made on scores (+ bias)
-  selected,  ///< the choice is made on logits (+ bias), then only the k winners are scored
-};
-
 enum class selection_kind {
   top_k,
   top_p,
@@ -229,7 +221,7 @@ inline std::string to_string(const router_spec& s) {
 }
 
 /// Throws: error that names the field and both values, or the two fields that clash.
-MOEROUTE_OUT_OF_LINE inline void check(const router_spec& s) {
+MOEROUTE_COLD inline void check(const router_spec& s) {
   using detail::clash;
   check_range("router_spec", "experts", s.experts, 1, max_experts);
   check_range("router_spec", "k", s.k, 1, s.experts);

@@ -64,10 +64,11 @@ struct lane_choices {
   }
 };
 
-/// One row: its choices side by side in n registers.
+/// One row: its choices side by side in n registers; in memory, where they are more than a block's.
 template <class A, int n>
 struct row_choices {
   using F = simd::vfloat<A>;
+  static constexpr bool in_registers = n <= simd::registers_per_block<A>;
 
   int k;
   bool has_row_max;  ///< rank 0 has the row's largest logit
@@ -77,11 +78,10 @@ struct row_choices {
   /// What a top-k chose.
   MOEROUTE_INLINE row_choices(const simd::row_ranks& ranks, int choices)
       : k(choices), has_row_max(true) {
-    MOEROUTE_UNROLL
-    for (int r = 0; r < n; ++r) {
+    for_each_register([&](int r) MOEROUTE_INLINE_LAMBDA {
       value[r] = simd::load<A>(ranks.value + r * simd::width<A>);
       id[r] = simd::load<A>(ranks.column + r * simd::width<A>);
-    }
+    });
   }
 
   /// Experts that somebody else named, with their logits, or without any. An expert that is masked
@@ -108,9 +108,9 @@ struct row_choices {
   template <class Function>
   MOEROUTE_INLINE void for_each(Function&& f) {
     const simd::vint<A> none(no_expert);
-    MOEROUTE_UNROLL
-    for (int r = 0; r < n; ++r)
-      if (r == 0 || r * simd::width<A> < k) value[r] = f(value[r], simd::differs<A>(id[r], none));
+    for_each_register([&](int r) MOEROUTE_INLINE_LAMBDA {
+      value[r] = f(value[r], simd::differs<A>(id[r], none));
+    });
   }
 
   MOEROUTE_INLINE F largest() {
@@ -128,13 +128,11 @@ struct row_choices {
   template <class Function>
   MOEROUTE_INLINE F sum(Function&& f) {
     alignas(alignment) float lane[n * simd::width<A>];
-    MOEROUTE_UNROLL
-    for (int r = 0; r < n; ++r)
-      if (r == 0 || r * simd::width<A> < k) {
-        value[r] =
-            simd::select<A>(simd::differs<A>(id[r], simd::vint<A>(no_expert)), value[r], F(0.0f));
-        f(value[r]).store_aligned(lane + r * simd::width<A>);
-      }
+    for_each_register([&](int r) MOEROUTE_INLINE_LAMBDA {
+      value[r] =
+          simd::select<A>(simd::differs<A>(id[r], simd::vint<A>(no_expert)), value[r], F(0.0f));
+      f(value[r]).store_aligned(lane + r * simd::width<A>);
+    });
     F total(0.0f);
     for (int r = 0; r < k; ++r) total += F(lane[r]);
     return total;
@@ -155,25 +153,34 @@ struct row_choices {
   /// Replaces each value by its expert's of a row; 0 where there is none.
   MOEROUTE_INLINE void take_from(const float* row) {
     const simd::vint<A> none(no_expert);
-    MOEROUTE_UNROLL
-    for (int r = 0; r < n; ++r) {
+    for_each_register([&](int r) MOEROUTE_INLINE_LAMBDA {
       const simd::vmask<A> present = simd::differs<A>(id[r], none);
       const simd::vint<A> at = simd::select<A>(present, id[r], simd::vint<A>(0));
-      if (r == 0 || r * simd::width<A> < k)
-        value[r] = simd::select<A>(present, F::gather(row, at), F(0.0f));
-    }
+      value[r] = simd::select<A>(present, F::gather(row, at), F(0.0f));
+    });
   }
 
   /// Writes the k ids and values.
   MOEROUTE_INLINE void store(expert_id* ids, float* values) const {
     constexpr int w = simd::width<A>;
-    MOEROUTE_UNROLL
-    for (int r = 0; r < n; ++r)
-      if (r == 0 || r * w < k) {
-        const int here = std::min(w, k - r * w);
-        simd::store_pieces<A>(ids + r * w, here, id[r]);
-        simd::store_pieces<A>(values + r * w, here, value[r]);
-      }
+    for_each_register([&](int r) MOEROUTE_INLINE_LAMBDA {
+      const int here = std::min(w, k - r * w);
+      simd::store_pieces<A>(ids + r * w, here, id[r]);
+      simd::store_pieces<A>(values + r * w, here, value[r]);
+    });
+  }
+
+ private:
+  // f(r) for the registers that hold choices.
+  template <class Function>
+  MOEROUTE_INLINE void for_each_register(Function&& f) const {
+    if constexpr (in_registers) {
+      MOEROUTE_UNROLL
+      for (int r = 0; r < n; ++r)
+        if (r == 0 || r * simd::width<A> < k) f(r);
+    } else {
+      for (int r = 0; r * simd::width<A> < k; ++r) f(r);
+    }
   }
 };
 

@@ -9,6 +9,14 @@
 
 namespace moeroute {
 
+enum class score_kind { softmax, sigmoid, sqrt_softplus, relu, identity, uniform };
+
+/// Which experts are scored.
+enum class score_domain {
+  all,       ///< every expert; the choice is made on scores (+ bias)
+  selected,  ///< the choice is made on logits (+ bias), then only the k winners are scored
+};
+
 /// What a group of experts is worth.
 enum class group_score {
   max,       ///< its best choice score (DeepSeek-V2)
@@ -54,8 +62,8 @@ enum class threshold_norm {
 
 namespace detail {
 
-MOEROUTE_OUT_OF_LINE inline void check_groups(index_t experts, index_t k, index_t groups,
-                                              index_t topk_group, float group_fill) {
+MOEROUTE_COLD inline void check_groups(index_t experts, index_t k, index_t groups,
+                                       index_t topk_group, float group_fill) {
   check_range("top_k", "groups", groups, 1, experts);
   if (experts % groups != 0) fail_value("top_k", "groups", groups, "a divisor of E = ", experts);
   check_range("top_k", "topk_group", topk_group, 1, groups);

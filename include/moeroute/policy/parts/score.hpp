@@ -33,7 +33,8 @@ constexpr bool reads_rows(const score_traits& traits, score_scale scale) {
 }
 
 /// A score function evaluates a whole row, or only the winners of a block: there c.value holds
-/// their logits, in any order, and becomes their scores.
+/// their logits, in any order, and becomes their scores. Its traits are known to the compiler, but
+/// for a score that is picked at run time.
 template <class S>
 concept score_function = requires(const S& s, const logit_block& z, choice_block& c, float* row) {
   { S::traits } -> std::convertible_to<score_traits>;

@@ -292,7 +292,8 @@ struct top_k_of {
   static constexpr bool takes_rows() { return n <= simd::max_row_k; }
   template <class A = simd::default_arch>
   static void select_row(const float* choice, index_t experts, simd::row_ranks& c) {
-    simd::top_k_row<A>(choice, experts, static_cast<int>(n), c);
+    simd::top_k_row<A, std::min(static_cast<int>(n), simd::max_row_k)>(choice, experts,
+                                                                       static_cast<int>(n), c);
   }
 };
 static_assert(row_selection<top_k_of<8>>);

@@ -51,6 +51,14 @@ constexpr score_map score_map_of() {
   }
 }
 
+template <class Score>
+score_map score_map_of(const Score&) {
+  return score_map_of<Score>();
+}
+inline score_map score_map_of(const any_score& score) {
+  return score.visit([]<class Score>(Score) { return score_map_of<Score>(); });
+}
+
 /// The map of a score and a weight rule on transformed logits.
 inline weight_map weight_map_of(const score_map& score, const weight_rule& rule,
                                 const logit_transform& transform = {}) {
@@ -70,7 +78,7 @@ inline weight_map weight_map_of(const score_map& score, const weight_rule& rule,
 
 template <class Score, class Selection>
 weight_maps weight_maps_of(const router<Score, Selection>& r, const side_inputs&) {
-  return {weight_map_of(score_map_of<Score>(), r.weight, r.transform)};
+  return {weight_map_of(score_map_of(r.score), r.weight, r.transform)};
 }
 
 /// A router whose weights are a map of each token's own logits, once the experts are chosen.

@@ -36,12 +36,12 @@ weight_maps weight_maps_of(const threshold_router<Score>& r, const side_inputs&)
 
 template <class Score>
 weight_maps weight_maps_of(const table_router<Score>& r, const side_inputs&) {
-  return {weight_map_of(score_map_of<Score>(), r.weight, r.transform)};
+  return {weight_map_of(score_map_of(r.score), r.weight, r.transform)};
 }
 
 template <class Score, class Id>
 weight_maps weight_maps_of(const replay<Score, Id>& r, const side_inputs&) {
-  return {weight_map_of(score_map_of<Score>(), r.weight, r.transform)};
+  return {weight_map_of(score_map_of(r.score), r.weight, r.transform)};
 }
 
 template <class Score>

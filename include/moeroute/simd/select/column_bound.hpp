@@ -41,29 +41,30 @@ MOEROUTE_INLINE vfloat<A> column_bound(const float* const* rows, index_t cols, i
     MOEROUTE_UNROLL
     for (int r = 0; r < registers; ++r) most[r].store_aligned(group + i * G + r * w);
   }
-  vfloat<A> top[K];
-  MOEROUTE_UNROLL
-  for (int g = 0; g < G; g += (K > w ? K : w)) {
-    vfloat<A> x[K > w ? K : w];
-    MOEROUTE_UNROLL
-    for (int h = 0; h < (K > w ? K : w); h += w) {
+  // More than 8 maxima and a run of as many are more than there are registers.
+  constexpr bool unrolled = K <= 8;
+  constexpr int chunk = std::max(K, w);
+  vfloat<A> top[K], least(minus_infinity);
+  detail::for_each_step<unrolled, chunk, G>(G, [&](int g) MOEROUTE_INLINE_LAMBDA {
+    vfloat<A> x[chunk];
+    detail::for_each_step<unrolled, w, chunk>(chunk, [&](int h) MOEROUTE_INLINE_LAMBDA {
       MOEROUTE_UNROLL
       for (int i = 0; i < w; ++i) x[h + i] = vfloat<A>::load_aligned(group + i * G + g + h);
       transpose<A>(x + h);
-    }
+    });
     MOEROUTE_UNROLL
-    for (int h = 0; h < (K > w ? K : w); h += K) {
+    for (int h = 0; h < chunk; h += K) {
       sort<K>(x + h);
       if (g + h == 0) {
-        MOEROUTE_UNROLL
-        for (int j = 0; j < K; ++j) top[j] = x[j];
+        std::copy_n(x, K, top);
+      } else if (g + h + K == G && k == K) {
+        least = last_of_merged<K>(top, x + h);
       } else {
-        if (g + h + K == G && k == K) return last_of_merged<K>(top, x + h);
         merge_keep_first<K>(top, x + h);
       }
     }
-  }
-  return top[k - 1];
+  });
+  return k == K ? least : top[k - 1];
 }
 
 }  // namespace moeroute::simd

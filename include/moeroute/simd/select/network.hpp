@@ -88,6 +88,18 @@ template <const auto& network, class V>
   run_network<network>(x);
 }
 
+// f(s) for s = 0, step, ... below `used`: twice and more in the code only where all of it may stay
+// in registers.
+template <bool unrolled, int step, int most, class F>
+MOEROUTE_INLINE void for_each_step(int used, F&& f) {
+  if constexpr (unrolled) {
+    MOEROUTE_UNROLL
+    for (int s = 0; s < most; s += step) f(s);
+  } else {
+    for (int s = 0; s < used; s += step) f(s);
+  }
+}
+
 // Sorts a bitonic run.
 template <int n, class V>
 MOEROUTE_INLINE void clean(V* x) {

@@ -105,7 +105,7 @@ void top_k_block(const float* rows, index_t stride, int n, index_t cols, int k, 
     if (3 * (n - first) <= width<A>) {
       for (; first < n; ++first) {
         row_ranks ranks;
-        top_k_row<A>(rows + first * stride, cols, k, ranks);
+        top_k_row<A, std::min(most, max_row_k)>(rows + first * stride, cols, k, ranks);
         for (int r = 0; r < k; ++r) {
           value[r * block_rows + first] = ranks.value[r];
           column[r * block_rows + first] = ranks.column[r];

@@ -38,18 +38,6 @@ MOEROUTE_INLINE std::int32_t collect(const float* const* rows, int n, index_t co
   return most;
 }
 
-// f(s) for s = 0, step, ... below `used`: twice and more in the code only where all of it may stay
-// in registers.
-template <bool unrolled, int step, int most, class F>
-MOEROUTE_INLINE void for_each_step(int used, F&& f) {
-  if constexpr (unrolled) {
-    MOEROUTE_UNROLL
-    for (int s = 0; s < most; s += step) f(s);
-  } else {
-    for (int s = 0; s < used; s += step) f(s);
-  }
-}
-
 // The first `used` listed values of n rows as ranks, in any order; nothing in the slots past the
 // end.
 template <class A, bool unrolled, int slots>

@@ -1,6 +1,7 @@
 // Top-k with one row per lane: the same work whatever the values are.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include <moeroute/simd/batch.hpp>
@@ -53,11 +54,11 @@ template <class A, int K>
 void top_k_lanes(const float* const* rows, index_t cols, int k, float* value,
                  std::int32_t* column) {
   constexpr int w = width<A>;
-  constexpr int chunk = K > w ? K : w;
+  constexpr int chunk = std::max(K, w);
   ranks<A, K> top;
   for (int r = 0; r < K; ++r) top.set(r, rank_nothing<A>());
   for (index_t c = 0; c < cols; c += chunk) {
-    if constexpr (K > largest_unrolled) {
+    if constexpr (K > w) {
       ranks<A, K> run;
       // A run of so many ranks is in memory: one piece of code fills all of it.
       for (int j = 0; j < K; j += w) {
@@ -71,12 +72,10 @@ void top_k_lanes(const float* const* rows, index_t cols, int k, float* value,
       sort(run);
       merge_keep_first(top, run);
     } else {
-      vfloat<A> x[chunk];
+      vfloat<A> x[w];
+      load_transposed<A>(rows, c, cols, minus_infinity, x);
       MOEROUTE_UNROLL
-      for (int j = 0; j < chunk; j += w)
-        load_transposed<A>(rows, c + j, cols, minus_infinity, x + j);
-      MOEROUTE_UNROLL
-      for (int g = 0; g < chunk; g += K) {
+      for (int g = 0; g < w; g += K) {
         ranks<A, K> run;
         MOEROUTE_UNROLL
         for (int j = 0; j < K; ++j)

@@ -364,41 +364,36 @@ template <class A>
   }
 }
 
-// False where more than 16 columns reach the bound of 16 n groups; nothing has been written then.
+// The columns that reach the bound of 16 n groups, and their values: -inf past the end. Returns how
+// many there are; where they are more than 16 nothing has been written.
 template <class A, int n>
-MOEROUTE_INLINE bool top_k_by_bound(const float* row, index_t cols, int k, row_ranks& out) {
+MOEROUTE_INLINE std::int32_t columns_by_bound(const float* row, index_t cols, int k,
+                                              vfloat<A>* value, vint<A>* column) {
   constexpr int w = width<A>, registers = registers_per_block<A>;
   const vfloat<A> least = bound_of_row<A, n>(row, cols, k);
-  vint<A> column[registers];
   const std::int32_t size = columns_not_below<A>(row, cols, least, column);
-  if (size > block_rows) return false;
-  vfloat<A> value[registers];
+  if (size > block_rows) return size;
   values_at<A, registers>(row, cols, column, value);
   MOEROUTE_UNROLL
   for (int r = 0; r < registers; ++r)
     value[r] = select<A>(xsimd::batch_bool_cast<float>(lane_numbers<A>() < vint<A>(size - r * w)),
                          value[r], vfloat<A>(minus_infinity));
-  if (w == 8 && size <= w)
-    write_in_order<A, 1>(value, column, size, k, out);
-  else
-    write_in_order<A, registers>(value, column, size, k, out);
-  return true;
+  return size;
 }
 
 // Up to 16 columns: one or a few registers hold them.
-template <class A, int places>
-MOEROUTE_INLINE void top_k_of_few(const float* row, index_t cols, int k, row_ranks& out) {
-  constexpr int w = width<A>, registers = std::max(1, places / w);
-  vfloat<A> value[registers];
-  vint<A> column[registers];
+template <class A>
+MOEROUTE_INLINE std::int32_t all_columns(const float* row, index_t cols, vfloat<A>* value,
+                                         vint<A>* column) {
+  constexpr int w = width<A>;
   MOEROUTE_UNROLL
-  for (int r = 0; r < registers; ++r) {
+  for (int r = 0; r < registers_per_block<A>; ++r) {
     const vfloat<A> x = load_first<A>(row + std::min<index_t>(r * w, cols),
                                       std::clamp<index_t>(cols - r * w, 0, w), minus_infinity);
     value[r] = max_or_second<A>(x, vfloat<A>(minus_infinity));
     column[r] = lane_numbers<A>() + vint<A>(r * w);
   }
-  write_in_order<A, registers>(value, column, static_cast<int>(cols), k, out);
+  return static_cast<std::int32_t>(cols);
 }
 
 // The largest value and the first column that has it.
@@ -443,15 +438,27 @@ MOEROUTE_INLINE void top_one(const float* row, index_t cols, row_ranks& out) {
 /// 2^20. Cost: two passes over the row and a count of ranks in registers for k up to 10; a list in
 /// memory for larger k, and where many columns tie. No allocation. Determinism: exact; the same on
 /// every ISA.
-template <class A = default_arch>
+///
+/// Who knows that k is at most `most` compiles less.
+template <class A = default_arch, int most = max_row_k>
 void top_k_row(const float* row, index_t cols, int k, row_ranks& out) {
-  MOEROUTE_EXPECTS(k >= 1 && k <= cols && k <= max_row_k);
-  if (cols <= 8) return detail::top_k_of_few<A, 8>(row, cols, k, out);
-  if (k == 1) return detail::top_one<A>(row, cols, out);
-  if (cols <= block_rows) return detail::top_k_of_few<A, block_rows>(row, cols, k, out);
-  if (k <= 8 && detail::top_k_by_bound<A, 1>(row, cols, k, out)) return;
-  if (k > 8 && k <= 10 && cols > 32 && detail::top_k_by_bound<A, 2>(row, cols, k, out)) return;
-  detail::top_k_list<A>(row, cols, k, out);
+  MOEROUTE_EXPECTS(k >= 1 && k <= cols && k <= most && most <= max_row_k);
+  if (k == 1 && cols > 8) return detail::top_one<A>(row, cols, out);
+  constexpr int registers = registers_per_block<A>;
+  vfloat<A> value[registers];
+  vint<A> column[registers];
+  std::int32_t size = block_rows + 1;
+  if (cols <= block_rows)
+    size = detail::all_columns<A>(row, cols, value, column);
+  else if (k <= 8)
+    size = detail::columns_by_bound<A, 1>(row, cols, k, value, column);
+  else if (most > 8 && k <= 10 && cols > 32)
+    size = detail::columns_by_bound<A, 2>(row, cols, k, value, column);
+  if (size > block_rows) return detail::top_k_list<A>(row, cols, k, out);
+  if (width<A> == 8 && size <= width<A>)
+    detail::write_in_order<A, 1>(value, column, size, k, out);
+  else
+    detail::write_in_order<A, registers>(value, column, size, k, out);
 }
 
 /// Columns of a row whose groups of `size` were moved together become those they had before: group
