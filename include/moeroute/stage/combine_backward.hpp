@@ -66,6 +66,28 @@ F dot_of(const S* a, const U* b, index_t n) {
   }
 }
 
+// The choices first, first + 1, ... of a token that have slots, R at a time from `at` on, pulled
+// back in one pass each; returns how many of the list are done.
+template <class A, int R, class U, class T, class V>
+index_t pull_together(const U* row, const matrix_view<const T>& slots, const matrix_view<V>& dslots,
+                      const slot_id* slot, const float* weights, const index_t* list, index_t done,
+                      index_t count, index_t n, bool stream, float* dweights) {
+  for (; done + R <= count; done += R) {
+    const T* from[R];
+    V* to[R];
+    float factor[R], dot[R];
+    for (int r = 0; r < R; ++r) {
+      const index_t c = list[done + r];
+      from[r] = slots.data + slot[c] * slots.stride;
+      to[r] = dslots.data + slot[c] * dslots.stride;
+      factor[r] = weights[c];
+    }
+    simd::scale_and_dot_rows<A, R>(row, from, factor, n, to, stream, dot);
+    for (int r = 0; r < R; ++r) dweights[list[done + r]] = dot[r];
+  }
+  return done;
+}
+
 }  // namespace detail
 
 /// dslots[s] = w dy[t] and dw = dy[t] . slots[s] for the choice of slot s with weight w, the
@@ -155,7 +177,29 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
     for (index_t t = begin; t < end; ++t) {
       const auto* const row = dy.data + t * dy.stride;
       bool lost = true;
-      for (index_t c = plan.first(t); c < plan.first(t + 1); ++c) {
+      index_t together = plan.first(t);  // choices that are done
+      if constexpr (std::is_same_v<F, float>) {
+        constexpr index_t most = 64;
+        index_t list[most], count = 0;
+        const index_t begins = plan.first(t), ends = plan.first(t + 1);
+        if (wants_slots && wants_weights && !ones && ends - begins <= most) {
+          for (index_t c = begins; c < ends; ++c)
+            if (slot[c] != no_slot) list[count++] = c;
+          if (count == ends - begins) {
+            const auto pull = [&]<int rows_at_once>(std::integral_constant<int, rows_at_once>,
+                                                    index_t done) {
+              return detail::pull_together<A, rows_at_once>(
+                  row, slots, dslots, slot, weights.data(), list, done, count, dy.cols, stream,
+                  gradients.weights.data());
+            };
+            const index_t done =
+                pull(std::integral_constant<int, 2>{}, pull(std::integral_constant<int, 4>{}, 0));
+            together += done;
+            lost = done == 0;
+          }
+        }
+      }
+      for (index_t c = together; c < plan.first(t + 1); ++c) {
         const F w = ones ? F(1) : weights[static_cast<std::size_t>(c)];
         F dot = 0;
         if (slot[c] != no_slot) {

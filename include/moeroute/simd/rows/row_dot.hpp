@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <concepts>
+#include <cstddef>
 
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/simd/batch.hpp>
@@ -41,6 +42,60 @@ double row_dot(const double* a, const double* b, index_t n) {
   double sum = 0.0;
   for (index_t c = 0; c < n; ++c) sum += a[c] * b[c];
   return sum;
+}
+
+/// dot[r] = row . rows[r] and out[r] = factor[r] * row, for R rows in one pass; past the caches
+/// where `stream` says so.
+///
+/// The sums of several rows are independent: one alone waits for its own multiply-adds.
+/// Requires: for streaming, what stream_bytes() does of every row of out. Determinism: the bits of
+/// row_dot() and scale_row().
+template <class A, int R, storage U, storage T, storage V>
+void scale_and_dot_rows(const U* row, const T* const* rows, const float* factor, index_t n,
+                        V* const* out, bool stream, float* dot) {
+  constexpr int w = width<A>, parts = partials<A>::n;
+  constexpr index_t chunk = 512;
+  alignas(alignment) V made[R][chunk];
+  vfloat<A> sum[R][parts];
+  MOEROUTE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MOEROUTE_UNROLL
+    for (int j = 0; j < parts; ++j) sum[r][j] = vfloat<A>(0.0f);
+  }
+  const index_t whole = n / block_rows * block_rows;
+  for (index_t first = 0; first < whole; first += chunk) {
+    const index_t m = std::min(chunk, whole - first);
+    for (index_t c = 0; c < m; c += block_rows) {
+      MOEROUTE_UNROLL
+      for (int j = 0; j < parts; ++j) {
+        const vfloat<A> x = detail::load_wide<A>(row + first + c + j * w);
+        MOEROUTE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          sum[r][j] = fma<A>(x, detail::load_wide<A>(rows[r] + first + c + j * w), sum[r][j]);
+          detail::store_narrow<A>((stream ? made[r] : out[r] + first) + c + j * w,
+                                  vfloat<A>(factor[r]) * x);
+        }
+      }
+    }
+    for (int r = 0; stream && r < R; ++r)
+      stream_bytes<A>(reinterpret_cast<const std::byte*>(made[r]),
+                      m * static_cast<index_t>(sizeof(V)),
+                      reinterpret_cast<std::byte*>(out[r] + first));
+  }
+  for (int r = 0; r < R; ++r) {
+    scale_row<A>(row + whole, factor[r], n - whole, out[r] + whole);
+    partials<A> total(0.0f);
+    for (int j = 0; j < parts; ++j) total.part[j] = sum[r][j];
+    for (index_t c = whole, j = 0; c < n; ++j, c += w) {
+      alignas(alignment) float x[w] = {}, y[w] = {};
+      for (index_t i = 0; i < std::min<index_t>(w, n - c); ++i) {
+        x[i] = static_cast<float>(row[c + i]);
+        y[i] = static_cast<float>(rows[r][c + i]);
+      }
+      total.part[j] = fma<A>(vfloat<A>::load_aligned(x), vfloat<A>::load_aligned(y), total.part[j]);
+    }
+    dot[r] = sum_of<A>(total);
+  }
 }
 
 /// to[c] = factor * from[c] in double.

@@ -11,36 +11,40 @@
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/rows/gemm.hpp>
 #include <moeroute/simd/rows/rows.hpp>
+#include <moeroute/simd/transpose.hpp>
 
 namespace moeroute::simd {
 
 namespace detail {
 
-// Rows per pass: a packed slice of them stays in the first-level cache.
-inline constexpr index_t product_depth = 96;
+// Rows per pass: a packed slice of them stays in the first-level cache, packed factors of a stripe
+// of rows of `out` in the second.
+template <class A>
+inline constexpr index_t product_across = tile_registers<A> * width<A>;
+inline constexpr index_t product_depth = 128;
+inline constexpr index_t product_stripe = 144;
 
-// m rows of out += m rows of a times a packed slice of v registers; a(r, i) is at
-// a[r * row_step + i * depth_step].
-template <class A, int v, int m>
-void product_tile(const float* a, index_t row_step, index_t depth_step, const float* slice,
-                  index_t depth, float* out, index_t out_stride, index_t cols, bool from_zero) {
-  constexpr int w = width<A>;
+// m rows of out += packed factors, m per row of the slice, times a slice of rows.
+template <class A, int m>
+void product_tile(const float* MOEROUTE_RESTRICT a, const float* MOEROUTE_RESTRICT slice,
+                  index_t slice_stride, index_t depth, float* out, index_t out_stride,
+                  bool from_zero) {
+  constexpr int w = width<A>, v = tile_registers<A>;
   vfloat<A> sum[m][v];
   MOEROUTE_UNROLL
   for (int r = 0; r < m; ++r) {
     MOEROUTE_UNROLL
     for (int j = 0; j < v; ++j)
-      sum[r][j] = from_zero ? vfloat<A>(0.0f)
-                            : load_first<A>(out + r * out_stride + j * w,
-                                            std::clamp<index_t>(cols - j * w, 0, w), 0.0f);
+      sum[r][j] =
+          from_zero ? vfloat<A>(0.0f) : vfloat<A>::load_unaligned(out + r * out_stride + j * w);
   }
-  for (index_t i = 0; i < depth; ++i, slice += v * w) {
+  for (index_t i = 0; i < depth; ++i, a += m, slice += slice_stride) {
     vfloat<A> x[v];
     MOEROUTE_UNROLL
-    for (int j = 0; j < v; ++j) x[j] = vfloat<A>::load_aligned(slice + j * w);
+    for (int j = 0; j < v; ++j) x[j] = vfloat<A>::load_unaligned(slice + j * w);
     MOEROUTE_UNROLL
     for (int r = 0; r < m; ++r) {
-      const vfloat<A> factor(a[r * row_step + i * depth_step]);
+      const vfloat<A> factor(a[r]);
       MOEROUTE_UNROLL
       for (int j = 0; j < v; ++j) sum[r][j] = multiply_add<A>(factor, x[j], sum[r][j]);
     }
@@ -48,10 +52,21 @@ void product_tile(const float* a, index_t row_step, index_t depth_step, const fl
   MOEROUTE_UNROLL
   for (int r = 0; r < m; ++r) {
     MOEROUTE_UNROLL
-    for (int j = 0; j < v; ++j)
-      store_first<A>(out + r * out_stride + j * w, std::clamp<index_t>(cols - j * w, 0, w),
-                     sum[r][j]);
+    for (int j = 0; j < v; ++j) sum[r][j].store_unaligned(out + r * out_stride + j * w);
   }
+}
+
+// The same where only n rows and `cols` columns are there.
+template <class A, int m>
+void product_part(const float* a, const float* slice, index_t slice_stride, index_t depth,
+                  float* out, index_t out_stride, bool from_zero, index_t n, index_t cols) {
+  constexpr index_t across = product_across<A>;
+  if (n == m && cols == across)
+    return product_tile<A, m>(a, slice, slice_stride, depth, out, out_stride, from_zero);
+  alignas(alignment) float whole[m * across] = {};
+  for (index_t r = 0; r < n; ++r) std::copy_n(out + r * out_stride, cols, whole + r * across);
+  product_tile<A, m>(a, slice, slice_stride, depth, whole, across, from_zero);
+  for (index_t r = 0; r < n; ++r) std::copy_n(whole + r * across, cols, out + r * out_stride);
 }
 
 // What a product reads: a(r, i) of `rows` rows and depth columns.
@@ -60,48 +75,141 @@ struct product_factor {
   index_t row_step, depth_step, rows, depth;
 };
 
-// The rows [row, row_end) of out at the columns [c, c + cols), at most a tile's width of them.
+// Rows of a tile that begins with `left` rows to go: few are padded to a small one.
+constexpr index_t product_rows_of(index_t left) { return left >= tile_rows ? tile_rows : 2; }
+
+// The factors of a tile of m rows, of which n are there, in the order in which it reads them. What
+// stands for the others is no matter: nothing of it reaches `out`. May write a register past the
+// end.
+template <class A, int m>
+void pack_factors(const float* from, index_t row_step, index_t depth_step, index_t n, index_t depth,
+                  float* to) {
+  constexpr int w = width<A>;
+  if (row_step == 1 && n == m) {
+    for (index_t i = 0; i < depth; ++i, from += depth_step, to += m) std::copy_n(from, m, to);
+    return;
+  }
+  if (depth_step != 1) {
+    for (index_t i = 0; i < depth; ++i)
+      for (index_t q = 0; q < m; ++q)
+        to[i * m + q] = q < n ? from[q * row_step + i * depth_step] : 0.0f;
+    return;
+  }
+  for (int q = 0; q < m; q += w) {
+    const float* row[w];
+    for (int r = 0; r < w; ++r) row[r] = from + std::min<index_t>(q + r, n - 1) * row_step;
+    for (index_t i = 0; i < depth; i += w) {
+      vfloat<A> x[w];
+      load_transposed<A>(row, i, depth, 0.0f, x);
+      for (index_t j = 0; j < std::min<index_t>(w, depth - i); ++j) {
+        // What runs over into the next row's factors comes before them.
+        float* const at = to + (i + j) * m + q;
+        if (q == 0 || q + w <= m) {
+          x[j].store_unaligned(at);
+        } else {
+          store_first<A>(at, m - q, x[j]);
+        }
+      }
+    }
+  }
+}
+
+// `depth` rows of cols columns, widened, the rest of a slice's width 0. The lines of the next slice
+// are fetched: of rows that are far apart no hardware does.
+template <class A, class T>
+void pack_slice(const T* from, index_t stride, index_t depth, index_t cols, float* to) {
+  constexpr index_t w = width<A>, across = product_across<A>;
+  constexpr index_t line = alignment / static_cast<index_t>(sizeof(T));
+  for (index_t i = 0; i < depth; ++i, from += stride, to += across) {
+    if (cols == across) {
+      for (index_t c = 0; c < across; c += line) MOEROUTE_PREFETCH(from + across + c);
+      MOEROUTE_UNROLL
+      for (int j = 0; j < tile_registers<A>; ++j)
+        load_wide<A>(from + j * w).store_aligned(to + j * w);
+    } else {
+      for (index_t c = 0; c < across; ++c) to[c] = c < cols ? static_cast<float>(from[c]) : 0.0f;
+    }
+  }
+}
+
+// The rows [row, row_end) of out, a stripe at most, at the columns [col, col_end).
 template <class A, class T>
 void product_block(const product_factor& a, const matrix_view<const T>& rows,
                    const matrix_view<float>& out, sum_start start, index_t row, index_t row_end,
-                   index_t c, index_t cols) {
-  constexpr int v = tile_registers<A>, most = tile_rows;
-  constexpr index_t across = v * width<A>;
+                   index_t col, index_t col_end) {
+  constexpr int most = tile_rows;
+  constexpr index_t across = product_across<A>;
+  alignas(alignment) float packed[(product_stripe + most) * product_depth + block_rows];
   alignas(alignment) float slice[product_depth * across];
   if (a.depth == 0 && start == sum_start::zero)
-    for (index_t r = row; r < row_end; ++r) std::fill_n(out.data + r * out.stride + c, cols, 0.0f);
+    for (index_t r = row; r < row_end; ++r)
+      std::fill_n(out.data + r * out.stride + col, col_end - col, 0.0f);
   for (index_t first = 0; first < a.depth; first += product_depth) {
     const index_t depth = std::min(product_depth, a.depth - first);
-    for (index_t i = 0; i < depth; ++i) {
-      convert_row<A>(rows.data + (first + i) * rows.stride + c, cols, slice + i * across);
-      std::fill_n(slice + i * across + cols, across - cols, 0.0f);
-    }
     const bool from_zero = first == 0 && start == sum_start::zero;
-    const auto tile = [&]<int m>(std::integral_constant<int, m>, index_t r) {
-      product_tile<A, v, m>(a.data + r * a.row_step + first * a.depth_step, a.row_step,
-                            a.depth_step, slice, depth, out.data + r * out.stride + c, out.stride,
-                            cols, from_zero);
-    };
-    index_t r = row;
-    for (; r + most <= row_end; r += most) tile(std::integral_constant<int, most>{}, r);
-    for (; r + 2 <= row_end; r += 2) tile(std::integral_constant<int, 2>{}, r);
-    if (r < row_end) tile(std::integral_constant<int, 1>{}, r);
+    float* into = packed;
+    for (index_t r = row; r < row_end;) {
+      const index_t m = product_rows_of(row_end - r), n = std::min(m, row_end - r);
+      const float* const from = a.data + r * a.row_step + first * a.depth_step;
+      if (m == most) {
+        pack_factors<A, most>(from, a.row_step, a.depth_step, n, depth, into);
+      } else {
+        pack_factors<A, 2>(from, a.row_step, a.depth_step, n, depth, into);
+      }
+      into += m * depth;
+      r += n;
+    }
+    for (index_t c = col; c < col_end; c += across) {
+      const index_t cols = std::min(across, col_end - c);
+      const float* x = slice;
+      index_t x_stride = across;
+      if (std::is_same_v<T, float> && row_end - row <= most && cols == across) {
+        // Read once: as it lies.
+        x = reinterpret_cast<const float*>(rows.data + first * rows.stride + c);
+        x_stride = rows.stride;
+      } else {
+        pack_slice<A>(rows.data + first * rows.stride + c, rows.stride, depth, cols, slice);
+      }
+      const float* factor = packed;
+      for (index_t r = row; r < row_end;) {
+        const index_t m = product_rows_of(row_end - r), n = std::min(m, row_end - r);
+        float* const to = out.data + r * out.stride + c;
+        // What the next tile will add to is on its way while this one is computed.
+        for (index_t q = r + n; q < std::min(row_end, r + n + most); ++q)
+          for (index_t line = 0; line < cols; line += alignment / index_t{sizeof(float)})
+            MOEROUTE_PREFETCH_TO_WRITE(out.data + q * out.stride + c + line);
+        if (m == most) {
+          product_part<A, most>(factor, x, x_stride, depth, to, out.stride, from_zero, n, cols);
+        } else {
+          product_part<A, 2>(factor, x, x_stride, depth, to, out.stride, from_zero, n, cols);
+        }
+        factor += m * depth;
+        r += n;
+      }
+    }
   }
 }
 
 template <class A, class T, executor Exec>
 void product(const product_factor& a, const matrix_view<const T>& rows,
              const matrix_view<float>& out, sum_start start, const Exec& exec) {
-  constexpr index_t across = tile_registers<A> * width<A>, stripe = 16 * tile_rows;
-  const index_t slices = ceil_div(out.cols, across), stripes = ceil_div(out.rows, stripe);
-  // A piece of work: 2^18 multiply-adds or more.
+  constexpr index_t across = product_across<A>, tile = tile_rows;
+  // Stripes of about equal height; a piece of work is 2^18 multiply-adds or more, and so wide that
+  // packing the factors is little of it.
+  const index_t stripe =
+      round_up(ceil_div(out.rows, std::max<index_t>(1, ceil_div(out.rows, product_stripe))), tile);
+  const index_t slices = ceil_div(out.cols, across),
+                stripes = ceil_div(out.rows, std::max<index_t>(1, stripe));
   const index_t cost = std::max<index_t>(1, std::min(out.rows, stripe) * across * a.depth);
-  exec.parallel_for(stripes * slices, std::max<index_t>(1, (index_t{1} << 18) / cost),
+  exec.parallel_for(stripes * slices, std::max<index_t>(8, (index_t{1} << 18) / cost),
                     [&](index_t begin, index_t end) {
-                      for (index_t i = begin; i < end; ++i) {
-                        const index_t r = i / slices * stripe, c = i % slices * across;
-                        product_block<A>(a, rows, out, start, r, std::min(out.rows, r + stripe), c,
-                                         std::min(across, out.cols - c));
+                      while (begin < end) {
+                        const index_t s = begin / slices, last = std::min(end, (s + 1) * slices);
+                        product_block<A>(a, rows, out, start, s * stripe,
+                                         std::min(out.rows, (s + 1) * stripe),
+                                         (begin - s * slices) * across,
+                                         std::min(out.cols, (last - s * slices) * across));
+                        begin = last;
                       }
                     });
 }
