@@ -443,8 +443,38 @@ TEST_CASE("what does not fit is refused by name, and nothing of it is done") {
                     ContainsSubstring("ids[1] is 9, expected -1 to 7"));
 
   compiled::route(router, {z.data(), 4, 8}, choices);
+  CHECK(choices.ids().size() == 8);
   compiled::dispatch_plan plan;
   compiled::plan(choices, plan);
+  CHECK(plan.slots() == 8);
+  // What was refused half-way is nothing, and those who hold it see that.
+  compiled::plan_options tight{};
+  tight.capacity = 1;
+  CHECK_THROWS_WITH(compiled::plan(choices, plan, tight),
+                    ContainsSubstring("at most the capacity"));
+  CHECK(plan.slots() == 0);
+  CHECK(plan.slot_of_choice().empty());
+  CHECK(plan.offsets().size() <= 1);
+  compiled::plan(choices, plan);
+  CHECK(plan.slots() == 8);
+  const std::vector<std::int32_t> seven(4, 7);
+  compiled::side_inputs wrong{};
+  wrong.k_of_token = seven.data();
+  CHECK_THROWS_WITH(compiled::route(router, {z.data(), 4, 8}, wrong, choices),
+                    ContainsSubstring("k_of_token"));
+  CHECK(choices.ids().empty());
+  CHECK(choices.weights().empty());
+  compiled::route(router, {z.data(), 4, 8}, choices);
+  {
+    std::vector<float> y(32);
+    compiled::combine_options identity{};
+    identity.identity_first = -1;
+    identity.identity_end = 2;
+    identity.x = compiled::const_rows(z.data(), 4, 8);
+    CHECK_THROWS_WITH(
+        compiled::combine({z.data(), 8, 8}, plan, choices, {y.data(), 4, 8}, {}, identity),
+        ContainsSubstring("identity_first is -1, expected 0 to"));
+  }
   std::vector<float> small(3);
   CHECK_THROWS_WITH(compiled::dispatch({z.data(), 4, 3}, plan, {small.data(), 1, 3}),
                     ContainsSubstring("slots.rows() is 1, expected 8"));

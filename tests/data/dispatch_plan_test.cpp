@@ -2,7 +2,10 @@
 
 #include <catch2/catch_test_macros.hpp>
 
+#include <moeroute/data/soft_plan.hpp>
+
 #include "support/allocations.hpp"
+#include "support/refusal.hpp"
 
 using namespace moeroute;
 
@@ -34,4 +37,26 @@ TEST_CASE("a warm plan never allocates") {
           p.reset(1, 16, 4);
           p.reset(0, 256, 8);
         }) == 0);
+}
+
+TEST_CASE("plans for which there is no room are empty, and are plans again afterwards") {
+  dispatch_plan p;
+  p.reset(3, 2, 2);
+  p.writable().offsets[2] = 6;
+  CHECK(test::refusal([&] { p.reset(3, index_t{1} << 60, 2); }).find("more than any machine has") !=
+        std::string::npos);
+  CHECK((p.tokens() == 0 && p.experts() == 0 && p.choices() == 0));
+  CHECK((p.slots() == 0 && p.slot_of_choice().empty() && p.token_of_slot().empty()));
+  p.reset(3, 2, 2);
+  CHECK((p.tokens() == 3 && p.experts() == 2 && p.k() == 2 && p.choices() == 6));
+
+  soft_plan soft;
+  soft.reset(4, 6, 2);
+  constexpr index_t most = 0x7fffffff;
+  CHECK(test::refusal([&] { soft.reset(most, most, 1); }).find("more than any machine has") !=
+        std::string::npos);
+  CHECK((soft.tokens() == 0 && soft.slots() == 0 && soft.experts() == 0));
+  CHECK((soft.dispatch().rows == 0 && soft.combine().rows == 0));
+  soft.reset(4, 6, 2);
+  CHECK((soft.tokens() == 4 && soft.slots() == 6 && soft.experts() == 3));
 }

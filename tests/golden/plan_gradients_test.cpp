@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "oracle/losses.hpp"
+#include "support/assignments.hpp"
 #include "support/compare.hpp"
 #include "support/gradient_file.hpp"
 #include "support/random.hpp"
@@ -122,4 +123,65 @@ TEST_CASE("a plan that may end early has no gradient of its own") {
         }) ==
         "moeroute::sinkhorn_plan_backward: tolerance is 0.000100, expected 0: gradients are of a "
         "fixed number of iterations");
+}
+
+TEST_CASE(
+    "a plan whose tokens are masked or send infinite logits has finite weights and gradients") {
+  constexpr index_t tokens = 5, experts = 6;
+  const float top = test::infinity;
+  for (const bool every : {false, true})
+    for (const plan_similarity similarity : {plan_similarity::logits, plan_similarity::softmax})
+      for (const auto order : {scaling_order::rows_then_columns, scaling_order::columns_then_rows})
+        for (const auto by : {plan_gradient::unrolled, plan_gradient::implicit}) {
+          INFO(every << " masked, " << static_cast<int>(similarity) << static_cast<int>(order)
+                     << static_cast<int>(by));
+          std::vector<float> near = test::make_logits(test::shape::normal, 4, tokens, experts);
+          near[2] = near[4] = near[experts + 1] = top;
+          near[3 * experts] = test::not_a_number;
+          for (index_t e = 0; e < experts; ++e)
+            near[static_cast<std::size_t>(4 * experts + e)] = -top;
+          const plan_doubles z(near.begin(), near.end());
+          const std::vector<std::uint8_t> mask(tokens, every ? 0 : 1);
+          sinkhorn_scaling how = fixed_iterations(megatron_scaling, 8);
+          how.similarity = similarity;
+          how.order = order;
+          how.mass = by == plan_gradient::unrolled ? plan_mass::tokens : plan_mass::one;
+          if (similarity == plan_similarity::softmax) how.temperature = 0.5f;
+          const sinkhorn router{.k = 2, .weights = plan_weights::plan, .scaling = how};
+          const side_inputs side{.mask = mask};
+          const assignment a = test::routed(router, near, experts, side);
+          workspace ws;
+          plan_doubles w(a.weights().size()), up(w.size(), 1.0), dz(z.size(), 5.0);
+          for (std::size_t c = 0; c < up.size(); c += 2) up[c] = -2.0;
+          weigh_plan(how, plan_share::of_choices, {z.data(), tokens, experts}, side, a,
+                     std::span(w), ws);
+          CHECK(test::difference(w, a.weights(), 2e-5, 1e-7) == "");
+          if (every) CHECK(w == plan_doubles(w.size(), 0.0));
+          weigh_plan_backward(how, plan_share::of_choices, {z.data(), tokens, experts}, side, a, up,
+                              by, gradient_to::write, plan_rows(dz, tokens), ws);
+          bool finite = true, moves = false;
+          for (std::size_t i = 0; i < dz.size(); ++i) {
+            finite = finite && std::isfinite(dz[i]);
+            moves = moves || dz[i] != 0.0;
+            if (z[i] != z[i] || z[i] == -static_cast<double>(top)) CHECK(dz[i] == 0.0);
+          }
+          CHECK(finite);
+          CHECK(moves == !every);
+        }
+}
+
+TEST_CASE("offsets of choices that do not ascend are refused before a plan is read by them") {
+  test::random rng(7);
+  assignment a = test::ragged_choices(rng, 4, 6, 3);
+  plan_doubles z(24, 0.5), dz(24), w(static_cast<std::size_t>(a.choices()));
+  a.to_fill().offsets[2] = -4;
+  const sinkhorn_scaling how = fixed_iterations(megatron_scaling, 3);
+  workspace ws;
+  CHECK(test::refusal([&] {
+          weigh_plan(how, plan_share::entries, plan_rows(z, 4), {}, a, std::span(w), ws);
+        }).starts_with("moeroute::weigh_plan: token 1 has the choices from "));
+  CHECK(test::refusal([&] {
+          weigh_plan_backward(how, plan_share::entries, plan_rows(z, 4), {}, a, w,
+                              plan_gradient::unrolled, gradient_to::write, plan_rows(dz, 4), ws);
+        }).starts_with("moeroute::weigh_plan_backward: token 1 has the choices from "));
 }

@@ -75,3 +75,15 @@ TEST_CASE("null is there, and is not a value") {
           "moeroute::json: a.json: field 'a': expected an integer from 0 to 3, found null");
   }
 }
+
+TEST_CASE("a number of Python's in a key's place is refused where it stands") {
+  const std::string found = ": expected JSON text, found something else";
+  for (const char* word : {"NaN", "Infinity", "-Infinity"}) {
+    const char column = word[0] == '-' ? '3' : '2';  // behind the sign, which may begin a number
+    CHECK(text_refusal("{" + std::string(word) + ": 1}") ==
+          "moeroute::json: a.json: line 1, column " + (column + found));
+    CHECK(text_refusal("{\"a\": NaN,\n " + std::string(word) + "\t :1}") ==
+          "moeroute::json: a.json: line 2, column " + (column + found));
+  }
+  CHECK(text_refusal("{\"a\": NaN , \"b\": [Infinity\n]}").empty());
+}

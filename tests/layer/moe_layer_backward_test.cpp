@@ -341,3 +341,40 @@ TEST_CASE("a tape without a call, or of another shape, is refused by name") {
   CHECK(refused(6, {}) == "moeroute::backward: weights.gate.rows() is 0, expected 8");
   CHECK(refused(6, weights) == "accepted");
 }
+
+TEST_CASE(
+    "the gate learns the same whether the gradients of x and of the logits are wanted or not") {
+  // Fewer slots than tokens among them: what goes to x has a row for every token.
+  const auto agrees = [](const char* name, const auto& router, const moe_layer_options& options) {
+    INFO(name);
+    constexpr index_t tokens = 40;
+    const floats x = random_floats(tokens * d, 1), gate = random_floats(experts * d, 2);
+    const floats dy = random_floats(tokens * d, 3);
+    moe_layer layer(simd::packed_matrix<>(rows(gate, experts)), router, curves{}, options);
+    const auto learned = [&](const layer_gradients& wanted) {
+      layer_tape tape;
+      floats y(x.size()), dgate(gate.size(), 5.0f), bias(experts, 5.0f);
+      layer.forward(rows(x, tokens), into(y, tokens), {}, serial{}, tape);
+      layer_gradients all = wanted;
+      all.gate = into(dgate, experts);
+      all.gate_bias = bias;
+      backward(layer, rows(x, tokens), {}, tape, rows(dy, tokens),
+               layer_weights<>{rows(gate, experts)}, curve_gradients{}, all);
+      dgate.insert(dgate.end(), bias.begin(), bias.end());
+      return dgate;
+    };
+    floats dx(x.size()), dz(tokens * experts, 3.0f), made(tokens * experts);
+    const floats all = learned({.x = into(dx, tokens), .logits = into(made, tokens)});
+    CHECK(all != floats(all.size(), 0.0f));
+    CHECK(test::bit_difference(learned({}), all) == "");
+    CHECK(test::bit_difference(
+              learned({.logits = into(dz, tokens), .logits_to = gradient_to::nowhere}), all) == "");
+    CHECK(dz == floats(dz.size(), 3.0f));
+    CHECK(made != dz);
+  };
+  const expert_choice<> one_each{.capacity = {.fixed = 1}};
+  agrees("one token per expert, weights on the input", one_each, {.weights = weight_on::input});
+  agrees("one token per expert", one_each, {});
+  agrees("two of eight, weights on the input", router<sigmoid>{.selection = {.k = 2}},
+         {.weights = weight_on::input});
+}

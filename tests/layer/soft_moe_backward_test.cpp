@@ -113,3 +113,17 @@ TEST_CASE("a soft tape without a call, or of another shape, is refused by name")
   CHECK(refused(4) == "moeroute::backward: x.rows() is 4, expected 9");
   CHECK(refused(tokens) == "accepted");
 }
+
+TEST_CASE("gradients that go nowhere are written nowhere") {
+  const floats x = random_floats(tokens * d, 1), mu = random_floats(slots * d, 2);
+  for (const soft_logits kind : {soft_logits::product, soft_logits::normalized}) {
+    soft_moe layer(rows(mu, slots), curves{}, {2, kind, 1.0f});
+    soft_tape tape;
+    floats y(x.size()), dx(x.size(), 4.0f), dmu(mu.size(), 4.0f);
+    layer.forward(rows(x, tokens), into(y, tokens), serial{}, tape);
+    backward(layer, rows(x, tokens), tape, rows(y, tokens), rows(mu, slots), curve_gradients{},
+             {gradient_to::nowhere, into(dx, tokens), into(dmu, slots)});
+    CHECK(dx == floats(x.size(), 4.0f));
+    CHECK(dmu == floats(mu.size(), 4.0f));
+  }
+}

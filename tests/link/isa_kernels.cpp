@@ -8,6 +8,7 @@
 #include <moeroute/balance/loss_sums.hpp>
 #include <moeroute/balance/loss_token.hpp>
 #include <moeroute/data/expert_load.hpp>
+#include <moeroute/data/routing_record.hpp>
 #include <moeroute/metrics/committee.hpp>
 #include <moeroute/metrics/entropy.hpp>
 #include <moeroute/metrics/load.hpp>
@@ -18,6 +19,7 @@
 #include <moeroute/stage/dispatch.hpp>
 #include <moeroute/stage/plan.hpp>
 #include <moeroute/stage/route.hpp>
+#include <moeroute/stage/weigh.hpp>
 #include <span>
 #include <string>
 #include <vector>
@@ -80,6 +82,12 @@ void learn(const isa_input& in) {
   entropy_meter().add(z);
   committee_meter(1, in.experts).add(0, z);
   load_meter(in.experts).add(choices);
+  routing_record<std::uint8_t> record;
+  record.record(choices);
+  std::vector<float> weights(static_cast<std::size_t>(choices.choices()));
+  weigh(router{softmax{}, top_k{.k = 2}}, z, {}, choices, std::span(weights), ws);
+  std::vector<float16> halves(static_cast<std::size_t>(in.experts) + 3);
+  simd::convert_row(in.logits.data(), in.experts, halves.data() + 3);
 }
 
 isa_output run(const isa_input& in) {

@@ -25,6 +25,9 @@ TEST_CASE("matrices overlap where they share a byte, and only there") {
   CHECK(overlap(at(0, 5, 4, 10), at(14, 3, 7, 10)));
   CHECK_FALSE(overlap(at(0, 5, 4, 10), at(14, 3, 6, 10)));
   CHECK(overlap(at(0, 5, 4, 10), at(4, 5, 6, 9)));
+  // One row that stands for all.
+  CHECK(overlap(at(0, 5, 4, 0), at(2, 5, 4, 0)));
+  CHECK_FALSE(overlap(at(0, 5, 4, 0), at(4, 5, 4, 0)));
   // Nothing overlaps nothing.
   CHECK_FALSE(overlap(at(0, 0, 10, 10), at(0, 2, 10, 10)));
   CHECK_FALSE(overlap(at(0, 2, 0, 10), at(0, 2, 10, 10)));

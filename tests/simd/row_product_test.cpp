@@ -9,6 +9,7 @@
 #include "support/backwards.hpp"
 #include "support/compare.hpp"
 #include "support/random.hpp"
+#include "support/refusal.hpp"
 #include "support/threads.hpp"
 
 using namespace moeroute;
@@ -90,4 +91,37 @@ TEST_CASE("a dot product of rows is the sum of their products, whatever its tail
       sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
     CHECK(std::abs(static_cast<double>(simd::row_dot(a.data(), b.data(), n)) - sum) < 1e-5);
   }
+}
+
+TEST_CASE("products refuse rows that run into one another, and memory that is shared, by name") {
+  std::vector<std::vector<float>> own(3, std::vector<float>(64));
+  const auto at = [&](std::size_t i, index_t stride) {
+    matrix_view<float> v(own[i].data(), 8, 8);
+    v.stride = stride;
+    return v;
+  };
+  const auto said = [&](const auto& a, const auto& rows, const auto& out) {
+    return test::refusal([&] {
+      simd::multiply_rows(matrix_view<const float>(a), matrix_view<const float>(rows), out,
+                          simd::sum_start::zero);
+    });
+  };
+  const auto turned = [&](const auto& a, const auto& rows, const auto& out) {
+    return test::refusal([&] {
+      simd::multiply_transposed(matrix_view<const float>(a), matrix_view<const float>(rows), out,
+                                simd::sum_start::zero);
+    });
+  };
+  for (const index_t stride : {0, 7, -8}) {
+    const std::string text = ".stride is " + std::to_string(stride) + ", expected at least 8";
+    CHECK(said(at(0, stride), at(1, 8), at(2, 8)) == "moeroute::multiply_rows: a" + text);
+    CHECK(said(at(0, 8), at(1, stride), at(2, 8)) == "moeroute::multiply_rows: rows" + text);
+    CHECK(said(at(0, 8), at(1, 8), at(2, stride)) == "moeroute::multiply_rows: out" + text);
+    CHECK(turned(at(0, stride), at(1, 8), at(2, 8)) == "moeroute::multiply_transposed: a" + text);
+  }
+  CHECK(said(at(0, 8), at(1, 8), at(0, 8)) ==
+        "moeroute::multiply_rows: a and out overlap, expected memory of their own");
+  CHECK(turned(at(0, 8), at(1, 8), at(1, 8)) ==
+        "moeroute::multiply_transposed: rows and out overlap, expected memory of their own");
+  CHECK(said(at(0, 8), at(1, 8), at(2, 8)) == "accepted");
 }

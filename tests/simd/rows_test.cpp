@@ -209,7 +209,7 @@ TEMPLATE_LIST_TEST_CASE(
         if (row[r] >= 0)
           sum += weight[r] * static_cast<float>(rows[static_cast<std::size_t>(row[r] * n + c)]);
       exact.push_back(sum);
-      expected.push_back(simd::detail::narrowed<bfloat16>(sum));
+      expected.push_back(simd::detail::narrowed<simd::default_arch, bfloat16>(sum));
     }
     for (const bool fetched : {false, true}) {
       const std::int32_t* const next = fetched ? row.data() : nullptr;

@@ -31,7 +31,7 @@ struct narrow_rows {
   explicit narrow_rows(const std::vector<float>& values) {
     for (const float x : values) {
       narrow.push_back(bfloat16(x));
-      wide.push_back(simd::detail::widened(narrow.back()));
+      wide.push_back(simd::detail::widened<simd::default_arch>(narrow.back()));
     }
   }
 };
@@ -115,7 +115,7 @@ TEMPLATE_LIST_TEST_CASE("any 16 bits are a logit: NaN of both signs, denormals, 
         const auto bits = static_cast<std::uint16_t>(
             rng.below(2) == 0 ? edges[rng.below(std::size(edges))] : rng.below(65536));
         rows.narrow.push_back(std::bit_cast<bfloat16>(bits));
-        rows.wide.push_back(simd::detail::widened(rows.narrow.back()));
+        rows.wide.push_back(simd::detail::widened<simd::default_arch>(rows.narrow.back()));
       }
       const int n = 1 + round % block_rows;
       for (const int k : {1, 2, 4, 7, 8, 10, 16, 33}) {

@@ -11,6 +11,7 @@
 #include "oracle/routing.hpp"
 #include "support/arches.hpp"
 #include "support/compare.hpp"
+#include "support/guarded.hpp"
 #include "support/shapes.hpp"
 
 using namespace moeroute;
@@ -200,4 +201,29 @@ TEST_CASE("keys ascend where floats descend, -0 with +0, NaN and -inf last") {
   CHECK(simd::detail::descending_key(-0.0f) == simd::detail::descending_key(0.0f));
   for (const float never : {-test::infinity, test::not_a_number, -test::not_a_number})
     CHECK(simd::detail::descending_key(never) == 0xffffffffu);
+}
+
+TEMPLATE_LIST_TEST_CASE("a row alone is read from its first column to its last and nowhere else",
+                        "", test::widths) {
+  test::guarded<float> memory(1040);
+  for (const shape s : {shape::normal, shape::all_nan, shape::all_minus_inf, shape::quantised})
+    for (const index_t cols :
+         {1, 7, 8, 9, 15, 16, 17, 33, 64, 65, 128, 200, 256, 320, 512, 513, 768, 1024, 1040})
+      for (const auto end : {test::guarded_end::front, test::guarded_end::back}) {
+        const std::vector<float> row = test::make_logits(s, 14, 1, cols);
+        const std::vector<std::vector<expert_id>> order{oracle::order(row.data(), cols)};
+        float* const at = memory.window(cols, end);
+        std::copy(row.begin(), row.end(), at);
+        for (const int k : {1, 2, 3, 8, 9, 10, 16}) {
+          if (k > cols) continue;
+          block b;
+          b.value.assign(static_cast<std::size_t>(k * block_rows), 0.0f);
+          b.column.assign(static_cast<std::size_t>(k * block_rows), -7);
+          b.key.resize(static_cast<std::size_t>(simd::top_k_scratch(cols, k)));
+          simd::top_k_block<TestType>(at, cols, 1, cols, k, b.value.data(), b.column.data(),
+                                      b.key.data());
+          INFO(to_string(test::reproducer{s, 14, 1, cols, k}));
+          CHECK(wrong(b, row, cols, order, k) == "");
+        }
+      }
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "oracle/layer.hpp"
+#include "support/assignments.hpp"
 #include "support/compare.hpp"
 #include "support/planned.hpp"
 #include "support/refusal.hpp"
@@ -118,4 +119,20 @@ TEST_CASE("combine refuses shapes that do not fit") {
   CHECK(refusal(other_t.choices, slots, 4, 7) ==
         "moeroute::combine: choices.tokens() is 5, expected 4");
   CHECK(refusal(p.choices, slots, 4, 7) == "accepted");
+}
+
+TEST_CASE("a choice without an expert is no identity expert") {
+  test::random rng(71);
+  const assignment a = test::fixed_choices(rng, 6, 4, 2, 3);
+  std::vector<float> rows(12 * 4, 1.0f), x(6 * 4, 1.0f), y(6 * 4);
+  const auto refused = [&](expert_id first, expert_id end) {
+    return test::refusal([&] {
+      combine(
+          matrix_view<const float>(rows.data(), 12, 4), a, matrix_view<float>(y.data(), 6, 4),
+          serial{},
+          combine_options<>{.identity_first = first, .identity_end = end, .x = {x.data(), 6, 4}});
+    });
+  };
+  CHECK(refused(-1, 2) == "moeroute::combine: identity_first is -1, expected 0 to 1048576");
+  CHECK(refused(0, 2) == "accepted");
 }

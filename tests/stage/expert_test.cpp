@@ -145,6 +145,10 @@ TEST_CASE(
   };
   CHECK(refusal(a, test::random_rows(19, 2)) ==
         "moeroute::for_each_expert: x.rows() is 19, expected 20");
+  CHECK(test::refusal([&] {
+          for_each_expert(plan, a, matrix_view<const float>(out.data(), 20, 6), out, stamping{},
+                          memory);
+        }) == "moeroute::for_each_expert: x and out overlap, expected memory of their own");
   CHECK(refusal(test::fixed_choices(rng, 20, 13, 3), x) ==
         "moeroute::for_each_expert: choices.experts() is 13, expected 12");
   CHECK(refusal(test::fixed_choices(rng, 20, 12, 2), x) ==

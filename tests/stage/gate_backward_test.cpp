@@ -186,4 +186,11 @@ TEST_CASE("gradients of a gate that do not fit are refused by name") {
   CHECK(
       refused(rows(dz, tokens), {.weight = rows(w, experts)}) ==
       "moeroute::gate_backward: weight and gradients.weight overlap, expected memory of their own");
+  const matrix_view<float> in_dx(dx.data(), tokens, experts), in_dw(dw.data(), 12, experts);
+  CHECK(refused(in_dx, {.x = rows(dx, tokens)}) ==
+        "moeroute::gate_backward: dlogits and gradients.x overlap, expected memory of their own");
+  std::vector<float> both(static_cast<std::size_t>(tokens * experts + experts * d));
+  CHECK(refused({both.data(), tokens, experts}, {.weight = {both.data() + 1, experts, d}}) ==
+        "moeroute::gate_backward: dlogits and gradients.weight overlap, expected memory of their "
+        "own");
 }

@@ -310,3 +310,121 @@ TEST_CASE("backward stages refuse what does not fit by name") {
         "moeroute::dispatch_backward: dx is kept in 16 bits and added to, which rounds every time: "
         "expected float");
 }
+
+TEST_CASE("in double too identity experts and shared rows have the gradients of plain loops") {
+  test::random rng(51);
+  const scene s(test::fixed_choices(rng, 9, 5, 2, 4),
+                {.owned = std::vector<std::uint8_t>{1, 1, 1, 0, 1}});
+  const index_t d = 19;
+  const spread_rows<double> out(s.plan.slots(), d, 1), dy(9, d, 2);
+  const spread_rows<float> x(9, d, 3), shared(9, d, 4);
+  const std::vector<double> w = weights_of<double>(s.choices);
+  for (const combine_weight weight : {combine_weight::of_choice, combine_weight::one}) {
+    INFO(static_cast<int>(weight));
+    const combine_options<> how{.weight = weight,
+                                .identity_first = 3,
+                                .identity_end = 4,
+                                .x = x.view(),
+                                .shared = shared.view()};
+    spread_rows<double> dx(9, d, 5);
+    std::fill(dx.value.begin(), dx.value.end(), 0.0);
+    std::vector<double> dw(w.size(), 7.0), dgate(9, 7.0), slow(w.size()), slow_gate(9);
+    spread_rows<double> slow_x = dx;
+    combine_backward<matrix_view<const double>, matrix_view<const double>, double, double>(
+        out.view(), s.plan, w, dy.view(),
+        combine_gradients<double>{.weights = dw, .x = dx.view(), .shared_weight = dgate}, serial{},
+        how, &s.choices);
+    int identities = 0;
+    for (index_t t = 0; t < 9; ++t) {
+      for (index_t j = 0; j < d; ++j)
+        slow_gate[static_cast<std::size_t>(t)] += shared(t, j) * dy(t, j);
+      for (index_t c = 2 * t; c < 2 * t + 2; ++c) {
+        const auto at = static_cast<std::size_t>(c);
+        const index_t slot = s.plan.slot_of_choice()[at];
+        const bool identity = s.choices.ids()[at] == 3;
+        identities += identity;
+        for (index_t j = 0; j < d; ++j) {
+          if (slot >= 0 && weight == combine_weight::of_choice) slow[at] += out(slot, j) * dy(t, j);
+          if (!identity) continue;
+          slow[at] += x(t, j) * dy(t, j);
+          slow_x.view()(t, j) += w[at] * dy(t, j);
+        }
+      }
+    }
+    CHECK(identities > 0);
+    CHECK(test::difference(dw, slow, 1e-14, 1e-14) == "");
+    CHECK(test::difference(dgate, slow_gate, 1e-14, 1e-14) == "");
+    CHECK(test::difference(dx.value, slow_x.value, 1e-14, 1e-14) == "");
+  }
+}
+
+TEST_CASE("rows that run into one another are refused on the way back by name") {
+  test::random rng(42);
+  const scene s(test::fixed_choices(rng, 6, 4, 2));
+  std::vector<float> memory(12 * 8), dw(12), gate(6);
+  std::vector<std::vector<float>> own(8, memory);
+  const auto rows = [&](std::size_t i, index_t n, bool good = true) {
+    matrix_view<float> v(own[i].data(), n, 8);
+    if (!good) v.stride = 7;
+    return v;
+  };
+  // Which of the views is wrong; 7: none.
+  const auto combined = [&](std::size_t wrong) {
+    const auto at = [&](std::size_t i, index_t n) { return rows(i, n, i != wrong); };
+    const combine_options<> how{
+        .identity_first = 1, .identity_end = 2, .x = at(2, 6), .shared = at(3, 6)};
+    return test::refusal([&] {
+      combine_backward(at(0, 12), s.plan, s.choices, at(1, 6),
+                       combine_gradients<float>{at(4, 12), dw, at(5, 6), at(6, 6), gate}, serial{},
+                       how);
+    });
+  };
+  const char* const names[] = {
+      "slots", "dy", "x", "shared", "gradients.slots", "gradients.x", "gradients.shared"};
+  for (std::size_t wrong = 0; wrong < 7; ++wrong)
+    CHECK(combined(wrong) == "moeroute::combine_backward: " + std::string(names[wrong]) +
+                                 ".stride is 7, expected at least 8");
+  CHECK(combined(7) == "accepted");
+  const auto dispatched = [&](std::size_t wrong) {
+    return test::refusal([&] {
+      dispatch_backward(rows(0, 12, wrong != 0), s.plan, gradient_to::write, rows(1, 6, wrong != 1),
+                        serial{}, {.x = rows(2, 6, wrong != 2), .dscale = dw});
+    });
+  };
+  const char* const of_dispatch[] = {"dslots", "dx", "x"};
+  for (std::size_t wrong = 0; wrong < 3; ++wrong)
+    CHECK(dispatched(wrong) == "moeroute::dispatch_backward: " + std::string(of_dispatch[wrong]) +
+                                   ".stride is 7, expected at least 8");
+  CHECK(dispatched(3) == "accepted");
+  CHECK(test::refusal([&] {
+          combine_backward(rows(0, 12), s.plan, s.choices, rows(1, 6),
+                           combine_gradients<float>{rows(4, 12)}, serial{},
+                           combine_options<>{.identity_first = -1, .identity_end = 2});
+        }) == "moeroute::combine_backward: identity_first is -1, expected 0 to 1048576");
+  const std::vector<float> few(11);
+  CHECK(test::refusal([&] {
+          combine_backward(rows(0, 12), s.plan, few, rows(1, 6), combine_gradients<float>{},
+                           serial{},
+                           combine_options<>{.weight = combine_weight::one,
+                                             .identity_first = 1,
+                                             .identity_end = 2,
+                                             .x = rows(2, 6)},
+                           &s.choices);
+        }) == "moeroute::combine_backward: weights.size() is 11, expected 12");
+}
+
+TEST_CASE("offsets of choices that do not ascend are refused before they index anything") {
+  test::random rng(43);
+  assignment a = test::ragged_choices(rng, 6, 4, 3);
+  const auto total = static_cast<std::size_t>(a.choices());
+  a.to_fill().offsets[3] = 1 << 20;
+  spread_rows<float> rows(static_cast<index_t>(total), 8, 1), y(6, 8, 2);
+  std::vector<float> w(total), dw(total);
+  const auto said = [](auto&& call, const std::string& where) {
+    return test::refusal(call).starts_with("moeroute::" + where +
+                                           ": token 2 has the choices from ");
+  };
+  CHECK(said([&] { combine(rows.view(), a, y.view()); }, "combine"));
+  CHECK(said([&] { renormalize({}, a, std::span(w)); }, "renormalize"));
+  CHECK(said([&] { renormalize_backward({}, a, w, std::span(dw)); }, "renormalize_backward"));
+}

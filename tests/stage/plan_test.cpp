@@ -252,3 +252,37 @@ TEST_CASE("what a plan refuses, it refuses by name") {
           "moeroute::plan: the id of choice 13 is " + std::to_string(bad) + ", expected -1 to 3");
   }
 }
+
+TEST_CASE("a plan that is refused half-way is empty") {
+  test::random rng(9);
+  dispatch_plan p;
+  const auto emptied = [&](const assignment& good, auto&& refused) {
+    plan(good, p);
+    CHECK(p.slots() > 0);
+    CHECK(test::refusal(refused) != "accepted");
+    return p.tokens() == 0 && p.experts() == 0 && p.choices() == 0 && p.slots() == 0 &&
+           p.kept() == 0 && p.dropped() == 0 && p.unrouted() == 0 && p.slot_of_choice().empty() &&
+           p.token_of_slot().empty() && !p.ragged();
+  };
+  for (const index_t experts : {4, 1000}) {
+    const assignment a = test::fixed_choices(rng, 40, experts, 2);
+    // Few keys are sorted, many are ranked and placed.
+    for (const index_t tokens : {3, 40}) {
+      assignment bad = test::fixed_choices(rng, tokens, experts, 2);
+      bad.ids()[5] = static_cast<expert_id>(experts);
+      CHECK(emptied(a, [&] { plan(bad, p); }));
+    }
+    CHECK(emptied(a, [&] { plan(a, p, {.capacity = 0}); }));
+    assignment twice = test::ragged_choices(rng, 40, experts, 3);
+    const index_t t = [&] {
+      index_t pair = 0;
+      while (twice.count(pair) < 2) ++pair;
+      return pair;
+    }();
+    twice.ids()[static_cast<std::size_t>(twice.first(t))] =
+        twice.ids()[static_cast<std::size_t>(twice.first(t)) + 1];
+    CHECK(emptied(a, [&] { plan(twice, p); }));
+    const ints lists = {0, 1, 1, 0};
+    CHECK(emptied(a, [&] { plan({.tokens = 2, .experts = 1, .capacity = 4, .token = lists}, p); }));
+  }
+}

@@ -107,4 +107,64 @@ TEST_CASE("gradients of a soft plan that do not fit are refused by name") {
         "moeroute::plan_soft_backward: ddispatch.rows() is 3, expected 4");
   CHECK(refused(rows(b, 3), rows(c, 4)) ==
         "moeroute::plan_soft_backward: dlogits and combine overlap, expected memory of their own");
+  CHECK(refused(rows(a, 3), rows(c, 4)) ==
+        "moeroute::plan_soft_backward: dlogits and dispatch overlap, expected memory of their own");
+  // Which of the views has rows that run into one another; 5: none.
+  const auto narrow = [&](std::size_t wrong) {
+    const auto at = [&](std::size_t i, doubles& x, index_t n) {
+      matrix_view<double> v = rows(x, n);
+      if (i == wrong) v.stride = v.cols - 1;
+      return v;
+    };
+    return test::refusal([&] {
+      plan_soft_backward(at(0, a, 4), at(1, b, 3), at(2, c, 4), at(3, e, 3), gradient_to::write,
+                         at(4, dz, 3), ws);
+    });
+  };
+  const char* const names[] = {"dispatch", "combine", "ddispatch", "dcombine", "dlogits"};
+  for (std::size_t wrong = 0; wrong < 5; ++wrong)
+    CHECK(narrow(wrong).starts_with("moeroute::plan_soft_backward: " + std::string(names[wrong]) +
+                                    ".stride is "));
+  CHECK(narrow(5) == "accepted");
+}
+
+TEST_CASE("gradients of a mixture that do not fit, or share memory, are refused by name") {
+  std::vector<doubles> own(5, doubles(64));
+  // Which of the views has rows that run into one another; 5: none.
+  const auto mixed = [&](std::size_t wrong, std::size_t drows = 4, std::size_t dweight = 3) {
+    const auto at = [&](std::size_t i, std::size_t memory, index_t n, index_t cols) {
+      matrix_view<double> v(own[memory].data(), n, cols);
+      if (i == wrong) v.stride = cols - 1;
+      return v;
+    };
+    return test::refusal([&] {
+      mix_backward(at(0, 0, 3, 4), at(1, 1, 4, 5), at(2, 2, 3, 5), at(3, dweight, 3, 4),
+                   gradient_to::write, at(4, drows, 4, 5));
+    });
+  };
+  const char* const names[] = {"weight", "rows", "dout", "dweight", "drows"};
+  for (std::size_t wrong = 0; wrong < 5; ++wrong)
+    CHECK(mixed(wrong).starts_with("moeroute::mix_backward: " + std::string(names[wrong]) +
+                                   ".stride is "));
+  CHECK(mixed(5) == "accepted");
+  const std::string apart = " overlap, expected memory of their own";
+  CHECK(mixed(5, 0) == "moeroute::mix_backward: weight and drows" + apart);
+  CHECK(mixed(5, 2) == "moeroute::mix_backward: dout and drows" + apart);
+  CHECK(mixed(5, 4, 1) == "moeroute::mix_backward: rows and dweight" + apart);
+  CHECK(mixed(5, 4, 2) == "moeroute::mix_backward: dout and dweight" + apart);
+  const auto unit = [&](std::size_t wrong, std::size_t into = 2) {
+    const auto at = [&](std::size_t i, std::size_t memory) {
+      matrix_view<double> v(own[memory].data(), 4, 5);
+      if (i == wrong) v.stride = 4;
+      return v;
+    };
+    return test::refusal(
+        [&] { unit_rows_backward(at(0, 0), at(1, 1), gradient_to::write, at(2, into)); });
+  };
+  const char* const of_unit[] = {"v", "du", "dv"};
+  for (std::size_t wrong = 0; wrong < 3; ++wrong)
+    CHECK(unit(wrong) == "moeroute::unit_rows_backward: " + std::string(of_unit[wrong]) +
+                             ".stride is 4, expected at least 5");
+  CHECK(unit(3) == "accepted");
+  CHECK(unit(3, 1) == "accepted");
 }

@@ -11,6 +11,7 @@
 
 #include "oracle/losses.hpp"
 #include "support/allocations.hpp"
+#include "support/assignments.hpp"
 #include "support/backwards.hpp"
 #include "support/compare.hpp"
 #include "support/random.hpp"
@@ -116,6 +117,12 @@ void for_each_router(F&& f) {
   const router<sigmoid> two_sigmoids{.selection = {.k = 2}};
   eight("two modalities", by_modality<router<softmax>, router<sigmoid>>{two, two_sigmoids, 5},
         {.modality = modality});
+  constexpr logit_noise gaussian{.kind = noise_kind::gaussian};
+  const router<softmax> noisy{.selection = {.k = 2}, .transform = {.noise = gaussian}};
+  const router<sigmoid> noisy_sigmoids{.selection = {.k = 2}, .transform = {.noise = gaussian}};
+  eight("two modalities, learned noise",
+        by_modality<router<softmax>, router<sigmoid>>{noisy, noisy_sigmoids, 5},
+        {.modality = modality, .noise_logits = test::rows_of(width, experts), .seed = 9});
   eight("shared experts with a gate", with_shared<router<softmax>>{two, 2},
         {.shared_weight = shared});
   eight("shared experts", with_shared<router<softmax>>{two, 1, 0.5f}, plain);
@@ -198,13 +205,15 @@ TEST_CASE("gradients of weights are their derivatives, for every router") {
   });
 }
 
-TEST_CASE("the gradient of a noise gate is its derivative") {
+namespace {
+
+// Differences of the widths of noise, which are floats, against what weigh_backward adds to them.
+template <class Router>
+void noise_gate_agrees(const Router& r, std::span<const std::uint8_t> modality) {
   const std::vector<double> z = random_doubles(tokens * experts, 5);
   std::vector<float> width = test::make_logits(test::shape::normal, 6, tokens, experts);
-  const router<softmax> r{
-      .selection = {.k = 3},
-      .transform = {.temperature = 0.5f, .noise = {.kind = noise_kind::gaussian}}};
-  const side_inputs side{.noise_logits = test::rows_of(width, experts), .seed = 7};
+  const side_inputs side{
+      .modality = modality, .noise_logits = test::rows_of(width, experts), .seed = 7};
   const assignment a = test::routed(r, {z.begin(), z.end()}, experts, side);
   const std::vector<double> dw = random_doubles(static_cast<std::size_t>(a.choices()), 8);
   std::vector<double> dwidth(z.size());
@@ -226,6 +235,52 @@ TEST_CASE("the gradient of a noise gate is its derivative") {
     const double slope = (up - value()) / (far - static_cast<double>(width[i]));
     width[i] = was;
     CHECK(std::abs(slope - dwidth[i]) < 2e-5);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("the gradient of a noise gate is its derivative, in the columns of each modality too") {
+  constexpr logit_noise gaussian{.kind = noise_kind::gaussian};
+  const router<softmax> warm{.selection = {.k = 3},
+                             .transform = {.temperature = 0.5f, .noise = gaussian}};
+  const router<softmax> two{.selection = {.k = 2}, .transform = {.noise = gaussian}};
+  const std::vector<std::uint8_t> modality = {0, 1, 1, 0, 1, 0};
+  noise_gate_agrees(warm, {});
+  noise_gate_agrees(by_modality<router<softmax>>{two, two, 5}, modality);
+}
+
+TEST_CASE("logits that are not finite have no gradient, and spoil no other's, for every router") {
+  for (const auto shape : {test::shape::plus_infs, test::shape::half_nan, test::shape::masked})
+    for_each_router([&](const char* name, const auto& router, index_t columns, const auto& side) {
+      INFO(name << ", " << test::name(shape));
+      const std::vector<float> near = test::make_logits(shape, 2, tokens, columns);
+      const std::vector<double> z(near.begin(), near.end());
+      const assignment a = test::routed(router, near, columns, side);
+      const std::vector<double> dz = gradient(
+          router, z, columns, side, a, random_doubles(static_cast<std::size_t>(a.choices()), 3));
+      int wrong = 0;
+      for (std::size_t i = 0; i < z.size(); ++i)
+        wrong += !(std::isfinite(z[i]) ? std::isfinite(dz[i]) : dz[i] == 0.0);
+      CHECK(wrong == 0);
+    });
+}
+
+TEST_CASE("scores that are all 0 have the gradient that eps leaves them, whatever the norm") {
+  const std::vector<double> z(tokens * experts, 0.0);
+  for (const float p : {2.0f, 3.0f}) {
+    const router<identity_score> r{
+        .selection = {.k = 2},
+        .weight = {
+            .normalize = normalization::lp, .p = p, .eps_where = eps_mode::add, .eps = 0.125f}};
+    const assignment a = test::routed(r, test::zeros(tokens, experts), experts);
+    const std::vector<double> dw = random_doubles(static_cast<std::size_t>(a.choices()), 4);
+    const std::vector<double> dz = gradient(r, z, experts, {}, a, dw);
+    std::vector<double> expected(z.size());
+    for (std::size_t c = 0; c < dw.size(); ++c)
+      expected[c / 2 * static_cast<std::size_t>(experts) + static_cast<std::size_t>(a.ids()[c])] =
+          dw[c] / 0.125;
+    CHECK(dz == expected);
   }
 }
 
@@ -330,6 +385,37 @@ TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by n
   std::vector<double> scale(7);
   CHECK(refused(6, 12, out, {.expert_factor = scale}) ==
         "moeroute::weigh_backward: own.expert_factor.size() is 7, expected 8");
+  const auto weighed = [&](const auto& router, const side_inputs& side = {}) {
+    std::vector<double> w(12);
+    return test::refusal([&] { weigh(router, view_of(z, experts), side, a, std::span(w), ws); });
+  };
+  const std::vector<float> seven(7, 1.0f);
+  CHECK(weighed(router<softmax>{.selection = {.k = 2}, .weight = {.expert_scale = seven}}) ==
+        "moeroute::weigh: factors of experts is 7, expected 8");
+  router<softmax> added = r;
+  added.transform.add = seven;
+  CHECK(weighed(added) == "moeroute::weigh: transform.add.size() is 7, expected 8");
+  router<softmax> noisy = r;
+  noisy.transform.noise.kind = noise_kind::gaussian;
+  const matrix_view<const float> wide(seven.data(), 1, 7);
+  CHECK(weighed(noisy, {.noise_logits = wide}) ==
+        "moeroute::weigh: noise_logits.rows is 1, expected 6");
+  matrix_view<const float> narrow(seven.data(), 6, experts);
+  narrow.stride = 0;  // would read one row six times
+  CHECK(weighed(noisy, {.noise_logits = narrow}) ==
+        "moeroute::weigh: noise_logits.stride is 0, expected at least 8");
+  narrow.cols = 7;
+  CHECK(weighed(noisy, {.noise_logits = narrow}) ==
+        "moeroute::weigh: noise_logits.cols is 7, expected 8");
+  CHECK(weighed(product_keys<>{.choices = 2}) ==
+        "moeroute::weigh: choices.experts() is 8, expected 16");
+  test::random rng(33);
+  assignment ragged = test::ragged_choices(rng, tokens, experts, 3);
+  std::vector<double> own(static_cast<std::size_t>(ragged.choices()));
+  ragged.to_fill().offsets[4] = 99;
+  CHECK(test::refusal([&] {
+          weigh(r, view_of(z, experts), {}, ragged, std::span(own), ws);
+        }).starts_with("moeroute::weigh: token 3 has the choices from "));
   a.ids()[3] = 8;
   CHECK(refused(6, 12, out) == "moeroute::weigh_backward: an id is 8, expected -1 to 7");
   a.ids()[3] = -2;

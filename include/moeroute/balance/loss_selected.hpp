@@ -10,11 +10,11 @@ namespace moeroute {
 
 namespace detail {
 
-template <class F>
+template <class A, class F>
 void check_selected(const char* where, const assignment& a, const matrix_view<const F>& z) {
   check_size(where, "assignment.tokens", a.tokens(), z.rows);
   check_size(where, "assignment.experts", a.experts(), z.cols);
-  check_choices(where, a);
+  check_choices<A>(where, a);
 }
 
 }  // namespace detail
@@ -37,7 +37,7 @@ double selected_importance_loss(const importance_loss& loss, drop_stage drops,
                                 workspace& ws, const Exec& exec) {
   constexpr const char* where = "selected_importance_loss";
   detail::check_loss_shapes(where, how.gradient, how.mask, z, dz);
-  detail::check_selected(where, a, z);
+  detail::check_selected<A>(where, a, z);
   detail::check_coefficient(where, loss.coefficient);
   detail::check_eps(where, loss.eps);
   const count_options what{.drops = drops, .mask = how.mask};
@@ -114,13 +114,13 @@ double selected_importance_loss(const importance_loss& loss, drop_stage drops,
 /// group where there is one. Throws: error where a size differs, a count is negative, or
 /// coefficient < 0. Cost: O(T + E), and O(T E) to clear dlogits under write. No allocation.
 /// Determinism: runs on the calling thread. Source: Dai et al. 2022 (StableMoE), alpha = 0.3.
-template <class F>
+template <class F, class A = simd::default_arch>
 double stable_moe_loss(double coefficient, std::span<const double> counts, drop_stage drops,
                        const token_options& how, const assignment& a,
                        std::type_identity_t<matrix_view<const F>> z, matrix_view<F> dz) {
   constexpr const char* where = "stable_moe_loss";
   detail::check_loss_shapes(where, how.gradient, how.mask, z, dz);
-  detail::check_selected(where, a, z);
+  detail::check_selected<A>(where, a, z);
   detail::check_coefficient(where, coefficient);
   detail::check_counts(where, counts, z.cols);
   const count_options what{.basis = count_basis::first_choice, .drops = drops, .mask = how.mask};

@@ -8,6 +8,7 @@
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/simd/batch.hpp>
 
 namespace moeroute {
 
@@ -42,8 +43,9 @@ namespace detail {
 /// Throws error where an id is outside [-1, E): such an id would index memory that is not there.
 ///
 /// Cost: one pass without a branch per id, no allocation. A plain loop that compilers turn into
-/// vector compares: whoever calls it may be one function for several instruction sets.
-inline void check_ids(const char* where, std::span<const expert_id> ids, index_t experts) {
+/// vector compares.
+template <class A = simd::default_arch>
+void check_ids(const char* where, std::span<const expert_id> ids, index_t experts) {
   const auto most = static_cast<std::uint32_t>(experts);
   std::uint32_t bad = 0;
   for (const expert_id e : ids) bad |= static_cast<std::uint32_t>(e) + 1u > most ? 1u : 0u;
@@ -53,7 +55,8 @@ inline void check_ids(const char* where, std::span<const expert_id> ids, index_t
 
 /// Throws error where the offsets of the ragged form do not ascend from 0 to at most the room there
 /// is, or give a token more than k choices.
-inline void check_offsets(const char* where, const assignment& a) {
+template <class A = simd::default_arch>
+void check_offsets(const char* where, const assignment& a) {
   if (!a.ragged()) return;
   const std::int32_t* const first = a.offsets().data();
   const auto most = static_cast<std::int32_t>(a.k());
@@ -67,9 +70,10 @@ inline void check_offsets(const char* where, const assignment& a) {
 }
 
 /// Both: afterwards ids index [0, E) where they are not no_expert, and offsets index the choices.
-inline void check_choices(const char* where, const assignment& a) {
-  check_offsets(where, a);  // first: they say how many ids there are
-  check_ids(where, a.ids(), a.experts());
+template <class A = simd::default_arch>
+void check_choices(const char* where, const assignment& a) {
+  check_offsets<A>(where, a);  // first: they say how many ids there are
+  check_ids<A>(where, a.ids(), a.experts());
 }
 
 }  // namespace moeroute

@@ -50,10 +50,11 @@ void for_each_counted(const assignment& a, const count_options& what, index_t to
   }
 }
 
-inline void check_counted(const char* where, const assignment& a, const count_options& what) {
+template <class A = simd::default_arch>
+void check_counted(const char* where, const assignment& a, const count_options& what) {
   if (!what.mask.empty())
     check_size(where, "mask.size", static_cast<index_t>(what.mask.size()), a.tokens());
-  check_choices(where, a);
+  check_choices<A>(where, a);
 }
 
 }  // namespace detail
@@ -62,11 +63,11 @@ inline void check_counted(const char* where, const assignment& a, const count_op
 ///
 /// Shapes: counts [E]. Throws: error where a size differs or an id is outside [-1, E). Cost: O(T k
 /// + E). No allocation. Determinism: exact up to 2^24 in float, 2^53 in double.
-template <class N>
+template <class N, class A = simd::default_arch>
   requires std::is_arithmetic_v<N>
 void count_choices(const assignment& a, const count_options& what, std::span<N> counts) {
   check_size("count_choices", "counts.size", static_cast<index_t>(counts.size()), a.experts());
-  detail::check_counted("count_choices", a, what);
+  detail::check_counted<A>("count_choices", a, what);
   std::fill(counts.begin(), counts.end(), N{0});
   for (index_t t = 0; t < a.tokens(); ++t)
     detail::for_each_counted(a, what, t,
@@ -77,7 +78,7 @@ void count_choices(const assignment& a, const count_options& what, std::span<N> 
 ///
 /// Shapes: counts [ceil(T / length), E]; the last sequence may be shorter. Throws: error where a
 /// size differs or length < 1. Cost: O(T k + sequences * E). No allocation.
-template <class N>
+template <class N, class A = simd::default_arch>
   requires std::is_arithmetic_v<N>
 void count_choices_by_sequence(const assignment& a, const count_options& what, index_t length,
                                matrix_view<N> counts) {
@@ -86,7 +87,7 @@ void count_choices_by_sequence(const assignment& a, const count_options& what, i
   check_size(where, "counts.rows", counts.rows, ceil_div(a.tokens(), length));
   check_size(where, "counts.cols", counts.cols, a.experts());
   check_stride(where, "counts", counts);
-  detail::check_counted(where, a, what);
+  detail::check_counted<A>(where, a, what);
   for (index_t s = 0; s < counts.rows; ++s) {
     N* const row = counts.row(s);
     std::fill_n(row, counts.cols, N{0});
@@ -100,14 +101,14 @@ void count_choices_by_sequence(const assignment& a, const count_options& what, i
 ///
 /// Shapes: counts [D], D divides E. Throws: error where a size differs or D does not divide E.
 /// Cost: O(T k^2 + D). No allocation.
-template <class N>
+template <class N, class A = simd::default_arch>
   requires std::is_arithmetic_v<N>
 void count_device_tokens(const assignment& a, const count_options& what, std::span<N> counts) {
   constexpr const char* where = "count_device_tokens";
   const auto devices = static_cast<index_t>(counts.size());
   check_range(where, "counts.size", devices, 1, a.experts());
   check_size(where, "experts % devices", a.experts() % devices, 0);
-  detail::check_counted(where, a, what);
+  detail::check_counted<A>(where, a, what);
   const index_t each = a.experts() / devices;
   std::fill(counts.begin(), counts.end(), N{0});
   for (index_t t = 0; t < a.tokens(); ++t) {

@@ -29,12 +29,13 @@ class routing_record {
   /// Throws: error where Id is too small for E, the assignment is ragged, or an id of it is outside
   /// [-1, E). Cost: O(T k), no
   /// allocation warm.
+  template <class A = simd::default_arch>
   void record(const assignment& choices) {
     if (choices.ragged())
       fail("routing_record", "the assignment is ragged, expected the fixed form");
     if constexpr (!std::is_signed_v<Id>)
       check_range("routing_record", "E", choices.experts(), 1, static_cast<index_t>(none));
-    check_ids("routing_record", choices.ids(), choices.experts());
+    check_ids<A>("routing_record", choices.ids(), choices.experts());
     tokens_ = choices.tokens();
     experts_ = choices.experts();
     k_ = choices.k();

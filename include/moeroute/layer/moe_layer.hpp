@@ -437,7 +437,7 @@ class moe_layer {
     } else {
       m = decide(router_, from, tokens, side, exec, probe);
     }
-    if (options_.capacity) apply_capacity(choices_, *options_.capacity, capacity_workspace_);
+    if (options_.capacity) apply_capacity<A>(choices_, *options_.capacity, capacity_workspace_);
     probe(layer_step::plan);
     plan_options planning;
     if (options_.special.any()) planning.owned = owned_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <concepts>
+#include <ranges>
 #include <span>
 #include <type_traits>
 

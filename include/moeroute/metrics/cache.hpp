@@ -22,9 +22,10 @@ class expert_trace {
 
   /// Tokens without a choice that counts are not there. Throws: error where the assignment has
   /// another number of experts or the mask another length. Cost: O(T k); grows.
+  template <class A = simd::default_arch>
   void add(const assignment& a, const count_options& what = {}) {
     check_size("expert_trace", "experts", a.experts(), experts_);
-    detail::check_counted("expert_trace", a, what);
+    detail::check_counted<A>("expert_trace", a, what);
     for (index_t t = 0; t < a.tokens(); ++t) {
       detail::for_each_counted(a, what, t,
                                [&](index_t e) { ids_.push_back(static_cast<expert_id>(e)); });

@@ -21,9 +21,10 @@ class co_activation {
   }
 
   /// Throws: error where the assignment has another number of experts or the mask another length.
+  template <class A = simd::default_arch>
   void add(const assignment& a, const count_options& what = {}) {
     check_size("co_activation", "experts", a.experts(), experts_);
-    detail::check_counted("co_activation", a, what);
+    detail::check_counted<A>("co_activation", a, what);
     for (index_t t = 0; t < a.tokens(); ++t)
       detail::for_each_counted(a, what, t, [&](index_t i) {
         detail::for_each_counted(a, what, t, [&](index_t j) { ++pairs_[at(i, j)]; });

@@ -102,9 +102,10 @@ class load_meter {
   }
 
   /// Throws: error where the assignment has another number of experts or the mask another length.
+  template <class A = simd::default_arch>
   void add(const assignment& a, const count_options& what = {}) {
     check_size("load_meter", "experts", a.experts(), static_cast<index_t>(load_.size()));
-    count_choices(a, what, std::span(batch_));
+    count_choices<std::int64_t, A>(a, what, std::span(batch_));
     add_counts(batch_);
   }
 

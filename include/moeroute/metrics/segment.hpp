@@ -37,9 +37,10 @@ class segment_meter {
 
   /// Masked tokens are not there. Throws: error where the assignment has another number of experts
   /// or the mask another length.
+  template <class A = simd::default_arch>
   void add(const assignment& a, const count_options& what = {}) {
     check_size("segment_meter", "experts", a.experts(), experts_);
-    detail::check_counted("segment_meter", a, what);
+    detail::check_counted<A>("segment_meter", a, what);
     for (index_t t = 0; t < a.tokens(); ++t) {
       if (!what.mask.empty() && what.mask[static_cast<std::size_t>(t)] == 0) continue;
       // The window that ends with this token is the one numbered tokens_ - m + 1.

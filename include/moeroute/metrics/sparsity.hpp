@@ -24,9 +24,10 @@ class sparsity_meter {
   }
 
   /// Throws: error where the assignment has another number of experts or the mask another length.
+  template <class A = simd::default_arch>
   void add(const assignment& a, const count_options& what = {}) {
     check_size("sparsity_meter", "experts", a.experts(), static_cast<index_t>(last_.size()));
-    detail::check_counted("sparsity_meter", a, what);
+    detail::check_counted<A>("sparsity_meter", a, what);
     for (index_t t = 0; t < a.tokens(); ++t) {
       if (!what.mask.empty() && what.mask[static_cast<std::size_t>(t)] == 0) continue;
       detail::for_each_counted(a, what, t, [&](index_t e) {

@@ -26,10 +26,11 @@ class specialisation_meter {
 
   /// Throws: error where the domain is outside [0, D), the assignment has another number of experts
   /// or the mask another length.
+  template <class A = simd::default_arch>
   void add(index_t domain, const assignment& a, const count_options& what = {}) {
     check_range("specialisation_meter", "domain", domain, 0, domains_ - 1);
     check_size("specialisation_meter", "experts", a.experts(), experts_);
-    count_choices(a, what, std::span(batch_));
+    count_choices<std::int64_t, A>(a, what, std::span(batch_));
     for (index_t e = 0; e < experts_; ++e)
       counts_[at(domain, e)] += batch_[static_cast<std::size_t>(e)];
   }

@@ -146,11 +146,12 @@ struct router {
 
   /// So many rows at most are routed sooner one by one than as a block; 0 where the parts have no
   /// way for single rows.
+  template <class A = simd::default_arch>
   index_t rows_alone(index_t experts) const {
     if constexpr (row_score<Score> && row_selection<Selection>) {
       const bool takes = !transform.active() && selection.takes_rows() &&
                          (selects_on_logits() || experts <= most_scores);
-      return takes ? simd::rows_sooner_alone<>(experts, k()) : 0;
+      return takes ? simd::rows_sooner_alone<A>(experts, k()) : 0;
     } else {
       return 0;
     }

@@ -66,8 +66,9 @@ void keep_choice_major(const assignment& a, index_t capacity, std::int32_t* coun
 }
 
 // Expert by expert, the C largest keys stay. m.count holds the loads.
-inline void keep_largest(const assignment& a, index_t capacity, const capacity_memory& m,
-                         std::uint8_t* kept) {
+template <class A = simd::default_arch>
+void keep_largest(const assignment& a, index_t capacity, const capacity_memory& m,
+                  std::uint8_t* kept) {
   const expert_id* id = a.ids().data();
   std::int32_t sum = 0;
   for (index_t e = 0; e <= a.experts(); ++e) {
@@ -92,7 +93,8 @@ inline void keep_largest(const assignment& a, index_t capacity, const capacity_m
 
 // weights /= max(sum, eps), token by token; the sum runs in rank order over what is kept, or over
 // all.
-inline void divide_by_sums(assignment& a, bool kept_only, float eps) {
+template <class A = simd::default_arch>
+void divide_by_sums(assignment& a, bool kept_only, float eps) {
   float* weight = a.weights().data();
   for (index_t t = 0; t < a.tokens(); ++t) {
     float sum = 0.0f;
@@ -105,8 +107,9 @@ inline void divide_by_sums(assignment& a, bool kept_only, float eps) {
 }
 
 // Clears the flags of the choices that find their expert full. m.count holds the loads.
-inline void drop_excess(assignment& a, const capacity_policy& policy, index_t capacity,
-                        const capacity_memory& m, std::uint8_t* kept) {
+template <class A = simd::default_arch>
+void drop_excess(assignment& a, const capacity_policy& policy, index_t capacity,
+                 const capacity_memory& m, std::uint8_t* kept) {
   const expert_id* id = a.ids().data();
   const float* weight = a.weights().data();
   const index_t n = a.choices(), tokens = a.tokens();
@@ -136,13 +139,13 @@ inline void drop_excess(assignment& a, const capacity_policy& policy, index_t ca
       break;
     case drop_order::by_weight:
       for (index_t c = 0; c < n; ++c) m.key[c] = ordered_bits(weight[c]);
-      keep_largest(a, capacity, m, kept);
+      keep_largest<A>(a, capacity, m, kept);
       break;
     case drop_order::random:
       for (index_t c = 0; c < n; ++c)
         m.key[c] = static_cast<std::uint32_t>(
             random_bits(policy.seed, policy.step, static_cast<std::uint64_t>(c)));
-      keep_largest(a, capacity, m, kept);
+      keep_largest<A>(a, capacity, m, kept);
       break;
   }
 }
@@ -158,8 +161,8 @@ inline void drop_excess(assignment& a, const capacity_policy& policy, index_t ca
 /// nor of size T. Cost: O(choices + E), for batch_priority O(T log T) on top; O(choices) integers
 /// of scratch; no allocation once ws and the assignment are warm. Determinism: exact. Source:
 /// Lepikhin et al. 2020 (choice_major), Riquelme et al. 2021 (batch_priority).
-inline capacity_result apply_capacity(assignment& choices, const capacity_policy& policy,
-                                      workspace& ws) {
+template <class A = simd::default_arch>
+capacity_result apply_capacity(assignment& choices, const capacity_policy& policy, workspace& ws) {
   const index_t tokens = choices.tokens(), experts = choices.experts(), n = choices.choices();
   if (!policy.priority.empty())
     check_size("apply_capacity", "priority.size()", static_cast<index_t>(policy.priority.size()),
@@ -167,7 +170,7 @@ inline capacity_result apply_capacity(assignment& choices, const capacity_policy
   if (!(policy.eps >= 0.0f)) fail_value("apply_capacity", "eps", policy.eps, ">= 0");
   policy.rule.check();
   check_range("apply_capacity", "tokens", policy.tokens, capacity_policy::all_tokens, tokens);
-  check_choices("apply_capacity", choices);
+  check_choices<A>("apply_capacity", choices);
   const auto m = ws.carve(
       [&](scratch& tape) { return detail::capacity_memory::carve(tape, choices, policy.order); });
   const expert_id* id = choices.ids().data();
@@ -189,11 +192,12 @@ inline capacity_result apply_capacity(assignment& choices, const capacity_policy
 
   if (greatest > result.capacity) {
     std::uint8_t* kept = choices.kept_to_change().data();
-    detail::drop_excess(choices, policy, result.capacity, m, kept);
+    detail::drop_excess<A>(choices, policy, result.capacity, m, kept);
     result.dropped = n - std::accumulate(kept, kept + n, index_t{0});
   }
   if (policy.renormalize != renormalization::none)
-    detail::divide_by_sums(choices, policy.renormalize == renormalization::after_drop, policy.eps);
+    detail::divide_by_sums<A>(choices, policy.renormalize == renormalization::after_drop,
+                              policy.eps);
   if (choices.drops()) {
     float* weight = choices.weights().data();
     for (index_t c = 0; c < n; ++c)

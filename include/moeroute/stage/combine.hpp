@@ -176,6 +176,8 @@ void combine_rows(const X& expert_rows, const Source& source, Y&& y_rows, const 
     return;
   }
 
+  // Choices without an expert are no identity experts.
+  check_range("combine", "identity_first", options.identity_first, 0, max_experts);
   if (options.needs_x()) {
     check_size("combine", "x.rows()", options.x.rows, y.rows);
     check_size("combine", "x.cols()", options.x.cols, y.cols);

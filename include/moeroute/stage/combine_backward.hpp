@@ -137,6 +137,7 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
     }
   }
   if (identity) {
+    check_range(where, "identity_first", options.identity_first, 0, max_experts);
     if (choices == nullptr)
       fail(where, "choices are missing: identity experts are told by their ids");
     check_size(where, "choices.choices()", choices->choices(), plan.choices());

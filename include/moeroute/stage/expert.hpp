@@ -117,11 +117,11 @@ void for_each_expert(const dispatch_plan& plan, const X& in_rows, Y&& out_rows, 
 ///
 /// f is called with an expert's tokens at once where they follow each other at one distance, as one
 /// or two tokens always do; in several calls otherwise.
-/// Shapes: x [T, d], out [plan.slots(), d'].
+/// Shapes: x [T, d], out [plan.slots(), d'], apart.
 /// Requires: the plan was made of `choices`.
-/// Throws: error where the shapes do not fit the plan or the choices, or the choices' experts are
-/// not the plan's; what f throws. Cost: O(choices) and what f costs, no allocation.
-/// Determinism: as f's, where its rows do not depend on one another.
+/// Throws: error where the shapes do not fit the plan or the choices, the choices' experts are not
+/// the plan's, or x and out share memory; what f throws. Cost: O(choices) and what f costs, no
+/// allocation. Determinism: as f's, where its rows do not depend on one another.
 template <readable_rows X, writable_rows Y, class F, executor Exec = serial>
   requires expert_function<F, element_of<const X>, element_of<Y>>
 void for_each_expert(const dispatch_plan& plan, const assignment& choices, const X& x_rows,
@@ -134,6 +134,7 @@ void for_each_expert(const dispatch_plan& plan, const assignment& choices, const
   check_size("for_each_expert", "choices.experts()", choices.experts(), plan.experts());
   check_stride("for_each_expert", "x", x);
   check_stride("for_each_expert", "out", out);
+  check_apart("for_each_expert", "x", x, "out", out);
   const slot_id* slot = plan.slot_of_choice().data();
   const expert_id* id = choices.ids().data();
   // Whoever has an expert's first slot calls it: no search among experts that have no tokens.

@@ -108,7 +108,8 @@ void gate_backward(const gate_ref<G>& gate, const matrix_view<T>& x, const matri
 /// dv (+)= (du - u (u . du)) / |v|, where |v| is the root of v . v + eps. A row of norm below 1e-12
 /// has no gradient.
 ///
-/// Shapes: v, du, dv [n, d]; dv may be du. Throws: error where the shapes do not fit.
+/// Shapes: v, du, dv [n, d]; dv may be du or v. Throws: error where the shapes do not fit, rows run
+/// into one another or memory is shared otherwise.
 template <class T, class F, executor Exec = serial, class A = simd::default_arch>
 void unit_rows_backward(const matrix_view<T>& v,
                         const std::type_identity_t<matrix_view<const F>>& du, gradient_to to,
@@ -120,7 +121,11 @@ void unit_rows_backward(const matrix_view<T>& v,
   check_size(where, "du.cols()", du.cols, v.cols);
   check_size(where, "dv.rows()", dv.rows, v.rows);
   check_size(where, "dv.cols()", dv.cols, v.cols);
+  check_stride(where, "v", v);
+  check_stride(where, "du", du);
+  check_stride(where, "dv", dv);
   check_apart_or_same(where, "du", du, "dv", dv);
+  check_apart_or_same(where, "v", v, "dv", dv);
   exec.parallel_for(v.rows, 16, [&](index_t begin, index_t end) {
     for (index_t r = begin; r < end; ++r) {
       const auto* const from = v.data + r * v.stride;

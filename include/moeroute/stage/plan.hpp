@@ -157,6 +157,22 @@ inline void fill_spare_tokens(const dispatch_plan& plan, std::span<const std::ui
   }
 }
 
+// A plan that a refusal left half-made is empty.
+class until_made {
+ public:
+  explicit until_made(dispatch_plan& plan) : plan_(&plan) {}
+  until_made(const until_made&) = delete;
+  until_made& operator=(const until_made&) = delete;
+  ~until_made() {
+    if (plan_ != nullptr) [[unlikely]]
+      plan_->reset(0, 0, 0);
+  }
+  void made() { plan_ = nullptr; }
+
+ private:
+  dispatch_plan* plan_;
+};
+
 // All choices of the fixed form, each with a slot.
 template <class A>
 void plan_every_choice(const assignment& choices, dispatch_plan& out) {
@@ -193,8 +209,9 @@ void plan_with_options(const assignment& choices, dispatch_plan& out, const plan
     fail_expert_id("plan", ids, experts);
 
   out.reset(tokens, experts, choices.k(), room, most_slots(room, experts, options));
+  until_made guard(out);
   out.set_choices(n);
-  if (experts == 0) return;
+  if (experts == 0) return guard.made();
   simd::groups token_of_choice{nullptr, choices.k()};
   if (choices.ragged()) {
     std::int32_t* list = out.token_of_choice();
@@ -220,6 +237,7 @@ void plan_with_options(const assignment& choices, dispatch_plan& out, const plan
   if (choices.ragged()) check_distinct(out);
   if (options.padding == slot_padding::spare_tokens && padding > 0)
     fill_spare_tokens(out, options.mask, p.token_of_slot);
+  guard.made();
 }
 
 }  // namespace detail
@@ -232,7 +250,8 @@ void plan_with_options(const assignment& choices, dispatch_plan& out, const plan
 /// of slots; kept + dropped + elsewhere + unrouted = choices. Throws: error where an id is outside
 /// [-1, E), the offsets of a ragged assignment do not ascend or one of its tokens has an expert
 /// twice (in the fixed form it gets a slot for each), a mask has the wrong size, block < 1, an
-/// expert has more tokens than `capacity` slots, or the slots exceed 2^31 - 1. Cost: O(choices +
+/// expert has more tokens than `capacity` slots, or the slots exceed 2^31 - 1; what was refused
+/// half-way leaves an empty plan. Cost: O(choices +
 /// E), no allocation once the plan is warm. Determinism: exact, stable in token order.
 template <class A = simd::default_arch>
 void plan(const assignment& choices, dispatch_plan& out, const plan_options& options = {}) {
@@ -277,6 +296,7 @@ void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& opt
     detail::fail_list_token(lists.token, tokens);
 
   out.reset(tokens, experts, experts, n, detail::most_slots(n, experts, options));
+  detail::until_made guard(out);
   std::int32_t* const first = out.first_to_fill();
   const bool padded = options.block > 1 || options.capacity != as_needed;
   const dispatch_plan::parts p = out.writable();
@@ -318,7 +338,7 @@ void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& opt
     std::copy_backward(first, first + tokens, first + tokens + 1);
     return first + 1;
   };
-  if (tokens == 0) return;
+  if (tokens == 0) return guard.made();
   std::int32_t* cursor = as_cursors();
   for (index_t e = 0; e < experts; ++e) {
     slot_id* const own = p.token_of_slot + p.offsets[e];
@@ -347,6 +367,7 @@ void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& opt
   }
   if (options.padding == slot_padding::spare_tokens && padding > 0)
     detail::fill_spare_tokens(out, options.mask, p.token_of_slot);
+  guard.made();
 }
 
 }  // namespace moeroute

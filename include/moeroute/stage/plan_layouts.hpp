@@ -119,10 +119,11 @@ struct once_counts {
 /// Throws: error where an array has the wrong size, an id is outside [-1, E), D does not divide E,
 /// or ranks_per_node not D. Cost: O(choices + T D + E), no allocation. Source: DeepEP
 /// (get_dispatch_layout).
-inline void export_once_counts(const assignment& choices, const once_counts& out) {
+template <class A = simd::default_arch>
+void export_once_counts(const assignment& choices, const once_counts& out) {
   constexpr const char* where = "export_once_counts";
   const index_t tokens = choices.tokens(), experts = choices.experts();
-  check_choices(where, choices);
+  check_choices<A>(where, choices);
   const auto ranks = static_cast<index_t>(out.tokens_per_rank.size());
   check_range(where, "tokens_per_rank.size()", ranks, 1, experts);
   if (experts % ranks != 0)

@@ -37,7 +37,7 @@ inline bool chooses(const assignment& a, index_t token, expert_id e, bool kept_o
 /// where a shape does not fit, experts_per_rank is outside [1, E], or a rank has no experts. Cost:
 /// O(dropped * (E per rank) * k), no allocation. Determinism: exact; ties go to the lower id.
 /// Source: Zeng et al. 2024 (Rectify-Router, intra-GPU rectification).
-template <readable_rows Scores>
+template <readable_rows Scores, class A = simd::default_arch>
 index_t rectify_within_rank(assignment& choices, const Scores& score_rows,
                             std::span<const std::int32_t> rank_of_token, index_t experts_per_rank) {
   const matrix_view<const float> scores = const_view(score_rows);
@@ -45,7 +45,7 @@ index_t rectify_within_rank(assignment& choices, const Scores& score_rows,
   check_size("rectify_within_rank", "scores.rows()", scores.rows, choices.tokens());
   check_size("rectify_within_rank", "scores.cols()", scores.cols, experts);
   check_stride("rectify_within_rank", "scores", scores);
-  check_choices("rectify_within_rank", choices);
+  check_choices<A>("rectify_within_rank", choices);
   check_size("rectify_within_rank", "rank_of_token.size()",
              static_cast<index_t>(rank_of_token.size()), choices.tokens());
   check_range("rectify_within_rank", "experts_per_rank", experts_per_rank, 1, experts);
@@ -94,7 +94,7 @@ index_t rectify_within_rank(assignment& choices, const Scores& score_rows,
 /// Cost: O(T E) per round, O(T + E) scratch; allocates only where filled or ws must grow.
 /// Determinism: exact; ties go to the lower id, then to the lower token.
 /// Source: Zeng et al. 2024 (Rectify-Router, fill-in rectification).
-template <readable_rows Scores>
+template <readable_rows Scores, class A = simd::default_arch>
 index_t rectify_by_filling(const assignment& choices, const Scores& score_rows, index_t capacity,
                            index_t rounds, workspace& ws, assignment& filled) {
   const matrix_view<const float> scores = const_view(score_rows);
@@ -102,7 +102,7 @@ index_t rectify_by_filling(const assignment& choices, const Scores& score_rows, 
   check_size("rectify_by_filling", "scores.rows()", scores.rows, tokens);
   check_size("rectify_by_filling", "scores.cols()", scores.cols, experts);
   check_stride("rectify_by_filling", "scores", scores);
-  check_choices("rectify_by_filling", choices);
+  check_choices<A>("rectify_by_filling", choices);
   check_range("rectify_by_filling", "capacity", capacity, 0, std::int32_t{0x7fffffff});
   check_range("rectify_by_filling", "rounds", rounds, 0, experts);
   if (&choices == &filled)

@@ -99,10 +99,25 @@ void for_each_block(matrix_view<const T> logits, const side_inputs& side,
 inline constexpr index_t most_widened = 1024;
 
 // So many rows at most the router takes one by one; 0 where it does not.
-template <class T, class Router>
+template <class A, class T, class Router>
 index_t rows_alone(const Router& router, const side_inputs& side, index_t columns) {
   if (!side.k_of_token.empty() || (!std::is_same_v<T, float> && columns > most_widened)) return 0;
-  return router.rows_alone(columns);
+  if constexpr (requires { router.template rows_alone<A>(columns); }) {
+    return router.template rows_alone<A>(columns);
+  } else {
+    return router.rows_alone(columns);
+  }
+}
+
+// One row, for A where the router has a way for each.
+template <class A, class Router>
+MOEROUTE_INLINE void route_one(const Router& router, const float* row, index_t columns, index_t t,
+                               const side_inputs& side, expert_id* id, float* weight) {
+  if constexpr (requires { router.template route_row<A>(row, columns, t, side, id, weight); }) {
+    router.template route_row<A>(row, columns, t, side, id, weight);
+  } else {
+    router.route_row(row, columns, t, side, id, weight);
+  }
 }
 
 // Routes a few rows one by one; masked ones get nothing.
@@ -116,11 +131,11 @@ MOEROUTE_INLINE void route_alone(const Router& router, const T* row, index_t str
       std::fill_n(id, k, no_expert);
       std::fill_n(weight, k, 0.0f);
     } else if constexpr (std::is_same_v<T, float>) {
-      router.route_row(row, columns, t, side, id, weight);
+      route_one<A>(router, row, columns, t, side, id, weight);
     } else {
       alignas(alignment) float wide[most_widened + block_rows];
       simd::convert_row<A>(row, columns, wide);
-      router.route_row(wide, columns, t, side, id, weight);
+      route_one<A>(router, wide, columns, t, side, id, weight);
     }
   }
 }
@@ -139,7 +154,7 @@ void route_with(const Router& router, matrix_view<const T> logits, const side_in
     if constexpr (row_router<Router>) {
       // What is left over after whole blocks.
       const index_t left = (end - begin) % block_rows;
-      if (left > 0 && left <= rows_alone<T>(router, side, logits.cols)) {
+      if (left > 0 && left <= rows_alone<A, T>(router, side, logits.cols)) {
         blocks = end - left;
         route_alone<A>(router, logits.row(blocks), logits.stride, logits.cols, blocks, end, side,
                        out.ids().data() + blocks * k, out.weights().data() + blocks * k);
@@ -306,7 +321,7 @@ void route(const Router& router, const Z& logit_rows, const side_inputs& side, w
       out.reset(tokens, router.experts(columns), most);
     }
     if constexpr (row_router<Router>) {
-      if (tokens <= detail::rows_alone<T>(router, side, columns))
+      if (tokens <= detail::rows_alone<A, T>(router, side, columns))
         return detail::route_alone<A, T>(router, logits.data, logits.stride, columns, 0, tokens,
                                          side, out.ids().data(), out.weights().data());
     }

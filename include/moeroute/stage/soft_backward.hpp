@@ -31,16 +31,17 @@ void plan_soft_backward(const std::type_identity_t<matrix_view<const F>>& dispat
   constexpr const char* where = "plan_soft_backward";
   if (to == gradient_to::nowhere) return;
   const index_t tokens = combine.rows, slots = combine.cols;
-  const auto fits = [&](const auto& m, const char* rows_name, index_t rows, const char* cols_name,
-                        index_t cols) {
+  const auto fits = [&](const char* name, const auto& m, const char* rows_name, index_t rows,
+                        const char* cols_name, index_t cols) {
     check_size(where, rows_name, m.rows, rows);
     check_size(where, cols_name, m.cols, cols);
-    check_stride(where, rows_name, m);
+    check_stride(where, name, m);
   };
-  fits(dispatch, "dispatch.rows()", slots, "dispatch.cols()", tokens);
-  fits(ddispatch, "ddispatch.rows()", slots, "ddispatch.cols()", tokens);
-  fits(dcombine, "dcombine.rows()", tokens, "dcombine.cols()", slots);
-  fits(dlogits, "dlogits.rows()", tokens, "dlogits.cols()", slots);
+  check_stride(where, "combine", combine);
+  fits("dispatch", dispatch, "dispatch.rows()", slots, "dispatch.cols()", tokens);
+  fits("ddispatch", ddispatch, "ddispatch.rows()", slots, "ddispatch.cols()", tokens);
+  fits("dcombine", dcombine, "dcombine.rows()", tokens, "dcombine.cols()", slots);
+  fits("dlogits", dlogits, "dlogits.rows()", tokens, "dlogits.cols()", slots);
   check_apart(where, "dlogits", dlogits, "dispatch", dispatch);
   check_apart(where, "dlogits", dlogits, "combine", combine);
   check_apart(where, "dlogits", dlogits, "dcombine", dcombine);
@@ -69,8 +70,9 @@ void plan_soft_backward(const std::type_identity_t<matrix_view<const F>>& dispat
 /// dout[r]. Both dispatch (rows are the tokens) and combine (rows are the slots) of a soft plan.
 ///
 /// Shapes: weight and dweight [R, n], rows and drows [n, d], dout [R, d]; dweight is written; what
-/// has no data is not wanted. Throws: error where the shapes do not fit. Cost: 2 R n d
-/// multiply-adds, no allocation. Determinism: the same bits for every executor and thread count.
+/// has no data is not wanted. Throws: error where the shapes do not fit, rows run into one another
+/// or a gradient shares memory with what is read. Cost: 2 R n d multiply-adds, no allocation.
+/// Determinism: the same bits for every executor and thread count.
 template <class T, std::floating_point F, executor Exec = serial, class A = simd::default_arch>
 void mix_backward(const std::type_identity_t<matrix_view<const F>>& weight,
                   const matrix_view<T>& rows,
@@ -81,9 +83,22 @@ void mix_backward(const std::type_identity_t<matrix_view<const F>>& weight,
   check_size(where, "weight.cols()", weight.cols, rows.rows);
   check_size(where, "dout.rows()", dout.rows, weight.rows);
   check_size(where, "dout.cols()", dout.cols, rows.cols);
+  check_stride(where, "weight", weight);
+  check_stride(where, "rows", rows);
+  check_stride(where, "dout", dout);
+  if (drows.data != nullptr && to != gradient_to::nowhere) {
+    check_size(where, "drows.rows()", drows.rows, rows.rows);
+    check_size(where, "drows.cols()", drows.cols, rows.cols);
+    check_stride(where, "drows", drows);
+    check_apart(where, "weight", weight, "drows", drows);
+    check_apart(where, "dout", dout, "drows", drows);
+  }
   if (dweight.data != nullptr) {
     check_size(where, "dweight.rows()", dweight.rows, weight.rows);
     check_size(where, "dweight.cols()", dweight.cols, weight.cols);
+    check_stride(where, "dweight", dweight);
+    check_apart(where, "rows", rows, "dweight", dweight);
+    check_apart(where, "dout", dout, "dweight", dweight);
     exec.parallel_for(weight.rows, 8, [&](index_t begin, index_t end) {
       for (index_t r = begin; r < end; ++r)
         for (index_t i = 0; i < rows.rows; ++i)

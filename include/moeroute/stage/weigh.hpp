@@ -62,7 +62,8 @@ inline void check_weigh(const char* where, const weight_maps& maps, index_t toke
 }
 
 // Ids come from outside: they name a column.
-inline void check_ids(const char* where, std::span<const expert_id> id, index_t experts) {
+template <class A>
+void check_ids(const char* where, std::span<const expert_id> id, index_t experts) {
   expert_id least = no_expert, greatest = no_expert;
   for (const expert_id e : id) {
     least = std::min(least, e);
@@ -88,7 +89,7 @@ void for_each_weighed(const char* where, const weight_maps& maps, const matrix_v
     const worker_slots::held worker(slots);
     for (index_t t = begin; t < end; ++t) {
       const token_choices<F> row{z.row(t), z.cols, t, choices.ids(t), &side};
-      check_ids(where, row.id, choices.experts());
+      check_ids<A>(where, row.id, choices.experts());
       const bool second = maps.first_columns > 0 && side.modality[static_cast<std::size_t>(t)] != 0;
       const index_t first = second ? maps.first_columns : 0;
       const index_t columns = maps.first_columns == 0 ? z.cols

@@ -135,7 +135,8 @@ void rows_from_picks(const column_scopes& s, const simd::column_picks& picks, st
 
 // Gives back what a token has above its cap: the smallest weights first, the highest expert among
 // equals.
-inline void release_above_cap(const side_inputs& side, index_t cap, assignment& out) {
+template <class A = simd::default_arch>
+void release_above_cap(const side_inputs& side, index_t cap, assignment& out) {
   const assignment::parts p = out.to_fill();
   std::int32_t to = 0, from = 0;
   for (index_t t = 0; t < out.tokens(); ++t) {

@@ -239,7 +239,7 @@ struct expert_choice {
                               // A score of +inf is a weight like any other, only finite.
                               return std::min(value, std::numeric_limits<float>::max());
                             });
-    if (most < experts || !side.k_of_token.empty()) detail::release_above_cap(side, most, out);
+    if (most < experts || !side.k_of_token.empty()) detail::release_above_cap<A>(side, most, out);
     if (normalize == token_renormalization::sum) {
       detail::share_weights(eps, scale, out);
     } else if (scale != 1.0f) {

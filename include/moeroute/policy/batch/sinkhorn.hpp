@@ -249,7 +249,7 @@ struct sinkhorn_expert_choice {
     detail::rows_from_picks(
         s, m.picks, m.cursor, experts, out,
         [](index_t, index_t, std::int32_t key) { return simd::value_of_key(key); });
-    if (!side.k_of_token.empty()) detail::release_above_cap(side, experts, out);
+    if (!side.k_of_token.empty()) detail::release_above_cap<A>(side, experts, out);
     if (weights == plan_weights::plan) return;
     const assignment::parts p = out.to_fill();
     exec.parallel_for(tokens, 256, [&](index_t begin, index_t end) {

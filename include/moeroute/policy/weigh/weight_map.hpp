@@ -445,8 +445,8 @@ class weigh_token {
       if (kind == weight_score::sparsemixer) {
         const F own = close_probabilities(z, c) * m_.dscore[c];
         for (index_t j = 0; j < columns_; ++j)
-          if (m_.probability[j] > 0) dz[j] -= m_.probability[j] * own;
-        if (m_.score[c] > 0) dz[e] += own;
+          if (m_.probability[j] > 0 && std::isfinite(z[j])) dz[j] -= m_.probability[j] * own;
+        if (m_.score[c] > 0 && std::isfinite(z[e])) dz[e] += own;
         continue;
       }
       const F x = logit(z, e);

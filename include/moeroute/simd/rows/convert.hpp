@@ -45,15 +45,22 @@ inline constexpr bool has_float16_conversion = true;
 inline constexpr bool has_float16_conversion = false;
 #endif
 
-inline float widened(bfloat16 x) { return x; }
+// One value of storage as a float. The arch is in the name: what the flags make of it differs.
+template <class A>
+float widened(bfloat16 x) {
+  return x;
+}
+template <class A>
+float widened(float16 x) {
 #if defined(__F16C__)
-inline float widened(float16 x) { return _cvtsh_ss(x.bits); }
+  return _cvtsh_ss(x.bits);
 #else
-inline float widened(float16 x) { return x; }
+  return x;
 #endif
+}
 
 // One float in the storage type.
-template <storage T>
+template <class A, storage T>
 T narrowed(float x) {
 #if defined(__F16C__)
   if constexpr (std::is_same_v<T, float16>)
@@ -127,7 +134,7 @@ MOEROUTE_INLINE vfloat<A> load_wide(const T* p) {
 #endif
   } else {
     alignas(alignment) float lane[width<A>];
-    for (int i = 0; i < width<A>; ++i) lane[i] = widened(p[i]);
+    for (int i = 0; i < width<A>; ++i) lane[i] = widened<A>(p[i]);
     return vfloat<A>::load_aligned(lane);
   }
 }
@@ -169,7 +176,7 @@ MOEROUTE_INLINE void store_narrow(T* p, vfloat<A> v) {
   } else {
     alignas(alignment) float lane[width<A>];
     v.store_aligned(lane);
-    for (int i = 0; i < width<A>; ++i) p[i] = narrowed<T>(lane[i]);
+    for (int i = 0; i < width<A>; ++i) p[i] = narrowed<A, T>(lane[i]);
   }
 }
 

@@ -156,7 +156,7 @@ class packed_matrix {
         if constexpr (std::is_same_v<From, W>) {
           out[c * step] = in[c];
         } else {
-          out[c * step] = detail::narrowed<W>(in[c]);
+          out[c * step] = detail::narrowed<A, W>(in[c]);
         }
       }
     }

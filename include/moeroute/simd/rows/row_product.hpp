@@ -214,11 +214,17 @@ void product(const product_factor& a, const matrix_view<const T>& rows,
                     });
 }
 
-inline void check_product(const char* where, const product_factor& a, index_t rows, index_t cols,
-                          index_t out_rows, index_t out_cols) {
-  check_size(where, "rows.rows()", rows, a.depth);
-  check_size(where, "out.rows()", out_rows, a.rows);
-  check_size(where, "out.cols()", out_cols, cols);
+template <class T, class U>
+void check_product(const char* where, const product_factor& f, const matrix_view<const T>& a,
+                   const matrix_view<const U>& rows, const matrix_view<T>& out) {
+  check_size(where, "rows.rows()", rows.rows, f.depth);
+  check_size(where, "out.rows()", out.rows, f.rows);
+  check_size(where, "out.cols()", out.cols, rows.cols);
+  check_stride(where, "a", a);
+  check_stride(where, "rows", rows);
+  check_stride(where, "out", out);
+  check_apart(where, "a", a, "out", out);
+  check_apart(where, "rows", rows, "out", out);
 }
 
 }  // namespace detail
@@ -226,16 +232,15 @@ inline void check_product(const char* where, const product_factor& a, index_t ro
 /// out[r] = start + the sum, in the order of i, of a(r, i) * rows[i].
 ///
 /// Shapes: a [R, n], rows [n, d] in float, bfloat16 or float16, out [R, d] in float.
-/// Throws: error where the shapes do not fit or out shares memory with the others. Cost: R n d
+/// Throws: error where the shapes do not fit, rows run into one another or out shares memory with
+/// the others. Cost: R n d
 /// multiply-adds, no allocation. Determinism: an element is one chain of multiply-adds, whatever
 /// the executor; it may differ in the last bits between ISAs.
 template <class A = default_arch, storage T, executor Exec = serial>
 void multiply_rows(const matrix_view<const float>& a, const matrix_view<const T>& rows,
                    const matrix_view<float>& out, sum_start start, const Exec& exec = {}) {
   const detail::product_factor f{a.data, a.stride, 1, a.rows, a.cols};
-  detail::check_product("multiply_rows", f, rows.rows, rows.cols, out.rows, out.cols);
-  check_apart("multiply_rows", "a", a, "out", out);
-  check_apart("multiply_rows", "rows", rows, "out", out);
+  detail::check_product("multiply_rows", f, a, rows, out);
   detail::product<A>(f, rows, out, start, exec);
 }
 
@@ -246,9 +251,7 @@ template <class A = default_arch, storage T, executor Exec = serial>
 void multiply_transposed(const matrix_view<const float>& a, const matrix_view<const T>& rows,
                          const matrix_view<float>& out, sum_start start, const Exec& exec = {}) {
   const detail::product_factor f{a.data, 1, a.stride, a.cols, a.rows};
-  detail::check_product("multiply_transposed", f, rows.rows, rows.cols, out.rows, out.cols);
-  check_apart("multiply_transposed", "a", a, "out", out);
-  check_apart("multiply_transposed", "rows", rows, "out", out);
+  detail::check_product("multiply_transposed", f, a, rows, out);
   detail::product<A>(f, rows, out, start, exec);
 }
 

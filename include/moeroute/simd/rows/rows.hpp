@@ -25,7 +25,7 @@ void convert_row(const From* from, index_t n, To* to) {
     index_t i = 0;
     for (; i + width<A> <= n; i += width<A>)
       detail::store_narrow<A>(to + i, detail::load_wide<A>(from + i));
-    for (; i < n; ++i) to[i] = detail::narrowed<To>(static_cast<float>(from[i]));
+    for (; i < n; ++i) to[i] = detail::narrowed<A, To>(static_cast<float>(from[i]));
   }
 }
 
@@ -36,7 +36,7 @@ void scale_row(const From* from, float factor, index_t n, To* to) {
   index_t i = 0;
   for (; i + width<A> <= n; i += width<A>)
     detail::store_narrow<A>(to + i, f * detail::load_wide<A>(from + i));
-  for (; i < n; ++i) to[i] = detail::narrowed<To>(factor * static_cast<float>(from[i]));
+  for (; i < n; ++i) to[i] = detail::narrowed<A, To>(factor * static_cast<float>(from[i]));
 }
 
 #if defined(__SSE2__)
@@ -155,7 +155,7 @@ MOEROUTE_INLINE void sum_of_rows(index_t n, To* out, sum_start start, Each&& eac
     detail::row_sum_tail<A> total{vfloat<A>::load_aligned(lane), c, n};
     each(total);
     total.sum.store_aligned(lane);
-    for (index_t j = c; j < n; ++j) out[j] = detail::narrowed<To>(lane[j - c]);
+    for (index_t j = c; j < n; ++j) out[j] = detail::narrowed<A, To>(lane[j - c]);
   }
 }
 

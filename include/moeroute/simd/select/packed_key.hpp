@@ -196,7 +196,7 @@ MOEROUTE_INLINE void store_top(const vint<A>* top, int k, const bfloat16* const*
     for (int r = 0; r < k; ++r) {
       for (int i = 0; i < width<A>; ++i) {
         const int at = r * block_rows + i;
-        if (value[at] == 0.0f) value[at] = detail::widened(rows[i][column[at]]);
+        if (value[at] == 0.0f) value[at] = detail::widened<A>(rows[i][column[at]]);
       }
     }
   }
