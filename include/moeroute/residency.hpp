@@ -2,4 +2,8 @@
 // residency.
 #pragma once
 
+#include <moeroute/data/expert_profile.hpp>
+#include <moeroute/residency/prefetcher.hpp>
+#include <moeroute/residency/pregate.hpp>
+#include <moeroute/residency/regroup.hpp>
 #include <moeroute/residency/resident_any_router.hpp>

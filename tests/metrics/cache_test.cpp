@@ -16,8 +16,10 @@ using namespace moeroute;
 
 namespace {
 
-constexpr cache_policy policies[] = {cache_policy::lru, cache_policy::lfu, cache_policy::segment,
-                                     cache_policy::belady};
+constexpr cache_policy policies[] = {cache_policy::lru,        cache_policy::lfu,
+                                     cache_policy::fifo,       cache_policy::segmented,
+                                     cache_policy::segment,    cache_policy::least_stale,
+                                     cache_policy::cost_aware, cache_policy::belady};
 
 index_t hits(const expert_trace& trace, cache_policy policy, index_t capacity,
              cold_misses cold = cold_misses::counted, index_t window = 16) {
@@ -101,7 +103,9 @@ TEST_CASE(
   trace.add(test::fixed_choices(rng, 300, 12, 2, 0, 0.5));
   const std::set<expert_id> used(trace.ids().begin(), trace.ids().end());
   for (const cache_policy p : policies) {
-    for (index_t c = 3; c <= 12 && p != cache_policy::lfu; ++c)
+    const bool inclusive =
+        p == cache_policy::lru || p == cache_policy::segment || p == cache_policy::belady;
+    for (index_t c = 3; c <= 12 && inclusive; ++c)
       CHECK(hits(trace, p, c) >= hits(trace, p, c - 1));
     CHECK(hits(trace, p, 12) == trace.lookups() - static_cast<index_t>(used.size()));
     CHECK(hits(trace, p, 12, cold_misses::free) == trace.lookups());
@@ -119,6 +123,28 @@ TEST_CASE("a trace fed batch by batch is the whole one") {
   CHECK(std::vector<expert_id>(one.ids().begin(), one.ids().end()) ==
         std::vector<expert_id>(many.ids().begin(), many.ids().end()));
   CHECK(hits(one, cache_policy::segment, 4) == hits(many, cache_policy::segment, 4));
+}
+
+TEST_CASE("one pass gives what an LRU cache of every size gives") {
+  test::random rng(7);
+  expert_trace trace(24);
+  trace.add(test::fixed_choices(rng, 400, 24, 3, 5, 1.0));
+  const std::vector<index_t> curve = lru_hits(trace);
+  REQUIRE(curve.size() == 25);
+  CHECK(curve[0] == 0);
+  for (index_t c = 3; c <= 24; ++c)
+    CHECK(curve[static_cast<std::size_t>(c)] == hits(trace, cache_policy::lru, c));
+}
+
+TEST_CASE("what is pinned hits from the start, and takes its place from the rest") {
+  test::random rng(8);
+  expert_trace trace(16);
+  trace.add(test::fixed_choices(rng, 200, 16, 2, 0, 1.0));
+  std::vector<index_t> uses(16);
+  for (const expert_id e : trace.ids()) ++uses[static_cast<std::size_t>(e)];
+  const std::vector<std::int32_t> pins = {0, 1, 2};
+  const cache_options all_pinned{.capacity = 3, .pinned = pins};
+  CHECK(simulate_cache(trace, all_pinned).hits == uses[0] + uses[1] + uses[2]);
 }
 
 TEST_CASE("an empty trace has no hits; a cache below one token's experts is refused") {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <map>
-#include <moeroute/exec/callable.hpp>
+#include <moeroute/data/expert_cache.hpp>
 #include <moeroute/policy/catalog.hpp>
 #include <moeroute/policy/weigh/router.hpp>
 #include <moeroute/residency/resident_any_router.hpp>
@@ -349,6 +349,68 @@ TEST_CASE("real logits choose and weigh the same under every rule everywhere") {
     }
   INFO("0x" << std::hex << hash);
   CHECK(hash == 0xd01b3ed4a6620d11);
+}
+
+TEST_CASE("real logits miss, agree and lose as the study of the rules says") {
+  // Per layer an LRU cache of `held` experts, empty at the start, asked for one choice after the
+  // other: a plain-loop study in another language, on the Python trace.
+  struct row {
+    index_t held;
+    kind rule;
+    float strength;
+    index_t ranks;
+    double misses, agreement, mass;
+  };
+  constexpr row rows[] = {{8, kind::off, 0, 0, 1.5540, 1.0000, 0.0000},
+                          {8, kind::cache_prior, 0.05f, 0, 1.1486, 0.8965, 0.0042},
+                          {8, kind::cache_prior, 0.1f, 0, 0.8285, 0.8179, 0.0135},
+                          {8, kind::cache_prior, 0.2f, 0, 0.4617, 0.7200, 0.0339},
+                          {8, kind::cache_prior, 0.3f, 0, 0.3276, 0.6862, 0.0437},
+                          {8, kind::max_rank, 0, 6, 0.9810, 0.8532, 0.0163},
+                          {8, kind::max_rank, 0, 8, 0.6686, 0.7710, 0.0312},
+                          {8, kind::max_rank, 0, 12, 0.3796, 0.6934, 0.0462},
+                          {8, kind::margin_swap, 0.05f, 0, 1.1641, 0.8963, 0.0042},
+                          {8, kind::margin_swap, 0.1f, 0, 0.8475, 0.8170, 0.0136},
+                          {8, kind::margin_swap, 0.2f, 0, 0.4720, 0.7200, 0.0339},
+                          {8, kind::drop_cold, 0.2f, 0, 0.8105, 0.7992, 0.0330},
+                          {8, kind::drop_cold, 0.5f, 0, 0.3783, 0.6974, 0.0672},
+                          {16, kind::off, 0, 0, 0.5594, 1.0000, 0.0000},
+                          {16, kind::cache_prior, 0.05f, 0, 0.2850, 0.9333, 0.0022},
+                          {16, kind::cache_prior, 0.1f, 0, 0.1550, 0.8958, 0.0056},
+                          {16, kind::cache_prior, 0.2f, 0, 0.0743, 0.8573, 0.0100},
+                          {16, kind::cache_prior, 0.3f, 0, 0.0400, 0.8441, 0.0123},
+                          {16, kind::max_rank, 0, 6, 0.1409, 0.8930, 0.0093},
+                          {16, kind::max_rank, 0, 8, 0.0590, 0.8611, 0.0127},
+                          {16, kind::max_rank, 0, 12, 0.0310, 0.8423, 0.0137},
+                          {16, kind::margin_swap, 0.05f, 0, 0.2875, 0.9334, 0.0022},
+                          {16, kind::margin_swap, 0.1f, 0, 0.1575, 0.8958, 0.0056},
+                          {16, kind::margin_swap, 0.2f, 0, 0.0746, 0.8574, 0.0100},
+                          {16, kind::drop_cold, 0.2f, 0, 0.1938, 0.8956, 0.0148},
+                          {16, kind::drop_cold, 0.5f, 0, 0.0603, 0.8529, 0.0262}};
+  const auto traces = example::read_traces(MOEROUTE_MODEL_DIR);
+  const router<softmax> plain{.score = {}, .selection = {.k = 4}, .weight = sum_normalized};
+  workspace ws;
+  assignment a;
+  for (const row& want : rows) {
+    residency_counts counts;
+    double misses = 0;
+    for (index_t layer = 0; layer < traces[0].layers; ++layer) {
+      const auto z = traces[0].layer(layer);
+      expert_cache cache({.experts = 32, .capacity = want.held});
+      const residency_rule rule{.kind = want.rule, .strength = want.strength, .ranks = want.ranks};
+      const resident_router moved(plain, rule, cache.resident(), &counts);
+      for (index_t t = 0; t < z.rows; ++t) {
+        route(moved, z.middle_rows(t, 1), ws, a);
+        for (const expert_id e : a.ids(0))
+          misses += double(cache.step(std::span(&e, 1)).loads.size());
+      }
+    }
+    INFO(to_string(want.rule) << " " << want.strength << " " << want.ranks << " held "
+                              << want.held);
+    CHECK(std::abs(misses / double(counts.tokens) - want.misses) <= 0.01 * want.misses);
+    CHECK(std::abs(counts.agreement() - want.agreement) <= 0.01 * want.agreement);
+    CHECK(std::abs(counts.mass_lost() - want.mass) <= 0.01 * want.mass + 6e-5);
+  }
 }
 
 TEST_CASE("a running range is the decayed mean of the tokens' own") {

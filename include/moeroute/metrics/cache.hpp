@@ -3,11 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <span>
 #include <vector>
 
 #include <moeroute/base/error.hpp>
+#include <moeroute/data/expert_cache.hpp>
 #include <moeroute/data/expert_load.hpp>
 
 namespace moeroute {
@@ -54,14 +54,6 @@ class expert_trace {
   std::vector<index_t> first_{0};
 };
 
-/// Who leaves a full cache. The token's own experts never do.
-enum class cache_policy {
-  lru,      ///< the longest unused
-  lfu,      ///< the least used since the start, the longest unused among equals
-  segment,  ///< the least used within the next window - 1 tokens, then as lru (SCH)
-  belady,   ///< the one whose next use is farthest: no cache does better
-};
-
 /// Whether an expert's first load into a cache that is not yet full counts as a miss.
 enum class cold_misses {
   counted,  ///< it does, as it costs a transfer
@@ -73,6 +65,8 @@ struct cache_options {
   index_t capacity = 1;  ///< experts held, at least those of any one token
   index_t window = 16;   ///< tokens, of segment
   cold_misses cold = cold_misses::counted;
+  std::span<const std::int32_t> pinned{};  ///< experts that are there from the start and stay
+  double decay = 1.0;                      ///< of lfu
 };
 
 struct cache_result {
@@ -86,109 +80,85 @@ struct cache_result {
 
 namespace detail {
 
-class cache_run {
- public:
-  cache_run(const expert_trace& trace, const cache_options& options)
-      : trace_(trace), options_(options), lines_(static_cast<std::size_t>(trace.experts())) {
-    if (options.policy == cache_policy::belady) look_ahead();
-  }
-
-  cache_result run() {
-    cache_result out{.lookups = trace_.lookups()};
-    for (index_t t = 0; t < trace_.tokens(); ++t) {
-      if (options_.policy == cache_policy::segment) move_window(t);
-      // All of a token's experts are looked up before any is loaded.
-      for (const expert_id e : trace_.ids(t)) out.hits += line(e).held;
-      for (index_t i = trace_.first(t); i < trace_.first(t + 1); ++i) {
-        const expert_id e = trace_.ids()[static_cast<std::size_t>(i)];
-        line_state& l = line(e);
-        l.last = t;
-        ++l.uses;
-        if (!next_.empty()) l.next = next_[static_cast<std::size_t>(i)];
-      }
-      for (const expert_id e : trace_.ids(t)) {
-        if (line(e).held) continue;
-        if (held_ < options_.capacity) {
-          ++held_;
-          out.hits += options_.cold == cold_misses::free;
-        } else {
-          evict(t);
-        }
-        line(e).held = true;
-      }
+// For each choice of a trace the token that uses its expert again.
+inline std::vector<std::int64_t> next_uses(const expert_trace& trace) {
+  std::vector<std::int64_t> after(trace.ids().size(), expert_cache::never);
+  std::vector<std::int64_t> next(static_cast<std::size_t>(trace.experts()), expert_cache::never);
+  for (index_t t = trace.tokens() - 1; t >= 0; --t)
+    for (index_t i = trace.first(t); i < trace.first(t + 1); ++i) {
+      const auto e = static_cast<std::size_t>(trace.ids()[static_cast<std::size_t>(i)]);
+      after[static_cast<std::size_t>(i)] = next[e];
+      next[e] = t;
     }
-    return out;
-  }
-
- private:
-  static constexpr index_t never = std::numeric_limits<index_t>::max();
-  struct line_state {
-    bool held = false;
-    index_t last = -1, uses = 0, next = never, ahead = 0;
-  };
-  line_state& line(expert_id e) { return lines_[static_cast<std::size_t>(e)]; }
-
-  // The token after this one that uses each choice's expert again.
-  void look_ahead() {
-    next_.assign(trace_.ids().size(), never);
-    std::vector<index_t> next(lines_.size(), never);
-    for (index_t t = trace_.tokens() - 1; t >= 0; --t)
-      for (index_t i = trace_.first(t); i < trace_.first(t + 1); ++i) {
-        const auto e = static_cast<std::size_t>(trace_.ids()[static_cast<std::size_t>(i)]);
-        next_[static_cast<std::size_t>(i)] = next[e];
-        next[e] = t;
-      }
-  }
-
-  // Uses within the tokens (t, t + window).
-  void move_window(index_t t) {
-    for (; seen_ < std::min(trace_.tokens(), t + options_.window); ++seen_)
-      for (const expert_id e : trace_.ids(seen_)) ++line(e).ahead;
-    for (const expert_id e : trace_.ids(t)) --line(e).ahead;
-  }
-
-  bool leaves_before(const line_state& a, const line_state& b) const {
-    switch (options_.policy) {
-      case cache_policy::lru: break;
-      case cache_policy::lfu:
-        if (a.uses != b.uses) return a.uses < b.uses;
-        break;
-      case cache_policy::segment:
-        if (a.ahead != b.ahead) return a.ahead < b.ahead;
-        break;
-      case cache_policy::belady:
-        if (a.next != b.next) return a.next > b.next;
-        break;
-    }
-    return a.last < b.last;
-  }
-
-  void evict(index_t t) {
-    line_state* victim = nullptr;
-    for (auto& l : lines_)
-      if (l.held && l.last != t && (victim == nullptr || leaves_before(l, *victim))) victim = &l;
-    victim->held = false;
-  }
-
-  const expert_trace& trace_;
-  const cache_options& options_;
-  std::vector<line_state> lines_;
-  std::vector<index_t> next_;
-  index_t held_ = 0, seen_ = 0;
-};
+  return after;
+}
 
 }  // namespace detail
 
 /// What a cache of one size would have met of the trace.
 ///
 /// Throws: error where the capacity is below the experts of some token or above E, or window < 1.
-/// Cost: O(lookups + misses E). Determinism: exact; among equals the lowest expert leaves.
+/// Cost: that of the cache (data/expert_cache.hpp), which is what runs. Determinism: exact.
 /// Source: Segment routing and caching (arXiv 2505.16056); Belady 1966.
 inline cache_result simulate_cache(const expert_trace& trace, const cache_options& options) {
   check_range("simulate_cache", "capacity", options.capacity, std::max<index_t>(1, trace.most()),
               trace.experts());
   check_range("simulate_cache", "window", options.window, 1, index_t{1} << 40);
-  return detail::cache_run(trace, options).run();
+  expert_cache cache({.experts = trace.experts(),
+                      .capacity = options.capacity,
+                      .policy = options.policy,
+                      .pinned = options.pinned,
+                      .decay = options.decay});
+  const bool foresees = options.policy == cache_policy::belady;
+  const std::vector<std::int64_t> next =
+      foresees ? detail::next_uses(trace) : std::vector<std::int64_t>{};
+  cache_result out{.lookups = trace.lookups()};
+  index_t seen = 0;
+  for (index_t t = 0; t < trace.tokens(); ++t) {
+    if (options.policy == cache_policy::segment) {
+      for (; seen < std::min(trace.tokens(), t + options.window); ++seen)
+        for (const expert_id e : trace.ids(seen)) cache.expect(e, 0, 1);
+      for (const expert_id e : trace.ids(t)) cache.expect(e, 0, -1);
+    }
+    const index_t before = cache.held();
+    const auto step = cache.step(
+        trace.ids(t), 0,
+        foresees
+            ? std::span(next).subspan(static_cast<std::size_t>(trace.first(t)), trace.ids(t).size())
+            : std::span<const std::int64_t>{});
+    out.hits += step.hits;
+    if (options.cold == cold_misses::free) out.hits += cache.held() - before;
+  }
+  return out;
+}
+
+/// What an LRU cache of every size would have met: hits[c] with c experts held, 0 to E.
+///
+/// From the most experts of one token on it is simulate_cache's, one pass for all. Below, a token's
+/// experts would push one another out, and what is said is an upper bound. Cost: O(lookups * the
+/// distance in the order of use), at most E. Source: stack distances, Mattson et al. 1970.
+inline std::vector<index_t> lru_hits(const expert_trace& trace) {
+  const auto experts = static_cast<std::size_t>(trace.experts());
+  std::vector<index_t> hits(experts + 1, 0);
+  std::vector<expert_id> order;  // the last used in front
+  order.reserve(experts);
+  for (index_t t = 0; t < trace.tokens(); ++t) {
+    const auto ids = trace.ids(t);
+    // All are looked up before any is used.
+    for (const expert_id e : ids) {
+      const auto at =
+          static_cast<std::size_t>(std::find(order.begin(), order.end(), e) - order.begin());
+      if (at < order.size()) ++hits[at + 1];
+    }
+    for (const expert_id e : ids) {
+      auto at = std::find(order.begin(), order.end(), e);
+      if (at == order.end()) at = order.insert(order.end(), e);
+      std::copy_backward(order.begin(), at, at + 1);
+      order.front() = e;
+    }
+  }
+  for (std::size_t c = 1; c < hits.size(); ++c) hits[c] += hits[c - 1];
+  return hits;
 }
 
 }  // namespace moeroute

@@ -225,6 +225,11 @@ class resident_router {
   typename change::type moved_;
 };
 template <class Router>
+resident_router(Router, const residency_rule&, const resident_view&) -> resident_router<Router>;
+template <class Router>
+resident_router(Router, const residency_rule&, const resident_view&, residency_counts*)
+    -> resident_router<Router>;
+template <class Router>
 resident_router(Router, const residency_rule&, const resident_set&) -> resident_router<Router>;
 template <class Router>
 resident_router(Router, const residency_rule&, const resident_set&, residency_counts*)

@@ -1,0 +1,337 @@
+#include <moeroute/data/expert_cache.hpp>
+
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <cstdint>
+#include <map>
+#include <moeroute/data/expert_profile.hpp>
+#include <numeric>
+#include <set>
+#include <vector>
+
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+using ids = std::vector<expert_id>;
+
+ids step_of(test::random& rng, index_t experts, index_t k) {
+  ids list;
+  while (static_cast<index_t>(list.size()) < k) {
+    const double u = static_cast<double>(rng.uniform());
+    const auto e = static_cast<expert_id>(u * u * static_cast<double>(experts));
+    if (std::find(list.begin(), list.end(), e) == list.end()) list.push_back(e);
+  }
+  return list;
+}
+
+// A cache in plain loops: a map of what is held, a scan for who leaves.
+struct plain_cache {
+  expert_cache_options options;
+  struct line {
+    double uses = 0;
+    std::int64_t last_step = 0, clock = 0, arrived = 0, pass = 0, promoted = -1;
+    std::int64_t next = expert_cache::never;
+  };
+  std::map<std::int32_t, line> seen;  // of all keys
+  std::set<std::int32_t> held;
+  std::int64_t clock = 0, step_number = 0, pass = 0;
+  index_t layer = -1;
+  std::vector<std::int32_t> loads, evictions;
+
+  explicit plain_cache(const expert_cache_options& o) : options(o) {
+    for (const std::int32_t key : o.pinned) held.insert(key);
+  }
+  std::int64_t size(std::int32_t key) const {
+    return options.bytes.empty() ? 1 : options.bytes[static_cast<std::size_t>(key)];
+  }
+  bool pinned(std::int32_t key) const {
+    return std::find(options.pinned.begin(), options.pinned.end(), key) != options.pinned.end();
+  }
+  std::int64_t used() const {
+    std::int64_t sum = 0;
+    for (const std::int32_t key : held) sum += size(key);
+    return sum;
+  }
+  double worth(const line& l) const {
+    return l.uses * std::pow(options.decay, double(step_number - l.last_step));
+  }
+  // Whether a leaves before b.
+  bool before(std::int32_t a, std::int32_t b) {
+    const line &x = seen[a], &y = seen[b];
+    switch (options.policy) {
+      case cache_policy::lfu:
+        if (std::abs(worth(x) - worth(y)) > 1e-9 * worth(y)) return worth(x) < worth(y);
+        break;
+      case cache_policy::cost_aware: {
+        const double p = worth(x) * double(size(a)), q = worth(y) * double(size(b));
+        if (std::abs(p - q) > 1e-9 * q) return p < q;
+        break;
+      }
+      case cache_policy::fifo: return x.arrived < y.arrived;
+      case cache_policy::least_stale: {
+        const auto stale = [&](std::int32_t key, const line& l) {
+          return key / options.experts <= layer && l.pass < pass;
+        };
+        if (stale(a, x) != stale(b, y)) return stale(a, x);
+        break;
+      }
+      case cache_policy::belady:
+        if (x.next != y.next) return x.next > y.next;
+        break;
+      default: break;
+    }
+    return x.clock < y.clock;
+  }
+
+  index_t step(const ids& list, index_t at_layer, const std::vector<std::int64_t>& next = {}) {
+    loads.clear();
+    evictions.clear();
+    ++step_number;
+    if (at_layer <= layer) ++pass;
+    layer = at_layer;
+    std::set<std::int32_t> now;
+    index_t hits = 0;
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      const auto key = static_cast<std::int32_t>(at_layer * options.experts + list[i]);
+      const bool there = held.contains(key);
+      hits += there || now.contains(key);
+      if (!there && !now.contains(key)) loads.push_back(key);
+      now.insert(key);
+      line& l = seen[key];
+      l.uses = worth(l) + 1;
+      l.last_step = step_number;
+      l.clock = ++clock;
+      l.pass = pass;
+      if (!next.empty()) l.next = next[i];
+    }
+    for (const std::int32_t key : loads) {
+      while (used() + size(key) > options.capacity) {
+        std::int32_t old = -1;
+        for (const std::int32_t other : held)
+          if (!pinned(other) && !now.contains(other) && (old < 0 || before(other, old)))
+            old = other;
+        if (old < 0) break;
+        held.erase(old);
+        evictions.push_back(old);
+      }
+      if (used() + size(key) > options.capacity) continue;
+      held.insert(key);
+      seen[key].arrived = ++clock;
+    }
+    return hits;
+  }
+};
+
+void expect_same(expert_cache& cache, plain_cache& plain, const ids& list, index_t layer,
+                 const std::vector<std::int64_t>& next = {}) {
+  const auto got = cache.step(list, layer, next);
+  const index_t hits = plain.step(list, layer, next);
+  REQUIRE(got.hits == hits);
+  REQUIRE(std::vector<std::int32_t>(got.loads.begin(), got.loads.end()) == plain.loads);
+  REQUIRE(std::vector<std::int32_t>(got.evictions.begin(), got.evictions.end()) == plain.evictions);
+  REQUIRE(cache.held() == plain.used());
+  for (index_t l = 0; l < cache.layers(); ++l)
+    for (expert_id e = 0; e < cache.experts(); ++e)
+      REQUIRE(cache.resident(l).contains(e) ==
+              plain.held.contains(static_cast<std::int32_t>(l * cache.experts() + e)));
+}
+
+}  // namespace
+
+TEST_CASE("a cache loads and evicts what plain scans do, layer by layer, with pins and sizes") {
+  test::random rng(1);
+  for (const cache_policy policy : {cache_policy::lru, cache_policy::lfu, cache_policy::fifo,
+                                    cache_policy::least_stale, cache_policy::cost_aware})
+    for (const index_t layers : {1, 3})
+      for (const double decay : {1.0, 0.9})
+        for (const bool sized : {false, true}) {
+          constexpr index_t experts = 20;
+          const std::vector<std::int32_t> pins = {3, 11, 3};
+          std::vector<std::int64_t> bytes;
+          for (index_t i = 0; sized && i < layers * experts; ++i) bytes.push_back(1 + rng.below(4));
+          const expert_cache_options options{.experts = experts,
+                                             .layers = layers,
+                                             .capacity = sized ? 30 * layers : 9 * layers,
+                                             .policy = policy,
+                                             .pinned = pins,
+                                             .bytes = bytes,
+                                             .decay = decay};
+          INFO(to_string(policy) << " layers " << layers << " decay " << decay << " " << sized);
+          expert_cache cache(options);
+          plain_cache plain(options);
+          for (int t = 0; t < 200; ++t)
+            for (index_t l = 0; l < layers; ++l)
+              expect_same(cache, plain, step_of(rng, experts, 3), l);
+          CHECK(cache.would_hit(3));
+          CHECK(cache.would_hit(11));
+        }
+}
+
+TEST_CASE("Belady evicts what is needed last") {
+  test::random rng(2);
+  constexpr index_t experts = 12, tokens = 150;
+  std::vector<ids> trace;
+  for (index_t t = 0; t < tokens; ++t) trace.push_back(step_of(rng, experts, 2));
+  const expert_cache_options options{
+      .experts = experts, .capacity = 5, .policy = cache_policy::belady};
+  expert_cache cache(options);
+  plain_cache plain(options);
+  for (index_t t = 0; t < tokens; ++t) {
+    std::vector<std::int64_t> next;
+    for (const expert_id e : trace[static_cast<std::size_t>(t)]) {
+      index_t later = t + 1;
+      const auto uses = [&](index_t at) {
+        const ids& list = trace[static_cast<std::size_t>(at)];
+        return std::find(list.begin(), list.end(), e) != list.end();
+      };
+      while (later < tokens && !uses(later)) ++later;
+      next.push_back(later < tokens ? later : expert_cache::never);
+    }
+    expect_same(cache, plain, trace[static_cast<std::size_t>(t)], 0, next);
+  }
+}
+
+TEST_CASE("segmented: who was used twice outlives a stream of who was used once") {
+  expert_cache cache({.experts = 100, .capacity = 8, .policy = cache_policy::segmented});
+  for (int twice = 0; twice < 2; ++twice) cache.step(ids{0, 1, 2, 3});
+  for (expert_id e = 10; e < 90; ++e) cache.step(ids{e});
+  for (expert_id e = 0; e < 4; ++e) CHECK(cache.would_hit(e));
+  expert_cache lru({.experts = 100, .capacity = 8});
+  for (int twice = 0; twice < 2; ++twice) lru.step(ids{0, 1, 2, 3});
+  for (expert_id e = 10; e < 90; ++e) lru.step(ids{e});
+  CHECK(!lru.would_hit(0));
+  // The protected half is full: the fifth that is used twice sends the first back.
+  cache.step(ids{89});
+  cache.step(ids{90, 91, 92, 93});
+  CHECK(!cache.would_hit(0));
+  CHECK(cache.would_hit(1));
+}
+
+TEST_CASE(
+    "hits and loads are all accesses; a cache for all loads each once; a relabelling relabels") {
+  test::random rng(3);
+  for (const cache_policy policy : live_policies) {
+    constexpr index_t experts = 30;
+    INFO(to_string(policy));
+    expert_cache some({.experts = experts, .capacity = 7, .policy = policy, .decay = 0.95});
+    expert_cache all({.experts = experts, .capacity = experts, .policy = policy});
+    expert_cache other({.experts = experts, .capacity = 7, .policy = policy, .decay = 0.95});
+    std::set<expert_id> used;
+    index_t loads = 0;
+    for (int t = 0; t < 300; ++t) {
+      const ids list = step_of(rng, experts, 3);
+      used.insert(list.begin(), list.end());
+      ids mirrored;
+      for (const expert_id e : list) mirrored.push_back(experts - 1 - e);
+      const auto a = some.step(list);
+      const auto b = other.step(mirrored);
+      REQUIRE(a.hits + static_cast<index_t>(a.loads.size()) == 3);
+      REQUIRE(a.hits == b.hits);
+      REQUIRE(a.loads.size() == b.loads.size());
+      for (std::size_t i = 0; i < a.evictions.size(); ++i)
+        REQUIRE(a.evictions[i] == experts - 1 - b.evictions[i]);
+      REQUIRE(some.held() <= 7);
+      REQUIRE(some.resident().count() == some.held());
+      for (const expert_id e : list) REQUIRE(some.would_hit(e));
+      loads += static_cast<index_t>(all.step(list).loads.size());
+    }
+    CHECK(loads == static_cast<index_t>(used.size()));
+  }
+}
+
+TEST_CASE("a step larger than the cache streams through it; what is named twice is read once") {
+  for (const cache_policy policy : live_policies) {
+    expert_cache cache({.experts = 10, .capacity = 3, .policy = policy});
+    const auto first = cache.step(ids{0, 1, 2, 3, 4, 1, no_expert});
+    CHECK(first.hits == 1);
+    CHECK(first.loads.size() == 5);
+    CHECK(first.evictions.size() == 2);
+    CHECK(cache.held() == 3);
+  }
+  const std::vector<std::int32_t> pins = {7, 8};
+  expert_cache full({.experts = 10, .capacity = 2, .pinned = pins});
+  CHECK(full.step(ids{7, 1, 2}).loads.size() == 2);
+  CHECK(full.step(ids{1, 8}).hits == 1);
+  CHECK(full.held() == 2);
+}
+
+TEST_CASE("prefetched experts are there when asked for, and never push out what the step uses") {
+  for (const cache_policy policy : live_policies) {
+    INFO(to_string(policy));
+    expert_cache cache({.experts = 16, .layers = 2, .capacity = 6, .policy = policy});
+    cache.step(ids{0, 1, 2}, 0);
+    const auto early = cache.prefetch(ids{5, 6, 7, 8}, 1, 3);
+    CHECK(early.loads.size() == 3);
+    CHECK(early.evictions.empty());
+    CHECK(cache.prefetch(ids{5, 9, 10}, 1, 1).hits == 1);  // 5 is there; 9 comes for 6 or so
+    for (expert_id e = 0; e < 3; ++e) CHECK(cache.would_hit(e, 0));
+    CHECK(cache.step(ids{9}, 1).hits == 1);
+  }
+  expert_cache tight({.experts = 16, .capacity = 3});
+  tight.step(ids{0, 1, 2});
+  CHECK(tight.prefetch(ids{4}, 0, 1).loads.empty());
+}
+
+TEST_CASE("a profile is the uses of a run; the hottest are pinned; text comes back as it was") {
+  expert_cache cache({.experts = 4, .layers = 2, .capacity = 3});
+  for (int t = 0; t < 3; ++t) {
+    cache.step(ids{2, 1}, 0);
+    cache.step(ids{3}, 1);
+  }
+  cache.step(ids{2, 0}, 0);
+  expert_profile profile{.layers = 2, .experts = 4, .uses = std::vector<std::int64_t>(8)};
+  cache.uses(profile.uses);
+  CHECK(profile.uses == std::vector<std::int64_t>{1, 3, 4, 0, 0, 0, 0, 3});
+  CHECK(hot_keys(profile, 3) == std::vector<std::int32_t>{2, 1, 7});
+  const expert_profile back = parse_expert_profile(to_string(profile));
+  CHECK(back.layers == 2);
+  CHECK(back.experts == 4);
+  CHECK(back.uses == profile.uses);
+  const auto refused = [](const char* text) {
+    return test::refusal([&] { parse_expert_profile(text); });
+  };
+  CHECK(refused("") == "moeroute::parse_expert_profile: line 1: expected another line that ends");
+  CHECK(refused("profile\n") ==
+        "moeroute::parse_expert_profile: line 1: expected 'expert_profile v1 LAYERS EXPERTS'");
+  CHECK(refused("expert_profile v1 2 2\n1 2\n") ==
+        "moeroute::parse_expert_profile: line 3: expected another line that ends");
+  CHECK(refused("expert_profile v1 1 2\n1 x\n") ==
+        "moeroute::parse_expert_profile: line 2: expected counts from 0 on");
+  CHECK(refused("expert_profile v1 1 2\n1 2 3\n") ==
+        "moeroute::parse_expert_profile: line 2: expected 2 counts");
+  CHECK(refused("expert_profile v1 1 2\n1 2\n5\n") ==
+        "moeroute::parse_expert_profile: line 3: expected the end");
+}
+
+TEST_CASE("a cache that cannot be is refused by name") {
+  const auto refused = [](const expert_cache_options& options) {
+    return test::refusal([&] { expert_cache cache(options); });
+  };
+  CHECK(refused({.experts = 8, .capacity = 0}) ==
+        "moeroute::expert_cache: capacity is 0, expected 1 to 8");
+  CHECK(refused({.experts = 8, .layers = 2, .capacity = 17}) ==
+        "moeroute::expert_cache: capacity is 17, expected 1 to 16");
+  const std::vector<std::int32_t> pins = {0, 1, 2}, outside = {8};
+  CHECK(refused({.experts = 8, .capacity = 2, .pinned = pins}) ==
+        "moeroute::expert_cache: the size of what is pinned is 3, expected at most 2");
+  CHECK(refused({.experts = 8, .capacity = 2, .pinned = outside}) ==
+        "moeroute::expert_cache: pinned is 8, expected 0 to 7");
+  const std::vector<std::int64_t> bytes = {5, 0};
+  CHECK(refused({.experts = 2, .capacity = 2, .bytes = bytes}) ==
+        "moeroute::expert_cache: bytes is 0, expected above 0");
+  CHECK(refused({.experts = 2, .decay = 0.0}) ==
+        "moeroute::expert_cache: decay is 0.000000, expected above 0, at most 1");
+  expert_cache cache({.experts = 8, .capacity = 2});
+  CHECK(test::refusal([&] { cache.step(ids{8}); }) ==
+        "moeroute::expert_cache: expert is 8, expected 0 to 7");
+  CHECK(test::refusal([&] { cache.step(ids{0}, 1); }) ==
+        "moeroute::expert_cache: layer is 1, expected 0 to 0");
+  expert_cache foresees({.experts = 8, .capacity = 2, .policy = cache_policy::belady});
+  CHECK(test::refusal([&] { foresees.step(ids{0}); }) ==
+        "moeroute::expert_cache: next.size() is 0, expected 1");
+}

@@ -1,0 +1,259 @@
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <cstdint>
+#include <moeroute/metrics/cache.hpp>
+#include <moeroute/residency/prefetcher.hpp>
+#include <moeroute/residency/pregate.hpp>
+#include <moeroute/residency/regroup.hpp>
+#include <numeric>
+#include <set>
+#include <vector>
+
+#include "support/assignments.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+using ids = std::vector<expert_id>;
+
+template <class P>
+ids guesses(P& p, index_t layer, std::size_t n) {
+  ids out(n, -7);
+  out.resize(static_cast<std::size_t>(p.rank(layer, out)));
+  return out;
+}
+
+// Knows what is asked for.
+struct oracle_predictor {
+  const std::vector<ids>* future;
+  std::size_t at = 0;
+  index_t rank(index_t, std::span<expert_id> out) {
+    if (at >= future->size()) return 0;
+    const ids& list = (*future)[at];
+    std::copy(list.begin(), list.end(), out.begin());
+    return static_cast<index_t>(list.size());
+  }
+  void saw(index_t, std::span<const expert_id>) { ++at; }
+};
+
+// Is always wrong: what nobody asks for.
+struct wrong_predictor {
+  expert_id next = 20;
+  index_t rank(index_t, std::span<expert_id> out) {
+    out[0] = next = next == 31 ? 20 : next + 1;
+    return 1;
+  }
+  void saw(index_t, std::span<const expert_id>) {}
+};
+
+}  // namespace
+
+TEST_CASE("predictors rank what their name says, best first, the lowest among equals") {
+  last_predictor last(2, 8);
+  CHECK(guesses(last, 0, 4).empty());
+  last.saw(0, ids{5, 2, no_expert});
+  last.saw(1, ids{7});
+  CHECK(guesses(last, 0, 4) == ids{5, 2});
+  CHECK(guesses(last, 0, 1) == ids{5});
+  CHECK(guesses(last, 1, 4) == ids{7});
+
+  popularity_predictor popular(1, 8, 0.5);
+  popular.saw(0, ids{3, 1});
+  popular.saw(0, ids{6});
+  CHECK(guesses(popular, 0, 8) == ids{6, 1, 3});
+  popular.saw(0, ids{3});
+  CHECK(guesses(popular, 0, 2) == ids{3, 6});  // 1.25 against 0.5
+
+  transition_predictor after(3, 4);
+  for (int i = 0; i < 3; ++i) {
+    after.saw(0, ids{0, 1});
+    after.saw(1, ids{i == 2 ? 2 : 3});
+    after.saw(2, ids{0});
+  }
+  CHECK(guesses(after, 0, 4).empty());
+  after.saw(0, ids{1});
+  CHECK(guesses(after, 1, 4) == ids{3, 2});
+  CHECK(after.after(0, 1)[3] == 2);
+  CHECK(guesses(after, 2, 4).empty());  // layer 1 has not been seen yet
+
+  test::random rng(1);
+  std::vector<float> w(6 * 5), x(5);
+  for (float& v : w) v = rng.normal();
+  for (float& v : x) v = rng.normal();
+  const simd::packed_matrix<> gate(matrix_view<const float>(w.data(), 6, 5));
+  const simd::packed_matrix<>* const gates[] = {&gate};
+  gate_predictor by_gate(gates);
+  CHECK(guesses(by_gate, 0, 3).empty());
+  by_gate.hidden(x);
+  std::vector<std::pair<float, expert_id>> order;
+  for (expert_id e = 0; e < 6; ++e) {
+    float z = 0;
+    for (std::size_t i = 0; i < 5; ++i) z += w[static_cast<std::size_t>(e) * 5 + i] * x[i];
+    order.emplace_back(-z, e);
+  }
+  std::sort(order.begin(), order.end());
+  CHECK(guesses(by_gate, 0, 2) == ids{order[0].second, order[1].second});
+  CHECK(guesses(by_gate, 0, 9).size() == 6);
+
+  recall_meter recall;
+  recall.add(ids{1, 2, 3}, ids{3, 4, no_expert});
+  CHECK(recall.recall() == 0.5);
+}
+
+TEST_CASE("who knows the future loads nothing on demand; its loads are used and none is wasted") {
+  test::random rng(2);
+  constexpr index_t layers = 3, experts = 32;
+  std::vector<ids> steps;
+  for (int s = 0; s < 240; ++s) {
+    const assignment a = test::fixed_choices(rng, 1, experts, 3);
+    steps.emplace_back(a.ids().begin(), a.ids().end());
+  }
+  expert_cache cache({.experts = experts, .layers = layers, .capacity = 12});
+  prefetcher ahead(cache, oracle_predictor{&steps}, {.per_layer = 3});
+  std::int64_t demanded = 0;
+  for (std::size_t s = 0; s < steps.size(); ++s) {
+    const auto found = ahead.step(static_cast<index_t>(s) % layers, steps[s]);
+    if (s > 0) demanded += static_cast<std::int64_t>(found.loads.size());
+    REQUIRE(ahead.ahead().size() <= 3);
+    REQUIRE(cache.held() <= 12);
+  }
+  CHECK(demanded == 0);
+  CHECK(ahead.counts().wasted == 0);
+  CHECK(ahead.counts().layers_early == ahead.counts().useful);  // one layer ahead each
+  CHECK(!ahead.stopped());
+  CHECK(ahead.counts().tokens == 80);
+}
+
+TEST_CASE("a prefetcher whose loads are for nothing stops, and demand loads go on as without it") {
+  test::random rng(3);
+  expert_cache cache({.experts = 32, .capacity = 8}), alone({.experts = 32, .capacity = 8});
+  prefetcher ahead(cache, wrong_predictor{}, {.most_per_use = 2.0, .trial = 10});
+  std::int64_t with = 0, without = 0;
+  for (int t = 0; t < 400; ++t) {
+    const assignment a = test::fixed_choices(rng, 1, 20, 3);
+    with += static_cast<std::int64_t>(ahead.step(0, a.ids()).loads.size());
+    without += static_cast<std::int64_t>(alone.step(a.ids()).loads.size());
+  }
+  CHECK(ahead.stopped());
+  CHECK(ahead.counts().prefetched == 10);
+  CHECK(ahead.counts().useful == 0);
+  CHECK(ahead.counts().wasted == 10);
+  CHECK(ahead.counts().loads == with);
+  CHECK(with - without < 30);
+}
+
+TEST_CASE("regrouped requests read no more experts, topical ones far fewer, and none is lost") {
+  test::random rng(4);
+  for (const index_t batch : {1, 2, 7, 16, 100}) {
+    const assignment sets = test::fixed_choices(rng, 60, 90, 4, 5, 1.0);
+    std::vector<std::int32_t> given(60);
+    std::iota(given.begin(), given.end(), 0);
+    auto order = regroup(sets, batch);
+    CHECK(distinct_experts(sets, order, batch) <= distinct_experts(sets, given, batch));
+    std::sort(order.begin(), order.end());
+    CHECK(order == given);
+  }
+  // Eight topics of eight experts each, tokens of all topics mixed.
+  assignment topical;
+  topical.reset(512, 64, 4);
+  for (index_t t = 0; t < 512; ++t) {
+    const auto topic = static_cast<expert_id>(rng.below(8));
+    ids list(8);
+    std::iota(list.begin(), list.end(), 8 * topic);
+    for (std::size_t r = 0; r < 4; ++r) {
+      std::swap(list[r],
+                list[r + static_cast<std::size_t>(rng.below(static_cast<std::int64_t>(8 - r)))]);
+      topical.ids()[static_cast<std::size_t>(t * 4) + r] = list[r];
+    }
+  }
+  std::vector<std::int32_t> given(512);
+  std::iota(given.begin(), given.end(), 0);
+  const double before = double(distinct_experts(topical, given, 16)) / 32;
+  const double after = double(distinct_experts(topical, regroup(topical, 16), 16)) / 32;
+  CHECK(before > 40);
+  CHECK(after < 14);
+  CHECK(regroup(test::fixed_choices(rng, 0, 4, 1), 4).empty());
+}
+
+TEST_CASE("two choices level a Zipf load; a key has its two places for good") {
+  double one[64] = {};
+  two_choice_table two(64, 5);
+  test::random rng(5);
+  for (int i = 0; i < 20000; ++i) {
+    // Requests of a thousand prefixes by Zipf's law.
+    const auto key = static_cast<std::uint64_t>(std::exp(double(rng.uniform()) * std::log(1000.0)));
+    const auto places = two.places_of(key);
+    CHECK_FALSE(
+        (places.first < 0 || places.first >= 64 || places.second < 0 || places.second >= 64));
+    one[places.first] += 1;
+    const index_t to = two.add(key);
+    REQUIRE((to == places.first || to == places.second));
+  }
+  const double mean = 20000.0 / 64;
+  const double most_one = *std::max_element(one, one + 64) / mean;
+  const double most_two = *std::max_element(two.load().begin(), two.load().end()) / mean;
+  CHECK(most_two < 0.65 * most_one);
+  CHECK(std::accumulate(two.load().begin(), two.load().end(), 0.0) == 20000);
+}
+
+TEST_CASE(
+    "layers that are decided ahead load least: never more than any live cache on the same steps") {
+  test::random rng(6);
+  constexpr index_t experts = 24, tokens = 96;
+  std::vector<assignment> layers;
+  for (int l = 0; l < 3; ++l)
+    layers.push_back(test::fixed_choices(rng, tokens, experts, 3, 0, 1.0));
+  for (const index_t batch : {1, 4}) {
+    const pregated_loads best = pregate(layers, batch, {.capacity = 40});
+    CHECK(best.hits + static_cast<index_t>(best.keys.size()) == best.accesses);
+    CHECK(static_cast<index_t>(best.first.size()) == tokens / batch * 3 + 1);
+    for (const cache_policy policy : live_policies) {
+      expert_cache cache({.experts = experts, .layers = 3, .capacity = 40, .policy = policy});
+      index_t loads = 0, accesses = 0;
+      for (index_t t = 0; t < tokens; t += batch)
+        for (index_t l = 0; l < 3; ++l) {
+          std::set<expert_id> read;
+          for (index_t i = t; i < t + batch; ++i)
+            for (const expert_id e : layers[static_cast<std::size_t>(l)].ids(i)) read.insert(e);
+          loads += static_cast<index_t>(cache.step(ids(read.begin(), read.end()), l).loads.size());
+          accesses += static_cast<index_t>(read.size());
+        }
+      CHECK(accesses == best.accesses);
+      CHECK(loads >= static_cast<index_t>(best.keys.size()));
+    }
+  }
+  // One layer, one token a step: the simulator of metrics/.
+  expert_trace trace(experts);
+  trace.add(layers[0]);
+  CHECK(pregate(std::span(layers).first(1), 1, {.capacity = 7}).hits ==
+        simulate_cache(trace, {.policy = cache_policy::belady, .capacity = 7}).hits);
+}
+
+TEST_CASE("predictors, prefetchers, groups and tables refuse by name") {
+  CHECK(test::refusal([] { last_predictor(0, 4); }) ==
+        "moeroute::last_predictor: layers is 0, expected 1 to 1048576");
+  CHECK(test::refusal([] { last_predictor(1, 4).saw(0, ids{4}); }) ==
+        "moeroute::last_predictor: expert is 4, expected -1 to 3");
+  CHECK(test::refusal([] { popularity_predictor(1, 4, 2.0); }) ==
+        "moeroute::popularity_predictor: decay is 2.000000, expected 0 to 1");
+  CHECK(test::refusal([] { transition_predictor(2, 4).saw(2, ids{}); }) ==
+        "moeroute::transition_predictor: layer is 2, expected 0 to 1");
+  expert_cache cache({.experts = 8, .capacity = 2});
+  CHECK(test::refusal([&] { prefetcher(cache, last_predictor(1, 8), {.per_layer = 9}); }) ==
+        "moeroute::prefetcher: per_layer is 9, expected 0 to 8");
+  CHECK(test::refusal([&] { prefetcher(cache, last_predictor(1, 8), {.most_per_use = 0.5}); }) ==
+        "moeroute::prefetcher: most_per_use is 0.500000, expected 1 or more");
+  test::random rng(7);
+  const assignment sets = test::fixed_choices(rng, 4, 8, 2);
+  CHECK(test::refusal([&] { regroup(sets, 0); }) ==
+        "moeroute::regroup: batch is 0, expected 1 to 2147483647");
+  CHECK(test::refusal([] { two_choice_table(0); }) ==
+        "moeroute::two_choice_table: places is 0, expected 1 to 2147483647");
+  const assignment layers[] = {sets, test::fixed_choices(rng, 5, 8, 2)};
+  CHECK(test::refusal([&] { pregate(layers, 1, {}); }) ==
+        "moeroute::pregate: tokens is 5, expected 4");
+}
