@@ -1,6 +1,7 @@
 // From logits to outputs: routers, the stages, whole layers. The floors policy, stage and layer.
 #pragma once
 
+#include <moeroute/layer/mixture_of_depths.hpp>
 #include <moeroute/layer/moe_layer.hpp>
 #include <moeroute/layer/soft_moe.hpp>
 #include <moeroute/layer/swiglu_experts.hpp>
@@ -19,3 +20,4 @@
 #include <moeroute/stage/gates/normalized.hpp>
 #include <moeroute/stage/plan_layouts.hpp>
 #include <moeroute/stage/rectify.hpp>
+#include <moeroute/stage/sequences.hpp>

@@ -150,6 +150,11 @@ TEST_CASE("a layer changes as its gradients say, whatever router and options") {
         {.capacity = capacity_policy{.rule = {.formula = capacity_formula::fixed, .count = 2},
                                      .renormalize = when},
          .lost = lost_token::residual});
+  gradients_agree("what the weights leave goes to x",
+                  router<sigmoid>{.selection = {.k = 2}, .weight = {.scale = 0.4f}},
+                  {.special = {.identity_first = 4, .identity_end = 5}, .lost = lost_token::mix});
+  gradients_agree("what the weights leave goes to x, masked", two, {.lost = lost_token::mix},
+                  {.mask = mask});
 }
 
 TEST_CASE("a SwiGLU layer with a gated shared expert has autograd's gradients") {

@@ -70,6 +70,35 @@ TEST_CASE("a token without any slot gets zeros") {
   CHECK(y == row_matrix<float>::Zero(3, 5));
 }
 
+TEST_CASE("x gets what the weights of a token leave of 1, and all of it where the token is lost") {
+  const index_t d = 21, k = 2;
+  for (const index_t tokens : {0, 1, 40}) {
+    const test::planned p(tokens, 8, k);
+    const row_matrix<float> slots = test::random_rows(p.plan.slots(), d);
+    const row_matrix<float> x = test::random_rows(tokens, d, 3);
+    row_matrix<float> y(tokens, d), in_place = x;
+    combine_options<float, float> mix{.lost = lost_token::mix};
+    mix.x = const_view(x);
+    combine(slots, p.plan, p.choices, y, serial{}, mix);
+    mix.x = const_view(in_place);
+    combine(slots, p.plan, p.choices, in_place, serial{}, mix);
+    CHECK(test::bit_difference(test::values(in_place), test::values(y)) == "");
+    std::vector<double> expected;
+    for (index_t t = 0; t < tokens; ++t)
+      for (index_t c = 0; c < d; ++c) {
+        double sum = 0.0, rest = 1.0;
+        for (index_t i = t * k; i < (t + 1) * k; ++i)
+          if (const auto s = p.slow.slot_of_choice[static_cast<std::size_t>(i)]; s != no_slot) {
+            const double w = static_cast<double>(p.choices.weights()[static_cast<std::size_t>(i)]);
+            sum += w * static_cast<double>(slots(s, c));
+            rest -= w;
+          }
+        expected.push_back(sum + rest * static_cast<double>(x(t, c)));
+      }
+    CHECK(test::difference(test::values(y), expected, 1e-5, 1e-5) == "");
+  }
+}
+
 TEST_CASE("combine undoes dispatch where the weights of a token sum to 1") {
   const index_t tokens = 40, k = 4;
   assignment choices;

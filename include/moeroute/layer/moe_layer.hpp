@@ -146,8 +146,10 @@ class moe_layer {
     check_range("moe_layer", "d", options_.d, 1, index_t{1} << 40);
     check_range("moe_layer", "d_out", options_.d_out, 1, index_t{1} << 40);
     const special_experts& s = options_.special;
-    if (s.identity_first < s.identity_end || options_.lost == lost_token::residual)
+    if (s.identity_first < s.identity_end || options_.lost != lost_token::zero)
       check_size("moe_layer", "d_out with x in the output", d_out(), d());
+    if (options_.lost == lost_token::mix && options_.weights == weight_on::input)
+      fail("moe_layer", "lost_token::mix shares x by the weights of outputs, not of inputs");
     const auto total = static_cast<expert_id>(this->experts());
     check_range("moe_layer", "identity_first", s.identity_first, 0, s.identity_end);
     check_range("moe_layer", "identity_end", s.identity_end, 0, total);

@@ -173,7 +173,7 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
   // y = the sum of the terms of combine.
   const matrix_view<float>& dx = gradients.x;
   const bool wants_x = dx.data != nullptr && gradients.to != gradient_to::nowhere;
-  const bool dx_first = wants_x && (identity || options.lost == lost_token::residual);
+  const bool dx_first = wants_x && (identity || options.lost != lost_token::zero);
   if (dx_first && gradients.to == gradient_to::write)
     for (index_t t = 0; t < tokens; ++t) std::fill_n(dx.data + t * dx.stride, d, 0.0f);
   combine_options<T, float> combining;

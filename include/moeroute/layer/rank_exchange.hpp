@@ -234,6 +234,8 @@ class exchange_sender {
                                          const exchange_options& options) const {
     combine_options<T, float> o;
     if (options.weights == weight_on::input) o.weight = combine_weight::one;
+    if (options.lost_token_gets == lost_token::mix)
+      fail("rank_exchange", "lost_token::mix needs the weights, which reduced rows have lost");
     o.lost = options.lost_token_gets;
     o.identity_first = options.special.identity_first;
     o.identity_end = options.special.identity_end;

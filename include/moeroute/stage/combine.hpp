@@ -31,6 +31,9 @@ enum class combine_output {
 enum class lost_token {
   zero,
   residual,  ///< its own hidden state
+  /// Its own hidden state; and a token with terms gets of it what their weights leave of 1,
+  /// w f(x) + (1 - w) x (BASE, StableMoE).
+  mix,
 };
 
 /// What combine does beyond the weighted sum; x and shared may be kept in types of their own.
@@ -43,7 +46,7 @@ struct combine_options {
   /// no slot, and add weight * x[t] in their place in the rank order.
   expert_id identity_first = 0;
   expert_id identity_end = 0;
-  /// [T, d], the tokens' hidden states: for identity experts and lost_token::residual.
+  /// [T, d], the tokens' hidden states: for identity experts, lost_token::residual and mix.
   matrix_view<const X> x{};
   /// [T, d], what the shared experts gave, added last; or no rows.
   matrix_view<const S> shared{};
@@ -54,7 +57,7 @@ struct combine_options {
     return weight == combine_weight::of_choice && output == combine_output::overwrite &&
            lost == lost_token::zero && identity_first == identity_end && shared.rows == 0;
   }
-  bool needs_x() const { return lost == lost_token::residual || identity_first < identity_end; }
+  bool needs_x() const { return lost != lost_token::zero || identity_first < identity_end; }
 };
 
 namespace detail {
@@ -124,7 +127,13 @@ void combine_token(index_t t, const matrix_view<const T>& rows, const Source& so
     return std::is_same_v<Source, rows_of_choices> && identity(c) ? no_slot : source.row(c);
   };
   bool lost = true;
-  for (index_t c = first; c < last; ++c) lost = lost && row_of(c) == no_slot && !identity(c);
+  float rest = 1.0f;
+  for (index_t c = first; c < last; ++c) {
+    if (row_of(c) == no_slot && !identity(c)) continue;
+    lost = false;
+    rest -= weight[c];
+  }
+  const bool own = o.lost == lost_token::mix || (lost && o.lost == lost_token::residual);
   const auto start =
       o.output == combine_output::overwrite ? simd::sum_start::zero : simd::sum_start::output;
   simd::sum_of_rows<A>(y.cols, y.data + t * y.stride, start, [&](auto& sum) {
@@ -136,7 +145,7 @@ void combine_token(index_t t, const matrix_view<const T>& rows, const Source& so
         sum(o.x.data + t * o.x.stride, weight[c]);
       }
     }
-    if (lost && o.lost == lost_token::residual) sum(o.x.data + t * o.x.stride, 1.0f);
+    if (own) sum(o.x.data + t * o.x.stride, lost ? 1.0f : rest);
     if (o.shared.rows > 0)
       sum(o.shared.data + t * o.shared.stride,
           o.shared_weight.empty() ? 1.0f : o.shared_weight[static_cast<std::size_t>(t)]);

@@ -147,6 +147,13 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
       check_stride(where, "x", options.x);
     }
   }
+  const bool mixes = options.lost == lost_token::mix;
+  if (mixes && ones) fail(where, "lost_token::mix needs the weights of the choices");
+  if (mixes && wants_weights) {
+    check_size(where, "x.rows()", options.x.rows, dy.rows);
+    check_size(where, "x.cols()", options.x.cols, dy.cols);
+    check_stride(where, "x", options.x);
+  }
   const matrix_view<F>&dx = gradients.x, &dshared = gradients.shared;
   if (dx.data != nullptr) {
     check_size(where, "gradients.x.rows()", dx.rows, dy.rows);
@@ -178,12 +185,16 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
     for (index_t t = begin; t < end; ++t) {
       const auto* const row = dy.data + t * dy.stride;
       bool lost = true;
+      F rest = 1;
+      const F of_x = mixes && wants_weights
+                         ? detail::dot_of<A, F>(options.x.data + t * options.x.stride, row, dy.cols)
+                         : F(0);
       index_t together = plan.first(t);  // choices that are done
       if constexpr (std::is_same_v<F, float>) {
         constexpr index_t most = 64;
         index_t list[most], count = 0;
         const index_t begins = plan.first(t), ends = plan.first(t + 1);
-        if (wants_slots && wants_weights && !ones && ends - begins <= most) {
+        if (wants_slots && wants_weights && !ones && !mixes && ends - begins <= most) {
           for (index_t c = begins; c < ends; ++c)
             if (slot[c] != no_slot) list[count++] = c;
           if (count == ends - begins) {
@@ -208,6 +219,8 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
           dot = detail::scale_and_dot<A>(
               row, wants_weights && !ones ? slots.data + slot[c] * slots.stride : nullptr, w,
               dy.cols, wants_slots ? dslots.data + slot[c] * dslots.stride : nullptr, stream);
+          dot -= of_x;
+          rest -= w;
         } else if (identity) {
           const expert_id e = choices->ids()[static_cast<std::size_t>(c)];
           if (e >= options.identity_first && e < options.identity_end && choices->kept(c)) {
@@ -217,13 +230,15 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
             if (dx.data != nullptr)
               simd::add_scaled_row<A>(row, own, dy.cols, dx.data + t * dx.stride);
             if (wants_weights)
-              dot = detail::dot_of<A, F>(options.x.data + t * options.x.stride, row, dy.cols);
+              dot =
+                  detail::dot_of<A, F>(options.x.data + t * options.x.stride, row, dy.cols) - of_x;
+            rest -= own;
           }
         }
         if (wants_weights) gradients.weights[static_cast<std::size_t>(c)] = dot;
       }
-      if (lost && options.lost == lost_token::residual && dx.data != nullptr)
-        simd::add_scaled_row<A>(row, F(1), dy.cols, dx.data + t * dx.stride);
+      if ((mixes || (lost && options.lost == lost_token::residual)) && dx.data != nullptr)
+        simd::add_scaled_row<A>(row, lost ? F(1) : rest, dy.cols, dx.data + t * dx.stride);
       if (!gradients.shared_weight.empty())
         gradients.shared_weight[static_cast<std::size_t>(t)] =
             detail::dot_of<A, F>(options.shared.data + t * options.shared.stride, row, dy.cols);
