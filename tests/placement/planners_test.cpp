@@ -1,0 +1,615 @@
+// Every planner against its vectors, against brute force where that is possible, and by what each
+// promises of any loads.
+#include <catch2/catch_test_macros.hpp>
+#include <fstream>
+#include <functional>
+#include <moeroute/placement/affinity.hpp>
+#include <moeroute/placement/eplb.hpp>
+#include <moeroute/placement/exact_balance.hpp>
+#include <moeroute/placement/failover.hpp>
+#include <moeroute/placement/grouping.hpp>
+#include <moeroute/placement/replan.hpp>
+#include <moeroute/placement/search.hpp>
+#include <moeroute/placement/shadow.hpp>
+#include <moeroute/placement/spill.hpp>
+#include <moeroute/placement/split.hpp>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+using json = nlohmann::json;
+
+std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
+
+json cases(const std::string& name) {
+  std::ifstream in(std::string(MOEROUTE_TEST_DATA "/golden/placement/") + name + ".json");
+  return json::parse(in)["cases"];
+}
+
+template <class T>
+std::vector<T> list(const json& j) {
+  return j.is_null() ? std::vector<T>{} : j.get<std::vector<T>>();
+}
+
+bool near(double a, double b) { return std::abs(a - b) <= 1e-9 * (1.0 + std::abs(b)); }
+
+std::vector<expert_id> slots_of(const placement& p) {
+  return {p.expert_of_slot().begin(), p.expert_of_slot().end()};
+}
+
+// Zipf(s) loads in shuffled order with noise.
+std::vector<double> zipf_loads(index_t experts, double s, std::uint64_t seed, double noise = 0.15) {
+  test::random rng(seed);
+  std::vector<double> w;
+  for (index_t e = 0; e < experts; ++e)
+    w.push_back(1e5 * std::pow(double(e + 1), -s) * (1.0 + noise * double(rng.uniform() * 2 - 1)));
+  for (index_t e = experts - 1; e > 0; --e) std::swap(w[at(e)], w[at(rng.below(e + 1))]);
+  return w;
+}
+
+std::vector<std::int64_t> random_counts(test::random& rng, index_t n, bool heavy) {
+  std::vector<std::int64_t> c;
+  for (index_t e = 0; e < n; ++e) {
+    const double u = double(rng.uniform()) + 1e-3;
+    c.push_back(static_cast<std::int64_t>(heavy ? 20.0 * std::pow(u, -1.25) : 100.0 * u) *
+                (rng.below(9) == 0 ? 0 : 1));
+  }
+  return c;
+}
+
+// The smallest max of rank loads over all placements of P slots, even shares, by trying them all.
+double best_placement(const std::vector<double>& w, index_t slots, index_t ranks) {
+  const auto experts = static_cast<index_t>(w.size());
+  std::vector<index_t> count(w.size(), 1);
+  double best = 1e300;
+  const index_t room = slots / ranks;
+  const std::function<void(std::size_t, std::vector<double>&, std::vector<index_t>&,
+                           std::vector<index_t>&)>
+      place = [&](std::size_t i, std::vector<double>& load, std::vector<index_t>& filled,
+                  std::vector<index_t>& item) {
+        if (i == item.size()) {
+          best = std::min(best, *std::max_element(load.begin(), load.end()));
+          return;
+        }
+        const double x = w[at(item[i])] / double(count[at(item[i])]);
+        for (std::size_t r = 0; r < load.size(); ++r) {
+          if (filled[r] == room || load[r] + x >= best) continue;
+          load[r] += x;
+          ++filled[r];
+          place(i + 1, load, filled, item);
+          load[r] -= x;
+          --filled[r];
+          if (filled[r] == 0) break;  // empty ranks are alike
+        }
+      };
+  const std::function<void(index_t, index_t)> counts = [&](index_t e, index_t left) {
+    if (e == experts - 1) {
+      count[at(e)] = 1 + left;
+      std::vector<double> load(at(ranks), 0.0);
+      std::vector<index_t> filled(at(ranks), 0), item;
+      for (index_t i = 0; i < experts; ++i) item.insert(item.end(), at(count[at(i)]), i);
+      place(0, load, filled, item);
+      return;
+    }
+    for (index_t more = 0; more <= left; ++more) {
+      count[at(e)] = 1 + more;
+      counts(e + 1, left - more);
+    }
+  };
+  counts(0, slots - experts);
+  return best;
+}
+
+}  // namespace
+
+TEST_CASE("eplb gives the published arrays, ties either way") {
+  for (const json& one : cases("eplb")) {
+    INFO(one["name"].get<std::string>());
+    const json &in = one["input"], &out = one["output"];
+    const auto weight = list<double>(in["weight"]);
+    const eplb_result r = eplb(weight, in["slots"], in["groups"], in["nodes"], in["ranks"]);
+    std::vector<std::vector<expert_id>> right{list<expert_id>(out["expert_of_slot"])};
+    if (one.contains("alternatives"))
+      right = one["alternatives"].get<std::vector<std::vector<expert_id>>>();
+    CHECK(std::find(right.begin(), right.end(), r.expert_of_slot) != right.end());
+    CHECK(r.replicas == list<index_t>(out["replicas"]));
+    if (r.expert_of_slot == list<expert_id>(out["expert_of_slot"])) {
+      std::vector<slot_id> flat;
+      for (const json& row : out["slots_of_expert"])
+        for (const json& s : row) flat.push_back(s);
+      CHECK(r.slots_of_expert == flat);
+    }
+    const placement_plan plan =
+        eplb_plan(weight, in["slots"], in["ranks"], in["groups"], in["nodes"]);
+    CHECK(near(plan.balance.imbalance, out["imbalance"]));
+    const auto want = list<double>(out["rank_load"]);
+    for (std::size_t i = 0; i < want.size(); ++i) CHECK(near(plan.rank_load[i], want[i]));
+  }
+}
+
+TEST_CASE("the search reaches the vectors' maxima, and the optimum where they give it") {
+  for (const json& one : cases("refine")) {
+    INFO(one["name"].get<std::string>());
+    const json &in = one["input"], &out = one["output"];
+    const auto w = list<double>(in["weight"]);
+    const index_t slots = in["slots"], ranks = in["ranks"];
+    const packing wide = search_packing(
+        w, slots, ranks, {.candidates = 0, .distinct = false, .swaps = false, .kicks = 0});
+    CHECK(near(wide.max_load, out["search_max"]));
+    CHECK(wide.count == list<index_t>(out["search_replicas"]));
+    const packing swapped =
+        search_packing(w, slots, ranks, {.candidates = 0, .distinct = false, .kicks = 0});
+    CHECK(near(swapped.max_load, out["after_swaps_max"]));
+    CHECK(replicate(w, slots, slots) == list<index_t>(out["eplb_replicas"]));
+    CHECK(near(eplb_plan(w, slots, ranks).balance.max_load, out["eplb_max"]));
+    const placement_plan ours = search_placement(w, slots, ranks, {.candidates = 0});
+    CHECK(ours.balance.max_load <= out["search_max"].get<double>() + 1e-9);
+    CHECK(ours.balance.max_load >= out["optimum_max"].get<double>() - 1e-9);
+    CHECK(ours.experts.duplicates().empty());
+    if (slots < 16) CHECK(near(best_placement(w, slots, ranks), out["optimum_max"]));
+    CHECK(ours.lower_bound <= out["optimum_max"].get<double>() + 1e-9);
+  }
+}
+
+TEST_CASE("splits are as small as the vectors say, and partition every expert") {
+  for (const json& one : cases("split")) {
+    const json& in = one["input"];
+    if (in["rule"] != "optimal") continue;
+    INFO(one["name"].get<std::string>());
+    const auto count = list<std::int64_t>(in["load"]);
+    const placement p = placement::from_slots(static_cast<index_t>(count.size()), in["ranks"],
+                                              list<expert_id>(in["expert_of_slot"]));
+    const slot_split s = split_optimal(p, count);
+    CHECK(s.max_load == one["output"]["smallest_max"].get<std::int64_t>());
+    for (index_t e = 0; e < p.experts(); ++e) {
+      std::int64_t sum = 0;
+      for (const slot_id i : p.slots_of_expert(e)) sum += s.of_slot[at(i)];
+      CHECK(sum == count[at(e)]);
+    }
+  }
+}
+
+TEST_CASE("spilling gives the vectors' ranges, moves and loads") {
+  for (const json& one : cases("llep")) {
+    INFO(one["name"].get<std::string>());
+    const json &in = one["input"], &out = one["output"];
+    spill_options o{
+        .alpha_num = in["alpha"][0], .alpha_den = in["alpha"][1], .min_rows = in["min_rows"]};
+    if (!in["lambda_"].is_null()) o.lambda = in["lambda_"];
+    const batch_plan plan = spill(list<std::int64_t>(in["load"]), in["ranks"], o);
+    CHECK(plan.enabled == out["enabled"].get<bool>());
+    CHECK(plan.load == list<std::int64_t>(out["load"]));
+    if (plan.enabled) {
+      CHECK(plan.cap == out["cap"].get<std::int64_t>());
+      CHECK(plan.forced == out["forced"].get<index_t>());
+    }
+    std::vector<expert_move> moves;
+    for (const json& m : out["moves"]) moves.push_back({m[0], m[1], m[2]});
+    CHECK(plan.moves == moves);
+    for (std::size_t e = 0; e < plan.range.size(); ++e) {
+      std::vector<rank_range> want;
+      for (const json& r : out["ranges"][std::to_string(e)]) want.push_back({r[0], r[1], r[2]});
+      CHECK(plan.range[e] == want);
+    }
+  }
+}
+
+TEST_CASE("exact balance gives the vectors' fills and allocation") {
+  for (const json& one : cases("exact_balance")) {
+    INFO(one["name"].get<std::string>());
+    const json &in = one["input"], &out = one["output"];
+    const index_t ranks = in["ranks"];
+    std::vector<std::int64_t> count(in["tokens_per_expert"][0].size(), 0);
+    for (const json& row : in["tokens_per_expert"])
+      for (std::size_t e = 0; e < count.size(); ++e) count[e] += row[e].get<std::int64_t>();
+    CHECK(count == list<std::int64_t>(out["counts"]));
+    const exact_balance_plan plan = balance_exactly(count, ranks);
+    std::vector<rank_fill> fills;
+    for (const json& f : out["fills"]) fills.push_back({f[0], f[1], f[2]});
+    CHECK(plan.fills == fills);
+    CHECK(plan.capacity == list<std::int64_t>(out["capacity"]));
+    CHECK(plan.foreign == list<index_t>(out["foreign"]));
+    std::vector<std::int64_t> flat;
+    for (const json& row : out["alloc"])
+      for (const json& n : row) flat.push_back(n);
+    CHECK(plan.alloc == flat);
+  }
+}
+
+TEST_CASE("shadowing decides as published, and ours by what ranks really have") {
+  for (const json& one : cases("shadow")) {
+    INFO(one["name"].get<std::string>());
+    const json &in = one["input"], &out = one["output"];
+    const shadow_costs costs{in["d"], in["ratio"], in["bytes"], in["bandwidth"], in["flops"]};
+    const auto load = list<double>(in["load"]);
+    const shadow_plan plan = shadow_published(load, costs);
+    CHECK(plan.shadowed == list<expert_id>(out["shadowed"]));
+    CHECK(near(plan.latency, out["latency"]));
+    const auto trace = list<double>(out["trace"]);
+    CHECK(plan.trace.size() == trace.size());
+    for (std::size_t i = 0; i < std::min(trace.size(), plan.trace.size()); ++i)
+      CHECK(near(plan.trace[i], trace[i]));
+    // Four ranks that each have a quarter.
+    std::vector<std::int64_t> count;
+    for (int r = 0; r < 4; ++r)
+      for (const double l : load) count.push_back(static_cast<std::int64_t>(l) / 4);
+    const shadow_plan ours = shadow_exact(count, 4, costs, true);
+    CHECK(ours.latency <= ours.trace.front());
+    double best = ours.trace.front();
+    for (unsigned set = 0; set < 16; ++set) {
+      std::vector<std::uint8_t> flags;
+      for (unsigned e = 0; e < 4; ++e) flags.push_back(set >> e & 1);
+      best = std::min(best, shadow_latency(count, 4, flags, costs, true));
+    }
+    CHECK(ours.latency <= best * (1.0 + 1e-9));
+  }
+}
+
+TEST_CASE("affinity: greedy and swaps as in the vectors, restarts within 1.05 of the optimum") {
+  for (const json& one : cases("affinity")) {
+    INFO(one["name"].get<std::string>());
+    const json &in = one["input"], &out = one["output"];
+    layer_transitions t{.experts = in["experts"]};
+    for (const json& layer : in["transitions"]) {
+      t.count.emplace_back();
+      for (const json& row : layer)
+        for (const json& v : row) t.count.back().push_back(v);
+    }
+    const affinity_options o{.ranks = in["ranks"],
+                             .node_of_rank = list<std::int32_t>(in["node_of_rank"]),
+                             .weight_within = in["weight_within"],
+                             .weight_across = in["weight_across"]};
+    std::vector<std::int32_t> first;
+    for (index_t e = 0; e < t.experts; ++e)
+      first.push_back(static_cast<std::int32_t>(e * o.ranks / t.experts));
+    const affinity_plan greedy = affinity_from(t, o, first, false),
+                        local = affinity_from(t, o, first, true);
+    CHECK(greedy.rank_of_expert == out["greedy"].get<std::vector<std::vector<std::int32_t>>>());
+    CHECK(near(greedy.cost, out["greedy_cost"]));
+    CHECK(local.rank_of_expert == out["local"].get<std::vector<std::vector<std::int32_t>>>());
+    CHECK(local.swaps == out["swaps"].get<index_t>());
+    CHECK(near(local.cost, out["local_cost"]));
+    CHECK(
+        near(affinity_cost(t, o, std::vector<std::vector<std::int32_t>>(t.count.size() + 1, first)),
+             out["trivial_cost"]));
+    const affinity_plan ours = place_by_affinity(t, o);
+    CHECK(ours.cost <= 1.05 * out["optimum_cost"].get<double>() + 1e-9);
+    CHECK(near(ours.cost, affinity_cost(t, o, ours.rank_of_expert)));
+    for (const auto& layer : ours.rank_of_expert)
+      for (index_t r = 0; r < o.ranks; ++r)
+        CHECK(std::count(layer.begin(), layer.end(), r) == t.experts / o.ranks);
+  }
+}
+
+TEST_CASE("grouping reaches the vectors' cost within the limit of load") {
+  for (const json& one : cases("two_level")) {
+    INFO(one["name"].get<std::string>());
+    const json &in = one["input"], &out = one["output"];
+    std::vector<token_set> sets;
+    for (const json& s : in["token_sets"])
+      sets.push_back({s[0].get<std::vector<expert_id>>(), s[1]});
+    const grouping_options o{.ranks = in["ranks"],
+                             .node_of_rank = list<std::int32_t>(in["node_of_rank"]),
+                             .weight_node = in["weight_node"],
+                             .weight_rank = in["weight_rank"],
+                             .slack = in["slack"]};
+    const grouping_plan plan =
+        group_experts(sets, list<double>(in["weight"]), list<std::int32_t>(in["start"]), o);
+    CHECK(near(plan.start_cost, out["start_cost"]));
+    CHECK(near(plan.cost, out["cost"]));
+    CHECK(plan.rank_of_expert == list<std::int32_t>(out["placement"]));
+    CHECK(plan.swaps == out["swaps"].get<index_t>());
+    CHECK(near(plan.max_load, out["max_load"]));
+  }
+}
+
+TEST_CASE("re-planning takes the vectors' steps and no more than its budget") {
+  for (const json& one : cases("replan")) {
+    INFO(one["name"].get<std::string>());
+    const json &in = one["input"], &out = one["output"];
+    const auto w = list<double>(in["weight"]);
+    const placement old = placement::from_slots(static_cast<index_t>(w.size()), in["ranks"],
+                                                list<expert_id>(in["expert_of_slot"]));
+    const replan_result r = replan(old, w, {.target = in["target"], .budget = in["budget"]});
+    CHECK(slots_of(r.experts) == list<expert_id>(out["expert_of_slot"]));
+    CHECK(r.moves == out["moves"].get<index_t>());
+    CHECK(count_moves(old, r.experts) == out["moves_checked"].get<index_t>());
+    CHECK(near(r.imbalance_before, out["imbalance_before"]));
+    CHECK(near(r.imbalance_after, out["imbalance_after"]));
+    std::vector<replan_step> steps;
+    for (const json& s : out["steps"])
+      steps.push_back(
+          {s[0] == "swap" ? replan_step::kind::swap : replan_step::kind::copy, s[1], s[2]});
+    CHECK(r.steps == steps);
+  }
+}
+
+TEST_CASE("without its dead ranks a placement has empty slots there and lists what is lost") {
+  for (const json& one : cases("failover")) {
+    INFO(one["name"].get<std::string>());
+    const json &in = one["input"], &out = one["output"];
+    const placement p =
+        placement::from_slots(in["experts"], in["ranks"], list<expert_id>(in["expert_of_slot"]));
+    const placement left = without(p, list<std::uint8_t>(in["alive"]));
+    CHECK(slots_of(left) == list<expert_id>(out["expert_of_slot"]));
+    CHECK(left.lost() == list<expert_id>(out["lost"]));
+    for (index_t e = 0; e < p.experts(); ++e)
+      CHECK(std::vector<slot_id>(left.slots_of_expert(e).begin(), left.slots_of_expert(e).end()) ==
+            list<slot_id>(out["live_slots"][at(e)]));
+  }
+  const std::vector<std::uint8_t> none{0, 0};
+  CHECK(test::refusal([&] { without(placement::contiguous(4, 2), none); }) ==
+        "moeroute::without: no rank is alive, expected one at least");
+}
+
+TEST_CASE(
+    "tiny instances: replicas and splits are optimal, the search within 1.05 of the optimum") {
+  test::random rng(5);
+  int tried = 0;
+  for (int draw = 0; draw < 300; ++draw) {
+    const index_t ranks = 2 + rng.below(3), per = 1 + rng.below(3), slots = ranks * per;
+    if (slots > 8 || slots < 3) continue;
+    const index_t experts =
+        std::max<index_t>(2, slots - rng.below(std::min<index_t>(slots - 2, 4) + 1));
+    if (experts > slots || per > experts) continue;
+    ++tried;
+    std::vector<double> w;
+    for (index_t e = 0; e < experts; ++e)
+      w.push_back(double(1 + rng.below(30)) * (rng.below(4) == 0 ? 4.0 : 1.0));
+    const double optimum = best_placement(w, slots, ranks);
+    CHECK(
+        search_placement(w, slots, ranks, {.candidates = 0, .distinct = false}).balance.max_load <=
+        1.05 * optimum + 1e-9);
+    CHECK(placement_bound(w, slots, slots) <= optimum + 1e-9);
+
+    // The counts that no other beats in the greatest load per slot.
+    const std::vector<index_t> count = replicate(w, slots, slots);
+    double got = 0.0, least = 1e300;
+    for (std::size_t e = 0; e < w.size(); ++e) got = std::max(got, w[e] / double(count[e]));
+    const std::function<void(index_t, index_t, double)> all = [&](index_t e, index_t left,
+                                                                  double max) {
+      if (e == experts) {
+        least = std::min(least, max);
+        return;
+      }
+      for (index_t more = 0; more <= left; ++more)
+        all(e + 1, left - more, std::max(max, w[at(e)] / double(1 + more)));
+    };
+    all(0, slots - experts, 0.0);
+    CHECK(near(got, least));
+  }
+  CHECK(tried > 100);
+  for (int draw = 0; draw < 60; ++draw) {
+    const index_t ranks = 2 + rng.below(2), slots = ranks * 2, experts = 3;
+    std::vector<expert_id> of;
+    for (index_t s = 0; s < slots; ++s)
+      of.push_back(static_cast<expert_id>(s < experts ? s : rng.below(experts)));
+    const placement p = placement::from_slots(experts, ranks, of);
+    std::vector<std::int64_t> count;
+    for (index_t e = 0; e < experts; ++e) count.push_back(rng.below(9));
+    std::int64_t best = 1 << 20;
+    std::vector<std::int64_t> load(at(ranks), 0);
+    const std::function<void(index_t, index_t, std::int64_t)> all = [&](index_t e, index_t i,
+                                                                        std::int64_t left) {
+      if (e == experts) {
+        best = std::min(best, *std::max_element(load.begin(), load.end()));
+        return;
+      }
+      const index_t m = p.replicas(e), r = p.rank_of_slot()[at(p.slots_of_expert(e)[at(i)])];
+      for (std::int64_t n = i + 1 == m ? left : 0; n <= left; ++n) {
+        load[at(r)] += n;
+        if (i + 1 == m)
+          all(e + 1, 0, e + 1 < experts ? count[at(e + 1)] : 0);
+        else
+          all(e, i + 1, left - n);
+        load[at(r)] -= n;
+      }
+    };
+    all(0, 0, count[0]);
+    const slot_split exact = split_optimal(p, count), fast = split_by_filling(p, count),
+                     even = split_even(p, count);
+    CHECK(exact.max_load == best);
+    CHECK(fast.max_load >= best);
+    CHECK(fast.max_load <= even.max_load);
+  }
+}
+
+TEST_CASE("what planners promise holds for any loads") {
+  test::random rng(11);
+  for (int draw = 0; draw < 120; ++draw) {
+    const index_t ranks = 1 + rng.below(12), own = 1 + rng.below(5), experts = ranks * own;
+    std::vector<std::int64_t> count = random_counts(rng, experts, draw % 2 == 0);
+    if (draw % 10 == 9) std::fill(count.begin(), count.end(), 0);
+    const std::int64_t sum = std::accumulate(count.begin(), count.end(), std::int64_t{0});
+    const spill_options so{
+        .alpha_num = 10 + rng.below(3), .alpha_den = 10, .min_rows = draw % 3 == 0 ? 7 : 1};
+    const batch_plan spilled = spill(count, ranks, so);
+    const exact_balance_plan exact = balance_exactly(count, ranks);
+    for (const batch_plan* plan : {&spilled, &exact.batch}) {
+      std::vector<std::int64_t> load(at(ranks), 0);
+      bool partition = true;
+      for (index_t e = 0; e < experts; ++e) {
+        std::int64_t end = 0;
+        for (const rank_range& r : plan->range[at(e)]) {
+          partition = partition && r.begin == end && r.end > r.begin;
+          end = r.end;
+          load[at(r.rank)] += r.end - r.begin;
+        }
+        partition = partition && end == count[at(e)];
+      }
+      CHECK(partition);
+      CHECK(load == plan->load);
+      const batch_placement placed = place_batch(*plan);
+      CHECK(placed.experts.duplicates().empty());
+      CHECK(static_cast<index_t>(placed.experts.slots()) ==
+            experts + static_cast<index_t>(plan->moves.size()));
+    }
+    if (so.min_rows == 1)
+      CHECK(*std::max_element(spilled.load.begin(), spilled.load.end()) <= spilled.cap + ranks - 1);
+    CHECK(exact.batch.load == exact.capacity);
+    CHECK(static_cast<index_t>(exact.fills.size()) <= ranks - 1);
+    for (const index_t f : exact.foreign) CHECK(f <= own);
+    CHECK(std::accumulate(exact.capacity.begin(), exact.capacity.end(), std::int64_t{0}) == sum);
+  }
+  for (int draw = 0; draw < 30; ++draw) {
+    const index_t ranks = 2 + rng.below(8), experts = 2 + rng.below(40);
+    const index_t per = (experts + ranks - 1) / ranks + rng.below(3), slots = per * ranks;
+    if (per > experts) continue;
+    std::vector<double> w = zipf_loads(experts, 1.1, static_cast<std::uint64_t>(draw), 0.5);
+    const placement_plan ours = search_placement(w, slots, ranks),
+                         published = eplb_plan(w, slots, ranks);
+    CHECK(ours.experts.lost().empty());
+    CHECK(ours.experts.duplicates().empty());
+    CHECK(ours.balance.max_load >= ours.lower_bound * (1 - 1e-12));
+    if (published.experts.duplicates().empty())
+      CHECK(ours.balance.max_load <= published.balance.max_load);
+    // The same plan for loads in other units.
+    std::vector<double> scaled = w;
+    for (double& v : scaled) v *= 1024.0;
+    CHECK(search_placement(scaled, slots, ranks).experts == ours.experts);
+    CHECK(eplb_plan(scaled, slots, ranks).experts == published.experts);
+    // More slots never raise the greatest load per slot.
+    double before = 1e300;
+    for (index_t more = experts; more <= experts + 8; ++more) {
+      const std::vector<index_t> c = replicate(w, more, more);
+      double most = 0.0;
+      for (std::size_t e = 0; e < w.size(); ++e) most = std::max(most, w[e] / double(c[e]));
+      CHECK(most <= before);
+      before = most;
+    }
+    // Drift, and what a re-plan makes of it.
+    for (double& v : w) v *= std::exp(0.3 * double(rng.normal()));
+    const replan_result moved = replan(ours.experts, w, {.target = 1.05, .budget = 6});
+    CHECK(moved.moves <= 6);
+    CHECK(count_moves(ours.experts, moved.experts) <= moved.moves);
+    CHECK(moved.imbalance_after <= moved.imbalance_before);
+    CHECK(moved.experts.duplicates().empty());
+    CHECK(moved.experts.lost().empty());
+    CHECK(near(moved.imbalance_after, balance_of(rank_loads(moved.experts, w)).imbalance));
+    const placement_plan fresh = search_placement(w, slots, ranks);
+    const placement named = relabel(ours.experts, fresh.experts);
+    CHECK(count_moves(ours.experts, named) <= count_moves(ours.experts, fresh.experts));
+    std::vector<double> a = rank_loads(named, w), b = fresh.rank_load;
+    std::sort(a.begin(), a.end());
+    std::sort(b.begin(), b.end());
+    for (std::size_t i = 0; i < a.size(); ++i) CHECK(near(a[i], b[i]));
+    CHECK(static_cast<index_t>(transfers(ours.experts, named).size()) ==
+          count_moves(ours.experts, named));
+  }
+}
+
+TEST_CASE("renaming ranks finds the fewest moves that brute force finds") {
+  test::random rng(3);
+  for (int draw = 0; draw < 20; ++draw) {
+    std::vector<expert_id> a, b;
+    for (int s = 0; s < 8; ++s) {
+      a.push_back(static_cast<expert_id>(rng.below(6)));
+      b.push_back(static_cast<expert_id>(rng.below(6)));
+    }
+    const placement old = placement::from_slots(6, 4, a), made = placement::from_slots(6, 4, b);
+    std::vector<std::size_t> order{0, 1, 2, 3};
+    index_t least = 99;
+    do {
+      std::vector<expert_id> c;
+      for (const std::size_t r : order) c.insert(c.end(), {b[2 * r], b[2 * r + 1]});
+      least = std::min(least, count_moves(old, placement::from_slots(6, 4, c)));
+    } while (std::next_permutation(order.begin(), order.end()));
+    // Overlaps are counted by slot, moves by content: they differ where a rank holds an expert
+    // twice.
+    if (made.duplicates().empty() && old.duplicates().empty())
+      CHECK(count_moves(old, relabel(old, made)) == least);
+  }
+}
+
+TEST_CASE("against EPLB the excess over 1 is a tenth at the most, and no row is above 1.005") {
+  double logs = 0.0, worst = 0.0, highest = 0.0;
+  int rows = 0;
+  index_t duplicates = 0;
+  for (const double s : {1.0, 1.1, 1.2, 1.3})
+    for (const auto& [experts, ranks] :
+         {std::pair<index_t, index_t>{256, 32}, {256, 64}, {128, 16}})
+      for (const index_t extra : {ranks, 2 * ranks}) {
+        double ours = 0.0, published = 0.0;
+        for (std::uint64_t draw = 0; draw < 2; ++draw) {
+          const std::vector<double> w = zipf_loads(experts, s, 100 + draw);
+          const placement_plan plan = search_placement(w, experts + extra, ranks);
+          ours += plan.balance.imbalance - 1.0;
+          published += eplb_plan(w, experts + extra, ranks).balance.imbalance - 1.0;
+          highest = std::max(highest, plan.balance.imbalance);
+          duplicates += static_cast<index_t>(plan.experts.duplicates().size());
+        }
+        logs += std::log(std::max(ours, 1e-9) / published);
+        worst = std::max(worst, ours / published);
+        ++rows;
+      }
+  INFO("geometric mean " << std::exp(logs / rows) << ", worst " << worst << ", highest "
+                         << highest);
+  CHECK(std::exp(logs / rows) <= 0.10);
+  CHECK(worst <= 0.35);
+  CHECK(highest <= 1.005);
+  CHECK(duplicates == 0);
+}
+
+TEST_CASE("planners refuse by name what is no load, no size, no option") {
+  const std::vector<double> good{1, 2, 3, 4}, negative{1, -2, 3, 4}, nan{1, 2, std::nan(""), 4},
+      infinite{1, 2, 3, HUGE_VAL};
+  const auto said = [](auto&& f) { return test::refusal(f); };
+  for (const auto& w : {negative, nan, infinite}) {
+    for (const std::string& text :
+         {said([&] { search_placement(w, 8, 2); }), said([&] { eplb_plan(w, 8, 2); }),
+          said([&] { replicate(w, 8, 8); }), said([&] { replan(placement::contiguous(4, 2), w); }),
+          said([&] { rank_loads(placement::contiguous(4, 2), w); })})
+      CHECK(text.find("expected a finite number >= 0") != std::string::npos);
+  }
+  CHECK(said([&] { search_placement(good, 3, 3); }) ==
+        "moeroute::search_placement: slots is 3, expected 4 to 2147483647");
+  CHECK(said([&] { eplb_plan(good, 2, 2); }) ==
+        "moeroute::eplb: slots is 2, expected 4 to 2147483647");
+  CHECK(said([&] { search_placement(good, 7, 2); }) ==
+        "moeroute::search_placement: 7 slots on 2 ranks, expected a multiple of the ranks");
+  CHECK(said([&] { search_placement(good, 10, 2); }) ==
+        "moeroute::search_placement: slots per rank is 5, expected 1 to 4");
+  CHECK(said([&] { search_placement(good, 4, 0); }) ==
+        "moeroute::search_placement: ranks is 0, expected 1 to 1048576");
+  CHECK(said([&] { eplb(good, 8, 3, 1, 2); }) ==
+        "moeroute::eplb: 4 experts in 3 groups, expected a multiple of the groups");
+  CHECK(said([&] { eplb(good, 8, 2, 3, 4); }) ==
+        "moeroute::eplb: 4 ranks on 3 nodes, expected a multiple of the nodes");
+  const std::vector<std::int64_t> counts{1, 2, 3, 4}, below{1, 2, 3, -4};
+  CHECK(said([&] { spill(below, 2); }) == "moeroute::spill: count is -4, expected 0 to 2^40");
+  CHECK(said([&] { spill(counts, 3); }) ==
+        "moeroute::spill: 4 experts on 3 ranks, expected a multiple of the ranks");
+  CHECK(said([&] { spill(counts, 2, {.alpha_num = 1, .alpha_den = 2}); }).find("alpha_num is 1") !=
+        std::string::npos);
+  CHECK(said([&] { spill(counts, 2, {.min_rows = 0}); }).find("min_rows is 0") !=
+        std::string::npos);
+  CHECK(said([&] { balance_exactly(below, 2); }) ==
+        "moeroute::balance_exactly: count is -4, expected 0 to 2^40");
+  CHECK(said([&] { balance_exactly(counts, 2, {.lambda = -1}); }).find("lambda is -1") !=
+        std::string::npos);
+  const placement lost = placement::from_slots(4, 2, std::vector<expert_id>{0, 1, 2, 2});
+  CHECK(said([&] { split_optimal(lost, counts); }) ==
+        "moeroute::split_by_filling: expert 3 has tokens and no live slot");
+  CHECK(said([&] { split_even(lost, below); }) ==
+        "moeroute::split_even: count is -4, expected 0 to 2^40");
+  CHECK(said([&] { replan(lost, good); }) == "moeroute::replan: 1 experts have no live slot: 3");
+  CHECK(said([&] { replan(placement::contiguous(4, 2), good, {.target = 0.5}); }) ==
+        "moeroute::replan: target is 0.500000, expected >= 1");
+  CHECK(said([&] { count_moves(lost, placement::contiguous(4, 3)); }) ==
+        "moeroute::count_moves: to.ranks() is 3, expected 2");
+  CHECK(said([&] { shadow_published(good, {.d = 0}); }).find("a cost is 0") != std::string::npos);
+  CHECK(said([&] { shadow_exact(counts, 3, {.d = 1}, true); }) ==
+        "moeroute::shadow_exact: 4 counts for 3 ranks, expected a multiple");
+  CHECK(said([&] { place_by_affinity({.experts = 4, .count = {{1, 2}}}, {.ranks = 2}); }) ==
+        "moeroute::affinity: count.size() is 2, expected 16");
+  const std::vector<std::int32_t> start{0, 0, 1, 2};
+  CHECK(said([&] { group_experts({}, good, start, {.ranks = 2}); }) ==
+        "moeroute::group_experts: start is 2, expected 0 to 1");
+}
