@@ -104,7 +104,7 @@ struct given_logits {
 
 /// What a layer takes for a router: what route() takes.
 template <class R>
-concept layer_router = any_kind_of_router<R> || detail::run_time_router<R>;
+concept router_of_a_layer = any_kind_of_router<R> || detail::run_time_router<R>;
 
 /// y = the weighted sum over each token's chosen experts of expert(x), plus what shared experts
 /// give.
@@ -114,7 +114,7 @@ concept layer_router = any_kind_of_router<R> || detail::run_time_router<R>;
 /// output is added last, with the weight that options give it; Gate a gate_function, a gate_ref to
 /// one that others use too, or no_gate. A layer is used by one caller at a time: it owns the
 /// workspaces, the assignment and the plan. After an exception it can be used as before.
-template <layer_router Router, class Experts, class Shared = no_shared_experts,
+template <router_of_a_layer Router, class Experts, class Shared = no_shared_experts,
           class Gate = linear_gate<>, class A = simd::default_arch>
 class moe_layer {
  public:
