@@ -1,4 +1,5 @@
-// The backward passes of the stages and layers of <moeroute/routing.hpp>, from every router.
+// The backward passes of the stages and layers of <moeroute/routing.hpp>, from every router, and
+// what else trains a router.
 #pragma once
 
 #include <moeroute/layer/moe_layer_backward.hpp>
@@ -12,5 +13,8 @@
 #include <moeroute/stage/dispatch_backward.hpp>
 #include <moeroute/stage/expert_backward.hpp>
 #include <moeroute/stage/gate_backward.hpp>
+#include <moeroute/stage/policy_gradient.hpp>
+#include <moeroute/stage/retained_inputs.hpp>
+#include <moeroute/stage/router_target.hpp>
 #include <moeroute/stage/soft_backward.hpp>
 #include <moeroute/stage/weigh.hpp>

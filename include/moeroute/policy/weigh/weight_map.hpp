@@ -15,7 +15,7 @@
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/parts/logit_transform.hpp>
 #include <moeroute/policy/parts/weight.hpp>
-#include <moeroute/simd/reduce.hpp>
+#include <moeroute/simd/probability/softmax_row.hpp>
 
 namespace moeroute {
 
@@ -232,22 +232,7 @@ class weigh_token {
     }
   }
 
-  // p = softmax of n logits; NaN counts as -inf, several +inf share, all are 0 where none is above
-  // -inf. p may be z.
-  static void softmax(const F* z, index_t n, F* p) {
-    if constexpr (std::is_same_v<F, float>) {
-      const float top = simd::row_max<A>(z, n);
-      if (!(top > never)) return void(std::fill_n(p, n, F(0)));
-      const F share = 1 / simd::row_exp<A>(z, n, top, p);
-      for (index_t e = 0; e < n; ++e) p[e] *= share;
-    } else {
-      F top = never, sum = 0;
-      for (index_t e = 0; e < n; ++e) top = z[e] > top ? z[e] : top;
-      for (index_t e = 0; e < n; ++e)
-        sum += p[e] = !(z[e] > never) ? F(0) : z[e] == top ? F(1) : std::exp(z[e] - top);
-      for (index_t e = 0; e < n; ++e) p[e] = sum > 0 ? p[e] / sum : F(0);
-    }
-  }
+  static void softmax(const F* z, index_t n, F* p) { simd::softmax_row<A>(z, n, p); }
 
   // The logits as they are scored.
   const F* transformed() const {
