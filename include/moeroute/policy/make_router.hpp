@@ -72,6 +72,10 @@ struct any_token_router {
   template <class A = simd::default_arch>
   MOEROUTE_INLINE void route_row(const float* row, index_t columns, index_t token,
                                  const side_inputs& side, expert_id* id, float* weight) const;
+  template <class A>
+  MOEROUTE_OUT_OF_LINE void route_other_row(const float* row, index_t columns, index_t token,
+                                            const side_inputs& side, expert_id* id,
+                                            float* weight) const;
 };
 
 struct any_ragged_router {
@@ -211,8 +215,19 @@ template <class A>
 MOEROUTE_INLINE void any_token_router::route_row(const float* row, index_t columns, index_t token,
                                                  const side_inputs& side, expert_id* id,
                                                  float* weight) const {
-  any.visit([&](const auto& r) {
-    if constexpr (requires { r.template route_row<A>(row, columns, token, side, id, weight); })
+  // Most are of the first kind: the others, whose code is long, stay out of the loop over rows.
+  if (const auto* const ranked = std::get_if<0>(&any.kind_)) [[likely]]
+    ranked->template route_row<A>(row, columns, token, side, id, weight);
+  else
+    this->template route_other_row<A>(row, columns, token, side, id, weight);
+}
+
+template <class A>
+void any_token_router::route_other_row(const float* row, index_t columns, index_t token,
+                                       const side_inputs& side, expert_id* id,
+                                       float* weight) const {
+  any.visit([&]<class Kind>(const Kind& r) {
+    if constexpr (row_router<Kind> && !std::is_same_v<Kind, router<any_score>>)
       r.template route_row<A>(row, columns, token, side, id, weight);
   });
 }

@@ -130,54 +130,75 @@ MOEROUTE_INLINE void store_first(float* p, index_t n, vfloat<A> v) {
   __builtin_memcpy(p, lane, static_cast<std::size_t>(n) * sizeof(float));  // p may hold integers
 }
 
-/// Writes the first n lanes to p and nothing else, in whole pieces: what is read back at once must
-/// not wait for a masked store to reach the cache. n in [1, width].
+/// Writes the first n lanes of two registers and nothing else, in whole pieces: what is read back
+/// at once must not wait for a masked store to reach the cache. n in [1, width].
 template <class A>
-MOEROUTE_INLINE void store_pieces(float* p, int n, vfloat<A> v) {
-  if (n == width<A>) return v.store_unaligned(p);
+MOEROUTE_INLINE void store_pieces(std::int32_t* integers, float* floats, int n, vint<A> i,
+                                  vfloat<A> f) {
+  if (n == width<A>) {
+    i.store_unaligned(integers);
+    f.store_unaligned(floats);
+    return;
+  }
 #if defined(__SSE2__)
-  __m128 four;
-#if defined(__AVX__)
+  __m128i four_i;
+  __m128 four_f;
+  int at = 0;
+#if defined(__AVX2__)
   if constexpr (width<A> >= 8) {
-    __m256 eight;
+    __m256i eight_i;
+    __m256 eight_f;
 #if defined(__AVX512F__)
     if constexpr (width<A> == 16) {
-      eight = _mm512_castps512_ps256(v);
+      eight_i = _mm512_castsi512_si256(i);
+      eight_f = _mm512_castps512_ps256(f);
       if ((n & 8) != 0) {
-        _mm256_storeu_ps(p, eight);
-        eight = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
-        p += 8;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(integers), eight_i);
+        _mm256_storeu_ps(floats, eight_f);
+        eight_i = _mm512_extracti64x4_epi64(i, 1);
+        eight_f = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(f), 1));
+        at = 8;
       }
     } else
 #endif
-      eight = v;
-    four = _mm256_castps256_ps128(eight);
+    {
+      eight_i = i;
+      eight_f = f;
+    }
+    four_i = _mm256_castsi256_si128(eight_i);
+    four_f = _mm256_castps256_ps128(eight_f);
     if ((n & 4) != 0) {
-      _mm_storeu_ps(p, four);
-      four = _mm256_extractf128_ps(eight, 1);
-      p += 4;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(integers + at), four_i);
+      _mm_storeu_ps(floats + at, four_f);
+      four_i = _mm256_extracti128_si256(eight_i, 1);
+      four_f = _mm256_extractf128_ps(eight_f, 1);
+      at += 4;
     }
   } else
 #endif
-    four = v;
+      if constexpr (width<A> == 4) {
+    four_i = i;
+    four_f = f;
+  } else {
+    store_first<A>(reinterpret_cast<float*>(integers), n, xsimd::bitwise_cast<float>(i));
+    store_first<A>(floats, n, f);
+    return;
+  }
   if ((n & 2) != 0) {
-    _mm_storel_pi(reinterpret_cast<__m64*>(p), four);
-    four = _mm_movehl_ps(four, four);
-    p += 2;
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(integers + at), four_i);
+    _mm_storel_pi(reinterpret_cast<__m64*>(floats + at), four_f);
+    four_i = _mm_unpackhi_epi64(four_i, four_i);
+    four_f = _mm_movehl_ps(four_f, four_f);
+    at += 2;
   }
   if ((n & 1) != 0) {
-    // By memcpy: ids come this way too, and the intrinsic is a plain store of a float.
-    const float last = _mm_cvtss_f32(four);
-    __builtin_memcpy(p, &last, sizeof last);
+    integers[at] = _mm_cvtsi128_si32(four_i);
+    _mm_store_ss(floats + at, four_f);
   }
 #else
-  store_first<A>(p, n, v);
+  store_first<A>(reinterpret_cast<float*>(integers), n, xsimd::bitwise_cast<float>(i));
+  store_first<A>(floats, n, f);
 #endif
-}
-
-template <class A>
-MOEROUTE_INLINE void store_pieces(std::int32_t* p, int n, vint<A> v) {
-  store_pieces<A>(reinterpret_cast<float*>(p), n, xsimd::bitwise_cast<float>(v));
 }
 
 template <class A>
@@ -202,7 +223,24 @@ MOEROUTE_INLINE vmask<A> lanes_from(std::int32_t first) {
 /// The largest lane of x, which has no NaN, in every lane.
 template <class A>
 MOEROUTE_INLINE vfloat<A> largest_lane(vfloat<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16) {
+    // Halves that are never wide again: fewer steps, and no indices from memory.
+    const __m256 eight =
+        _mm256_max_ps(_mm512_castps512_ps256(x),
+                      _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    four = _mm_max_ps(four, _mm_shuffle_ps(four, four, 1));
+    return _mm512_broadcastss_ps(four);
+  }
+#endif
   return vfloat<A>(xsimd::reduce_max(x));
+}
+/// x, but no further from 0 than `most`; NaN gives some number.
+template <class A>
+MOEROUTE_INLINE vfloat<A> clip(vfloat<A> x, vfloat<A> most) {
+  return xsimd::max(xsimd::min(x, most), -most);
 }
 template <class A>
 MOEROUTE_INLINE bool any(vmask<A> m) {
@@ -226,6 +264,20 @@ MOEROUTE_INLINE vfloat<A> divide(vfloat<A> x, vfloat<A> y) {
   if constexpr (std::derived_from<A, xsimd::neon64>) return vdivq_f32(x, y);
 #endif
   return x / y;
+}
+
+/// The same where only the first n lanes count, the others become any numbers: 8 lanes are divided
+/// in half the time of 16.
+template <class A>
+MOEROUTE_INLINE vfloat<A> divide_first(vfloat<A> x, vfloat<A> y, [[maybe_unused]] int n) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16) {
+    if (n <= 8)
+      return _mm512_zextps256_ps512(
+          _mm256_div_ps(_mm512_castps512_ps256(x), _mm512_castps512_ps256(y)));
+  }
+#endif
+  return divide<A>(x, y);
 }
 
 /// NaN becomes -inf: a masked expert and a broken logit are the same thing.

@@ -87,6 +87,12 @@ MOEROUTE_INLINE vfloat<A> sigmoid(vfloat<A> x) {
   return divide<A>(vfloat<A>(1.0f), vfloat<A>(1.0f) + exp<A>(-x));
 }
 
+/// The same where only the first n lanes count.
+template <class A>
+MOEROUTE_INLINE vfloat<A> sigmoid_first(vfloat<A> x, int n) {
+  return divide_first<A>(vfloat<A>(1.0f), vfloat<A>(1.0f) + exp<A>(-x), n);
+}
+
 /// x * sigmoid(x), finite for every finite x.
 template <class A>
 MOEROUTE_INLINE vfloat<A> silu(vfloat<A> x) {

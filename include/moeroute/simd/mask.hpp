@@ -95,8 +95,8 @@ MOEROUTE_INLINE void mask_not_below(const float* row, index_t n, vfloat<A> bound
     MOEROUTE_UNROLL
     for (int j = 0; j < 4; ++j) part[j] = _mm512_cmp_ps_mask(values(16 * j), bound, _CMP_GE_OQ);
     if constexpr (form == mask_form::joined) {
-      const std::uint64_t all = std::uint64_t{_mm512_kunpackw(part[1], part[0])} |
-                                std::uint64_t{_mm512_kunpackw(part[3], part[2])} << 32;
+      const std::uint64_t all =
+          _mm512_kunpackd(_mm512_kunpackw(part[3], part[2]), _mm512_kunpackw(part[1], part[0]));
       __builtin_memcpy(mask.part, &all, sizeof all);
     } else {
       // Straight from mask registers; volatile, or compilers join the parts by slower inserts.

@@ -120,6 +120,11 @@ MOEROUTE_INLINE void route_one(const Router& router, const float* row, index_t c
   }
 }
 
+MOEROUTE_OUT_OF_LINE inline void leave_out(expert_id* id, float* weight, index_t k) {
+  std::fill_n(id, k, no_expert);
+  std::fill_n(weight, k, 0.0f);
+}
+
 // Routes a few rows one by one; masked ones get nothing.
 template <class A, class T, row_router Router>
 MOEROUTE_INLINE void route_alone(const Router& router, const T* row, index_t stride,
@@ -128,8 +133,7 @@ MOEROUTE_INLINE void route_alone(const Router& router, const T* row, index_t str
   const index_t k = router.k();
   for (index_t t = begin; t < end; ++t, row += stride, id += k, weight += k) {
     if (side.masked(t)) {
-      std::fill_n(id, k, no_expert);
-      std::fill_n(weight, k, 0.0f);
+      leave_out(id, weight, k);
     } else if constexpr (std::is_same_v<T, float>) {
       route_one<A>(router, row, columns, t, side, id, weight);
     } else {

@@ -54,6 +54,9 @@ struct lane_choices {
     return total;
   }
 
+  /// Lanes of a register that may hold a choice.
+  static constexpr int lanes() { return simd::width<A>; }
+
   /// Multiplies each value by its expert's factor.
   void scale_by(std::span<const float> factor) {
     // no_expert is out of range, and so may be what stands in lanes without a row.
@@ -122,6 +125,9 @@ struct row_choices {
     return simd::largest_lane<A>(max);
   }
 
+  /// Lanes of a register that may hold a choice.
+  MOEROUTE_INLINE int lanes() const { return k; }
+
   /// The value of rank 0.
   MOEROUTE_INLINE float first() const { return value[0].get(0); }
 
@@ -163,10 +169,14 @@ struct row_choices {
   /// Writes the k ids and values.
   MOEROUTE_INLINE void store(expert_id* ids, float* values) const {
     constexpr int w = simd::width<A>;
+    if (k == 1) {
+      ids[0] = id[0].get(0);
+      values[0] = first();
+      return;
+    }
     for_each_register([&](int r) MOEROUTE_INLINE_LAMBDA {
       const int here = std::min(w, k - r * w);
-      simd::store_pieces<A>(ids + r * w, here, id[r]);
-      simd::store_pieces<A>(values + r * w, here, value[r]);
+      simd::store_pieces<A>(ids + r * w, values + r * w, here, id[r], value[r]);
     });
   }
 

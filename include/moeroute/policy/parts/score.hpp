@@ -60,7 +60,8 @@ MOEROUTE_INLINE void softmax_of(Choices& c, simd::vfloat<A> max, simd::vfloat<A>
   const bool exact = scale == score_scale::exact;
   c.for_each([&](F x, simd::vmask<A> present) MOEROUTE_INLINE_LAMBDA {
     const F e = simd::exp_below_max<A>(x, max);
-    return simd::select<A>(present, exact ? simd::divide<A>(e, total) : e, F(0.0f));
+    return simd::select<A>(present, exact ? simd::divide_first<A>(e, total, c.lanes()) : e,
+                           F(0.0f));
   });
 }
 
@@ -72,7 +73,7 @@ MOEROUTE_INLINE void softmax_among(Choices& c, score_scale scale) {
   if (scale == score_scale::up_to_row_factor) return;
   const F sum = c.sum([](F x) MOEROUTE_INLINE_LAMBDA { return x; });
   c.for_each([&](F e, simd::vmask<A> present) MOEROUTE_INLINE_LAMBDA {
-    return simd::select<A>(present, simd::divide<A>(e, sum), F(0.0f));
+    return simd::select<A>(present, simd::divide_first<A>(e, sum, c.lanes()), F(0.0f));
   });
 }
 
@@ -193,8 +194,12 @@ struct elementwise_score {
  private:
   template <class A, class Choices>
   MOEROUTE_INLINE static void score_all(Choices& c) {
-    c.for_each([](simd::vfloat<A> x, simd::vmask<A> present) MOEROUTE_INLINE_LAMBDA {
-      return simd::select<A>(present, F::template value<A>(x), simd::vfloat<A>(0.0f));
+    c.for_each([&](simd::vfloat<A> x, simd::vmask<A> present) MOEROUTE_INLINE_LAMBDA {
+      if constexpr (requires { F::template value_first<A>(x, 1); })
+        x = F::template value_first<A>(x, c.lanes());
+      else
+        x = F::template value<A>(x);
+      return simd::select<A>(present, x, simd::vfloat<A>(0.0f));
     });
   }
 };
@@ -204,6 +209,10 @@ struct sigmoid : elementwise_score<sigmoid> {
   template <class A>
   MOEROUTE_INLINE static simd::vfloat<A> value(simd::vfloat<A> z) {
     return simd::sigmoid<A>(z);
+  }
+  template <class A>
+  MOEROUTE_INLINE static simd::vfloat<A> value_first(simd::vfloat<A> z, int n) {
+    return simd::sigmoid_first<A>(z, n);
   }
 };
 static_assert(score_function<sigmoid>);

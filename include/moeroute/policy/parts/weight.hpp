@@ -61,25 +61,29 @@ struct weight_rule {
     using F = simd::vfloat<A>;
     const F zero(0.0f), most(std::numeric_limits<float>::max());
     const auto finite = [&](F w) MOEROUTE_INLINE_LAMBDA {
-      w = simd::select<A>(w > most, most, simd::select<A>(w == w, w, zero));  // 0 * infinity
-      return simd::select<A>(w < -most, -most, w);
+      const auto number = w == w;  // 0 * infinity is none
+      return simd::select<A>(number, simd::clip<A>(w, most), zero);
     };
     F divisor(1.0f);
     if (normalize != normalization::none) {
       divisor = this->template norm<A>(c);
       F least(eps);
       if (simd::any<A>(divisor > most)) [[unlikely]] {
-        Choices wild = c;  // a copy: what cold code sees is not kept in registers
-        divisor = this->template tame<A>(wild, divisor, least);
+        // Copies: what cold code sees is not kept in registers.
+        Choices wild = c;
+        F wild_least = least;
+        divisor = this->template tame<A>(wild, divisor, wild_least);
         c = wild;
+        least = wild_least;
       }
       if (eps_where == eps_mode::add) divisor += least;
       if (eps_where == eps_mode::clamp) divisor = simd::select<A>(divisor > least, divisor, least);
     }
     const auto usable = divisor > zero;
     c.for_each([&](F score, simd::vmask<A> present) MOEROUTE_INLINE_LAMBDA {
-      F w = normalize == normalization::none ? score : simd::divide<A>(score, divisor);
-      if (divide != 1.0f) w = simd::divide<A>(w, F(divide));
+      F w = normalize == normalization::none ? score
+                                             : simd::divide_first<A>(score, divisor, c.lanes());
+      if (divide != 1.0f) w = simd::divide_first<A>(w, F(divide), c.lanes());
       if (scale != 1.0f) w *= F(scale);
       w = simd::select<A>(present & usable, w, zero);
       return expert_scale.empty() ? finite(w) : w;

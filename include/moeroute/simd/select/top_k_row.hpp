@@ -398,35 +398,60 @@ MOEROUTE_INLINE std::int32_t all_columns(const float* row, index_t cols, vfloat<
 
 // The largest value and the first column that has it.
 template <class A>
-MOEROUTE_INLINE void top_one(const float* row, index_t cols, row_ranks& out) {
+MOEROUTE_OUT_OF_LINE void top_one(const float* row, index_t cols, row_ranks& out) {
   constexpr int w = width<A>;
   vfloat<A> group[registers_per_block<A>];
   group_maxima<A, 1>(row, cols, group);
   MOEROUTE_UNROLL
   for (int r = 1; r < registers_per_block<A>; ++r) group[0] = xsimd::max(group[0], group[r]);
-  const vfloat<A> most(xsimd::reduce_max(group[0]));
-  std::int32_t column = no_expert;
+  const vfloat<A> most = largest_lane<A>(group[0]);
   // From the last columns to the first, without a branch that depends on the data; -inf is the
   // least of all, so what reaches the largest is equal to it.
-  for (index_t c = (cols - 1) / 64 * 64; c >= 0; c -= 64) {
+  index_t c = cols / 64 * 64;
+  index_t column = no_expert;
+  const auto look = [&](index_t n) MOEROUTE_INLINE_LAMBDA {
     column_mask mask;
-    mask_not_below<A, mask_form::joined>(row + c, cols - c, most, mask);
+    mask_not_below<A, mask_form::joined>(row + c, n, most, mask);
     const std::uint64_t bits = mask.bits();
-    const auto here = static_cast<std::int32_t>(c) + std::countr_zero(bits);
+    const index_t here = c + std::countr_zero(bits);
     column = bits != 0 ? here : column;
-  }
-  // The row's own value: a zero keeps its sign.
+  };
+  if (c < cols) look(cols - c);
+  while ((c -= 64) >= 0) look(64);
   const vmask<A> first = xsimd::batch_bool_cast<float>(lane_numbers<A>() == vint<A>(0)) &
                          (most > vfloat<A>(minus_infinity));
-  const vfloat<A> value = select<A>(first, vfloat<A>(row[std::clamp<index_t>(column, 0, cols - 1)]),
-                                    vfloat<A>(minus_infinity));
+  // The value does not wait for its column, but for zeros: they keep the sign that the row gives.
+  vfloat<A> value = select<A>(first, most, vfloat<A>(minus_infinity));
+  if (any<A>(value == vfloat<A>(0.0f))) [[unlikely]]
+    value = select<A>(first, vfloat<A>(row[column]), value);
   value.store_aligned(out.value);
-  select<A>(first, vint<A>(column), vint<A>(no_expert)).store_aligned(out.column);
+  select<A>(first, vint<A>(static_cast<std::int32_t>(column)), vint<A>(no_expert))
+      .store_aligned(out.column);
   MOEROUTE_UNROLL
   for (int r = 1; r < registers_per_block<A>; ++r) {
     vfloat<A>(minus_infinity).store_aligned(out.value + r * w);
     vint<A>(no_expert).store_aligned(out.column + r * w);
   }
+}
+
+// The same for k > 1.
+template <class A, int most>
+MOEROUTE_OUT_OF_LINE void top_few(const float* row, index_t cols, int k, row_ranks& out) {
+  constexpr int registers = registers_per_block<A>;
+  vfloat<A> value[registers];
+  vint<A> column[registers];
+  std::int32_t size = block_rows + 1;
+  if (cols <= block_rows)
+    size = all_columns<A>(row, cols, value, column);
+  else if (k <= 8)
+    size = columns_by_bound<A, 1>(row, cols, k, value, column);
+  else if (most > 8 && k <= 10 && cols > 32)
+    size = columns_by_bound<A, 2>(row, cols, k, value, column);
+  if (size > block_rows) return top_k_list<A>(row, cols, k, out);
+  if (width<A> == 8 && size <= width<A>)
+    write_in_order<A, 1>(value, column, size, k, out);
+  else
+    write_in_order<A, registers>(value, column, size, k, out);
 }
 
 }  // namespace detail
@@ -441,24 +466,10 @@ MOEROUTE_INLINE void top_one(const float* row, index_t cols, row_ranks& out) {
 ///
 /// Who knows that k is at most `most` compiles less.
 template <class A = default_arch, int most = max_row_k>
-void top_k_row(const float* row, index_t cols, int k, row_ranks& out) {
+MOEROUTE_INLINE void top_k_row(const float* row, index_t cols, int k, row_ranks& out) {
   MOEROUTE_EXPECTS(k >= 1 && k <= cols && k <= most && most <= max_row_k);
-  if (k == 1 && cols > 8) return detail::top_one<A>(row, cols, out);
-  constexpr int registers = registers_per_block<A>;
-  vfloat<A> value[registers];
-  vint<A> column[registers];
-  std::int32_t size = block_rows + 1;
-  if (cols <= block_rows)
-    size = detail::all_columns<A>(row, cols, value, column);
-  else if (k <= 8)
-    size = detail::columns_by_bound<A, 1>(row, cols, k, value, column);
-  else if (most > 8 && k <= 10 && cols > 32)
-    size = detail::columns_by_bound<A, 2>(row, cols, k, value, column);
-  if (size > block_rows) return detail::top_k_list<A>(row, cols, k, out);
-  if (width<A> == 8 && size <= width<A>)
-    detail::write_in_order<A, 1>(value, column, size, k, out);
-  else
-    detail::write_in_order<A, registers>(value, column, size, k, out);
+  if (k == 1) return detail::top_one<A>(row, cols, out);
+  if constexpr (most > 1) detail::top_few<A, most>(row, cols, k, out);
 }
 
 /// Columns of a row whose groups of `size` were moved together become those they had before: group
