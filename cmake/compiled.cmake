@@ -15,6 +15,23 @@ set(flags_baseline "")
 set(flags_avx2 -mavx2 -mfma -mbmi -mbmi2 -mf16c)
 set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd)
 
+# What the program around asks for by CMAKE_CXX_FLAGS (-march=native, -mavx2) is taken back first:
+# the library picks at run time, and what all sets share must run anywhere.
+set(anywhere "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  string(TOUPPER "${CMAKE_BUILD_TYPE}" config)
+  string(REGEX MATCHALL "-m(arch=[^ ]+|avx[^ ]*|fma4?|f16c|bmi2?|lzcnt|popcnt|movbe|sse[34][^ ]*|ssse3|vaes|gfni)"
+               given "${CMAKE_CXX_FLAGS} ${CMAKE_CXX_FLAGS_${config}}")
+  foreach(flag IN LISTS given)
+    if(flag MATCHES "-march=")
+      list(APPEND anywhere -march=x86-64 -mtune=generic)
+    else()
+      string(REPLACE "-m" "-mno-" flag "${flag}")
+      list(APPEND anywhere ${flag})
+    endif()
+  endforeach()
+endif()
+
 # A machine must have what the kernels are compiled for: moeroute.cpp asks it for each of the flags.
 file(READ "${PROJECT_SOURCE_DIR}/src/moeroute.cpp" asked)
 foreach(flag IN LISTS flags_avx2 flags_avx512)
@@ -44,7 +61,7 @@ function(moeroute_joined variable symbol flags)
   add_library(${symbol} OBJECT ${ARGN})
   target_compile_options(
     ${symbol}
-    PRIVATE ${flags} -fno-lto -fvisibility=hidden $<$<CXX_COMPILER_ID:GNU>:-fno-gnu-unique>
+    PRIVATE ${anywhere} ${flags} -fno-lto -fvisibility=hidden $<$<CXX_COMPILER_ID:GNU>:-fno-gnu-unique>
             # No -O3: the loops that matter are written out in registers.
             $<$<NOT:$<CONFIG:Debug>>:-O2>)
   target_link_libraries(${symbol} PRIVATE moeroute::moeroute)
@@ -79,7 +96,7 @@ foreach(kind IN ITEMS static shared)
   add_dependencies(moeroute_compiled_${kind} moeroute_joined)
   target_compile_features(moeroute_compiled_${kind} PRIVATE cxx_std_20)
   target_compile_definitions(moeroute_compiled_${kind} PRIVATE "MOEROUTE_SETS=${list}")
-  target_compile_options(moeroute_compiled_${kind} PRIVATE -fvisibility=hidden -fvisibility-inlines-hidden)
+  target_compile_options(moeroute_compiled_${kind} PRIVATE ${anywhere} -fvisibility=hidden -fvisibility-inlines-hidden)
   target_include_directories(
     moeroute_compiled_${kind} PUBLIC "$<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>"
                                      "$<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>")

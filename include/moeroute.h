@@ -266,8 +266,9 @@ MOEROUTE_API int moeroute_route(const moeroute_router* router, moeroute_const_ma
                                 const moeroute_side* side, const moeroute_executor* executor,
                                 moeroute_assignment* assignment);
 
-// The same, and copies of the result in memory of the caller: ids and weights [T, k]. For routers
-// whose k does not vary.
+// The same, and copies of the result in memory of the caller: ids and weights [T, k] with the k of
+// moeroute_router_get_shape() (more than the spec's where experts are shared). For routers whose k
+// does not vary.
 MOEROUTE_API int moeroute_route_to(const moeroute_router* router, moeroute_const_matrix logits,
                                    const moeroute_side* side, const moeroute_executor* executor,
                                    moeroute_assignment* assignment, int32_t* ids, float* weights);

@@ -56,6 +56,12 @@ void for_each_router(F&& f) {
     f(name, router, experts, side);
   };
   eight("softmax", router<softmax>{.selection = three, .weight = {.scale = 2.5f}}, plain);
+  static const std::vector<std::int32_t> own_k = {3, 1, 2, 0, 3, 2};
+  eight("softmax, sum, own k", router<softmax>{.selection = three, .weight = {.normalize = sum}},
+        {.k_of_token = own_k});
+  eight("softmax of the selected, own k", router<softmax_selected>{.selection = three},
+        {.k_of_token = own_k});
+  eight("top-p, own k", top_p{.p = 0.9f, .weight = {.normalize = sum}}, {.k_of_token = own_k});
   eight("softmax, sum", router<softmax>{.selection = three, .weight = {.normalize = sum}},
         {.mask = mask});
   eight("softmax, bias, clamp",
