@@ -2,6 +2,7 @@
 #pragma once
 
 #include "error.hpp"
+#include "memory_budget.hpp"
 
 #include <charconv>
 #include <cmath>
@@ -28,7 +29,9 @@ struct arguments {
   int threads = 1;
   bool verify = false;
   std::optional<std::filesystem::path> report;
-  std::optional<std::string> help;  // asked for: the text to print, nothing else to do
+  std::optional<memory_request> memory;       // part of the experts are in memory
+  std::optional<std::filesystem::path> loss;  // of this text
+  std::optional<std::string> help;            // asked for: the text to print, nothing else to do
 };
 
 namespace detail {
@@ -60,7 +63,17 @@ template <class T>
       "seed", "of the draws", text("0"), "N")("threads", "for the matrix products and the experts",
                                               text(std::to_string(default_threads).c_str()), "N")(
       "verify", "compare with reference.json in the model's folder")(
-      "report", "write a page with the load of every expert", text(), "FILE")("help", "this");
+      "report", "write a page with the load of every expert", text(), "FILE")(
+      "loss", "the mean loss of a text, in nats per byte", text(), "FILE")(
+      "memory-budget", "keep this share of every layer's experts in memory, count what is read",
+      text(),
+      "SHARE")("residency",
+               "prefer experts in memory: prior:LAMBDA, maxrank:M, mass:P, swap:TAU, drop:F or off",
+               text(), "RULE[:PARAM]")(
+      "cache", "who leaves: lru, lfu, fifo, segmented, least_stale, cost_aware", text(), "POLICY")(
+      "profile", "half of the memory holds what this file says is used most", text(), "FILE")(
+      "save-profile", "write how often every expert was used", text(), "FILE")(
+      "read-experts", "read what is missing from the checkpoint, and time it")("help", "this");
   return options;
 }
 
@@ -85,7 +98,8 @@ template <class T>
     refuse("command line: expected options only, found '", found.unmatched().front(),
            "' (--help lists them)");
   }
-  for (const char* once : {"model", "prompt", "prompt-ids", "report"}) {
+  for (const char* once : {"model", "prompt", "prompt-ids", "report", "loss", "memory-budget",
+                           "residency", "cache", "profile", "save-profile"}) {
     if (found.count(once) > 1) {
       refuse("--", once, ": expected once, found ", found.count(once), " times");
     }
@@ -111,8 +125,24 @@ template <class T>
   if (made.prompt && made.prompt_ids) {
     refuse("--prompt-ids: expected either this or --prompt, found both");
   }
-  if (!made.prompt && !made.prompt_ids && !made.verify && !made.report) {
-    refuse("--prompt: expected a text to continue (or --prompt-ids, --verify, --report)");
+  made.loss = text("loss");
+  if (!made.prompt && !made.prompt_ids && !made.verify && !made.report && !made.loss) {
+    refuse("--prompt: expected a text to continue (or --prompt-ids, --verify, --report, --loss)");
+  }
+  if (const auto share = text("memory-budget")) {
+    made.memory.emplace();
+    made.memory->share = parse_number("memory-budget", *share, 0.0, 1.0);
+    if (const auto rule = text("residency")) made.memory->rule = parse_residency(*rule);
+    if (const auto policy = text("cache")) made.memory->policy = parse_policy(*policy);
+    made.memory->profile = text("profile");
+    made.memory->save_profile = text("save-profile");
+    made.memory->read_experts = found.count("read-experts") > 0;
+  } else {
+    for (const char* needs : {"residency", "cache", "profile", "save-profile", "read-experts"}) {
+      if (found.count(needs) > 0) {
+        refuse("--", needs, ": expected together with --memory-budget");
+      }
+    }
   }
   return made;
 }

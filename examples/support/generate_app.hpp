@@ -5,6 +5,7 @@
 #include "decoder.hpp"
 #include "figures.hpp"
 #include "report.hpp"
+#include "text_loss.hpp"
 #include "tokens.hpp"
 #include "verify.hpp"
 
@@ -114,9 +115,29 @@ class generate_app {
       }
       check_report_path(*asked_.report);
     }
+    if (asked_.loss) {
+      if (!config_.byte_vocabulary()) {
+        refuse("--loss: the model's ", config_.vocab, " tokens are no bytes");
+      }
+      loss_text_ = byte_tokens(input_file(*asked_.loss).text(detail::report_text_limit));
+      if (loss_text_.size() < 2) {
+        refuse(asked_.loss->string(), ": expected two bytes or more");
+      }
+    }
     load();
-    if (!prompt_.empty()) {
-      generate();
+    {
+      std::optional<memory_budget> budget;
+      double plain_loss = 0;
+      if (asked_.loss && asked_.memory) plain_loss = loss();
+      if (asked_.memory) budget.emplace(model_, asked_.model, *asked_.memory);
+      if (!prompt_.empty()) {
+        generate();
+      }
+      if (asked_.loss) {
+        out_ << join("loss        ", loss(), " nats per byte of ", asked_.loss->string());
+        out_ << (asked_.memory ? join(", ", plain_loss, " with all experts\n") : "\n");
+      }
+      if (budget) budget->print(out_);
     }
     if (asked_.report) {
       report();
@@ -125,6 +146,12 @@ class generate_app {
   }
 
  private:
+  double loss() {
+    const index_t segment = std::min<index_t>(detail::report_segment, config_.positions);
+    decoder<Exec> decode(model_, segment, exec_);
+    return text_loss(decode, loss_text_, segment, [](std::int64_t, std::span<const float>) {});
+  }
+
   void load() {
     progress shown(err_, "loading: layer");
     model_ =
@@ -239,6 +266,7 @@ class generate_app {
   std::ostream& err_;
   model_config config_;
   token_ids prompt_;
+  token_ids loss_text_;
   std::vector<report_text> texts_;
   model model_;
 };

@@ -3,6 +3,7 @@
 
 #include "checkpoint.hpp"
 #include "config.hpp"
+#include "steering.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -27,8 +28,7 @@ using moeroute::index_t;
 
 /// All three families: softmax over all experts, the k largest, their weights
 /// divided by their sum or not.
-using moe_block =
-    moeroute::moe_layer<moeroute::router<moeroute::softmax>, moeroute::swiglu_experts<>>;
+using moe_block = moeroute::moe_layer<steered_router, moeroute::swiglu_experts<>>;
 
 struct decoder_layer {
   std::vector<float> attention_norm;
@@ -183,7 +183,8 @@ class model_reader {
     router.selection.k = c.experts_per_token();
     router.weight = c.router.normalize == moeroute::normalization::sum ? moeroute::sum_normalized
                                                                        : moeroute::raw_weights;
-    return {packed(layer + names_.gate, c.experts(), c.hidden), router, std::move(experts)};
+    return {packed(layer + names_.gate, c.experts(), c.hidden), steered_router(router),
+            std::move(experts)};
   }
 
   /// Reads elements of a tensor; refuses one that is no number: routing would go on without the

@@ -2,6 +2,7 @@
 
 #include "model_copy.hpp"
 
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -380,4 +381,70 @@ TEST_CASE("help names every option and exits with 0") {
                              "--seed", "--threads", "--verify", "--report"}) {
     CHECK_THAT(found.out, ContainsSubstring(option));
   }
+}
+
+TEST_CASE("what only counts loads writes the same text; rules and policies have their figures") {
+  const std::string model = bundled("olmoe");
+  const std::vector<std::string> plain = {"--model", model, "--prompt", "ab", "--tokens", "12"};
+  const auto with = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), plain.begin(), plain.end());
+    return run(std::move(more));
+  };
+  const outcome all = with({"--memory-budget", "0.4", "--residency", "off"});
+  CHECK(text_of(all) == text_of(run(plain)));
+  CHECK_THAT(all.out, ContainsSubstring("agreement   100 % of the plain choices"));
+  for (const char* rule : {"off", "prior:0.2", "maxrank:9", "mass:0.9", "swap:0.2", "drop:0.5"})
+    for (const char* policy : {"lru", "lfu", "fifo", "segmented", "least_stale", "cost_aware"}) {
+      const outcome some = with(
+          {"--memory-budget", "0.5", "--residency", rule, "--cache", policy, "--read-experts"});
+      INFO(rule << " " << policy << " " << some.err);
+      CHECK(some.code == 0);
+      CHECK_THAT(some.out, ContainsSubstring(std::string("experts per layer, ") + policy));
+      CHECK_THAT(some.out, ContainsSubstring(" MiB in "));
+    }
+}
+
+TEST_CASE("a text's loss is that of plain sums, with a budget beside that of all experts") {
+  const model_copy copy;
+  const auto text = copy.path() / "some.txt", profile = copy.path() / "profile.txt";
+  std::ofstream(text) << "a few bytes of text";
+  const outcome found =
+      run({"--model", copy.path().string(), "--loss", text.string(), "--memory-budget", "0.5",
+           "--residency", "swap:0.1", "--save-profile", profile.string()});
+  INFO(found.err);
+  CHECK(found.code == 0);
+  CHECK_THAT(found.out, ContainsSubstring(" with all experts"));
+  const outcome pinned = run({"--model", copy.path().string(), "--loss", text.string(),
+                              "--memory-budget", "0.5", "--profile", profile.string()});
+  CHECK(pinned.code == 0);
+  // Half of it is there from the start, so fewer are read than without.
+  CHECK_THAT(pinned.out, ContainsSubstring("% of lookups hit"));
+  std::ofstream(profile) << "expert_profile v1 1 2\n3 4\n";
+  CHECK(is_refusal(run({"--model", copy.path().string(), "--loss", text.string(), "--memory-budget",
+                        "0.5", "--profile", profile.string()}),
+                   "profile.txt: expected 2 layers of 16 experts, found 1 of 2"));
+}
+
+TEST_CASE("budgets, rules and policies that there are not are refused by name") {
+  const std::string model = bundled("olmoe");
+  const auto refused = [&](std::vector<std::string> more, const std::string& what) {
+    more.insert(more.begin(), {"--model", model, "--prompt", "a", "--tokens", "1"});
+    const outcome found = run(std::move(more));
+    INFO(what << " / " << found.err);
+    CHECK(is_refusal(found, what));
+  };
+  refused({"--memory-budget", "1.5"},
+          "--memory-budget: expected a number from 0 to 1, found '1.5'");
+  refused({"--residency", "prior:0.1"}, "--residency: expected together with --memory-budget");
+  refused({"--memory-budget", "0.5", "--residency", "best:1"},
+          "--residency: expected off, prior, maxrank, mass, swap or drop, found 'best'");
+  refused({"--memory-budget", "0.5", "--residency", "prior"},
+          "--residency: expected RULE:NUMBER, found 'prior'");
+  refused({"--memory-budget", "0.5", "--residency", "prior:x"},
+          "--residency: expected RULE:NUMBER, found 'prior:x'");
+  refused({"--memory-budget", "0.5", "--residency", "maxrank:1"}, "ranks is 1, expected");
+  refused(
+      {"--memory-budget", "0.5", "--cache", "mru"},
+      "--cache: expected one of lru, lfu, fifo, segmented, least_stale, cost_aware, found 'mru'");
+  refused({"--memory-budget", "0.5", "--profile", "no/such"}, "no/such: no such file");
 }
