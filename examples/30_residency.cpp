@@ -326,7 +326,7 @@ int run(int argc, char** argv) {
   }
 
   const auto title_of = [&](std::size_t i) {
-    return i < 3
+    return i < 4
                ? std::to_string(sizes[i]) + " of " + std::to_string(experts) + " experts in memory"
                : "Batches of " + std::to_string(batches[i - 4]) + " tokens";
   };
