@@ -3,6 +3,13 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/balance/bias_controller.hpp>
+#include <moeroute/balance/loss_count.hpp>
+#include <moeroute/balance/loss_relu.hpp>
+#include <moeroute/balance/loss_sums.hpp>
+#include <moeroute/balance/loss_token.hpp>
+#include <moeroute/balance/sparsity_controller.hpp>
+#include <moeroute/data/expert_load.hpp>
 #include <moeroute/layer/swiglu_backward.hpp>
 #include <moeroute/policy/weigh/batch_routers.hpp>
 #include <moeroute/policy/weigh/row_routers.hpp>
@@ -382,4 +389,185 @@ TEST_CASE(
   agrees("one token per expert", one_each, {});
   agrees("two of eight, weights on the input", router<sigmoid>{.selection = {.k = 2}},
          {.weights = weight_on::input});
+}
+
+// --- a training step ---------------------------------------------------------------------------
+
+namespace {
+
+// A layer of curves over a gate that is trained, and what a step of it needs.
+template <class Router>
+struct learner {
+  index_t tokens;
+  floats x, dy, gate, y, dx, dgate, dz;
+  moe_layer<Router, curves> layer;
+  layer_tape tape;
+
+  explicit learner(const Router& router, index_t t, const moe_layer_options& options = {})
+      : tokens(t),
+        x(random_floats(t * d, 1)),
+        dy(random_floats(t * d, 3)),
+        gate(random_floats(experts * d, 2, 0.4f)),
+        y(x.size()),
+        dx(x.size()),
+        dgate(gate.size()),
+        dz(static_cast<std::size_t>(t * experts)),
+        layer(simd::packed_matrix<>(rows(gate, experts)), router, curves{}, options) {}
+
+  void forward() { layer.forward(rows(x, tokens), into(y, tokens), {}, serial{}, tape); }
+  template <class Other>
+  void backward_of(const Other& of, gradient_to logits_to) {
+    backward(of, rows(x, tokens), {}, tape, rows(dy, tokens), layer_weights<>{rows(gate, experts)},
+             curve_gradients{},
+             layer_gradients{.x = into(dx, tokens),
+                             .gate = into(dgate, experts),
+                             .logits = into(dz, tokens),
+                             .logits_to = logits_to});
+  }
+  void step(float rate) {
+    for (std::size_t i = 0; i < gate.size(); ++i) gate[i] -= rate * dgate[i];
+    layer.set_gate(rows(gate, experts));
+  }
+  double max_violation() const {
+    std::vector<double> counts(experts);
+    count_choices(tape.choices, {}, std::span<double>(counts));
+    double sum = 0.0, most = 0.0;
+    for (const double c : counts) {
+      sum += c;
+      most = std::max(most, c);
+    }
+    return most / (sum / experts) - 1.0;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("losses in one sweep and the layer's own gradient add up to those of each alone") {
+  constexpr index_t tokens = 40, length = 10;
+  learner one(router<softmax>{.selection = {.k = 2}}, tokens);
+  one.forward();
+  std::vector<double> counts(experts), by_sequence(experts * tokens / length);
+  count_choices(one.tape.choices, {}, std::span<double>(counts));
+  count_choices_by_sequence(one.tape.choices, {}, length,
+                            matrix_view<double>(by_sequence.data(), tokens / length, experts));
+  const auto balance = switch_loss::megatron(0.3, counts, 2);
+  const router_z_loss z_loss{.coefficient = 0.2};
+  const importance_loss importance{.coefficient = 0.4};
+  const sequence_loss sequence{
+      .coefficient = 0.5,
+      .counts = matrix_view<const double>(by_sequence.data(), tokens / length, experts),
+      .k = 2};
+  workspace ws;
+  const auto losses = [&](const auto&... list) {
+    floats dz(one.dz.size(), 9.0f);
+    loss_options how;
+    how.sequence_length = length;
+    balance_loss<float>(how, one.tape.logits, into(dz, tokens), ws, serial{}, list...);
+    return dz;
+  };
+  one.backward_of(one.layer, gradient_to::write);
+  std::vector<double> sum(one.dz.begin(), one.dz.end());
+  for (const floats& alone :
+       {losses(balance), losses(z_loss), losses(importance), losses(sequence)})
+    for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += static_cast<double>(alone[i]);
+  one.dz = losses(balance, z_loss, importance, sequence);
+  one.backward_of(one.layer, gradient_to::add);
+  CHECK(test::difference(one.dz, sum, 1e-6, 1e-5) == "");
+  // And all of it goes through the gate.
+  std::vector<double> through(one.dgate.size(), 0.0);
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t e = 0; e < experts; ++e)
+      for (index_t c = 0; c < d; ++c)
+        through[static_cast<std::size_t>(e * d + c)] +=
+            sum[static_cast<std::size_t>(t * experts + e)] *
+            static_cast<double>(one.x[static_cast<std::size_t>(t * d + c)]);
+  CHECK(test::difference(one.dgate, through, 1e-5, 1e-4) == "");
+}
+
+TEST_CASE(
+    "a selection bias balances, and the task's gradient has the bits of the same ids without") {
+  // Scores are softmaxes, the rule is proportional, its step 0.05, the batch always the same.
+  // Measured: 1.18 without, and 0 from the hundredth update on.
+  bias_controller controller(experts, {.rule = bias_rule::proportional, .step = 0.05f});
+  learner one(router<softmax>{.selection = {.k = 2}, .bias = selection_bias(controller.bias())},
+              1000);
+  for (index_t t = 0; t < one.tokens; ++t) one.x[static_cast<std::size_t>(t * d)] = 2.0f;
+  one.forward();
+  const double before = one.max_violation();
+  CHECK(before > 0.8);
+  std::vector<std::int64_t> counts(experts);
+  double worst = 0.0;
+  for (int update = 0; update < 130; ++update) {
+    one.forward();
+    count_choices(one.tape.choices, {}, std::span<std::int64_t>(counts));
+    controller.update(std::span<const std::int64_t>(counts));
+    if (update >= 100) worst = std::max(worst, one.max_violation());
+  }
+  INFO(before << " to " << worst);
+  CHECK(worst < 0.05);
+  one.backward_of(one.layer, gradient_to::write);
+  const floats dx = one.dx, dgate = one.dgate, dz = one.dz;
+  const learner without(router<softmax>{.selection = {.k = 2}}, 1000);
+  one.backward_of(without.layer, gradient_to::write);
+  CHECK(test::bit_difference(one.dx, dx) == "");
+  CHECK(test::bit_difference(one.dgate, dgate) == "");
+  CHECK(test::bit_difference(one.dz, dz) == "");
+}
+
+TEST_CASE("ReMoE's controller brings the mean of active experts to k and holds it") {
+  // Random logits are positive half the time: half of 8 experts are twice k = 2. The task wants
+  // more of them than k. Measured: from 4.3 to 2.02 on average, a step at most 18 % away.
+  constexpr double k = 2.0;
+  constexpr index_t tokens = 200;
+  learner one(threshold_router<relu>{}, tokens);
+  // A column of ones, which a gate without a bias learns to count with.
+  for (index_t t = 0; t < tokens; ++t) one.x[static_cast<std::size_t>(t * d)] = 1.0f;
+  for (index_t e = 0; e < experts; ++e) one.gate[static_cast<std::size_t>(e * d)] = 0.0f;
+  one.step(0.0f);
+  lambda_controller lambda({.experts = experts, .k = static_cast<float>(k), .start = 1e-3});
+  workspace ws;
+  double first = 0.0, worst = 0.0, held = 0.0;
+  constexpr int steps = 600, settled = 400;
+  for (int n = 0; n < steps; ++n) {
+    one.forward();
+    const double active =
+        static_cast<double>(one.tape.choices.choices()) / static_cast<double>(tokens);
+    if (n == 0) first = active;
+    if (n >= settled) {
+      worst = std::max(worst, std::abs(active / k - 1.0));
+      held += active / (steps - settled);
+    }
+    relu_balance_loss<float>({.coefficient = lambda.lambda(), .k = 2}, {}, one.tape.logits,
+                             into(one.dz, tokens), ws, serial{});
+    for (std::size_t i = 0; i < one.dy.size(); ++i)
+      one.dy[i] = (one.y[i] - 20.0f * one.x[i]) / static_cast<float>(tokens);
+    one.backward_of(one.layer, gradient_to::add);
+    one.step(0.003f);
+    lambda.update(one.tape.choices.choices(), tokens * experts);
+  }
+  INFO("from " << first << " to " << held << " within " << worst);
+  CHECK(std::abs(first / k - 2.0) < 0.2);
+  CHECK(std::abs(held / k - 1.0) < 0.05);
+  CHECK(worst < 0.25);
+}
+
+TEST_CASE("under expert choice every expert has as many tokens, whatever is learned") {
+  learner one(expert_choice<>{.capacity = {.factor = 2.0}}, 64);
+  for (int n = 0; n < 20; ++n) {
+    one.forward();
+    CHECK(one.max_violation() == 0.0);
+    one.backward_of(one.layer, gradient_to::write);
+    one.step(0.2f);
+  }
+}
+
+TEST_CASE("one expert whose weight is divided by itself teaches a gate nothing") {
+  learner one(router<softmax>{.selection = {.k = 1}, .weight = sum_normalized}, 30);
+  one.forward();
+  one.backward_of(one.layer, gradient_to::write);
+  for (const float g : one.dgate) CHECK(g == 0.0f);
+  learner other(router<softmax>{.selection = {.k = 1}}, 30);
+  other.forward();
+  other.backward_of(other.layer, gradient_to::write);
+  CHECK(std::any_of(other.dgate.begin(), other.dgate.end(), [](float g) { return g != 0.0f; }));
 }
