@@ -2,7 +2,7 @@
 #pragma once
 
 #include <moeroute/data/assignment.hpp>
-#include <moeroute/policy/make_router.hpp>
+#include <moeroute/policy/make_batch_router.hpp>
 #include <moeroute/stage/capacity.hpp>
 #include <moeroute/stage/route.hpp>
 
@@ -20,15 +20,16 @@ inline moeroute::assignment route_golden(const golden_router& router,
                                          std::span<const std::uint8_t> mask = {}) {
   using namespace moeroute;
   const router_spec& spec = router.spec;
-  side_inputs side{.token_ids = router.input_ids, .mask = mask};
+  const side_inputs side{.token_ids = router.input_ids, .mask = mask};
   const router_tensors tensors{.bias = router.bias,
                                .per_expert_scale = router.per_expert_scale,
                                .table = router.table ? &*router.table : nullptr};
   workspace memory;
   assignment choices;
-  const any_router described = make_router(spec, tensors);
-  side = side.only(described.reads_side(logits.cols));  // a file may have ids that nobody reads
-  route(described, logits, side, memory, choices);
+  with_router(spec, tensors, [&](const auto& described) {
+    // A file may have ids that nobody reads.
+    route(described, logits, side.only(described.reads_side(logits.cols)), memory, choices);
+  });
   if (spec.capacity == 0) return choices;
 
   capacity_policy policy = capacity_of(spec);

@@ -5,11 +5,8 @@
 #include <moeroute/layer/moe_layer.hpp>
 #include <moeroute/layer/soft_moe.hpp>
 #include <moeroute/layer/swiglu_experts.hpp>
-#include <moeroute/policy/batch/base_assignment.hpp>
-#include <moeroute/policy/batch/sinkhorn.hpp>
-#include <moeroute/policy/batch/sparse_transport.hpp>
 #include <moeroute/policy/catalog.hpp>
-#include <moeroute/policy/make_router.hpp>
+#include <moeroute/policy/make_batch_router.hpp>
 #include <moeroute/policy/row/compose.hpp>
 #include <moeroute/policy/row/replay.hpp>
 #include <moeroute/policy/spec_text.hpp>

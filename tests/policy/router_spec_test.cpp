@@ -90,13 +90,6 @@ TEST_CASE("fields that clash are both named") {
           "selection=sparsemixer");
   clashes({.selection = selection_kind::expert_table, .selection_bias = true}, "bias=selection",
           "selection=hash_table");
-  clashes({.score = score_kind::sigmoid, .domain = score_domain::selected, .selection_bias = true},
-          "bias=selection", "score_domain=selected");
-  clashes({.score = score_kind::sigmoid,
-           .domain = score_domain::selected,
-           .groups = 4,
-           .topk_group = 2},
-          "groups=4", "score_domain=selected");
   clashes({.normalize = normalization::sum, .lp_p = 2.0f}, "lp_p=2", "normalize");
   clashes({.score = score_kind::sigmoid, .selection = selection_kind::top_p, .top_p = 0.5f},
           "selection=top_p", "score=sigmoid");
@@ -112,8 +105,8 @@ TEST_CASE("fields that clash are both named") {
           "scale");
   clashes({.score = score_kind::sigmoid, .selection = selection_kind::top2},
           "selection=top2_second_by_logit", "score=sigmoid");
-  clashes({.experts = 16, .selection = selection_kind::product_keys}, "selection=product_keys",
-          "score=softmax");
+  clashes({.experts = 16, .score = score_kind::sigmoid, .selection = selection_kind::product_keys},
+          "selection=product_keys", "score=sigmoid");
   clashes({.score = score_kind::uniform}, "score=uniform", "selection=top_k");
   clashes({.drop_order = drop_order::batch_priority}, "drop_order=batch_priority_slot_major",
           "capacity=0");

@@ -96,7 +96,7 @@ TEST_CASE("a word that is unknown, wrong, repeated or missing is named") {
   CHECK(refused_text("") == "moeroute::parse_spec: 'E' is missing");
   CHECK(refused_text("E=8 k=2 score=tanh") ==
         "moeroute::parse_spec: 'score=tanh', expected softmax, sigmoid, sqrtsoftplus, relu, "
-        "identity, uniform");
+        "identity, uniform, softplus");
   CHECK(refused_text("E=8 k=2 gate_bias=1") ==
         "moeroute::parse_spec: 'gate_bias=1', expected the word alone");
   CHECK(refused_text("E=8 k=2 scale=2.5x") ==

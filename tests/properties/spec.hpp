@@ -5,10 +5,12 @@
 #include <cmath>
 #include <cstdint>
 #include <moeroute/policy/catalog.hpp>
-#include <moeroute/policy/make_router.hpp>
+#include <moeroute/policy/make_batch_router.hpp>
 #include <moeroute/policy/spec_text.hpp>
 #include <moeroute/stage/route.hpp>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "oracle/spec_routing.hpp"
 #include "properties/bytes.hpp"
@@ -63,6 +65,50 @@ inline moeroute::router_spec any_spec(bytes& in) {
   if (change()) s.row_norm = in.one_of(threshold_norm::rms);
   if (change()) s.zero_experts = in.below(20);
   if (change()) s.capacity = in.below(5);
+  // The rare words: most specs have none.
+  if (in.below(3) != 0) return s;
+  if (in.below(4) == 0) s.selection = in.one_of(selection_kind::soft);
+  if (change()) s.score = in.one_of(score_kind::softplus);
+  if (change()) s.group_score = in.one_of(group_score::sum);
+  if (change()) s.ties = in.one_of(tie_order::higher_id);
+  if (change()) s.class_bias = in.flag();
+  if (change()) s.weight_apart = in.flag();
+  s.weight_score = in.one_of(score_kind::softplus);
+  s.weight_domain = in.one_of(score_domain::selected);
+  if (change()) s.second = in.one_of(second_expert::random);
+  if (change()) s.table_key = in.one_of(table_key::bigram);
+  if (change()) s.first_keys = in.below(20);
+  if (change()) s.second_logits = in.one_of(logit_pairs::weigh);
+  if (change()) s.passes = in.below(5);
+  if (change()) s.pass_rule = in.one_of(pass_rule::ratio);
+  if (change()) s.pass_lambda = parameter(in, 1.0f);
+  if (change()) s.standardize = parameter(in, 1.5f);
+  if (change()) s.steering = in.flag();
+  if (change()) s.candidates = in.below(20);
+  if (change()) s.noise = in.one_of(noise_kind::gumbel);
+  if (change()) s.noise_sigma = parameter(in, 0.1f);
+  if (change()) s.count = in.one_of(count_rule::tsallis);
+  if (change()) s.count_scope = in.one_of(row_scope::batch);
+  if (change()) s.quantile = parameter(in, 0.75f);
+  if (change()) s.ratio = parameter(in, 0.5f);
+  if (change()) s.entropy_low = parameter(in, 0.5f);
+  if (change()) s.entropy_high = parameter(in, 1.0f);
+  if (change()) s.mid_k = in.below(8);
+  if (change()) s.tsallis_q = parameter(in, 1.1f);
+  if (change()) s.dense_above = parameter(in, 0.9f);
+  if (change()) s.take.factor = static_cast<double>(parameter(in, 1.25f));
+  if (change()) s.take.fixed = in.below(10);
+  if (change()) s.sequence = in.below(8);
+  if (change()) s.phase = in.one_of(routing_phase::evaluation);
+  if (change()) s.plan_weights = in.one_of(plan_weights::plan);
+  s.plan.most_iterations = 1 + in.below(20);
+  s.probability = parameter(in, 0.5f);
+  if (change()) s.plan.temperature = parameter(in, 0.5f);
+  if (change()) s.plan.eps = parameter(in, 1e-8f);
+  if (change()) s.support = in.below(6);
+  if (change()) s.plan_gamma = parameter(in, 0.5f);
+  if (change()) s.solver = in.one_of(assignment_solver::optimal);
+  if (change()) s.rounds = in.below(50);
   return s;
 }
 
@@ -108,13 +154,23 @@ inline std::string spec_property(bytes in) {
   using namespace moeroute;
   const router_spec s = detail::any_spec(in);
   const index_t tokens = in.below(36);
-  std::vector<float> bias, scale;
+  std::vector<float> bias, other_bias, scale;
   std::vector<std::int32_t> token_ids;
+  std::vector<std::uint8_t> modality;
   for (index_t e = 0; e < std::max<index_t>(0, s.experts); ++e) {
     const auto number = static_cast<float>(in.below(64));
     if (s.selection_bias) bias.push_back((number - 32.0f) / 256.0f);
+    if (s.class_bias) other_bias.push_back((number - 20.0f) / 128.0f);
     if (s.per_expert_scale) scale.push_back(0.5f + number / 64.0f);
   }
+  std::vector<expert_id> promote, suppress;
+  for (index_t e = 0; s.steering && e < std::min<index_t>(s.experts, 8); ++e)
+    if (const auto b = in.below(4); b > 1)
+      (b == 2 ? promote : suppress).push_back(static_cast<expert_id>(e));
+  const steering steer{.promote = promote,
+                       .suppress = suppress,
+                       .how = in.flag() ? promotion::soft : promotion::hard,
+                       .lambda = detail::parameter(in, 0.5f)};
   expert_table table;
   std::string told = to_string(s);
   try {
@@ -122,20 +178,34 @@ inline std::string spec_property(bytes in) {
     if (to_string(parse_spec(told)) != told) return told + ": parsed as another router";
     if (s.selection == selection_kind::expert_table)
       table = random_table(5, s.k, s.experts, in.take<std::uint32_t>());
-    const any_router router =
-        make_router(s, {.bias = bias, .per_expert_scale = scale, .table = &table});
     const std::vector<float> z = in.logits(tokens * s.columns());
-    for (index_t t = 0; t < tokens; ++t)
+    for (index_t t = 0; t < tokens; ++t) {
       token_ids.push_back(static_cast<std::int32_t>(in.below(5)));
+      modality.push_back(in.flag());
+    }
     workspace memory;
     assignment out;
-    const side_inputs side{.token_ids = token_ids};
-    route(router, matrix_view<const float>(z.data(), tokens, s.columns()),
-          side.only(router.reads_side(s.columns())), memory, out);
+    if (s.selection == selection_kind::soft) return "";
+    with_router(s,
+                {.bias = bias,
+                 .per_expert_scale = scale,
+                 .table = &table,
+                 .second_bias = other_bias,
+                 .steer = steer},
+                [&](const auto& router) {
+                  const side_inputs side{.token_ids = token_ids, .modality = modality};
+                  route(router, matrix_view<const float>(z.data(), tokens, s.columns()),
+                        side.only(router.reads_side(s.columns())), memory, out);
+                });
     if (const std::string broken = detail::shape_break(out); !broken.empty())
       return told + ": " + broken;
-    if (out.ragged() || s.selection == selection_kind::random ||
-        s.selection == selection_kind::top2)
+    if (out.ragged() || s.sees_batch() || s.selection == selection_kind::random ||
+        s.selection == selection_kind::top2 || s.noise != noise_kind::none || s.candidates != 0 ||
+        s.table_key == table_key::bigram)
+      return "";
+    // A sum of either sign may vanish, and then rounding decides.
+    if (s.normalize != normalization::none &&
+        (s.weight_apart ? s.weight_score : s.score) == score_kind::identity)
       return "";
     // Products of the parameters beyond what a float holds are the caller's choice.
     const double size = std::abs(static_cast<double>(s.scale)) *
@@ -152,10 +222,13 @@ inline std::string spec_property(bytes in) {
       const std::span<const float> row(z.data() + t * s.columns(),
                                        static_cast<std::size_t>(s.columns()));
       if (detail::loses_powers(s, row)) continue;
-      const oracle::token_inputs token{z.data() + t * s.columns(), bias, scale,
-                                       s.selection == selection_kind::expert_table
-                                           ? table.of(token_ids[static_cast<std::size_t>(t)])
-                                           : std::span<const expert_id>{}};
+      const oracle::token_inputs token{
+          z.data() + t * s.columns(),
+          s.class_bias && modality[static_cast<std::size_t>(t)] != 0 ? other_bias : bias, scale,
+          s.selection == selection_kind::expert_table
+              ? table.of(token_ids[static_cast<std::size_t>(t)])
+              : std::span<const expert_id>{},
+          steer};
       if (const std::string broken = oracle::break_of(decided, token, out.ids(t), out.weights(t));
           !broken.empty())
         return told + ": token " + std::to_string(t) + ": " + broken;

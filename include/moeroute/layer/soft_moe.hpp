@@ -7,23 +7,29 @@
 
 #include <moeroute/exec/worker_slots.hpp>
 #include <moeroute/layer/layer_tape.hpp>
+#include <moeroute/policy/router_spec.hpp>
 #include <moeroute/simd/rows/gemm.hpp>
 #include <moeroute/stage/expert.hpp>
 #include <moeroute/stage/soft.hpp>
 
 namespace moeroute {
 
-/// What the logits of a soft mixture are made of.
-enum class soft_logits {
-  product,     ///< x . mu
-  normalized,  ///< scale * unit(x) . unit(mu), as in the paper's code
-};
-
 struct soft_moe_options {
   index_t slots_per_expert = 1;
   soft_logits logits = soft_logits::normalized;
   float scale = 1.0f;
 };
+
+/// The options of a described soft mixture, selection=soft.
+///
+/// Throws: error where the spec describes another router.
+inline soft_moe_options soft_options_of(const router_spec& s) {
+  check(s);
+  if (s.selection != selection_kind::soft)
+    fail("soft_options_of",
+         "selection is " + std::string(to_string(s.selection)) + ", expected soft");
+  return {.slots_per_expert = s.slots_per_expert, .logits = s.slot_logits, .scale = s.scale};
+}
 
 /// y[t] = sum over slots of combine(t, s) * expert of s (sum over tokens of dispatch(s, t) * x[t]).
 ///

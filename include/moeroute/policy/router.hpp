@@ -91,7 +91,10 @@ struct router {
 
   index_t k() const { return selection.choices(); }
   side_use reads_side(index_t) const {
-    return {.own_k = k(), .noise_logits = transform.noise.active()};
+    side_use use{.own_k = k(), .noise_logits = transform.noise.active()};
+    if constexpr (requires { selection.reads_modality(); })
+      use.modality = selection.reads_modality();
+    return use;
   }
   static index_t experts(index_t columns) { return columns; }
 
@@ -199,9 +202,10 @@ struct router {
 
  private:
   // Scores that need no other logits than the winners' are made from these when all is chosen: the
-  // softmax over the selected experts knows them then only.
+  // softmax over the selected experts knows them then only. So are those apart from the choice.
   bool scores_winners() const {
-    return score.traits.elementwise || score.traits.reads_rows == row_use::never;
+    return score.traits.elementwise || score.traits.apart ||
+           score.traits.reads_rows == row_use::never;
   }
 
   // Experts of groups that lost, chosen because nothing else was left: the reference weighs them by

@@ -2,13 +2,16 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <string_view>
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/base/index.hpp>
+#include <moeroute/policy/parts/batch_kinds.hpp>
 #include <moeroute/policy/parts/capacity.hpp>
 #include <moeroute/policy/parts/kinds.hpp>
 
@@ -23,6 +26,17 @@ enum class selection_kind {
   sparsemixer,
   top2,  ///< first by probability, second by logit without the first (GShard, NLLB)
   random,
+  each_group,  ///< k / groups of each group
+  counted,     ///< as many of the best as `count` says
+  // Rules that see the whole batch.
+  expert_choice,
+  sinkhorn,
+  selective_sinkhorn,
+  sinkhorn_expert_choice,
+  base,
+  sparse_transport,
+  sparse_transport_tokens,
+  soft,  ///< no choice: layer/soft_moe.hpp
 };
 
 /// Where a scale or a weight acts.
@@ -75,14 +89,86 @@ struct router_spec {
   moeroute::drop_order drop_order = moeroute::drop_order::choice_major;
   bool normalize_before_drop = true;  ///< false: over the choices that were kept
 
+  // Of the choice. What is rare shares one router, made of parts that are picked at run time.
+  tie_order ties = tie_order::lower_id;
+  bool class_bias = false;    ///< a second selection bias, for tokens of side_inputs::modality 1
+  bool weight_apart = false;  ///< another score weighs than the one that chooses
+  score_kind weight_score = score_kind::softmax;  ///< with weight_apart
+  score_domain weight_domain = score_domain::all;
+  second_expert second = second_expert::best;  ///< of top2
+  moeroute::table_key table_key = moeroute::table_key::token;
+  index_t first_keys = 0;  ///< of product keys: n of n x m; 0: the square root of E
+
+  // Of the logits, in this order, before temperature and soft-cap.
+  logit_pairs second_logits = logit_pairs::none;
+  index_t passes = 1;  ///< of logits, whose mean and deviation are taken
+  moeroute::pass_rule pass_rule = moeroute::pass_rule::bound;
+  float pass_lambda = 1.0f;
+  float standardize = 0.0f;  ///< lambda (z - mean) / deviation; 0: off
+  bool steering = false;     ///< experts promoted and suppressed
+  index_t candidates = 0;    ///< experts that can be chosen, by lot; 0: all
+  row_scope candidate_scope = row_scope::token;
+  noise_kind noise = noise_kind::none;
+  float noise_sigma = 1.0f;
+  float noise_floor = 0.01f;
+
+  // Of selection=counted; min_k and max_k bound it.
+  count_rule count = count_rule::ratio;
+  row_scope count_scope = row_scope::token;  ///< of percentile
+  float quantile = 0.5f;
+  float ratio = 0.5f;
+  float entropy_low = 0.5f;
+  float entropy_high = 1.5f;
+  index_t mid_k = 2;
+  float tsallis_q = 1.1f;
+  float dense_above = 0.9f;  ///< the normalised entropy from which on every expert is taken
+
+  // Of rules that see the whole batch.
+  tokens_per_expert take{};  ///< tokens that an expert chooses
+  index_t sequence = 0;      ///< tokens that compete with one another; 0: all
+  routing_phase phase = routing_phase::training;
+  moeroute::plan_weights plan_weights = moeroute::plan_weights::by_k;
+  sinkhorn_scaling plan{};
+  float probability = 1e-3f;  ///< of a balanced step
+  assignment_solver solver = assignment_solver::auction;
+  index_t rounds = 2000;  ///< of the auction
+  index_t support = 0;    ///< most tokens per expert in a sparse plan; 0: as many as it takes
+  float plan_gamma = 1.0f;
+  float plan_rate = 1e-2f;
+
+  // Of a soft mixture.
+  index_t slots_per_expert = 1;
+  soft_logits slot_logits = soft_logits::normalized;
+
   bool operator==(const router_spec&) const = default;
 
-  /// Columns of the logits: E, or 2 sqrt(E) for product keys.
+  /// Columns of the logits: E; n + m for product keys; more where several logits become one.
   index_t columns() const {
-    if (selection != selection_kind::product_keys) return experts;
+    if (selection == selection_kind::soft) return experts * slots_per_expert;
+    if (selection != selection_kind::product_keys)
+      return experts * (second_logits != logit_pairs::none ? 2 : passes);
+    if (first_keys > 0) return first_keys + experts / first_keys;
     index_t n = 1;
     while (n * n < experts) ++n;
     return 2 * n;
+  }
+
+  /// Whether the rule sees the whole batch: make_batch_router() makes it, others make_router().
+  bool sees_batch() const {
+    return (selection >= selection_kind::expert_choice && selection < selection_kind::soft) ||
+           (selection == selection_kind::counted && count == count_rule::percentile &&
+            count_scope == row_scope::batch);
+  }
+
+  /// Whether it has words that the common routers do not know: make_rare_router() makes it.
+  bool has_rare_words() const {
+    const bool counts = selection == selection_kind::counted && !sees_batch();
+    return counts || selection == selection_kind::each_group || ties != tie_order::lower_id ||
+           class_bias || weight_apart || second_logits != logit_pairs::none || passes != 1 ||
+           standardize != 0.0f || steering || candidates != 0 ||
+           (domain == score_domain::selected && score != score_kind::softmax &&
+            (selection_bias || groups != 1)) ||
+           (domain == score_domain::all && selection == selection_kind::product_keys);
   }
 
   /// Factor that the combined row must be multiplied by.
@@ -91,41 +177,176 @@ struct router_spec {
   }
 };
 
-constexpr std::string_view to_string(score_kind s) {
-  switch (s) {
-    case score_kind::softmax: return "softmax";
-    case score_kind::sigmoid: return "sigmoid";
-    case score_kind::sqrt_softplus: return "sqrtsoftplus";
-    case score_kind::relu: return "relu";
-    case score_kind::identity: return "identity";
-    case score_kind::uniform: return "uniform";
-  }
-  return "?";
+namespace detail {
+
+// The words of an enumeration, in its order.
+template <class E>
+struct enum_words;
+template <>
+struct enum_words<score_kind> {
+  static constexpr std::string_view list[] = {"softmax",  "sigmoid", "sqrtsoftplus", "relu",
+                                              "identity", "uniform", "softplus"};
+};
+template <>
+struct enum_words<score_domain> {
+  static constexpr std::string_view list[] = {"all", "selected"};
+};
+template <>
+struct enum_words<selection_kind> {
+  static constexpr std::string_view list[] = {"top_k",
+                                              "top_p",
+                                              "threshold",
+                                              "hash_table",
+                                              "product_keys",
+                                              "sparsemixer",
+                                              "top2_second_by_logit",
+                                              "random",
+                                              "each_group",
+                                              "counted",
+                                              "expert_choice",
+                                              "sinkhorn",
+                                              "selective_sinkhorn",
+                                              "sinkhorn_expert_choice",
+                                              "base",
+                                              "sparse_transport",
+                                              "sparse_transport_tokens",
+                                              "soft"};
+};
+template <>
+struct enum_words<group_score> {
+  static constexpr std::string_view list[] = {"max", "top2_sum", "top_sum", "sum"};
+};
+template <>
+struct enum_words<lost_weight> {
+  static constexpr std::string_view list[] = {"as_published", "zero", "own"};
+};
+template <>
+struct enum_words<normalization> {
+  static constexpr std::string_view list[] = {"none", "sum", "lp"};
+};
+template <>
+struct enum_words<eps_mode> {
+  static constexpr std::string_view list[] = {"none", "add", "clamp"};
+};
+template <>
+struct enum_words<weight_place> {
+  static constexpr std::string_view list[] = {"output", "input"};
+};
+template <>
+struct enum_words<scale_place> {
+  static constexpr std::string_view list[] = {"weights", "output"};
+};
+template <>
+struct enum_words<crossing> {
+  static constexpr std::string_view list[] = {"include", "include_strict", "exclude"};
+};
+template <>
+struct enum_words<threshold_norm> {
+  static constexpr std::string_view list[] = {"none", "sum", "rms"};
+};
+template <>
+struct enum_words<drop_order> {
+  static constexpr std::string_view list[] = {"position_slot_major", "token_major", "by_weight",
+                                              "batch_priority_slot_major", "random"};
+};
+template <>
+struct enum_words<tie_order> {
+  static constexpr std::string_view list[] = {"lower_id", "higher_id"};
+};
+template <>
+struct enum_words<second_expert> {
+  static constexpr std::string_view list[] = {"best", "sampling", "random"};
+};
+template <>
+struct enum_words<table_key> {
+  static constexpr std::string_view list[] = {"token", "bigram"};
+};
+template <>
+struct enum_words<logit_pairs> {
+  static constexpr std::string_view list[] = {"none", "sigmoid_sum", "weigh"};
+};
+template <>
+struct enum_words<pass_rule> {
+  static constexpr std::string_view list[] = {"bound", "ratio"};
+};
+template <>
+struct enum_words<row_scope> {
+  static constexpr std::string_view list[] = {"token", "batch"};
+};
+template <>
+struct enum_words<noise_kind> {
+  static constexpr std::string_view list[] = {"none", "gaussian", "gumbel"};
+};
+template <>
+struct enum_words<count_rule> {
+  static constexpr std::string_view list[] = {"percentile", "ratio", "entropy", "tsallis"};
+};
+template <>
+struct enum_words<capacity_rounding> {
+  static constexpr std::string_view list[] = {"down", "nearest", "up"};
+};
+template <>
+struct enum_words<routing_phase> {
+  static constexpr std::string_view list[] = {"training", "evaluation"};
+};
+template <>
+struct enum_words<plan_weights> {
+  static constexpr std::string_view list[] = {"by_k", "sigmoid", "softmax", "plan"};
+};
+template <>
+struct enum_words<plan_mass> {
+  static constexpr std::string_view list[] = {"one", "tokens"};
+};
+template <>
+struct enum_words<scaling_order> {
+  static constexpr std::string_view list[] = {"rows_then_columns", "columns_then_rows"};
+};
+template <>
+struct enum_words<sinkhorn_domain> {
+  static constexpr std::string_view list[] = {"exponential", "logarithm"};
+};
+template <>
+struct enum_words<sinkhorn_stop> {
+  static constexpr std::string_view list[] = {"mean_change", "column_error"};
+};
+template <>
+struct enum_words<plan_similarity> {
+  static constexpr std::string_view list[] = {"logits", "softmax"};
+};
+template <>
+struct enum_words<assignment_solver> {
+  static constexpr std::string_view list[] = {"auction", "optimal"};
+};
+template <>
+struct enum_words<soft_logits> {
+  static constexpr std::string_view list[] = {"product", "normalized"};
+};
+
+template <class E>
+concept worded = requires { enum_words<E>::list; };
+
+}  // namespace detail
+
+/// The word of a description for a kind of part.
+template <detail::worded E>
+constexpr std::string_view to_string(E e) {
+  const auto at = static_cast<std::size_t>(e);
+  return at < std::size(detail::enum_words<E>::list) ? detail::enum_words<E>::list[at] : "?";
 }
 
-constexpr std::string_view to_string(selection_kind s) {
-  switch (s) {
-    case selection_kind::top_k: return "top_k";
-    case selection_kind::top_p: return "top_p";
-    case selection_kind::threshold: return "threshold";
-    case selection_kind::expert_table: return "hash_table";
-    case selection_kind::product_keys: return "product_keys";
-    case selection_kind::sparsemixer: return "sparsemixer";
-    case selection_kind::top2: return "top2_second_by_logit";
-    case selection_kind::random: return "random";
-  }
-  return "?";
-}
-
-constexpr std::string_view to_string(drop_order o) {
-  switch (o) {
-    case drop_order::choice_major: return "position_slot_major";
-    case drop_order::token_major: return "token_major";
-    case drop_order::by_weight: return "by_weight";
-    case drop_order::batch_priority: return "batch_priority_slot_major";
-    case drop_order::random: return "random";
-  }
-  return "?";
+/// A description with no word but its selection: the defaults of that rule.
+constexpr router_spec plain_spec(selection_kind selection = selection_kind::top_k) {
+  router_spec s;
+  s.selection = selection;
+  if (selection == selection_kind::selective_sinkhorn) s.plan = selective_scaling;
+  if (selection == selection_kind::sparse_transport ||
+      selection == selection_kind::sparse_transport_tokens)
+    s.plan.most_iterations = 20;
+  if (selection == selection_kind::sinkhorn_expert_choice ||
+      selection == selection_kind::sparse_transport ||
+      selection == selection_kind::sparse_transport_tokens)
+    s.plan_weights = moeroute::plan_weights::softmax;
+  return s;
 }
 
 namespace detail {
@@ -165,84 +386,341 @@ struct shown_field {
 
 }  // namespace detail
 
-/// One line that names every field that differs from the plain softmax top-k.
-inline std::string to_string(const router_spec& s) {
-  const router_spec plain;
-  std::string out = "E=" + std::to_string(s.experts) + " k=" + std::to_string(s.k) +
-                    " score=" + std::string(to_string(s.score));
-  const auto add = [&](const std::string& text) { out += " " + text; };
-  if (s.domain == score_domain::selected) add("score_domain=selected");
-  if (s.selection != plain.selection) add("selection=" + std::string(to_string(s.selection)));
-  if (s.selection_bias) add("bias=selection");
-  if (s.groups != 1) {
-    add("groups=" + std::to_string(s.groups) + " topk_group=" + std::to_string(s.topk_group));
-    add(s.group_score == group_score::max        ? "group_score=max"
-        : s.group_score == group_score::top2_sum ? "group_score=top2_sum"
-                                                 : "group_score=top_sum");
-    add("group_fill=" + detail::number(s.group_fill));
-    if (s.lost_weight != plain.lost_weight)
-      add(s.lost_weight == lost_weight::zero ? "lost_weight=zero" : "lost_weight=own");
+namespace detail {
+
+// Which fields mean something in a spec: the others are dropped when it is printed.
+struct spec_uses {
+  bool top_k, top_p, counted, by_percentile, threshold, product_keys, batch, takes, plan, phase,
+      sparse, divides, k;
+
+  constexpr explicit spec_uses(const router_spec& s) {
+    using kind = selection_kind;
+    top_k = s.selection == kind::top_k;
+    counted = s.selection == kind::counted;
+    top_p = s.selection == kind::top_p || (counted && s.count == count_rule::tsallis);
+    by_percentile = counted && s.count == count_rule::percentile;
+    threshold = s.selection == kind::threshold;
+    product_keys = s.selection == kind::product_keys;
+    batch = s.selection >= kind::expert_choice;
+    sparse = s.selection == kind::sparse_transport || s.selection == kind::sparse_transport_tokens;
+    takes =
+        s.selection == kind::expert_choice || s.selection == kind::sinkhorn_expert_choice || sparse;
+    plan = s.selection == kind::sinkhorn || s.selection == kind::selective_sinkhorn ||
+           s.selection == kind::sinkhorn_expert_choice;
+    phase = s.selection == kind::sinkhorn || s.selection == kind::selective_sinkhorn ||
+            s.selection == kind::base;
+    divides = threshold ? s.row_norm != threshold_norm::none : s.normalize != normalization::none;
+    k = s.selection != kind::expert_choice && s.selection != kind::sinkhorn_expert_choice &&
+        s.selection != kind::base && s.selection != kind::sparse_transport &&
+        s.selection != kind::soft;
   }
-  if (s.normalize == normalization::sum) add("normalize=sum");
-  if (s.normalize == normalization::lp) add("normalize=lp lp_p=" + detail::number(s.lp_p));
-  if (s.eps_where != eps_mode::none)
-    add("eps=" + detail::number(s.eps) +
-        (s.eps_where == eps_mode::add ? " eps_mode=add" : " eps_mode=clamp"));
-  if (s.scale != 1.0f)
-    add("scale=" + detail::number(s.scale) +
-        (s.scale_where == scale_place::output ? " scale_where=output" : ""));
-  if (s.divide_by_k) add("post_divide_by_k");
-  if (s.output_scale != 1.0f) add("output_scale=" + detail::number(s.output_scale));
-  if (s.per_expert_scale) add("per_expert_scale");
-  if (s.gate_bias) add("gate_bias");
-  if (s.softcap != 0.0f) add("logit_softcap=" + detail::number(s.softcap));
-  if (s.temperature != 1.0f) add("temperature=" + detail::number(s.temperature));
-  if (s.selection == selection_kind::sparsemixer) add("jitter_eps=" + detail::number(s.jitter));
-  if (s.selection == selection_kind::top_p) {
-    add("p=" + detail::number(s.top_p));
-    if (s.crossing != plain.crossing)
-      add(s.crossing == crossing::exclude ? "crossing=exclude" : "crossing=include_strict");
-    if (s.min_k != 1) add("min_k=" + std::to_string(s.min_k));
-    if (s.max_k != 0) add("max_k=" + std::to_string(s.max_k));
-  }
-  if (s.selection == selection_kind::threshold) {
-    add("threshold=" + detail::number(s.threshold));
-    if (s.row_norm != threshold_norm::none)
-      add(s.row_norm == threshold_norm::sum ? "row_norm=sum" : "row_norm=rms");
-  }
-  if (s.zero_experts != 0) add("zero_experts=" + std::to_string(s.zero_experts));
-  if (s.shared_experts != 0) add("shared_experts=" + std::to_string(s.shared_experts));
-  if (s.weight_on == weight_place::input) add("weight_on=input");
-  if (s.capacity != 0)
-    add("capacity=" + std::to_string(s.capacity) +
-        " drop_order=" + std::string(to_string(s.drop_order)) +
-        (s.normalize_before_drop ? "" : " norm_before_drop=false"));
-  return out;
+};
+
+// Every word of a description: f.number(name, field, shown), f.flag(...), f.one_of(...) and
+// f.pick(name, words, which, set, shown), in the order in which they are printed.
+template <class F>
+constexpr void each_word(router_spec& s, F&& f) {
+  using enum selection_kind;
+  const spec_uses use(s);
+  const router_spec plain = plain_spec(s.selection);
+  constexpr std::string_view biases[] = {"none", "selection", "by_class"};
+  constexpr std::string_view truth[] = {"false", "true"};
+  f.number("E", s.experts, true);
+  f.number("k", s.k, use.k);
+  f.one_of("score", s.score, true);
+  f.one_of("score_domain", s.domain, s.domain != plain.domain);
+  f.one_of("selection", s.selection, s.selection != top_k);
+  f.pick(
+      "bias", biases, s.class_bias ? 2u : s.selection_bias,
+      [&](std::size_t i) {
+        s.selection_bias = i > 0;
+        s.class_bias = i == 2;
+      },
+      s.selection_bias);
+  const bool groups = s.groups != 1;
+  f.number("groups", s.groups, groups);
+  f.number("topk_group", s.topk_group, groups && use.top_k);
+  f.one_of("group_score", s.group_score, groups && use.top_k);
+  f.number("group_fill", s.group_fill, groups && use.top_k);
+  f.one_of("lost_weight", s.lost_weight, groups && use.top_k && s.lost_weight != plain.lost_weight);
+  f.one_of("ties", s.ties, s.ties != plain.ties);
+  if (f.one_of("weight_score", s.weight_score, s.weight_apart)) s.weight_apart = true;
+  f.one_of("weight_domain", s.weight_domain,
+           s.weight_apart && s.weight_domain != plain.weight_domain);
+  f.one_of("normalize", s.normalize, s.normalize != plain.normalize);
+  f.number("lp_p", s.lp_p, s.normalize == normalization::lp);
+  f.number("eps", s.eps,
+           use.divides &&
+               (use.threshold || s.selection == expert_choice ? s.eps != plain.eps
+                                                              : s.eps_where != eps_mode::none));
+  f.one_of("eps_mode", s.eps_where,
+           use.divides && !use.threshold && s.selection != expert_choice &&
+               s.eps_where != eps_mode::none);
+  f.number("scale", s.scale, s.scale != plain.scale);
+  f.one_of("scale_where", s.scale_where,
+           s.scale != plain.scale && s.scale_where != plain.scale_where);
+  f.flag("post_divide_by_k", s.divide_by_k);
+  f.number("output_scale", s.output_scale, s.output_scale != plain.output_scale);
+  f.flag("per_expert_scale", s.per_expert_scale);
+  f.flag("gate_bias", s.gate_bias);
+  f.one_of("second_logits", s.second_logits, s.second_logits != plain.second_logits);
+  f.number("passes", s.passes, s.passes != plain.passes);
+  f.one_of("pass_rule", s.pass_rule, s.passes != 1 && s.pass_rule != plain.pass_rule);
+  f.number("pass_lambda", s.pass_lambda,
+           s.passes != 1 && s.pass_rule == pass_rule::bound && s.pass_lambda != plain.pass_lambda);
+  f.number("standardize", s.standardize, s.standardize != plain.standardize);
+  f.flag("steering", s.steering);
+  f.number("candidates", s.candidates, s.candidates != plain.candidates);
+  f.one_of("candidate_scope", s.candidate_scope,
+           s.candidates != 0 && s.candidate_scope != plain.candidate_scope);
+  f.number("logit_softcap", s.softcap, s.softcap != plain.softcap);
+  f.number("temperature", s.temperature, s.temperature != plain.temperature);
+  const bool noisy = s.noise != noise_kind::none;
+  f.one_of("noise", s.noise, noisy);
+  f.number("noise_sigma", s.noise_sigma, noisy && s.noise_sigma != plain.noise_sigma);
+  f.number("noise_floor", s.noise_floor, noisy && s.noise_floor != plain.noise_floor);
+  f.number("jitter_eps", s.jitter, s.selection == sparsemixer);
+  f.one_of("second", s.second, s.selection == top2 && s.second != plain.second);
+  f.one_of("table_key", s.table_key, s.selection == expert_table && s.table_key != plain.table_key);
+  f.number("first_keys", s.first_keys, use.product_keys && s.first_keys != plain.first_keys);
+  f.one_of("count", s.count, use.counted);
+  f.number("quantile", s.quantile, use.by_percentile);
+  f.one_of("count_scope", s.count_scope, use.by_percentile && s.count_scope != plain.count_scope);
+  f.number("ratio", s.ratio, use.counted && s.count == count_rule::ratio);
+  const bool entropy = use.counted && s.count == count_rule::entropy;
+  f.number("entropy_low", s.entropy_low, entropy);
+  f.number("entropy_high", s.entropy_high, entropy);
+  const bool tsallis = use.counted && s.count == count_rule::tsallis;
+  f.number("tsallis_q", s.tsallis_q, tsallis);
+  f.number("dense_above", s.dense_above, tsallis);
+  f.number("p", s.top_p, use.top_p);
+  f.one_of("crossing", s.crossing, use.top_p && s.crossing != plain.crossing);
+  f.number("min_k", s.min_k, (use.top_p || use.counted) && s.min_k != plain.min_k);
+  f.number("mid_k", s.mid_k, entropy);
+  f.number("max_k", s.max_k,
+           (use.top_p || use.counted || s.selection == expert_choice) && s.max_k != plain.max_k);
+  f.number("threshold", s.threshold, use.threshold);
+  f.one_of("row_norm", s.row_norm, use.threshold && s.row_norm != plain.row_norm);
+  f.number("take_factor", s.take.factor, use.takes && s.take.fixed == 0);
+  f.one_of("take_rounding", s.take.rounding,
+           use.takes && s.take.fixed == 0 && s.take.rounding != plain.take.rounding);
+  f.number("take_multiple", s.take.multiple_of,
+           use.takes && s.take.fixed == 0 && s.take.multiple_of != plain.take.multiple_of);
+  f.number("take_at_least", s.take.at_least,
+           use.takes && s.take.fixed == 0 && s.take.at_least != plain.take.at_least);
+  f.number("take", s.take.fixed, use.takes && s.take.fixed != plain.take.fixed);
+  f.number("sequence", s.sequence, s.selection == expert_choice && s.sequence != plain.sequence);
+  f.one_of("phase", s.phase, use.phase && s.phase != plain.phase);
+  f.number("probability", s.probability, s.selection == selective_sinkhorn);
+  f.one_of("plan_weights", s.plan_weights,
+           (use.sparse || (use.plan && s.selection != selective_sinkhorn)) &&
+               s.plan_weights != plain.plan_weights);
+  f.one_of("plan_mass", s.plan.mass, use.plan && s.plan.mass != plain.plan.mass);
+  f.one_of("plan_order", s.plan.order, use.plan && s.plan.order != plain.plan.order);
+  f.one_of("plan_domain", s.plan.domain, use.plan && s.plan.domain != plain.plan.domain);
+  f.one_of("plan_stop", s.plan.stop, use.plan && s.plan.stop != plain.plan.stop);
+  f.one_of("plan_similarity", s.plan.similarity,
+           use.plan && s.plan.similarity != plain.plan.similarity);
+  f.number("plan_temperature", s.plan.temperature,
+           use.plan && s.plan.temperature != plain.plan.temperature);
+  f.number("plan_eps", s.plan.eps, use.plan && s.plan.eps != plain.plan.eps);
+  f.number("plan_tolerance", s.plan.tolerance,
+           use.plan && s.plan.tolerance != plain.plan.tolerance);
+  f.number("plan_iterations", s.plan.most_iterations,
+           (use.plan || use.sparse) && s.plan.most_iterations != plain.plan.most_iterations);
+  f.number("support", s.support, use.sparse && s.support != plain.support);
+  f.number("plan_gamma", s.plan_gamma, use.sparse && s.plan_gamma != plain.plan_gamma);
+  f.number("plan_rate", s.plan_rate, use.sparse && s.plan_rate != plain.plan_rate);
+  f.one_of("solver", s.solver, s.selection == base && s.solver != plain.solver);
+  f.number("rounds", s.rounds, s.selection == base && s.rounds != plain.rounds);
+  f.number("slots_per_expert", s.slots_per_expert,
+           s.selection == soft && s.slots_per_expert != plain.slots_per_expert);
+  f.one_of("slot_logits", s.slot_logits, s.selection == soft && s.slot_logits != plain.slot_logits);
+  f.number("zero_experts", s.zero_experts, s.zero_experts != 0);
+  f.number("shared_experts", s.shared_experts, s.shared_experts != 0);
+  f.one_of("weight_on", s.weight_on, s.weight_on != plain.weight_on);
+  f.number("capacity", s.capacity, s.capacity != 0);
+  f.one_of("drop_order", s.drop_order, s.capacity != 0);
+  f.pick(
+      "norm_before_drop", truth, std::size_t{s.normalize_before_drop},
+      [&](std::size_t i) { s.normalize_before_drop = i == 1; },
+      s.capacity != 0 && !s.normalize_before_drop);
 }
 
-/// Throws: error that names the field and both values, or the two fields that clash.
-MOEROUTE_COLD inline void check(const router_spec& s) {
-  using detail::clash;
+// Prints the words that are shown.
+struct word_printer {
+  std::string out{};
+
+  void add(std::string_view name, std::string_view value) {
+    if (!out.empty()) out += ' ';
+    out += name;
+    if (!value.empty()) (out += '=') += value;
+  }
+  void number(std::string_view name, index_t x, bool shown) {
+    if (shown) add(name, std::to_string(x));
+  }
+  void number(std::string_view name, float x, bool shown) {
+    if (shown) add(name, detail::number(x));
+  }
+  void number(std::string_view name, double x, bool shown) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.17g", x);
+    if (static_cast<double>(static_cast<float>(x)) == x)
+      return number(name, static_cast<float>(x), shown);
+    if (shown) add(name, text);
+  }
+  void flag(std::string_view name, bool set) {
+    if (set) add(name, {});
+  }
+  template <class E>
+  bool one_of(std::string_view name, E e, bool shown) {
+    if (shown) add(name, to_string(e));
+    return false;
+  }
+  template <std::size_t N, class Set>
+  void pick(std::string_view name, const std::string_view (&words)[N], std::size_t which,
+            const Set&, bool shown) {
+    if (shown) add(name, words[which]);
+  }
+};
+
+}  // namespace detail
+
+/// One line that names every field that means something and differs from the default of its rule;
+/// what is inert is left out.
+inline std::string to_string(const router_spec& s) {
+  router_spec copy = s;
+  detail::word_printer printer;
+  detail::each_word(copy, printer);
+  return printer.out;
+}
+
+namespace detail {
+
+// The words of one kind of rule on a rule of another kind.
+MOEROUTE_COLD inline void check_words_apart(const router_spec& s, const spec_uses& use,
+                                            const shown_field& selection) {
+  using enum selection_kind;
+  const auto only = [&](bool set, bool fits, const char* word, const char* why) {
+    if (set && !fits) clash(word, selection, why);
+  };
+  const bool picks = use.top_k || s.selection == each_group;
+  const bool ranks = picks || (use.counted && s.count != count_rule::tsallis && !s.sees_batch());
+  only(s.ties != tie_order::lower_id, picks, "ties=higher_id",
+       "only top_k and each_group turn ties");
+  only(s.class_bias, picks, "bias=by_class", "only top_k and each_group have a bias per class");
+  only(s.weight_apart, picks || use.counted, "weight_score",
+       "only top_k, each_group and counted weigh by another score");
+  only(s.second_logits == logit_pairs::sigmoid_sum, ranks, "second_logits=sigmoid_sum",
+       "only top_k, each_group and counted take two logits per expert");
+  only(s.second_logits == logit_pairs::weigh, picks, "second_logits=weigh",
+       "only top_k and each_group take two logits per expert");
+  only(s.passes != 1, ranks, "passes", "only top_k, each_group and counted take logits of passes");
+  only(s.standardize != 0.0f, ranks, "standardize",
+       "only top_k, each_group and counted have steps before them");
+  only(s.steering, ranks, "steering", "only top_k, each_group and counted have steps before them");
+  only(s.candidates != 0, ranks, "candidates",
+       "only top_k, each_group and counted have steps before them");
+  if (s.second_logits == logit_pairs::sigmoid_sum && s.score != score_kind::identity)
+    clash("second_logits=sigmoid_sum", {"score=", to_string(s.score)},
+          "the sum is the score: score=identity");
+  if (!std::isfinite(s.pass_lambda)) fail_field("pass_lambda", s.pass_lambda, "a finite number");
+  if (!(s.standardize >= 0.0f) || !std::isfinite(s.standardize))
+    fail_field("standardize", s.standardize, ">= 0");
+  check_range("router_spec", "passes", s.passes, 1, index_t{1} << 16);
+  if (s.candidates != 0)
+    check_range("router_spec", "candidates", s.candidates, use.counted ? 1 : s.k, s.experts);
+  if (s.second_logits != logit_pairs::none && s.passes != 1)
+    clash({"second_logits=", to_string(s.second_logits)}, {"passes=", s.passes},
+          "columns are read one way");
+}
+
+MOEROUTE_COLD inline void check_batch_words(const router_spec& s, const spec_uses& use,
+                                            const shown_field& selection) {
+  using enum selection_kind;
+  using moeroute::plan_weights;
+  if (use.takes) s.take.check();
+  if (use.plan) s.plan.check("router_spec");
+  const shown_field score("score=", to_string(s.score));
+  if (s.domain != score_domain::all)
+    clash("score_domain=selected", selection, "it scores every expert");
+  if (s.selection == expert_choice) {
+    if (s.score == score_kind::uniform) clash(score, selection, "equal scores choose nothing");
+    if (s.normalize == normalization::lp || s.eps_where == eps_mode::clamp)
+      clash("normalize=lp or eps_mode=clamp", selection,
+            "a token's weights are divided by sum + eps");
+    check_range("router_spec", "sequence", s.sequence, 0, index_t{1} << 31);
+    check_range("router_spec", "max_k", s.max_k, 0, s.experts);
+  } else if (!use.counted) {
+    if (s.score != score_kind::softmax) clash(score, selection, "its scores are its own");
+    if (s.normalize != normalization::none)
+      clash("normalize", selection, "its weights are its own");
+    if (s.selection != soft && s.scale != 1.0f && s.scale_where == scale_place::weights)
+      clash({"scale=", s.scale}, selection, "its weights are its own: scale_where=output");
+  }
+  if (s.noise != noise_kind::none && s.selection != selective_sinkhorn)
+    clash({"noise=", to_string(s.noise)}, selection, "it takes logits as they are");
+  if (s.per_expert_scale || s.divide_by_k)
+    clash("per_expert_scale or post_divide_by_k", selection, "its weights are its own");
+  if (s.softcap != 0.0f || s.temperature != 1.0f)
+    clash("logit_softcap or temperature", selection, "it takes logits as they are");
+  if (s.selection == sinkhorn && s.phase == routing_phase::evaluation &&
+      s.plan_weights == plan_weights::plan)
+    clash("plan_weights=plan", "phase=evaluation", "evaluation has no plan");
+  if ((s.selection == sinkhorn_expert_choice || use.sparse) &&
+      s.plan_weights != plan_weights::softmax && s.plan_weights != plan_weights::plan)
+    clash({"plan_weights=", to_string(s.plan_weights)}, selection, "it weighs by softmax or plan");
+  if (!(s.probability >= 0.0f && s.probability <= 1.0f))
+    fail_field("probability", s.probability, "0 to 1");
+  if (use.sparse) {
+    check_range("router_spec", "support", s.support, 0, index_t{1} << 30);
+    check_range("router_spec", "plan_iterations", s.plan.most_iterations, 0, index_t{1} << 30);
+    if (!(s.plan_gamma > 0.0f) || !std::isfinite(s.plan_gamma))
+      fail_field("plan_gamma", s.plan_gamma, "> 0");
+    if (!(s.plan_rate > 0.0f) || !std::isfinite(s.plan_rate))
+      fail_field("plan_rate", s.plan_rate, "> 0");
+  }
+  check_range("router_spec", "rounds", s.rounds, 1, index_t{1} << 30);
+  check_range("router_spec", "slots_per_expert", s.slots_per_expert, 1, max_experts);
+}
+
+MOEROUTE_COLD inline void check_count(const router_spec& s, const shown_field& selection) {
+  check_counts("router_spec", s.experts, s.min_k, s.max_k);
+  if (s.count == count_rule::tsallis) {
+    if (s.score != score_kind::softmax || s.domain != score_domain::all || s.weight_apart)
+      clash("count=tsallis", {"score=", to_string(s.score)},
+            "it needs probabilities: softmax over all experts");
+    check_top_p(s.experts, s.top_p, s.min_k, s.max_k);
+    check_dense_if(s.tsallis_q, s.dense_above);
+  }
+  if (s.count == count_rule::entropy)
+    check_entropy_counts(s.entropy_low, s.entropy_high, s.min_k, s.mid_k, s.max_k);
+  if (!(s.quantile >= 0.0f && s.quantile <= 1.0f)) fail_field("quantile", s.quantile, "0 to 1");
+  if (!(s.ratio >= 0.0f && s.ratio <= 1.0f)) fail_field("ratio", s.ratio, "0 to 1");
+  if (s.count_scope == row_scope::batch && s.count != count_rule::percentile)
+    clash("count_scope=batch", {"count=", to_string(s.count)},
+          "only a percentile is taken among all tokens");
+  if (s.score == score_kind::uniform)
+    clash("score=uniform", selection, "equal scores choose nothing");
+}
+
+// What there is to check of a spec without rare words and batch rules.
+MOEROUTE_COLD inline void check_common(const router_spec& s) {
   check_range("router_spec", "experts", s.experts, 1, max_experts);
-  check_range("router_spec", "k", s.k, 1, s.experts);
+  const detail::spec_uses use(s);
+  if (use.k) check_range("router_spec", "k", s.k, 1, s.experts);
   const detail::shown_field selection("selection=", to_string(s.selection));
   const detail::shown_field score("score=", to_string(s.score));
   const bool ranked = s.selection == selection_kind::top_k;
-  if (s.groups != 1 && !ranked) clash({"groups=", s.groups}, selection, "only top_k limits groups");
+  const bool each = s.selection == selection_kind::each_group;
+  if (s.groups != 1 && !ranked && !each)
+    clash({"groups=", s.groups}, selection, "only top_k and each_group know groups");
+  if (each) detail::check_top_of_each_group(s.experts, s.k, s.groups);
   if (ranked) detail::check_top_k(s.experts, s.k, s.groups, s.topk_group, s.group_fill);
-  if (s.selection_bias && !ranked)
-    clash("bias=selection", selection, "only top_k adds a selection bias");
-  // The softmax over the selected experts is chosen on logits (+ bias, by groups); other scores
-  // look at one logit and are the same in both domains, but for the choice that a bias or a group
-  // moves.
-  if (s.domain == score_domain::selected && s.score != score_kind::softmax) {
-    if (s.selection_bias)
-      clash("bias=selection", "score_domain=selected",
-            "a bias on scores needs the scores of all experts");
-    if (s.groups != 1)
-      clash({"groups=", s.groups}, "score_domain=selected",
-            "group limits need the scores of all experts");
-  }
+  if (s.selection_bias && !ranked && !each)
+    clash("bias=selection", selection, "only top_k and each_group add a selection bias");
+  if (s.class_bias && !s.selection_bias)
+    clash("bias=by_class", "bias=none", "the second bias stands beside the first");
   if (s.normalize != normalization::lp && s.lp_p != 1.0f)
     clash({"lp_p=", s.lp_p}, "normalize", "only normalize=lp has a p");
   if (!(s.eps >= 0.0f)) detail::fail_field("eps", s.eps, ">= 0");
@@ -250,8 +728,8 @@ MOEROUTE_COLD inline void check(const router_spec& s) {
     if (s.score != score_kind::softmax || s.domain != score_domain::all)
       clash(selection, score, "top_p needs probabilities: softmax over all experts");
     detail::check_top_p(s.experts, s.top_p, s.min_k, s.max_k);
-  } else if (s.top_p != 0.0f) {
-    clash({"p=", s.top_p}, selection, "only top_p has a mass");
+  } else if (s.top_p != 0.0f && !use.top_p) {
+    clash({"p=", s.top_p}, selection, "only top_p and count=tsallis have a mass");
   }
   if (s.selection == selection_kind::threshold) {
     if (s.score != score_kind::relu && s.score != score_kind::sigmoid &&
@@ -273,17 +751,22 @@ MOEROUTE_COLD inline void check(const router_spec& s) {
       clash(selection, score, "top2 weighs by the softmax over all experts");
   }
   if (s.selection == selection_kind::product_keys) {
-    if (s.score != score_kind::softmax || s.domain != score_domain::selected)
-      clash(selection, score, "product keys weigh by the softmax over the selected sums");
-    const index_t n = s.columns() / 2;
-    if (n * n != s.experts)
+    if (s.score != score_kind::softmax)
+      clash(selection, score, "product keys weigh by a softmax of the sums");
+    if (s.first_keys != 0) {
+      check_range("router_spec", "first_keys", s.first_keys, 1, s.experts);
+      if (s.experts % s.first_keys != 0)
+        fail_value("router_spec", "experts", s.experts,
+                   "a multiple of first_keys = ", s.first_keys);
+    } else if (const index_t n = s.columns() / 2; n * n != s.experts) {
       fail_value("router_spec", "experts", s.experts, "a square for product_keys");
+    }
   }
   if (s.score == score_kind::uniform && s.selection != selection_kind::expert_table &&
       s.selection != selection_kind::random)
     clash(score, selection, "equal scores choose nothing");
-  const bool of_rows =
-      ranked || s.selection == selection_kind::expert_table || s.selection == selection_kind::top_p;
+  const bool of_rows = ranked || each || use.counted || use.top_p || use.batch ||
+                       s.selection == selection_kind::expert_table;
   if (!of_rows && s.selection != selection_kind::threshold &&
       (s.softcap != 0.0f || s.temperature != 1.0f))
     clash("logit_softcap or temperature", selection, "it takes logits as they are");
@@ -303,6 +786,12 @@ MOEROUTE_COLD inline void check(const router_spec& s) {
   finite(s.temperature, "temperature");
   finite(s.threshold, "threshold");
   finite(s.jitter, "jitter_eps");
+  finite(s.noise_sigma, "noise_sigma");
+  finite(s.noise_floor, "noise_floor");
+  if (!(s.noise_sigma >= 0.0f)) detail::fail_field("noise_sigma", s.noise_sigma, ">= 0");
+  if (!(s.noise_floor >= 0.0f)) detail::fail_field("noise_floor", s.noise_floor, ">= 0");
+  if (s.noise != noise_kind::none && !of_rows && s.selection != selection_kind::threshold)
+    clash({"noise=", to_string(s.noise)}, selection, "it takes logits as they are");
   if (!(s.softcap >= 0.0f)) detail::fail_field("logit_softcap", s.softcap, ">= 0");
   if (!(s.temperature > 0.0f)) detail::fail_field("temperature", s.temperature, "> 0");
   if (!(s.jitter >= 0.0f)) detail::fail_field("jitter_eps", s.jitter, ">= 0");
@@ -320,6 +809,18 @@ MOEROUTE_COLD inline void check(const router_spec& s) {
       clash("norm_before_drop=false", "scale, per_expert_scale or post_divide_by_k",
             "after dropping weights are divided by their sum, which takes a factor away");
   }
+}
+
+}  // namespace detail
+
+/// Throws: error that names the field and both values, or the two fields that clash.
+MOEROUTE_COLD inline void check(const router_spec& s) {
+  detail::check_common(s);
+  const detail::spec_uses use(s);
+  const detail::shown_field selection("selection=", to_string(s.selection));
+  detail::check_words_apart(s, use, selection);
+  if (use.batch || s.sees_batch()) detail::check_batch_words(s, use, selection);
+  if (use.counted) detail::check_count(s, selection);
 }
 
 /// The capacity of a spec, for apply_capacity(). NLLB and V-MoE rank tokens by their largest

@@ -34,20 +34,12 @@ struct spec_word {
       wrong("a whole number");
     return x;
   }
-  float real() const {
-    float x = 0.0f;
+  template <class T>
+  T real() const {
+    T x = 0;
     const auto [end, failure] = std::from_chars(value.data(), value.data() + value.size(), x);
     if (!valued || failure != std::errc() || end != value.data() + value.size()) wrong("a number");
     return x;
-  }
-  template <class T, std::size_t N>
-  T one_of(const T (&values)[N]) const {
-    std::string list;
-    for (const T v : values) {
-      if (valued && value == to_string(v)) return v;
-      list += (list.empty() ? "" : ", ") + std::string(to_string(v));
-    }
-    wrong(list);
   }
   /// The place of the value in the list.
   template <std::size_t N>
@@ -65,99 +57,51 @@ struct spec_word {
   }
 };
 
-/// Puts one word into the spec; false where there is no such word.
-inline bool read_word(const spec_word& w, router_spec& s) {
-  const auto is = [&](std::string_view name) { return w.name == name; };
-  using enum selection_kind;
-  if (is("E")) return s.experts = w.whole(), true;
-  if (is("k")) return s.k = w.whole(), true;
-  if (is("score"))
-    return s.score = w.one_of({score_kind::softmax, score_kind::sigmoid, score_kind::sqrt_softplus,
-                               score_kind::relu, score_kind::identity, score_kind::uniform}),
-           true;
-  if (is("score_domain"))
-    return s.domain =
-               w.among({"all", "selected"}) == 0 ? score_domain::all : score_domain::selected,
-           true;
-  if (is("selection"))
-    return s.selection = w.one_of({top_k, selection_kind::top_p, selection_kind::threshold,
-                                   expert_table, product_keys, sparsemixer, top2, random}),
-           true;
-  if (is("bias")) return s.selection_bias = w.among({"none", "selection"}) == 1, true;
-  if (is("groups")) return s.groups = w.whole(), true;
-  if (is("topk_group")) return s.topk_group = w.whole(), true;
-  if (is("group_score")) {
-    constexpr group_score list[] = {group_score::max, group_score::top2_sum, group_score::top_sum};
-    return s.group_score = list[w.among({"max", "top2_sum", "top_sum"})], true;
+/// Puts one word into the spec where its name is that of a field.
+struct word_reader {
+  const spec_word& word;
+  bool known = false;
+
+  bool is(std::string_view name) {
+    if (word.name != name) return false;
+    return known = true;
   }
-  if (is("group_fill")) return s.group_fill = w.real(), true;
-  if (is("lost_weight")) {
-    constexpr lost_weight list[] = {lost_weight::zero, lost_weight::own};
-    return s.lost_weight = list[w.among({"zero", "own"})], true;
+  void number(std::string_view name, index_t& x, bool) {
+    if (is(name)) x = word.whole();
   }
-  if (is("normalize")) {
-    constexpr normalization list[] = {normalization::none, normalization::sum, normalization::lp};
-    return s.normalize = list[w.among({"none", "sum", "lp"})], true;
+  void number(std::string_view name, float& x, bool) {
+    if (is(name)) x = word.real<float>();
   }
-  if (is("lp_p")) return s.lp_p = w.real(), true;
-  if (is("eps")) return s.eps = w.real(), true;
-  if (is("eps_mode")) {
-    constexpr eps_mode list[] = {eps_mode::none, eps_mode::add, eps_mode::clamp};
-    return s.eps_where = list[w.among({"none", "add", "clamp"})], true;
+  void number(std::string_view name, double& x, bool) {
+    if (is(name)) x = word.real<double>();
   }
-  if (is("scale")) return s.scale = w.real(), true;
-  if (is("scale_where"))
-    return s.scale_where =
-               w.among({"weights", "output"}) == 0 ? scale_place::weights : scale_place::output,
-           true;
-  if (is("post_divide_by_k")) return s.divide_by_k = w.set(), true;
-  if (is("output_scale")) return s.output_scale = w.real(), true;
-  if (is("per_expert_scale")) return s.per_expert_scale = w.set(), true;
-  if (is("gate_bias")) return s.gate_bias = w.set(), true;
-  if (is("logit_softcap")) return s.softcap = w.real(), true;
-  if (is("temperature")) return s.temperature = w.real(), true;
-  if (is("jitter_eps")) return s.jitter = w.real(), true;
-  if (is("p")) return s.top_p = w.real(), true;
-  if (is("crossing")) {
-    constexpr crossing list[] = {crossing::include, crossing::include_strict, crossing::exclude};
-    return s.crossing = list[w.among({"include", "include_strict", "exclude"})], true;
+  void flag(std::string_view name, bool& x) {
+    if (is(name)) x = word.set();
   }
-  if (is("min_k")) return s.min_k = w.whole(), true;
-  if (is("max_k")) return s.max_k = w.whole(), true;
-  if (is("threshold")) return s.threshold = w.real(), true;
-  if (is("row_norm")) {
-    constexpr threshold_norm list[] = {threshold_norm::none, threshold_norm::sum,
-                                       threshold_norm::rms};
-    return s.row_norm = list[w.among({"none", "sum", "rms"})], true;
+  template <class E>
+  bool one_of(std::string_view name, E& e, bool) {
+    if (!is(name)) return false;
+    e = static_cast<E>(word.among(enum_words<E>::list));
+    return true;
   }
-  if (is("zero_experts")) return s.zero_experts = w.whole(), true;
-  if (is("shared_experts")) return s.shared_experts = w.whole(), true;
-  if (is("weight_on"))
-    return s.weight_on =
-               w.among({"output", "input"}) == 0 ? weight_place::output : weight_place::input,
-           true;
-  if (is("capacity")) return s.capacity = w.whole(), true;
-  if (is("drop_order"))
-    return s.drop_order =
-               w.one_of({drop_order::choice_major, drop_order::token_major, drop_order::by_weight,
-                         drop_order::batch_priority, drop_order::random}),
-           true;
-  if (is("norm_before_drop"))
-    return s.normalize_before_drop = w.among({"true", "false"}) == 0, true;
-  return false;
-}
+  template <std::size_t N, class Set>
+  void pick(std::string_view name, const std::string_view (&words)[N], std::size_t, const Set& set,
+            bool) {
+    if (is(name)) set(word.among(words));
+  }
+};
 
 }  // namespace detail
 
 /// The spec that a line of to_string(spec) describes; words are separated by blanks, in any order.
 ///
-/// Fields that are not there have the value of the plain softmax top-k. Ensures:
+/// Fields that are not there have the defaults of plain_spec(selection). Ensures:
 /// to_string(parse_spec(to_string(s))) == to_string(s) for every spec that check() takes. Throws:
 /// error that names the word: one that is not known, has a wrong value or stands twice, E or k
 /// missing; and what check() refuses.
 [[nodiscard]] inline router_spec parse_spec(std::string_view text) {
+  std::vector<detail::spec_word> words;
   router_spec s;
-  std::vector<std::string_view> seen;
   while (!text.empty()) {
     const std::size_t begin = text.find_first_not_of(' ');
     if (begin == text.npos) break;
@@ -168,13 +112,24 @@ inline bool read_word(const spec_word& w, router_spec& s) {
     const detail::spec_word word{whole.substr(0, sign),
                                  sign == whole.npos ? std::string_view{} : whole.substr(sign + 1),
                                  sign != whole.npos};
-    if (std::find(seen.begin(), seen.end(), word.name) != seen.end()) word.wrong("it once");
-    if (!detail::read_word(word, s)) word.wrong("a word of docs/models.md");
-    seen.push_back(word.name);
+    for (const detail::spec_word& before : words)
+      if (before.name == word.name) word.wrong("it once");
+    words.push_back(word);
+    // The rule says what is absent.
+    if (word.name == "selection")
+      s = plain_spec(
+          static_cast<selection_kind>(word.among(detail::enum_words<selection_kind>::list)));
   }
-  for (const std::string_view name : {"E", "k"})
-    if (std::find(seen.begin(), seen.end(), name) == seen.end())
-      fail("parse_spec", "'" + std::string(name) + "' is missing");
+  for (const detail::spec_word& word : words) {
+    detail::word_reader reader{word};
+    detail::each_word(s, reader);
+    if (!reader.known) word.wrong("a word of docs/models.md");
+  }
+  const auto given = [&](std::string_view name) {
+    return std::any_of(words.begin(), words.end(), [&](const auto& w) { return w.name == name; });
+  };
+  if (!given("E")) fail("parse_spec", "'E' is missing");
+  if (detail::spec_uses(s).k && !given("k")) fail("parse_spec", "'k' is missing");
   check(s);
   return s;
 }

@@ -86,17 +86,17 @@ class resident_any_router {
     any_router any;
 
     explicit plain_kind(const any_router& router) : any(router) {}
-    detail::any_token_router view() const { return any.as_token_router(); }
+    auto view() const { return any.as_token_router(); }
     index_t k() const { return any.k(); }
     index_t columns() const { return any.columns(); }
     index_t experts(index_t columns) const { return view().experts(columns); }
     side_use reads_side(index_t columns) const { return any.reads_side(columns); }
     void check(index_t columns) const { view().check(columns); }
-    detail::any_buffers carve(scratch& tape, index_t columns) const {
+    any_router::buffers carve(scratch& tape, index_t columns) const {
       return view().carve(tape, columns);
     }
     template <class A = simd::default_arch>
-    void route_block(const logit_block& z, const detail::any_buffers& m, choice_block& c) const {
+    void route_block(const logit_block& z, const any_router::buffers& m, choice_block& c) const {
       view().template route_block<A>(z, m, c);
     }
     index_t rows_alone(index_t columns) const { return view().rows_alone(columns); }

@@ -10,18 +10,13 @@
 #include <moeroute/policy/batch/column_choice.hpp>
 #include <moeroute/policy/batch/row_choice.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/batch_kinds.hpp>
 #include <moeroute/policy/parts/phase.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/simd/rows/panel.hpp>
 
 namespace moeroute {
-
-/// How the balanced assignment is found.
-enum class assignment_solver {
-  auction,  ///< the published one: experts bid, near the optimum
-  optimal,  ///< the largest sum of logits; O(T E^2) and more, on one thread
-};
 
 namespace detail {
 

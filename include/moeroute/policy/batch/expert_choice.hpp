@@ -11,64 +11,12 @@
 #include <moeroute/exec/worker_slots.hpp>
 #include <moeroute/policy/batch/column_choice.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/batch_kinds.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/simd/probability/softmax_rows.hpp>
 #include <moeroute/simd/select/column_top_k.hpp>
 
 namespace moeroute {
-
-/// How a capacity that is no whole number becomes one.
-enum class capacity_rounding { down, nearest, up };
-
-/// Tokens that each expert takes: T * factor / E, rounded, raised to a multiple and to a minimum,
-/// at most T.
-///
-/// All tokens count, masked ones too, so that the capacity is a constant of the shape.
-/// Source: Zhou et al. 2022; the rounding rules of V-MoE and Nucleus-Image.
-struct tokens_per_expert {
-  double factor = 2.0;
-  capacity_rounding rounding = capacity_rounding::up;
-  index_t multiple_of = 1;
-  index_t at_least = 1;
-  index_t fixed = 0;  ///< where positive, this many whatever T and E are
-
-  /// Throws: error where factor is not positive and finite, or a size is out of range.
-  void check() const {
-    if (!(factor > 0.0) || !std::isfinite(factor))
-      fail_value("expert_choice", "capacity.factor", factor, "> 0");
-    check_range("expert_choice", "capacity.multiple_of", multiple_of, 1, index_t{1} << 30);
-    check_range("expert_choice", "capacity.at_least", at_least, 1, index_t{1} << 30);
-    check_range("expert_choice", "capacity.fixed", fixed, 0, index_t{1} << 30);
-  }
-
-  index_t operator()(index_t tokens, index_t experts) const {
-    if (fixed > 0) return std::min(fixed, tokens);
-    const double share =
-        std::min(static_cast<double>(tokens) * factor / static_cast<double>(experts),
-                 static_cast<double>(tokens));
-    const double whole = rounding == capacity_rounding::down      ? std::floor(share)
-                         : rounding == capacity_rounding::nearest ? std::nearbyint(share)
-                                                                  : std::ceil(share);
-    return std::min(round_up(std::max(static_cast<index_t>(whole), at_least), multiple_of), tokens);
-  }
-};
-
-/// ceil(T factor / E), then up to a multiple of 4 (V-MoE).
-constexpr tokens_per_expert vmoe_capacity(double factor) {
-  return {.factor = factor, .multiple_of = 4};
-}
-/// max(1, ceil(factor S / E)) (Nucleus-Image).
-constexpr tokens_per_expert nucleus_capacity(double factor) { return {.factor = factor}; }
-/// floor(T factor / E), at least 1.
-constexpr tokens_per_expert floor_capacity(double factor) {
-  return {.factor = factor, .rounding = capacity_rounding::down};
-}
-
-/// What a token's scores are divided by.
-enum class token_renormalization {
-  none,
-  sum,  ///< the sum over the experts that took the token, plus eps
-};
 
 namespace detail {
 

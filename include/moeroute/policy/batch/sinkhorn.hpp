@@ -11,20 +11,13 @@
 #include <moeroute/policy/batch/row_choice.hpp>
 #include <moeroute/policy/batch/sinkhorn_scaling.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/batch_kinds.hpp>
 #include <moeroute/policy/parts/noise.hpp>
 #include <moeroute/policy/parts/phase.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/policy/router.hpp>
 
 namespace moeroute {
-
-/// Where the weights of the chosen experts come from.
-enum class plan_weights {
-  by_k,     ///< sigmoid(z) where k is 1, softmax(z) over all experts otherwise (Megatron-LM)
-  sigmoid,  ///< sigmoid(z)
-  softmax,  ///< softmax(z) over all experts
-  plan,     ///< the plan's own entries, divided by their sum
-};
 
 namespace detail {
 
@@ -122,13 +115,7 @@ struct selective_sinkhorn {
   index_t k = 2;
   float probability = 1e-3f;  ///< of a balanced step
   routing_phase phase = routing_phase::training;
-  sinkhorn_scaling scaling{.mass = plan_mass::tokens,
-                           .order = scaling_order::columns_then_rows,
-                           .stop = sinkhorn_stop::column_error,
-                           .temperature = 0.05f,
-                           .eps = 0.0f,
-                           .tolerance = 1e-4f,
-                           .most_iterations = 100};
+  sinkhorn_scaling scaling = selective_scaling;
   /// On the logits of a training step that is not balanced; the weights see it too.
   logit_noise noise{};
   std::uint64_t stream = 0x53535200;  ///< of the coin; give layers that should differ their own

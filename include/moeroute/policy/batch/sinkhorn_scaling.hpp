@@ -9,69 +9,11 @@
 
 #include <moeroute/exec/worker_slots.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/batch_kinds.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/simd/probability/sinkhorn_sweep.hpp>
 
 namespace moeroute {
-
-/// What rows and columns of the plan sum to.
-enum class plan_mass {
-  one,     ///< rows 1 / T, columns 1 / E (Megatron-LM)
-  tokens,  ///< rows 1, columns T / E (V-MoE, selective Sinkhorn)
-};
-
-/// Which sums an iteration leaves exact: the last ones it scaled.
-enum class scaling_order { rows_then_columns, columns_then_rows };
-
-/// Where the iteration computes.
-enum class sinkhorn_domain {
-  exponential,  ///< products with exp(x); what is below 1e-30 of its row's largest counts as 0
-  logarithm,    ///< sums with x; one exponential per element and iteration; any spread of logits
-};
-
-/// What the plan transports along.
-enum class plan_similarity {
-  logits,   ///< the plan scales exp(z / temperature)
-  softmax,  ///< the plan scales exp(softmax(z) / temperature)
-};
-
-/// What has to be at most the tolerance.
-enum class sinkhorn_stop {
-  mean_change,   ///< the mean over experts of |change of the expert's factor| (Megatron-LM)
-  column_error,  ///< the largest |column sum / its target - 1| while rows are exact
-};
-
-/// How the iteration runs. Every field is part of what the plan is: none is a mere speed setting.
-struct sinkhorn_scaling {
-  plan_mass mass = plan_mass::one;
-  scaling_order order = scaling_order::rows_then_columns;
-  sinkhorn_domain domain = sinkhorn_domain::exponential;
-  sinkhorn_stop stop = sinkhorn_stop::mean_change;
-  plan_similarity similarity = plan_similarity::logits;
-  float temperature = 1.0f;
-  float eps = 1e-8f;        ///< added to every sum that is divided by; unused in the log domain
-  float tolerance = 1e-4f;  ///< 0: run most_iterations
-  index_t most_iterations = 1000;
-
-  /// Throws: error where temperature is not positive, eps or tolerance negative, or no iteration is
-  /// allowed.
-  void check(const char* who) const {
-    if (!(temperature > 0.0f) || !std::isfinite(temperature))
-      fail_value(who, "temperature", temperature, "> 0");
-    if (!(eps >= 0.0f) || !std::isfinite(eps)) fail_value(who, "eps", eps, ">= 0");
-    if (!(tolerance >= 0.0f)) fail_value(who, "tolerance", tolerance, ">= 0");
-    check_range(who, "most_iterations", most_iterations, 1, index_t{1} << 30);
-  }
-};
-
-/// Megatron-LM's: rows then columns, eps 1e-8, until the mean change is at most 1e-4.
-inline constexpr sinkhorn_scaling megatron_scaling{};
-/// The projection of V-MoE: rows 1, columns T / E, exactly 20 iterations.
-inline constexpr sinkhorn_scaling kl_projection_scaling{.mass = plan_mass::tokens,
-                                                        .order = scaling_order::columns_then_rows,
-                                                        .eps = 0.0f,
-                                                        .tolerance = 0.0f,
-                                                        .most_iterations = 20};
 
 namespace detail {
 

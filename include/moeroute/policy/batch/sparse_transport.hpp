@@ -12,17 +12,12 @@
 #include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/batch/row_choice.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/batch_kinds.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/simd/adam.hpp>
 #include <moeroute/simd/select/column_top_k.hpp>
 
 namespace moeroute {
-
-/// Where the weights of an expert's tokens come from.
-enum class transport_weights {
-  softmax,  ///< softmax over experts (V-MoE)
-  plan,     ///< the entries of the plan, which may be 0
-};
 
 namespace detail {
 

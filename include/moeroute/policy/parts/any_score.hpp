@@ -19,6 +19,7 @@ class any_score {
     switch (kind_) {
       case score_kind::sigmoid: return f(sigmoid{});
       case score_kind::sqrt_softplus: return f(sqrt_softplus{});
+      case score_kind::softplus: return f(softplus{});
       case score_kind::relu: return f(relu{});
       case score_kind::identity: return f(identity_score{});
       case score_kind::uniform: return f(uniform_score{});
@@ -35,6 +36,7 @@ class any_score {
   constexpr any_score(softmax_selected) : any_score(score_kind::softmax, score_domain::selected) {}
   constexpr any_score(sigmoid) : any_score(score_kind::sigmoid) {}
   constexpr any_score(sqrt_softplus) : any_score(score_kind::sqrt_softplus) {}
+  constexpr any_score(softplus) : any_score(score_kind::softplus) {}
   constexpr any_score(relu) : any_score(score_kind::relu) {}
   constexpr any_score(identity_score) : any_score(score_kind::identity) {}
   constexpr any_score(uniform_score) : any_score(score_kind::uniform) {}

@@ -7,6 +7,7 @@
 #include <moeroute/base/rng.hpp>
 #include <moeroute/matrix/check.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/kinds.hpp>
 #include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/random.hpp>
 
@@ -19,7 +20,9 @@ enum class random_use : std::uint64_t {
   logit_noise = 1,
   second_expert = 2,
   random_choice = 3,
-  jitter = 4
+  jitter = 4,
+  candidates = 5,
+  input_noise = 6
 };
 
 inline std::uint64_t random_stream(random_use use, std::uint64_t step) {
@@ -51,13 +54,6 @@ MOEROUTE_INLINE simd::vfloat<A> normal_quantile(simd::vfloat<A> u) {
 }
 
 }  // namespace detail
-
-/// The distribution of logit noise.
-enum class noise_kind {
-  none,
-  gaussian,  ///< standard normal
-  gumbel,    ///< -log(-log(u)): sampling from the softmax by its largest noisy logit
-};
 
 /// z + n * sigma, with n by counter from side_inputs seed and step. Where side_inputs::noise_logits
 /// is given, sigma is softplus(noise logit) + floor instead.

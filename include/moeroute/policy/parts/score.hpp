@@ -17,6 +17,7 @@ struct score_traits {
   bool shift_invariant;      ///< adding a constant to the row changes nothing
   bool elementwise = false;  ///< a score depends on its own logit only: S::value<A>(register)
   row_use reads_rows = row_use::always;  ///< by score_choices
+  bool apart = false;  ///< score_row is what a choice is made on, score_choices another score
 };
 
 /// How exact the scores of the winners must be.
@@ -262,5 +263,39 @@ struct uniform_score : elementwise_score<uniform_score> {
   }
 };
 static_assert(score_function<uniform_score>);
+
+/// One score chooses, another weighs the winners: both of the same logits.
+///
+/// chosen_by<identity_score, sigmoid> with a selection bias is a bias on the logits, and sigmoid
+/// weights without it; chosen_by<sigmoid, softmax_selected> is GroveMoE's.
+template <score_function Choice, score_function Weight>
+struct chosen_by {
+  static_assert(!Choice::traits.apart && !Weight::traits.apart,
+                "[moeroute::chosen_by] a score of one kind chooses, one of one kind weighs");
+  static constexpr score_traits traits{
+      .monotone = Choice::traits.monotone,
+      .shift_invariant = Choice::traits.shift_invariant && Weight::traits.shift_invariant,
+      .reads_rows = Weight::traits.reads_rows,
+      .apart = true};
+
+  [[no_unique_address]] Choice choice{};
+  [[no_unique_address]] Weight weight{};
+
+  template <class A = simd::default_arch>
+  void score_choices(const logit_block& z, choice_block& c, score_scale scale) const {
+    weight.template score_choices<A>(z, c, scale);
+  }
+  template <class A, int n>
+    requires row_score<Weight>
+  MOEROUTE_INLINE void score_one(const float* z, index_t experts, row_choices<A, n>& c,
+                                 score_scale scale) const {
+    weight.score_one(z, experts, c, scale);
+  }
+  template <class A = simd::default_arch>
+  void score_row(const float* z, index_t experts, float* score) const {
+    choice.template score_row<A>(z, experts, score);
+  }
+};
+static_assert(row_score<chosen_by<sigmoid, softmax_selected>>);
 
 }  // namespace moeroute

@@ -7,6 +7,7 @@
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/parts/kinds.hpp>
 #include <moeroute/simd/elementwise.hpp>
+#include <moeroute/simd/reduce.hpp>
 #include <moeroute/simd/select/group_best.hpp>
 #include <moeroute/simd/select/top_k_packed.hpp>
 
@@ -31,6 +32,31 @@ concept row_selection = selection_rule<S> && requires(const S& s, float* choice,
   s.select_row(choice, index_t{}, ranks);  // a row that it may overwrite
   s.select_row(logits, index_t{}, ranks);  // where it does not mask experts
 };
+
+namespace detail {
+
+// worth[g][row] = the sum of all scores of the group, -inf where it has none above -inf.
+template <class A>
+MOEROUTE_COLD void sum_groups(const float* rows, int n, index_t groups, index_t size,
+                              float* worth) {
+  using F = simd::vfloat<A>;
+  const F never(simd::minus_infinity), zero(0.0f);
+  for (index_t g = 0; g < groups; ++g)
+    for (int i = 0; i < block_rows; ++i) {
+      float& out = worth[g * block_rows + i];
+      out = 0.0f;
+      if (i >= n) continue;
+      const float* const row = rows + (i * groups + g) * size;
+      simd::partials<A> sum(0.0f);
+      simd::detail::for_each_register<A>(row, size, simd::minus_infinity, [&](int r, F x) {
+        sum.part[r] += simd::select<A>(x > never, x, zero);
+      });
+      out = simd::row_max<A>(row, size) > simd::minus_infinity ? simd::sum_of<A>(sum)
+                                                               : simd::minus_infinity;
+    }
+}
+
+}  // namespace detail
 
 /// The k experts with the largest choice scores, the lowest id first among equals; with groups > 1
 /// only experts of the topk_group best groups stay, equal groups in ascending order.
@@ -96,7 +122,7 @@ struct top_k {
   bool takes_rows() const {
     return k <= simd::max_row_k &&
            (!masks_experts() || (groups <= block_rows && !weighs_lost_with_0() &&
-                                 group_score != moeroute::group_score::top_sum));
+                                 group_score < moeroute::group_score::top_sum));
   }
 
   /// The same for one row that comes alone. Requires: takes_rows(); where masks_experts() the row
@@ -134,7 +160,8 @@ struct top_k {
  private:
   // Experts that count towards a group's worth.
   index_t counted(index_t size) const {
-    if (group_score == moeroute::group_score::max) return 1;
+    if (group_score == moeroute::group_score::max || group_score == moeroute::group_score::sum)
+      return 1;
     if (group_score == moeroute::group_score::top2_sum) return std::min<index_t>(2, size);
     return std::clamp<index_t>(k / topk_group, 1, size);
   }
@@ -202,6 +229,8 @@ struct top_k {
   template <class A>
   void weigh_groups(const float* rows, int n, index_t experts, const buffers& m) const {
     const index_t size = experts / groups;
+    if (group_score == moeroute::group_score::sum)
+      return detail::sum_groups<A>(rows, n, groups, size, m.worth);
     const int best = static_cast<int>(counted(size));
     if (best <= 2) {
       using F = simd::vfloat<A>;

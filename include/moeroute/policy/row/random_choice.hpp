@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/kinds.hpp>
 #include <moeroute/policy/parts/noise.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/policy/parts/weight.hpp>
@@ -74,13 +75,6 @@ struct random_choice {
   }
 };
 static_assert(row_router<random_choice>);
-
-/// What becomes of GShard's second expert.
-enum class second_expert {
-  best,      ///< the second largest logit
-  sampling,  ///< the largest logit + Gumbel noise among the others
-  random,    ///< the second largest, kept with probability min(1, 2 g2)
-};
 
 /// Top-2: the first expert by probability, the second by `policy`; weights from the softmax over
 /// all experts.

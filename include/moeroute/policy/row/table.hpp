@@ -13,6 +13,7 @@
 
 #include <moeroute/base/rng.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/kinds.hpp>
 #include <moeroute/policy/parts/logit_transform.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/policy/parts/weight.hpp>
@@ -128,13 +129,6 @@ inline expert_table clustered_table(std::span<const std::int32_t> cluster, index
   }
   return {std::move(ids), 1, experts};
 }
-
-/// How a token's experts follow from ids.
-enum class table_key {
-  token,   ///< the row of the token's id
-  bigram,  ///< a hash of the previous token's id and its own, modulo the table's rows (Roller et
-           ///< al. 2021)
-};
 
 namespace detail {
 
