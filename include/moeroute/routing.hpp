@@ -8,6 +8,7 @@
 #include <moeroute/policy/catalog.hpp>
 #include <moeroute/policy/make_batch_router.hpp>
 #include <moeroute/policy/row/compose.hpp>
+#include <moeroute/policy/row/explore.hpp>
 #include <moeroute/policy/row/replay.hpp>
 #include <moeroute/policy/spec_text.hpp>
 #include <moeroute/stage/gates/codebook.hpp>

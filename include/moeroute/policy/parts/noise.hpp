@@ -22,7 +22,9 @@ enum class random_use : std::uint64_t {
   random_choice = 3,
   jitter = 4,
   candidates = 5,
-  input_noise = 6
+  input_noise = 6,
+  explore = 9,
+  explored_choice = 10
 };
 
 inline std::uint64_t random_stream(random_use use, std::uint64_t step) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <moeroute/policy/row/compose.hpp>
+#include <moeroute/policy/row/explore.hpp>
 #include <moeroute/policy/row/product_keys.hpp>
 #include <moeroute/policy/row/random_choice.hpp>
 #include <moeroute/policy/row/replay.hpp>
@@ -61,6 +62,14 @@ inline weight_maps weight_maps_of(const gshard_top2& r, const side_inputs&) {
 
 inline weight_maps weight_maps_of(const random_choice& r, const side_inputs&) {
   return {{.score = {weight_score::uniform}, .divide = static_cast<float>(r.choices)}};
+}
+
+/// Of routers made of a score, a transform and a weight rule: drawn experts have weights as chosen
+/// ones have.
+template <class Router>
+  requires differentiable_router<Router> && requires(const Router& r) { r.transform.active(); }
+weight_maps weight_maps_of(const explore<Router>& r, const side_inputs& side) {
+  return weight_maps_of(r.router, side);
 }
 
 /// Requires: neither of the two is made of routers itself.

@@ -1,0 +1,179 @@
+#include <moeroute/policy/row/explore.hpp>
+//
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <limits>
+#include <moeroute/policy/router.hpp>
+#include <moeroute/policy/row/random_choice.hpp>
+#include <moeroute/policy/row/replay.hpp>
+#include <moeroute/stage/route.hpp>
+#include <vector>
+
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/threads.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+std::vector<float> explore_logits(index_t tokens, index_t experts, std::uint64_t seed) {
+  test::random rng(seed << 32);
+  std::vector<float> z(static_cast<std::size_t>(tokens * experts));
+  for (float& v : z) v = rng.normal();
+  return z;
+}
+template <class Router, class Exec = serial>
+assignment explored(const Router& router, const std::vector<float>& z, index_t experts,
+                    const side_inputs& side, const Exec& exec = {}) {
+  workspace ws;
+  assignment out;
+  route(router,
+        matrix_view<const float>(z.data(), static_cast<index_t>(z.size()) / experts, experts), side,
+        ws, out, exec);
+  return out;
+}
+const router<softmax>& greedy() {
+  static const router<softmax> rule{.selection = {.k = 3}, .weight = sum_normalized};
+  return rule;
+}
+
+}  // namespace
+
+TEST_CASE("exploration with epsilon 0 has the bits of the router") {
+  for (const index_t tokens : {1, 3, 16, 50}) {
+    const auto z = explore_logits(tokens, 11, 1);
+    const assignment plain = explored(greedy(), z, 11, {});
+    const assignment same = explored(explore<router<softmax>>{greedy(), 0.0f}, z, 11, {.seed = 4});
+    CHECK(test::bit_difference(same.ids(), plain.ids()) == "");
+    CHECK(test::bit_difference(same.weights(), plain.weights()) == "");
+  }
+}
+
+TEST_CASE("rank r of a token is included with probability (1 - epsilon) [r < k] + epsilon k / m") {
+  constexpr index_t tokens = 40000, experts = 9, k = 3;
+  std::vector<float> z;
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t e = 0; e < experts; ++e)
+      // The last expert is masked; the others have the ranks 2, 3, ..., 7, 0, 1.
+      z.push_back(e == experts - 1 ? -std::numeric_limits<float>::infinity()
+                                   : -static_cast<float>((e + 2) % 8));
+  for (const float epsilon : {0.1f, 0.5f, 1.0f}) {
+    const assignment a =
+        explored(explore<router<softmax>>{greedy(), epsilon}, z, experts, {.seed = 7});
+    std::vector<double> count(experts);
+    for (index_t t = 0; t < tokens; ++t) {
+      std::vector<expert_id> ids(a.ids(t).begin(), a.ids(t).end());
+      for (const expert_id e : ids) count[static_cast<std::size_t>(e)] += 1.0 / tokens;
+      std::sort(ids.begin(), ids.end());
+      REQUIRE(std::adjacent_find(ids.begin(), ids.end()) == ids.end());
+    }
+    CHECK(count[experts - 1] == 0.0);
+    for (index_t e = 0; e + 1 < experts; ++e) {
+      const double p = (1.0 - double{epsilon}) * ((e + 2) % 8 < k ? 1.0 : 0.0) +
+                       double{epsilon} * double{k} / 8.0;
+      CHECK(std::abs(count[static_cast<std::size_t>(e)] - p) <
+            5.0 * std::sqrt(p * (1.0 - p) / tokens) + 1e-9);
+    }
+  }
+}
+
+TEST_CASE(
+    "exploration is a token's own: whoever is beside it, on any number of threads, replayed") {
+  const index_t tokens = 5000, experts = 20;
+  const auto z = explore_logits(tokens, experts, 2);
+  const explore<router<softmax>> rule{greedy(), 0.3f};
+  const assignment one = explored(rule, z, experts, {.seed = 5, .step = 2});
+  const assignment more =
+      explored(rule, z, experts, {.seed = 5, .step = 2}, test::several_threads{3});
+  CHECK(test::bit_difference(more.ids(), one.ids()) == "");
+  CHECK(test::bit_difference(more.weights(), one.weights()) == "");
+  const std::vector<float> head(z.begin(), z.begin() + 7 * experts);
+  const assignment few = explored(rule, head, experts, {.seed = 5, .step = 2});
+  CHECK(std::equal(few.ids().begin(), few.ids().end(), one.ids().begin()));
+  for (const side_inputs& other : {side_inputs{.seed = 6, .step = 2}, {.seed = 5, .step = 3}})
+    CHECK(test::bit_difference(explored(rule, z, experts, other).ids(), one.ids()) != "");
+  std::vector<std::uint8_t> mask(static_cast<std::size_t>(tokens), 1);
+  mask[3] = 0;
+  const assignment masked = explored(rule, z, experts, {.mask = mask, .seed = 5, .step = 2});
+  for (index_t t = 0; t < 8; ++t)
+    for (std::size_t r = 0; r < 3; ++r)
+      CHECK(masked.ids(t)[r] == (t == 3 ? no_expert : one.ids(t)[r]));
+}
+
+TEST_CASE("drawn experts are weighed as the router weighs, or evenly where it has no rule for it") {
+  const index_t tokens = 300, experts = 20;
+  const auto z = explore_logits(tokens, experts, 3);
+  const auto check = [&](const auto& rule) {
+    const assignment drawn =
+        explored(explore<std::remove_cvref_t<decltype(rule)>>{rule, 0.6f}, z, experts, {.seed = 5});
+    routing_record<std::int32_t> record;
+    record.record(drawn);
+    const assignment expected = explored(
+        replay<std::remove_cvref_t<decltype(rule.score)>, std::int32_t>{
+            &record, rule.score, rule.weight, rule.transform},
+        z, experts, {});
+    CHECK(test::bit_difference(drawn.ids(), expected.ids()) == "");
+    CHECK(test::difference(drawn.weights(), expected.weights(), 2e-7) == "");
+  };
+  check(greedy());
+  check(router<softmax>{.selection = {.k = 2}, .transform = {.temperature = 2.0f}});
+  check(router<sigmoid>{.selection = {.k = 4}, .weight = sum_normalized});
+  const assignment even = explored(explore<random_choice>{random_choice{4}, 0.5f}, z, experts, {});
+  for (const float w : even.weights()) CHECK(w == 0.25f);
+}
+
+TEST_CASE("a batch that explores has the same experts for every token, but for masked ones") {
+  const index_t tokens = 40, experts = 12;
+  auto z = explore_logits(tokens, experts, 4);
+  const explore<router<softmax>> rule{greedy(), 0.5f, exploration_scope::batch};
+  int exploring = 0;
+  for (std::uint64_t step = 0; step < 200; ++step) {
+    const assignment a = explored(rule, z, experts, {.seed = 1, .step = step});
+    const bool all_alike = [&] {
+      for (index_t t = 1; t < tokens; ++t)
+        if (!std::equal(a.ids(t).begin(), a.ids(t).end(), a.ids(0).begin())) return false;
+      return true;
+    }();
+    exploring += all_alike;
+    if (!all_alike)
+      CHECK(test::bit_difference(a.ids(), explored(greedy(), z, experts, {}).ids()) == "");
+  }
+  CHECK(std::abs(exploring - 100) < 40);
+  const explore<router<softmax>> always{greedy(), 1.0f, exploration_scope::batch};
+  const auto ids = explored(always, z, experts, {}).ids(0);
+  const std::vector<expert_id> drawn(ids.begin(), ids.end());
+  z[static_cast<std::size_t>(5 * experts + drawn[1])] = std::numeric_limits<float>::quiet_NaN();
+  const assignment a = explored(always, z, experts, {});
+  CHECK(a.ids(5)[0] == drawn[0]);
+  CHECK(a.ids(5)[1] == no_expert);
+  CHECK(a.weights(5)[1] == 0.0f);
+  CHECK(std::abs(a.weights(5)[0] + a.weights(5)[2] - 1.0f) < 1e-6f);
+}
+
+TEST_CASE("a token that explores keeps its own k, and no more experts than may be had") {
+  const index_t tokens = 30, experts = 8;
+  auto z = explore_logits(tokens, experts, 5);
+  for (std::size_t i = 0; i < z.size(); ++i)
+    if (i % 8 > 1) z[i] = -std::numeric_limits<float>::infinity();
+  const explore<router<softmax>> rule{greedy(), 1.0f};
+  std::vector<std::int32_t> own(static_cast<std::size_t>(tokens));
+  for (std::size_t t = 0; t < own.size(); ++t) own[t] = static_cast<std::int32_t>(t % 4);
+  const assignment a = explored(rule, z, experts, {.k_of_token = own});
+  for (index_t t = 0; t < tokens; ++t) {
+    index_t there = 0;
+    float sum = 0.0f;
+    for (std::size_t r = 0; r < 3; ++r) {
+      there += a.ids(t)[r] != no_expert;
+      CHECK(a.ids(t)[r] < 2);
+      sum += a.weights(t)[r];
+    }
+    CHECK(there == std::min<index_t>(2, t % 4));
+    CHECK(std::abs(sum - (there > 0 ? 1.0f : 0.0f)) < 1e-6f);
+  }
+  CHECK(test::refusal([&] {
+          explored(explore<router<softmax>>{greedy(), 1.5f}, z, experts, {});
+        }) == "moeroute::explore: epsilon is 1.500000, expected 0 to 1");
+}
