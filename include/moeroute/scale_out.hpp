@@ -4,6 +4,7 @@
 
 #include <moeroute/layer/virtual_ranks.hpp>
 #include <moeroute/placement/affinity.hpp>
+#include <moeroute/placement/cost.hpp>
 #include <moeroute/placement/eplb.hpp>
 #include <moeroute/placement/exact_balance.hpp>
 #include <moeroute/placement/failover.hpp>
@@ -13,5 +14,7 @@
 #include <moeroute/placement/replicate.hpp>
 #include <moeroute/placement/search.hpp>
 #include <moeroute/placement/shadow.hpp>
+#include <moeroute/placement/simulate.hpp>
 #include <moeroute/placement/spill.hpp>
 #include <moeroute/placement/split.hpp>
+#include <moeroute/placement/traffic.hpp>

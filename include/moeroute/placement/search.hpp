@@ -35,6 +35,7 @@ struct packing {
   std::vector<double> load;                     ///< [R]
   double max_load = 0.0;
   double squares = 0.0;
+  index_t steps = 0;  ///< changes of counts on the way there
 };
 
 namespace detail {
@@ -253,6 +254,7 @@ inline packing descend(std::span<const double> load, index_t slots, index_t rank
     packs.change(give, -1);
     packs.change(take, 1);
     score = packs.pack(no_limit, &best);
+    ++best.steps;
   }
   if (options.swaps) swap_slots(best, load, options.distinct);
   return best;
