@@ -187,6 +187,12 @@ TEST_CASE(
   check(hashed, {.token_ids = ids});
   check(table_router<uniform_score>{&table, {}, raw_weights, {}, table_key::bigram},
         {.token_ids = ids});
+  const router_spec spec{.experts = many,
+                         .k = 2,
+                         .score = score_kind::uniform,
+                         .selection = selection_kind::expert_table,
+                         .normalize = normalization::sum};
+  check(make_router(spec, {.table = &table}), {.token_ids = ids});
   {
     workspace ws;
     assignment chosen;

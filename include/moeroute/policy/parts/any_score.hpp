@@ -43,6 +43,9 @@ class any_score {
 
   score_traits traits = softmax::traits;
 
+  /// Whether it is the same for every logit.
+  constexpr bool uniform() const { return kind_ == score_kind::uniform; }
+
   template <class A = simd::default_arch>
   MOEROUTE_OUT_OF_LINE void score_choices(const logit_block& z, choice_block& c,
                                           score_scale scale) const {

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/parts/choices.hpp>
+#include <moeroute/policy/parts/score.hpp>
 #include <moeroute/policy/parts/weight.hpp>
 
 namespace moeroute::detail {
@@ -50,6 +52,16 @@ MOEROUTE_INLINE void take_given(const logit_block& z, choice_block& c, const Giv
       simd::select<A>(there, x, never).store_unaligned(c.value + at);
       simd::select<A>(there, e, none).store_unaligned(c.id + at);
     }
+  }
+}
+
+// Whether a score is the same for every logit.
+template <class Score>
+constexpr bool is_uniform(const Score& score) {
+  if constexpr (requires { score.uniform(); }) {
+    return score.uniform();
+  } else {
+    return std::is_same_v<Score, uniform_score>;
   }
 }
 

@@ -32,7 +32,7 @@ struct replay {
   side_use reads_side(index_t) const {
     return {.own_k = k(), .noise_logits = transform.noise.active()};
   }
-  bool reads_logits() const { return !std::is_same_v<Score, uniform_score> || transform.active(); }
+  bool reads_logits() const { return !detail::is_uniform(score) || transform.active(); }
 
   /// Throws: error where there is no record or it was made for another E.
   void check(index_t experts) const {

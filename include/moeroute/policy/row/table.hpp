@@ -188,7 +188,7 @@ struct table_router {
   side_use reads_side(index_t) const {
     return {.token_ids = true, .own_k = k(), .noise_logits = transform.noise.active()};
   }
-  bool reads_logits() const { return !std::is_same_v<Score, uniform_score> || transform.active(); }
+  bool reads_logits() const { return !detail::is_uniform(score) || transform.active(); }
 
   /// Throws: error where there is no table, it is made for another E, or it has no rows to hash
   /// into.
