@@ -9,21 +9,28 @@
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace {
 
 std::string page() {
   std::ostringstream out;
   int golden = 0;
-  for (const moeroute::catalog_entry& e : moeroute::catalog) golden += e.golden.empty() ? 0 : 1;
+  std::vector<moeroute::catalog_entry> entries(std::begin(moeroute::catalog),
+                                               std::end(moeroute::catalog));
+  entries.insert(entries.end(), std::begin(moeroute::newer_catalog),
+                 std::end(moeroute::newer_catalog));
+  for (const moeroute::catalog_entry& e : entries) golden += e.golden.empty() ? 0 : 1;
   out << "# Routers of published models\n\n"
          "<!-- Made by tools/models_table.cpp from include/moeroute/policy/catalog.hpp; a test "
          "compares. "
          "After a change: build/ci/tests/models_table > docs/models.md -->\n\n"
          "Every router class of transformers 5.12.1 has an entry in `moeroute::catalog`; "
-         "`make_router(find_in_catalog(name)->spec)` is that router. The spec column is what "
+         "`moeroute::newer_catalog` has the classes that are new in 5.24.0 and published models "
+         "outside it. `make_router(find_in_catalog(name)->spec)` is that router, "
+         "`make_rare_router` where the spec has rare words. The spec column is what "
          "`to_string(spec)` prints: fields that are not there have the value of the plain softmax "
-         "top-k. "
+         "top-k (or of `plain_spec(selection)`). "
          "Its words are those of [the golden files](../tests/golden/README.md), so a spec can be "
          "written "
          "down as the `config` of a file for `./run example route_file`.\n\n"
@@ -34,12 +41,12 @@ std::string page() {
          "brings nlohmann-json). `parse_spec` reads such a line back, and `advice` says "
          "what is strange about a legal one.\n\n"
          "All "
-      << std::size(moeroute::catalog)
+      << entries.size()
       << " entries are recomputed in float64 at their own size on all input shapes; " << golden
       << " are also compared with vectors of the real class, ids exactly and weights to 3e-6, "
          "both in `tests/golden/open_models_test.cpp`.\n\n"
          "| name | spec | source | checked by | remark |\n|---|---|---|---|---|\n";
-  for (const moeroute::catalog_entry& e : moeroute::catalog) {
+  for (const moeroute::catalog_entry& e : entries) {
     out << "| " << e.name << " | `" << moeroute::to_string(e.spec) << "` | " << e.source << " | ";
     if (e.golden.empty())
       out << "float64";
@@ -49,7 +56,9 @@ std::string page() {
   }
   out << "\nNot in the table: vitpose_backbone, whose experts are picked by the data set's id "
          "without a "
-         "router (`moeroute::expert_table` is that).\n";
+         "router (`moeroute::expert_table` is that); inkling (transformers 5.24.0), whose two "
+         "shared "
+         "experts have logits of their own and share in the division by the sum of the selected.\n";
   return out.str();
 }
 

@@ -26,6 +26,8 @@ using golden_fields = basic_json_fields<float_json>;
 struct golden_router {
   moeroute::router_spec spec;
   std::vector<float> bias;
+  std::vector<float> second_bias;        ///< where the spec has a bias per class of tokens
+  std::vector<std::uint8_t> modality{};  ///< [T], the class of each token
   std::vector<float> per_expert_scale;
   std::optional<moeroute::expert_table> table;
   /// [T], the token ids that a table is asked for; any number for a token that is masked.

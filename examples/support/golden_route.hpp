@@ -20,10 +20,11 @@ inline moeroute::assignment route_golden(const golden_router& router,
                                          std::span<const std::uint8_t> mask = {}) {
   using namespace moeroute;
   const router_spec& spec = router.spec;
-  const side_inputs side{.token_ids = router.input_ids, .mask = mask};
+  const side_inputs side{.token_ids = router.input_ids, .mask = mask, .modality = router.modality};
   const router_tensors tensors{.bias = router.bias,
                                .per_expert_scale = router.per_expert_scale,
-                               .table = router.table ? &*router.table : nullptr};
+                               .table = router.table ? &*router.table : nullptr,
+                               .second_bias = router.second_bias};
   workspace memory;
   assignment choices;
   with_router(spec, tensors, [&](const auto& described) {

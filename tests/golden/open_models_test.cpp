@@ -31,6 +31,13 @@ std::vector<std::string> open_models() {
   return names;
 }
 
+// Both lists.
+std::vector<catalog_entry> every_entry() {
+  std::vector<catalog_entry> all(std::begin(catalog), std::end(catalog));
+  all.insert(all.end(), std::begin(moeroute::newer_catalog), std::end(moeroute::newer_catalog));
+  return all;
+}
+
 golden_input read(const std::string& model) {
   return example::read_golden_input(test::read_golden("open/" + model + ".json"), model);
 }
@@ -41,7 +48,7 @@ assignment routed(const golden_input& in) {
 
 }  // namespace
 
-TEST_CASE("there are reference vectors of 46 routers") { CHECK(open_models().size() == 46); }
+TEST_CASE("there are reference vectors of 66 routers") { CHECK(open_models().size() == 66); }
 
 TEST_CASE("open models: ids and weights are the reference's") {
   const auto model = GENERATE(from_range(open_models()));
@@ -66,7 +73,7 @@ TEST_CASE("open models: what the reference kept is kept, what it dropped has its
 
 TEST_CASE("open models: the catalogue's spec is that of the file's config") {
   std::set<std::string> files;
-  for (const catalog_entry& entry : catalog) {
+  for (const catalog_entry& entry : every_entry()) {
     if (entry.golden.empty()) continue;
     INFO(entry.name);
     files.emplace(entry.golden);
@@ -79,7 +86,7 @@ TEST_CASE("open models: the catalogue's spec is that of the file's config") {
 
 TEST_CASE("catalogue: every router decides at its own size what float64 says, on every shape") {
   constexpr moeroute::index_t tokens = 17;
-  for (const catalog_entry& entry : catalog) {
+  for (const catalog_entry& entry : every_entry()) {
     const moeroute::router_spec& spec = entry.spec;
     golden_input in;
     in.tokens = tokens;
@@ -92,8 +99,11 @@ TEST_CASE("catalogue: every router decides at its own size what float64 says, on
     const float size = spec.score == moeroute::score_kind::softmax ? 0.01f : 0.3f;
     for (std::size_t e = 0; e < experts; ++e) {
       if (spec.selection_bias) in.router.bias.push_back(size * rng.normal());
+      if (spec.class_bias) in.router.second_bias.push_back(size * rng.normal());
       if (spec.per_expert_scale) in.router.per_expert_scale.push_back(0.5f + rng.uniform());
     }
+    for (int t = 0; spec.class_bias && t < tokens; ++t)
+      in.router.modality.push_back(static_cast<std::uint8_t>(t % 3 == 0));
     if (spec.selection == moeroute::selection_kind::expert_table) {
       in.router.table = moeroute::random_table(100, spec.k, spec.experts, 1);
       for (int t = 0; t < tokens; ++t)
@@ -105,7 +115,10 @@ TEST_CASE("catalogue: every router decides at its own size what float64 says, on
       const assignment a = routed(in);
       INFO(entry.name << ", " << test::name(shape));
       for (moeroute::index_t t = 0; t < tokens; ++t) {
-        oracle::token_inputs token{in.logits.data() + t * columns, in.router.bias,
+        const bool second =
+            !in.router.modality.empty() && in.router.modality[static_cast<std::size_t>(t)] != 0;
+        oracle::token_inputs token{in.logits.data() + t * columns,
+                                   second ? in.router.second_bias : in.router.bias,
                                    in.router.per_expert_scale};
         if (in.router.table)
           token.table = in.router.table->of(in.router.input_ids[static_cast<std::size_t>(t)]);

@@ -10,8 +10,8 @@ namespace moeroute {
 /// A published model's router.
 struct catalog_entry {
   std::string_view name;
-  std::string_view
-      source;  ///< the class in transformers 5.12.1, and the model that the sizes are of
+  std::string_view source;  ///< the class, of transformers 5.12.1 where no other version is named,
+                            ///< and the model that the sizes are of
   router_spec spec;
   std::string_view golden =
       {};  ///< reference vectors of the real class; without them, a float64 recompute
@@ -32,24 +32,28 @@ struct router_traits {
 
 constexpr router_traits traits_of(const router_spec& s) {
   const bool by_score =
-      s.selection == selection_kind::top_k || s.selection == selection_kind::top2 ||
-      s.selection == selection_kind::top_p || s.selection == selection_kind::threshold;
-  const bool plain = !s.selection_bias && s.groups == 1;
+      s.selection == selection_kind::top_k || s.selection == selection_kind::counted ||
+      s.selection == selection_kind::top2 || s.selection == selection_kind::top_p ||
+      s.selection == selection_kind::threshold;
+  const bool plain = !s.selection_bias && s.groups == 1 && !s.steering && s.candidates == 0 &&
+                     s.passes == 1 && s.second_logits != logit_pairs::sigmoid_sum;
   const bool softmax_selected =
       s.score == score_kind::softmax && s.domain == score_domain::selected;
   const bool scaled = s.scale != 1.0f || s.divide_by_k || s.per_expert_scale ||
                       s.selection == selection_kind::sparsemixer;
   return {
       .monotone = by_score && plain,
-      .shift_invariant = s.score == score_kind::softmax && s.softcap == 0.0f &&
+      .shift_invariant = s.score == score_kind::softmax && s.softcap == 0.0f && !s.weight_apart &&
                          s.selection != selection_kind::sparsemixer,
-      .relabelling = by_score && s.groups == 1,
+      .relabelling = by_score && s.groups == 1 && s.candidates == 0,
       .weights_sum_to_one = (softmax_selected || (s.normalize == normalization::sum &&
                                                   s.eps_where == eps_mode::none)) &&
                             !scaled && s.capacity == 0,
-      .fixed_k = s.selection != selection_kind::top_p && s.selection != selection_kind::threshold,
+      .fixed_k = s.selection != selection_kind::top_p && s.selection != selection_kind::threshold &&
+                 s.selection != selection_kind::counted,
       .needs_token_ids = s.selection == selection_kind::expert_table,
-      .random = s.selection == selection_kind::random,
+      .random =
+          s.selection == selection_kind::random || s.candidates != 0 || s.noise != noise_kind::none,
       .capacity_bound = s.capacity != 0,
   };
 }
@@ -328,9 +332,187 @@ inline constexpr catalog_entry catalog[] = {
      "nllb_moe_bpr"},
 };
 
-/// The entry of that name, or nullptr.
+/// Routers that transformers 5.12.1 does not have: the classes new in 5.24.0, and published models
+/// outside it. Where the sizes of a model are not known for sure the remark says so: take them from
+/// its configuration.
+inline constexpr catalog_entry newer_catalog[] = {
+    // classes of transformers 5.24.0, with the sizes that are their configuration's defaults
+    {"axk1", "AXK1TopkRouter, transformers 5.24.0", detail::biased_sigmoid(192, 8, 2.5f, 8, 4),
+     "axk1", "one shared expert"},
+    {"axk2", "AXK2TopkRouter, transformers 5.24.0", detail::biased_sigmoid(128, 8, 2.5f), "axk2",
+     "groups are null in light checkpoints; one shared expert"},
+    {"bailing_hybrid", "BailingHybridTopkRouter, transformers 5.24.0; Ling 3",
+     detail::biased_sigmoid(512, 8, 2.5f, 8, 4), "bailing_hybrid",
+     "a size of 128 exists; one shared expert"},
+    {"dots3_note", "Dots3NoteTextTopkRouter, transformers 5.24.0",
+     detail::biased_sigmoid(256, 8, 1.0f), "dots3_note", "one shared expert"},
+    {"dots3_note_vision", "Dots3NoteVisionTopKRouter, transformers 5.24.0",
+     detail::biased_sigmoid(64, 2, 1.0f), "dots3_note_vision", "layers differ in their experts"},
+    {"flint",
+     "FlintTopKRouter, transformers 5.24.0",
+     {.experts = 256, .k = 6, .score = score_kind::sigmoid, .normalize = normalization::sum},
+     "flint",
+     "no bias; one shared expert"},
+    {"glm5_next", "Glm5NextTextTopkRouter, transformers 5.24.0; GLM-5.3",
+     detail::biased_sigmoid(288, 8, 2.5f), "glm5_next", "one shared expert"},
+    {"granitemoe_swa", "GraniteMoeSWATopKRouter, transformers 5.24.0", detail::softmax_k(8, 2),
+     "granitemoe_swa"},
+    {"hy_v4", "HYV4TopkRouter, transformers 5.24.0", detail::biased_sigmoid(256, 8, 2.827f),
+     "hy_v4", "sizes of the class; those of a published model are not verified"},
+    {"inkling2", "Inkling2TopKRouter, transformers 5.24.0", detail::biased_sigmoid(384, 8, 8.0f),
+     "inkling2", "another score can be configured"},
+    {"inkling2_loop", "Inkling2LoopTopKRouter, transformers 5.24.0",
+     detail::biased_sigmoid(128, 8, 8.0f), "inkling2_loop"},
+    {"kimi_linear", "KimiLinearTopkRouter, transformers 5.24.0; Kimi-Linear-48B-A3B",
+     detail::biased_sigmoid(256, 8, 2.446f), "kimi_linear", "one shared expert"},
+    {"kolibri1",
+     "Kolibri1TopKRouter, transformers 5.24.0",
+     {.experts = 384,
+      .k = 6,
+      .score = score_kind::sigmoid,
+      .domain = score_domain::selected,
+      .selection_bias = true},
+     "kolibri1",
+     "the bias is added to the logits, not to the scores; norm_topk_prob is a flag"},
+    {"lara_mini", "LaraMiniTopKRouter, transformers 5.24.0",
+     detail::softmax_all(128, 4, detail::renormalized), "lara_mini",
+     "one shared expert behind a sigmoid gate"},
+    {"mimo_v2_flash", "MiMoV2FlashTopkRouter, transformers 5.24.0; MiMo-V2-Flash",
+     detail::biased_sigmoid(256, 8, 1.0f), "mimo_v2_flash"},
+    {"mistral_large4", "MistralLarge4TextTopkRouter, transformers 5.24.0",
+     detail::with(detail::softmax_all(128, 4, detail::renormalized),
+                  [](auto& s) {
+                    s.eps_where = eps_mode::add;
+                    s.eps = 1e-20f;
+                  }),
+     "mistral_large4", "as mistral4, always divided; one shared expert"},
+    {"muse_spark", "MuseSparkTopkRouter, transformers 5.24.0",
+     detail::with(detail::biased_sigmoid(256, 8, 1.0f), [](auto& s) { s.eps = 1e-15f; }),
+     "muse_spark", "the product is multiplied by output_multiplier = 32^-0.5 before it is a logit"},
+    {"qwen4_exp", "Qwen4ExpTextTopKRouter, transformers 5.24.0",
+     detail::softmax_all(512, 10, detail::renormalized), "qwen4_exp",
+     "one shared expert behind a sigmoid gate"},
+    {"step3p7", "Step3p7TopKRouter, transformers 5.24.0; Step 3.5 and 3.7",
+     detail::with(detail::biased_sigmoid(288, 8, 1.0f),
+                  [](auto& s) {
+                    s.eps_where = eps_mode::none;
+                    s.eps = 0.0f;
+                    s.scale_where = scale_place::weights;
+                  }),
+     "step3p7", "moe_router_scaling_factor multiplies the output, 1 by default"},
+    {"unlimited_ocr", "UnlimitedOcrTextTopkRouter, transformers 5.24.0", detail::softmax_all(64, 6),
+     "unlimited_ocr", "as deepseek_v2, greedy by default"},
+    {"zaya",
+     "ZayaRouter, transformers 5.24.0",
+     {.experts = 17, .k = 1, .selection_bias = true, .zero_experts = 1},
+     "",
+     "the gate is a hidden layer on the sum of its own and the last layer's state; the last expert "
+     "is skipped: there the class has weight 0"},
+    // outside transformers: from configurations and code of the models, not run here
+    {"kimi_k2", "Kimi-K2's configuration, DeepSeek-V3's rule",
+     detail::biased_sigmoid(384, 8, 2.827f), "",
+     "one shared expert; also the text model of Kimi-K2.5"},
+    {"kimi_k3", "Kimi-K3, DeepSeek-V3's rule", detail::biased_sigmoid(896, 16, 1.0f), "",
+     "its scale is not known: take it from the configuration"},
+    {"ling_lite", "bailing_moe v1; Ling-lite", detail::softmax_all(64, 6, detail::renormalized), "",
+     "two shared experts"},
+    {"ling2", "bailing_moe_v2; Ling and Ring 2.0", detail::biased_sigmoid(256, 8, 2.5f, 8, 4), "",
+     "one shared expert"},
+    {"llada2", "LLaDA2-MoE; as Ling 2.0", detail::biased_sigmoid(256, 8, 2.5f, 8, 4), "",
+     "sizes not verified"},
+    {"step3", "Step-3", detail::softmax_all(48, 3, detail::renormalized), "",
+     "whether it divides by the sum is not verified; one shared expert"},
+    {"grok1", "Grok-1",
+     detail::with(detail::softmax_all(8, 2, detail::renormalized),
+                  [](auto& s) { s.softcap = 30.0f; }),
+     "", "the soft-cap is on the router's logits"},
+    {"arctic", "Snowflake Arctic", detail::softmax_all(128, 2, detail::renormalized), "",
+     "beside a dense residual MLP"},
+    {"klear", "Klear-46B-A2.5B", detail::biased_sigmoid(256, 8, 1.0f), "",
+     "sizes, scale and eps not verified"},
+    {"smallthinker",
+     "SmallThinker-4BA0.6B",
+     {.experts = 32,
+      .k = 4,
+      .score = score_kind::sigmoid,
+      .domain = score_domain::selected,
+      .normalize = normalization::sum},
+     "",
+     "the router reads the input of attention; whether weights are divided is a flag"},
+    {"hunyuan_image_3", "HunyuanImage-3.0",
+     detail::with(detail::softmax_all(64, 8, detail::renormalized),
+                  [](auto& s) {
+                    s.eps_where = eps_mode::clamp;
+                    s.eps = 1e-8f;
+                  }),
+     "", "one shared MLP"},
+    {"deepseek_v4_1", "DeepSeek-V4.1",
+     detail::with(detail::biased_sigmoid(384, 6, 1.5f),
+                  [](auto& s) { s.score = score_kind::sqrt_softplus; }),
+     "", "its scale is that of deepseek_v4, not verified; one shared expert"},
+    {"deepseek_v4_vision", "DeepSeek-V4 with images",
+     detail::with(detail::biased_sigmoid(256, 6, 1.5f),
+                  [](auto& s) {
+                    s.score = score_kind::sqrt_softplus;
+                    s.class_bias = true;
+                  }),
+     "", "tokens of images have a selection bias of their own: side_inputs::modality"},
+    {"laguna_sqrtsoftplus", "LagunaTopKRouter with moe_router_score_func sqrtsoftplus",
+     detail::with(detail::biased_sigmoid(256, 8, 2.5f),
+                  [](auto& s) {
+                    s.score = score_kind::sqrt_softplus;
+                    s.eps_where = eps_mode::none;
+                    s.eps = 0.0f;
+                    s.scale_where = scale_place::output;
+                  }),
+     "", "as laguna"},
+    {"nomic_bert_moe", "nomic-embed-text-v2-moe", detail::softmax_all(8, 2), "",
+     "sizes and whether weights are divided not verified"},
+    {"megrez", "Megrez2-3x7B-A3B", detail::biased_sigmoid(64, 6, 1.0f), "",
+     "its scale is not known: take it from the configuration"},
+    {"pangu_pro",
+     "Pangu Pro MoE 72B",
+     {.experts = 64,
+      .k = 8,
+      .selection = selection_kind::each_group,
+      .groups = 8,
+      .per_expert_scale = true},
+     "",
+     "one expert from each of eight groups, weight = probability * router_scale[id]; four shared"},
+    {"intern_s1_pro",
+     "Intern-S1-Pro",
+     {.experts = 512,
+      .k = 8,
+      .selection = selection_kind::each_group,
+      .groups = 8,
+      .normalize = normalization::sum,
+      .eps_where = eps_mode::add,
+      .eps = 1e-20f},
+     "",
+     "sizes and scale not verified: take them from the configuration"},
+    {"grove_moe",
+     "GroveMoE",
+     {.experts = 128,
+      .k = 8,
+      .score = score_kind::sigmoid,
+      .selection_bias = true,
+      .weight_apart = true,
+      .weight_score = score_kind::softmax,
+      .weight_domain = score_domain::selected},
+     "",
+     "sizes not verified; a second set of experts, id / 2, adds its output times 0.05"},
+    {"skywork_moe",
+     "Skywork-MoE",
+     {.experts = 16, .k = 2, .normalize = normalization::sum, .standardize = 1.0f},
+     "",
+     "the factor of its standardised logits is a setting"},
+};
+
+/// The entry of that name in either list, or nullptr.
 constexpr const catalog_entry* find_in_catalog(std::string_view name) {
   for (const catalog_entry& entry : catalog)
+    if (entry.name == name) return &entry;
+  for (const catalog_entry& entry : newer_catalog)
     if (entry.name == name) return &entry;
   return nullptr;
 }
