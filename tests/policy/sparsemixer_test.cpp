@@ -71,3 +71,51 @@ TEST_CASE("one expert, or a negative jitter, is refused") {
   CHECK(test::refusal([] { sparsemixer{-0.5f}.check(4); }) ==
         "moeroute::sparsemixer: jitter is -0.500000, expected >= 0");
 }
+
+TEST_CASE(
+    "in training experts are drawn by their softmax, and a third of them by luck weigh whole") {
+  const index_t tokens = 20000, experts = 4;
+  constexpr float z[] = {1.0f, 0.9f, 0.85f, -3.0f};  // the last is never close
+  std::vector<float> logits;
+  for (index_t t = 0; t < tokens; ++t) logits.insert(logits.end(), z, z + 4);
+  const sparsemixer_training router{.jitter = 0.1f};
+  const side_inputs side{.seed = 11, .step = 4};
+  const assignment a = routed(router, logits, experts, side);
+  double sum = 0.0;
+  for (int e = 0; e < 3; ++e) sum += std::exp(static_cast<double>(z[e]));
+  index_t drawn[4] = {}, whole[4] = {};
+  for (index_t t = 0; t < tokens; ++t) {
+    const auto e = static_cast<std::size_t>(a.ids(t)[0]);
+    CHECK(a.ids(t)[0] != a.ids(t)[1]);
+    ++drawn[e];
+    const double p = std::exp(static_cast<double>(z[e])) / sum;
+    whole[e] += std::abs(static_cast<double>(a.weights(t)[0]) / p - 1.0) < 1e-5;
+  }
+  const auto near = [](index_t seen, double of, double p) {
+    return std::abs(static_cast<double>(seen) - of * p) < 5.0 * std::sqrt(of * p * (1.0 - p) + 1.0);
+  };
+  for (int e = 0; e < 3; ++e)
+    CHECK(near(drawn[e], tokens, std::exp(static_cast<double>(z[e])) / sum));
+  CHECK(drawn[3] == 0);
+  CHECK(whole[0] == drawn[0]);
+  for (int e = 1; e < 3; ++e) CHECK(near(whole[e], static_cast<double>(drawn[e]), 0.25));
+  // The same seed and step again; another step draws others.
+  const assignment again = routed(router, logits, experts, side),
+                   other = routed(router, logits, experts, {.seed = 11, .step = 5});
+  CHECK(test::listed(again.ids()) == test::listed(a.ids()));
+  CHECK(test::listed(other.ids()) != test::listed(a.ids()));
+}
+
+TEST_CASE("in training, too, NaN and -inf are never drawn, and weights are finite") {
+  for (const test::shape s : test::all_shapes) {
+    const std::vector<float> logits = test::make_logits(s, 2, 40, 17);
+    const assignment a = routed(sparsemixer_training{}, logits, 17, {.seed = 3});
+    for (index_t t = 0; t < 40; ++t)
+      for (std::size_t r = 0; r < 2; ++r) {
+        const expert_id e = a.ids(t)[r];
+        const float w = a.weights(t)[r];
+        CHECK((std::isfinite(w) && w >= 0.0f));
+        if (e >= 0) CHECK(logits[static_cast<std::size_t>(t * 17 + e)] > -HUGE_VALF);
+      }
+  }
+}

@@ -47,6 +47,15 @@ void for_each_router(F&& f) {
   static const std::vector<float> shared = {0.5f, 0.25f, 1.0f, 2.0f, 0.1f, 0.0f};
   static const std::vector<std::int32_t> ids = {0, 3, 1, 2, 3, 0};
   static const expert_table table({0, 1, 2, 3, 4, no_expert, 7, 6, 5, 1, 4, 7}, 3, experts);
+  static const routing_record<std::uint8_t> record = [] {
+    routing_record<std::uint8_t> r;
+    assignment a;
+    a.reset(tokens, experts, 2);
+    for (index_t c = 0; c < 2 * tokens; ++c)
+      a.ids()[static_cast<std::size_t>(c)] = static_cast<expert_id>((5 * c + c / 2) % experts);
+    r.record(a);
+    return r;
+  }();
   static const std::vector<float> width(test::make_logits(test::shape::normal, 9, tokens, experts));
   constexpr auto sum = normalization::sum;
   constexpr auto lp = normalization::lp;
@@ -115,6 +124,8 @@ void for_each_router(F&& f) {
   eight("product keys, selected", product_keys<>{.choices = 5}, plain);
   eight("product keys, softmax of all", product_keys<softmax>{.choices = 5}, plain);
   eight("SparseMixer", sparsemixer{.jitter = 0.25f}, plain);
+  eight("replay", replay<softmax, std::uint8_t>{.record = &record, .weight = {.normalize = sum}},
+        plain);
   eight("GShard's two", gshard_top2{.policy = second_expert::random, .weight = {.normalize = sum}},
         plain);
   eight("random", random_choice{.choices = 3}, plain);
@@ -288,6 +299,52 @@ TEST_CASE("scores that are all 0 have the gradient that eps leaves them, whateve
           dw[c] / 0.125;
     CHECK(dz == expected);
   }
+}
+
+TEST_CASE("SparseMixer's estimator is the softmax's derivative, not that of the weights it draws") {
+  const sparsemixer_training router{.jitter = 0.4f};
+  const std::vector<float> near = test::make_logits(test::shape::normal, 4, tokens, experts);
+  const std::vector<double> z(near.begin(), near.end());
+  const std::vector<double> dw = random_doubles(2 * tokens, 3);
+  index_t thirds = 0;
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+    const side_inputs side{.seed = seed, .step = 3};
+    const assignment a = test::routed(router, near, experts, side);
+    std::vector<float> w(2 * tokens);
+    workspace ws;
+    weigh(router, view_of(near, experts), side, a, std::span(w), ws);
+    CHECK(test::difference(w, a.weights(), 3e-6, 1e-30) == "");
+    std::vector<double> expected(z.size(), 0.0);
+    for (index_t t = 0; t < tokens; ++t) {
+      std::vector<double> left(z.begin() + t * experts, z.begin() + (t + 1) * experts);
+      for (index_t r = 0; r < 2; ++r) {
+        const auto c = static_cast<std::size_t>(2 * t + r);
+        const auto e = static_cast<std::size_t>(a.ids()[c]);
+        const double top = *std::max_element(left.begin(), left.end());
+        std::vector<double> p(left.size(), 0.0);
+        double sum = 0.0;
+        for (std::size_t j = 0; j < left.size(); ++j)
+          if (std::isfinite(left[j]) &&
+              (top - left[j]) / std::max(std::abs(left[j]), top) <= 2.0 * 0.4f)
+            sum += p[j] = std::exp(left[j] - top);
+        REQUIRE(p[e] > 0.0);  // only what is close is drawn
+        for (double& v : p) v /= sum;
+        for (std::size_t j = 0; j < p.size(); ++j)
+          expected[static_cast<std::size_t>(t * experts) + j] +=
+              dw[c] * p[e] * ((j == e ? 1.0 : 0.0) - p[j]);
+        // Whole for the best, a third for three quarters of the others.
+        const double share = static_cast<double>(a.weights()[c]) / p[e];
+        const bool third = std::abs(3.0 * share - 1.0) < 1e-5;
+        CHECK((third || std::abs(share - 1.0) < 1e-5));
+        if (left[e] == top) CHECK_FALSE(third);
+        thirds += third;
+        left[e] = -HUGE_VAL;
+      }
+    }
+    CHECK(test::difference(gradient(router, z, experts, side, a, dw), expected, 1e-12, 1e-14) ==
+          "");
+  }
+  CHECK(thirds > 20);
 }
 
 TEST_CASE("one choice that is divided by its sum has no gradient") {

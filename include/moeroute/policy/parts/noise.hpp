@@ -24,7 +24,8 @@ enum class random_use : std::uint64_t {
   candidates = 5,
   input_noise = 6,
   explore = 9,
-  explored_choice = 10
+  explored_choice = 10,
+  sparsemixer = 11
 };
 
 inline std::uint64_t random_stream(random_use use, std::uint64_t step) {

@@ -1,10 +1,14 @@
-// SparseMixer-v2: two choices, each weighted by a softmax over the experts close to the best.
+// SparseMixer-v2: two choices, each weighted by a softmax over the experts close to the best; and
+// how they are drawn in training.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 
+#include <moeroute/base/rng.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/noise.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/simd/transpose.hpp>
 
@@ -98,6 +102,13 @@ struct sparsemixer {
     }
   }
 
+  friend struct sparsemixer_training;
+
+  // Whether an expert is close to the best.
+  static bool close(float z, float max, float jitter) {
+    return !((max - z) / std::max(std::abs(z), max) > 2.0f * jitter);
+  }
+
   // The sum of exp(z - max) over the experts that are close to the best.
   template <class A>
   float close_to(const float* row, index_t experts, float max) const {
@@ -113,5 +124,76 @@ struct sparsemixer {
   }
 };
 static_assert(token_router<sparsemixer>);
+
+/// SparseMixer's training form. Twice: the experts close to the best that is left, as sparsemixer
+/// finds them, p = their softmax; one of them is drawn from p; its weight is p where it is the best
+/// or with probability 1/4, and p / 3 otherwise.
+///
+/// Backward (weigh_backward) is the paper's estimator, with p's derivative whatever the weight was
+/// scaled with: dz_j = dw p_e (1[j = e] - p_j) over the experts that were close. **It is not the
+/// derivative of what this computes**: the draw, and the third of Heun's method, make its mean an
+/// approximation of the gradient of the mean over all experts. Replays from side_inputs seed and
+/// step. Cost: O(E) per row and 2 E random numbers.
+/// Source: SparseMixer-v2 (Liu et al. 2023, GRIN MoE 2024).
+struct sparsemixer_training {
+  float jitter = 0.01f;
+
+  struct buffers {
+    float *row, *noisy;  ///< [E], the experts that are left; those that are close, and noise
+  };
+  static index_t k() { return 2; }
+  static index_t experts(index_t columns) { return columns; }
+  static side_use reads_side(index_t) { return {.own_k = 2}; }
+  void check(index_t experts) const { sparsemixer{jitter}.check(experts); }
+  static buffers carve(scratch& tape, index_t experts) {
+    return {tape.take<float>(experts), tape.take<float>(experts)};
+  }
+
+  /// Whether the r-th choice of a token is weighed whole though it is not the best.
+  static bool whole(const side_inputs& side, index_t token, index_t r) {
+    return random_u01(side.seed, detail::random_stream(detail::random_use::sparsemixer, side.step),
+                      static_cast<std::uint64_t>(2 * token + r)) >= 0.75f;
+  }
+
+  template <class A = simd::default_arch>
+  void route_block(const logit_block& z, const buffers& memory, choice_block& c) const {
+    for (int i = 0; i < z.rows; ++i) {
+      simd::map_row<A>(z.row(i), z.experts, memory.row,
+                       [](simd::vfloat<A> x) { return simd::nan_to_minus_infinity<A>(x); });
+      for (int r = 0; r < 2; ++r) choose<A>(z, memory, i, r, c);
+    }
+    keep_own_k(z, c);
+  }
+
+ private:
+  template <class A>
+  void choose(const logit_block& z, const buffers& memory, int i, int r, choice_block& c) const {
+    float &weight = c.value[r * block_rows + i], *const row = memory.row;
+    expert_id& id = c.id[r * block_rows + i];
+    id = no_expert;
+    weight = 0.0f;
+    const float max = simd::row_max<A>(row, z.experts);
+    if (!(max > simd::minus_infinity)) return;
+    const index_t first = simd::first_column<A>(row, z.experts, max), token = z.first_token + i;
+    index_t best = first;
+    if (max < simd::plus_infinity) {  // several +inf: no draw
+      for (index_t e = 0; e < z.experts; ++e)
+        memory.noisy[e] = sparsemixer::close(row[e], max, jitter) ? row[e] : simd::minus_infinity;
+      side_inputs own;
+      own.seed = z.side->seed;
+      own.step = 2 * z.side->step + static_cast<std::uint64_t>(r);
+      logit_noise{.kind = noise_kind::gumbel}.add_to_row<A>(memory.noisy, z.experts, token, own);
+      const float drawn = simd::row_max<A>(memory.noisy, z.experts);
+      best = simd::first_column<A>(memory.noisy, z.experts, drawn);
+    }
+    const float sum = sparsemixer{jitter}.close_to<A>(row, z.experts, max);
+    alignas(alignment) float p[simd::width<A>];
+    simd::exp_below_max<A>(simd::vfloat<A>(row[best]), simd::vfloat<A>(max)).store_aligned(p);
+    weight = p[0] / sum * (row[best] == max || whole(*z.side, token, r) ? 1.0f : 1.0f / 3.0f);
+    id = static_cast<expert_id>(best);
+    row[best] = simd::minus_infinity;
+  }
+};
+static_assert(token_router<sparsemixer_training>);
 
 }  // namespace moeroute

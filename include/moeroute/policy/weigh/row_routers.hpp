@@ -56,6 +56,12 @@ inline weight_maps weight_maps_of(const sparsemixer& r, const side_inputs&) {
   return {{.score = {weight_score::sparsemixer}, .jitter = r.jitter}};
 }
 
+inline weight_maps weight_maps_of(const sparsemixer_training& r, const side_inputs&) {
+  return {{.score = {weight_score::sparsemixer},
+           .jitter = r.jitter,
+           .whole = &sparsemixer_training::whole}};
+}
+
 inline weight_maps weight_maps_of(const gshard_top2& r, const side_inputs&) {
   return {weight_map_of({weight_score::softmax}, r.weight)};
 }

@@ -75,6 +75,9 @@ struct weight_map {
   logit_transform transform{};
   logit_layout layout = logit_layout::row;
   float jitter = 0.0f;  ///< of sparsemixer
+  /// Of sparsemixer in training: whether a choice that is not the best is weighed whole, not by a
+  /// third. No gradient knows of it.
+  bool (*whole)(const side_inputs&, index_t token, index_t rank) = nullptr;
 
   /// The same map without exponentials that a divisor would divide away again.
   weight_map reduced() const {
@@ -167,7 +170,8 @@ class weigh_token {
     for (std::size_t c = 0; c < k(); ++c) {
       const index_t e = expert(c);
       if (e < 0) continue;
-      const F w = d.value > 0.0 ? static_cast<F>(wide(m_.score[c]) / d.value * factor(e)) : F(0);
+      F w = d.value > 0.0 ? static_cast<F>(wide(m_.score[c]) / d.value * factor(e)) : F(0);
+      if (map_.whole != nullptr && !whole(c)) w /= 3;
       weight[c] = w != w ? F(0) : std::clamp(w, -most, most);
     }
   }
@@ -322,6 +326,13 @@ class weigh_token {
       if ((top - p[e]) / std::max(std::abs(p[e]), top) > 2 * F(map_.jitter)) p[e] = never;
     softmax(p, columns_, p);
     return p[expert(c)];
+  }
+
+  // Whether choice c is the best of those that it was drawn from, or has luck.
+  bool whole(std::size_t c) const {
+    const F p = close_probabilities(transformed(), c);
+    return p == *std::max_element(m_.probability, m_.probability + columns_) ||
+           map_.whole(*row_.side, row_.token, static_cast<index_t>(c));
   }
 
   // Infinite scores become 1 and the others 0, and none has a gradient.
