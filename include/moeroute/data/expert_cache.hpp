@@ -113,6 +113,10 @@ class expert_cache {
         static_cast<std::int64_t>(options.protected_share * static_cast<double>(capacity_));
     sets_.assign(static_cast<std::size_t>(layers_), resident_set(experts_));
     entries_.resize(keys);
+    for (std::size_t key = 0; key < keys; ++key) {
+      entries_[key].layer = static_cast<std::int32_t>(static_cast<index_t>(key) / experts_);
+      entries_[key].expert = static_cast<expert_id>(static_cast<index_t>(key) % experts_);
+    }
     lists_.resize(policy_ == cache_policy::least_stale ? static_cast<std::size_t>(layers_) : 2);
     if (by_rank()) heap_.reserve(keys);
     loads_.reserve(static_cast<std::size_t>(experts_));
@@ -122,7 +126,7 @@ class expert_cache {
       entry& e = entries_[static_cast<std::size_t>(key)];
       if (e.pinned) continue;
       e.pinned = e.held = true;
-      set_of(key).insert(static_cast<expert_id>(key % experts_));
+      set_of(key).insert(at(key).expert);
       used_ += size_of(key);
     }
     if (used_ > capacity_)
@@ -235,6 +239,8 @@ class expert_cache {
     std::int32_t place = -1;               // in the heap, or the list that it is in
     std::int32_t ahead = 0;
     std::int64_t pass = 0;
+    expert_id expert = 0;  // the key in its parts: dividing it takes as long as all the rest
+    std::int32_t layer = 0;
     bool held = false, pinned = false;
   };
   struct list {
@@ -247,7 +253,7 @@ class expert_cache {
   std::int64_t size_of(std::int32_t key) const {
     return bytes_.empty() ? 1 : bytes_[static_cast<std::size_t>(key)];
   }
-  resident_set& set_of(std::int32_t key) { return sets_[static_cast<std::size_t>(key / experts_)]; }
+  resident_set& set_of(std::int32_t key) { return sets_[static_cast<std::size_t>(at(key).layer)]; }
   std::int32_t key_of(expert_id e, index_t layer) const {
     check_range("expert_cache", "layer", layer, 0, layers_ - 1);
     check_range("expert_cache", "expert", e, 0, experts_ - 1);
@@ -333,8 +339,7 @@ class expert_cache {
       heap_.push_back(key);
       sift(key, heap_.size() - 1);
     } else {
-      append(key,
-             policy_ == cache_policy::least_stale ? key / static_cast<std::int32_t>(experts_) : 0);
+      append(key, policy_ == cache_policy::least_stale ? at(key).layer : 0);
     }
   }
   void remove(std::int32_t key) {
@@ -409,12 +414,12 @@ class expert_cache {
       if (old < 0) return false;
       remove(old);
       at(old).held = false;
-      set_of(old).erase(static_cast<expert_id>(old % experts_));
+      set_of(old).erase(at(old).expert);
       used_ -= size_of(old);
       evictions_.push_back(old);
     }
     at(key).held = true;
-    set_of(key).insert(static_cast<expert_id>(key % experts_));
+    set_of(key).insert(at(key).expert);
     used_ += size;
     add(key);
     return true;

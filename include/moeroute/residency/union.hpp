@@ -143,6 +143,12 @@ class union_router {
       clear_lanes(c, rows);
       router.template route_block<A>(logit_block{z.row(t), z.stride, rows, z.cols, t, &side},
                                      buffers, c);
+      if (side.mask.empty()) {
+        simd::store_ranks<A>(reinterpret_cast<const float*>(id), k, rows,
+                             reinterpret_cast<float*>(out.ids().data() + t * k));
+        simd::store_ranks<A>(value, k, rows, out.weights().data() + t * k);
+        continue;
+      }
       for (int i = 0; i < rows; ++i)
         for (int r = 0; r < k; ++r) {
           const auto at = static_cast<std::size_t>((t + i) * k + r);
