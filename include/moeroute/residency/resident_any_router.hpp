@@ -26,7 +26,7 @@ class resident_any_router {
       : columns_(router.columns()), use_(router.reads_side(router.columns())) {
     if (router.ragged()) fail("resident_any_router", "the router's k varies, expected a fixed one");
     router.visit([&]<class Kind>(const Kind& r) {
-      if constexpr (detail::moved_router<Kind>::by_rank) {
+      if constexpr (std::is_same_v<Kind, ranked>) {
         kind_.template emplace<resident_router<Kind>>(r, rule, set, counts);
       } else if constexpr (token_router<Kind>) {
         if (rule.active() && rule.kind != residency_kind::drop_cold)
@@ -107,11 +107,9 @@ class resident_any_router {
     }
   };
 
-  using kinds =
-      std::variant<std::monostate, resident_router<router<softmax>>,
-                   resident_router<router<softmax_selected>>, resident_router<router<sigmoid>>,
-                   resident_router<router<sqrt_softplus>>, resident_router<router<relu>>,
-                   resident_router<router<identity_score>>, resident_router<plain_kind>>;
+  using ranked = any_router::first_kind;
+  static_assert(detail::moved_router<ranked>::by_rank);
+  using kinds = std::variant<std::monostate, resident_router<ranked>, resident_router<plain_kind>>;
 
   template <std::size_t i = 1, class F>
   MOEROUTE_INLINE void visit(F&& f) const {
