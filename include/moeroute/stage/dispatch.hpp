@@ -71,15 +71,6 @@ bool streams(const matrix_view<T>& slots, store_path path) {
   return aligned && path == store_path::streamed;
 }
 
-template <class A>
-void copy_bytes(const std::byte* from, index_t n, std::byte* to, bool stream) {
-  if (stream) {
-    simd::stream_bytes<A>(from, n, to);
-  } else {
-    std::memcpy(to, from, static_cast<std::size_t>(n));
-  }
-}
-
 // Token by token: piece(token, choice, column, columns, made, memory) returns the next columns of a
 // row for a choice, or for a spare token where choice is -1; `made` is what it returned for the
 // choice before, `memory` is room to make them in.
@@ -93,17 +84,30 @@ void dispatch_rows(const dispatch_plan& plan, const matrix_view<To>& slots, stor
   const index_t k = plan.k() > 0 ? plan.k() : 1;
   exec.parallel_for(plan.tokens(), row_grain(slots.cols * k), [&](index_t begin, index_t end) {
     alignas(alignment) To memory[chunk];
+    const index_t all = plan.first(end);
+    const auto bytes_at = [&](index_t choice, index_t c) -> std::byte* {
+      if (choice >= all || slot[choice] == no_slot) return nullptr;
+      return reinterpret_cast<std::byte*>(slots.data + slot[choice] * slots.stride + c);
+    };
     for (index_t t = begin; t < end; ++t) {
       const index_t first = plan.first(t), last = plan.first(t + 1);
       for (index_t c = 0; c < slots.cols; c += chunk) {
         const index_t n = std::min(chunk, slots.cols - c);
         const To* row = nullptr;
         for (index_t choice = first; choice < last; ++choice) {
-          if (slot[choice] == no_slot) continue;
+          std::byte* const to = bytes_at(choice, c);
+          if (to == nullptr) continue;
           row = piece(t, choice, c, n, row, memory);
-          copy_bytes<A>(reinterpret_cast<const std::byte*>(row), n * size,
-                        reinterpret_cast<std::byte*>(slots.data + slot[choice] * slots.stride + c),
-                        stream);
+          const auto* const from = reinterpret_cast<const std::byte*>(row);
+          if (stream) {
+            simd::stream_bytes<A>(from, n * size, to);
+            continue;
+          }
+          const bool more = choice + 1 < last, done = c + n == slots.cols;
+          simd::copy_ahead(from, n * size, to,
+                           more   ? bytes_at(choice + 1, c)
+                           : done ? bytes_at(last, 0)
+                                  : bytes_at(first, c + n));
         }
       }
     }

@@ -39,6 +39,25 @@ void scale_row(const From* from, float factor, index_t n, To* to) {
   for (; i < n; ++i) to[i] = detail::narrowed<A, To>(factor * static_cast<float>(from[i]));
 }
 
+/// Copies n bytes through the caches. The lines that will be written are fetched a little ahead,
+/// and at the end those at `next`, where the next copy goes (null where nobody knows): written
+/// cold, a line is waited for.
+MOEROUTE_OUT_OF_LINE inline void copy_ahead(const std::byte* from, index_t n, std::byte* to,
+                                            const std::byte* next) {
+  constexpr index_t line = alignment, ahead = 16 * line;
+  const index_t lines = n / line * line, near = lines > ahead ? lines - ahead : 0;
+  index_t i = 0;
+  for (; i < near; i += line) {
+    MOEROUTE_PREFETCH_TO_WRITE(to + i + ahead);
+    __builtin_memcpy(to + i, from + i, line);
+  }
+  for (; i < lines; i += line) {
+    if (next != nullptr) MOEROUTE_PREFETCH_TO_WRITE(next + (i - near));
+    __builtin_memcpy(to + i, from + i, line);
+  }
+  if (i < n) std::memcpy(to + i, from + i, static_cast<std::size_t>(n - i));
+}
+
 #if defined(__SSE2__)
 /// Whether stream_bytes passes the caches by; if not, it is a plain copy.
 inline constexpr bool has_streaming_stores = true;
