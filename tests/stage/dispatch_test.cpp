@@ -84,15 +84,15 @@ TEST_CASE("dispatch refuses shapes that do not fit the plan") {
   CHECK(refusal(5, slots, 6) == "accepted");
 }
 
-TEST_CASE("whole lines are streamed from four second-level caches on, everything else is cached") {
+TEST_CASE("whole lines are streamed from six second-level caches on, everything else is cached") {
   const simd::cache_sizes caches{.second = 1000 * 64};
   const auto streamed = [&](index_t slots, index_t row_bytes) {
     return choose_stores(slots, row_bytes, caches) == store_path::streamed;
   };
-  CHECK(streamed(4000, 64) == simd::has_streaming_stores);
-  CHECK(streamed(500, 512) == simd::has_streaming_stores);
-  CHECK_FALSE(streamed(3999, 64));
-  CHECK_FALSE(streamed(499, 512));
+  CHECK(streamed(6000, 64) == simd::has_streaming_stores);
+  CHECK(streamed(750, 512) == simd::has_streaming_stores);
+  CHECK_FALSE(streamed(5999, 64));
+  CHECK_FALSE(streamed(749, 512));
   CHECK_FALSE(streamed(1'000'000, 63));
   CHECK_FALSE(streamed(1'000'000, 96));
   CHECK_FALSE(streamed(0, 64));

@@ -24,19 +24,18 @@ enum class store_path {
 };
 
 /// How rows of `row_bytes` are written to `slots` slots, once the rows are aligned to lines:
-/// streamed if all of them take four second-level caches or more and a row is whole lines.
+/// streamed if all of them take six second-level caches or more and a row is whole lines.
 ///
-/// Reason: slots whose lines are in a cache take 23 GB/s through it, and the experts find them
-/// there; streamed they take 20, and come back from memory. Slots that were pushed out since the
-/// last layer (its experts' weights have passed) take 10 through the cache, which reads every line
-/// before it writes it, and 20 streamed. Measured together with a read of every row, each
-/// way wins its case by 1.2 to 1.5 times; up to some caches' worth a layer may find its slots where
-/// it left them, above it will not. Row by row in slot order is never ahead of token by token,
-/// which reads each row of x once, whatever k and the width.
+/// Reason: through the caches every line is read before it is written, unless it is still there,
+/// and the experts find it there; streamed it comes back from memory. Timed together with a read of
+/// every row, after another writer of the same slots: through the caches is ahead by 1.5 times up
+/// to two caches' worth and by 1.1 at four, the two are even at seven, and from 14 on streamed is
+/// ahead by 1.07 to 1.2. Row by row in slot order is never ahead of token by token, which reads each
+/// row of x once, whatever k and the width.
 constexpr store_path choose_stores(index_t slots, index_t row_bytes,
                                    const simd::cache_sizes& caches) {
   const bool whole_lines = row_bytes % static_cast<index_t>(alignment) == 0;
-  return simd::has_streaming_stores && whole_lines && slots * row_bytes >= 4 * caches.second
+  return simd::has_streaming_stores && whole_lines && slots * row_bytes >= 6 * caches.second
              ? store_path::streamed
              : store_path::cached;
 }
