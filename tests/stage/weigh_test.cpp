@@ -123,6 +123,8 @@ void for_each_router(F&& f) {
         {.token_ids = ids});
   eight("product keys, selected", product_keys<>{.choices = 5}, plain);
   eight("product keys, softmax of all", product_keys<softmax>{.choices = 5}, plain);
+  eight("keys of a rectangle", product_keys<softmax>{.choices = 5, .first_keys = 3}, plain);
+  eight("keys of a rectangle, selected", product_keys<>{.choices = 5, .first_keys = 5}, plain);
   eight("SparseMixer", sparsemixer{.jitter = 0.25f}, plain);
   eight("replay", replay<softmax, std::uint8_t>{.record = &record, .weight = {.normalize = sum}},
         plain);

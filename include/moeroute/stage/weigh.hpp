@@ -30,10 +30,12 @@ inline void check_weigh(const char* where, const weight_maps& maps, index_t toke
   check_offsets(where, choices);
   if (maps.first.layout == logit_layout::product_keys) {
     check_range(where, "logits.cols", columns, 2, 2 * max_experts);
-    check_size(where, "logits.cols % 2", columns % 2, 0);
+    if (maps.first.first_keys != 0)
+      check_range(where, "first_keys", maps.first.first_keys, 1, columns - 1);
+    else
+      check_size(where, "logits.cols % 2", columns % 2, 0);
   }
-  const index_t experts =
-      maps.first.layout == logit_layout::product_keys ? columns / 2 * (columns / 2) : columns;
+  const index_t experts = maps.first.experts(columns);
   check_size(where, "choices.experts()", choices.experts(), experts + maps.shared);
   check_size(where, "weights.size()", weights, choices.choices());
   if (maps.first_columns > 0) {

@@ -49,6 +49,7 @@ template <class Score>
 weight_maps weight_maps_of(const product_keys<Score>& r, const side_inputs&) {
   weight_map m = weight_map_of(score_map_of<Score>(), r.weight);
   m.layout = logit_layout::product_keys;
+  m.first_keys = r.first_keys;
   return {m};
 }
 

@@ -54,7 +54,7 @@ enum class weight_divisor {
 /// Which logit a choice has.
 enum class logit_layout {
   row,           ///< that of its column
-  product_keys,  ///< expert i * n + j: column i plus column n + j
+  product_keys,  ///< expert i * m + j: column i plus column n + j, of n + m
 };
 
 /// weight = factor * expert_factor[e] * score(transform(logit)) / divisor: one description of what
@@ -74,10 +74,16 @@ struct weight_map {
   std::span<const float> expert_factor{};  ///< [E], or empty
   logit_transform transform{};
   logit_layout layout = logit_layout::row;
-  float jitter = 0.0f;  ///< of sparsemixer
+  index_t first_keys = 0;  ///< n of product keys; 0: half the columns
+  float jitter = 0.0f;     ///< of sparsemixer
   /// Of sparsemixer in training: whether a choice that is not the best is weighed whole, not by a
   /// third. No gradient knows of it.
   bool (*whole)(const side_inputs&, index_t token, index_t rank) = nullptr;
+
+  index_t experts(index_t columns) const {
+    const index_t n = first_keys != 0 ? first_keys : columns / 2;
+    return layout == logit_layout::product_keys ? n * (columns - n) : columns;
+  }
 
   /// The same map without exponentials that a divisor would divide away again.
   weight_map reduced() const {
@@ -198,8 +204,9 @@ class weigh_token {
     return map_.divisor == weight_divisor::scaled_sum || map_.divisor == weight_divisor::rms;
   }
   bool pairs() const { return map_.layout == logit_layout::product_keys; }
-  index_t half() const { return columns_ / 2; }
-  index_t experts() const { return pairs() ? half() * half() : columns_; }
+  index_t first_keys() const { return map_.first_keys != 0 ? map_.first_keys : columns_ / 2; }
+  index_t second_keys() const { return columns_ - first_keys(); }
+  index_t experts() const { return map_.experts(columns_); }
   // The map's number of a choice's expert, or -1 where it is none of them.
   index_t expert(std::size_t c) const {
     const index_t e = row_.id[c];
@@ -274,20 +281,22 @@ class weigh_token {
   }
 
   F logit(const F* z, index_t e) const {
-    return pairs() ? z[e / half()] + z[half() + e % half()] : z[e];
+    return pairs() ? z[e / second_keys()] + z[first_keys() + e % second_keys()] : z[e];
   }
   void to_logit(F* dz, index_t e, F g) const {
     if (!pairs()) return void(dz[e] += g);
-    dz[e / half()] += g;
-    dz[half() + e % half()] += g;
+    dz[e / second_keys()] += g;
+    dz[first_keys() + e % second_keys()] += g;
   }
 
   // Scores of the choices; what is absent has 0.
   void score_choices(const F* z) const {
     const weight_score kind = map_.score.kind;
     if (kind == weight_score::softmax) {
-      const index_t n = pairs() ? half() : columns_;
-      for (index_t c = 0; c < columns_; c += n) softmax(z + c, n, m_.probability + c);
+      const index_t n = pairs() ? first_keys() : columns_;
+      softmax(z, n, m_.probability);
+      if (pairs()) softmax(z + n, second_keys(), m_.probability + n);
+      if (pairs() && share_infinities(z)) return;
     }
     for (std::size_t c = 0; c < k(); ++c) {
       const index_t e = expert(c);
@@ -297,7 +306,9 @@ class weigh_token {
       } else if (kind == weight_score::softmax) {
         // A softmax over sums of two is the product of two.
         const F* const p = m_.probability;
-        s = e < 0 ? F(0) : pairs() ? p[e / half()] * p[half() + e % half()] : p[e];
+        s = e < 0     ? F(0)
+            : pairs() ? p[e / second_keys()] * p[first_keys() + e % second_keys()]
+                      : p[e];
       } else if (kind == weight_score::uniform) {
         s = e < 0 ? F(0) : F(1);  // whatever the logit
       } else {
@@ -311,6 +322,19 @@ class weigh_token {
       return softmax(m_.score, static_cast<index_t>(k()), m_.score);
     for (std::size_t c = 0; c < k(); ++c)
       m_.score[c] = m_.score[c] > never ? value(m_.score[c]) : F(0);
+  }
+
+  // Sums of +inf share the row equally, which no product of two shares does, and have no gradient.
+  bool share_infinities(const F* z) const {
+    index_t infinite = 0;
+    const auto is = [&](index_t e) { return std::isinf(logit(z, e)) && logit(z, e) > 0; };
+    if (std::none_of(z, z + columns_, [](F x) { return std::isinf(x) && x > 0; })) return false;
+    for (index_t e = 0; e < experts(); ++e) infinite += is(e);
+    if (infinite == 0) return false;
+    for (std::size_t c = 0; c < k(); ++c)
+      m_.score[c] = expert(c) >= 0 && is(expert(c)) ? 1 / static_cast<F>(infinite) : F(0);
+    std::fill_n(m_.probability, columns_, F(0));
+    return true;
   }
 
   // Into m_.probability: the softmax over the experts that choice c could have been. Returns that
