@@ -8,6 +8,7 @@
 #include <moeroute/metrics/drops.hpp>
 #include <moeroute/metrics/entropy.hpp>
 #include <moeroute/metrics/load.hpp>
+#include <moeroute/metrics/saliency.hpp>
 #include <moeroute/metrics/saturation.hpp>
 #include <moeroute/metrics/segment.hpp>
 #include <moeroute/metrics/sparsity.hpp>

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <moeroute/data/expert_profile.hpp>
+#include <moeroute/residency/merge.hpp>
 #include <moeroute/residency/prefetcher.hpp>
 #include <moeroute/residency/pregate.hpp>
+#include <moeroute/residency/prune.hpp>
 #include <moeroute/residency/regroup.hpp>
 #include <moeroute/residency/resident_any_router.hpp>

@@ -1,0 +1,204 @@
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <cstdint>
+#include <moeroute/base/linear_assignment.hpp>
+#include <moeroute/metrics/saliency.hpp>
+#include <moeroute/policy/catalog.hpp>
+#include <moeroute/residency/merge.hpp>
+#include <moeroute/residency/prune.hpp>
+#include <moeroute/stage/plan.hpp>
+#include <numeric>
+#include <vector>
+
+#include "support/assignments.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+std::vector<float> some(test::random& rng, index_t n) {
+  std::vector<float> list(static_cast<std::size_t>(n));
+  for (float& x : list) x = rng.normal();
+  return list;
+}
+
+struct expert {
+  index_t f, d;
+  std::vector<float> gate, up, down;
+  expert(test::random& rng, index_t units, index_t width)
+      : f(units), d(width), gate(some(rng, f * d)), up(some(rng, f * d)), down(some(rng, f * d)) {}
+  swiglu_weights view() const {
+    return {{gate.data(), f, d}, {up.data(), f, d}, {down.data(), d, f}};
+  }
+  std::vector<double> run(const std::vector<float>& x) const {
+    std::vector<double> y(static_cast<std::size_t>(d));
+    for (index_t i = 0; i < f; ++i) {
+      double g = 0, u = 0;
+      for (index_t c = 0; c < d; ++c) {
+        g += double(view().gate(i, c)) * double(x[static_cast<std::size_t>(c)]);
+        u += double(view().up(i, c)) * double(x[static_cast<std::size_t>(c)]);
+      }
+      for (index_t c = 0; c < d; ++c)
+        y[static_cast<std::size_t>(c)] += double(view().down(c, i)) * g / (1 + std::exp(-g)) * u;
+    }
+    return y;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a linear assignment has the largest sum that any permutation has") {
+  test::random rng(1);
+  for (index_t n = 0; n <= 6; ++n)
+    for (int trial = 0; trial < 20; ++trial) {
+      std::vector<double> gain(static_cast<std::size_t>(n * n));
+      for (double& g : gain) g = double(trial % 2 == 0 ? rng.normal() : float(rng.below(3)));
+      const auto sum = [&](const std::vector<std::int32_t>& column) {
+        double s = 0;
+        for (index_t r = 0; r < n; ++r)
+          s += gain[static_cast<std::size_t>(r * n + column[static_cast<std::size_t>(r)])];
+        return s;
+      };
+      const auto made = linear_assignment(gain, n);
+      std::vector<std::int32_t> order(static_cast<std::size_t>(n));
+      std::iota(order.begin(), order.end(), 0);
+      REQUIRE(std::is_permutation(made.begin(), made.end(), order.begin(), order.end()));
+      double best = sum(order);
+      while (std::next_permutation(order.begin(), order.end())) best = std::max(best, sum(order));
+      CHECK(std::abs(sum(made) - best) < 1e-9);
+    }
+}
+
+TEST_CASE("saliency by batches and merged is that of one; the mean times the tokens is the sum") {
+  test::random rng(2);
+  constexpr index_t experts = 6, d = 5;
+  saliency_meter one(experts), two(experts), rest(experts), louder(experts);
+  std::vector<double> both(experts);
+  for (int batch = 0; batch < 3; ++batch) {
+    const assignment a = test::fixed_choices(rng, 20, experts, 2, 5);
+    dispatch_plan p;
+    plan(a, p);
+    std::vector<float> out = some(rng, p.slots() * d);
+    const matrix_view<const float> rows(out.data(), p.slots(), d);
+    one.add(p, a, rows);
+    (batch == 0 ? two : rest).add(p, a, rows);
+    for (index_t c = 0; c < a.choices(); ++c) {
+      const slot_id s = p.slot_of_choice()[static_cast<std::size_t>(c)];
+      if (s == no_slot) continue;
+      double square = 0;
+      for (index_t i = 0; i < d; ++i) square += double(rows(s, i)) * double(rows(s, i));
+      both[static_cast<std::size_t>(a.ids()[static_cast<std::size_t>(c)])] +=
+          std::sqrt(square) * double(a.weights()[static_cast<std::size_t>(c)]);
+    }
+    // Expert 3 three times as loud.
+    for (index_t s = p.offsets()[3]; s < p.offsets()[4]; ++s)
+      for (index_t i = 0; i < d; ++i) out[static_cast<std::size_t>(s * d + i)] *= 3;
+    louder.add(p, a, rows);
+  }
+  two.merge(rest);
+  for (index_t e = 0; e < experts; ++e) {
+    CHECK(one.tokens(e) == two.tokens(e));
+    CHECK(std::abs(one.reap(e) - two.reap(e)) < 1e-12);
+    CHECK(std::abs(one.weighted_length(e) - both[static_cast<std::size_t>(e)]) < 1e-5);
+    CHECK(std::abs(one.reap(e) * double(one.tokens(e)) - one.weighted_length(e)) < 1e-9);
+    CHECK(std::abs(louder.reap(e) - (e == 3 ? 3 : 1) * one.reap(e)) < 1e-5);
+    CHECK(one.mean_weight(e) > 0);
+    CHECK(one.mean_length(e) > 0);
+  }
+}
+
+TEST_CASE("a layer needs as many experts as have the mass on enough of its tokens") {
+  // Masses 0.5 0.3 0.2 and 0.9 0.05 0.05.
+  const float z[] = {std::log(0.3f),  std::log(0.5f), std::log(0.2f),
+                     std::log(0.05f), std::log(0.9f), std::log(0.05f)};
+  const matrix_view<const float> rows(z, 2, 3);
+  CHECK(least_experts(rows, 0.5, 1.0) == 1);
+  CHECK(least_experts(rows, 0.8, 1.0) == 2);
+  CHECK(least_experts(rows, 0.8, 0.5) == 1);
+  CHECK(least_experts(rows, 1.0, 1.0) == 3);
+}
+
+TEST_CASE("what stays keeps its order, and a description is pruned with it or refused") {
+  const std::vector<double> worth = {3, 1, 4, 1, 5, 9, 2, 6};
+  const expert_subset stay = keep_best(worth, 4);
+  CHECK(std::vector<expert_id>(stay.kept().begin(), stay.kept().end()) ==
+        std::vector<expert_id>{2, 4, 5, 7});
+  CHECK(stay.place(5) == 2);
+  CHECK(stay.place(0) == no_expert);
+  test::random rng(3);
+  const std::vector<float> gate = some(rng, 8 * 3), bias = some(rng, 8);
+  const auto rows = kept_rows({gate.data(), 8, 3}, stay);
+  for (std::size_t i = 0; i < 4; ++i)
+    for (std::size_t c = 0; c < 3; ++c)
+      CHECK(rows[i * 3 + c] == gate[static_cast<std::size_t>(stay.kept()[i]) * 3 + c]);
+  CHECK(kept_values(bias, stay)[1] == bias[4]);
+  const expert_table table = kept_table(expert_table({0, 5, 7, 2}, 2, 8), stay);
+  CHECK(table.of(0)[0] == no_expert);
+  CHECK(table.of(0)[1] == 2);
+  CHECK(table.of(1)[0] == 3);
+  CHECK(pruned({.experts = 8, .k = 4}, stay).experts == 4);
+  const auto refused = [&](const router_spec& spec) {
+    return test::refusal([&] { pruned(spec, stay); });
+  };
+  CHECK(refused({.experts = 8, .k = 5}) == "moeroute::pruned: k is 5, expected 1 to 4");
+  CHECK(refused({.experts = 16, .k = 2}) == "moeroute::pruned: experts is 8, expected 16");
+  CHECK(refused({.experts = 8, .k = 1, .groups = 2, .topk_group = 1}) ==
+        "moeroute::pruned: group 1 keeps 3 experts and group 0 1, expected equally many");
+  CHECK(refused({.experts = 8, .k = 2, .zero_experts = 2}) ==
+        "moeroute::pruned: expert 6 is a zero expert, expected all of them to stay");
+  CHECK(test::refusal([] { expert_subset({2, 1}, 4); }) ==
+        "moeroute::expert_subset: expert is 1, expected 3 to 3");
+  CHECK(test::refusal([&] { keep_best(worth, 9); }) ==
+        "moeroute::keep_best: n is 9, expected 1 to 8");
+}
+
+TEST_CASE("merging twins changes nothing, and a permuted copy is aligned back to its twin") {
+  test::random rng(4);
+  const expert a(rng, 6, 4);
+  expert b = a;
+  const std::int32_t order[] = {3, 5, 0, 1, 4, 2};
+  for (index_t i = 0; i < 6; ++i)
+    for (index_t c = 0; c < 4; ++c) {
+      const auto to = static_cast<std::size_t>(i * 4 + c),
+                 down = static_cast<std::size_t>(c * 6 + i);
+      b.gate[to] = a.view().gate(order[i], c);
+      b.up[to] = a.view().up(order[i], c);
+      b.down[down] = a.view().down(c, order[i]);
+    }
+  const std::vector<float> x = some(rng, 4);
+  const auto y = a.run(x), z = b.run(x);
+  for (std::size_t c = 0; c < 4; ++c) CHECK(std::abs(y[c] - z[c]) < 1e-9);
+  const auto unit = align_units(a.view(), b.view());
+  for (std::size_t i = 0; i < 6; ++i) CHECK(order[unit[i]] == static_cast<std::int32_t>(i));
+  for (const double share : {0.0, 1.0, 3.0}) {
+    const swiglu_weights both[] = {a.view(), b.view()};
+    const merged_expert made = merge_experts(both, std::vector<double>{1.0, share});
+    for (std::size_t i = 0; i < a.gate.size(); ++i) {
+      CHECK(std::abs(made.gate[i] - a.gate[i]) < 1e-6f);
+      CHECK(std::abs(made.up[i] - a.up[i]) < 1e-6f);
+      CHECK(std::abs(made.down[i] - a.down[i]) < 1e-6f);
+    }
+  }
+  // Weights of a merge lie between those of its parts.
+  const expert c(rng, 6, 4);
+  const swiglu_weights pair[] = {a.view(), c.view()};
+  const merged_expert one = merge_experts(pair, std::vector<double>{2.0, 0.0});
+  CHECK(one.gate == a.gate);
+}
+
+TEST_CASE(
+    "leaders are the most used of all layers, one in each at least; others join the nearest") {
+  // Layer 0: expert 0 leads; 1 goes with it, 2 against it. Layer 1 has three leaders.
+  const double usage[] = {9, 1, 1, 1, 5, 4, 4, 1};
+  const float z0[] = {1, 1, -1, 1, 2, 2, -2, 1, 3, 3.1f, -3, 0};
+  const float z1[] = {1, 0, 0, 0.9f, 0, 1, 0, 0.1f, 0, 0, 1, 0};
+  const matrix_view<const float> z[] = {{z0, 3, 4}, {z1, 3, 4}};
+  const auto leader = group_experts({usage, 2, 4}, z, 4);
+  CHECK(leader[0] == std::vector<expert_id>{0, 0, 0, 0});
+  CHECK(leader[1] == std::vector<expert_id>{0, 1, 2, 0});
+  CHECK(test::refusal([&] { group_experts({usage, 2, 4}, z, 1); }) ==
+        "moeroute::group_experts: leaders is 1, expected 2 to 8");
+}
