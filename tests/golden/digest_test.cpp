@@ -128,3 +128,27 @@ TEST_CASE("one, two or three threads route real logits to the same bits") {
       CHECK(routed(name, traces, moeroute::callable_executor(on_threads, threads)) == made);
     }
 }
+
+TEST_CASE("norms of rows have the same bits everywhere") {
+  const auto traces = example::read_traces(MOEROUTE_MODEL_DIR);
+  const example::router_trace& trace = traces[0];
+  std::vector<float> gamma;
+  test::random rng(6);
+  for (index_t e = 0; e < trace.experts; ++e) gamma.push_back(0.5f + rng.uniform());
+  moeroute::workspace memory;
+  moeroute::assignment choices;
+  const auto of_rows = [&](const moeroute::threshold_router<moeroute::relu>& router) {
+    digest made;
+    for (index_t layer = 0; layer < trace.layers; ++layer) {
+      moeroute::route(router, trace.layer(layer), {}, memory, choices);
+      for (const moeroute::expert_id e : choices.ids()) made.add(static_cast<std::uint32_t>(e));
+      for (const float w : choices.weights()) made.add(std::bit_cast<std::uint32_t>(w));
+    }
+    return made.value();
+  };
+  const std::uint64_t rms = of_rows({.norm = moeroute::threshold_norm::rms, .gamma = gamma});
+  const std::uint64_t sum = of_rows({.norm = moeroute::threshold_norm::sum, .eps = 1e-5f});
+  INFO(std::hex << "0x" << rms << ", 0x" << sum);
+  CHECK(rms == 0x4f8c3855c2ecef35);
+  CHECK(sum == 0x91c93bbbf64792ad);
+}

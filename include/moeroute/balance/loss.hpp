@@ -23,7 +23,7 @@ struct loss_memory {
   F* coefficient;                  // [1, or one per sequence][stride], padded with 0
   F* piece_sum;                    // [pieces][2][stride]: sums, and what they round away
   F* run_sum;                      // [workers][2][stride], likewise
-  F* block_sum;                    // [workers][stride]
+  F* block_sum;                    // [workers][2][stride], likewise
   double* run_slope;               // [workers][stride], of one loss in one sequence
   simd::row_function_sums* piece;  // [pieces]
   double* piece_value;             // [pieces][losses], of losses by sequence
@@ -37,7 +37,7 @@ struct loss_memory {
             tape.take<F>(std::max<index_t>(1, sequences) * stride),
             tape.take<F>(pieces * 2 * stride),
             tape.take<F>(workers * 2 * stride),
-            tape.take<F>(workers * stride),
+            tape.take<F>(workers * 2 * stride),
             tape.take<double>(workers * stride),
             tape.take<simd::row_function_sums>(pieces),
             tape.take<double>(pieces * losses),
@@ -55,6 +55,9 @@ class loss_engine {
   static constexpr unsigned uses = (functions_of<L>() | ...);
   static constexpr bool by_sequence = (has_sequences<L> || ...);
   static constexpr bool by_sums = (has_sums<L> || ...);
+  // What is a difference of nearly equal sums must not lose it to their rounding.
+  static constexpr simd::column_sums sums =
+      by_sums ? simd::column_sums::compensated : simd::column_sums::plain;
   static constexpr bool may_keep =
       std::is_same_v<F, float> && by_sums && !by_sequence && uses == simd::no_function;
 
@@ -218,7 +221,7 @@ class loss_engine {
       F* const run_sum = by_sequence ? m_.run_sum + worker * 2 * stride_ : piece_sum;
       m_.piece[piece] = {};
       std::fill_n(piece_sum, 2 * stride_, F{0});
-      std::fill_n(m_.block_sum + worker * stride_, stride_, F{0});
+      std::fill_n(m_.block_sum + worker * 2 * stride_, 2 * stride_, F{0});
       std::fill_n(m_.piece_value + piece * losses, losses, 0.0);
       for (index_t t = begin; t < end;) {
         const index_t s = t / sequence_length_;
@@ -247,7 +250,7 @@ class loss_engine {
     block.stride = stride_;
     const F* row[block_rows];
     F* gradient[block_rows];
-    F* const block_sum = m_.block_sum + worker * stride_;
+    F* const block_sum = m_.block_sum + worker * 2 * stride_;
     constexpr bool writes = to != gradient_to::nowhere;
     for (index_t t = begin; t < end;) {
       int n = 0;
@@ -265,10 +268,10 @@ class loss_engine {
       if constexpr (keep) {
         simd::keep_probability_rows(block, n, z_.cols, gradient, block_sum);
       } else {
-        simd::close_probability_rows<scores, functions, to>(row, n, z_.cols, coefficient,
-                                                            functions_, block, gradient, block_sum);
+        simd::close_probability_rows<scores, functions, to, sums>(
+            row, n, z_.cols, coefficient, functions_, block, gradient, block_sum);
       }
-      simd::add_block_sum(block_sum, stride_, column_sum, column_sum + stride_);
+      simd::add_block_sum<sums>(block_sum, stride_, column_sum, column_sum + stride_);
     }
   }
 

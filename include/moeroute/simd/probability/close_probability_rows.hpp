@@ -8,7 +8,46 @@
 
 namespace moeroute::simd {
 
+/// How the probabilities of a column are added up.
+enum class column_sums {
+  plain,
+  /// with what each addition rounds away in a second row: where the sums are nearly equal and their
+  /// differences are what counts
+  compensated,
+};
+
 namespace detail {
+
+// The sum of a column of some rows, added to those before.
+template <column_sums how, class A>
+struct column_sum_of {
+  vfloat<A> sum{0.0f}, rest{0.0f};
+
+  MOEROUTE_INLINE column_sum_of(const float* at, index_t stride) {
+    if constexpr (how == column_sums::compensated) {
+      sum = load<A>(at);
+      rest = load<A>(at + stride);
+    }
+  }
+  MOEROUTE_INLINE void add(vfloat<A> e, vfloat<A> scale) {
+    if constexpr (how == column_sums::compensated) {
+      const vfloat<A> p = e * scale, after = sum + p;
+      rest += (p - (after - sum)) + fma<A>(e, scale, -p);
+      sum = after;
+    } else {
+      sum = fma<A>(e, scale, sum);
+    }
+  }
+  // Of these rows together: added to those before, one by one, they would round in step.
+  MOEROUTE_INLINE void store(float* at, index_t stride) {
+    if constexpr (how == column_sums::compensated) {
+      sum.store_unaligned(at);
+      rest.store_unaligned(at + stride);
+    } else {
+      (load<A>(at) + sum).store_unaligned(at);
+    }
+  }
+};
 
 // ds/dx of s = sqrt(softplus(x)), from s: sigmoid(x) / 2 s with sigmoid(x) = 1 - exp(-s^2).
 template <class A>
@@ -27,7 +66,7 @@ MOEROUTE_INLINE vfloat<A> sqrt_softplus_slope(vfloat<A> s) {
 }
 
 // Rows [first, first + R) of a block: column sums and gradient.
-template <probability kind, unsigned uses, gradient_to to, class A, int R>
+template <probability kind, unsigned uses, gradient_to to, column_sums how, class A, int R>
 MOEROUTE_INLINE void close_rows(const float* const* row, int first, index_t cols,
                                 const float* coefficient, const row_functions<float>& functions,
                                 const probability_block<float>& b, float* const* gradient,
@@ -37,12 +76,12 @@ MOEROUTE_INLINE void close_rows(const float* const* row, int first, index_t cols
   const F zero(0.0f), one(1.0f), log_factor(-functions.entropy);
   const auto columns = [&](index_t c, index_t m) {
     const F weight = load<A>(coefficient + c);
-    F sum(0.0f);  // of these rows: added to those before, one by one, they would round in step
+    column_sum_of<how, A> sum(column_sum + c, b.stride);
     MOEROUTE_UNROLL
     for (int j = 0; j < R; ++j) {
       const int i = first + j;
       const F e = F::load_aligned(b.unscaled + i * b.stride + c);
-      sum = fma<A>(e, F(b.scale[i]), sum);
+      sum.add(e, F(b.scale[i]));
       if constexpr (to != gradient_to::nowhere) {
         F g = weight - F(b.center[i]);
         if constexpr ((uses & entropy) != 0) {
@@ -67,7 +106,7 @@ MOEROUTE_INLINE void close_rows(const float* const* row, int first, index_t cols
         }
       }
     }
-    (load<A>(column_sum + c) + sum).store_unaligned(column_sum + c);
+    sum.store(column_sum + c, b.stride);
   };
   index_t c = 0;
   for (; c + w <= cols; c += w) columns(c, index_t{w});
@@ -80,24 +119,25 @@ MOEROUTE_INLINE void close_rows(const float* const* row, int first, index_t cols
 /// column_sum += p.
 ///
 /// Shapes: as open_probability_rows, with the same arguments; gradient[i] is [cols], unused for
-/// gradient_to::nowhere; column_sum is [stride]. Cost: one pass. No allocation. Determinism: as
-/// open_probability_rows; columns are added in row order.
-template <probability kind, unsigned uses, gradient_to to, class A = default_arch>
+/// gradient_to::nowhere; column_sum is [stride], or [2, stride] with what it rounds away. Cost: one
+/// pass. No allocation. Determinism: as open_probability_rows; columns are added in row order.
+template <probability kind, unsigned uses, gradient_to to, column_sums how = column_sums::plain,
+          class A = default_arch>
 void close_probability_rows(const float* const* row, int n, index_t cols, const float* coefficient,
                             const row_functions<float>& functions,
                             const probability_block<float>& b, float* const* gradient,
                             float* column_sum) {
   int i = 0;
   for (; i + 4 <= n; i += 4)
-    detail::close_rows<kind, uses, to, A, 4>(row, i, cols, coefficient, functions, b, gradient,
-                                             column_sum);
+    detail::close_rows<kind, uses, to, how, A, 4>(row, i, cols, coefficient, functions, b, gradient,
+                                                  column_sum);
   for (; i < n; ++i)
-    detail::close_rows<kind, uses, to, A, 1>(row, i, cols, coefficient, functions, b, gradient,
-                                             column_sum);
+    detail::close_rows<kind, uses, to, how, A, 1>(row, i, cols, coefficient, functions, b, gradient,
+                                                  column_sum);
 }
 
 /// The same in double, element by element: for tests of gradients.
-template <probability kind, unsigned uses, gradient_to to>
+template <probability kind, unsigned uses, gradient_to to, column_sums = column_sums::plain>
 void close_probability_rows(const double* const* row, int n, index_t cols,
                             const double* coefficient, const row_functions<double>& functions,
                             const probability_block<double>& b, double* const* gradient,
@@ -129,12 +169,12 @@ MOEROUTE_INLINE void keep_rows(const probability_block<float>& b, int first, ind
   using F = vfloat<A>;
   constexpr int w = width<A>;
   for (index_t c = 0; c < cols; c += w) {
-    F sum(0.0f);
+    column_sum_of<column_sums::compensated, A> sum(column_sum + c, b.stride);
     MOEROUTE_UNROLL
     for (int j = 0; j < R; ++j) {
       const int i = first + j;
       const F e = F::load_aligned(b.unscaled + i * b.stride + c);
-      sum = fma<A>(e, F(b.scale[i]), sum);
+      sum.add(e, F(b.scale[i]));
       const F p = e * F(b.slope[i]);
       if (c + w <= cols) {
         p.store_unaligned(out[i] + c);
@@ -142,7 +182,7 @@ MOEROUTE_INLINE void keep_rows(const probability_block<float>& b, int first, ind
         store_first<A>(out[i] + c, cols - c, p);
       }
     }
-    (load<A>(column_sum + c) + sum).store_unaligned(column_sum + c);
+    sum.store(column_sum + c, b.stride);
   }
 }
 
@@ -151,7 +191,8 @@ MOEROUTE_INLINE void keep_rows(const probability_block<float>& b, int first, ind
 /// out = p for the rows of a block, 0 for rows whose gradient is 0; column_sum += p. The first half
 /// of a gradient whose weights are not known yet; gradient_of_probability_rows is the second.
 ///
-/// Shapes: out[i] is [cols], column_sum [stride]. Cost: one pass. No allocation.
+/// Shapes: out[i] is [cols], column_sum [2, stride]: the sums and what they round away. Cost: one
+/// pass. No allocation.
 template <class A = default_arch>
 void keep_probability_rows(const probability_block<float>& b, int n, index_t cols,
                            float* const* out, float* column_sum) {
@@ -163,20 +204,26 @@ void keep_probability_rows(const probability_block<float>& b, int n, index_t col
 /// sum + rest += block, and block = 0: what `sum` rounds away stands in `rest`.
 ///
 /// Loads that are nearly even are sums of nearly equal terms, whose roundings agree: they would add
-/// up. Shapes: all [stride], a multiple of 16. Cost: one pass. No allocation.
-template <class A = default_arch>
+/// up. Shapes: all [stride], a multiple of 16; a compensated block [2, stride]. Cost: one pass. No
+/// allocation.
+template <column_sums how = column_sums::plain, class A = default_arch>
 void add_block_sum(float* block, index_t stride, float* sum, float* rest) {
   using F = vfloat<A>;
   for (index_t c = 0; c < stride; c += width<A>) {
     const F b = load<A>(block + c), before = load<A>(sum + c), after = before + b;
     const F added = after - before;
-    const F lost = (before - (after - added)) + (b - added);
+    F lost = (before - (after - added)) + (b - added);
+    if constexpr (how == column_sums::compensated) {
+      lost += load<A>(block + stride + c);
+      F(0.0f).store_unaligned(block + stride + c);
+    }
     after.store_unaligned(sum + c);
     (load<A>(rest + c) + lost).store_unaligned(rest + c);
     F(0.0f).store_unaligned(block + c);
   }
 }
-inline void add_block_sum(double* block, index_t stride, double* sum, double*) {
+template <column_sums = column_sums::plain>
+void add_block_sum(double* block, index_t stride, double* sum, double*) {
   for (index_t c = 0; c < stride; ++c) {
     sum[c] += block[c];
     block[c] = 0.0;
