@@ -65,10 +65,15 @@ MOEROUTE_INLINE void store_partials(const partials<A>& p, float* partial_row) {
   for (int r = 0; r < partials<A>::n; ++r) p.part[r].store_unaligned(partial_row + r * width<A>);
 }
 
-/// The larger of two values, neither of which is NaN.
+/// The larger of two values, neither of which is NaN. An object: a function that must be inlined
+/// has no address.
 template <class A>
-MOEROUTE_INLINE vfloat<A> larger(vfloat<A> a, vfloat<A> b) {
-  return select<A>(b > a, b, a);
-}
+struct larger_of {
+  MOEROUTE_INLINE vfloat<A> operator()(vfloat<A> a, vfloat<A> b) const {
+    return select<A>(b > a, b, a);
+  }
+};
+template <class A>
+inline constexpr larger_of<A> larger{};
 
 }  // namespace moeroute::simd
