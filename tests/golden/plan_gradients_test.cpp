@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "oracle/losses.hpp"
+#include "support/allocations.hpp"
 #include "support/assignments.hpp"
 #include "support/compare.hpp"
 #include "support/gradient_file.hpp"
@@ -184,4 +185,21 @@ TEST_CASE("offsets of choices that do not ascend are refused before a plan is re
           weigh_plan_backward(how, plan_share::entries, plan_rows(z, 4), {}, a, w,
                               plan_gradient::unrolled, gradient_to::write, plan_rows(dz, 4), ws);
         }).starts_with("moeroute::weigh_plan_backward: token 1 has the choices from "));
+}
+
+TEST_CASE("warm gradients of a plan allocate nothing, through iterations and at the fixed point") {
+  constexpr index_t tokens = 40, experts = 8;
+  const std::vector<float> near = test::make_logits(test::shape::normal, 3, tokens, experts);
+  plan_doubles z(near.begin(), near.end()), dz(z.size());
+  const sinkhorn_scaling how = fixed_iterations(megatron_scaling, 6);
+  for (const auto by : {plan_gradient::unrolled, plan_gradient::implicit}) {
+    workspace ws;
+    long made = 0;
+    for (int i = 0; i < 2; ++i)
+      made = test::allocations_during([&] {
+        sinkhorn_plan_backward(how, plan_rows(z, tokens), {}, plan_rows(z, tokens), by,
+                               gradient_to::write, plan_rows(dz, tokens), ws);
+      });
+    CHECK(made == 0);
+  }
 }

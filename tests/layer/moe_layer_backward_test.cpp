@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <limits>
 #include <moeroute/balance/bias_controller.hpp>
 #include <moeroute/balance/loss_count.hpp>
 #include <moeroute/balance/loss_relu.hpp>
@@ -570,4 +571,41 @@ TEST_CASE("one expert whose weight is divided by itself teaches a gate nothing")
   other.forward();
   other.backward_of(other.layer, gradient_to::write);
   CHECK(std::any_of(other.dgate.begin(), other.dgate.end(), [](float g) { return g != 0.0f; }));
+}
+
+TEST_CASE("a NaN in the gradient of a token's output stays in that token's rows") {
+  learner one(router<softmax>{.selection = {.k = 2}}, 20);
+  one.forward();
+  one.dy[static_cast<std::size_t>(7 * d + 3)] = std::numeric_limits<float>::quiet_NaN();
+  one.backward_of(one.layer, gradient_to::write);
+  for (index_t t = 0; t < 20; ++t) {
+    const auto broken = [&](const floats& list, index_t width) {
+      return std::any_of(list.begin() + t * width, list.begin() + (t + 1) * width,
+                         [](float g) { return std::isnan(g); });
+    };
+    INFO("token " << t);
+    CHECK(broken(one.dx, d) == (t == 7));
+    CHECK(broken(one.dz, experts) == (t == 7));
+  }
+}
+
+TEST_CASE("gradients that share memory with what is read are refused by name") {
+  learner one(router<softmax>{.selection = {.k = 2}}, 6);
+  one.forward();
+  const auto refused = [&](const layer_gradients& g) {
+    return test::refusal([&] {
+      backward(one.layer, rows(one.x, 6), {}, one.tape, rows(one.dy, 6),
+               layer_weights<>{rows(one.gate, experts)}, curve_gradients{}, g);
+    });
+  };
+  CHECK(refused({.x = into(one.x, 6)}) ==
+        "moeroute::backward: x and gradients.x overlap, expected memory of their own");
+  CHECK(refused({.x = into(one.dy, 6)}) ==
+        "moeroute::backward: dy and gradients.x overlap, expected memory of their own");
+  CHECK(refused({.gate = into(one.gate, experts)})
+            .ends_with("weight and gradients.weight overlap, expected memory of their own"));
+  CHECK(refused({.logits = one.tape.logits})
+            .ends_with("logits and dlogits overlap, expected memory of their own"));
+  CHECK(refused({.logits = into(one.dz, 6).middle_rows(0, 5)}) ==
+        "moeroute::backward: gradients.logits.rows() is 5, expected 6");
 }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "support/allocations.hpp"
 #include "support/backwards.hpp"
 #include "support/compare.hpp"
 #include "support/random.hpp"
@@ -126,4 +127,20 @@ TEST_CASE("gradients that go nowhere are written nowhere") {
     CHECK(dx == floats(x.size(), 4.0f));
     CHECK(dmu == floats(mu.size(), 4.0f));
   }
+}
+
+TEST_CASE("a warm soft layer goes backwards without an allocation") {
+  const floats x = random_floats(tokens * d, 1), mu = random_floats(slots * d, 2);
+  floats y(x.size()), dx(x.size()), dmu(mu.size());
+  float dscale = 0.0f;
+  soft_moe layer(rows(mu, slots), curves{}, {2, soft_logits::normalized, 1.5f});
+  soft_tape tape;
+  long made = 0;
+  for (int i = 0; i < 3; ++i)
+    made = test::allocations_during([&] {
+      layer.forward(rows(x, tokens), into(y, tokens), serial{}, tape);
+      backward(layer, rows(x, tokens), tape, rows(y, tokens), rows(mu, slots), curve_gradients{},
+               {gradient_to::write, into(dx, tokens), into(dmu, slots), &dscale});
+    });
+  CHECK(made == 0);
 }

@@ -11,6 +11,7 @@
 #include "oracle/losses.hpp"
 #include "support/allocations.hpp"
 #include "support/assignments.hpp"
+#include "support/backwards.hpp"
 #include "support/compare.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
@@ -193,4 +194,33 @@ TEST_CASE("gradients of a gate that do not fit are refused by name") {
   CHECK(refused({both.data(), tokens, experts}, {.weight = {both.data() + 1, experts, d}}) ==
         "moeroute::gate_backward: dlogits and gradients.weight overlap, expected memory of their "
         "own");
+}
+
+TEST_CASE("a cosine gate's gradients have the same bits for every executor, and allocate nothing") {
+  const auto x = random_values<float>(200 * 48, 1), w = random_values<float>(9 * 48, 2);
+  const auto dz = random_values<float>(200 * 9, 3);
+  workspace ws;
+  const auto all = [&](const auto& exec) {
+    std::vector<float> dx(x.size()), dw(w.size()), bits;
+    float dscale = 0.0f;
+    long made = 0;
+    for (int i = 0; i < 2; ++i) {
+      dscale = 0.0f;
+      made = test::allocations_during([&] {
+        cosine_gate_backward(
+            matrix_view<const float>(x.data(), 200, 48), matrix_view<const float>(w.data(), 9, 48),
+            2.5f, matrix_view<const float>(dz.data(), 200, 9),
+            gate_gradients<float>{gradient_to::write, {dx.data(), 200, 48}, {dw.data(), 9, 48}}, ws,
+            exec, &dscale);
+      });
+    }
+    if constexpr (std::is_same_v<std::decay_t<decltype(exec)>, serial>) CHECK(made == 0);
+    bits = dx;
+    bits.insert(bits.end(), dw.begin(), dw.end());
+    bits.push_back(dscale);
+    return bits;
+  };
+  const std::vector<float> alone = all(serial{});
+  CHECK(test::bit_difference(all(test::backwards{}), alone) == "");
+  CHECK(test::bit_difference(all(test::several_threads{}), alone) == "");
 }
