@@ -8,11 +8,14 @@
 #include <cstdint>
 #include <functional>
 #include <moeroute/policy/batch/base_assignment.hpp>
+#include <moeroute/policy/batch/batch_percentile.hpp>
 #include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/policy/batch/sparse_transport.hpp>
+#include <moeroute/policy/parts/selection_rules.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/policy/row/compose.hpp>
+#include <moeroute/policy/row/counted.hpp>
 #include <moeroute/policy/row/product_keys.hpp>
 #include <moeroute/policy/row/random_choice.hpp>
 #include <moeroute/policy/row/replay.hpp>
@@ -20,6 +23,7 @@
 #include <moeroute/policy/row/table.hpp>
 #include <moeroute/policy/row/threshold.hpp>
 #include <moeroute/policy/row/top_p.hpp>
+#include <moeroute/policy/row/transformed.hpp>
 #include <string>
 #include <vector>
 
@@ -131,6 +135,29 @@ std::vector<any_kind> kinds() {
   list.push_back(kind("every expert above a threshold",
                       threshold_router<identity_score>{.threshold = -100.0f, .scale = 2.0f}));
   list.push_back(kind("ReLU, RMS-normalised", threshold_router<relu>{.norm = threshold_norm::rms}));
+  list.push_back(kind("a share of the best", counted<>{.count = {.ratio = 0.3f, .max_k = 6}}));
+  list.push_back(kind("a percentile of the row",
+                      counted<sigmoid>{.count = {.rule = count_rule::percentile, .quantile = 0.8f},
+                                       .weight = sum_normalized}));
+  list.push_back(kind(
+      "a count by entropy",
+      counted<>{
+          .count = {
+              .rule = count_rule::entropy, .low = 2.0f, .high = 2.5f, .mid_k = 3, .max_k = 5}}));
+  list.push_back(kind("dense where undecided", dense_if{.rule = {.p = 0.5f}, .threshold = 0.8f}));
+  list.push_back(kind("some of each group", router{softmax{}, top_of_each_group{4, 4}}));
+  list.push_back(kind("the higher id first", router{sigmoid{}, ordered_ties<>{{.k = 3}}}));
+  list.push_back(
+      kind("a bias per class",
+           router{sigmoid{},
+                  class_bias<>{{.k = 3}, {selection_bias(a_bias()), selection_bias(a_bias())}}}));
+  list.back().needs_modality = true;
+  list.push_back(kind("standardised", transformed{standardized{2.0f}, two_best}));
+  list.push_back(kind("candidates by lot", transformed{candidates{6}, top_p{.p = 0.6f}}));
+  list.push_back(
+      kind("two logits for one", transformed{sigmoid_sum{}, plain{.selection = {.k = 3}}}));
+  list.push_back(kind("weights of other logits", weighed_by_second<plain, sigmoid>{two_best}));
+  list.push_back(kind("a percentile of the batch", batch_percentile<>{.max_k = 5}));
   list.push_back(kind("expert choice", expert_choice<>{.normalize = token_renormalization::sum}));
   list.push_back(kind("expert choice of sigmoids, capped",
                       expert_choice<sigmoid>{.capacity = {.factor = 3.0}, .most_experts = 2}));

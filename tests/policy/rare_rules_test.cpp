@@ -1,0 +1,420 @@
+// Rules of selection, steps on logits and counts from the row, by template and by description.
+#include <moeroute/policy/make_rare_router.hpp>
+
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/policy/spec_text.hpp>
+#include <string>
+#include <vector>
+
+#include "oracle/routing.hpp"
+#include "support/compare.hpp"
+#include "support/refusal.hpp"
+#include "support/routed.hpp"
+#include "support/shapes.hpp"
+
+using namespace moeroute;
+using test::routed;
+
+namespace rare_rules_tests {
+
+namespace {
+
+constexpr index_t tokens = 35, experts = 16;
+
+std::string refused(const std::string& text, const router_tensors& tensors = {}) {
+  return test::refusal([&] { make_rare_router(parse_spec(text), tensors); });
+}
+
+std::vector<float> numbers(std::uint64_t seed, index_t n, float size) {
+  std::vector<float> list = test::make_logits(test::shape::normal, seed, 1, n);
+  for (float& x : list) x *= size;
+  return list;
+}
+
+// A template and a line of text decide the same on every shape, to the bit.
+template <class Router>
+void same(const std::string& text, const Router& router, const router_tensors& tensors = {}) {
+  const router_spec spec = parse_spec(text);
+  INFO(text);
+  CHECK(parse_spec(to_string(spec)) == spec);
+  CHECK(spec.has_rare_words());
+  const any_rare_router made = make_rare_router(spec, tensors);
+  std::vector<std::uint8_t> modality, mask;
+  for (index_t t = 0; t < tokens; ++t) {
+    modality.push_back(t % 3 == 0);
+    mask.push_back(t % 7 != 0);
+  }
+  const side_inputs side{.mask = mask, .modality = modality, .seed = 4, .step = 2};
+  const index_t columns = spec.columns();
+  for (const test::shape shape : test::all_shapes) {
+    const std::vector<float> z = test::make_logits(shape, 11, tokens, columns);
+    const side_inputs own = side.only(side_use_of(router, columns));
+    const assignment a = routed(made, z, columns, own), b = routed(router, z, columns, own);
+    INFO(test::name(shape));
+    CHECK(test::bit_difference(a.ids(), b.ids()) == "");
+    CHECK(test::bit_difference(a.weights(), b.weights()) == "");
+    REQUIRE(a.tokens() == b.tokens());
+    for (index_t t = 0; t < tokens; ++t) REQUIRE(a.count(t) == b.count(t));
+  }
+}
+
+// How many experts each of the counts may be in double, where rounding decides.
+struct counts {
+  index_t least, most;
+};
+
+template <class F>
+void counts_agree(const row_count& rule, bool sigmoids, F&& f) {
+  for (const index_t e : {1, 7, 16, 60, 257})
+    for (const test::shape shape : test::all_shapes) {
+      const std::vector<float> z = test::make_logits(shape, 21, 9, e);
+      row_count own = rule;
+      own.min_k = std::min(own.min_k, e);
+      own.mid_k = std::min(own.mid_k, e);
+      const assignment a = sigmoids ? routed(counted<sigmoid>{.count = own}, z, e)
+                                    : routed(counted<>{.count = own}, z, e);
+      INFO(test::name(shape) << ", E = " << e);
+      for (index_t t = 0; t < 9; ++t) {
+        const float* const row = z.data() + t * e;
+        const std::vector<expert_id> order = oracle::order(row, e);
+        const auto there = static_cast<index_t>(order.size());
+        std::vector<double> score = oracle::softmax(row, e, order);
+        if (sigmoids)
+          for (index_t i = 0; i < e; ++i)
+            score[static_cast<std::size_t>(i)] = 1 / (1 + std::exp(-static_cast<double>(row[i])));
+        const counts right = f(score, order);
+        const index_t most = own.most(e);
+        const auto bounded = [&](index_t n) {
+          return std::min(std::clamp(n, std::min(own.min_k, most), most), there);
+        };
+        if (a.count(t) < bounded(right.least) || a.count(t) > bounded(right.most))
+          FAIL_CHECK("token " << t << ": " << a.count(t) << " experts, expected "
+                              << bounded(right.least) << " to " << bounded(right.most));
+        for (index_t r = 0; r < a.count(t); ++r) {
+          const auto at = static_cast<std::size_t>(r);
+          REQUIRE(a.ids(t)[at] == order[at]);
+          if (std::isfinite(row[order[at]]) || !sigmoids)
+            CHECK(std::abs(static_cast<double>(a.weights(t)[at]) -
+                           score[static_cast<std::size_t>(order[at])]) <= 3e-6);
+        }
+      }
+    }
+}
+
+// Experts that reach a score, one that is within rounding either way.
+counts reaching(const std::vector<double>& score, const std::vector<expert_id>& order,
+                double least) {
+  counts n{0, 0};
+  const double slack = 4e-6 * std::abs(least) + 1e-37;
+  for (const expert_id e : order) {
+    n.least += score[static_cast<std::size_t>(e)] >= least + slack;
+    n.most += score[static_cast<std::size_t>(e)] >= least - slack;
+  }
+  return n;
+}
+
+double entropy(const std::vector<double>& p) {
+  double h = 0;
+  for (const double x : p)
+    if (x > 0) h -= x * std::log(x);
+  return h;
+}
+
+}  // namespace
+
+TEST_CASE("rules of selection decide the same by template and by description") {
+  const std::vector<float> bias = numbers(3, experts, 0.2f), other = numbers(4, experts, 0.3f);
+  same("E=16 k=8 selection=each_group groups=4 normalize=sum eps=1e-20 eps_mode=add scale=2.5",
+       router{softmax{}, top_of_each_group{8, 4},
+              weight_rule{.normalize = normalization::sum,
+                          .eps_where = eps_mode::add,
+                          .eps = 1e-20f,
+                          .scale = 2.5f}});
+  same("E=16 k=3 score=sigmoid ties=higher_id", router{sigmoid{}, ordered_ties<>{{.k = 3}}});
+  same("E=16 k=3 score=sigmoid bias=selection groups=4 topk_group=2 ties=higher_id",
+       router{sigmoid{}, ordered_ties<>{{.k = 3, .groups = 4, .topk_group = 2}}, raw_weights,
+              selection_bias(bias)},
+       {.bias = bias});
+  same("E=16 k=3 score=sigmoid bias=by_class normalize=sum",
+       router{sigmoid{}, class_bias<>{{.k = 3}, {selection_bias(bias), selection_bias(other)}},
+              sum_normalized},
+       {.bias = bias, .second_bias = other});
+  same("E=16 k=3 score=sigmoid bias=selection weight_score=softmax weight_domain=selected",
+       router{chosen_by<sigmoid, softmax_selected>{}, top_k{.k = 3}, raw_weights,
+              selection_bias(bias)},
+       {.bias = bias});
+  same("E=16 k=3 score=sigmoid bias=selection weight_score=softmax",
+       router{chosen_by<sigmoid, softmax>{}, top_k{.k = 3}, raw_weights, selection_bias(bias)},
+       {.bias = bias});
+  same("E=16 k=3 score=sigmoid score_domain=selected bias=selection",
+       router{chosen_by<identity_score, sigmoid>{}, top_k{.k = 3}, raw_weights,
+              selection_bias(bias)},
+       {.bias = bias});
+}
+
+TEST_CASE("steps on logits decide the same by template and by description") {
+  const router best{softmax{}, top_k{.k = 3}};
+  same("E=16 k=3 standardize=2", transformed{standardized{2.0f}, best});
+  same("E=16 k=3 candidates=5", transformed{candidates{5}, best});
+  same("E=16 k=3 candidates=5 candidate_scope=batch",
+       transformed{candidates{5, row_scope::batch}, best});
+  same("E=16 k=3 passes=4", transformed{pass_logits{.passes = 4}, best});
+  same("E=16 k=3 passes=4 pass_rule=ratio",
+       transformed{pass_logits{.passes = 4, .rule = pass_rule::ratio}, best});
+  same("E=16 k=3 score=identity second_logits=sigmoid_sum normalize=sum",
+       transformed{sigmoid_sum{}, router{identity_score{}, top_k{.k = 3}, sum_normalized}});
+  same("E=16 k=3 score=sigmoid second_logits=weigh weight_score=softmax weight_domain=selected",
+       weighed_by_second<router<sigmoid>, softmax_selected>{{.selection = {.k = 3}}});
+  const std::vector<expert_id> up{5, 2}, down{0, 9};
+  for (const promotion how : {promotion::soft, promotion::hard}) {
+    const steering steer{.promote = up, .suppress = down, .how = how, .lambda = 1.5f};
+    same("E=16 k=3 steering", transformed{steer, best}, {.steer = steer});
+  }
+  same("E=15 k=4 selection=product_keys first_keys=3 normalize=sum",
+       product_keys<softmax>{.choices = 4, .first_keys = 3, .weight = sum_normalized});
+}
+
+TEST_CASE("counts from the row decide the same by template and by description") {
+  same("E=16 k=1 selection=counted count=ratio ratio=0.25 max_k=5",
+       counted<>{.count = {.ratio = 0.25f, .max_k = 5}});
+  same(
+      "E=16 k=1 score=sigmoid selection=counted count=percentile quantile=0.8 min_k=2 "
+      "normalize=sum",
+      counted<sigmoid>{.count = {.rule = count_rule::percentile, .quantile = 0.8f, .min_k = 2},
+                       .weight = sum_normalized});
+  same("E=16 k=1 score_domain=selected selection=counted count=percentile quantile=0.8",
+       counted<softmax_selected>{.count = {.rule = count_rule::percentile, .quantile = 0.8f}});
+  same("E=16 k=1 selection=counted count=entropy entropy_low=1 entropy_high=2 mid_k=3 max_k=6",
+       counted<>{
+           .count = {
+               .rule = count_rule::entropy, .low = 1.0f, .high = 2.0f, .mid_k = 3, .max_k = 6}});
+  same("E=16 k=1 standardize=1 selection=counted count=ratio ratio=0.25",
+       transformed{standardized{1.0f}, counted<>{.count = {.ratio = 0.25f}}});
+  same("E=16 k=1 selection=counted count=tsallis p=0.75 min_k=2 normalize=sum", dynmole_included);
+  same("E=16 k=1 selection=counted count=tsallis p=0.75 min_k=2 crossing=exclude",
+       dynmole_excluded);
+}
+
+TEST_CASE("a share of the best, a percentile and an entropy count what double counts") {
+  for (const float ratio : {0.05f, 0.5f, 1.0f})
+    counts_agree({.ratio = ratio, .max_k = 12}, false, [&](const auto& score, const auto& order) {
+      if (order.empty()) return counts{0, 0};
+      return reaching(score, order,
+                      static_cast<double>(ratio) * score[static_cast<std::size_t>(order[0])]);
+    });
+  for (const float quantile : {0.0f, 0.3f, 0.75f, 1.0f})
+    counts_agree({.rule = count_rule::percentile, .quantile = quantile, .min_k = 2}, true,
+                 [&](const auto& score, const auto& order) {
+                   std::vector<double> sorted;
+                   for (const expert_id e : order)
+                     sorted.push_back(score[static_cast<std::size_t>(e)]);
+                   if (sorted.empty()) return counts{0, 0};
+                   std::sort(sorted.begin(), sorted.end());
+                   const double at =
+                       static_cast<double>(sorted.size() - 1) * static_cast<double>(quantile);
+                   const auto low = static_cast<std::size_t>(at);
+                   const double above = sorted[std::min(low + 1, sorted.size() - 1)];
+                   return reaching(score, order,
+                                   sorted[low] + (at - std::floor(at)) * (above - sorted[low]));
+                 });
+  counts_agree({.rule = count_rule::entropy, .low = 0.7f, .high = 1.9f, .mid_k = 3, .max_k = 6},
+               false, [&](const auto& score, const auto&) {
+                 const double h = entropy(score);
+                 counts n{6, 1};
+                 for (const double x : {h - 1e-5, h + 1e-5}) {
+                   const index_t k = x < 0.7f ? 1 : x > 1.9f ? 6 : 3;
+                   n = {std::min(n.least, k), std::max(n.most, k)};
+                 }
+                 return n;
+               });
+}
+
+TEST_CASE("undecided tokens take every expert, decided ones the floor, and the mean says which") {
+  const std::vector<float> flat(16, 0.5f);
+  std::vector<float> peaked(16, 0.0f);
+  peaked[3] = 30.0f;
+  CHECK(routed(dynmole_included, flat, 16).count(0) == 16);
+  CHECK(routed(dynmole_included, peaked, 16).count(0) == 2);
+  CHECK(routed(counted<>{.count = {.ratio = 0.5f}}, flat, 16).count(0) == 16);
+  CHECK(routed(counted<>{.count = {.ratio = 0.5f}}, peaked, 16).count(0) == 1);
+  // Tsallis' entropy of the softmax of (2, 1, 0.5, -1), q = 1.1, and of two of eight, q = 1.1
+  // and 2.
+  const std::vector<float> four{2.0f, 1.0f, 0.5f, -1.0f};
+  using A = simd::default_arch;
+  CHECK(std::abs(detail::tsallis_entropy<A>(four.data(), 4, 2.0f, 1.1f) - 0.727149f) < 2e-6f);
+  std::vector<float> two(8, -test::infinity);
+  two[1] = two[6] = 1.0f;
+  CHECK(std::abs(detail::tsallis_entropy<A>(two.data(), 8, 1.0f, 1.1f) - 0.3567f) < 1e-4f);
+  CHECK(std::abs(detail::tsallis_entropy<A>(two.data(), 8, 1.0f, 2.0f) - 0.5714f) < 1e-4f);
+  CHECK(std::abs(detail::tsallis_entropy<A>(flat.data(), 16, 0.5f, 1.1f) - 1.0f) < 1e-5f);
+  CHECK(detail::tsallis_entropy<A>(peaked.data(), 16, 30.0f, 1.1f) < 1e-5f);
+}
+
+TEST_CASE(
+    "the Cartesian router has the weights of its golden vector, and its rows are not square") {
+  const std::vector<float> z{2.0f, 1.0f, 0.0f, 1.0f, 0.5f, -1.0f};
+  const assignment a = routed(product_keys<softmax>{.choices = 4}, z, 6);
+  CHECK(test::listed(a.ids(0)) == std::vector<expert_id>{0, 1, 3, 4});
+  CHECK(test::difference(a.weights(0), std::vector<double>{.381913, .231642, .140498, .085216},
+                         1e-5) == "");
+  // A node and an expert of it: the best product of the two softmaxes.
+  for (const test::shape shape : test::all_shapes) {
+    const std::vector<float> rows = test::make_logits(shape, 9, 20, 3 + 7);
+    const assignment b = routed(product_keys<softmax>{.choices = 5, .first_keys = 3}, rows, 10);
+    INFO(test::name(shape));
+    CHECK(b.experts() == 21);
+    for (index_t t = 0; t < 20; ++t) {
+      const float* const one = rows.data() + t * 10;
+      std::vector<float> sums;
+      for (int i = 0; i < 3; ++i)
+        for (int j = 0; j < 7; ++j) sums.push_back(one[i] + one[3 + j]);
+      CHECK(test::listed(b.ids(t)) == oracle::top_k(sums.data(), 21, 5));
+    }
+  }
+}
+
+TEST_CASE("of the experts of each group there are as many, and where a group has none, nobody") {
+  std::vector<float> z = test::make_logits(test::shape::normal, 5, 30, 16);
+  for (index_t e = 4; e < 8; ++e) z[static_cast<std::size_t>(e)] = -test::infinity;
+  const assignment a = routed(router{softmax{}, top_of_each_group{8, 4}}, z, 16);
+  for (index_t t = 0; t < 30; ++t)
+    for (std::size_t r = 0; r < 8; ++r)
+      CHECK(a.ids(t)[r] / 4 == (t == 0 && r / 2 == 1 ? 0 : static_cast<expert_id>(r / 2)));
+  CHECK(a.ids(0)[2] == no_expert);
+}
+
+TEST_CASE("with the higher id first, equal experts come in reverse and the others as ever") {
+  const std::vector<float> equal(8, 0.25f);
+  const router turned{sigmoid{}, ordered_ties<>{{.k = 3}}};
+  CHECK(test::listed(routed(turned, equal, 8).ids(0)) == std::vector<expert_id>{7, 6, 5});
+  const std::vector<float> z = test::make_logits(test::shape::ascending, 1, 1, 8);
+  CHECK(test::listed(routed(turned, z, 8).ids(0)) ==
+        test::listed(routed(router{sigmoid{}, top_k{.k = 3}}, z, 8).ids(0)));
+}
+
+TEST_CASE("the sum of a group's probabilities picks the group with the most mass") {
+  // Group 1 has the best expert, group 0 the most mass.
+  const std::vector<float> z{1.0f, 1.0f, 1.0f, 1.0f, 1.5f, -4.0f, -4.0f, -4.0f};
+  const auto of = [&](group_score how) {
+    return routed(router{softmax{}, top_k{.k = 2, .groups = 2, .group_score = how}}, z, 8)
+        .ids(0)[0];
+  };
+  CHECK(of(group_score::max) == 4);
+  CHECK(of(group_score::sum) == 0);
+}
+
+TEST_CASE("promoted experts come first where they are promoted hard, suppressed ones never") {
+  const router best{softmax{}, top_k{.k = 3}};
+  const std::vector<expert_id> up{9, 4}, down{1, 2};
+  const steering hard{.promote = up, .suppress = down, .how = promotion::hard};
+  for (const test::shape shape : {test::shape::normal, test::shape::quantised, test::shape::extreme,
+                                  test::shape::all_equal}) {
+    const std::vector<float> z = test::make_logits(shape, 6, 40, 16);
+    const assignment a = routed(transformed{hard, best}, z, 16);
+    for (index_t t = 0; t < 40; ++t) {
+      CHECK(a.ids(t)[0] == 9);
+      CHECK(a.ids(t)[1] == 4);
+      CHECK((a.ids(t)[2] != 1 && a.ids(t)[2] != 2));
+    }
+    // Nothing is added with lambda 0, to the bit.
+    const assignment b = routed(transformed{steering{.promote = up, .lambda = 0.0f}, best}, z, 16);
+    const assignment c = routed(best, z, 16);
+    CHECK(test::bit_difference(b.ids(), c.ids()) == "");
+    CHECK(test::bit_difference(b.weights(), c.weights()) == "");
+  }
+}
+
+TEST_CASE("every expert is a candidate as often as any other, and the count is kept") {
+  std::vector<index_t> seen(16, 0);
+  const std::vector<float> z(16 * 4000, 0.0f);
+  const assignment a =
+      routed(transformed{candidates{4}, router{softmax{}, top_k{.k = 4}}}, z, 16, {.seed = 8});
+  for (const expert_id e : a.ids()) ++seen[static_cast<std::size_t>(e)];
+  for (const index_t n : seen) CHECK(std::abs(static_cast<double>(n) - 1000.0) < 150.0);
+  // One lot for the whole batch, another with the next step.
+  const auto drawn = [&](std::uint64_t step) {
+    const assignment b =
+        routed(transformed{candidates{4, row_scope::batch}, router{softmax{}, top_k{.k = 4}}}, z,
+               16, {.seed = 8, .step = step});
+    for (index_t t = 1; t < 50; ++t) REQUIRE(test::bit_difference(b.ids(t), b.ids(0)) == "");
+    return test::listed(b.ids(0));
+  };
+  CHECK(drawn(1) != drawn(2));
+}
+
+TEST_CASE("passes that agree are one pass, and of equal means the surer expert wins") {
+  const std::vector<float> row = test::make_logits(test::shape::quantised, 2, 1, 8);
+  std::vector<float> twice(row);
+  twice.insert(twice.end(), row.begin(), row.end());
+  const router best{softmax{}, top_k{.k = 3}};
+  const assignment a = routed(transformed{pass_logits{.passes = 2}, best}, twice, 16);
+  CHECK(test::listed(a.ids(0)) == test::listed(routed(best, row, 8).ids(0)));
+  const std::vector<float> unsure{1.0f, 0.5f, 0.0f, 0.5f};  // means 0.5 and 0.5
+  CHECK(routed(transformed{pass_logits{.passes = 2}, router{softmax{}, top_k{.k = 1}}}, unsure, 4)
+            .ids(0)[0] == 1);
+}
+
+TEST_CASE("importance by attention is one where attention is even, and gives every token its k") {
+  constexpr index_t n = 6, heads = 2;
+  std::vector<float> even(heads * n * n, 1.0f / n), importance(n);
+  attention_importance({even.data(), heads * n, n}, false, importance);
+  for (const float i : importance) CHECK(std::abs(i - 1.0f / n) < 1e-6f);
+  std::vector<std::int32_t> k(n);
+  k_of_importance(std::vector<float>(n, 0.5f), 1, 4, k);
+  CHECK(k == std::vector<std::int32_t>(n, 1));
+  k_of_importance(std::vector<float>{0.0f, 0.1f, 0.5f, 0.84f, 0.9f, 1.0f}, 1, 4, k);
+  CHECK(k == std::vector<std::int32_t>{1, 1, 3, 4, 4, 4});
+  // Causal: a token that few can see is as important as they find it.
+  std::vector<float> causal(n * n, 0.0f);
+  for (index_t i = 0; i < n; ++i) causal[static_cast<std::size_t>(i * n + i)] = 1.0f;
+  attention_importance({causal.data(), n, n}, true, importance);
+  CHECK(importance[5] == 1.0f);
+  CHECK(importance[0] == 1.0f / n);
+  CHECK(test::refusal([&] { k_of_importance(importance, 3, 2, k); }) ==
+        "moeroute::k_of_importance: least is 3, expected 0 to 2");
+}
+
+TEST_CASE("what does not fit is refused with the field and its value") {
+  CHECK(refused("E=16 k=6 selection=each_group groups=4") ==
+        "moeroute::top_of_each_group: k is 6, expected a multiple of groups = 4");
+  CHECK(refused("E=16 k=4 selection=each_group groups=3") ==
+        "moeroute::top_of_each_group: groups is 3, expected a divisor of E = 16");
+  CHECK(refused("E=8 k=2 selection=top_p p=0.5 ties=higher_id") ==
+        "moeroute::router_spec: ties=higher_id clashes with selection=top_p: only top_k and "
+        "each_group turn ties");
+  CHECK(refused("E=8 k=2 second_logits=weigh passes=2") ==
+        "moeroute::router_spec: second_logits=weigh clashes with passes=2: columns are read one "
+        "way");
+  CHECK(refused("E=8 k=2 second_logits=sigmoid_sum") ==
+        "moeroute::router_spec: second_logits=sigmoid_sum clashes with score=softmax: the sum is "
+        "the score: score=identity");
+  CHECK(refused("E=8 k=2 candidates=9") ==
+        "moeroute::router_spec: candidates is 9, expected 2 to 8");
+  CHECK(refused("E=8 k=2 standardize=-1") ==
+        "moeroute::router_spec: standardize is -1, expected >= 0");
+  CHECK(refused("E=8 k=1 selection=counted count=percentile quantile=2") ==
+        "moeroute::router_spec: quantile is 2, expected 0 to 1");
+  CHECK(refused("E=8 k=1 selection=counted count=entropy entropy_low=2 entropy_high=1 max_k=4")
+            .find("expected at least entropy_low") != std::string::npos);
+  CHECK(refused("E=8 k=1 selection=counted count=tsallis p=0.5 tsallis_q=9").find("q is 9") !=
+        std::string::npos);
+  CHECK(refused("E=8 k=2 steering").find("the spec says steering") != std::string::npos);
+  const std::vector<expert_id> all{0, 1, 2, 3, 4, 5, 6}, twice{1, 1}, far{8};
+  CHECK(refused("E=8 k=2 steering", {.steer = {.suppress = all}}) ==
+        "moeroute::steering: experts that are not suppressed is 1, expected 2 to 8");
+  CHECK(refused("E=8 k=2 steering", {.steer = {.promote = twice}}) ==
+        "moeroute::steering: promote has expert 1 twice");
+  CHECK(refused("E=8 k=2 steering", {.steer = {.promote = far}}) ==
+        "moeroute::steering: promote is 8, expected 0 to 7");
+  const std::vector<float> eight(8, 0.5f), seven(7, 0.5f), four(4, 0.5f);
+  CHECK(refused("E=8 k=2 score=sigmoid bias=by_class", {.bias = eight, .second_bias = seven}) ==
+        "moeroute::make_router: second_bias.size() is 7, expected 8");
+  const router by_class{sigmoid{},
+                        class_bias<>{{.k = 2}, {selection_bias(four), selection_bias(four)}}};
+  CHECK(test::refusal([&] { routed(by_class, four, 4); }) ==
+        "moeroute::class_bias: side_inputs::modality is missing");
+}
+
+}  // namespace rare_rules_tests
