@@ -8,6 +8,7 @@
 
 #include "support/arches.hpp"
 #include "support/compare.hpp"
+#include "support/refusal.hpp"
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
 
@@ -146,4 +147,29 @@ TEST_CASE("jitter multiplies every element by a number within eps of 1, and repl
   CHECK(std::abs(m.mean - 2) < 0.07);
   for (const float v : y) CHECK((v >= 1.75f && v <= 2.25f));
   CHECK(m.variance > 0.005);
+}
+
+TEST_CASE("Gaussian noise on inputs multiplies and adds as asked, replays, and is off at 0") {
+  constexpr index_t rows = 60, cols = 70;
+  const std::vector<float> x(rows * cols, 2.0f);
+  std::vector<float> y(x), z(x);
+  const side_inputs side{.seed = 5, .step = 2};
+  const auto noisy = [&](float factor, float addend, std::vector<float>& out) {
+    gaussian_rows(matrix_view<const float>(x.data(), rows, cols), factor, addend, side,
+                  matrix_view<float>(out.data(), rows, cols));
+  };
+  noisy(0.0f, 0.0f, y);
+  CHECK(y == x);
+  for (const auto& [factor, addend] : {std::pair{0.1f, 0.0f}, std::pair{0.0f, 0.3f}}) {
+    noisy(factor, addend, y);
+    noisy(factor, addend, z);
+    CHECK(y == z);
+    double sum = 0, square = 0;
+    for (const float v : y) sum += double{v} - 2.0, square += (double{v} - 2.0) * (double{v} - 2.0);
+    const double n = rows * cols, deviation = 2.0 * double{factor} + double{addend};
+    CHECK(std::abs(sum / n) < 5 * deviation / std::sqrt(n));
+    CHECK(std::abs(square / n / (deviation * deviation) - 1.0) < 0.1);
+  }
+  CHECK(test::refusal([&] { noisy(-1.0f, 0.0f, y); }) ==
+        "moeroute::gaussian_rows: factor is -1.000000, expected >= 0");
 }

@@ -43,7 +43,9 @@ constexpr router_traits traits_of(const router_spec& s) {
                       s.selection == selection_kind::sparsemixer;
   return {
       .monotone = by_score && plain,
+      // Sums of logits of groups with fewer experts than others are not.
       .shift_invariant = s.score == score_kind::softmax && s.softcap == 0.0f && !s.weight_apart &&
+                         (s.groups == 1 || s.domain == score_domain::all) &&
                          s.selection != selection_kind::sparsemixer,
       .relabelling = by_score && s.groups == 1 && s.candidates == 0,
       .weights_sum_to_one = (softmax_selected || (s.normalize == normalization::sum &&

@@ -134,4 +134,38 @@ void jitter_rows(const X& x_rows, float eps, const side_inputs& side, Y&& out_ro
     }
 }
 
+/// out = x * (1 + factor * n) + addend * m with n and m standard normal, a pair for every element,
+/// by counter: the noisy copy of the input of S2MoE (Do et al. 2025), whose weights of the two are
+/// the caller's. Training only; out may be x.
+///
+/// Throws: error where shapes do not fit, rows run into one another, the two overlap without being
+/// the same, or factor or addend is negative or not finite.
+template <readable_rows X, writable_rows Y, class A = simd::default_arch>
+void gaussian_rows(const X& x_rows, float factor, float addend, const side_inputs& side,
+                   Y&& out_rows) {
+  const auto x = const_view(x_rows);
+  const auto out = view(out_rows);
+  check_size("gaussian_rows", "out.rows", out.rows, x.rows);
+  check_size("gaussian_rows", "out.cols", out.cols, x.cols);
+  check_stride("gaussian_rows", "x", x);
+  check_stride("gaussian_rows", "out", out);
+  check_apart_or_same("gaussian_rows", "x", x, "out", out);
+  if (!(factor >= 0.0f) || !std::isfinite(factor))
+    fail_value("gaussian_rows", "factor", static_cast<double>(factor), ">= 0");
+  if (!(addend >= 0.0f) || !std::isfinite(addend))
+    fail_value("gaussian_rows", "addend", static_cast<double>(addend), ">= 0");
+  const std::uint64_t stream = detail::random_stream(detail::random_use::input_noise, side.step);
+  for (index_t t = 0; t < x.rows; ++t)
+    for (index_t c = 0; c < x.cols; ++c) {
+      const random_words words =
+          random_block(side.seed, stream, static_cast<std::uint64_t>(t * x.cols + c));
+      const auto normal = [](std::uint32_t word) {
+        return detail::normal_quantile<A>(simd::vfloat<A>(open_u01_of(word))).get(0);
+      };
+      const float scaled =
+          static_cast<float>(x(t, c)) * std::fma(factor, normal(words.word[0]), 1.0f);
+      out(t, c) = static_cast<element_of<Y>>(std::fma(addend, normal(words.word[1]), scaled));
+    }
+}
+
 }  // namespace moeroute

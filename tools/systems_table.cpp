@@ -1,0 +1,231 @@
+// docs/systems.md: the routing systems of the field, and what of the library each of them is.
+//
+//   systems_table                          writes the page to stdout
+//   systems_table --check docs/systems.md  says where the page differs, which spec does not parse
+//                                          and which test is not there; exit code 1
+//
+// Runs in the folder of the sources: the tests that a row names are looked for.
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <moeroute/policy/spec_text.hpp>
+#include <sstream>
+#include <string>
+#include <string_view>
+
+namespace {
+
+enum state { works, partly, not_here };
+
+struct system_row {
+  const char* kind;
+  const char* name;
+  state is;
+  const char* by;       // a spec where it begins with E=, else where in the library or the examples
+  const char* test;     // file in tests/, a colon, and what one of its titles begins with
+  const char* missing;  // of what is partly or not here
+};
+
+constexpr system_row rows[] = {
+    // clang-format off
+    {"Token to expert inside a model", "Unified Scaling Laws (S-BASE, hash, RL-R)", works, "E=64 k=1 score=softmax selection=sinkhorn", "policy/make_batch_router_test.cpp: a batch rule from a line of text decides", ""},
+    {"Token to expert inside a model", "On DeepSeekMoE (shared experts, normalised sigmoid)", works, "E=64 k=6 score=sigmoid normalize=sum shared_experts=2", "policy/weight_test.cpp: normalised weights sum to the scale", ""},
+    {"Token to expert inside a model", "Expert Choice as in pMoE (patches)", works, "E=64 score=softmax selection=expert_choice take_factor=2 sequence=196", "policy/expert_choice_test.cpp: tokens of one sequence do not compete with those of another", ""},
+    {"Token to expert inside a model", "Nucleus-Image", works, "E=64 score=softmax selection=expert_choice normalize=sum eps=9.99999996e-13 scale=2.5 take_factor=2 sequence=256", "layer/moe_layer_gates_test.cpp: the router's rows are its own", ""},
+    {"Token to expert inside a model", "Routers in Vision MoE", works, "E=32 score=softmax selection=sinkhorn_expert_choice take_factor=1", "policy/make_batch_router_test.cpp: a batch rule from a line of text decides", ""},
+    {"Token to expert inside a model", "Selective Sinkhorn Routing", works, "E=64 k=2 score=softmax selection=selective_sinkhorn probability=0.00100000005", "policy/make_batch_router_test.cpp: a batch rule from a line of text decides", ""},
+    {"Token to expert inside a model", "Sparsity-Constrained OT", works, "E=32 score=softmax selection=sparse_transport take_factor=1", "policy/sparse_transport_test.cpp: at every step columns sum to T / E and have at most k entries", ""},
+    {"Token to expert inside a model", "ReMoE", works, "E=8 k=2 score=relu selection=threshold threshold=0", "policy/threshold_test.cpp: the weight goes to 0 with its logit", ""},
+    {"Token to expert inside a model", "BlockFFN", works, "E=40 k=2 score=relu selection=threshold eps=9.99999975e-06 threshold=0 row_norm=rms", "policy/threshold_test.cpp: the scores are divided by their RMS over all experts", ""},
+    {"Token to expert inside a model", "Harder Tasks Need More Experts (top-p)", works, "E=16 k=2 score=softmax selection=top_p p=0.400000006 crossing=include_strict", "policy/top_p_test.cpp: top-p takes the shortest prefix that reaches the mass", ""},
+    {"Token to expert inside a model", "DynMoLE", works, "E=8 k=2 score=softmax selection=counted normalize=sum count=tsallis tsallis_q=1.10000002 dense_above=0.899999976 p=0.75 min_k=2", "policy/rare_rules_test.cpp: undecided tokens take every expert", ""},
+    {"Token to expert inside a model", "DynaMoE", works, "E=16 k=2 score=softmax score_domain=selected selection=counted count=percentile quantile=0.75 max_k=8", "policy/rare_rules_test.cpp: a share of the best, a percentile and an entropy count what double counts", ""},
+    {"Token to expert inside a model", "DA-MoE", works, "policy/row/counted.hpp: attention_importance, k_of_importance into side_inputs::k_of_token", "policy/rare_rules_test.cpp: importance by attention is one where attention is even", ""},
+    {"Token to expert inside a model", "OmniMoE", partly, "E=1024 k=16 score=softmax selection=product_keys", "policy/rare_rules_test.cpp: the Cartesian router has the weights of its golden vector", "the kernel of atomic experts"},
+    {"Token to expert inside a model", "Yuan 2.0-M32 (attention router)", works, "examples/support/own_gates.hpp", "examples/own_gates_test.cpp: an attention router is softmax", ""},
+    {"Token to expert inside a model", "RMoE", works, "examples/support/own_gates.hpp", "examples/own_gates_test.cpp: a recurrent router's logits are G h", ""},
+    {"Token to expert inside a model", "HyperRouter", works, "examples/support/own_gates.hpp", "examples/own_gates_test.cpp: a hyper-router is the linear gate", ""},
+    {"Token to expert inside a model", "Omni-router", works, "layer/moe_layer.hpp: one gate, shared by reference", "layer/moe_layer_gates_test.cpp: a layer has the same bits by its gate, by a shared one", ""},
+    {"Token to expert inside a model", "Mixture of Routers", works, "examples/support/own_gates.hpp", "examples/own_gates_test.cpp: a mixture of routers is a distribution", ""},
+    {"Token to expert inside a model", "Router Upcycling", works, "examples/support/own_gates.hpp", "examples/own_gates_test.cpp: a multi-head router averages", ""},
+    {"Token to expert inside a model", "Equifinality / ST-MoE", partly, "stage/gate.hpp: cosine gate, low rank; tables and random choices", "stage/gates_test.cpp: a low-rank cosine gate", "halting by relative norm"},
+    {"Token to expert inside a model", "LocMoE", partly, "stage/gate.hpp: cosine gate", "stage/gates_test.cpp: a cosine gate", "the locality loss and the bound of its capacity"},
+    {"Token to expert inside a model", "SMILE", works, "E=64 k=1 score=softmax selection=product_keys first_keys=8", "policy/rare_rules_test.cpp: the Cartesian router has the weights of its golden vector", ""},
+    {"Token to expert inside a model", "SAM (Switch and Mixture)", partly, "E=16 k=2 score=softmax groups=4 topk_group=1 group_score=sum group_fill=-inf", "policy/rare_rules_test.cpp: the sum of a group's probabilities picks the group", "the alignment loss"},
+    {"Token to expert inside a model", "Union of Experts", works, "examples/support/depth_routers.hpp", "examples/depth_routers_test.cpp: a union of all slices is the dense network", ""},
+    {"Token to expert inside a model", "StableMoE", works, "E=64 k=1 score=sigmoid selection=hash_table", "stage/combine_test.cpp: x gets what the weights of a token leave of 1", ""},
+    {"Token to expert inside a model", "VQMoE", works, "stage/gate.hpp: codebook gate", "stage/gates_test.cpp: a codebook gate's best expert has the nearest code", ""},
+    {"Token to expert inside a model", "S2MoE", partly, "policy/parts/noise.hpp: gaussian_rows", "policy/noise_test.cpp: Gaussian noise on inputs", "its two passes and the gate between them"},
+    {"Token to expert inside a model", "THOR", works, "policy/row/explore.hpp: every batch explores", "policy/explore_test.cpp: a batch that explores has the same experts for every token", ""},
+    {"Token to expert inside a model", "SMoE-Dropout", works, "E=16 k=2 score=softmax score_domain=selected", "balance/sparsity_controller_test.cpp: k of an annealing is the nearest", ""},
+    {"Token to expert inside a model", "Autonomy-of-Experts", works, "examples/support/own_gates.hpp", "examples/own_gates_test.cpp: autonomous experts rank by the norm", ""},
+    {"Token to expert inside a model", "CompeteSMoE", works, "examples/support/own_gates.hpp", "examples/own_gates_test.cpp: in competition the experts with the largest outputs win", ""},
+    {"Token to expert inside a model", "Graph of Tokens", works, "examples/support/own_gates.hpp", "examples/own_gates_test.cpp: decisions mixed by attention change less under noise", ""},
+    {"Token to expert inside a model", "Chain-of-Experts", partly, "layer/moe_layer.hpp over one set of experts", "layer/moe_layer_gates_test.cpp: a layer adds to its output where told to", "an example of its passes"},
+    {"Token to expert inside a model", "ReXMoE", works, "E=256 k=8 score=softmax normalize=sum candidates=64 candidate_scope=batch", "policy/rare_rules_test.cpp: every expert is a candidate as often as any other", ""},
+    {"Token to expert inside a model", "Rectify-Router", works, "stage/rectify.hpp", "stage/rectify_test.cpp: after rectification within a rank", ""},
+    {"Token to expert inside a model", "OpenMoE", works, "metrics/drops.hpp: drops_by_position", "stage/capacity_test.cpp: by position the drops fall on the end of the batch", ""},
+    {"Token to expert inside a model", "SpeechMoE", works, "layer/moe_layer.hpp: rows of the router's own; balance/loss_token.hpp", "layer/moe_layer_gates_test.cpp: the router's rows are its own", ""},
+    {"Token to expert inside a model", "ERC loss", works, "balance/loss_router.hpp", "balance/loss_router_test.cpp: coupling is its formula", ""},
+    {"Token to expert inside a model", "DPSL", works, "balance/loss_prior.hpp", "balance/loss_prior_test.cpp: the prior's loss is the squared distance of ranks", ""},
+    {"Token to expert inside a model", "RoMA", works, "stage/router_target.hpp", "stage/router_training_test.cpp: neighbours pull at one another", ""},
+    {"Token to expert inside a model", "BIP balancing", works, "balance/bip.hpp", "balance/bip_test.cpp: more iterations balance better", ""},
+    {"Token to expert inside a model", "ALF-LB theory", works, "balance/bias_controller.hpp", "balance/bias_controller_test.cpp: a step changes the Lagrangian of its own choice", ""},
+    {"Token to expert inside a model", "MAGNET", partly, "balance/loss_sums.hpp, loss_token.hpp", "balance/loss_sums_test.cpp: mean importance and batch entropy are their formulas", "the switch by entropy: ten lines of the caller's"},
+    {"Token to expert inside a model", "LLaVA-DyMoE", not_here, "", "", "training of old and new groups of experts"},
+    {"Token to expert inside a model", "SAME", works, "stage/retained_inputs.hpp", "stage/router_training_test.cpp: a projected update leaves the logits of what is retained", ""},
+    {"Token to expert inside a model", "GRIP", works, "stage/retained_inputs.hpp", "stage/router_training_test.cpp: a projected update leaves the logits of what is retained", ""},
+    {"Token to expert inside a model", "RL for MoE (router-aware importance sampling)", works, "stage/policy_gradient.hpp", "stage/router_training_test.cpp: a router's shift is 1 where nothing moved", ""},
+    {"Token to expert inside a model", "Rewiring Experts on the Fly", works, "policy/parts/logit_transform.hpp: add, and its gradient", "policy/logit_transform_test.cpp: temperature divides, the soft-cap is", ""},
+    {"Token to expert inside a model", "Multilingual routing (steering)", works, "E=128 k=8 score=softmax normalize=sum steering", "policy/rare_rules_test.cpp: promoted experts come first where they are promoted hard", ""},
+    {"Token to expert inside a model", "AdvMoE", works, "metrics/agreement.hpp", "metrics/agreement_test.cpp: differing choices are counted per choice", ""},
+    {"Token to expert inside a model", "Towards Understanding MoE", works, "E=8 k=1 score=softmax noise=gaussian", "policy/noise_test.cpp: Gaussian noise has mean 0 and the variance asked for", ""},
+    {"Token to expert inside a model", "PMoE", partly, "policy/parts/row_transform.hpp: steering suppresses what is not there yet", "policy/rare_rules_test.cpp: promoted experts come first where they are promoted hard", "a helper that adds experts"},
+    {"Token to expert inside a model", "MoFME (uncertainty router)", partly, "E=16 k=2 score=softmax passes=8", "policy/rare_rules_test.cpp: passes that agree are one pass", "experts that modulate features; its formula is not known"},
+    {"Depth, states, attention, heads, pixels", "Mixture of States", works, "policy/row/explore.hpp", "policy/explore_test.cpp: rank r of a token is included with probability", ""},
+    {"Depth, states, attention, heads, pixels", "MoBA / FlashMoBA", partly, "route() on scores of blocks", "policy/every_router_test.cpp: every kind of router takes no tokens", "means of blocks and the causal fill"},
+    {"Depth, states, attention, heads, pixels", "Routing Transformer", partly, "stage/gate.hpp: codebook gate, its centroids moved; expert choice", "stage/gates_test.cpp: a code moves to the mean of its tokens", "an example of both together"},
+    {"Depth, states, attention, heads, pixels", "Router-Tuning / MindSkip", works, "examples/support/depth_routers.hpp", "examples/depth_routers_test.cpp: a sequence skips a block by the mean of its prompt", ""},
+    {"Depth, states, attention, heads, pixels", "Dr.LLM", works, "examples/support/depth_routers.hpp", "examples/depth_routers_test.cpp: a layer is skipped, executed or repeated", ""},
+    {"Depth, states, attention, heads, pixels", "Duo-LLM", partly, "layer/moe_layer.hpp: experts of several sizes, zero and identity ones", "layer/moe_layer_options_test.cpp: identity experts give the token", "its oracle"},
+    {"Depth, states, attention, heads, pixels", "FTP", works, "examples/support/depth_routers.hpp", "examples/depth_routers_test.cpp: tokens are pruned by figures of theirs", ""},
+    {"Depth, states, attention, heads, pixels", "Informed Routing", works, "stage/sequences.hpp", "stage/sequences_test.cpp: a block runs on a sequence as often as decided", ""},
+    {"Depth, states, attention, heads, pixels", "Pruning All-Rounder (PAR)", not_here, "", "", "a meta-router over flows of pruning"},
+    {"Depth, states, attention, heads, pixels", "APTP", partly, "E=16 k=1 score=softmax selection=sinkhorn", "policy/sinkhorn_test.cpp: a skewed batch becomes nearly even", "its gate and contrastive loss are outside"},
+    {"Depth, states, attention, heads, pixels", "Stochastic KV Routing", partly, "E=2 k=1 score=uniform selection=random", "policy/random_choice_test.cpp: random choices replay", "an example"},
+    {"Depth, states, attention, heads, pixels", "PVChat (ReLU mixture of heads)", partly, "E=8 k=2 score=relu selection=threshold threshold=0", "policy/threshold_test.cpp: a token may choose no expert", "its losses"},
+    {"Depth, states, attention, heads, pixels", "SplatWeaver", partly, "E=4 k=1 score=softmax zero_experts=1", "layer/moe_layer_options_test.cpp: identity experts give the token", "guidance by a prior"},
+    {"Depth, states, attention, heads, pixels", "AdaptDHM", partly, "stage/gate.hpp: codebook gate", "stage/gates_test.cpp: a code moves to the mean of its tokens", "an example"},
+    {"Depth, states, attention, heads, pixels", "MST-Distill", partly, "E=4 k=2 score=softmax", "stage/router_training_test.cpp: distillation is its formula", "an example"},
+    {"Depth, states, attention, heads, pixels", "DORNet", partly, "E=4 k=1 score=softmax", "policy/router_test.cpp: a masked logit is not chosen", "an example"},
+    {"Adapters and merging", "Multi-Head Adapter Routing", not_here, "", "", "adapters as experts and merging of parameters"},
+    {"Adapters and merging", "FlyLoRA", not_here, "", "", "adapters as experts and merging of parameters"},
+    {"Adapters and merging", "Queryable LoRA", not_here, "", "", "adapters as experts and merging of parameters"},
+    {"Adapters and merging", "FeRA", not_here, "", "", "adapters as experts and merging of parameters"},
+    {"Adapters and merging", "Glider", not_here, "", "", "adapters as experts and merging of parameters"},
+    {"Adapters and merging", "SMEAR", not_here, "", "", "adapters as experts and merging of parameters"},
+    {"Adapters and merging", "LoRA-Mixer", partly, "balance/loss_count.hpp: specialisation_loss", "balance/loss_count_test.cpp: specialisation balance is its formula", "adapters as experts"},
+    {"Adapters and merging", "ReMix", works, "stage/policy_gradient.hpp: drawn experts, leave-one-out", "stage/router_training_test.cpp: advantages of a token sum to 0", ""},
+    {"Systems, measures, compression", "Local routing consistency (SRP, SCH)", works, "metrics/segment.hpp", "metrics/segment_test.cpp: segment performance is its definition", ""},
+    {"Systems, measures, compression", "Standing Committee", works, "metrics/committee.hpp", "metrics/segment_test.cpp: the committee fed in batches", ""},
+    {"Systems, measures, compression", "Least-Loaded EP", works, "placement: spill plans", "placement/planners_test.cpp: spilling gives the vectors", ""},
+    {"Systems, measures, compression", "Expert-as-a-Service", works, "placement: dead ranks", "placement/planners_test.cpp: without its dead ranks a placement has empty slots", ""},
+    {"Systems, measures, compression", "ExpertFlow", works, "residency: predictors, prefetch, regrouping", "residency/ahead_test.cpp: regrouped requests read no more experts", ""},
+    {"Systems, measures, compression", "Read-ME", works, "residency: who knows the future", "residency/ahead_test.cpp: who knows the future loads nothing on demand", ""},
+    {"Systems, measures, compression", "REAP", not_here, "", "", "saliency and pruning of experts"},
+    {"Systems, measures, compression", "M-SMoE / MC-SMoE", not_here, "", "", "grouping and merging of experts"},
+    {"Systems, measures, compression", "LaDiMo", not_here, "", "", "a policy per layer from a profile of weights"},
+    {"Query to model", "RouteLLM", works, "examples/10_models_as_experts.cpp", "examples/query_routing_test.cpp: by threshold: the strong model", ""},
+    {"Query to model", "CARROT", works, "examples/10_models_as_experts.cpp", "examples/query_routing_test.cpp: by cost: the best model", ""},
+    {"Query to model", "Universal Model Routing", partly, "policy/parts/logit_transform.hpp: add", "policy/logit_transform_test.cpp: temperature divides, the soft-cap is", "features of unseen models"},
+    {"Query to model", "PORT (training-free online routing)", works, "examples/10_models_as_experts.cpp", "examples/query_routing_test.cpp: prices of budgets serve more", ""},
+    {"Query to model", "BaRP, GreenServ, POLAR (bandits)", works, "examples/10_models_as_experts.cpp", "examples/query_routing_test.cpp: a linear bandit", ""},
+    {"Query to model", "GlimpRouter, ACAR, SafeRoute, NanoVLA, Budget-Aware Agentic, BudgetMem", works, "examples/10_models_as_experts.cpp", "examples/query_routing_test.cpp: a cascade asks until a model is sure", ""},
+    {"Query to model", "RouterDC, GraphRouter, RAGRouter, ProbeDirichlet, SCOPE, Lookahead, Arch-Router, vLLM Semantic Router, MoDEM, RouterRetriever, MasRouter, AgentRouter", partly, "route() on given scores", "examples/query_routing_test.cpp: by threshold: the strong model", "the learned scores are made outside"},
+    {"Query to model", "Composition of Experts", works, "E=16 k=1 score=uniform selection=hash_table", "policy/table_test.cpp: a clustered table sends a cluster to one expert", ""},
+    {"Query to model", "FusionRoute, Mixture of Thoughts, Paris", partly, "route() on given scores", "examples/query_routing_test.cpp: by threshold: the strong model", "adding up logits and cross-attention of models"},
+    {"Query to model", "RouterBench, RouterArena, VL-RouterBench, router robustness", not_here, "", "", "benchmarks of query routers"},
+    {"Query to model", "DualMap", works, "residency: two choices", "residency/ahead_test.cpp: two choices level a Zipf load", ""},
+    {"Query to model", "Intelligent Router, Learned Best-Effort, WRP", not_here, "", "", "scheduling of requests"},
+    {"Query to model", "Router-R1, xRouter, TCAR, ToolACE-MCP, AMRO-S, AgentSwing, Self-Healing Router", not_here, "", "", "language models, ants or graphs that route: no arrays in and out"},
+    // clang-format on
+};
+
+bool is_spec(std::string_view by) { return by.starts_with("E="); }
+
+// What is wrong with the rows themselves.
+int broken_rows() {
+  int broken = 0;
+  const auto say = [&](const system_row& row, const std::string& what) {
+    std::fprintf(stderr, "%s: %s\n", row.name, what.c_str());
+    ++broken;
+  };
+  for (const system_row& row : rows) {
+    if (is_spec(row.by)) {
+      try {
+        const std::string again = to_string(moeroute::parse_spec(row.by));
+        if (again != row.by)
+          say(row, std::string("'") + row.by + "' is printed as '" + again + "'");
+      } catch (const moeroute::error& refused) {
+        say(row, refused.what());
+      }
+    }
+    const std::string_view test = row.test;
+    if (row.is == not_here) continue;
+    const std::size_t colon = test.find(": ");
+    if (colon == test.npos) {
+      say(row, "names no test");
+      continue;
+    }
+    const std::string path = "tests/" + std::string(test.substr(0, colon));
+    std::ifstream file(path);
+    std::ostringstream text;
+    text << file.rdbuf();
+    if (!file || text.str().find('"' + std::string(test.substr(colon + 2))) == std::string::npos)
+      say(row, path + " has no test whose title begins with '" +
+                   std::string(test.substr(colon + 2)) + "'");
+  }
+  return broken;
+}
+
+std::string page() {
+  int count[3] = {};
+  for (const system_row& row : rows) ++count[row.is];
+  std::ostringstream out;
+  out << "# The field's routing systems\n\n"
+         "<!-- Made by tools/systems_table.cpp; a test compares. "
+         "After a change: build/ci/tests/systems_table > docs/systems.md -->\n\n"
+      << std::size(rows) << " published systems: " << count[works]
+      << " work (their defining step is in a header or an example, and a test names it), "
+      << count[partly] << " partly (the rest is said), " << count[not_here]
+      << " are not here. Where the third column is a line of text, `parse_spec` reads it and "
+         "`with_router` makes the router; sizes are examples. [models.md](models.md) has the "
+         "routers of published models.\n";
+  std::string_view kind;
+  for (const system_row& row : rows) {
+    if (kind != row.kind) {
+      kind = row.kind;
+      out << "\n## " << kind
+          << "\n\n| system | state | by | test | missing |\n|---|---|---|---|---|\n";
+    }
+    out << "| " << row.name << " | "
+        << (row.is == works    ? "works"
+            : row.is == partly ? "partly"
+                               : "not here")
+        << " | ";
+    if (is_spec(row.by))
+      out << '`' << row.by << '`';
+    else
+      out << row.by;
+    out << " | " << row.test << " | " << row.missing << " |\n";
+  }
+  return out.str();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string made = page();
+  if (argc == 1) {
+    std::fwrite(made.data(), 1, made.size(), stdout);
+    return 0;
+  }
+  if (argc != 3 || std::string_view(argv[1]) != "--check") {
+    std::fputs("usage: systems_table [--check FILE]\n", stderr);
+    return 2;
+  }
+  if (broken_rows() > 0) return 1;
+  std::ifstream file(argv[2]);
+  std::istringstream now(made);
+  std::string there, expected;
+  for (int line = 1;; ++line) {
+    const bool more = static_cast<bool>(std::getline(now, expected));
+    const bool has = static_cast<bool>(std::getline(file, there));
+    if (!more && !has) return 0;
+    if (more != has || there != expected) {
+      std::fprintf(stderr, "%s:%d: differs from the table, which has\n  %s\n", argv[2], line,
+                   more ? expected.c_str() : "no more lines");
+      return 1;
+    }
+  }
+}
