@@ -6,6 +6,29 @@
 #include <concepts>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
+
+// Where xsimd has no registers its arrays stand in for them.
+#if !defined(MOEROUTE_NO_SIMD) && !defined(__SSE2__) && !defined(__ARM_NEON) &&     \
+    !defined(__ARM_FEATURE_SVE) && !defined(__riscv_vector) && !defined(__VSX__) && \
+    !defined(__wasm_simd128__)
+#define MOEROUTE_NO_SIMD
+#endif
+#if defined(MOEROUTE_NO_SIMD)
+#if defined(__AVX__)
+#error \
+    "[moeroute] MOEROUTE_NO_SIMD replaces registers by arrays; compile without -mavx and -march=native, or without MOEROUTE_NO_SIMD"
+#endif
+#if !defined(XSIMD_WITH_EMULATED)
+#if defined(XSIMD_HPP)
+#error "[moeroute] include moeroute before xsimd, or define XSIMD_WITH_EMULATED to 1"
+#endif
+#define XSIMD_WITH_EMULATED 1
+#endif
+#undef XSIMD_ENABLE_XTL_COMPLEX  // with which its arrays do not compile (13.2)
+#include <xsimd/config/xsimd_config.hpp>
+#undef XSIMD_NO_SUPPORTED_ARCHITECTURE  // it does not count its arrays
+#endif
 #include <xsimd/xsimd.hpp>
 
 #include <moeroute/base/config.hpp>
@@ -20,7 +43,9 @@ namespace moeroute::simd {
 /// The best instruction set that the compiler was told about. Arch is the last template parameter
 /// of everything in simd/, so that one program may hold several (one per translation unit and flag
 /// set).
-#if XSIMD_WITH_FMA3_AVX2 && !XSIMD_WITH_AVX512F
+#if defined(MOEROUTE_NO_SIMD)
+using default_arch = xsimd::emulated<256>;
+#elif XSIMD_WITH_FMA3_AVX2 && !XSIMD_WITH_AVX512F
 using default_arch = xsimd::fma3<xsimd::avx2>;  // xsimd would prefer AVX-VNNI, to which it gives no
                                                 // fused multiply-add
 #else
@@ -33,6 +58,10 @@ template <class A = default_arch>
 using vint = xsimd::batch<std::int32_t, A>;
 template <class A = default_arch>
 using vmask = xsimd::batch_bool<float, A>;
+
+/// Whether registers of A are arrays, of which the compiler makes what it can: MOEROUTE_NO_SIMD.
+template <class A>
+inline constexpr bool is_portable = std::is_class_v<typename vfloat<A>::register_type>;
 
 /// Floats in one register.
 template <class A = default_arch>

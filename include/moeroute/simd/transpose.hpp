@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include <moeroute/simd/batch.hpp>
 
@@ -13,6 +14,20 @@ namespace moeroute::simd {
 
 template <class A = default_arch>
 using vdouble = xsimd::batch<double, A>;
+
+namespace detail {
+
+// Where registers are arrays. Out of line: inlined, g++ 12 makes wrong code of it.
+template <class T, int n, class V>
+MOEROUTE_OUT_OF_LINE void transpose_lanes(V* x) {
+  alignas(alignment) T lane[n][n];
+  for (int i = 0; i < n; ++i) x[i].store_aligned(lane[i]);
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < i; ++j) std::swap(lane[i][j], lane[j][i]);
+  for (int i = 0; i < n; ++i) x[i] = V::load_aligned(lane[i]);
+}
+
+}  // namespace detail
 
 /// Transposes `width` registers of `width` floats in place.
 template <class A>
@@ -49,7 +64,11 @@ MOEROUTE_INLINE void transpose(vfloat<A>* x) {
     return;
   } else
 #endif
+      if constexpr (is_portable<A>) {
+    detail::transpose_lanes<float, width<A>>(x);
+  } else {
     xsimd::transpose(x, x + width<A>);
+  }
 }
 
 /// Transposes width / 2 registers of as many doubles in place.
@@ -77,7 +96,9 @@ MOEROUTE_INLINE void transpose(vdouble<A>* x) {
     return;
   } else
 #endif
-      if constexpr (width<A> == 4) {
+      if constexpr (is_portable<A>) {
+    detail::transpose_lanes<double, width<A> / 2>(x);
+  } else if constexpr (width<A> == 4) {
     const vdouble<A> first = x[0];
     x[0] = xsimd::zip_lo(first, x[1]);
     x[1] = xsimd::zip_hi(first, x[1]);

@@ -48,33 +48,75 @@ MOEROUTE_INLINE R unzipped(R first, R second, std::index_sequence<j...>) {
       first, second, (static_cast<int>(j / 4 * 4 + j % 2 * 2 + odd) + (j % 4 / 2 ? w : 0))...);
 }
 
+// Ranks of their lower and upper words, and back. Without registers a lane at a time, whatever the
+// order of the words in memory is.
+template <class A>
+MOEROUTE_INLINE ranked<A> joined_words(vint<A> low, vint<A> high) {
+  constexpr int w = width<A>;
+  if constexpr (is_portable<A>) {
+    alignas(alignment) std::int32_t l[w], h[w];
+    alignas(alignment) double rank[2][w / 2];
+    low.store_aligned(l);
+    high.store_aligned(h);
+    for (int p = 0; p < 2; ++p)
+      for (int i = 0; i < w / 2; ++i) {
+        const int lane = ranked<A>::lane(p, i);
+        rank[p][i] =
+            std::bit_cast<double>(std::uint64_t{static_cast<std::uint32_t>(h[lane])} << 32 |
+                                  static_cast<std::uint32_t>(l[lane]));
+      }
+    return {{vdouble<A>::load_aligned(rank[0]), vdouble<A>::load_aligned(rank[1])}};
+  } else {
+    using words = typename vfloat<A>::register_type;
+    constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(w)>{};
+    const words l = xsimd::bitwise_cast<float>(low), h = xsimd::bitwise_cast<float>(high);
+    return {{xsimd::bitwise_cast<double>(vfloat<A>(zipped<A, 0>(l, h, lanes))),
+             xsimd::bitwise_cast<double>(vfloat<A>(zipped<A, 1>(l, h, lanes)))}};
+  }
+}
+
+template <class A>
+MOEROUTE_INLINE void split_words(const ranked<A>& x, vint<A>& low, vint<A>& high) {
+  constexpr int w = width<A>;
+  if constexpr (is_portable<A>) {
+    alignas(alignment) std::int32_t l[w], h[w];
+    alignas(alignment) double rank[w / 2];
+    for (int p = 0; p < 2; ++p) {
+      x.part[p].store_aligned(rank);
+      for (int i = 0; i < w / 2; ++i) {
+        const auto bits = std::bit_cast<std::uint64_t>(rank[i]);
+        l[ranked<A>::lane(p, i)] = static_cast<std::int32_t>(bits);
+        h[ranked<A>::lane(p, i)] = static_cast<std::int32_t>(bits >> 32);
+      }
+    }
+    low = vint<A>::load_aligned(l);
+    high = vint<A>::load_aligned(h);
+  } else {
+    using words = typename vfloat<A>::register_type;
+    constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(w)>{};
+    const words first = xsimd::bitwise_cast<float>(x.part[0]);
+    const words second = xsimd::bitwise_cast<float>(x.part[1]);
+    low = xsimd::bitwise_cast<std::int32_t>(vfloat<A>(unzipped<0>(first, second, lanes)));
+    high = xsimd::bitwise_cast<std::int32_t>(vfloat<A>(unzipped<1>(first, second, lanes)));
+  }
+}
+
 }  // namespace detail
 
 /// Requires: values are not NaN; columns are in [-1, 2^20).
 template <class A>
 MOEROUTE_INLINE ranked<A> rank(vfloat<A> value, vint<A> column) {
-  using words = typename vfloat<A>::register_type;
-  constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(width<A>)>{};
   const vint<A> bits = xsimd::bitwise_cast<std::int32_t>(value + vfloat<A>(0.0f));
   // A larger lower half makes a positive double larger and a negative one smaller.
-  const words low = xsimd::bitwise_cast<float>(~column ^ (bits >> 31));
-  const words high = xsimd::bitwise_cast<float>(bits + vint<A>(detail::rank_offset));
-  return {{xsimd::bitwise_cast<double>(vfloat<A>(detail::zipped<A, 0>(low, high, lanes))),
-           xsimd::bitwise_cast<double>(vfloat<A>(detail::zipped<A, 1>(low, high, lanes)))}};
+  return detail::joined_words<A>(~column ^ (bits >> 31), bits + vint<A>(detail::rank_offset));
 }
 
 /// The value (zeros without their sign) and the column of every lane.
 template <class A>
 MOEROUTE_INLINE void unrank(const ranked<A>& x, vfloat<A>& value, vint<A>& column) {
-  using words = typename vfloat<A>::register_type;
-  constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(width<A>)>{};
-  const words first = xsimd::bitwise_cast<float>(x.part[0]);
-  const words second = xsimd::bitwise_cast<float>(x.part[1]);
-  const vint<A> low =
-      xsimd::bitwise_cast<std::int32_t>(vfloat<A>(detail::unzipped<0>(first, second, lanes)));
-  const vint<A> bits =
-      xsimd::bitwise_cast<std::int32_t>(vfloat<A>(detail::unzipped<1>(first, second, lanes))) -
-      vint<A>(detail::rank_offset);
+  vint<A> low, high;
+  detail::split_words<A>(x, low, high);
+  const vint<A> bits = high - vint<A>(detail::rank_offset);
   value = xsimd::bitwise_cast<float>(bits);
   column = ~(low ^ (bits >> 31));
 }
