@@ -261,13 +261,13 @@ class balancing {
 
 /// A mixture behind a router. make(balancing, learning) gives the router of a phase.
 template <class Make>
-class moe_block : public block {
+class routed_block : public block {
  public:
   using router_type = decltype(std::declval<Make&>()(std::declval<balancing&>(), true));
   static constexpr bool by_threshold =
       std::is_same_v<router_type, moeroute::threshold_router<moeroute::relu>>;
 
-  moe_block(Make make, balance_method method, bool sigmoid, std::mt19937_64& random)
+  routed_block(Make make, balance_method method, bool sigmoid, std::mt19937_64& random)
       : gate_(block_experts * byte_model::d, byte_model::d, random),
         experts_(block_experts, block_ff, random),
         balance_(method, sigmoid),
@@ -376,7 +376,7 @@ inline std::unique_ptr<block> make_block(const std::string& name, balance_method
   using namespace moeroute;
   static const expert_table table = random_table(byte_model::bytes, block_k, block_experts, 5);
   const auto moe = [&](auto make, bool sigmoid = false) -> std::unique_ptr<block> {
-    return std::make_unique<moe_block<decltype(make)>>(make, balance, sigmoid, random);
+    return std::make_unique<routed_block<decltype(make)>>(make, balance, sigmoid, random);
   };
   const bool takes_bias = name == "softmax" || name == "sigmoid";
   if (!takes_bias && balance != balance_method::none)
