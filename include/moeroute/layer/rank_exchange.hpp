@@ -344,6 +344,13 @@ class exchange_receiver {
     }
   }
 
+  /// Zeros in place of results, as many as were to come: for a rank that failed and must stay in
+  /// step.
+  void no_results(const exchange_options& options) {
+    result_offset_ = options.result == exchange_result::exact ? entry_offset_ : row_offset_;
+    results_.resize(size_product(result_offset_.back(), d_));
+    std::fill_n(results_.data(), results_.size(), 0.0f);
+  }
   /// What goes back to rank s.
   std::span<const float> results_to(index_t s) const {
     return detail::piece(results_.data(), result_offset_[at(s)], result_offset_[at(s) + 1], d_);

@@ -1,0 +1,527 @@
+// What only several processes show: messages, agreement, deadlines. Run by mpirun with 1 to 4
+// ranks; every rank runs the same list, the verdict is all ranks'.
+#include <moeroute/mpi/expert_parallel.hpp>
+//
+#include <signal.h>
+#include <unistd.h>
+
+#include <catch2/catch_session.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <cstdio>
+#include <fstream>
+#include <moeroute/exec/openmp.hpp>
+#include <moeroute/layer/swiglu_experts.hpp>
+#include <moeroute/mpi/expert_parallel_layer.hpp>
+#include <moeroute/policy/router.hpp>
+#include <moeroute/stage/plan.hpp>
+#include <string>
+#include <vector>
+
+#include "support/assignments.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+using rows = std::vector<float>;
+
+int world_rank() {
+  int r = 0;
+  MPI_Comm_rank(MPI_COMM_WORLD, &r);
+  return r;
+}
+int world_size() {
+  int n = 1;
+  MPI_Comm_size(MPI_COMM_WORLD, &n);
+  return n;
+}
+
+rows random_rows(index_t n, std::uint64_t seed) {
+  test::random rng(seed);
+  rows v(static_cast<std::size_t>(n));
+  for (float& x : v) x = rng.normal();
+  return v;
+}
+
+// Each column times a weight of the expert's.
+struct column_experts {
+  index_t d;
+  rows weight, gradient;
+  column_experts(index_t experts, index_t cols)
+      : d(cols), weight(random_rows(experts * cols, 11)), gradient(weight.size(), 0.0f) {}
+  void forward(index_t e, matrix_view<const float> in, matrix_view<float> out) const {
+    for (index_t r = 0; r < in.rows; ++r)
+      for (index_t j = 0; j < d; ++j)
+        out(r, j) = weight[static_cast<std::size_t>(e * d + j)] * in(r, j);
+  }
+  void backward(index_t e, matrix_view<const float> in, matrix_view<const float> dout,
+                matrix_view<float> din) {
+    for (index_t r = 0; r < in.rows; ++r)
+      for (index_t j = 0; j < d; ++j) {
+        const auto at = static_cast<std::size_t>(e * d + j);
+        din(r, j) = weight[at] * dout(r, j);
+        gradient[at] += dout(r, j) * in(r, j);
+      }
+  }
+};
+
+// All ranks know all tokens, and what one rank makes of them; each serves its own.
+struct scene {
+  assignment choices;
+  index_t d;
+  rows x, dy, y, dx, dweights, dw;
+
+  scene(assignment a, index_t cols)
+      : choices(std::move(a)),
+        d(cols),
+        x(random_rows(choices.tokens() * d, 1)),
+        dy(random_rows(choices.tokens() * d, 2)) {
+    const index_t tokens = choices.tokens();
+    column_experts experts(choices.experts(), d);
+    dispatch_plan plan;
+    moeroute::plan(choices, plan);
+    rows in(static_cast<std::size_t>(plan.slots() * d)), out = in, din = in, dout = in;
+    const auto as = [&](rows& v) { return matrix_view<float>(v.data(), plan.slots(), d); };
+    const auto seen = [&](const rows& v, index_t n) {
+      return matrix_view<const float>(v.data(), n, d);
+    };
+    dispatch(seen(x, tokens), plan, as(in));
+    for_each_expert(plan, as(in), as(out),
+                    [&](expert_id e, matrix_view<const float> p, matrix_view<float> q) {
+                      experts.forward(e, p, q);
+                    });
+    y.resize(x.size());
+    dx.resize(x.size());
+    dweights.resize(static_cast<std::size_t>(choices.choices()));
+    combine(as(out), plan, choices, matrix_view<float>(y.data(), tokens, d));
+    combine_gradients<float> terms{.slots = as(dout), .weights = dweights};
+    combine_backward(as(out), plan, choices, seen(dy, tokens), terms);
+    for_each_expert_backward(
+        plan, seen(in, plan.slots()), seen(dout, plan.slots()), as(din),
+        [&](expert_id e, matrix_view<const float> p, matrix_view<const float> q,
+            matrix_view<float> o) { experts.backward(e, p, q, o); });
+    dispatch_backward(as(din), plan, gradient_to::write, matrix_view<float>(dx.data(), tokens, d));
+    dw = experts.gradient;
+  }
+};
+
+struct own_part {
+  index_t first, n;
+  assignment choices;
+  rows y, dx, dweights;
+  matrix_view<const float> x, dy;
+
+  explicit own_part(const scene& s) {
+    // Rank 0 has no tokens where there are several ranks; the rest is uneven.
+    const index_t ranks = world_size(), r = world_rank(), tokens = s.choices.tokens();
+    const auto edge = [&](index_t i) {
+      return i <= (ranks > 1 ? 1 : 0) ? 0 : i == ranks ? tokens : tokens * i * i / (ranks * ranks);
+    };
+    first = edge(r);
+    n = edge(r + 1) - first;
+    copy_tokens(s.choices, first, n, choices);
+    y.resize(static_cast<std::size_t>(n * s.d));
+    dx.resize(y.size());
+    dweights.resize(static_cast<std::size_t>(choices.choices()));
+    x = {s.x.data() + first * s.d, n, s.d};
+    dy = {s.dy.data() + first * s.d, n, s.d};
+  }
+  matrix_view<float> out(index_t d) { return {y.data(), n, d}; }
+};
+
+std::string slice_difference(const rows& got, const rows& all, index_t first) {
+  return test::bit_difference(std::span(got),
+                              std::span(all).subspan(static_cast<std::size_t>(first), got.size()));
+}
+
+// Contiguous experts, and one more slot on every rank.
+placement with_replicas(index_t experts, index_t ranks) {
+  std::vector<std::int32_t> offset{0};
+  std::vector<expert_id> slots;
+  const placement flat = placement::contiguous(experts, ranks);
+  for (index_t r = 0; r < ranks; ++r) {
+    for (const expert_id e : flat.experts_of_rank(r)) slots.push_back(e);
+    slots.push_back(static_cast<expert_id>((r * 3 + experts / 2) % experts));
+    offset.push_back(static_cast<std::int32_t>(slots.size()));
+  }
+  return placement({.experts = experts, .slot_offset = offset, .expert_of_slot = slots});
+}
+
+template <class P>
+auto forward_of(const column_experts& experts, const P& p) {
+  return [&experts, &p](expert_id slot, matrix_view<const float> in, matrix_view<float> out) {
+    experts.forward(p.experts().experts_of_rank(p.rank())[static_cast<std::size_t>(slot)], in, out);
+  };
+}
+
+std::string run(const scene& s, const placement& where, const mpi::parallel_options& options,
+                bool backward) {
+  column_experts experts(s.choices.experts(), s.d);
+  own_part own(s);
+  mpi::expert_parallel<> p(MPI_COMM_WORLD, where, options);
+  p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+  if (const std::string d = slice_difference(own.y, s.y, own.first * s.d); !d.empty())
+    return "y " + d;
+  if (!backward) return "";
+  p.backward(own.x, own.choices, own.dy, {own.dx.data(), own.n, s.d}, own.dweights,
+             [&](expert_id slot, matrix_view<const float> in, matrix_view<const float> dout,
+                 matrix_view<float> din) {
+               experts.backward(where.experts_of_rank(p.rank())[static_cast<std::size_t>(slot)], in,
+                                dout, din);
+             });
+  if (const std::string d = slice_difference(own.dx, s.dx, own.first * s.d); !d.empty())
+    return "dx " + d;
+  if (const std::string d = slice_difference(own.dweights, s.dweights, s.choices.first(own.first));
+      !d.empty())
+    return "dweights " + d;
+  for (const expert_id e : where.experts_of_rank(p.rank()))
+    if (where.replicas(e) == 1) {
+      const auto at = static_cast<std::size_t>(e * s.d), n = static_cast<std::size_t>(s.d);
+      if (const std::string d = test::bit_difference(std::span(experts.gradient).subspan(at, n),
+                                                     std::span(s.dw).subspan(at, n));
+          !d.empty())
+        return "dw " + d;
+    }
+  return "";
+}
+
+std::vector<scene> scenes() {
+  test::random rng(3);
+  std::vector<scene> list;
+  list.emplace_back(test::fixed_choices(rng, 60, 8, 3, 5), 5);
+  list.emplace_back(test::ragged_choices(rng, 33, 12, 9), 3);
+  list.emplace_back(test::fixed_choices(rng, 9, 8, 8), 4);
+  list.emplace_back(test::fixed_choices(rng, 0, 4, 2), 6);
+  assignment one = test::fixed_choices(rng, 20, 6, 1);
+  std::fill(one.ids().begin(), one.ids().end(), 4);
+  list.emplace_back(one, 2);
+  return list;
+}
+
+}  // namespace
+
+TEST_CASE("outputs and gradients of all ranks are one rank's, bit for bit") {
+  for (const scene& s : scenes()) {
+    CHECK(run(s, placement::contiguous(s.choices.experts(), world_size()), {}, true) == "");
+    for (const replica_rule rule :
+         {replica_rule::nearest, replica_rule::even, replica_rule::shares})
+      CHECK(run(s, with_replicas(s.choices.experts(), world_size()), {.exchange = {.rule = rule}},
+                true) == "");
+  }
+}
+
+TEST_CASE("neither chunks nor the size of messages change a bit") {
+  const std::vector<scene> all = scenes();
+  for (const scene& s : all) {
+    const placement p = placement::contiguous(s.choices.experts(), world_size());
+    for (const index_t chunks : {2, 3, 5}) CHECK(run(s, p, {.chunks = chunks}, false) == "");
+    CHECK(run(s, p, {.transport = {.bytes_per_message = s.d * 4}}, true) == "");
+    CHECK(run(s, p, {.transport = {.bytes_per_message = 7}}, false) == "");
+  }
+}
+
+TEST_CASE("reduced results are close, and the same every time") {
+  const scene s = std::move(scenes()[0]);
+  column_experts experts(s.choices.experts(), s.d);
+  own_part own(s);
+  mpi::expert_parallel<> p(MPI_COMM_WORLD, placement::contiguous(s.choices.experts(), world_size()),
+                           {.exchange = {.result = exchange_result::reduced}});
+  p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+  const rows first = own.y;
+  p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+  CHECK(test::bit_difference(own.y, first) == "");
+  CHECK(test::difference(
+            std::span(own.y),
+            std::span(s.y).subspan(static_cast<std::size_t>(own.first * s.d), own.y.size()), 1e-5,
+            1e-5) == "");
+}
+
+TEST_CASE("calls of any size follow one another, and memory stays what it was") {
+  constexpr index_t experts = 8, d = 4;
+  column_experts e(experts, d);
+  mpi::expert_parallel<> p(MPI_COMM_WORLD, placement::contiguous(experts, world_size()));
+  const auto pages = [] {
+    std::ifstream in("/proc/self/statm");
+    long size = 0, resident = 0;
+    in >> size >> resident;
+    return resident;
+  };
+  long before = 0;
+  test::random rng(100 + static_cast<std::uint64_t>(world_rank()));
+  const int calls = world_size() <= 2 ? 10000 : 1000;
+  bool right = true;
+  assignment a;
+  for (int call = 0; call < calls; ++call) {
+    const index_t n = rng.below(9);
+    a = test::fixed_choices(rng, n, experts, 2);
+    const rows x = random_rows(n * d, static_cast<std::uint64_t>(call));
+    rows y(x.size());
+    p.forward({x.data(), n, d}, a, matrix_view<float>(y.data(), n, d), forward_of(e, p));
+    for (index_t t = 0; t < n; ++t)
+      for (index_t j = 0; j < d; ++j) {
+        float want = 0.0f;
+        for (std::size_t c = 0; c < 2; ++c)
+          want = std::fma(a.weights(t)[c],
+                          e.weight[static_cast<std::size_t>(a.ids(t)[c] * d + j)] *
+                              x[static_cast<std::size_t>(t * d + j)],
+                          want);
+        right = right && y[static_cast<std::size_t>(t * d + j)] == want;
+      }
+    if (call == calls / 10) before = pages();
+  }
+  CHECK(right);
+  CHECK(pages() - before < 256);  // a megabyte
+}
+
+TEST_CASE(
+    "a rank that throws in any phase makes every rank throw, by name, and the next call is as "
+    "ever") {
+  const scene s = std::move(scenes()[0]);
+  column_experts experts(s.choices.experts(), s.d);
+  own_part own(s);
+  const int bad = world_size() - 1;
+  const bool mine = world_rank() == bad;
+  const placement where = placement::contiguous(s.choices.experts(), world_size());
+  mpi::expert_parallel<> p(MPI_COMM_WORLD, where, {.layer = 7});
+  const auto right = [&] {
+    std::fill(own.y.begin(), own.y.end(), 9.0f);
+    p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+    return slice_difference(own.y, s.y, own.first * s.d);
+  };
+  const auto no_backward = [](expert_id, matrix_view<const float>, matrix_view<const float>,
+                              matrix_view<float>) {};
+  CHECK(right() == "");
+  const std::string named =
+      "moeroute::expert_parallel: rank " + std::to_string(bad) + " failed in ";
+
+  // In the checks: y of another shape.
+  rows wrong((own.y.size() + 5) * 2);
+  std::string said = test::refusal([&] {
+    p.forward(own.x, own.choices,
+              mine ? matrix_view<float>(wrong.data(), own.n + 1, s.d) : own.out(s.d),
+              forward_of(experts, p));
+  });
+  CHECK(said.find(mine ? "moeroute::expert_parallel: y.rows() is "
+                       : named + "checks of layer 7: ") == 0);
+  CHECK(right() == "");
+
+  // In the experts.
+  said = "accepted";
+  try {
+    p.forward(own.x, own.choices, own.out(s.d),
+              [&](expert_id slot, matrix_view<const float> in, matrix_view<float> out) {
+                if (mine) throw std::runtime_error("no such luck");
+                forward_of(experts, p)(slot, in, out);
+              });
+  } catch (const std::exception& e) {
+    said = e.what();
+  }
+  CHECK(said == (mine ? "no such luck" : named + "experts of layer 7: no such luck"));
+  CHECK(right() == "");
+
+  // In the backward pass, before and while the experts run.
+  said = test::refusal([&] {
+    p.backward(own.x, own.choices,
+               mine ? matrix_view<const float>(wrong.data(), own.n + 1, s.d) : own.dy,
+               {own.dx.data(), own.n, s.d}, own.dweights, no_backward);
+  });
+  CHECK(said.find(mine ? "moeroute::expert_parallel: dy.rows() is "
+                       : named + "pack of layer 7: ") == 0);
+  CHECK(test::refusal([&] {
+          p.backward(own.x, own.choices, own.dy, {own.dx.data(), own.n, s.d}, own.dweights,
+                     no_backward);
+        }).find("backward() without a forward() call before it") != std::string::npos);
+  CHECK(right() == "");
+  said = "accepted";
+  try {
+    p.backward(
+        own.x, own.choices, own.dy, {own.dx.data(), own.n, s.d}, own.dweights,
+        [&](expert_id, matrix_view<const float>, matrix_view<const float>, matrix_view<float>) {
+          if (mine) throw std::runtime_error("backwards");
+        });
+  } catch (const std::exception& e) {
+    said = e.what();
+  }
+  CHECK(said == (mine ? "backwards" : named + "experts of layer 7: backwards"));
+  CHECK(right() == "");
+
+  // A lost expert on the way: whose tokens ask for it says so, everybody throws.
+  std::vector<expert_id> less(where.expert_of_slot().begin(), where.expert_of_slot().end());
+  less[0] = no_expert;
+  const placement lost(
+      {.experts = where.experts(), .slot_offset = where.slot_offset(), .expert_of_slot = less});
+  p.adopt(lost);
+  CHECK(test::refusal([&] {
+          p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+        }).find("which has no live slot") != std::string::npos);
+  p.adopt(where);
+  CHECK(right() == "");
+  CHECK(!p.broken());
+}
+
+TEST_CASE("more rows than a rank will take are refused on every rank before they move") {
+  const scene s = std::move(scenes()[0]);
+  column_experts experts(s.choices.experts(), s.d);
+  own_part own(s);
+  mpi::expert_parallel<> p(MPI_COMM_WORLD, placement::contiguous(s.choices.experts(), world_size()),
+                           {.exchange = {.most_rows = 1}});
+  CHECK(test::refusal([&] {
+          p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+        }).find("received rows is ") != std::string::npos);
+  CHECK(!p.broken());
+}
+
+TEST_CASE("ranks that disagree all refuse, by the name of what differs") {
+  if (world_size() == 1) return;
+  const scene s = std::move(scenes()[0]);
+  column_experts experts(s.choices.experts(), s.d);
+  own_part own(s);
+  const bool mine = world_rank() == 0;
+  const index_t e = s.choices.experts();
+  const auto said = [&](const placement& where, const mpi::parallel_options& o, index_t d) {
+    mpi::expert_parallel<> p(MPI_COMM_WORLD, where, o);
+    rows x(static_cast<std::size_t>(own.n * d)), y = x;
+    return test::refusal([&] {
+      p.forward({x.data(), own.n, d}, own.choices, matrix_view<float>(y.data(), own.n, d),
+                [](expert_id, matrix_view<const float>, matrix_view<float>) {});
+    });
+  };
+  const placement flat = placement::contiguous(e, world_size());
+  CHECK(said(flat, {}, mine ? 3 : 4).find(": d is ") != std::string::npos);
+  CHECK(said(mine ? flat : placement::round_robin(e, world_size()), {}, 3)
+            .find("its placement is another") != std::string::npos);
+  CHECK(said(flat, {.layer = mine ? 1 : 2}, 3).find(": the layer is ") != std::string::npos);
+  CHECK(said(flat, {.chunks = mine ? 1 : 2}, 3).find(": the number of chunks is ") !=
+        std::string::npos);
+  CHECK(said(flat, {.exchange = {.rule = mine ? replica_rule::nearest : replica_rule::only}}, 3)
+            .find(": the rule, result or place of weights is ") != std::string::npos);
+  CHECK(said(flat, {.exchange = {.rule = mine ? replica_rule::nearest : replica_rule::even}}, 3)
+            .find(": the phase ") != std::string::npos);
+  // One forward, the others backward; and after it all go on.
+  mpi::expert_parallel<> p(MPI_COMM_WORLD, flat);
+  p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+  const std::string order = test::refusal([&] {
+    if (mine)
+      p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+    else
+      p.backward(
+          own.x, own.choices, own.dy, {own.dx.data(), own.n, s.d}, own.dweights,
+          [](expert_id, matrix_view<const float>, matrix_view<const float>, matrix_view<float>) {});
+  });
+  CHECK(order.find(": the phase ") != std::string::npos);
+  p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+  CHECK(slice_difference(own.y, s.y, own.first * s.d) == "");
+  CHECK(test::refusal([&] {
+          mpi::expert_parallel<>(MPI_COMM_WORLD, placement::contiguous(e, world_size() + 1));
+        }).find("moeroute::expert_parallel: placement.ranks() is ") == 0);
+}
+
+TEST_CASE("two exchanges and two threads per rank do not mix") {
+  const std::vector<scene> all = scenes();
+  const scene &s = all[0], &t = all[1];
+  column_experts of_s(s.choices.experts(), s.d), of_t(t.choices.experts(), t.d);
+  own_part a(s), b(t);
+  mpi::expert_parallel<> p(MPI_COMM_WORLD, placement::contiguous(s.choices.experts(), world_size()),
+                           {.layer = 1, .chunks = 2});
+  mpi::expert_parallel<> q(MPI_COMM_WORLD, placement::contiguous(t.choices.experts(), world_size()),
+                           {.layer = 2});
+  for (int i = 0; i < 20; ++i) {
+    p.forward(a.x, a.choices, a.out(s.d), forward_of(of_s, p), openmp{2});
+    q.forward(b.x, b.choices, b.out(t.d), forward_of(of_t, q), openmp{2});
+  }
+  CHECK(slice_difference(a.y, s.y, a.first * s.d) == "");
+  CHECK(slice_difference(b.y, t.y, b.first * t.d) == "");
+}
+
+TEST_CASE("a layer over ranks gives the bits of a layer on one") {
+  constexpr index_t experts = 8, d = 16, ff = 8, k = 2, tokens = 40;
+  const index_t ranks = world_size();
+  const rows gate = random_rows(experts * d, 1), w = random_rows(experts * 3 * d * ff, 2),
+             x = random_rows(tokens * d, 3);
+  const auto fill = [&](swiglu_experts<>& net, index_t slot, index_t e) {
+    const float* const own = w.data() + e * 3 * d * ff;
+    net.set_gate(static_cast<expert_id>(slot), {own, ff, d});
+    net.set_up(static_cast<expert_id>(slot), {own + d * ff, ff, d});
+    net.set_down(static_cast<expert_id>(slot), {own + 2 * d * ff, d, ff});
+  };
+  const router<softmax> r{.selection = {.k = k}};
+  rows expected(x.size()), y;
+  {
+    swiglu_experts<> net(experts, d, ff);
+    for (index_t e = 0; e < experts; ++e) fill(net, e, e);
+    moe_layer<router<softmax>, swiglu_experts<>> one(
+        simd::packed_matrix<float>(matrix_view<const float>(gate.data(), experts, d)), r,
+        std::move(net));
+    one.forward(matrix_view<const float>(x.data(), tokens, d),
+                matrix_view<float>(expected.data(), tokens, d));
+  }
+  const placement where = placement::contiguous(experts, ranks);
+  swiglu_experts<> own(std::max<index_t>(1, where.slots(world_rank())), d, ff);
+  for (index_t s = 0; s < where.slots(world_rank()); ++s)
+    fill(own, s, where.experts_of_rank(world_rank())[static_cast<std::size_t>(s)]);
+  mpi::expert_parallel_layer<router<softmax>, swiglu_experts<>> layer(
+      MPI_COMM_WORLD, simd::packed_matrix<float>(matrix_view<const float>(gate.data(), experts, d)),
+      r, std::move(own), where);
+  const index_t first = tokens * world_rank() / ranks,
+                n = tokens * (world_rank() + 1) / ranks - first;
+  y.resize(static_cast<std::size_t>(n * d));
+  layer.forward(matrix_view<const float>(x.data() + first * d, n, d),
+                matrix_view<float>(y.data(), n, d));
+  CHECK(slice_difference(y, expected, first * d) == "");
+}
+
+// Last: what is broken stays broken.
+TEST_CASE("a rank that stops is named after the deadline, and the exchange is broken") {
+  if (world_size() == 1) return;
+  const scene s = std::move(scenes()[0]);
+  column_experts experts(s.choices.experts(), s.d);
+  own_part own(s);
+  mpi::expert_parallel<> p(MPI_COMM_WORLD, placement::contiguous(s.choices.experts(), world_size()),
+                           {.transport = {.deadline = 1.0}, .layer = 3});
+  p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+  const int bad = world_size() - 1;
+  const int mine = static_cast<int>(getpid());
+  std::vector<int> pid(static_cast<std::size_t>(world_size()));
+  MPI_Allgather(&mine, 1, MPI_INT, pid.data(), 1, MPI_INT, MPI_COMM_WORLD);
+  if (world_rank() == bad) raise(SIGSTOP);
+  if (world_rank() == 0) usleep(300000);  // the child has stopped
+  const auto began = std::chrono::steady_clock::now();
+  const std::string said =
+      test::refusal([&] { p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p)); });
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  if (world_rank() != bad) {
+    CHECK(said == "moeroute::expert_parallel: rank " + std::to_string(bad) +
+                      " did not arrive within 1.0 s (layer 3, forward, header)");
+    CHECK(seconds < 2.5);
+    CHECK(p.broken());
+    CHECK(test::refusal([&] {
+            p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+          }) == "moeroute::expert_parallel: broken: a rank did not arrive in an earlier call");
+  }
+  if (world_rank() == 0) kill(pid[static_cast<std::size_t>(bad)], SIGCONT);
+  MPI_Barrier(MPI_COMM_WORLD);
+}
+
+int main(int argc, char** argv) {
+  int given = 0;
+  MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &given);
+  int verdict = 0;
+  {
+    Catch::Session session;
+    verdict = session.applyCommandLine(argc, argv);
+    // Rank 0 speaks; another rank only where it has something to complain about.
+    if (world_rank() != 0) session.configData().defaultOutputFilename = "%debug";
+    if (verdict == 0) verdict = session.run() == 0 ? 0 : 1;
+  }
+  if (verdict != 0) std::fprintf(stderr, "rank %d of %d: failed\n", world_rank(), world_size());
+  int all = 0;
+  MPI_Allreduce(&verdict, &all, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+  if (world_rank() == 0)
+    std::printf("%d ranks: %s\n", world_size(), all == 0 ? "passed" : "FAILED");
+  MPI_Finalize();
+  return all;
+}
