@@ -70,3 +70,12 @@ if(NOT TARGET nlohmann_json::nlohmann_json)
 endif()
 find_package(OpenMP QUIET GLOBAL COMPONENTS CXX)
 find_package(TBB QUIET GLOBAL CONFIG)
+# moeroute::mpi asks for it: what is in C alone needs that language.
+if(MOEROUTE_MPI)
+  enable_language(C)
+  find_package(MPI REQUIRED GLOBAL COMPONENTS C)
+  # How Open MPI runs more ranks than processors, and as root; others do not read this.
+  set(MOEROUTE_MPI_ENVIRONMENT
+      "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_mpi_yield_when_idle=1;OMPI_MCA_hwloc_base_binding_policy=none"
+  )
+endif()

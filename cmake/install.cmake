@@ -10,7 +10,7 @@ set(package_dir "${CMAKE_INSTALL_DATADIR}/cmake/moeroute")
 set(pc_dir "${CMAKE_INSTALL_DATADIR}/pkgconfig")
 set(CMAKE_INSTALL_DEFAULT_COMPONENT_NAME headers)
 
-install(TARGETS moeroute moeroute_openmp moeroute_tbb moeroute_json EXPORT moeroute FILE_SET HEADERS)
+install(TARGETS moeroute moeroute_openmp moeroute_tbb moeroute_json moeroute_mpi EXPORT moeroute FILE_SET HEADERS)
 install(FILES include/moeroute.h DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 install(
   EXPORT moeroute

@@ -1,5 +1,5 @@
 # moeroute::moeroute, the headers; moeroute::openmp, the same with OpenMP on; moeroute::tbb, with oneTBB;
-# moeroute::json, with nlohmann-json.
+# moeroute::json, with nlohmann-json; moeroute::mpi, with MPI.
 #
 # A header that needs an optional third party belongs to the target that brings it, so that every
 # target's headers compile alone (all_verify_interface_header_sets).
@@ -11,7 +11,9 @@ set(tbb_headers ${headers})
 list(FILTER tbb_headers INCLUDE REGEX "/exec/tbb\\.hpp$")
 set(json_headers ${headers})
 list(FILTER json_headers INCLUDE REGEX "/moeroute/json/")
-list(FILTER headers EXCLUDE REGEX "/exec/(openmp|tbb)\\.hpp$|/moeroute/json/")
+set(mpi_headers ${headers})
+list(FILTER mpi_headers INCLUDE REGEX "/moeroute/mpi/")
+list(FILTER headers EXCLUDE REGEX "/exec/(openmp|tbb)\\.hpp$|/moeroute/(json|mpi)/")
 
 add_library(moeroute INTERFACE)
 add_library(moeroute::moeroute ALIAS moeroute)
@@ -40,4 +42,13 @@ target_link_libraries(moeroute_json INTERFACE moeroute nlohmann_json::nlohmann_j
 target_sources(moeroute_json INTERFACE FILE_SET HEADERS BASE_DIRS "${base}" FILES ${json_headers})
 if(NOT TARGET nlohmann_json::nlohmann_json)
   set_target_properties(moeroute_json PROPERTIES VERIFY_INTERFACE_HEADER_SETS OFF)
+endif()
+
+add_library(moeroute_mpi INTERFACE)
+add_library(moeroute::mpi ALIAS moeroute_mpi)
+set_target_properties(moeroute_mpi PROPERTIES EXPORT_NAME mpi)
+target_link_libraries(moeroute_mpi INTERFACE moeroute MPI::MPI_C)
+target_sources(moeroute_mpi INTERFACE FILE_SET HEADERS BASE_DIRS "${base}" FILES ${mpi_headers})
+if(NOT TARGET MPI::MPI_C)
+  set_target_properties(moeroute_mpi PROPERTIES VERIFY_INTERFACE_HEADER_SETS OFF)
 endif()

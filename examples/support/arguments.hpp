@@ -27,6 +27,7 @@ struct arguments {
   double temperature = 0;
   std::uint64_t seed = 0;
   int threads = 1;
+  std::int64_t ranks = 0;  // processes that the experts are spread over; 0: this one has them all
   bool verify = false;
   std::optional<std::filesystem::path> report;
   std::optional<memory_request> memory;       // part of the experts are in memory
@@ -62,6 +63,7 @@ template <class T>
       "temperature", "0 takes the likeliest token, above it draws", text("0"), "X")(
       "seed", "of the draws", text("0"), "N")("threads", "for the matrix products and the experts",
                                               text(std::to_string(default_threads).c_str()), "N")(
+      "ranks", "spread the experts over so many processes, under mpirun -n N", text("0"), "N")(
       "verify", "compare with reference.json in the model's folder")(
       "report", "write a page with the load of every expert", text(), "FILE")(
       "loss", "the mean loss of a text, in nats per byte", text(), "FILE")(
@@ -120,6 +122,7 @@ template <class T>
   made.temperature = number("temperature", 0.0, 1000.0);
   made.seed = number("seed", std::uint64_t{0}, UINT64_MAX);
   made.threads = number("threads", 1, 256);
+  made.ranks = number("ranks", std::int64_t{0}, std::int64_t{1024});
   made.verify = found.count("verify") > 0;
   made.report = text("report");
   if (made.prompt && made.prompt_ids) {

@@ -195,6 +195,19 @@ class decoder {
     decoder_layer& layer = model_->layers[index];
     norm_rows(rows, layer.moe_norm);
     watch_.lap(part::rest);
+    if (model_->ranks != nullptr) {
+      const expert_ranks::routed made =
+          model_->ranks->forward(index, view(normed_, rows, d), view(added_, rows, d));
+      watch_.lap(part::experts);
+      see(layer_routing{index,
+                        position_,
+                        {made.choices.ids().data(), rows, made.choices.k()},
+                        {made.choices.weights().data(), rows, made.choices.k()},
+                        made.logits});
+      add_rows(rows);
+      watch_.lap(part::rest);
+      return;
+    }
     // The probe hears of a step as it begins: the one before it is done.
     layer.moe.forward(view(normed_, rows, d), view(added_, rows, d), exec_,
                       [&](moeroute::layer_step step) {

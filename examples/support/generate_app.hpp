@@ -94,8 +94,9 @@ inline constexpr std::uint64_t report_text_limit = 1'000'000;
 template <class Exec>
 class generate_app {
  public:
-  generate_app(arguments asked, const Exec& exec, std::ostream& out, std::ostream& err)
-      : asked_(std::move(asked)), exec_(exec), out_(out), err_(err) {}
+  generate_app(arguments asked, const Exec& exec, std::ostream& out, std::ostream& err,
+               std::shared_ptr<expert_ranks> ranks = nullptr)
+      : asked_(std::move(asked)), exec_(exec), out_(out), err_(err), ranks_(std::move(ranks)) {}
 
   /// Returns the exit code, 0 or 1; throws what the person has to put right.
   int run() {
@@ -142,6 +143,11 @@ class generate_app {
     if (asked_.report) {
       report();
     }
+    if (model_.ranks != nullptr) {
+      const bool verified = !asked_.verify || verify(cases);
+      model_.ranks->print(out_);
+      return verified ? 0 : 1;
+    }
     return asked_.verify && !verify(cases) ? 1 : 0;
   }
 
@@ -154,8 +160,8 @@ class generate_app {
 
   void load() {
     progress shown(err_, "loading: layer");
-    model_ =
-        load_model(asked_.model, config_, [&](index_t done) { shown.show(done, config_.layers); });
+    model_ = load_model(
+        asked_.model, config_, [&](index_t done) { shown.show(done, config_.layers); }, ranks_);
   }
 
   void generate() {
@@ -264,6 +270,7 @@ class generate_app {
   Exec exec_;
   std::ostream& out_;
   std::ostream& err_;
+  std::shared_ptr<expert_ranks> ranks_;
   model_config config_;
   token_ids prompt_;
   token_ids loss_text_;
@@ -276,7 +283,8 @@ class generate_app {
 /// runs the loops.
 template <class MakeExecutor>
 int run_generate(int count, const char* const* words, std::ostream& out, std::ostream& err,
-                 int default_threads, MakeExecutor&& make_executor) {
+                 int default_threads, MakeExecutor&& make_executor,
+                 std::shared_ptr<expert_ranks> ranks = nullptr) {
   const auto say = [&](const std::string& what) {
     out.flush();
     err << one_line("generate: " + what) << '\n';
@@ -288,8 +296,24 @@ int run_generate(int count, const char* const* words, std::ostream& out, std::os
       out << *asked.help << std::flush;
       return out ? 0 : say("the output cannot be written");
     }
+    const index_t found = ranks == nullptr ? 1 : ranks->ranks();
+    if (asked.ranks == 0 && found > 1) {
+      refuse("--ranks: expected under mpirun with ", found, " processes");
+    }
+    if (asked.ranks > 1 && ranks == nullptr) {
+      refuse("--ranks: this program was built without MPI: ./run setup mpi");
+    }
+    if (asked.ranks > 0 && asked.ranks != found) {
+      refuse("--ranks: expected as many processes (mpirun -n ", asked.ranks, "), found ", found);
+    }
+    if (asked.ranks > 0 && asked.memory) {
+      refuse("--ranks: expected either this or --memory-budget, found both");
+    }
+    if (asked.ranks == 0) {
+      ranks = nullptr;
+    }
     const auto exec = make_executor(asked.threads);
-    const int code = generate_app(std::move(asked), exec, out, err).run();
+    const int code = generate_app(std::move(asked), exec, out, err, std::move(ranks)).run();
     out.flush();
     return out ? code : say("the output cannot be written");
   } catch (const std::bad_alloc&) {

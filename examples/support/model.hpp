@@ -3,6 +3,7 @@
 
 #include "checkpoint.hpp"
 #include "config.hpp"
+#include "expert_ranks.hpp"
 #include "steering.hpp"
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <initializer_list>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -47,6 +49,8 @@ struct model {
   moeroute::simd::packed_matrix<> head;
   std::vector<decoder_layer> layers;
   std::uint64_t parameters = 0;
+  /// Who holds the experts where they are over ranks; the layers then have none.
+  std::shared_ptr<expert_ranks> ranks;
 
   void embed(std::int32_t token, float* out) const {
     std::copy_n(embedding.data() + token * config.hidden, config.hidden, out);
@@ -172,9 +176,13 @@ class model_reader {
 
   moe_block read_experts(const std::string& layer) {
     const model_config& c = model_.config;
-    moeroute::swiglu_experts<> experts(c.experts(), c.hidden, c.expert_width);
-    for (moeroute::expert_id e = 0; e < c.experts(); ++e) {
-      const std::string expert = layer + names_.expert + std::to_string(e);
+    const bool alone = model_.ranks == nullptr;
+    const index_t from = alone ? 0 : model_.ranks->first(c.experts());
+    const index_t to = alone ? c.experts() : model_.ranks->last(c.experts());
+    moeroute::swiglu_experts<> experts(std::max<index_t>(to - from, 1), c.hidden, c.expert_width);
+    for (index_t i = from; i < to; ++i) {
+      const auto e = static_cast<moeroute::expert_id>(i - from);
+      const std::string expert = layer + names_.expert + std::to_string(i);
       experts.set_gate(e, view(expert + names_.gate_projection, c.expert_width, c.hidden));
       experts.set_up(e, view(expert + names_.up_projection, c.expert_width, c.hidden));
       experts.set_down(e, view(expert + names_.down_projection, c.hidden, c.expert_width));
@@ -183,6 +191,12 @@ class model_reader {
     router.selection.k = c.experts_per_token();
     router.weight = c.router.normalize == moeroute::normalization::sum ? moeroute::sum_normalized
                                                                        : moeroute::raw_weights;
+    if (!alone) {
+      model_.ranks->take(packed(layer + names_.gate, c.experts(), c.hidden), router,
+                         std::move(experts));
+      // A layer without experts of its own: nobody calls it.
+      experts = moeroute::swiglu_experts<>(c.experts(), c.hidden, 0);
+    }
     return {packed(layer + names_.gate, c.experts(), c.hidden), steered_router(router),
             std::move(experts)};
   }
@@ -257,9 +271,10 @@ class model_reader {
 /// Calls seen(layers done) after each layer.
 template <class Seen>
 [[nodiscard]] model load_model(const std::filesystem::path& directory, const model_config& config,
-                               Seen&& seen) {
+                               Seen&& seen, std::shared_ptr<expert_ranks> ranks = nullptr) {
   model made;
   made.config = config;
+  made.ranks = std::move(ranks);
   detail::model_reader(directory, made).read(seen);
   return made;
 }
