@@ -1,6 +1,7 @@
 // Decisions that neighbours share: rows of probabilities mixed over similar tokens.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 #include <utility>
@@ -63,19 +64,40 @@ class mixing_gate {
                   const Exec& exec = {}) const {
     const auto x = const_view(x_rows);
     const index_t n = x.rows;
-    const matrix_view<float> s(memory, n, n), wide(memory + n * n, n, d());
-    const matrix_view<float> turned(wide.data + n * d(), d(), n);
+    const matrix_view<float> s(memory, n, n), turned(memory + n * n, d(), n);
     const matrix_view<float> p(turned.data + n * d(), n, columns());
     gate_(x, p, exec);
     softmax_rows<Exec, A>(p, exec);
-    for (index_t t = 0; t < n; ++t)
-      for (index_t c = 0; c < d(); ++c) {
-        const float v = static_cast<float>(x.row(t)[c]);
-        turned(c, t) = v;
-        wide(t, c) = v / temperature_;
-      }
-    simd::multiply_rows<A>(matrix_view<const float>(wide), matrix_view<const float>(turned), s,
-                           simd::sum_start::zero, exec);
+    matrix_view<const float> rows;
+    if constexpr (std::is_same_v<element_of<const X>, float>) {
+      rows = x;
+    } else {
+      const matrix_view<float> wide(p.data + n * columns(), n, d());
+      for (index_t t = 0; t < n; ++t) simd::convert_row<A>(x.row(t), d(), wide.row(t));
+      rows = wide;
+    }
+    // Whole lines are written: 16 rows at a time.
+    exec.parallel_for(ceil_div(d(), block_rows), 1, [&](index_t begin, index_t end) {
+      for (index_t first = 0; first < n; first += block_rows)
+        for (index_t c = begin * block_rows; c < std::min(d(), end * block_rows); ++c)
+          for (index_t t = first; t < std::min(n, first + block_rows); ++t)
+            turned(c, t) = rows(t, c);
+    });
+    // Similarity is mutual: a stripe of rows is multiplied with those from it on, and mirrored.
+    constexpr index_t stripe = 64;
+    for (index_t first = 0; first < n; first += stripe) {
+      const index_t height = std::min(stripe, n - first);
+      simd::multiply_rows<A>(rows.middle_rows(first, height),
+                             matrix_view<const float>(turned.data + first, d(), n - first, n),
+                             matrix_view<float>(s.row(first) + first, height, n - first, n),
+                             simd::sum_start::zero, exec);
+      for (index_t u = first + height; u < n; ++u)
+        for (index_t t = first; t < first + height; ++t) s(u, t) = s(t, u);
+    }
+    exec.parallel_for(n, 16, [&](index_t begin, index_t end) {
+      for (index_t t = begin; t < end; ++t)
+        simd::scale_row<A>(s.row(t), 1.0f / temperature_, n, s.row(t));
+    });
     softmax_rows<Exec, A>(s, exec);
     mix_probabilities<Exec, A>(s, p, logits, exec);
   }
