@@ -13,6 +13,8 @@
 using namespace moeroute;
 using test::routed;
 
+namespace make_batch_router_tests {
+
 namespace {
 
 constexpr index_t tokens = 48, experts = 8;
@@ -159,3 +161,5 @@ TEST_CASE("k is not asked of rules that have none, and what means nothing is not
   CHECK(test::refusal([] { (void)parse_spec("E=8 selection=sinkhorn"); }) ==
         "moeroute::parse_spec: 'k' is missing");
 }
+
+}  // namespace make_batch_router_tests
