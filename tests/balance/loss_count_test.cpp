@@ -134,6 +134,23 @@ TEST_CASE("the loss by sequence is the mean of the losses of the sequences") {
       }
 }
 
+TEST_CASE("a sequence whose tokens are all masked is none of those that the mean is over") {
+  auto b = test::random_batch(31, 12, 6);
+  b.mask.assign(12, 1);
+  for (std::size_t t = 4; t < 8; ++t) b.mask[t] = 0;
+  row flat;
+  rows c;
+  for (std::uint64_t s = 0; s < 3; ++s) {
+    c.push_back(test::random_counts(32 + s, 4, 6, 2));
+    flat.insert(flat.end(), c.back().begin(), c.back().end());
+  }
+  const sequence_loss loss{
+      .coefficient = 0.5, .counts = matrix_view<const double>(flat.data(), 3, 6), .k = 2};
+  agrees(b, {.sequence_length = 4}, loss, [&](const oracle::batch& x) {
+    return 0.5 * oracle::sequence_loss(x, oracle::softmax, 4, c, 2);
+  });
+}
+
 TEST_CASE("one sequence is the plain loss") {
   const auto b = test::random_batch(13, 17, 16);
   const row c = test::random_counts(14, 17, 16, 2);

@@ -167,6 +167,10 @@ TEST_CASE("annealing holds its ends and passes the middle as its shape says") {
   CHECK(a.k_at(15, 4) == 4);
   a.shape = anneal_shape::exponential;
   CHECK(std::abs(a.at(15) - 4) < 1e-12);
+  // Without a way between them `to` holds from the step itself on.
+  a.begin = a.end = 12;
+  CHECK(a.at(11) == 2);
+  CHECK(a.at(12) == 8);
   a.from = 0;
   CHECK(test::refusal([&] { a.check(); }) ==
         "moeroute::annealing: from and to of an exponential must be positive");

@@ -609,3 +609,37 @@ TEST_CASE("gradients that share memory with what is read are refused by name") {
   CHECK(refused({.logits = into(one.dz, 6).middle_rows(0, 5)}) ==
         "moeroute::backward: gradients.logits.rows() is 5, expected 6");
 }
+
+TEST_CASE("gradients that are added are those that are written, on top of what was there") {
+  const auto agrees = [](const char* name, const auto& router, const moe_layer_options& options) {
+    INFO(name);
+    constexpr index_t tokens = 21;
+    const floats x = random_floats(tokens * d, 1), gate = random_floats(experts * d, 2);
+    const floats dy = random_floats(tokens * d, 3);
+    moe_layer layer(simd::packed_matrix<>(rows(gate, experts)), router, curves{}, options);
+    const auto learned = [&](gradient_to to) {
+      layer_tape tape;
+      floats y(x.size()), dx(x.size(), 0.5f), dgate(gate.size(), 0.5f), bias(experts, 0.5f);
+      layer.forward(rows(x, tokens), into(y, tokens), {}, serial{}, tape);
+      backward(
+          layer, rows(x, tokens), {}, tape, rows(dy, tokens), layer_weights<>{rows(gate, experts)},
+          curve_gradients{},
+          layer_gradients{
+              .to = to, .x = into(dx, tokens), .gate = into(dgate, experts), .gate_bias = bias});
+      for (const floats* list : {&dgate, &bias}) dx.insert(dx.end(), list->begin(), list->end());
+      return dx;
+    };
+    const floats written = learned(gradient_to::write);
+    floats added = learned(gradient_to::add);
+    for (float& g : added) g -= 0.5f;
+    CHECK(test::difference(added, written, 1e-5, 1e-5) == "");
+    CHECK(learned(gradient_to::nowhere) == floats(written.size(), 0.5f));
+  };
+  const router<softmax> two{.selection = {.k = 2}};
+  agrees("plain", two, {});
+  agrees("weights on the input", two, {.weights = weight_on::input});
+  agrees("identity experts", two, {.special = {.identity_first = 4, .identity_end = 6}});
+  agrees("lost tokens", two,
+         {.capacity = capacity_policy{.rule = {.formula = capacity_formula::fixed, .count = 2}},
+          .lost = lost_token::residual});
+}

@@ -347,6 +347,16 @@ TEST_CASE("gradients end at the logits where these were not the gate's of x") {
   gate_backward(rows(x, d), rows(gate_weight(), d), rows(dlogits_alone, experts),
                 gate_gradients<float>{gradient_to::add, into(dx_alone, d)});
   CHECK(test::bit_difference(dx_alone, dx) == "");
+  // Wherever the logits lie.
+  floats apart(tokens * (experts + 5), 100.0f), dlogits_apart(tokens * experts);
+  const matrix_view<float> spread(apart.data(), tokens, experts, experts + 5);
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t e = 0; e < experts; ++e) spread(t, e) = rows(logits, experts)(t, e);
+  layer.forward_logits(rows(x, d), spread, into(y, wide), side_inputs{}, serial{}, tape);
+  backward(layer, rows(x, d), side_inputs{}, tape, rows(dy, wide), layer_weights<>{},
+           curve_gradients{},
+           layer_gradients{.x = into(dx_alone, d), .logits = into(dlogits_apart, experts)});
+  CHECK(test::bit_difference(dlogits_apart, dlogits) == "");
   // Slope of the sum of y dy along a direction of x, by central differences: short enough that no
   // token changes its experts.
   const std::vector<expert_id> chosen(tape.choices.ids().begin(), tape.choices.ids().end());

@@ -82,6 +82,9 @@ TEMPLATE_LIST_TEST_CASE("load_first and store_first touch the first n values onl
     std::vector<float> in(static_cast<std::size_t>(n), 3.0f);  // the sanitizer sees a read beyond
     const auto v = simd::load_first<TestType>(in.data(), n, 9.0f);
     for (int i = 0; i < w; ++i) CHECK(v.get(static_cast<std::size_t>(i)) == (i < n ? 3.0f : 9.0f));
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(n), 3);
+    const auto id = simd::load_first<TestType>(ids.data(), n, 9);
+    for (int i = 0; i < w; ++i) CHECK(id.get(static_cast<std::size_t>(i)) == (i < n ? 3 : 9));
     std::vector<float> out(static_cast<std::size_t>(w), 0.0f);
     simd::store_first<TestType>(out.data(), n, v);
     for (int i = 0; i < w; ++i) CHECK(out[static_cast<std::size_t>(i)] == (i < n ? 3.0f : 0.0f));

@@ -2,6 +2,7 @@
 //
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/simd/probability/softmax_row.hpp>
 #include <vector>
 
 #include "oracle/routing.hpp"
@@ -59,4 +60,27 @@ TEST_CASE("16 joined sums have the bits of sum_of") {
                                        [](auto a, auto b) { return a + b; });
     CHECK(test::bit_difference(out, expected) == "");
   });
+}
+
+TEST_CASE(
+    "the softmax of one row is all 0 without a logit above -inf, +inf share it, in place too") {
+  const auto check = []<class F>(F infinity) {
+    const F nan = std::numeric_limits<F>::quiet_NaN();
+    for (const std::vector<F>& nothing :
+         {std::vector<F>(21, -infinity), std::vector<F>(21, nan), std::vector<F>{}}) {
+      std::vector<F> p(nothing.size(), F(7));
+      CHECK(simd::softmax_row(nothing.data(), std::ssize(nothing), p.data()) == -infinity);
+      CHECK(p == std::vector<F>(nothing.size(), F(0)));
+    }
+    std::vector<F> z{1, infinity, nan, -infinity, infinity};
+    simd::softmax_row(z.data(), std::ssize(z), z.data());
+    CHECK(z == std::vector<F>{0, F(0.5), 0, 0, F(0.5)});
+    std::vector<F> two{0, std::log(F(3))};
+    const F lse = simd::softmax_row(two.data(), 2, two.data());
+    CHECK(std::abs(two[0] - F(0.25)) < F(1e-6));
+    CHECK(std::abs(two[1] - F(0.75)) < F(1e-6));
+    CHECK(std::abs(lse - std::log(F(4))) < F(1e-6));
+  };
+  check(std::numeric_limits<float>::infinity());
+  check(std::numeric_limits<double>::infinity());
 }

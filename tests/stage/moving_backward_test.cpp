@@ -401,6 +401,11 @@ TEST_CASE("rows that run into one another are refused on the way back by name") 
                            combine_gradients<float>{rows(4, 12)}, serial{},
                            combine_options<>{.identity_first = -1, .identity_end = 2});
         }) == "moeroute::combine_backward: identity_first is -1, expected 0 to 1048576");
+  CHECK(test::refusal([&] {
+          combine_backward(
+              rows(0, 12), s.plan, s.choices, rows(1, 6), combine_gradients<float>{rows(4, 12)},
+              serial{}, combine_options<>{.weight = combine_weight::one, .lost = lost_token::mix});
+        }) == "moeroute::combine_backward: lost_token::mix needs the weights of the choices");
   const std::vector<float> few(11);
   CHECK(test::refusal([&] {
           combine_backward(rows(0, 12), s.plan, few, rows(1, 6), combine_gradients<float>{},
