@@ -2,6 +2,7 @@
 // logits and writes the gradient.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <string>
 #include <vector>
 

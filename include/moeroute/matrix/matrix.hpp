@@ -2,7 +2,6 @@
 #pragma once
 
 #include <concepts>
-#include <ranges>
 #include <span>
 #include <type_traits>
 

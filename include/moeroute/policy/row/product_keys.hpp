@@ -75,7 +75,7 @@ struct product_keys {
     for (int i = 0; i < z.rows; ++i) {
       const float limit = kth_sum(value[0] + i, value[1] + i, half_k[0], half_k[1], m);
       const index_t found = gather<A>(z.row(i), size[0], size[1], value[1][i], limit, m);
-      std::sort(m.key, m.key + found, std::less<>{});
+      std::sort(m.key, m.key + found);
       for (int r = 0; r < c.k; ++r) {
         const bool there = r < found;
         const auto at = there ? static_cast<std::int32_t>(m.key[r] & 0xffffffffu) : 0;
@@ -141,20 +141,21 @@ struct product_keys {
 
   // The k-th largest sum as a value: only ranks (i, j) with (i + 1)(j + 1) <= k can reach it.
   float kth_sum(const float* a, const float* b, int k_one, int k_two, const buffers& m) const {
+    const auto larger = [](float x, float y) { return x > y; };
     index_t count = 0;
     for (int i = 0; i < k_one; ++i) {
       for (int j = 0; j < k_two && (i + 1) * (j + 1) <= choices; ++j) {
         const float s = a[i * block_rows] + b[j * block_rows];
         if (!(s > simd::minus_infinity)) break;
         if (count == room()) {
-          std::nth_element(m.sums, m.sums + choices - 1, m.sums + count, std::greater<>{});
+          std::nth_element(m.sums, m.sums + choices - 1, m.sums + count, larger);
           count = choices;
         }
         m.sums[count++] = s;
       }
     }
     if (count < choices) return simd::minus_infinity;
-    std::nth_element(m.sums, m.sums + choices - 1, m.sums + count, std::greater<>{});
+    std::nth_element(m.sums, m.sums + choices - 1, m.sums + count, larger);
     return m.sums[choices - 1];
   }
 

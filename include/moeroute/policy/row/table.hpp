@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
-#include <numeric>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -97,21 +95,22 @@ inline expert_table balanced_table(std::span<const std::int64_t> frequency, inde
       fail("balanced_table", "frequency of token id " + std::to_string(t) + " is " +
                                  std::to_string(frequency[t]) + ", expected >= 0");
   std::vector<std::int32_t> order(frequency.size());
-  std::iota(order.begin(), order.end(), 0);
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
   std::sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
     const auto x = frequency[static_cast<std::size_t>(a)];
     const auto y = frequency[static_cast<std::size_t>(b)];
     return x > y || (x == y && a < b);
   });
   // A heap of (load, expert), the least on top.
+  const auto after = [](const auto& a, const auto& b) { return b < a; };
   std::vector<std::pair<std::int64_t, expert_id>> heap;
   for (expert_id e = 0; e < experts; ++e) heap.emplace_back(0, e);
   std::vector<expert_id> ids(frequency.size());
   for (const std::int32_t t : order) {
-    std::pop_heap(heap.begin(), heap.end(), std::greater<>{});
+    std::pop_heap(heap.begin(), heap.end(), after);
     ids[static_cast<std::size_t>(t)] = heap.back().second;
     heap.back().first += frequency[static_cast<std::size_t>(t)];
-    std::push_heap(heap.begin(), heap.end(), std::greater<>{});
+    std::push_heap(heap.begin(), heap.end(), after);
   }
   return {std::move(ids), 1, experts};
 }
