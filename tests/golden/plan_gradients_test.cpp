@@ -10,6 +10,7 @@
 #include "support/allocations.hpp"
 #include "support/assignments.hpp"
 #include "support/compare.hpp"
+#include "support/counting_new.hpp"
 #include "support/gradient_file.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
