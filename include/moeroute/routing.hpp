@@ -1,6 +1,7 @@
 // From logits to outputs: routers, the stages, whole layers. The floors policy, stage and layer.
 #pragma once
 
+#include <moeroute/layer/lora_experts.hpp>
 #include <moeroute/layer/mixture_of_depths.hpp>
 #include <moeroute/layer/moe_layer.hpp>
 #include <moeroute/layer/soft_moe.hpp>

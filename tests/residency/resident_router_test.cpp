@@ -175,6 +175,21 @@ TEST_CASE("weights of other experts are what the router gives them; groups stay 
       .score = {}, .selection = {.k = k, .groups = 4, .topk_group = 2}, .weight = sum_normalized});
 }
 
+TEST_CASE("an expert far below one that was passed over has the weight 0, not what overflows") {
+  resident_set set(2);
+  set.insert(1);
+  const router<softmax> plain{.score = {}, .selection = {.k = 1}, .weight = raw_weights};
+  const residency_rule rule{.kind = kind::cache_prior, .strength = 2, .forced = 0};
+  // Seventeen rows: a block, and one alone.
+  std::vector<float> z;
+  for (int t = 0; t < 17; ++t) z.insert(z.end(), {100.0f, 0.0f});
+  const assignment a = test::routed(resident_router(plain, rule, set), z, 2);
+  for (index_t t = 0; t < 17; ++t) {
+    CHECK(a.ids(t)[0] == 1);
+    CHECK(a.weights(t)[0] == 0.0f);
+  }
+}
+
 TEST_CASE("a strength of 0 is the router to the bit, for every router of the catalogue") {
   std::map<std::string, int> seen;
   for (const catalog_entry& entry : catalog) {

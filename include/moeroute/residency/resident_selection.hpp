@@ -43,7 +43,7 @@ struct ranked_row {
 };
 
 // c: the best J of the plain ranks, those of them in memory, and (unless only these may be chosen)
-// the others in plain order. The plain ranks are n, `best` of which are candidates.
+// the others in plain order. The plain ranks are n, `best` of which, at least k, are candidates.
 inline void prefer_resident(const residency_rule& rule, const resident_view& set,
                             const ranked_row& plain, int best, const ranked_row& c) {
   int out = 0;
@@ -54,8 +54,7 @@ inline void prefer_resident(const residency_rule& rule, const resident_view& set
     for (int r = forced; r < (pass == 0 ? best : plain.k) && out < c.k; ++r) {
       const expert_id e = plain.at(r);
       if (e == no_expert) break;
-      const bool taken = r < best && set.contains(e);
-      if (taken == (pass == 0)) c.set(out++, e, plain.value[r * plain.step]);
+      if (set.contains(e) == (pass == 0)) c.set(out++, e, plain.value[r * plain.step]);
     }
   for (; out < c.k; ++out) c.set(out, no_expert, simd::minus_infinity);
 }

@@ -1,0 +1,143 @@
+#include <moeroute/layer/lora_experts.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <cstdint>
+#include <moeroute/stage/plan.hpp>
+#include <vector>
+
+#include "support/assignments.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+
+using namespace moeroute;
+
+namespace {
+
+std::vector<float> some(test::random& rng, index_t n) {
+  std::vector<float> list(static_cast<std::size_t>(n));
+  for (float& x : list) x = rng.normal();
+  return list;
+}
+
+}  // namespace
+
+TEST_CASE(
+    "an adapter is B times what a mask leaves of A x, in plain loops, alone or added to a base") {
+  test::random rng(1);
+  constexpr index_t d = 24, d_out = 10, rank = 6;
+  const std::vector<float> bias = some(rng, rank);
+  for (const index_t rows : {0, 1, 7, 70})
+    for (const index_t keep : {0, 2, 6}) {
+      lora_experts<> lora(2, d, d_out, rank, 3.0f, {.keep = keep, .bias = bias});
+      std::vector<float> a[2], b[2];
+      for (expert_id e = 0; e < 2; ++e) {
+        a[e] = some(rng, rank * d);
+        b[e] = some(rng, d_out * rank);
+        lora.set_a(e, {a[e].data(), rank, d});
+        lora.set_b(e, {b[e].data(), d_out, rank});
+      }
+      const std::vector<float> x = some(rng, rows * d), base = some(rng, rows * d_out);
+      std::vector<float> y(base.size()), sum = base,
+                                         memory(static_cast<std::size_t>(lora.scratch_floats()));
+      const matrix_view<const float> in(x.data(), rows, d);
+      lora(1, in, {y.data(), rows, d_out}, memory.data());
+      lora.add_to(1, in, {sum.data(), rows, d_out}, memory.data());
+      for (index_t t = 0; t < rows; ++t) {
+        std::vector<double> low(rank);
+        for (index_t i = 0; i < rank; ++i)
+          for (index_t c = 0; c < d; ++c)
+            low[static_cast<std::size_t>(i)] +=
+                double(a[1][static_cast<std::size_t>(i * d + c)]) * double(in(t, c));
+        std::vector<std::size_t> order(rank);
+        for (std::size_t i = 0; i < rank; ++i) order[i] = i;
+        std::sort(order.begin(), order.end(), [&](std::size_t i, std::size_t j) {
+          return std::abs(low[i] + double(bias[i])) > std::abs(low[j] + double(bias[j]));
+        });
+        for (std::size_t i = keep == 0 ? rank : std::size_t(keep); i < rank; ++i) low[order[i]] = 0;
+        for (index_t c = 0; c < d_out; ++c) {
+          double want = 0;
+          for (std::size_t i = 0; i < rank; ++i)
+            want += double(b[1][static_cast<std::size_t>(c) * rank + i]) * low[i];
+          want *= 3.0 / rank;
+          const auto at = static_cast<std::size_t>(t * d_out + c);
+          REQUIRE(std::abs(double(y[at]) - want) < 1e-4);
+          REQUIRE(std::abs(double(sum[at]) - (want + double(base[at]))) < 1e-4);
+        }
+      }
+    }
+}
+
+TEST_CASE("tokens of one adapter and expert stand together in the plan of virtual experts") {
+  test::random rng(2);
+  const assignment a = test::fixed_choices(rng, 30, 5, 2, 4);
+  std::vector<std::int32_t> adapter(30);
+  for (auto& x : adapter) x = static_cast<std::int32_t>(rng.below(3));
+  assignment v;
+  virtual_experts(a, adapter, 3, v);
+  dispatch_plan p;
+  plan(v, p);
+  CHECK(p.experts() == 15);
+  for (index_t e = 0; e < 15; ++e)
+    for (index_t s = p.offsets()[static_cast<std::size_t>(e)];
+         s < p.offsets()[static_cast<std::size_t>(e + 1)]; ++s)
+      CHECK(adapter[static_cast<std::size_t>(p.token_of_slot()[static_cast<std::size_t>(s)])] ==
+            e / 5);
+  for (std::size_t c = 0; c < a.ids().size(); ++c) {
+    CHECK(v.weights()[c] == a.weights()[c]);
+    CHECK((a.ids()[c] == no_expert ? v.ids()[c] == no_expert : v.ids()[c] % 5 == a.ids()[c]));
+  }
+}
+
+TEST_CASE("a one-hot mixture is its expert to the bit; blocks mix apart; products do not mix") {
+  test::random rng(3);
+  constexpr index_t experts = 3, n = 12, blocks = 4;
+  const std::vector<float> theta = some(rng, experts * n);
+  const matrix_view<const float> parameters(theta.data(), experts, n);
+  std::vector<float> w(2 * blocks * experts), out(2 * n);
+  for (index_t r = 0; r < 2 * blocks; ++r)
+    w[static_cast<std::size_t>(r * experts + r % experts)] = 1;
+  mix_parameters({w.data(), 2 * blocks, experts}, parameters, blocks, {out.data(), 2, n});
+  for (index_t s = 0; s < 2; ++s)
+    for (index_t c = 0; c < n; ++c)
+      CHECK(out[static_cast<std::size_t>(s * n + c)] ==
+            parameters((s * blocks + c / 3) % experts, c));
+  // Adapters of one rank: (w1 A1 + w2 A2)(w1 B1 + w2 B2) has cross terms.
+  const float a[] = {1, 2}, b[] = {3, 5}, half[] = {0.5f, 0.5f};
+  float mixed_a = 0, mixed_b = 0;
+  mix_parameters({half, 1, 2}, {a, 2, 1}, 1, {&mixed_a, 1, 1});
+  mix_parameters({half, 1, 2}, {b, 2, 1}, 1, {&mixed_b, 1, 1});
+  CHECK(mixed_a * mixed_b == 6.0f);
+  CHECK(0.5f * a[0] * b[0] + 0.5f * a[1] * b[1] == 6.5f);
+}
+
+TEST_CASE("each row of a FlyLoRA projection has as many entries as it keeps; its bias levels use") {
+  const auto a = fly_projection(8, 40, 2, 7);
+  CHECK(a == fly_projection(8, 40, 2, 7));
+  CHECK(a != fly_projection(8, 40, 2, 8));
+  for (index_t i = 0; i < 8; ++i)
+    CHECK(std::count_if(a.begin() + i * 40, a.begin() + (i + 1) * 40,
+                        [](float x) { return x != 0; }) == 10);
+  std::vector<float> bias = {0, 0, 0};
+  update_rank_bias(std::vector<std::int64_t>{1, 2, 3}, 0.5f, bias);
+  CHECK(bias == std::vector<float>{0.5f, 0, -0.5f});
+}
+
+TEST_CASE("adapters that do not fit are refused by name") {
+  CHECK(test::refusal([] { lora_experts<>(1, 4, 4, 0, 1); }) ==
+        "moeroute::lora_experts: rank is 0, expected 1 to 1048576");
+  CHECK(test::refusal([] { lora_experts<>(1, 4, 4, 2, 1, {.keep = 3}); }) ==
+        "moeroute::lora_experts: mask.keep is 3, expected 0 to 2");
+  const std::vector<float> w(16);
+  CHECK(test::refusal([&] { lora_experts<>(1, 4, 4, 2, 1).set_a(0, {w.data(), 4, 4}); }) ==
+        "moeroute::lora_experts: a.rows is 4, expected 2");
+  test::random rng(4);
+  const assignment a = test::fixed_choices(rng, 2, 4, 1);
+  assignment out;
+  CHECK(test::refusal([&] { virtual_experts(a, std::vector<std::int32_t>{0, 2}, 2, out); }) ==
+        "moeroute::virtual_experts: adapter is 2, expected 0 to 1");
+  std::vector<float> mixed(4);
+  CHECK(test::refusal([&] {
+          mix_parameters({w.data(), 3, 2}, {w.data(), 2, 4}, 3, {mixed.data(), 1, 4});
+        }) == "moeroute::mix_parameters: parameters.cols % blocks is 1, expected 0");
+}
