@@ -13,10 +13,9 @@ namespace moeroute {
 namespace detail {
 
 // What the rare words of a description share: parts that are picked at run time, in one router.
-using rare_router =
-    weighed_by_second<transformed<any_row_transform,
-                                  router<rare_score, class_bias<ordered_ties<any_selection>>>>,
-                      any_score>;
+using rare_router = weighed_by_second<
+    transformed<any_row_transform, router<rare_score, class_bias<ordered_ties<any_selection>>>>,
+    any_score>;
 using rare_counted = transformed<any_row_transform, counted<rare_score>>;
 
 }  // namespace detail
@@ -26,9 +25,8 @@ using rare_counted = transformed<any_row_transform, counted<rare_score>>;
 ///
 /// Apart from any_router, so that a program that describes common routers carries nothing of it.
 /// Cost: a switch per row and step; each rule has a template of its own for who knows it.
-class any_rare_router
-    : public detail::router_of_kinds<detail::rare_router, detail::rare_counted, dense_if,
-                                     product_keys<softmax>> {
+class any_rare_router : public detail::router_of_kinds<detail::rare_router, detail::rare_counted,
+                                                       dense_if, product_keys<softmax>> {
  public:
   using router_of_kinds::router_of_kinds;
 };
@@ -50,8 +48,7 @@ inline any_row_transform steps_of(const router_spec& s, const router_tensors& te
           .lot = {.active = s.candidates, .scope = s.candidate_scope}};
 }
 
-inline rare_router make_rare(const router_spec& s,
-                                                  const router_tensors& tensors) {
+inline rare_router make_rare(const router_spec& s, const router_tensors& tensors) {
   rare_router made;
   const bool second = s.second_logits == logit_pairs::weigh;
   made.active = second;
@@ -96,17 +93,15 @@ inline any_rare_router make_rare_router(const router_spec& s, const router_tenso
   detail::check_tensors(s, tensors);
   const weight_rule weight = detail::weight_rule_of(s, tensors);
   if (s.selection == selection_kind::product_keys)
-    return {
-        s, product_keys<softmax>{.choices = s.k, .first_keys = s.first_keys, .weight = weight}};
+    return {s, product_keys<softmax>{.choices = s.k, .first_keys = s.first_keys, .weight = weight}};
   if (s.selection != selection_kind::counted) return {s, detail::make_rare(s, tensors)};
   const logit_transform transform = detail::transform_of(s);
   if (s.count == count_rule::tsallis)
     return {s, dense_if{{s.top_p, s.crossing, s.min_k, s.max_k, weight, transform},
                         s.tsallis_q,
                         s.dense_above}};
-  return {s, detail::rare_counted{
-                 detail::steps_of(s, tensors),
-                 {detail::count_of(s), detail::scores_of(s), weight, transform}}};
+  return {s, detail::rare_counted{detail::steps_of(s, tensors),
+                                  {detail::count_of(s), detail::scores_of(s), weight, transform}}};
 }
 
 }  // namespace moeroute

@@ -30,8 +30,8 @@ enum class store_path {
 /// and the experts find it there; streamed it comes back from memory. Timed together with a read of
 /// every row, after another writer of the same slots: through the caches is ahead by 1.5 times up
 /// to two caches' worth and by 1.1 at four, the two are even at seven, and from 14 on streamed is
-/// ahead by 1.07 to 1.2. Row by row in slot order is never ahead of token by token, which reads each
-/// row of x once, whatever k and the width.
+/// ahead by 1.07 to 1.2. Row by row in slot order is never ahead of token by token, which reads
+/// each row of x once, whatever k and the width.
 constexpr store_path choose_stores(index_t slots, index_t row_bytes,
                                    const simd::cache_sizes& caches) {
   const bool whole_lines = row_bytes % static_cast<index_t>(alignment) == 0;
