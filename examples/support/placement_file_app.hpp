@@ -114,7 +114,11 @@ inline constexpr index_t small_instance = 32;
   const index_t slots = whole_field(in, "slots"), ranks = whole_field(in, "ranks");
   search_options free{.distinct = false, .swaps = false, .kicks = 0};
   search_options ours;
-  if (static_cast<index_t>(w.size()) <= small_instance) free.candidates = ours.candidates = 0;
+  // Small: every change is tried, once down. Else the likely ones, from several starts.
+  if (static_cast<index_t>(w.size()) <= small_instance)
+    free.candidates = ours.candidates = 0;
+  else
+    free.kicks = ours.kicks;
   const packing counts = search_packing(w, slots, ranks, free);
   free.swaps = true;
   const packing swapped = search_packing(w, slots, ranks, free);
