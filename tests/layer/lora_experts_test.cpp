@@ -87,6 +87,14 @@ TEST_CASE("tokens of one adapter and expert stand together in the plan of virtua
     CHECK(v.weights()[c] == a.weights()[c]);
     CHECK((a.ids()[c] == no_expert ? v.ids()[c] == no_expert : v.ids()[c] % 5 == a.ids()[c]));
   }
+  assignment cut = a;
+  cut.kept_to_fill()[7] = 0;
+  virtual_experts(cut, adapter, 3, v);
+  CHECK(!v.kept(7));
+  CHECK(v.kept(8));
+  CHECK(test::refusal([&] { virtual_experts(v, adapter, 3, v); }) ==
+        "moeroute::virtual_experts: out is choices, expected an assignment of its own");
+  CHECK(!test::refusal([&] { virtual_experts(assignment{}, {}, 3, v); }).empty());
 }
 
 TEST_CASE("a one-hot mixture is its expert to the bit; blocks mix apart; products do not mix") {

@@ -344,6 +344,30 @@ TEST_CASE("every expert is a candidate as often as any other, and the count is k
   CHECK(drawn(1) != drawn(2));
 }
 
+TEST_CASE("a row that is all equal is standardised to zeros, however its mean rounds") {
+  for (const float x : {-0.166869655f, 1.903152585f, 0.1f, 1e30f})
+    for (const index_t n : {5, 7, 9, 17, 33}) {
+      std::vector<float> row(static_cast<std::size_t>(n), x), out(row.size(), 1.0f);
+      row.back() = simd::minus_infinity;
+      standardized{2.0f}.apply_row(row.data(), n, 0, {}, out.data());
+      row.pop_back();
+      for (std::size_t e = 0; e + 1 < out.size(); ++e) CHECK(out[e] == 0.0f);
+      CHECK(out.back() == simd::minus_infinity);
+    }
+}
+
+TEST_CASE("fewer choices of its own than groups weigh as a softmax of what is left") {
+  const std::vector<float> z = {0.0f, 0.0f, 100.0f, 0.0f};
+  const std::vector<std::int32_t> own = {1};
+  const assignment out =
+      routed(router{softmax{}, top_of_each_group{2, 2}}, z, 4, {.k_of_token = own});
+  CHECK(out.ids()[0] == 0);
+  CHECK(out.ids()[1] == no_expert);
+  CHECK(std::isfinite(out.weights()[0]));
+  CHECK(out.weights()[0] >= 0.0f);
+  CHECK(out.weights()[0] <= 1.0f);
+}
+
 TEST_CASE("passes that agree are one pass, and of equal means the surer expert wins") {
   const std::vector<float> row = test::make_logits(test::shape::quantised, 2, 1, 8);
   std::vector<float> twice(row);

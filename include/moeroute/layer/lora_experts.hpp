@@ -68,12 +68,14 @@ class lora_experts {
 
   index_t experts() const { return static_cast<index_t>(down_.size()); }
   index_t d() const { return d_; }
+  index_t d_out() const { return d_out_; }
   index_t rank() const { return rank_; }
   index_t scratch_floats() const { return round_up(tile * (rank_ + d_out_), 64); }
 
   /// y = (alpha / r) B (A x).
   void operator()(expert_id e, matrix_view<const float> x, matrix_view<float> y,
                   float* memory) const {
+    check_call(e, x, y);
     for (index_t first = 0; first < x.rows; first += tile) {
       const index_t n = std::min(tile, x.rows - first);
       const matrix_view<float> out = y.middle_rows(first, n);
@@ -84,6 +86,7 @@ class lora_experts {
   }
   /// y += (alpha / r) B (A x).
   void add_to(expert_id e, matrix_view<const float> x, matrix_view<float> y, float* memory) const {
+    check_call(e, x, y);
     for (index_t first = 0; first < x.rows; first += tile) {
       const index_t n = std::min(tile, x.rows - first);
       const matrix_view<float> own(memory + tile * rank_, n, d_out_);
@@ -96,6 +99,18 @@ class lora_experts {
   }
 
  private:
+  void check_call(expert_id e, const matrix_view<const float>& x,
+                  const matrix_view<float>& y) const {
+    constexpr const char* where = "lora_experts";
+    check_range(where, "expert", e, 0, experts() - 1);
+    check_size(where, "x.cols", x.cols, d_);
+    check_size(where, "y.rows", y.rows, x.rows);
+    check_size(where, "y.cols", y.cols, d_out_);
+    check_stride(where, "x", x);
+    check_stride(where, "y", y);
+    check_apart(where, "x", x, "y", y);
+  }
+
   void product(expert_id e, matrix_view<const float> x, matrix_view<float> y, float* memory) const {
     const matrix_view<float> low(memory, x.rows, rank_);
     simd::gemm(x, down_[static_cast<std::size_t>(e)], low);
@@ -143,6 +158,8 @@ inline void virtual_experts(const assignment& choices, std::span<const std::int3
   constexpr const char* where = "virtual_experts";
   check_choices(where, choices);
   if (choices.ragged()) fail(where, "the assignment is ragged, expected the fixed form");
+  if (&out == &choices) fail(where, "out is choices, expected an assignment of its own");
+  check_range(where, "choices.experts()", choices.experts(), 1, max_experts);
   check_size(where, "adapter.size()", static_cast<index_t>(adapter.size()), choices.tokens());
   check_range(where, "adapters", adapters, 1, max_experts / choices.experts());
   for (const std::int32_t a : adapter) check_range(where, "adapter", a, 0, adapters - 1);
@@ -154,6 +171,10 @@ inline void virtual_experts(const assignment& choices, std::span<const std::int3
         e == no_expert ? no_expert : static_cast<expert_id>(adapter[c / k] * choices.experts() + e);
     out.weights()[c] = choices.weights()[c];
   }
+  if (choices.drops()) {
+    const std::span<std::uint8_t> kept = out.kept_to_fill();
+    std::copy(choices.kept().begin(), choices.kept().end(), kept.begin());
+  }
 }
 
 /// out[s] = the parameters of all experts mixed for sequence s, block by block: block h of the
@@ -161,7 +182,8 @@ inline void virtual_experts(const assignment& choices, std::span<const std::int3
 ///
 /// Shapes: weights [S * blocks, E], parameters [E, n], blocks divides n, out [S, n]. One block is
 /// SMEAR (Muqeeth et al. 2023) and Polytropon (Ponti et al. 2023), several are MHR (Caccia et al.
-/// 2023). Ensures: one-hot weights give that expert's bits. Mixing A and B of an adapter apart is
+/// 2023). Ensures: one-hot weights give that expert's values (a
+/// zero without its sign). Mixing A and B of an adapter apart is
 /// not the mixture of their products. Throws: error where shapes do not fit. Cost: O(S E n).
 inline void mix_parameters(matrix_view<const float> weights, matrix_view<const float> parameters,
                            index_t blocks, matrix_view<float> out) {
@@ -171,6 +193,11 @@ inline void mix_parameters(matrix_view<const float> weights, matrix_view<const f
   check_size(where, "weights.rows", weights.rows, out.rows * blocks);
   check_size(where, "weights.cols", weights.cols, parameters.rows);
   check_size(where, "out.cols", out.cols, parameters.cols);
+  check_stride(where, "weights", weights);
+  check_stride(where, "parameters", parameters);
+  check_stride(where, "out", out);
+  check_apart(where, "weights", weights, "out", out);
+  check_apart(where, "parameters", parameters, "out", out);
   const index_t width = parameters.cols / blocks;
   for (index_t s = 0; s < out.rows; ++s)
     for (index_t h = 0; h < blocks; ++h) {

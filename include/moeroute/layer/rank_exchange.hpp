@@ -164,6 +164,15 @@ class exchange_sender {
                      const Exec& exec = {}) {
     if (options.result != exchange_result::exact)
       fail("exchange", "reduced results have no backward pass: expected exact");
+    check_size("exchange", "dy.rows()", dy.rows, plan_.tokens());
+    check_size("exchange", "dy.cols()", dy.cols, d_);
+    check_stride("exchange", "dy", dy);
+    if (dx.data != nullptr) {
+      check_size("exchange", "dx.rows()", dx.rows, plan_.tokens());
+      check_size("exchange", "dx.cols()", dx.cols, d_);
+      check_stride("exchange", "dx", dx);
+      check_apart("exchange", "dy", dy, "dx", dx);
+    }
     const bool on_input = options.weights == weight_on::input;
     const combine_options<T, float> combining = combining_of(x, options);
     const bool identity = options.special.identity_first < options.special.identity_end;
@@ -222,6 +231,7 @@ class exchange_sender {
 
   template <executor Exec>
   void pack_rows(const matrix_view<const T>& x, const Exec& exec) {
+    check_size("exchange", "x.rows()", x.rows, plan_.tokens());
     d_ = x.cols;
     rows_.resize(size_product(plan_.rows(), d_));
     gather_rows(x, plan_.row_token(), matrix_view<T>(rows_.data(), plan_.rows(), d_), exec);

@@ -122,7 +122,9 @@ struct router {
       selection.template select<A>(z, nullptr, c, memory.select);
       keep_own_k(z, c);
       c.has_row_max = true;
-      if constexpr (requires { selection.keeps_best(); }) c.has_row_max = selection.keeps_best();
+      // Fewer choices than were selected, in an order other than best first, may lack the best.
+      if constexpr (requires { selection.keeps_best(); })
+        c.has_row_max = selection.keeps_best() && z.side->k_of_token.empty();
       score.template score_choices<A>(z, c, weight.needs());
     } else {
       this->template score_rows<A>(z, memory);

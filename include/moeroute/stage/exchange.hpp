@@ -154,6 +154,8 @@ void gather_rows(const X& from_rows, std::span<const slot_id> index, Y&& to_rows
 ///
 /// Throws: error where the range does not fit. Cost: a copy; no allocation once warm.
 inline void copy_tokens(const assignment& all, index_t first, index_t count, assignment& out) {
+  if (&out == &all) fail("copy_tokens", "out is all, expected an assignment of its own");
+  check_offsets("copy_tokens", all);
   check_range("copy_tokens", "first", first, 0, all.tokens());
   check_range("copy_tokens", "count", count, 0, all.tokens() - first);
   const index_t begin = all.first(first), end = all.first(first + count);
@@ -261,9 +263,12 @@ inline void plan_received(const received_entries& got, index_t slots, dispatch_p
   } else {
     std::fill_n(p.slot_of_choice, entries, no_slot);
     for (const std::int32_t r : got.order) {
-      check_range(where, "order", r, 0, rows - 1);
-      if (p.slot_of_choice[first[r]] != no_slot)
+      const bool there = r >= 0 && r < rows;
+      if (!there || p.slot_of_choice[first[r]] != no_slot) {
+        out.reset(0, 0, 0);  // what is refused is no plan
+        check_range(where, "order", r, 0, rows - 1);
         fail(where, "order names row " + std::to_string(r) + " twice");
+      }
       place(r);
     }
   }

@@ -7,6 +7,7 @@
 
 #include <moeroute/base/workspace.hpp>
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
 #include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
 
@@ -73,6 +74,7 @@ class retained_inputs {
   void retain_choices(const matrix_view<const T>& x, const assignment& choices, expert_id e,
                       double tolerance = 1e-2) {
     check_size("retained_inputs", "choices.tokens()", choices.tokens(), x.rows);
+    check_offsets("retained_inputs", choices);
     for (index_t t = 0; t < x.rows; ++t) {
       const auto ids = choices.ids(t);
       if (std::find(ids.begin(), ids.end(), e) != ids.end()) retain(x.middle_rows(t, 1), tolerance);

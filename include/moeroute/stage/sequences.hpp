@@ -8,6 +8,7 @@
 #include <string>
 
 #include <moeroute/data/assignment.hpp>
+#include <moeroute/data/check_choices.hpp>
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
@@ -108,6 +109,7 @@ inline void spread(const assignment& decisions, std::span<const std::int32_t> se
                    assignment& out) {
   const auto tokens = static_cast<index_t>(sequence_of_token.size());
   if (&out == &decisions) fail("spread", "out is decisions, expected an assignment of its own");
+  check_offsets("spread", decisions);
   index_t choices = 0;
   for (const std::int32_t s : sequence_of_token) {
     check_range("spread", "sequence_of_token", s, 0, decisions.tokens() - 1);
@@ -163,6 +165,7 @@ void repeat_block(const assignment& decisions, std::span<const std::int32_t> off
                   const Exec& exec = {}) {
   const auto y = view(y_rows);
   check_sequences("repeat_block", offsets, y.rows);
+  if (decisions.ragged()) fail("repeat_block", "the decisions are ragged, expected the fixed form");
   check_size("repeat_block", "decisions.tokens()", decisions.tokens(),
              static_cast<index_t>(offsets.size()) - 1);
   check_size("repeat_block", "times.size()", static_cast<index_t>(times.size()),

@@ -118,6 +118,8 @@ struct weighed_by_second {
       weight.check(columns / 2);
     }
     router.check(first(columns));
+    if (active)
+      check_size("weighed_by_second", "experts", router.experts(first(columns)), first(columns));
   }
   auto carve(scratch& tape, index_t columns) const { return router.carve(tape, first(columns)); }
 
