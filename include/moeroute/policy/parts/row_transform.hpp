@@ -42,22 +42,21 @@ struct row_moments {
     using F = simd::vfloat<A>;
     const F most(std::numeric_limits<float>::max()), zero(0.0f), one(1.0f);
     const auto finite = [&](F x) { return (x <= most) & (x >= -most); };
-    F low = most, high = -most;
-    simd::partials<A> sum(0.0f), there(0.0f), square(0.0f);
+    index_t at = 0;
+    while (at < n && !std::isfinite(z[at])) ++at;
+    const F first(at < n ? z[at] : 0.0f);
+    simd::partials<A> sum(0.0f), there(0.0f), other(0.0f), square(0.0f);
     simd::detail::for_each_register<A>(z, n, simd::minus_infinity, [&](int r, F x) {
       sum.part[r] += simd::select<A>(finite(x), x, zero);
       there.part[r] += simd::select<A>(finite(x), one, zero);
-      low = simd::select<A>(finite(x) & (x < low), x, low);
-      high = simd::select<A>(finite(x) & (x > high), x, high);
+      other.part[r] += simd::select<A>(finite(x) & (x != first), one, zero);
     });
     row_moments m;
     const float count = simd::sum_of<A>(there);
     m.count = static_cast<index_t>(count);
     if (m.count == 0) return m;
-    // A row that is all equal deviates by nothing: its mean would round.
-    const float least = xsimd::reduce_min(low);
-    if (least == xsimd::reduce_max(high)) {
-      m.mean = least;
+    if (simd::sum_of<A>(other) == 0.0f) {  // the mean of equals would round
+      m.mean = z[at];
       return m;
     }
     m.mean = simd::sum_of<A>(sum) / count;
