@@ -2,6 +2,7 @@
 // one rank with everything would give.
 //
 //   mpirun -n 4 expert_parallel
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -29,7 +30,7 @@ int main(int argc, char** argv) {
   // Which rank holds which experts: here in order; a planner of placement/ may know better.
   const placement where = placement::contiguous(experts, ranks);
   const auto own = where.experts_of_rank(rank);
-  swiglu_experts<> mine(static_cast<index_t>(own.size()), d, ff);
+  swiglu_experts<> mine(std::max<index_t>(1, static_cast<index_t>(own.size())), d, ff);
   for (std::size_t slot = 0; slot < own.size(); ++slot) {
     const std::vector<float> w = wave(3 * d * ff, 0.1 + 0.01 * own[slot]);
     mine.set_gate(static_cast<expert_id>(slot), {w.data(), ff, d});

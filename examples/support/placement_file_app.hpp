@@ -378,6 +378,7 @@ inline constexpr index_t small_instance = 32;
         experts = std::max<index_t>(experts, e + 1);
   for (const json& rank : ids)
     for (const json& token : rank) k = std::max(k, static_cast<index_t>(token.size()));
+  if (k > experts) refuse("field 'ids': ", k, " ids of a token for ", experts, " experts");
   for (const json& rank : x)
     for (const json& row : rank) d = std::max(d, static_cast<index_t>(row.size()));
   const placement p = placement::from_slots(experts, ranks, slots,
@@ -391,7 +392,7 @@ inline constexpr index_t small_instance = 32;
     if (static_cast<index_t>(weights[at(r)].size()) != n ||
         static_cast<index_t>(x[at(r)].size()) != n)
       refuse("fields 'weights' and 'x': expected as many tokens as 'ids' has on rank ", r);
-    choices[at(r)].reset(n, experts, std::min(k, experts));
+    choices[at(r)].reset(n, experts, k);
     for (index_t t = 0; t < n; ++t) {
       const auto list = whole_list<expert_id>(ids[at(r)][at(t)], "ids");
       const auto weight = weights[at(r)][at(t)].get<std::vector<float>>();

@@ -1,8 +1,10 @@
 // Every planner against its vectors, against brute force where that is possible, and by what each
 // promises of any loads.
+#include <array>
 #include <catch2/catch_test_macros.hpp>
 #include <fstream>
 #include <functional>
+#include <moeroute/base/linear_assignment.hpp>
 #include <moeroute/placement/affinity.hpp>
 #include <moeroute/placement/eplb.hpp>
 #include <moeroute/placement/exact_balance.hpp>
@@ -505,6 +507,32 @@ TEST_CASE("what planners promise holds for any loads") {
   }
 }
 
+TEST_CASE("the search leaves no expert twice on a rank where no load says which goes where") {
+  for (const auto& [experts, slots, ranks] :
+       {std::array<index_t, 3>{5, 15, 5}, {3, 6, 3}, {4, 12, 4}, {7, 42, 7}})
+    for (const index_t kicks : {8, 0})
+      for (const double load : {0.0, 1.0, 5e-324}) {
+        INFO(experts << " experts, " << kicks << " kicks, load " << load);
+        const std::vector<double> loads(at(experts), load);
+        const placement p = search_placement(loads, slots, ranks, {.kicks = kicks}).experts;
+        CHECK(p.duplicates().empty());
+        for (index_t e = 0; e < experts; ++e) CHECK(p.replicas(e) >= 1);
+        CHECK(p.slots() == slots);
+      }
+  const std::vector<double> two{1.0, 2.0};
+  CHECK(near(search_placement(two, 8, 2, {.distinct = false}).balance.max_load, 1.5));
+}
+
+TEST_CASE("counts and prices at the ends of their ranges overflow nothing") {
+  const std::vector<std::int64_t> most(64, std::int64_t{1} << 40);
+  const batch_plan plan = spill(most, 2, {.alpha_num = 1 << 20, .alpha_den = 1, .lambda = 0.0});
+  CHECK(plan.load == std::vector<std::int64_t>(2, std::int64_t{1} << 45));
+  const affinity_plan far = place_by_affinity(
+      {.experts = 4, .count = {std::vector<double>(16, 1.7e308), std::vector<double>(16, 1.7e308)}},
+      {.ranks = 2});
+  CHECK(far.rank_of_expert.size() == 3);
+}
+
 TEST_CASE("renaming ranks finds the fewest moves that brute force finds") {
   test::random rng(3);
   for (int draw = 0; draw < 20; ++draw) {
@@ -612,4 +640,18 @@ TEST_CASE("planners refuse by name what is no load, no size, no option") {
   const std::vector<std::int32_t> start{0, 0, 1, 2};
   CHECK(said([&] { group_experts({}, good, start, {.ranks = 2}); }) ==
         "moeroute::group_experts: start is 2, expected 0 to 1");
+  CHECK(said([&] { split_even(placement{}, {}); }).find("placement.ranks() is 0") !=
+        std::string::npos);
+  const std::vector<std::uint8_t> flags(2, 0);
+  CHECK(said([&] { shadow_latency(counts, 4, flags, {.d = 1}, true); }) ==
+        "moeroute::shadow_latency: count.size() is 4, expected 8");
+  const std::vector<std::int64_t> huge(4, std::int64_t{1} << 62);
+  CHECK(said([&] { shadow_exact(huge, 2, {.d = 1}, true); }).find("expected 0 to 2^40") !=
+        std::string::npos);
+  CHECK(said([&] {
+          linear_assignment({1.0, std::nan(""), 2.0, 3.0}, 2);
+        }).find("linear_assignment: a gain is nan") != std::string::npos);
+  CHECK(said([&] {
+          linear_assignment({1.0, HUGE_VAL, 2.0, 3.0}, 2);
+        }).find("linear_assignment: a gain is inf") != std::string::npos);
 }

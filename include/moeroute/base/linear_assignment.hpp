@@ -1,6 +1,7 @@
 // The assignment of rows to columns with the largest sum.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <utility>
@@ -13,10 +14,14 @@ namespace moeroute {
 
 /// column[r]: the column of each row of gain [n, n], such that the sum of gains is the largest.
 ///
-/// Throws: error where gain.size() is not n * n. Cost: O(n^3). Determinism: exact. Source: shortest
-/// augmenting paths with potentials (Kuhn 1955; Jonker and Volgenant 1987).
+/// Throws: error where gain.size() is not n * n or a gain is no number. Cost: O(n^3). Determinism:
+/// exact. Source: shortest augmenting paths with potentials (Kuhn 1955; Jonker and Volgenant 1987).
 inline std::vector<std::int32_t> linear_assignment(const std::vector<double>& gain, index_t n) {
   check_size("linear_assignment", "gain.size()", static_cast<index_t>(gain.size()), n * n);
+  // Sums of prices stay finite as well.
+  for (const double g : gain)
+    if (!(std::abs(g) <= 1e300))
+      fail_value("linear_assignment", "a gain", g, "a number of at most 1e300");
   const auto size = static_cast<std::size_t>(n);
   constexpr std::size_t none = std::numeric_limits<std::size_t>::max();
   constexpr double never = std::numeric_limits<double>::infinity();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <span>
 #include <utility>
@@ -104,7 +105,7 @@ class affinity_search {
           for (index_t k = 0; k < o_.ranks; ++k) {
             if (room[at(k)] == 0) continue;
             const double p = price[at(j * o_.ranks + k)];
-            if (p < first) {
+            if (cheapest < 0 || p < first) {
               second = first;
               first = p;
               cheapest = k;

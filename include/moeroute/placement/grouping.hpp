@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <span>
 #include <utility>
 #include <vector>
@@ -67,8 +68,8 @@ inline grouping_plan group_experts(std::span<const token_set> sets, std::span<co
   grouping_plan plan;
   plan.rank_of_expert.assign(start.begin(), start.end());
   std::vector<std::int32_t>& rank = plan.rank_of_expert;
-  std::vector<std::int32_t> seen_rank(at(options.ranks), -1), seen_node(at(options.ranks), -1);
-  std::int32_t stamp = 0;
+  std::vector<std::int64_t> seen_rank(at(options.ranks), -1), seen_node(at(options.ranks), -1);
+  std::int64_t stamp = 0;
   const auto cost_of = [&](std::size_t i) {
     ++stamp;
     double sum = 0.0;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <utility>
 #include <vector>
@@ -255,10 +256,11 @@ inline std::vector<index_t> assign_greedy(const std::vector<double>& gain, index
       column[at(i)] = j;
       row[at(j)] = i;
     }
-  index_t j = 0;
+  // The rest in order, no pair that may not be: those that may come in blocks, where any will do.
   for (index_t i = 0; i < n; ++i) {
     if (column[at(i)] >= 0) continue;
-    while (row[at(j)] >= 0) ++j;
+    index_t j = 0;
+    while (row[at(j)] >= 0 || gain[at(i * n + j)] <= -1e18) ++j;
     column[at(i)] = j;
     row[at(j)] = i;
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <queue>
 #include <span>
 #include <utility>
@@ -48,7 +49,7 @@ std::vector<index_t> replicate_greedy(std::span<const F> load, index_t slots, in
 /// The number of slots of every expert that makes the greatest load per slot as small as it can be,
 /// with at most `most` slots for one expert (ranks, so that none holds it twice).
 ///
-/// Slots that no load asks for are spread by id. Ensures: every expert has one, they sum to
+/// Where all loads are zero, slots are spread by id. Ensures: every expert has one, they sum to
 /// `slots`. Throws: error where a load is no load, or slots are outside [E, E most]. Cost: O(slots
 /// log E). Determinism: exact; of equal loads per slot the lowest expert.
 inline std::vector<index_t> replicate(std::span<const double> load, index_t slots, index_t most) {

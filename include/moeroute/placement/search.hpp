@@ -2,7 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <utility>
 #include <vector>
@@ -268,6 +271,46 @@ inline bool has_twice(const packing& p) {
   return false;
 }
 
+// Exchanges the second copy of an expert on a rank with the expert of the nearest load that this
+// rank lacks, from a rank that lacks the copy, until no rank holds one twice.
+//
+// There is always such a pair where no expert has more replicas than ranks: if not, every rank
+// without the copy would hold fewer different experts, all of them here, and so have copies itself,
+// and so on without end.
+inline void separate(packing& p, std::span<const double> load) {
+  const auto ranks = static_cast<index_t>(p.of_rank.size());
+  const auto w = [&](expert_id e) { return load[at(e)] / static_cast<double>(p.count[at(e)]); };
+  const auto copies = [&](index_t r, expert_id e) {
+    return std::count(p.of_rank[at(r)].begin(), p.of_rank[at(r)].end(), e);
+  };
+  for (bool found = true; found;) {
+    found = false;
+    double best = 0.0;
+    expert_id *from = nullptr, *to = nullptr;
+    for (index_t r = 0; r < ranks; ++r)
+      for (expert_id& e : p.of_rank[at(r)]) {
+        if (copies(r, e) < 2) continue;
+        for (index_t q = 0; q < ranks; ++q) {
+          if (copies(q, e) != 0) continue;
+          for (expert_id& f : p.of_rank[at(q)]) {
+            const double gap = std::abs(w(e) - w(f));
+            if (copies(r, f) != 0 || (found && gap >= best)) continue;
+            found = true;
+            best = gap;
+            from = &e;
+            to = &f;
+          }
+        }
+      }
+    if (found) std::swap(*from, *to);
+  }
+  for (index_t r = 0; r < ranks; ++r) {
+    p.load[at(r)] = 0.0;
+    for (const expert_id e : p.of_rank[at(r)]) p.load[at(r)] += w(e);
+  }
+  p.max_load = *std::max_element(p.load.begin(), p.load.end());
+}
+
 }  // namespace detail
 
 /// The packing that search_placement finds, before it is a placement. `start`, if given, are the
@@ -324,7 +367,7 @@ inline packing search_packing(std::span<const double> load, index_t slots, index
   // Numbers by which no slot has more than a part of the mean; what is left goes to the fullest.
   const double mean = std::accumulate(load.begin(), load.end(), 0.0) / static_cast<double>(ranks);
   for (const double part : {0.92, 0.84, 0.76, 0.68, 0.6, 0.52}) {
-    if (options.kicks == 0 || is_good()) break;
+    if (options.kicks == 0 || is_good() || !(part * mean > 0.0)) break;
     std::vector<index_t> count(at(experts), 1);
     index_t sum = 0;
     for (index_t e = 0; e < experts; ++e) {
@@ -359,6 +402,7 @@ inline packing search_packing(std::span<const double> load, index_t slots, index
     if (packing made = detail::descend(load, slots, ranks, options, count); better(made))
       best = std::move(made);
   }
+  if (options.distinct && detail::has_twice(best)) detail::separate(best, load);
   return best;
 }
 
@@ -378,8 +422,9 @@ inline placement_plan search_placement(std::span<const double> load, index_t slo
   std::vector<expert_id> of_slot;
   for (const auto& rank : found.of_rank) of_slot.insert(of_slot.end(), rank.begin(), rank.end());
   const auto experts = static_cast<index_t>(load.size());
-  placement_plan plan = plan_of(placement::from_slots(experts, ranks, of_slot, node_of_rank), load,
-                                placement_bound(load, slots, ranks));
+  placement_plan plan =
+      plan_of(placement::from_slots(experts, ranks, of_slot, node_of_rank), load,
+              placement_bound(load, std::min(slots, size_product(experts, ranks)), ranks));
   const placement_plan published = eplb_plan(load, slots, ranks);
   if (published.balance.max_load < plan.balance.max_load &&
       (!options.distinct || published.experts.duplicates().empty()))

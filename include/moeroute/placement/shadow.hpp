@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -70,13 +72,17 @@ inline shadow_plan shadow_published(std::span<const double> load, const shadow_c
 /// its unshadowed experts get and its own tokens of shadowed ones.
 ///
 /// Shapes: count [R, E]; shadowed [E] flags. training: rows move four times and weights twice.
+/// Throws: error where sizes differ.
 inline double shadow_latency(std::span<const std::int64_t> count, index_t ranks,
                              std::span<const std::uint8_t> shadowed, const shadow_costs& costs,
                              bool training) {
   using detail::at;
   const auto experts = static_cast<index_t>(shadowed.size());
+  check_range("shadow_latency", "ranks", ranks, 1, max_ranks);
+  check_range("shadow_latency", "shadowed.size()", experts, 1, max_experts);
+  check_size("shadow_latency", "count.size()", static_cast<index_t>(count.size()), ranks * experts);
   double compute = 0.0, net = 0.0, shadows = 0.0;
-  for (const std::uint8_t s : shadowed) shadows += s;
+  for (const std::uint8_t s : shadowed) shadows += s != 0 ? 1.0 : 0.0;
   for (index_t r = 0; r < ranks; ++r) {
     double rows = 0.0, in = 0.0, out = 0.0;
     for (index_t e = 0; e < experts; ++e) {
@@ -118,7 +124,8 @@ inline shadow_plan shadow_exact(std::span<const std::int64_t> count, index_t ran
   const index_t experts = size / ranks;
   std::vector<std::int64_t> total(at(experts), 0);
   for (index_t i = 0; i < size; ++i) {
-    if (count[at(i)] < 0) fail_value(where, "count", static_cast<index_t>(count[at(i)]), ">= 0");
+    if (count[at(i)] < 0 || count[at(i)] > std::int64_t{1} << 40)
+      fail_value(where, "count", static_cast<index_t>(count[at(i)]), "0 to 2^40");
     total[at(i % experts)] += count[at(i)];
   }
   std::vector<index_t> order(at(experts));

@@ -173,7 +173,10 @@ class layer_simulation {
   }
   void whole(std::span<const double> count) {
     whole_.clear();
-    for (const double c : count) whole_.push_back(static_cast<std::int64_t>(c + 0.5));
+    for (const double c : count) {
+      if (!(c >= 0.0 && c <= 0x1p40)) fail_value("simulate", "count", c, "0 to 2^40");
+      whole_.push_back(static_cast<std::int64_t>(c + 0.5));
+    }
   }
 
   // Times and rows from what each slot computes; tokens come from all ranks alike.

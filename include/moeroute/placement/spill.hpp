@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <span>
 #include <string>
 #include <vector>
@@ -112,11 +113,14 @@ inline batch_plan spill(std::span<const std::int64_t> count, index_t ranks,
   plan.enabled = true;
   plan.range.resize(count.size());
   plan.load.assign(at(ranks), 0);
-  // Without overflow: sum is below 2^60, alpha a ratio of small numbers.
+  // Without overflow: sum is below 2^60, and a cap above it is none.
   const std::int64_t mean = sum / ranks;
-  plan.cap = std::max<std::int64_t>(
-      1, mean / options.alpha_den * options.alpha_num +
-             mean % options.alpha_den * options.alpha_num / options.alpha_den);
+  if (mean / options.alpha_den > (std::int64_t{1} << 61) / options.alpha_num)
+    plan.cap = sum;
+  else
+    plan.cap = std::max<std::int64_t>(
+        1, mean / options.alpha_den * options.alpha_num +
+               mean % options.alpha_den * options.alpha_num / options.alpha_den);
   std::vector<index_t> order(at(experts));
   std::iota(order.begin(), order.end(), index_t{0});
   std::stable_sort(order.begin(), order.end(),

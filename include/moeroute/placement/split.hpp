@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -22,6 +23,7 @@ namespace detail {
 inline void check_counts(const char* where, const placement& p,
                          std::span<const std::int64_t> count) {
   check_size(where, "count.size()", static_cast<index_t>(count.size()), p.experts());
+  check_range(where, "placement.ranks()", p.ranks(), 1, max_ranks);
   for (index_t e = 0; e < p.experts(); ++e) {
     if (count[at(e)] < 0 || count[at(e)] > std::int64_t{1} << 40)
       fail_value(where, "count", static_cast<index_t>(count[at(e)]), "0 to 2^40");
