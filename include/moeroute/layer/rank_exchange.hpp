@@ -204,15 +204,24 @@ class exchange_sender {
   void finish_backward(const matrix_view<const float>& x, const assignment& choices,
                        const exchange_options& options, std::span<float> dweights,
                        const matrix_view<float>& dx, const Exec& exec = {}) {
+    if (!dweights.empty())
+      check_size("exchange", "dweights.size()", static_cast<index_t>(dweights.size()),
+                 choices.choices());
     const bool on_input = options.weights == weight_on::input;
     dispatch_scale<float> scale;
     if (on_input) {
       own_dweights_.resize(choices.choices());
       scale = {.scale = choices.weights(), .x = x, .dscale = own_dweights_};
     }
-    if (dx.data != nullptr)
+    matrix_view<float> target = dx;
+    if (dx.data == nullptr && on_input && !dweights.empty()) {
+      // The weights' gradients are by-products of the tokens'.
+      unwanted_.resize(size_product(choices.tokens(), d_));
+      target = {unwanted_.data(), choices.tokens(), d_};
+    }
+    if (target.data != nullptr)
       dispatch_backward(matrix_view<const float>(back_.data(), plan_.entries(), d_), plan_.outer(),
-                        dx_first_ ? gradient_to::add : gradient_to::write, dx, exec, scale);
+                        dx_first_ ? gradient_to::add : gradient_to::write, target, exec, scale);
     if (!on_input || dweights.empty()) return;
     const bool identity = options.special.identity_first < options.special.identity_end;
     for (index_t c = 0; c < choices.choices(); ++c)
@@ -261,7 +270,7 @@ class exchange_sender {
   bool dx_first_ = false;
   exchange_result result_ = exchange_result::exact;
   buffer<T> rows_;
-  buffer<float> weight_, returned_, ones_, back_rows_, back_, own_dweights_;
+  buffer<float> weight_, returned_, ones_, back_rows_, back_, own_dweights_, unwanted_;
   dispatch_plan reduced_;
 };
 
