@@ -7,6 +7,8 @@
 
 #include <catch2/catch_session.hpp>
 #include <catch2/catch_test_macros.hpp>
+#include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <moeroute/exec/openmp.hpp>
@@ -374,6 +376,49 @@ TEST_CASE("more rows than a rank will take are refused on every rank before they
   CHECK(!p.broken());
 }
 
+TEST_CASE("an option or a side input that is wrong on one rank is refused on every rank") {
+  const scene s = std::move(scenes()[0]);
+  const placement where = placement::contiguous(s.choices.experts(), world_size());
+  const bool mine = world_rank() == world_size() - 1;
+  const auto made = [&](const mpi::parallel_options& o) {
+    return test::refusal([&] { mpi::expert_parallel<>(MPI_COMM_WORLD, where, o); });
+  };
+  CHECK(made({.chunks = mine ? 99 : 1}).find("chunks is 99") != std::string::npos);
+  CHECK(made({.transport = {.deadline = mine ? 0.0 : 60.0}})
+            .find(mine ? "deadline is 0" : "options of another rank are out of range") !=
+        std::string::npos);
+  if (world_size() > 1)
+    CHECK(made({.transport = {.bytes_per_message = mine ? 64 : 128}})
+              .find("on other ranks from 64 to 128") != std::string::npos);
+
+  column_experts experts(s.choices.experts(), s.d);
+  own_part own(s);
+  mpi::expert_parallel<> p(MPI_COMM_WORLD, where);
+  const rows shared(static_cast<std::size_t>((own.n + 1) * s.d), 1.0f);
+  const auto with = [&](const matrix_view<const float>& v, std::span<const float> weight) {
+    return test::refusal([&] {
+      p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p), serial{}, {}, v, weight);
+    });
+  };
+  const matrix_view<const float> fits(shared.data(), own.n, s.d),
+      longer(shared.data(), own.n + 1, s.d);
+  CHECK(with(mine ? longer : fits, {}).find("shared.rows() is ") != std::string::npos);
+  const std::span<const float> ones(shared.data(), static_cast<std::size_t>(own.n + 1));
+  CHECK(with(fits, mine ? ones : std::span<const float>()).find("shared_weight.size() is ") !=
+        std::string::npos);
+
+  // Another placement has no forward() call before it.
+  CHECK(with(fits, {}) == "accepted");
+  p.adopt(where);
+  CHECK(test::refusal([&] {
+          p.backward(own.x, own.choices, own.dy, {own.dx.data(), own.n, s.d}, own.dweights,
+                     [](expert_id, matrix_view<const float>, matrix_view<const float>,
+                        matrix_view<float>) {});
+        }).find("backward() without a forward() call before it") != std::string::npos);
+  p = mpi::expert_parallel<>(MPI_COMM_WORLD, where);
+  CHECK(with(fits, {}) == "accepted");
+}
+
 TEST_CASE("ranks that disagree all refuse, by the name of what differs") {
   if (world_size() == 1) return;
   const scene s = std::move(scenes()[0]);
@@ -498,9 +543,10 @@ TEST_CASE("a rank that stops is named after the deadline, and the exchange is br
                       " did not arrive within 3.0 s (layer 3, forward, header)");
     CHECK(seconds < 60.0);  // it did not wait for the rank that stopped
     CHECK(p.broken());
-    CHECK(test::refusal([&] {
-            p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
-          }) == "moeroute::expert_parallel: broken: a rank did not arrive in an earlier call");
+    CHECK(test::refusal(
+              [&] { p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p)); }) ==
+          "moeroute::expert_parallel: broken: an earlier call of MPI failed or a rank did not "
+          "arrive");
   }
   if (world_rank() == 0) kill(pid[static_cast<std::size_t>(bad)], SIGCONT);
   MPI_Barrier(MPI_COMM_WORLD);

@@ -11,6 +11,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -27,8 +28,8 @@ inline constexpr index_t max_chunks = 16;
 struct parallel_options {
   exchange_options exchange{};
   transport_options transport{};
-  /// A number of the layer's own, the same on all ranks: messages name it, and calls in another
-  /// order than the other ranks' are refused by it.
+  /// A number of the layer's own, the same on all ranks: messages name it. Objects made in another
+  /// order than on other ranks are refused by it; calls in another order end at the deadline.
   std::int32_t layer = 0;
   /// Tokens are cut into so many chunks, rows of one travel while another is computed; forward only
   /// (the backward pass takes one).
@@ -66,18 +67,24 @@ static_assert(std::is_trivially_copyable_v<rank_header>);
 ///
 /// A rank that throws keeps in step: every rank learns of it before the call ends and throws, the
 /// one itself what it threw, the others an error that names it; the next call finds all in order. A
-/// rank that does not arrive within the deadline is named, and the exchange is broken() then.
+/// rank that does not arrive within the deadline is named where it owed a message, and the exchange
+/// is broken() then.
 /// Determinism: as virtual_ranks: in exact mode the bits of one rank with all tokens.
 template <storage T = float, class A = simd::default_arch>
 class expert_parallel {
  public:
-  /// Collective. Throws: error where the placement has another number of ranks than the
-  /// communicator, or an option is out of range.
+  /// Collective. Throws: error, on every rank where one fails, where the placement has another
+  /// number of ranks than the communicator, or an option is out of range.
   expert_parallel(MPI_Comm comm, placement experts, const parallel_options& options = {})
       : s_(std::make_unique<state>(comm, std::move(experts), options)) {
     const index_t ranks = s_->net.ranks();
-    check_size("expert_parallel", "placement.ranks()", s_->experts.ranks(), ranks);
-    check_range("expert_parallel", "chunks", options.chunks, 1, max_chunks);
+    s_->call = "construction";
+    guard("options", [&] {
+      check_size("expert_parallel", "placement.ranks()", s_->experts.ranks(), ranks);
+      check_range("expert_parallel", "chunks", options.chunks, 1, max_chunks);
+    });
+    agree("options");
+    s_->has_forward = false;
     s_->senders = std::vector<exchange_sender<T, A>>(at(options.chunks));
     s_->receivers = std::vector<exchange_receiver<T, A>>(at(options.chunks));
     s_->parts.resize(at(options.chunks));
@@ -89,11 +96,13 @@ class expert_parallel {
     }
   }
   expert_parallel(expert_parallel&&) = default;
-  expert_parallel& operator=(expert_parallel&&) = default;
-  ~expert_parallel() {
-    // Messages may still be under way to these buffers.
-    if (s_ != nullptr && s_->net.broken()) static_cast<void>(s_.release());
+  expert_parallel& operator=(expert_parallel&& other) noexcept {
+    if (this == &other) return *this;
+    leave();
+    s_ = std::move(other.s_);
+    return *this;
   }
+  ~expert_parallel() { leave(); }
 
   index_t rank() const { return s_->net.rank(); }
   index_t ranks() const { return s_->net.ranks(); }
@@ -110,6 +119,7 @@ class expert_parallel {
     check_size("expert_parallel", "placement.ranks()", experts.ranks(), ranks());
     check_size("expert_parallel", "placement.experts()", experts.experts(), s_->experts.experts());
     s_->experts = std::move(experts);
+    s_->has_forward = false;
   }
   /// For replica_rule::ranges, the same on all ranks.
   void set_ranges(slot_ranges ranges) { s_->ranges = std::move(ranges); }
@@ -140,6 +150,14 @@ class expert_parallel {
       check_choices("expert_parallel", choices);
       if (!mask.empty())
         check_size("expert_parallel", "mask.size()", static_cast<index_t>(mask.size()), tokens);
+      if (shared.rows > 0) {
+        check_size("expert_parallel", "shared.rows()", shared.rows, tokens);
+        check_size("expert_parallel", "shared.cols()", shared.cols, x.cols);
+        check_stride("expert_parallel", "shared", shared);
+      }
+      if (!shared_weight.empty())
+        check_size("expert_parallel", "shared_weight.size()",
+                   static_cast<index_t>(shared_weight.size()), tokens);
     });
     if (options.rule >= replica_rule::even) share_counts(choices, x.cols, mask);
 
@@ -310,9 +328,15 @@ class expert_parallel {
 
   static std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
 
+  // Of a broken exchange messages may still be under way to its buffers: they stay.
+  void leave() noexcept {
+    if (s_ != nullptr && s_->net.broken()) static_cast<void>(s_.release());
+  }
+
   void begin(const char* call) {
     state& s = *s_;
-    if (s.net.broken()) fail("expert_parallel", "broken: a rank did not arrive in an earlier call");
+    if (s.net.broken())
+      fail("expert_parallel", "broken: an earlier call of MPI failed or a rank did not arrive");
     ++s.sequence;
     s.failed = false;
     s.thrown = nullptr;

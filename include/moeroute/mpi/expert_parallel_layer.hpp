@@ -1,6 +1,7 @@
 // A whole mixture-of-experts layer over ranks: gate and router at home, experts wherever they are.
 #pragma once
 
+#include <exception>
 #include <span>
 #include <utility>
 
@@ -50,12 +51,15 @@ class expert_parallel_layer {
   template <executor Exec = serial>
   void forward(const matrix_view<const float>& x, const matrix_view<float>& y,
                const side_inputs& side = {}, const Exec& exec = {}) {
-    logits_.resize(size_product(x.rows, gate_.rows()));
-    const matrix_view<float> logits(logits_.data(), x.rows, gate_.rows());
-#if MOEROUTE_EXCEPTIONS
-    try {
+    const auto choose = [&] {
+      logits_.resize(size_product(x.rows, gate_.rows()));
+      const matrix_view<float> logits(logits_.data(), x.rows, gate_.rows());
       gate(x, gate_, logits, exec);
       route(router_, logits, side, workspace_, choices_, exec);
+    };
+#if MOEROUTE_EXCEPTIONS
+    try {
+      choose();
     } catch (...) {
       // The others wait in the exchange: choices that do not fit make them throw as well.
       choices_.reset(0, exchange_.experts().experts(), 1);
@@ -68,8 +72,7 @@ class expert_parallel_layer {
       std::rethrow_exception(thrown);
     }
 #else
-    gate(x, gate_, logits, exec);
-    route(router_, logits, side, workspace_, choices_, exec);
+    choose();
 #endif
     exchange_.forward(x, choices_, y, experts_, exec, side.mask);
   }

@@ -39,19 +39,18 @@ struct transport_options {
 /// is broken(): every later call refuses at once, and nothing waits for the missing rank again.
 class transport {
  public:
-  /// Collective: all ranks of `comm` make one. Throws: error where MPI does not run or an option is
-  /// out of range.
+  /// Collective: all ranks of `comm` make one. Throws: error where MPI does not run; on every rank
+  /// where an option is out of range on one, or the longest message is not the same on all.
   explicit transport(MPI_Comm comm, const transport_options& options = {}) : options_(options) {
     int there = 0, over = 0;
     MPI_Initialized(&there);
     MPI_Finalized(&over);
     if (there == 0 || over != 0) fail("mpi", "MPI is not running: call MPI_Init first");
-    if (!(options.deadline > 0.0)) fail_value("mpi", "deadline", options.deadline, "> 0");
-    check_range("mpi", "bytes_per_message", options.bytes_per_message, 1, 0x7fffffff);
     check(MPI_Comm_dup(comm, &comm_), "MPI_Comm_dup");
     MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
     MPI_Comm_rank(comm_, &rank_);
     MPI_Comm_size(comm_, &size_);
+    agree_on_options();
   }
   transport(const transport&) = delete;
   transport& operator=(const transport&) = delete;
@@ -163,8 +162,27 @@ class transport {
   }
 
  private:
-  static void check(int code, const char* call) {
+  // Pieces of a message match only where all ranks cut alike.
+  void agree_on_options() {
+    const double deadline = options_.deadline;
+    const index_t bytes = options_.bytes_per_message;
+    const bool fits = deadline > 0.0 && bytes >= 1 && bytes <= 0x7fffffff;
+    if (!(deadline > 0.0)) options_.deadline = transport_options{}.deadline;
+    const std::int64_t mine = fits ? bytes : 0, most = max_of_all(mine, "options"),
+                       least = -max_of_all(-mine, "options");
+    if (fits && most == least) return;
+    MPI_Comm_free(&comm_);
+    if (!(deadline > 0.0)) fail_value("mpi", "deadline", deadline, "> 0");
+    check_range("mpi", "bytes_per_message", bytes, 1, 0x7fffffff);
+    if (least == 0) fail("mpi", "transport options of another rank are out of range");
+    fail("mpi", "bytes_per_message is " + std::to_string(bytes) + " here, on other ranks from " +
+                    std::to_string(least) + " to " + std::to_string(most) +
+                    ": expected the same on all");
+  }
+  // What is under way after a failed call is unknown.
+  void check(int code, const char* call) {
     if (code == MPI_SUCCESS) return;
+    broken_ = true;
     char text[MPI_MAX_ERROR_STRING] = {};
     int length = 0;
     MPI_Error_string(code, text, &length);
@@ -172,7 +190,8 @@ class transport {
   }
   void refuse_broken() const {
     if (broken_)
-      fail("mpi", "the communicator is broken: a rank did not arrive in an earlier call");
+      fail("mpi",
+           "the communicator is broken: an earlier call of MPI failed or a rank did not arrive");
   }
   bool late(std::chrono::steady_clock::time_point began) const {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count() >
