@@ -54,7 +54,8 @@ struct memory_request {
     const auto [end, failure] =
         std::from_chars(number.data(), number.data() + number.size(), value);
     if (failure != std::errc() || end != number.data() + number.size() || !(value >= 0) ||
-        value > 1e6 || kind == residency_kind::off)
+        value > 1e6 || kind == residency_kind::off ||
+        (kind == residency_kind::max_rank && value != std::floor(value)))
       refuse("--residency: expected RULE:NUMBER, found '", text, "'");
     if (kind == residency_kind::max_rank)
       rule.ranks = static_cast<index_t>(value);

@@ -6,8 +6,10 @@
 #include "trace_file.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <exception>
+#include <filesystem>
 #include <numeric>
 #include <optional>
 #include <ostream>
@@ -129,6 +131,7 @@ inline int run_trace(int count, const char* const* words, std::ostream& out, std
     });
     if (writer) writer->finish();
     if (trace.steps == 0) refuse(*in, ": expected a trace, found no step");
+    if (trace.lookups == 0) refuse(*in, ": expected a trace, found no expert in its steps");
     if (experts) {
       const auto n = detail::parse_number<index_t>("experts", *experts, 1, moeroute::max_experts);
       if (n < trace.experts)
@@ -208,21 +211,24 @@ inline int run_trace(int count, const char* const* words, std::ostream& out, std
     chart_table unions{.head = {"batch", "distinct experts", "regrouped"}, .rows = {}};
     for (const index_t batch : {2, 4, 8, 16}) {
       double before = 0, after = 0, batches = 0;
+      bool skipped = false;
       for (index_t l = 0; l < trace.layers; ++l) {
         const moeroute::assignment a = trace.choices(l);
         std::vector<std::int32_t> given(static_cast<std::size_t>(a.tokens()));
         std::iota(given.begin(), given.end(), 0);
         before += static_cast<double>(moeroute::distinct_experts(a, given, batch));
-        // Quadratic: of long traces the first tokens.
-        after += a.tokens() > 8192 ? 0.0
-                                   : static_cast<double>(moeroute::distinct_experts(
-                                         a, moeroute::regroup(a, batch), batch));
+        // Quadratic: not of long traces.
+        skipped = skipped || a.tokens() > 8192;
+        if (!skipped)
+          after += static_cast<double>(
+              moeroute::distinct_experts(a, moeroute::regroup(a, batch), batch));
         batches += static_cast<double>((a.tokens() + batch - 1) / batch);
       }
-      made["union"].push_back(
-          {{"batch", batch}, {"distinct", before / batches}, {"regrouped", after / batches}});
+      made["union"].push_back({{"batch", batch},
+                               {"distinct", before / batches},
+                               {"regrouped", skipped ? json(nullptr) : json(after / batches)}});
       unions.rows.push_back({std::to_string(batch), fixed(before / batches, 2),
-                             after == 0 ? "-" : fixed(after / batches, 2)});
+                             skipped ? "-" : fixed(after / batches, 2)});
     }
 
     std::string cache_line;

@@ -18,6 +18,7 @@
 #include <array>
 #include <charconv>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -133,7 +134,7 @@ template <class T>
   return value;
 }
 
-inline constexpr std::int64_t most_layers = 1 << 20;
+inline constexpr std::int64_t most_layers = 1 << 20, most_tokens = std::int64_t{1} << 40;
 
 inline void read_csv(line_reader& lines, const trace_sink& sink) {
   std::vector<std::pair<std::size_t, std::string_view>> fields;
@@ -256,14 +257,16 @@ inline void read_jsonl(line_reader& lines, const std::string& name, const trace_
         lines.wrong(0, "unknown field '", key, "'");
     const auto whole = [&](const json& value, const char* what, std::int64_t low,
                            std::int64_t high) {
-      if (!value.is_number_integer() || value.get<std::int64_t>() < low ||
+      const bool beyond = value.is_number_unsigned() &&
+                          value.get<std::uint64_t>() > static_cast<std::uint64_t>(high);
+      if (!value.is_number_integer() || beyond || value.get<std::int64_t>() < low ||
           value.get<std::int64_t>() > high)
         lines.wrong(0, "field '", what, "': expected integers from ", low, " to ", high);
       return value.get<std::int64_t>();
     };
     for (const char* needed : {"layer", "token", "ids"})
       if (!row.contains(needed)) lines.wrong(0, "expected a field '", needed, "'");
-    trace_step step{.token = whole(row["token"], "token", 0, INT64_MAX),
+    trace_step step{.token = whole(row["token"], "token", 0, most_tokens - 1),
                     .layer = whole(row["layer"], "layer", 0, most_layers - 1)};
     if (!row["ids"].is_array()) lines.wrong(0, "field 'ids': expected a list");
     for (const json& id : row["ids"])
@@ -280,6 +283,19 @@ inline void read_jsonl(line_reader& lines, const std::string& name, const trace_
     sink(step);
   }
   static_cast<void>(name);
+}
+
+// Sizes that a file claims, before anything is read by them.
+inline void check_extent(const input_file& file, const char* name, std::uint64_t found,
+                         std::uint64_t most) {
+  if (found < 1 || found > most)
+    refuse(file.name(), ": expected ", name, " from 1 to ", most, ", found ", found);
+}
+inline void check_extents(const input_file& file, std::uint64_t tokens, std::uint64_t layers,
+                          std::uint64_t k) {
+  check_extent(file, "tokens", tokens, most_tokens);
+  check_extent(file, "layers", layers, most_layers);
+  check_extent(file, "k", k, moeroute::max_experts);
 }
 
 // Ids [tokens, layers, k] of so many bytes each behind a header.
@@ -326,6 +342,7 @@ inline void read_npy_trace(const std::filesystem::path& path, const trace_sink& 
   const auto shape = npy_shape(npy_value(header, "shape"));
   if (!shape || shape->size() != 3) refuse(file.name(), ": expected a shape [tokens, layers, k]");
   const auto& s = *shape;
+  check_extents(file, s[0], s[1], s[2]);
   std::optional<std::uint64_t> bytes = narrow ? 2 : 4;
   for (const std::uint64_t extent : s) bytes = bytes ? checked_product(*bytes, extent) : bytes;
   if (bytes != file.size() - 10 - length)
@@ -359,6 +376,11 @@ inline void read_record(const std::filesystem::path& path, const trace_sink& sin
   if (bytes != 1 && bytes != 2 && bytes != 4)
     lines.wrong(0, "expected ids of 1, 2 or 4 bytes, found ", bytes);
   const input_file file(path);
+  if (begin > file.size())
+    lines.wrong(line.size(), "expected the end of the line and ids behind it");
+  check_extents(file, static_cast<std::uint64_t>(tokens), static_cast<std::uint64_t>(layers),
+                static_cast<std::uint64_t>(k));
+  check_extent(file, "experts", static_cast<std::uint64_t>(experts), moeroute::max_experts);
   std::optional<std::uint64_t> all = static_cast<std::uint64_t>(bytes);
   for (const std::int64_t n : {layers, tokens, k})
     all = all ? checked_product(*all, static_cast<std::uint64_t>(n)) : all;

@@ -272,6 +272,17 @@ TEST_CASE("prefetched experts are there when asked for, and never push out what 
     for (expert_id e = 0; e < 3; ++e) CHECK(cache.would_hit(e, 0));
     CHECK(cache.step(ids{9}, 1).hits == 1);
   }
+  // Nor one of a call for another of it; the next call and the next step may let them leave.
+  for (const cache_policy policy : live_policies) {
+    INFO(to_string(policy));
+    expert_cache cache({.experts = 16, .capacity = 3, .policy = policy});
+    cache.step(ids{0});
+    CHECK(cache.prefetch(ids{4, 5, 6}, 0, 3).loads.size() == 2);
+    CHECK((cache.would_hit(0) && cache.would_hit(4) && cache.would_hit(5)));
+    CHECK(cache.prefetch(ids{7, 8}, 0, 2).evictions.size() == 2);
+    CHECK((cache.would_hit(0) && cache.would_hit(7) && cache.would_hit(8)));
+    CHECK(cache.step(ids{1, 2, 3}).evictions.size() == 3);
+  }
   expert_cache tight({.experts = 16, .capacity = 3});
   tight.step(ids{0, 1, 2});
   CHECK(tight.prefetch(ids{4}, 0, 1).loads.empty());
@@ -324,6 +335,9 @@ TEST_CASE("a cache that cannot be is refused by name") {
   const std::vector<std::int64_t> bytes = {5, 0};
   CHECK(refused({.experts = 2, .capacity = 2, .bytes = bytes}) ==
         "moeroute::expert_cache: bytes is 0, expected above 0");
+  const std::vector<std::int64_t> huge = {expert_cache::never, 1};
+  CHECK(refused({.experts = 2, .capacity = 2, .bytes = huge}) ==
+        "moeroute::expert_cache: the sum of bytes is beyond 64 bits, expected less");
   CHECK(refused({.experts = 2, .decay = 0.0}) ==
         "moeroute::expert_cache: decay is 0.000000, expected above 0, at most 1");
   expert_cache cache({.experts = 8, .capacity = 2});

@@ -442,6 +442,8 @@ TEST_CASE("budgets, rules and policies that there are not are refused by name") 
           "--residency: expected RULE:NUMBER, found 'prior'");
   refused({"--memory-budget", "0.5", "--residency", "prior:x"},
           "--residency: expected RULE:NUMBER, found 'prior:x'");
+  refused({"--memory-budget", "0.5", "--residency", "maxrank:6.7"},
+          "--residency: expected RULE:NUMBER, found 'maxrank:6.7'");
   refused({"--memory-budget", "0.5", "--residency", "maxrank:1"}, "ranks is 1, expected");
   refused(
       {"--memory-budget", "0.5", "--cache", "mru"},

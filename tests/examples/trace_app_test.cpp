@@ -104,6 +104,12 @@ TEST_CASE("the program converts, and says the same of every form of a trace") {
     INFO(name << again.err);
     CHECK(again.out == first.out);
   }
+  // Long traces are not regrouped, and the report says so.
+  std::string lines = "layer,expert\n";
+  for (int i = 0; i < 8193; ++i) lines += "0,1\n";
+  const trace_run endless = run_trace_with({folder.write("long", lines).string(), "--json"});
+  REQUIRE(endless.code == 0);
+  CHECK(json::parse(endless.out)["union"][0]["regrouped"].is_null());
   const auto page = folder.path() / "page.html";
   const trace_run shown =
       run_trace_with({path.string(), "--page", page.string(), "--policy", "lru"});
@@ -160,7 +166,21 @@ TEST_CASE("a trace that is wrong is refused by file, line and column") {
   refused("moeroute_record v1 1 2 4 1 1\nx", "bad: found 1 bytes of ids, expected 2");
   refused(std::string_view("moeroute_record v1 1 2 4 1 1\n\x01\x07", 31),
           "token 1, layer 0: expected an expert below 4, found 7");
+  refused("moeroute_record v1 1 2 4 1 1", "bad:1:29: expected the end of the line and ids");
+  refused("moeroute_record v1 0 2 4 1 1\n", "bad: expected layers from 1 to 1048576, found 0");
+  refused("moeroute_record v1 9000000 2 4 1 1\n", "bad: expected layers from 1 to 1048576");
+  refused("moeroute_record v1 1 9000000000000 4 0 1\n", "bad: expected tokens from 1 to");
+  refused("moeroute_record v1 1 9 4 0 1\n", "bad: expected k from 1 to 1048576, found 0");
+  refused("{\"layer\": 0, \"token\": 0, \"ids\": [18446744073709551615]}\n",
+          "field 'ids': expected integers from -1");
+  refused("{\"layer\": 0, \"token\": 9000000000000, \"ids\": [1]}\n",
+          "field 'token': expected integers from 0");
+  refused("{\"layer\": 0, \"token\": 0, \"ids\": [-1]}\n",
+          "bad: expected a trace, found no expert in its steps");
   refused("\x93NUMPY\x01", "expected a .npy file");
+  std::string none = "{'descr': '<i2', 'fortran_order': False, 'shape': (5, 0, 2), }\n";
+  none.insert(0, std::string("\x93NUMPY\x01\0", 8) + static_cast<char>(none.size()) + '\0');
+  refused(none, "bad: expected layers from 1 to 1048576, found 0");
   const auto whole = folder.path() / "whole.npy";
   trace_writer writer(whole, trace_format::npy);
   for (const trace_step& s : some_steps(9)) writer.write(s);

@@ -134,6 +134,15 @@ TEST_CASE("one pass gives what an LRU cache of every size gives") {
   CHECK(curve[0] == 0);
   for (index_t c = 3; c <= 24; ++c)
     CHECK(curve[static_cast<std::size_t>(c)] == hits(trace, cache_policy::lru, c));
+  // What a token names again is there.
+  assignment twice;
+  twice.reset(3, 4, 3);
+  const expert_id named[] = {1, 1, 2, 2, 1, 2, 3, 3, 3};
+  std::copy_n(named, 9, twice.ids().begin());
+  expert_trace again(4);
+  again.add(twice);
+  for (index_t c = 3; c <= 4; ++c)
+    CHECK(lru_hits(again)[static_cast<std::size_t>(c)] == hits(again, cache_policy::lru, c));
 }
 
 TEST_CASE("what is pinned hits from the start, and takes its place from the rest") {

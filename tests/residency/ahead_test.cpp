@@ -247,6 +247,21 @@ TEST_CASE("predictors, prefetchers, groups and tables refuse by name") {
         "moeroute::prefetcher: per_layer is 9, expected 0 to 8");
   CHECK(test::refusal([&] { prefetcher(cache, last_predictor(1, 8), {.most_per_use = 0.5}); }) ==
         "moeroute::prefetcher: most_per_use is 0.500000, expected 1 or more");
+  prefetcher checked(cache, last_predictor(1, 8));
+  for (const index_t layer : {-1, 1})
+    CHECK(test::refusal([&] { checked.step(layer, ids{1}); }) ==
+          "moeroute::prefetcher: layer is " + std::to_string(layer) + ", expected 0 to 0");
+  CHECK(test::refusal([&] { checked.step(0, ids{1, 8}); }) ==
+        "moeroute::prefetcher: expert is 8, expected -1 to 7");
+  CHECK(test::refusal([&] { checked.step(0, ids{-2}); }) ==
+        "moeroute::prefetcher: expert is -2, expected -1 to 7");
+  CHECK(checked.counts().tokens == 0);
+  CHECK(checked.step(0, ids{1, no_expert}).loads.size() == 1);
+  const transition_predictor follows(2, 4);
+  CHECK(test::refusal([&] { follows.after(1, 0); }) ==
+        "moeroute::transition_predictor: layer is 1, expected 0 to 0");
+  CHECK(test::refusal([&] { follows.after(0, 4); }) ==
+        "moeroute::transition_predictor: expert is 4, expected 0 to 3");
   test::random rng(7);
   const assignment sets = test::fixed_choices(rng, 4, 8, 2);
   CHECK(test::refusal([&] { regroup(sets, 0); }) ==

@@ -201,4 +201,13 @@ TEST_CASE(
   CHECK(leader[1] == std::vector<expert_id>{0, 1, 2, 0});
   CHECK(test::refusal([&] { group_experts({usage, 2, 4}, z, 1); }) ==
         "moeroute::group_experts: leaders is 1, expected 2 to 8");
+  // A column without a finite length joins somebody all the same.
+  const float endless[] = {1, INFINITY, 2, 1};
+  const matrix_view<const float> wild[] = {{endless, 2, 2}};
+  CHECK(group_experts({usage, 1, 2}, wild, 1)[0] == std::vector<expert_id>{0, 0});
+  const double unknown[] = {1, NAN};
+  CHECK(test::refusal([&] { group_experts({unknown, 1, 2}, wild, 1); }) ==
+        "moeroute::group_experts: usage is nan, expected a finite number");
+  CHECK(test::refusal([&] { keep_best(unknown, 1); }) ==
+        "moeroute::keep_best: worth is nan, expected a number");
 }

@@ -234,6 +234,8 @@ TEST_CASE("a strength of 0 is the router to the bit, for every router of the cat
       residency_counts counts;
       test::routed(resident_any_router(plain, prior, set, &counts), z, columns, side);
       CHECK((counts.substitutions > 0) == (spec.k > 1));  // the best stays
+      const expert_cache cache({.experts = set.experts()});
+      CHECK(resident_any_router(plain, prior, cache.resident()).k() == spec.k);
     } else {
       CHECK(test::refusal([&] {
               resident_any_router(plain, prior, set);
@@ -331,6 +333,22 @@ TEST_CASE("counts are what plain sums over the choices give, and counting change
     CHECK(counts.dropped == want.plain_choices - want.choices);
     CHECK(std::abs(counts.mass_lost() - lost / double(want.tokens)) < 1e-7);
   }
+  // Rows without a softmax, and experts without a column of their own, lose no mass.
+  auto wild = z;
+  wild[3] = NAN;
+  wild[experts + 1] = INFINITY;
+  std::fill_n(wild.begin() + 2 * experts, experts, -INFINITY);
+  residency_counts seen, keyed;
+  test::routed(resident_router(plain, all[0], set, &seen),
+               decltype(wild)(wild.begin(), wild.begin() + 3 * experts), experts);
+  CHECK(seen.tokens == 3);
+  CHECK(std::abs(seen.mass_lost()) <= 1.0);
+  const product_keys<softmax> keys{.choices = k};
+  const resident_set some = some_experts(rng, 16 * 16, 0.2f);
+  const residency_rule drop{.kind = kind::drop_cold, .strength = 0.9f};
+  test::routed(resident_router(keys, drop, some, &keyed), z, experts);
+  CHECK(keyed.dropped > 0);
+  CHECK(keyed.mass == 0);
 }
 
 TEST_CASE("real logits choose and weigh the same under every rule everywhere") {

@@ -304,6 +304,14 @@ TEST_CASE("a router's shift is 1 where nothing moved, in (0, 1] elsewhere, and i
   }
   router_shift_ratio<double>(shift, 2, 0.9, std::span<double>(shift));
   for (const double g : shift) CHECK(g >= 0.9);
+  // An expert that neither router gives a probability has not moved; one that one of them does has.
+  row none = old_z;
+  none[0] = -INFINITY;
+  std::fill(shift.begin(), shift.end(), 0.0);
+  add_router_shift<double>(rows(none, T), rows(none, T), chosen, std::span<double>(shift), ws);
+  for (const double s : shift) CHECK(s == 0.0);
+  add_router_shift<double>(rows(none, T), rows(old_z, T), chosen, std::span<double>(shift), ws);
+  CHECK(shift[0] == INFINITY);
 }
 
 TEST_CASE("a projected update leaves the logits of what is retained, and moves the others") {
@@ -368,6 +376,9 @@ TEST_CASE("arguments of the router's training terms are refused by name") {
             [&] { router_distillation<double>({}, rows(z, T), rows(z, T), into(z, T), ws); }) ==
         "moeroute::router_distillation: logits and dlogits overlap, expected memory "
         "of their own");
+  CHECK(test::refusal(
+            [&] { router_distillation<double>({}, rows(z, T), rows(dz, T), into(dz, T), ws); }) ==
+        "moeroute::router_distillation: target and dlogits overlap, expected memory of their own");
   CHECK(test::refusal([&] {
           router_distillation<double>({}, rows(z, T), rows(other, T + 1), into(dz, T), ws);
         }) == "moeroute::router_distillation: target.rows is 6, expected 5");

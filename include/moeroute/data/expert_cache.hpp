@@ -83,7 +83,7 @@ class expert_cache {
   };
 
   /// Throws: error where a size, a pin or a share is out of its range, pins alone exceed the
-  /// capacity, or one expert does.
+  /// capacity, one expert does, or the sum of sizes exceeds 64 bits.
   explicit expert_cache(const expert_cache_options& options)
       : experts_(options.experts),
         layers_(options.layers),
@@ -101,6 +101,7 @@ class expert_cache {
       all = 0;
       for (const std::int64_t b : bytes_) {
         if (b <= 0) fail_value(where, "bytes", index_t{b}, "above 0");
+        if (b > never - all) fail(where, "the sum of bytes is beyond 64 bits, expected less");
         all += b;
         largest = std::max(largest, b);
       }
@@ -193,10 +194,11 @@ class expert_cache {
   }
 
   /// Brings experts in that were not asked for yet: the first `most` of the ids that are missing.
-  /// What the last step used does not leave for them.
+  /// What the last step used does not leave for them, nor does one of them for another.
   step_result prefetch(std::span<const expert_id> ids, index_t layer, index_t most) {
     loads_.clear();
     evictions_.clear();
+    early_ = clock_;
     step_result out;
     for (const expert_id id : ids) {
       if (static_cast<index_t>(loads_.size()) >= most) break;
@@ -266,6 +268,7 @@ class expert_cache {
   void begin(index_t layer) {
     loads_.clear();
     evictions_.clear();
+    early_ = never;
     ++step_;
     if (layer <= layer_) ++pass_;
     layer_ = layer;
@@ -367,7 +370,7 @@ class expert_cache {
   // --- who leaves ---
 
   bool may_leave(std::int32_t key, leaving who) const {
-    return who == leaving::any || at(key).step != step_;
+    return who == leaving::any || (at(key).step != step_ && at(key).clock <= early_);
   }
   std::int32_t first_of(const list& l, leaving who) const {
     std::int32_t key = l.first;
@@ -429,6 +432,7 @@ class expert_cache {
   cache_policy policy_;
   double decay_;
   std::int64_t protected_most_ = 0, used_ = 0, clock_ = 0, step_ = 0, pass_ = 0;
+  std::int64_t early_ = never;  // clock at which the current prefetch began: what it brings stays
   index_t layer_ = -1;
   std::vector<std::int64_t> bytes_;
   std::vector<resident_set> sets_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -144,8 +145,14 @@ inline std::vector<index_t> lru_hits(const expert_trace& trace) {
   order.reserve(experts);
   for (index_t t = 0; t < trace.tokens(); ++t) {
     const auto ids = trace.ids(t);
-    // All are looked up before any is used.
-    for (const expert_id e : ids) {
+    // All are looked up before any is used; what is named again is there, whatever the size.
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      const expert_id e = ids[i];
+      const auto named = ids.begin() + static_cast<std::ptrdiff_t>(i);
+      if (std::find(ids.begin(), named, e) != named) {
+        ++hits[1];
+        continue;
+      }
       const auto at =
           static_cast<std::size_t>(std::find(order.begin(), order.end(), e) - order.begin());
       if (at < order.size()) ++hits[at + 1];

@@ -109,7 +109,8 @@ inline merged_expert merge_experts(std::span<const swiglu_weights> experts,
 /// others. Leaders are the `leaders` most used of all layers, each layer's usage divided by its
 /// largest, at least one per layer (ties: lower layer, lower expert); everybody else joins the
 /// leader of the layer whose column of logits has the largest cosine with its own. Throws: error
-/// where sizes differ, or leaders is outside [L, L * E]. Source: M-SMoE (Li et al. 2024).
+/// where sizes differ, a usage is not finite, or leaders is outside [L, L * E]. Source: M-SMoE (Li
+/// et al. 2024).
 inline std::vector<std::vector<expert_id>> group_experts(
     matrix_view<const double> usage, std::span<const matrix_view<const float>> logits,
     index_t leaders) {
@@ -124,6 +125,8 @@ inline std::vector<std::vector<expert_id>> group_experts(
   };
   std::vector<claim> claims;
   for (index_t l = 0; l < layers; ++l) {
+    for (index_t e = 0; e < experts; ++e)
+      if (!std::isfinite(usage(l, e))) fail_value(where, "usage", usage(l, e), "a finite number");
     const double most = *std::max_element(usage.row(l), usage.row(l) + experts);
     const auto best = static_cast<expert_id>(
         std::max_element(usage.row(l), usage.row(l) + experts) - usage.row(l));
@@ -156,7 +159,8 @@ inline std::vector<std::vector<expert_id>> group_experts(
       for (expert_id a = 0; a < experts; ++a) {
         if (leads[static_cast<std::size_t>(a)] == no_expert) continue;
         const double lengths = std::sqrt(product(a, a) * product(e, e));
-        const double cosine = lengths > 0.0 ? product(a, e) / lengths : 0.0;
+        const double cosine =
+            lengths > 0.0 && std::isfinite(lengths) ? product(a, e) / lengths : 0.0;
         if (!(cosine > best)) continue;
         best = cosine;
         own[static_cast<std::size_t>(e)] = a;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstdint>
 #include <numeric>
 #include <span>
@@ -148,7 +149,10 @@ class transition_predictor {
     last_layer_ = layer;
   }
   /// How often an expert of a layer was followed by each of the next.
+  /// Throws: error where the layer is the last one or none, or the id is no expert's.
   std::span<const std::int32_t> after(index_t layer, expert_id from) const {
+    check_range("transition_predictor", "layer", layer, 0, layers_ - 2);
+    check_range("transition_predictor", "expert", from, 0, experts_ - 1);
     return const_cast<transition_predictor&>(*this).counts(layer, from);
   }
 

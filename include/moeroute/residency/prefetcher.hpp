@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include <moeroute/data/expert_cache.hpp>
@@ -59,7 +60,9 @@ class prefetcher {
   bool stopped() const { return stopped_; }
 
   /// A layer uses experts: they are loaded where missing, then the layer `ahead` is prepared.
+  /// Throws: error where the layer or an id is none of the cache's; nothing has changed then.
   expert_cache::step_result step(index_t layer, std::span<const expert_id> ids) {
+    detail::check_seen("prefetcher", layer, cache_.layers(), ids, cache_.experts());
     ++now_;
     counts_.tokens += layer == 0;
     for (const expert_id e : ids) {

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <moeroute/base/error.hpp>
@@ -49,9 +50,12 @@ class expert_subset {
 };
 
 /// The n experts of most worth (REAP's saliency, frequency, ...), the lowest ids among equals.
+/// Throws: error where n is outside [1, E] or a worth is NaN.
 inline expert_subset keep_best(std::span<const double> worth, index_t n) {
   const auto experts = static_cast<index_t>(worth.size());
   check_range("keep_best", "n", n, 1, experts);
+  for (const double w : worth)
+    if (w != w) fail_value("keep_best", "worth", w, "a number");
   std::vector<expert_id> order(worth.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](expert_id a, expert_id b) {

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <new>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -21,8 +23,8 @@ namespace moeroute {
 /// varies. Determinism: as resident_router.
 class resident_any_router {
  public:
-  resident_any_router(const any_router& router, const residency_rule& rule, const resident_set& set,
-                      residency_counts* counts = nullptr)
+  resident_any_router(const any_router& router, const residency_rule& rule,
+                      const resident_view& set, residency_counts* counts = nullptr)
       : columns_(router.columns()), use_(router.reads_side(router.columns())) {
     if (router.ragged()) fail("resident_any_router", "the router's k varies, expected a fixed one");
     router.visit([&]<class Kind>(const Kind& r) {

@@ -56,18 +56,20 @@ inline void drop_cold(const residency_rule& rule, const resident_view& set, expe
   for (int r = 0; r < k; ++r) weight[r * step] *= factor;
 }
 
-// What a rule did to one token. z: its logits; choices `step` apart.
+// What a rule did to one token. z: its logits; choices `step` apart. Mass is lost only where
+// experts have a column of their own, and none by rows without a softmax.
 inline residency_counts counts_of(const float* z, index_t experts, const resident_view& set,
                                   const expert_id* plain, index_t plain_step,
                                   const expert_id* chosen, index_t step, int k) {
   residency_counts n{.tokens = 1};
+  const bool columns = experts == set.experts;
   double lost = 0.0, max = -INFINITY, total = 0.0;
   const auto in = [k](const expert_id* list, index_t by, expert_id e) {
     for (int r = 0; r < k; ++r)
       if (list[r * by] == e) return true;
     return false;
   };
-  for (index_t e = 0; e < experts; ++e)
+  for (index_t e = 0; columns && e < experts; ++e)
     if (static_cast<double>(z[e]) > max) max = static_cast<double>(z[e]);
   // Only where something changed: exponentials are dear.
   const auto mass = [&](expert_id e) {
@@ -84,15 +86,15 @@ inline residency_counts counts_of(const float* z, index_t experts, const residen
       n.misses += !set.contains(e);
       n.agreed += own;
       n.substitutions += !own;
-      if (!own && max < INFINITY) lost -= mass(e);
+      if (!own && columns) lost -= mass(e);
     }
     if (p != no_expert) {
       ++n.plain_choices;
-      if (max < INFINITY && !in(chosen, step, p)) lost += mass(p);
+      if (columns && !in(chosen, step, p)) lost += mass(p);
     }
   }
   n.dropped = std::max<std::int64_t>(0, n.plain_choices - n.choices);
-  n.mass = std::llround(lost * 0x1p32);
+  n.mass = std::isfinite(lost) ? std::llround(lost * 0x1p32) : 0;
   return n;
 }
 
@@ -209,7 +211,10 @@ class resident_router {
                                         choice_block& c) const {
     choice_block own{c.k, m.id, m.value};
     clear_lanes(own, z.rows);
-    plain_.route_block(z, m.plain, own);
+    if constexpr (requires { plain_.template route_block<A>(z, m.plain, own); })
+      plain_.template route_block<A>(z, m.plain, own);
+    else
+      plain_.route_block(z, m.plain, own);
     for (int i = 0; i < z.rows; ++i) {
       if (drops()) detail::drop_cold(rule_, set_, c.id + i, c.value + i, block_rows, c.k);
       if (z.side->masked(z.first_token + i)) continue;

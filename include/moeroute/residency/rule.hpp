@@ -187,7 +187,7 @@ struct residency_counts {
   std::int64_t substitutions = 0;  ///< choices that are none of the router's own
   std::int64_t agreed = 0;         ///< choices that are
   std::int64_t dropped = 0;        ///< choices fewer than the router's own
-  std::int64_t mass = 0;           ///< lost softmax mass in units of 2^-32
+  std::int64_t mass = 0;  ///< lost softmax mass in units of 2^-32; 0 without a column per expert
 
   double agreement() const { return ratio(agreed, plain_choices, 1.0); }
   double misses_per_token() const { return ratio(misses, tokens, 0.0); }

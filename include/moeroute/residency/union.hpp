@@ -8,6 +8,7 @@
 #include <numeric>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include <moeroute/base/workspace.hpp>
 #include <moeroute/data/assignment.hpp>
@@ -59,8 +60,9 @@ struct union_counts {
 ///
 /// Every token keeps its best expert, whatever the batch agreed on; with fewer than k experts to
 /// take from it has fewer choices (no_expert). Weights are the router's for the chosen experts.
-/// The order of tokens does not matter. Throws: error where the rule does not fit k or E. Cost: two
-/// selections; serial. Determinism: as the router. Source: opportunistic: arXiv 2511.02237.
+/// The order of tokens does not matter (of budget: as far as sums in double are exact). Throws:
+/// error where the rule does not fit k or E. Cost: two selections; serial. Determinism: as the
+/// router. Source: opportunistic: arXiv 2511.02237.
 template <score_function Score, selection_rule Selection = top_k>
   requires detail::selects_ranks<Selection>
 class union_router {
@@ -98,7 +100,7 @@ class union_router {
         plain_.score, {plain_.selection, within, {}}, plain_.weight, plain_.bias, plain_.transform};
     struct memory {
       std::uint64_t *agreed, *read;
-      float* worth;
+      double* worth;
       expert_id *order, *id;
       float* value;
       decltype(plain_.carve(std::declval<scratch&>(), index_t{})) plain;
@@ -107,7 +109,7 @@ class union_router {
     const memory m = ws.carve([&](scratch& tape) {
       return memory{tape.take<std::uint64_t>(words),
                     tape.take<std::uint64_t>(words),
-                    tape.take<float>(z.cols),
+                    tape.take<double>(z.cols),
                     tape.take<expert_id>(z.cols),
                     tape.take<expert_id>(k() * block_rows),
                     tape.take<float>(k() * block_rows),
@@ -188,11 +190,11 @@ class union_router {
       return;
     }
     const index_t experts = a.experts();
-    std::fill_n(m.worth, experts, 0.0f);
+    std::fill_n(m.worth, experts, 0.0);
     const bool counts = rule_.kind == union_kind::vote;
     for (std::size_t c = 0; c < a.ids().size(); ++c)
       if (const expert_id e = a.ids()[c]; e != no_expert)
-        m.worth[e] += counts ? 1.0f : a.weights()[c];
+        m.worth[e] += counts ? 1.0 : static_cast<double>(a.weights()[c]);
     const index_t groups = counts ? rule_.groups : 1, size = experts / groups;
     const index_t most = counts ? rule_.stays : rule_.budget;
     for (index_t g = 0; g < groups; ++g) {
@@ -201,7 +203,7 @@ class union_router {
         return m.worth[x] > m.worth[y] || (m.worth[x] == m.worth[y] && x < y);
       });
       for (index_t i = 0; i < most; ++i)
-        if (m.worth[m.order[i]] > 0.0f) join(m.order[i]);
+        if (m.worth[m.order[i]] > 0.0) join(m.order[i]);
     }
   }
 

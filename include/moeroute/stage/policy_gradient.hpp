@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <span>
 #include <type_traits>
 
@@ -116,9 +117,9 @@ void leave_one_out(index_t samples, std::type_identity_t<std::span<const F>> rew
 /// p_old|, p = softmax of a layer's logits: how far the router of that layer has moved for t.
 ///
 /// 0 iff they weigh those experts alike. An expert that one of the two gives no probability counts
-/// as infinitely far. Shapes: logits [T, E], choices those of the old router, shift [T]. Throws:
-/// error where a size differs or an id is no expert's. Cost: 2 T E exponentials, 2 E numbers of
-/// scratch.
+/// as infinitely far, one that both give none as not at all. Shapes: logits [T, E], choices those
+/// of the old router, shift [T]. Throws: error where a size differs or an id is no expert's. Cost:
+/// 2 T E exponentials, E numbers of scratch.
 template <class F, class A = simd::default_arch>
 void add_router_shift(std::type_identity_t<matrix_view<const F>> new_logits,
                       std::type_identity_t<matrix_view<const F>> old_logits,
@@ -134,6 +135,10 @@ void add_router_shift(std::type_identity_t<matrix_view<const F>> new_logits,
   check_offsets(where, old_choices);
   check_size(where, "shift.size()", static_cast<index_t>(shift.size()), new_logits.rows);
   F* const p = ws.carve([&](scratch& tape) { return tape.take<F>(n); });
+  const auto log_p = [](F z, double lse) {
+    return z == -std::numeric_limits<F>::infinity() ? static_cast<double>(z)
+                                                    : static_cast<double>(z) - lse;
+  };
   for (index_t t = 0; t < new_logits.rows; ++t) {
     const auto ids = old_choices.ids(t);
     const double now = static_cast<double>(simd::softmax_row<A>(new_logits.row(t), n, p)),
@@ -144,8 +149,8 @@ void add_router_shift(std::type_identity_t<matrix_view<const F>> new_logits,
       if (e < 0) continue;
       check_range(where, "an id", e, no_expert, n - 1);
       ++active;
-      sum += std::abs((static_cast<double>(new_logits(t, e)) - now) -
-                      (static_cast<double>(old_logits(t, e)) - then));
+      const double a = log_p(new_logits(t, e), now), b = log_p(old_logits(t, e), then);
+      if (a != b) sum += std::abs(a - b);  // infinities less themselves are not 0
     }
     if (active > 0)
       shift[static_cast<std::size_t>(t)] += static_cast<F>(sum / static_cast<double>(active));

@@ -2,8 +2,10 @@
 // experts that it chose, the weights of neighbouring tokens.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <type_traits>
 
@@ -101,9 +103,9 @@ double distill_row(const distillation_options& how, const F* z, index_t n, F* p,
 /// Backward: cross-entropy dz_e = coefficient / (T temperature) (p_e sum(q) - q_e); squares R1 with
 /// G_e = 2 (p_e - q_e): dz_e = coefficient / (T temperature) p_e (G_e - sum of p_j G_j). Rows
 /// without a finite logit have neither value nor gradient. Shapes: logits, target, dlogits [T, E],
-/// dlogits apart. Throws: error where a size differs, temperature <= 0 or the coefficient is not
-/// finite. Cost: T E exponentials, E numbers of scratch; no allocation once ws is warm. Source:
-/// Hinton et al. 2015; squares CompeteSMoE (Pham et al. 2024).
+/// dlogits apart from both. Throws: error where a size differs, temperature <= 0 or the coefficient
+/// is not finite. Cost: T E exponentials, E numbers of scratch; no allocation once ws is warm.
+/// Source: Hinton et al. 2015; squares CompeteSMoE (Pham et al. 2024).
 template <class F, class A = simd::default_arch>
 double router_distillation(const distillation_options& how,
                            std::type_identity_t<matrix_view<const F>> logits,
@@ -114,6 +116,8 @@ double router_distillation(const distillation_options& how,
   check_size(where, "target.rows", target.rows, logits.rows);
   check_size(where, "target.cols", target.cols, logits.cols);
   check_stride(where, "target", target);
+  if (how.gradient != gradient_to::nowhere)
+    check_apart(where, "target", target, "dlogits", dlogits);
   if (!(how.temperature > 0.0)) fail_value(where, "temperature", how.temperature, "> 0");
   F* const p = ws.carve([&](scratch& tape) { return tape.take<F>(logits.cols); });
   return detail::mean_over_tokens(
