@@ -16,9 +16,9 @@ using test::routed;
 
 namespace {
 
-// The transformed row itself.
-std::vector<float> transformed(const logit_transform& how, const std::vector<float>& row,
-                               const side_inputs& side = {}) {
+// The logits_after row itself.
+std::vector<float> logits_after(const logit_transform& how, const std::vector<float>& row,
+                                const side_inputs& side = {}) {
   std::vector<float> out(row.size());
   const auto n = static_cast<index_t>(row.size());
   how.apply({row.data(), n, 1, n, 0, &side}, out.data());
@@ -38,7 +38,7 @@ TEST_CASE("temperature divides, the soft-cap is cap * tanh(z / cap), the vector 
     const double z = static_cast<double>(row[i]) / 0.7;
     expected.push_back(5 * std::tanh(z / 5) + static_cast<double>(vector[i]));
   }
-  const auto got = transformed({.temperature = 0.7f, .softcap = 5.0f, .add = vector}, row);
+  const auto got = logits_after({.temperature = 0.7f, .softcap = 5.0f, .add = vector}, row);
   CHECK(test::difference(got, expected, 1e-6, 1e-6) == "");
 }
 
@@ -50,11 +50,11 @@ TEST_CASE("tanh is exact to a few ulp down to the smallest arguments") {
       row.push_back(sign * std::exp2(static_cast<float>(i) * 0.5f));
       expected.push_back(std::tanh(static_cast<double>(row.back())));
     }
-  CHECK(test::difference(transformed({.softcap = 1.0f}, row), expected, 6e-7) == "");
+  CHECK(test::difference(logits_after({.softcap = 1.0f}, row), expected, 6e-7) == "");
 }
 
 TEST_CASE("a masked logit stays masked under a soft-cap, and +inf becomes the cap") {
-  const auto got = transformed(
+  const auto got = logits_after(
       {.softcap = 4.0f}, {-test::infinity, test::not_a_number, test::infinity, 1e30f, -1e30f});
   CHECK(got[0] == -test::infinity);
   CHECK(!(got[1] > -test::infinity));
