@@ -62,7 +62,8 @@ std::vector<slot_id> resolved(const assignment& a, const placement& p, index_t r
 }  // namespace
 
 TEST_CASE("the exchange of hand-made cases is that of the vectors, row by row") {
-  for (const auto& one : test::read_golden("placement/exchange.json")["cases"]) {
+  const auto file = test::read_golden("placement/exchange.json");
+  for (const auto& one : file["cases"]) {
     INFO(one["name"].get<std::string>());
     const auto &in = one["input"], &out = one["output"];
     const placement p = placement_of(in);
@@ -164,7 +165,8 @@ TEST_CASE("the exchange of hand-made cases is that of the vectors, row by row") 
 }
 
 TEST_CASE("rules cut an expert's tokens as the vectors say") {
-  for (const auto& one : test::read_golden("placement/split.json")["cases"]) {
+  const auto file = test::read_golden("placement/split.json");
+  for (const auto& one : file["cases"]) {
     const auto& in = one["input"];
     INFO(one["name"].get<std::string>());
     if (in["rule"] == "even") {
