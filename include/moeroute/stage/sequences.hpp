@@ -156,7 +156,7 @@ inline void sequences_of_tokens(std::span<const std::int32_t> offsets,
 /// Expert e of the decisions' first choice means times[e] runs, one after the other, of
 /// block(sequence, rows) on the sequence's rows of y in place; a sequence without a choice is left
 /// as it is, and so are the bits of those that are skipped.
-/// Shapes: decisions of S sequences in the fixed form, offsets [S + 1], times [E], y [T, d].
+/// Shapes: decisions of S sequences in either form, offsets [S + 1], times [E], y [T, d].
 /// Throws: error where they do not fit or a time is negative; what the block throws. Cost: the
 /// blocks'. Source: Dr.LLM (2025).
 template <writable_rows Y, class Block, executor Exec = serial>
