@@ -3,6 +3,7 @@
 #pragma once
 
 #include <moeroute/balance/loss.hpp>
+#include <moeroute/simd/batch.hpp>
 
 namespace moeroute {
 
@@ -16,8 +17,9 @@ namespace detail {
 
 // factor * var(x) / (mean(x)^2 + eps), adding its derivative by x to c:
 //   dCV2/dx_e = 2 (x_e - mu) / (d m) - var * 2 mu / (E m^2), m = mu^2 + eps, d = E or E - 1.
-inline double squared_variation(double factor, variance kind, double eps, index_t experts,
-                                const double* x, double* c) {
+template <class A = simd::default_arch>
+double squared_variation(double factor, variance kind, double eps, index_t experts, const double* x,
+                         double* c) {
   const double n = static_cast<double>(experts);
   const double divisor = kind == variance::population ? n : n - 1.0;
   double mean = 0.0, squares = 0.0;

@@ -165,7 +165,7 @@ void repeat_block(const assignment& decisions, std::span<const std::int32_t> off
                   const Exec& exec = {}) {
   const auto y = view(y_rows);
   check_sequences("repeat_block", offsets, y.rows);
-  if (decisions.ragged()) fail("repeat_block", "the decisions are ragged, expected the fixed form");
+  check_offsets("repeat_block", decisions);
   check_size("repeat_block", "decisions.tokens()", decisions.tokens(),
              static_cast<index_t>(offsets.size()) - 1);
   check_size("repeat_block", "times.size()", static_cast<index_t>(times.size()),
