@@ -143,7 +143,8 @@ TEST_CASE("a batch that explores has the same experts for every token, but for m
   }
   CHECK(std::abs(exploring - 100) < 40);
   const explore<router<softmax>> always{greedy(), 1.0f, exploration_scope::batch};
-  const auto ids = explored(always, z, experts, {}).ids(0);
+  const assignment first = explored(always, z, experts, {});
+  const auto ids = first.ids(0);
   const std::vector<expert_id> drawn(ids.begin(), ids.end());
   z[static_cast<std::size_t>(5 * experts + drawn[1])] = std::numeric_limits<float>::quiet_NaN();
   const assignment a = explored(always, z, experts, {});
