@@ -163,6 +163,9 @@ TEST_CASE("rules of selection decide the same by template and by description") {
 
 TEST_CASE("steps on logits decide the same by template and by description") {
   const router best{softmax{}, top_k{.k = 3}};
+  const router<sigmoid> by_first{.selection = {.k = 3}};
+  const weighed_by_second<router<sigmoid>, softmax_selected> second{by_first};
+  const router summed{identity_score{}, top_k{.k = 3}, sum_normalized};
   same("E=16 k=3 standardize=2", stepped(standardized{2.0f}, best));
   same("E=16 k=3 candidates=5", stepped(candidates{5}, best));
   same("E=16 k=3 candidates=5 candidate_scope=batch",
@@ -171,9 +174,9 @@ TEST_CASE("steps on logits decide the same by template and by description") {
   same("E=16 k=3 passes=4 pass_rule=ratio",
        stepped(pass_logits{.passes = 4, .rule = pass_rule::ratio}, best));
   same("E=16 k=3 score=identity second_logits=sigmoid_sum normalize=sum",
-       stepped(sigmoid_sum{}, router{identity_score{}, top_k{.k = 3}, sum_normalized}));
+       stepped(sigmoid_sum{}, summed));
   same("E=16 k=3 score=sigmoid second_logits=weigh weight_score=softmax weight_domain=selected",
-       weighed_by_second<router<sigmoid>, softmax_selected>{{.selection = {.k = 3}}});
+       second);
   const std::vector<expert_id> up{5, 2}, down{0, 9};
   for (const promotion how : {promotion::soft, promotion::hard}) {
     const steering steer{.promote = up, .suppress = down, .how = how, .lambda = 1.5f};
