@@ -120,7 +120,8 @@ std::vector<any_kind> kinds() {
                       router{sigmoid{}, top_k{.k = 3, .groups = 4, .topk_group = 2}, sum_normalized,
                              selection_bias(a_bias())}));
   // By name: clang 16 makes a wrong address of a router that is a member of an unnamed one.
-  const plain two_best{.selection = {.k = 2}};
+  const plain two_best{.selection = {.k = 2}}, three_best{.selection = {.k = 3}};
+  const top_p nucleus{.p = 0.6f};
   list.push_back(kind("two modalities", by_modality<plain>{two_best, two_best, 8}));
   list.back().needs_modality = true;
   list.push_back(kind("with shared experts", with_shared<plain>{two_best, 2}));
@@ -153,9 +154,8 @@ std::vector<any_kind> kinds() {
                   class_bias<>{{.k = 3}, {selection_bias(a_bias()), selection_bias(a_bias())}}}));
   list.back().needs_modality = true;
   list.push_back(kind("standardised", transformed{standardized{2.0f}, two_best}));
-  list.push_back(kind("candidates by lot", transformed{candidates{6}, top_p{.p = 0.6f}}));
-  list.push_back(
-      kind("two logits for one", transformed{sigmoid_sum{}, plain{.selection = {.k = 3}}}));
+  list.push_back(kind("candidates by lot", transformed{candidates{6}, nucleus}));
+  list.push_back(kind("two logits for one", transformed{sigmoid_sum{}, three_best}));
   list.push_back(kind("weights of other logits", weighed_by_second<plain, sigmoid>{two_best}));
   list.push_back(kind("a percentile of the batch", batch_percentile<>{.max_k = 5}));
   list.push_back(kind("expert choice", expert_choice<>{.normalize = token_renormalization::sum}));
