@@ -2,14 +2,14 @@
 //
 //   models_table                        writes the page to stdout
 //   models_table --check docs/models.md  says where the page differs; exit code 1
-#include <cstdio>
-#include <fstream>
 #include <iterator>
 #include <moeroute/policy/catalog.hpp>
 #include <sstream>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "made_page.hpp"
 
 namespace {
 
@@ -65,26 +65,5 @@ std::string page() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string made = page();
-  if (argc == 1) {
-    std::fwrite(made.data(), 1, made.size(), stdout);
-    return 0;
-  }
-  if (argc != 3 || std::string_view(argv[1]) != "--check") {
-    std::fputs("usage: models_table [--check FILE]\n", stderr);
-    return 2;
-  }
-  std::ifstream file(argv[2]);
-  std::istringstream now(made);
-  std::string there, expected;
-  for (int line = 1;; ++line) {
-    const bool more = static_cast<bool>(std::getline(now, expected));
-    const bool has = static_cast<bool>(std::getline(file, there));
-    if (!more && !has) return 0;
-    if (more != has || there != expected) {
-      std::fprintf(stderr, "%s:%d: differs from the catalogue, which has\n  %s\n", argv[2], line,
-                   more ? expected.c_str() : "no more lines");
-      return 1;
-    }
-  }
+  return print_or_check(argc, argv, "models_table", "the catalogue", page());
 }

@@ -13,6 +13,8 @@
 #include <string>
 #include <string_view>
 
+#include "made_page.hpp"
+
 namespace {
 
 enum state { works, partly, not_here };
@@ -205,27 +207,6 @@ std::string page() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string made = page();
-  if (argc == 1) {
-    std::fwrite(made.data(), 1, made.size(), stdout);
-    return 0;
-  }
-  if (argc != 3 || std::string_view(argv[1]) != "--check") {
-    std::fputs("usage: systems_table [--check FILE]\n", stderr);
-    return 2;
-  }
-  if (broken_rows() > 0) return 1;
-  std::ifstream file(argv[2]);
-  std::istringstream now(made);
-  std::string there, expected;
-  for (int line = 1;; ++line) {
-    const bool more = static_cast<bool>(std::getline(now, expected));
-    const bool has = static_cast<bool>(std::getline(file, there));
-    if (!more && !has) return 0;
-    if (more != has || there != expected) {
-      std::fprintf(stderr, "%s:%d: differs from the table, which has\n  %s\n", argv[2], line,
-                   more ? expected.c_str() : "no more lines");
-      return 1;
-    }
-  }
+  if (argc == 3 && broken_rows() > 0) return 1;
+  return print_or_check(argc, argv, "systems_table", "the table", page());
 }

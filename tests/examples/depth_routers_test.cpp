@@ -7,10 +7,15 @@
 
 #include "oracle/layer.hpp"
 #include "support/compare.hpp"
+#include "support/float_rows.hpp"
 #include "support/random.hpp"
 
 using namespace example;
-using floats = std::vector<float>;
+using test::floats;
+using test::random_floats;
+using test::rows_into;
+using test::rows_of;
+using test::wide;
 using packed = moeroute::simd::packed_matrix<>;
 
 namespace {
@@ -19,21 +24,6 @@ constexpr index_t d = 10;
 const std::vector<std::int32_t> cuts{0, 7, 8, 8, 20, 33, 40};
 constexpr std::size_t sequences = 6;
 
-floats random_floats(index_t n, std::uint64_t seed) {
-  test::random rng(seed << 32);  // streams of neighbouring seeds overlap
-  floats x(static_cast<std::size_t>(n));
-  for (float& v : x) v = rng.normal();
-  return x;
-}
-matrix_view<const float> rows(const floats& x, index_t cols) {
-  return {x.data(), static_cast<index_t>(x.size()) / cols, cols};
-}
-matrix_view<float> into(floats& x, index_t cols) {
-  return {x.data(), static_cast<index_t>(x.size()) / cols, cols};
-}
-oracle::matrix wide(const floats& x, index_t cols) {
-  return {static_cast<index_t>(x.size()) / cols, cols, x.data()};
-}
 std::vector<double> mean(const floats& x, index_t first, index_t end) {
   std::vector<double> sum(d);
   for (index_t t = first; t < end; ++t)
@@ -65,14 +55,14 @@ int runs(const floats& before, const floats& after, std::size_t t) {
 TEST_CASE("a sequence skips a block by the mean of its prompt, and so do tokens decoded later") {
   const floats w = random_floats(d, 1), x = random_floats(40 * d, 2);
   const oracle::matrix z = oracle::linear(means(x), wide(w, d));
-  mind_skip router{packed(rows(w, d))};
-  router.decide(rows(x, d), cuts);
+  mind_skip router{packed(rows_of(w, d))};
+  router.decide(rows_of(x, d), cuts);
   floats y = x;
-  router.run(into(y, d), cuts, plus_one);
+  router.run(rows_into(y, d), cuts, plus_one);
   const std::vector<std::int32_t> ones{0, 1, 2, 3, 4, 5, 6};
   const floats token = random_floats(sequences * d, 3);
   floats decoded = token;
-  router.run(into(decoded, d), ones, plus_one);
+  router.run(rows_into(decoded, d), ones, plus_one);
   int skipped = 0;
   for (std::size_t s = 0; s < sequences; ++s) {
     const int expected = z(static_cast<index_t>(s), 0) > 0.0 ? 1 : 0;
@@ -93,11 +83,11 @@ TEST_CASE("a layer is skipped, executed or repeated by the mean logits of window
                  second = random_floats(3 * hidden, seed + 50),
                  x = random_floats(40 * d, seed + 90);
     skip_execute_repeat layer(
-        moeroute::mlp_gate<>(packed(rows(first, d)), packed(rows(second, hidden)),
+        moeroute::mlp_gate<>(packed(rows_of(first, d)), packed(rows_of(second, hidden)),
                              moeroute::gate_activation::silu),
         window);
     floats y = x;
-    layer.run(into(y, d), cuts, plus_one);
+    layer.run(rows_into(y, d), cuts, plus_one);
     for (std::size_t s = 0; s < sequences; ++s) {
       if (cuts[s + 1] == cuts[s]) continue;
       std::vector<double> sum(3);
@@ -139,9 +129,9 @@ TEST_CASE("a union of all slices is the dense network; of some, their part of it
   oracle::matrix h = oracle::linear(wide(x, d), wide(up, d));
   for (double& v : h.value) v = std::max(v, 0.0);
   for (const index_t k : {experts, index_t{2}}) {
-    union_of_experts layer(packed(rows(w, d)), k);
+    union_of_experts layer(packed(rows_of(w, d)), k);
     floats y(x.size());
-    layer.forward(rows(x, d), cuts, into(y, d), run_slice);
+    layer.forward(rows_of(x, d), cuts, rows_into(y, d), run_slice);
     oracle::matrix kept = h;
     for (std::size_t s = 0; s < sequences; ++s) {
       const auto seq = static_cast<index_t>(s);
@@ -164,9 +154,9 @@ TEST_CASE("tokens are pruned by figures of theirs, whatever their states are") {
     for (index_t r = 0; r < in.rows; ++r)
       for (index_t c = 0; c < in.cols; ++c) out(r, c) = 3.0f * in(r, c);
   };
-  auto layer = pruned_tokens(packed(rows(w, 4)), block, 0.3, length, d);
+  auto layer = pruned_tokens(packed(rows_of(w, 4)), block, 0.3, length, d);
   floats y = x;
-  layer.forward(into(y, d), rows(figures, 4), into(y, d));
+  layer.forward(rows_into(y, d), rows_of(figures, 4), rows_into(y, d));
   const oracle::matrix z = oracle::linear(wide(figures, 4), wide(w, 4));
   for (index_t t = 0; t < 2 * length; ++t) {
     index_t better = 0;

@@ -1,4 +1,5 @@
 #include "support/own_gates.hpp"
+#include "support/float_rows.hpp"
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
@@ -10,29 +11,18 @@
 #include "support/random.hpp"
 
 using namespace example;
-using floats = std::vector<float>;
 using moeroute::serial;
+using test::floats;
+using test::random_floats;
+using test::rows_into;
+using test::rows_of;
+using test::wide;
 
 namespace {
 
 constexpr index_t d = 14, experts = 7, tokens = 21;
 
-floats random_floats(index_t n, std::uint64_t seed, float size = 1.0f) {
-  test::random rng(seed << 32);  // streams of neighbouring seeds overlap
-  floats x(static_cast<std::size_t>(n));
-  for (float& v : x) v = size * rng.normal();
-  return x;
-}
-matrix_view<const float> rows(const floats& x, index_t cols) {
-  return {x.data(), static_cast<index_t>(x.size()) / cols, cols};
-}
-matrix_view<float> into(floats& x, index_t cols) {
-  return {x.data(), static_cast<index_t>(x.size()) / cols, cols};
-}
-packed pack(const floats& x, index_t cols) { return packed(rows(x, cols)); }
-oracle::matrix wide(const floats& x, index_t cols) {
-  return {static_cast<index_t>(x.size()) / cols, cols, x.data()};
-}
+packed pack(const floats& x, index_t cols) { return packed(rows_of(x, cols)); }
 double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }
 std::vector<double> softmax(const std::vector<double>& z) {
   std::vector<double> p = z;
@@ -53,7 +43,7 @@ template <class G>
 floats logits_of(const G& g, const floats& x = states()) {
   moeroute::workspace ws;
   floats z(x.size() / d * static_cast<std::size_t>(g.columns()));
-  moeroute::gate(rows(x, d), g, into(z, g.columns()), ws);
+  moeroute::gate(rows_of(x, d), g, rows_into(z, g.columns()), ws);
   return z;
 }
 // The k best by value, the lower one first among equals.
@@ -170,9 +160,9 @@ TEST_CASE("a hyper-router is the linear gate that its network makes of the embed
   for (double& v : hidden.value) v = std::max(v, 0.0);
   oracle::matrix w = oracle::linear(hidden, wide(second, h));
   w.rows = experts, w.cols = d;
-  const auto gate = hyper_gate(rows(embedding, p), pack(first, p), pack(second, h), experts);
+  const auto gate = hyper_gate(rows_of(embedding, p), pack(first, p), pack(second, h), experts);
   floats z(tokens * experts);
-  moeroute::gate(rows(states(), d), gate, into(z, experts));
+  moeroute::gate(rows_of(states(), d), gate, rows_into(z, experts));
   CHECK(test::difference(z, oracle::linear(wide(states(), d), w).value, 2e-5, 2e-5) == "");
 }
 
@@ -194,7 +184,7 @@ TEST_CASE("decisions mixed by attention change less under noise than each token'
   }
   const auto mixed_of = [&](floats p) {
     floats out(p.size());
-    attend_to_decisions(rows(attention, many), into(p, experts), into(out, experts));
+    attend_to_decisions(rows_of(attention, many), rows_into(p, experts), rows_into(out, experts));
     return out;
   };
   const floats before = mixed_of(z), after = mixed_of(moved);
@@ -233,7 +223,7 @@ TEST_CASE("autonomous experts rank by the norm of what they computed, and go on 
     layer.down.push_back(pack(down.back(), f));
   }
   floats y(states().size());
-  layer.forward(rows(states(), d), into(y, d));
+  layer.forward(rows_of(states(), d), rows_into(y, d));
   const oracle::matrix x = wide(states(), d), a = oracle::linear(x, wide(narrow, d));
   std::vector<double> expected(states().size());
   for (index_t t = 0; t < tokens; ++t) {
@@ -267,7 +257,7 @@ TEST_CASE("autonomous experts rank by the norm of what they computed, and go on 
   };
   const auto before = times();
   layer.narrow = pack(louder, d);
-  layer.forward(rows(states(), d), into(y, d));
+  layer.forward(rows_of(states(), d), rows_into(y, d));
   CHECK(times() > before);
 }
 
@@ -278,8 +268,8 @@ TEST_CASE("in competition the experts with the largest outputs win, and the gate
   floats logits = random_floats(tokens * experts, 401);
   competition c{.router = {.selection = {.k = 2}, .weight = moeroute::sum_normalized}};
   floats y(tokens * d), dlogits(logits.size());
-  const double loss =
-      c.run(rows(outputs, d), rows(logits, experts), into(y, d), into(dlogits, experts));
+  const double loss = c.run(rows_of(outputs, d), rows_of(logits, experts), rows_into(y, d),
+                            rows_into(dlogits, experts));
   const oracle::matrix out = wide(outputs, d);
   std::vector<double> expected(y.size());
   double expected_loss = 0.0;
@@ -306,7 +296,8 @@ TEST_CASE("in competition the experts with the largest outputs win, and the gate
     const auto at = [&](float h) {
       floats z = logits, dz(z.size());
       z[i] += h;
-      return c.run(rows(outputs, d), rows(z, experts), into(y, d), into(dz, experts));
+      return c.run(rows_of(outputs, d), rows_of(z, experts), rows_into(y, d),
+                   rows_into(dz, experts));
     };
     const double slope = (at(0x1p-6f) - at(-0x1p-6f)) / 0x1p-5;
     CHECK(std::abs(slope - double{dlogits[i]}) < 1e-5 + 1e-2 * std::abs(slope));
@@ -314,7 +305,8 @@ TEST_CASE("in competition the experts with the largest outputs win, and the gate
   double last = loss;
   for (int step = 0; step < 50; ++step) {
     for (std::size_t i = 0; i < logits.size(); ++i) logits[i] -= 20.0f * dlogits[i];
-    last = c.run(rows(outputs, d), rows(logits, experts), into(y, d), into(dlogits, experts));
+    last = c.run(rows_of(outputs, d), rows_of(logits, experts), rows_into(y, d),
+                 rows_into(dlogits, experts));
   }
   CHECK(last < 0.1 * loss);
 }

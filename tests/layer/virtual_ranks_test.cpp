@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "support/assignments.hpp"
+#include "support/column_experts.hpp"
 #include "support/compare.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
@@ -19,6 +20,7 @@ using namespace moeroute;
 namespace {
 
 using rows = std::vector<float>;
+using test::column_experts;
 
 rows random_rows(index_t n, std::uint64_t seed) {
   test::random rng(seed);
@@ -26,30 +28,6 @@ rows random_rows(index_t n, std::uint64_t seed) {
   for (float& x : v) x = rng.normal();
   return v;
 }
-
-// Experts that multiply each column by a weight of their own: the smallest with a gradient.
-struct column_experts {
-  index_t d;
-  rows weight, gradient;  // [E, d]
-
-  column_experts(index_t experts, index_t cols, std::uint64_t seed)
-      : d(cols), weight(random_rows(experts * cols, seed)), gradient(weight.size(), 0.0f) {}
-
-  void forward(expert_id e, matrix_view<const float> in, matrix_view<float> out) const {
-    for (index_t r = 0; r < in.rows; ++r)
-      for (index_t j = 0; j < d; ++j)
-        out(r, j) = weight[static_cast<std::size_t>(e * d + j)] * in(r, j);
-  }
-  void backward(expert_id e, matrix_view<const float> in, matrix_view<const float> dout,
-                matrix_view<float> din) {
-    for (index_t r = 0; r < in.rows; ++r)
-      for (index_t j = 0; j < d; ++j) {
-        const auto at = static_cast<std::size_t>(e * d + j);
-        din(r, j) = weight[at] * dout(r, j);
-        gradient[at] += dout(r, j) * in(r, j);
-      }
-  }
-};
 
 // What one rank makes of all tokens.
 struct one_rank {
@@ -135,7 +113,7 @@ template <class Exec = serial>
 std::string difference(const scene& s, const placement& p, const exchange_options& options,
                        exchange_path path = exchange_path::flat, const Exec& exec = {},
                        const slot_ranges* ranges = nullptr, bool backward = true) {
-  column_experts experts(s.choices.experts(), s.d, 11);
+  column_experts experts(s.choices.experts(), s.d);
   const one_rank expected(s.x, s.dy, s.choices, experts, options, s.mask);
   const index_t ranks = p.ranks();
   const std::vector<index_t> edge =
@@ -363,7 +341,7 @@ TEST_CASE("two levels give the bits of one") {
 TEST_CASE("reduced results are within their bound and the same every time") {
   test::random rng(9);
   const scene s = scene_of("reduced", test::fixed_choices(rng, 50, 24, 8), 6, 2);
-  column_experts experts(24, s.d, 11);
+  column_experts experts(24, s.d);
   for (const weight_on weights : {weight_on::output, weight_on::input}) {
     const one_rank exact(s.x, s.dy, s.choices, experts, {.weights = weights}, {});
     for (const index_t ranks : {1, 3, 16}) {

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "support/assignments.hpp"
+#include "support/column_experts.hpp"
 #include "support/compare.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
@@ -29,6 +30,7 @@ using namespace moeroute;
 namespace {
 
 using rows = std::vector<float>;
+using test::column_experts;
 
 int world_rank() {
   int r = 0;
@@ -47,28 +49,6 @@ rows random_rows(index_t n, std::uint64_t seed) {
   for (float& x : v) x = rng.normal();
   return v;
 }
-
-// Each column times a weight of the expert's.
-struct column_experts {
-  index_t d;
-  rows weight, gradient;
-  column_experts(index_t experts, index_t cols)
-      : d(cols), weight(random_rows(experts * cols, 11)), gradient(weight.size(), 0.0f) {}
-  void forward(index_t e, matrix_view<const float> in, matrix_view<float> out) const {
-    for (index_t r = 0; r < in.rows; ++r)
-      for (index_t j = 0; j < d; ++j)
-        out(r, j) = weight[static_cast<std::size_t>(e * d + j)] * in(r, j);
-  }
-  void backward(index_t e, matrix_view<const float> in, matrix_view<const float> dout,
-                matrix_view<float> din) {
-    for (index_t r = 0; r < in.rows; ++r)
-      for (index_t j = 0; j < d; ++j) {
-        const auto at = static_cast<std::size_t>(e * d + j);
-        din(r, j) = weight[at] * dout(r, j);
-        gradient[at] += dout(r, j) * in(r, j);
-      }
-  }
-};
 
 // All ranks know all tokens, and what one rank makes of them; each serves its own.
 struct scene {
