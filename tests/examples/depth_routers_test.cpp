@@ -11,10 +11,10 @@
 #include "support/random.hpp"
 
 using namespace example;
+using test::as_rows;
 using test::floats;
+using test::into_rows;
 using test::random_floats;
-using test::rows_into;
-using test::rows_of;
 using test::wide;
 using packed = moeroute::simd::packed_matrix<>;
 
@@ -55,14 +55,14 @@ int runs(const floats& before, const floats& after, std::size_t t) {
 TEST_CASE("a sequence skips a block by the mean of its prompt, and so do tokens decoded later") {
   const floats w = random_floats(d, 1), x = random_floats(40 * d, 2);
   const oracle::matrix z = oracle::linear(means(x), wide(w, d));
-  mind_skip router{packed(rows_of(w, d))};
-  router.decide(rows_of(x, d), cuts);
+  mind_skip router{packed(as_rows(w, d))};
+  router.decide(as_rows(x, d), cuts);
   floats y = x;
-  router.run(rows_into(y, d), cuts, plus_one);
+  router.run(into_rows(y, d), cuts, plus_one);
   const std::vector<std::int32_t> ones{0, 1, 2, 3, 4, 5, 6};
   const floats token = random_floats(sequences * d, 3);
   floats decoded = token;
-  router.run(rows_into(decoded, d), ones, plus_one);
+  router.run(into_rows(decoded, d), ones, plus_one);
   int skipped = 0;
   for (std::size_t s = 0; s < sequences; ++s) {
     const int expected = z(static_cast<index_t>(s), 0) > 0.0 ? 1 : 0;
@@ -83,11 +83,11 @@ TEST_CASE("a layer is skipped, executed or repeated by the mean logits of window
                  second = random_floats(3 * hidden, seed + 50),
                  x = random_floats(40 * d, seed + 90);
     skip_execute_repeat layer(
-        moeroute::mlp_gate<>(packed(rows_of(first, d)), packed(rows_of(second, hidden)),
+        moeroute::mlp_gate<>(packed(as_rows(first, d)), packed(as_rows(second, hidden)),
                              moeroute::gate_activation::silu),
         window);
     floats y = x;
-    layer.run(rows_into(y, d), cuts, plus_one);
+    layer.run(into_rows(y, d), cuts, plus_one);
     for (std::size_t s = 0; s < sequences; ++s) {
       if (cuts[s + 1] == cuts[s]) continue;
       std::vector<double> sum(3);
@@ -129,9 +129,9 @@ TEST_CASE("a union of all slices is the dense network; of some, their part of it
   oracle::matrix h = oracle::linear(wide(x, d), wide(up, d));
   for (double& v : h.value) v = std::max(v, 0.0);
   for (const index_t k : {experts, index_t{2}}) {
-    union_of_experts layer(packed(rows_of(w, d)), k);
+    union_of_experts layer(packed(as_rows(w, d)), k);
     floats y(x.size());
-    layer.forward(rows_of(x, d), cuts, rows_into(y, d), run_slice);
+    layer.forward(as_rows(x, d), cuts, into_rows(y, d), run_slice);
     oracle::matrix kept = h;
     for (std::size_t s = 0; s < sequences; ++s) {
       const auto seq = static_cast<index_t>(s);
@@ -154,9 +154,9 @@ TEST_CASE("tokens are pruned by figures of theirs, whatever their states are") {
     for (index_t r = 0; r < in.rows; ++r)
       for (index_t c = 0; c < in.cols; ++c) out(r, c) = 3.0f * in(r, c);
   };
-  auto layer = pruned_tokens(packed(rows_of(w, 4)), block, 0.3, length, d);
+  auto layer = pruned_tokens(packed(as_rows(w, 4)), block, 0.3, length, d);
   floats y = x;
-  layer.forward(rows_into(y, d), rows_of(figures, 4), rows_into(y, d));
+  layer.forward(into_rows(y, d), as_rows(figures, 4), into_rows(y, d));
   const oracle::matrix z = oracle::linear(wide(figures, 4), wide(w, 4));
   for (index_t t = 0; t < 2 * length; ++t) {
     index_t better = 0;

@@ -12,17 +12,17 @@
 
 using namespace example;
 using moeroute::serial;
+using test::as_rows;
 using test::floats;
+using test::into_rows;
 using test::random_floats;
-using test::rows_into;
-using test::rows_of;
 using test::wide;
 
 namespace {
 
 constexpr index_t d = 14, experts = 7, tokens = 21;
 
-packed pack(const floats& x, index_t cols) { return packed(rows_of(x, cols)); }
+packed pack(const floats& x, index_t cols) { return packed(as_rows(x, cols)); }
 double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }
 std::vector<double> softmax(const std::vector<double>& z) {
   std::vector<double> p = z;
@@ -43,7 +43,7 @@ template <class G>
 floats logits_of(const G& g, const floats& x = states()) {
   moeroute::workspace ws;
   floats z(x.size() / d * static_cast<std::size_t>(g.columns()));
-  moeroute::gate(rows_of(x, d), g, rows_into(z, g.columns()), ws);
+  moeroute::gate(as_rows(x, d), g, into_rows(z, g.columns()), ws);
   return z;
 }
 // The k best by value, the lower one first among equals.
@@ -160,9 +160,9 @@ TEST_CASE("a hyper-router is the linear gate that its network makes of the embed
   for (double& v : hidden.value) v = std::max(v, 0.0);
   oracle::matrix w = oracle::linear(hidden, wide(second, h));
   w.rows = experts, w.cols = d;
-  const auto gate = hyper_gate(rows_of(embedding, p), pack(first, p), pack(second, h), experts);
+  const auto gate = hyper_gate(as_rows(embedding, p), pack(first, p), pack(second, h), experts);
   floats z(tokens * experts);
-  moeroute::gate(rows_of(states(), d), gate, rows_into(z, experts));
+  moeroute::gate(as_rows(states(), d), gate, into_rows(z, experts));
   CHECK(test::difference(z, oracle::linear(wide(states(), d), w).value, 2e-5, 2e-5) == "");
 }
 
@@ -184,7 +184,7 @@ TEST_CASE("decisions mixed by attention change less under noise than each token'
   }
   const auto mixed_of = [&](floats p) {
     floats out(p.size());
-    attend_to_decisions(rows_of(attention, many), rows_into(p, experts), rows_into(out, experts));
+    attend_to_decisions(as_rows(attention, many), into_rows(p, experts), into_rows(out, experts));
     return out;
   };
   const floats before = mixed_of(z), after = mixed_of(moved);
@@ -223,7 +223,7 @@ TEST_CASE("autonomous experts rank by the norm of what they computed, and go on 
     layer.down.push_back(pack(down.back(), f));
   }
   floats y(states().size());
-  layer.forward(rows_of(states(), d), rows_into(y, d));
+  layer.forward(as_rows(states(), d), into_rows(y, d));
   const oracle::matrix x = wide(states(), d), a = oracle::linear(x, wide(narrow, d));
   std::vector<double> expected(states().size());
   for (index_t t = 0; t < tokens; ++t) {
@@ -257,7 +257,7 @@ TEST_CASE("autonomous experts rank by the norm of what they computed, and go on 
   };
   const auto before = times();
   layer.narrow = pack(louder, d);
-  layer.forward(rows_of(states(), d), rows_into(y, d));
+  layer.forward(as_rows(states(), d), into_rows(y, d));
   CHECK(times() > before);
 }
 
@@ -268,8 +268,8 @@ TEST_CASE("in competition the experts with the largest outputs win, and the gate
   floats logits = random_floats(tokens * experts, 401);
   competition c{.router = {.selection = {.k = 2}, .weight = moeroute::sum_normalized}};
   floats y(tokens * d), dlogits(logits.size());
-  const double loss = c.run(rows_of(outputs, d), rows_of(logits, experts), rows_into(y, d),
-                            rows_into(dlogits, experts));
+  const double loss = c.run(as_rows(outputs, d), as_rows(logits, experts), into_rows(y, d),
+                            into_rows(dlogits, experts));
   const oracle::matrix out = wide(outputs, d);
   std::vector<double> expected(y.size());
   double expected_loss = 0.0;
@@ -296,8 +296,8 @@ TEST_CASE("in competition the experts with the largest outputs win, and the gate
     const auto at = [&](float h) {
       floats z = logits, dz(z.size());
       z[i] += h;
-      return c.run(rows_of(outputs, d), rows_of(z, experts), rows_into(y, d),
-                   rows_into(dz, experts));
+      return c.run(as_rows(outputs, d), as_rows(z, experts), into_rows(y, d),
+                   into_rows(dz, experts));
     };
     const double slope = (at(0x1p-6f) - at(-0x1p-6f)) / 0x1p-5;
     CHECK(std::abs(slope - double{dlogits[i]}) < 1e-5 + 1e-2 * std::abs(slope));
@@ -305,8 +305,8 @@ TEST_CASE("in competition the experts with the largest outputs win, and the gate
   double last = loss;
   for (int step = 0; step < 50; ++step) {
     for (std::size_t i = 0; i < logits.size(); ++i) logits[i] -= 20.0f * dlogits[i];
-    last = c.run(rows_of(outputs, d), rows_of(logits, experts), rows_into(y, d),
-                 rows_into(dlogits, experts));
+    last = c.run(as_rows(outputs, d), as_rows(logits, experts), into_rows(y, d),
+                 into_rows(dlogits, experts));
   }
   CHECK(last < 0.1 * loss);
 }

@@ -20,10 +20,10 @@
 #include "support/refusal.hpp"
 
 using namespace moeroute;
+using test::as_rows;
 using test::floats;
+using test::into_rows;
 using test::random_floats;
-using test::rows_into;
-using test::rows_of;
 
 namespace {
 
@@ -59,7 +59,7 @@ const floats& gate_weight() {
   static const floats w = random_floats(experts * d, 1);
   return w;
 }
-simd::packed_matrix<> packed() { return simd::packed_matrix<>(rows_of(gate_weight(), d)); }
+simd::packed_matrix<> packed() { return simd::packed_matrix<>(as_rows(gate_weight(), d)); }
 
 // A gate of somebody else's: the linear one, times 2, through scratch of its own.
 struct doubled {
@@ -82,7 +82,7 @@ template <class Layer>
 floats output(Layer& layer, const floats& x, const side_inputs& side = {}) {
   const index_t tokens = static_cast<index_t>(x.size()) / d;
   floats y(static_cast<std::size_t>(tokens * layer.d_out()), 7.0f);
-  layer.forward(rows_of(x, d), rows_into(y, layer.d_out()), side);
+  layer.forward(as_rows(x, d), into_rows(y, layer.d_out()), side);
   return y;
 }
 
@@ -101,10 +101,10 @@ TEST_CASE(
     CHECK(test::bit_difference(output(first, x), expected) == "");
     CHECK(test::bit_difference(output(second, x), expected) == "");
     floats y(x.size()), logits(static_cast<std::size_t>(tokens * experts));
-    plain.forward(rows_of(x, d), rows_of(x, d), rows_into(y, d));
+    plain.forward(as_rows(x, d), as_rows(x, d), into_rows(y, d));
     CHECK(test::bit_difference(y, expected) == "");
-    gate(rows_of(x, d), one, rows_into(logits, experts));
-    outside.forward_logits(rows_of(x, d), rows_of(logits, experts), rows_into(y, d));
+    gate(as_rows(x, d), one, into_rows(logits, experts));
+    outside.forward_logits(as_rows(x, d), as_rows(logits, experts), into_rows(y, d));
     CHECK(test::bit_difference(y, expected) == "");
     CHECK(outside.logits().rows == 0);
   }
@@ -114,7 +114,7 @@ TEST_CASE(
     "the router's rows are its own: another width, another type, and no part of the experts") {
   constexpr index_t width = 9;
   const floats w = random_floats(experts * width, 3);
-  moe_layer layer(simd::packed_matrix<>(rows_of(w, width)), three_best(), curves{}, {.d = d});
+  moe_layer layer(simd::packed_matrix<>(as_rows(w, width)), three_best(), curves{}, {.d = d});
   moe_layer outside(no_gate(experts), three_best(), curves{}, {.d = d});
   for (const index_t tokens : batches) {
     const floats x = random_floats(tokens * d, 4), wide = random_floats(tokens * width, 5);
@@ -122,9 +122,9 @@ TEST_CASE(
     for (const float v : wide) r.push_back(static_cast<bfloat16>(v));
     const matrix_view<const bfloat16> narrow(r.data(), tokens, width);
     floats y(x.size()), expected(x.size()), logits(static_cast<std::size_t>(tokens * experts));
-    layer.forward(rows_of(x, d), narrow, rows_into(y, d));
-    gate(narrow, layer.gate(), rows_into(logits, experts));
-    outside.forward_logits(rows_of(x, d), rows_of(logits, experts), rows_into(expected, d));
+    layer.forward(as_rows(x, d), narrow, into_rows(y, d));
+    gate(narrow, layer.gate(), into_rows(logits, experts));
+    outside.forward_logits(as_rows(x, d), as_rows(logits, experts), into_rows(expected, d));
     CHECK(test::bit_difference(y, expected) == "");
   }
 }
@@ -133,16 +133,16 @@ TEST_CASE("a gate of one's own runs in a layer, warm without allocations") {
   moe_layer layer(doubled{packed()}, three_best(), curves{});
   floats twice = gate_weight();
   for (float& v : twice) v *= 2.0f;
-  moe_layer plain(simd::packed_matrix<>(rows_of(twice, d)), three_best(), curves{});
+  moe_layer plain(simd::packed_matrix<>(as_rows(twice, d)), three_best(), curves{});
   for (const index_t tokens : batches) {
     const floats x = random_floats(tokens * d, 6);
     const floats expected = output(plain, x);
     CHECK(test::bit_difference(output(layer, x), expected) == "");
     floats y(x.size());
-    CHECK(test::allocations_during([&] { layer.forward(rows_of(x, d), rows_into(y, d)); }) == 0);
+    CHECK(test::allocations_during([&] { layer.forward(as_rows(x, d), into_rows(y, d)); }) == 0);
     workspace ws;
     floats logits(static_cast<std::size_t>(tokens * experts));
-    gate(rows_of(x, d), layer.gate(), rows_into(logits, experts), ws);
+    gate(as_rows(x, d), layer.gate(), into_rows(logits, experts), ws);
     CHECK(std::equal(logits.begin(), logits.end(), layer.logits().data));
   }
 }
@@ -162,7 +162,7 @@ TEST_CASE(
       if (!cut.token_ids.empty()) cut.token_ids = cut.token_ids.first(static_cast<std::size_t>(n));
       floats y(static_cast<std::size_t>(n * d));
       const long bytes = test::bytes_allocated_during(
-          [&] { layer.forward(matrix_view<const float>(x.data(), n, d), rows_into(y, d), cut); });
+          [&] { layer.forward(matrix_view<const float>(x.data(), n, d), into_rows(y, d), cut); });
       CHECK(layer.logits().rows == 0);
       if (n == tokens) CHECK(bytes < static_cast<long>(tokens * many));  // a logit has four
       workspace ws;
@@ -239,7 +239,7 @@ TEST_CASE("a layer adds to its output where told to, and to x itself") {
     const floats x = random_floats(tokens * d, 11);
     const floats added = output(plain, x);
     floats y = x;
-    layer.forward(rows_of(y, d), rows_into(y, d));
+    layer.forward(as_rows(y, d), into_rows(y, d));
     for (std::size_t i = 0; i < y.size(); ++i)
       CHECK(std::abs(y[i] - (x[i] + added[i])) < 2e-5f * (1.0f + std::abs(y[i])));
   }
@@ -251,18 +251,18 @@ TEST_CASE("a layer refuses gates, rows and logits that do not fit, by name") {
   moe_layer layer(packed(), three_best(), curves{});
   moe_layer outside(no_gate(experts), three_best(), curves{}, {.d = d});
   const auto refusal = [&](auto&& f) { return test::refusal(f); };
-  CHECK(refusal([&] { layer.forward(rows_of(x, d), rows_of(r, d), rows_into(y, d)); }) ==
+  CHECK(refusal([&] { layer.forward(as_rows(x, d), as_rows(r, d), into_rows(y, d)); }) ==
         "moeroute::moe_layer: r.rows() is 2, expected 3");
-  CHECK(refusal([&] { layer.forward(rows_of(x, d), rows_of(x, d / 2), rows_into(y, d)); }) ==
+  CHECK(refusal([&] { layer.forward(as_rows(x, d), as_rows(x, d / 2), into_rows(y, d)); }) ==
         "moeroute::moe_layer: r.cols() is 10, expected 20");
   CHECK(refusal([&] {
-          layer.forward_logits(rows_of(x, d), rows_of(z, experts / 2), rows_into(y, d));
+          layer.forward_logits(as_rows(x, d), as_rows(z, experts / 2), into_rows(y, d));
         }) == "moeroute::moe_layer: logits.rows() is 6, expected 3");
   CHECK(refusal([&] {
-          layer.forward_logits(rows_of(x, d), matrix_view<const float>(z.data(), 3, experts - 1),
-                               rows_into(y, d));
+          layer.forward_logits(as_rows(x, d), matrix_view<const float>(z.data(), 3, experts - 1),
+                               into_rows(y, d));
         }) == "moeroute::moe_layer: logits.cols() is 11, expected 12");
-  CHECK(refusal([&] { outside.forward(rows_of(x, d), rows_into(y, d)); }) ==
+  CHECK(refusal([&] { outside.forward(as_rows(x, d), into_rows(y, d)); }) ==
         "moeroute::moe_layer: the router reads logits, and there is no gate: give it one, or take "
         "forward_logits");
   CHECK(refusal([] {
@@ -285,18 +285,18 @@ TEST_CASE(
   const floats x = random_floats(tokens * d, 15), dy = random_floats(tokens * d, 16);
   floats y(x.size()), dx(x.size()), dgate(gate_weight().size()), dlogits(tokens * experts);
   layer_tape tape;
-  moe_layer layer(scaled_cosine_gate<>(rows_of(gate_weight(), d), 0.5f), three_best(), curves{});
-  layer.forward(rows_of(x, d), rows_into(y, d), side_inputs{}, serial{}, tape);
-  backward(layer, rows_of(x, d), side_inputs{}, tape, rows_of(dy, d),
-           layer_weights<>{rows_of(gate_weight(), d)}, curve_gradients{},
-           layer_gradients{.x = rows_into(dx, d), .gate = rows_into(dgate, d)});
+  moe_layer layer(scaled_cosine_gate<>(as_rows(gate_weight(), d), 0.5f), three_best(), curves{});
+  layer.forward(as_rows(x, d), into_rows(y, d), side_inputs{}, serial{}, tape);
+  backward(layer, as_rows(x, d), side_inputs{}, tape, as_rows(dy, d),
+           layer_weights<>{as_rows(gate_weight(), d)}, curve_gradients{},
+           layer_gradients{.x = into_rows(dx, d), .gate = into_rows(dgate, d)});
   const std::vector<expert_id> chosen(tape.choices.ids().begin(), tape.choices.ids().end());
   const auto slope = [&](const floats& vx, const floats& vw) {
     const auto moved = [&](float h) {
       floats at = x, w = gate_weight();
       for (std::size_t i = 0; i < at.size(); ++i) at[i] += h * vx[i];
       for (std::size_t i = 0; i < w.size(); ++i) w[i] += h * vw[i];
-      moe_layer other(scaled_cosine_gate<>(rows_of(w, d), 0.5f), three_best(), curves{});
+      moe_layer other(scaled_cosine_gate<>(as_rows(w, d), 0.5f), three_best(), curves{});
       const floats out = output(other, at);
       REQUIRE(std::equal(chosen.begin(), chosen.end(), other.choices().ids().begin()));
       return std::inner_product(out.begin(), out.end(), dy.begin(), 0.0);
@@ -311,10 +311,10 @@ TEST_CASE(
   CHECK(std::abs(slope(still_x, vw) - of_w) < 1e-2 * (1.0 + std::abs(of_w)));
 
   moe_layer own(doubled{packed()}, three_best(), curves{});
-  own.forward(rows_of(x, d), rows_into(y, d), side_inputs{}, serial{}, tape);
-  backward(own, rows_of(x, d), side_inputs{}, tape, rows_of(dy, d), layer_weights<>{},
+  own.forward(as_rows(x, d), into_rows(y, d), side_inputs{}, serial{}, tape);
+  backward(own, as_rows(x, d), side_inputs{}, tape, as_rows(dy, d), layer_weights<>{},
            curve_gradients{},
-           layer_gradients{.x = rows_into(dx, d), .logits = rows_into(dlogits, experts)});
+           layer_gradients{.x = into_rows(dx, d), .logits = into_rows(dlogits, experts)});
   CHECK(std::any_of(dlogits.begin(), dlogits.end(), [](float v) { return v != 0.0f; }));
 }
 
@@ -325,33 +325,33 @@ TEST_CASE("gradients end at the logits where these were not the gate's of x") {
   floats y(tokens * wide), dx(x.size()), dx_alone(x.size()), dgate(gate_weight().size()),
       dlogits(tokens * experts), dlogits_alone(tokens * experts), logits(tokens * experts);
   layer_tape tape;
-  layer.forward(rows_of(x, d), rows_into(y, wide), side_inputs{}, serial{}, tape);
-  backward(layer, rows_of(x, d), side_inputs{}, tape, rows_of(dy, wide),
-           layer_weights<>{rows_of(gate_weight(), d)}, curve_gradients{},
-           layer_gradients{.x = rows_into(dx, d),
-                           .gate = rows_into(dgate, d),
-                           .logits = rows_into(dlogits, experts)});
-  gate(rows_of(x, d), layer.gate(), rows_into(logits, experts));
-  layer.forward_logits(rows_of(x, d), rows_of(logits, experts), rows_into(y, wide), side_inputs{},
+  layer.forward(as_rows(x, d), into_rows(y, wide), side_inputs{}, serial{}, tape);
+  backward(layer, as_rows(x, d), side_inputs{}, tape, as_rows(dy, wide),
+           layer_weights<>{as_rows(gate_weight(), d)}, curve_gradients{},
+           layer_gradients{.x = into_rows(dx, d),
+                           .gate = into_rows(dgate, d),
+                           .logits = into_rows(dlogits, experts)});
+  gate(as_rows(x, d), layer.gate(), into_rows(logits, experts));
+  layer.forward_logits(as_rows(x, d), as_rows(logits, experts), into_rows(y, wide), side_inputs{},
                        serial{}, tape);
   backward(
-      layer, rows_of(x, d), side_inputs{}, tape, rows_of(dy, wide), layer_weights<>{},
+      layer, as_rows(x, d), side_inputs{}, tape, as_rows(dy, wide), layer_weights<>{},
       curve_gradients{},
-      layer_gradients{.x = rows_into(dx_alone, d), .logits = rows_into(dlogits_alone, experts)});
+      layer_gradients{.x = into_rows(dx_alone, d), .logits = into_rows(dlogits_alone, experts)});
   CHECK(test::bit_difference(dlogits_alone, dlogits) == "");
-  gate_backward(rows_of(x, d), rows_of(gate_weight(), d), rows_of(dlogits_alone, experts),
-                gate_gradients<float>{gradient_to::add, rows_into(dx_alone, d)});
+  gate_backward(as_rows(x, d), as_rows(gate_weight(), d), as_rows(dlogits_alone, experts),
+                gate_gradients<float>{gradient_to::add, into_rows(dx_alone, d)});
   CHECK(test::bit_difference(dx_alone, dx) == "");
   // Wherever the logits lie.
   floats apart(tokens * (experts + 5), 100.0f), dlogits_apart(tokens * experts);
   const matrix_view<float> spread(apart.data(), tokens, experts, experts + 5);
   for (index_t t = 0; t < tokens; ++t)
-    for (index_t e = 0; e < experts; ++e) spread(t, e) = rows_of(logits, experts)(t, e);
-  layer.forward_logits(rows_of(x, d), spread, rows_into(y, wide), side_inputs{}, serial{}, tape);
+    for (index_t e = 0; e < experts; ++e) spread(t, e) = as_rows(logits, experts)(t, e);
+  layer.forward_logits(as_rows(x, d), spread, into_rows(y, wide), side_inputs{}, serial{}, tape);
   backward(
-      layer, rows_of(x, d), side_inputs{}, tape, rows_of(dy, wide), layer_weights<>{},
+      layer, as_rows(x, d), side_inputs{}, tape, as_rows(dy, wide), layer_weights<>{},
       curve_gradients{},
-      layer_gradients{.x = rows_into(dx_alone, d), .logits = rows_into(dlogits_apart, experts)});
+      layer_gradients{.x = into_rows(dx_alone, d), .logits = into_rows(dlogits_apart, experts)});
   CHECK(test::bit_difference(dlogits_apart, dlogits) == "");
   // Slope of the sum of y dy along a direction of x, by central differences: short enough that no
   // token changes its experts.
@@ -368,8 +368,8 @@ TEST_CASE("gradients end at the logits where these were not the gate's of x") {
   const double said = std::inner_product(dx.begin(), dx.end(), v.begin(), 0.0);
   CHECK(std::abs(slope - said) < 5e-3 * (1.0 + std::abs(said)));
   CHECK(test::refusal([&] {
-          backward(layer, rows_of(x, d), side_inputs{}, tape, rows_of(dy, wide), layer_weights<>{},
-                   curve_gradients{}, layer_gradients{.gate = rows_into(dgate, d)});
+          backward(layer, as_rows(x, d), side_inputs{}, tape, as_rows(dy, wide), layer_weights<>{},
+                   curve_gradients{}, layer_gradients{.gate = into_rows(dgate, d)});
         }) ==
         "moeroute::backward: a gradient of the gate is wanted, but the logits were not the gate's "
         "of x, or it offers no gate_backward: take gradients.logits to what made them");

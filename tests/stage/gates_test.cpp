@@ -20,9 +20,9 @@
 #include "support/threads.hpp"
 
 using namespace moeroute;
+using test::as_rows;
 using test::floats;
 using test::random_floats;
-using test::rows_of;
 using test::wide;
 
 namespace {
@@ -126,8 +126,8 @@ void agrees(const G& g, Oracle&& oracle, double tolerance, bool rows_alone = tru
 
 TEST_CASE("a linear gate's logits are x W^T + b, of float and of 16-bit weights") {
   const floats w = random_floats(gate_experts * row_width, 1), b = random_floats(gate_experts, 2);
-  simd::packed_matrix<> packed(rows_of(w, row_width));
-  simd::packed_matrix<bfloat16> narrow(rows_of(w, row_width));
+  simd::packed_matrix<> packed(as_rows(w, row_width));
+  simd::packed_matrix<bfloat16> narrow(as_rows(w, row_width));
   floats rounded = w;
   for (float& v : rounded) v = static_cast<float>(static_cast<bfloat16>(v));
   for (index_t e = 0; e < gate_experts; ++e)
@@ -149,22 +149,22 @@ TEST_CASE("a cosine gate's logits are cos / temperature, of any norms of its wei
     for (double& v : z.value) v /= 0.07;
     return z;
   };
-  scaled_cosine_gate<> g(rows_of(w, row_width), 0.07f);
+  scaled_cosine_gate<> g(as_rows(w, row_width), 0.07f);
   agrees(g, expected, 2e-5);
   floats longer = w;
   for (float& v : longer) v *= 4.0f;
-  g.set_weight(rows_of(longer, row_width));
+  g.set_weight(as_rows(longer, row_width));
   agrees(g, expected, 2e-5);
-  CHECK(test::refusal([&] { scaled_cosine_gate<>(rows_of(w, row_width), 0.0f); }) ==
+  CHECK(test::refusal([&] { scaled_cosine_gate<>(as_rows(w, row_width), 0.0f); }) ==
         "moeroute::scaled_cosine_gate: temperature is 0.000000, expected a number above 0");
-  CHECK(test::refusal([&] { g.set_weight(rows_of(w, gate_experts)); }) ==
+  CHECK(test::refusal([&] { g.set_weight(as_rows(w, gate_experts)); }) ==
         "moeroute::scaled_cosine_gate: weight.rows() is 37, expected 11");
 }
 
 TEST_CASE("a low-rank cosine gate's logits are cos(P x, w) / temperature") {
   constexpr index_t rank = 6;
   const floats p = random_floats(rank * row_width, 4), w = random_floats(gate_experts * rank, 5);
-  const low_rank_cosine_gate<> g(simd::packed_matrix<>(rows_of(p, row_width)), rows_of(w, rank),
+  const low_rank_cosine_gate<> g(simd::packed_matrix<>(as_rows(p, row_width)), as_rows(w, rank),
                                  0.5f);
   agrees(
       g,
@@ -175,8 +175,8 @@ TEST_CASE("a low-rank cosine gate's logits are cos(P x, w) / temperature") {
       },
       1e-5);
   CHECK(test::refusal([&] {
-          low_rank_cosine_gate<>(simd::packed_matrix<>(rows_of(p, row_width)),
-                                 rows_of(p, row_width), 0.5f);
+          low_rank_cosine_gate<>(simd::packed_matrix<>(as_rows(p, row_width)),
+                                 as_rows(p, row_width), 0.5f);
         }) == "moeroute::low_rank_cosine_gate: weight.cols() is 37, expected 6");
 }
 
@@ -197,21 +197,21 @@ TEST_CASE("a gate with a norm of its own reads x / rms(x), scaled") {
   };
   const float scale = 1.0f / std::sqrt(static_cast<float>(row_width));
   agrees(
-      rms_gate<>(rows_of(w, row_width), {.gamma = gamma, .scale = scale}),
+      rms_gate<>(as_rows(w, row_width), {.gamma = gamma, .scale = scale}),
       [&](const oracle::matrix& x) { return expected(x, true, double{scale}, 1e-6, false); }, 1e-5);
   agrees(
-      rms_gate<>(rows_of(w, row_width), {.eps = 0.5f}, b),
+      rms_gate<>(as_rows(w, row_width), {.eps = 0.5f}, b),
       [&](const oracle::matrix& x) { return expected(x, false, 1.0, 0.5, true); }, 2e-5);
   // A row of zeros has the bias alone, also where nothing is added to the mean.
   floats z(gate_experts), zero(row_width);
-  gate(rows_of(zero, row_width), rms_gate<>(rows_of(w, row_width), {.eps = 0.0f}, b),
+  gate(as_rows(zero, row_width), rms_gate<>(as_rows(w, row_width), {.eps = 0.0f}, b),
        matrix_view<float>(z.data(), 1, gate_experts));
   CHECK(z == b);
-  CHECK(test::refusal([&] { rms_gate<>(rows_of(w, row_width), {.gamma = b}); }) ==
+  CHECK(test::refusal([&] { rms_gate<>(as_rows(w, row_width), {.gamma = b}); }) ==
         "moeroute::rms_gate: gamma.size() is 11, expected 37");
-  CHECK(test::refusal([&] { rms_gate<>(rows_of(w, row_width), {}, gamma); }) ==
+  CHECK(test::refusal([&] { rms_gate<>(as_rows(w, row_width), {}, gamma); }) ==
         "moeroute::rms_gate: bias.size() is 37, expected 11");
-  CHECK(test::refusal([&] { rms_gate<>(rows_of(w, row_width), {.eps = -1.0f}); }) ==
+  CHECK(test::refusal([&] { rms_gate<>(as_rows(w, row_width), {.eps = -1.0f}); }) ==
         "moeroute::rms_gate: eps is -1.000000, expected a number of 0 or more");
 }
 
@@ -219,11 +219,11 @@ TEST_CASE("a gate with a hidden layer is W2 f(W1 x + b1) + b2") {
   constexpr index_t hidden = 19;
   const floats first = random_floats(hidden * row_width, 9, 0.3f),
                second = random_floats(gate_experts * hidden, 10), b = random_floats(hidden, 11);
-  simd::packed_matrix<> packed(rows_of(first, row_width));
+  simd::packed_matrix<> packed(as_rows(first, row_width));
   for (index_t i = 0; i < hidden; ++i) packed.bias(i) = b[static_cast<std::size_t>(i)];
   const auto check = [&](gate_activation f, auto&& of) {
     agrees(
-        mlp_gate<>(packed, simd::packed_matrix<>(rows_of(second, hidden)), f),
+        mlp_gate<>(packed, simd::packed_matrix<>(as_rows(second, hidden)), f),
         [&](const oracle::matrix& x) {
           oracle::matrix h = oracle::linear(x, wide(first, row_width), {b.begin(), b.end()});
           for (double& v : h.value) v = of(v);
@@ -241,7 +241,7 @@ TEST_CASE("a gate with a hidden layer is W2 f(W1 x + b1) + b2") {
 TEST_CASE("a codebook gate's best expert has the nearest code, by brute force") {
   for (const index_t codes : {gate_experts, index_t{30}, index_t{512}}) {
     const floats c = random_floats(codes * row_width, 12);
-    const codebook_gate<> g(rows_of(c, row_width), gate_experts);
+    const codebook_gate<> g(as_rows(c, row_width), gate_experts);
     const oracle::matrix code = wide(c, row_width);
     const auto scores = [&](const oracle::matrix& x) {
       oracle::matrix z(x.rows, gate_experts);
@@ -257,7 +257,7 @@ TEST_CASE("a codebook gate's best expert has the nearest code, by brute force") 
     const floats x = random_floats(64 * row_width, 13);
     std::vector<std::int32_t> nearest(64);
     workspace ws;
-    g.nearest(rows_of(x, row_width), nearest, ws);
+    g.nearest(as_rows(x, row_width), nearest, ws);
     const oracle::matrix wide_x = wide(x, row_width);
     const oracle::matrix z = scores(wide_x);
     for (index_t t = 0; t < 64; ++t) {
@@ -285,13 +285,13 @@ TEST_CASE("a codebook gate's best expert has the nearest code, by brute force") 
 
 TEST_CASE("a code moves to the mean of its tokens, and one without tokens stays") {
   const floats c{0, 0, 10, 10, -50, 50};
-  codebook_gate<> g(rows_of(c, 2), 3);
+  codebook_gate<> g(as_rows(c, 2), 3);
   const floats x{1, 0, 0, 1, 1, 1, 12, 8};
   std::vector<std::int32_t> code(4);
   workspace ws;
-  g.nearest(rows_of(x, 2), code, ws);
+  g.nearest(as_rows(x, 2), code, ws);
   CHECK(code == std::vector<std::int32_t>{0, 0, 0, 1});
-  g.update(rows_of(x, 2), code, 0.75f);
+  g.update(as_rows(x, 2), code, 0.75f);
   // n = 0.75 + 0.25 * 3, m = 0.25 (2, 2); n = 1, m = 0.75 (10, 10) + 0.25 (12, 8).
   const auto near = [&](index_t r, double a, double b) {
     CHECK(std::abs(double{g.code_rows()(r, 0)} - a) < 1e-5);
@@ -301,24 +301,24 @@ TEST_CASE("a code moves to the mean of its tokens, and one without tokens stays"
   near(1, 10.5, 9.5);
   near(2, -50.0, 50.0);
   for (int step = 0; step < 60; ++step) {
-    g.nearest(rows_of(x, 2), code, ws);
-    g.update(rows_of(x, 2), code, 0.5f);
+    g.nearest(as_rows(x, 2), code, ws);
+    g.update(as_rows(x, 2), code, 0.5f);
   }
   near(0, 2.0 / 3.0, 2.0 / 3.0);
   near(1, 12.0, 8.0);
   near(2, -50.0, 50.0);
-  CHECK(test::refusal([&] { g.update(rows_of(x, 2), code, 1.0f); }) ==
+  CHECK(test::refusal([&] { g.update(as_rows(x, 2), code, 1.0f); }) ==
         "moeroute::codebook_gate: decay is 1.000000, expected a number from 0 to below 1");
   code[1] = 3;
-  CHECK(test::refusal([&] { g.update(rows_of(x, 2), code, 0.5f); }) ==
+  CHECK(test::refusal([&] { g.update(as_rows(x, 2), code, 0.5f); }) ==
         "moeroute::codebook_gate: code is 3, expected 0 to 2");
-  CHECK(test::refusal([&] { codebook_gate<>(rows_of(c, 2), 4); }) ==
+  CHECK(test::refusal([&] { codebook_gate<>(as_rows(c, 2), 4); }) ==
         "moeroute::codebook_gate: experts is 4, expected 1 to 3");
 }
 
 TEST_CASE("a mixing gate's columns are S P: softmax of similarities times softmax of logits") {
   const floats w = random_floats(gate_experts * row_width, 14, 0.3f);
-  const linear_gate<> inner{simd::packed_matrix<>(rows_of(w, row_width))};
+  const linear_gate<> inner{simd::packed_matrix<>(as_rows(w, row_width))};
   agrees(
       mixing_gate(inner, 12.0f),
       [&](const oracle::matrix& x) {

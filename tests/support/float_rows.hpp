@@ -20,10 +20,10 @@ inline floats random_floats(moeroute::index_t n, std::uint64_t seed, float size 
   return x;
 }
 
-inline moeroute::matrix_view<const float> rows_of(const floats& x, moeroute::index_t cols) {
+inline moeroute::matrix_view<const float> as_rows(const floats& x, moeroute::index_t cols) {
   return {x.data(), static_cast<moeroute::index_t>(x.size()) / cols, cols};
 }
-inline moeroute::matrix_view<float> rows_into(floats& x, moeroute::index_t cols) {
+inline moeroute::matrix_view<float> into_rows(floats& x, moeroute::index_t cols) {
   return {x.data(), static_cast<moeroute::index_t>(x.size()) / cols, cols};
 }
 /// The same rows in double.
