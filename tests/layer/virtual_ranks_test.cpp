@@ -465,4 +465,17 @@ TEST_CASE("virtual ranks refuse by name what does not fit") {
           virtual_ranks<>(placement::from_slots(3, 3, std::vector<expert_id>{0, 1, 2}, node), {},
                           exchange_path::two_level);
         }).find("expected nodes that are runs of equally many ranks") != std::string::npos);
+  // Fewer rows than tokens are not read past their end, by one level or by two.
+  const std::vector<std::int32_t> nodes{0, 0, 1, 1};
+  for (const bool two : {false, true}) {
+    std::vector<assignment> none(4);
+    for (assignment& a : none) a.reset(0, 4, 2);
+    std::vector<rank_tokens<>> ranks{{{x.data(), 2, 4}, choices, {y.data(), 4, 4}}};
+    for (std::size_t r = 1; r < 4; ++r)
+      ranks.push_back({{x.data(), 0, 4}, none[r], {y.data(), 0, 4}});
+    virtual_ranks<> all(placement::from_slots(4, 4, std::vector<expert_id>{0, 1, 2, 3}, nodes), {},
+                        two ? exchange_path::two_level : exchange_path::flat);
+    CHECK(test::refusal([&] { all.forward(ranks, identity); }).find("is 2, expected 4") !=
+          std::string::npos);
+  }
 }

@@ -64,7 +64,7 @@ struct transformed {
   void route_block(const logit_block& z, const buffers& memory, choice_block& c) const
     requires token_router<Router>
   {
-    router.template route_block<A>(this->template after<A>(z, memory), memory.router, c);
+    router.route_block(this->template after<A>(z, memory), memory.router, c);
   }
 
   template <class A = simd::default_arch>
@@ -72,8 +72,7 @@ struct transformed {
                       std::int32_t* count) const
     requires ragged_router<Router>
   {
-    return router.template route_block<A>(this->template after<A>(z, memory), memory.router, id,
-                                          weight, count);
+    return router.route_block(this->template after<A>(z, memory), memory.router, id, weight, count);
   }
 
  private:
@@ -127,7 +126,7 @@ struct weighed_by_second {
   void route_block(const logit_block& z, const Buffers& memory, choice_block& c) const {
     logit_block half = z;
     half.experts = first(z.experts);
-    router.template route_block<A>(half, memory, c);
+    router.route_block(half, memory, c);
     if (!active) return;
     half.logits = z.logits + half.experts;
     for (int r = 0; r < c.k; ++r)
