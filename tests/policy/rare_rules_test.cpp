@@ -411,6 +411,10 @@ TEST_CASE("importance by attention is one where attention is even, and gives eve
 }
 
 TEST_CASE("what does not fit is refused with the field and its value") {
+  const product_keys<> pairs{.choices = 4};
+  const weighed_by_second<product_keys<>> no_column_each{pairs};
+  CHECK(test::refusal([&] { no_column_each.check(16); }) ==
+        "moeroute::weighed_by_second: experts is 16, expected 8");
   CHECK(refused("E=16 k=6 selection=each_group groups=4") ==
         "moeroute::top_of_each_group: k is 6, expected a multiple of groups = 4");
   CHECK(refused("E=16 k=4 selection=each_group groups=3") ==

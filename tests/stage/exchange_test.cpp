@@ -496,9 +496,13 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
         "moeroute::plan_received: local_slot is -1, expected 0 to 1");
   CHECK(got({rows, entries, of_row, local, twice}) ==
         "moeroute::plan_received: order names row 1 twice");
+  CHECK(inner.slots() == 0);  // what is refused is no plan
   CHECK(got({rows, entries, of_row, local, swap}) == "accepted");
   CHECK(inner.token_of_slot()[0] == 1);  // row 1 comes first in slot 0
   CHECK(inner.token_of_slot()[1] == 0);
+  assignment own = a;
+  CHECK(test::refusal([&] { copy_tokens(own, 0, 2, own); }) ==
+        "moeroute::copy_tokens: out is all, expected an assignment of its own");
 }
 
 TEST_CASE("a warm exchange allocates nothing") {

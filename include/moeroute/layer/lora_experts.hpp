@@ -73,6 +73,9 @@ class lora_experts {
   index_t scratch_floats() const { return round_up(tile * (rank_ + d_out_), 64); }
 
   /// y = (alpha / r) B (A x).
+  ///
+  /// Shapes: x [n, d], y [n, d_out], memory [scratch_floats()]. Throws: error where e or a shape
+  /// does not fit, or x and y overlap.
   void operator()(expert_id e, matrix_view<const float> x, matrix_view<float> y,
                   float* memory) const {
     check_call(e, x, y);
@@ -84,7 +87,7 @@ class lora_experts {
         for (index_t c = 0; c < d_out_; ++c) out.row(t)[c] *= scale_;
     }
   }
-  /// y += (alpha / r) B (A x).
+  /// y += (alpha / r) B (A x). Shapes and errors as above.
   void add_to(expert_id e, matrix_view<const float> x, matrix_view<float> y, float* memory) const {
     check_call(e, x, y);
     for (index_t first = 0; first < x.rows; first += tile) {
@@ -152,7 +155,8 @@ class lora_experts {
 /// The choices of tokens that come with an adapter each: expert e of adapter a has the id
 /// a * E + e, so that a plan puts tokens of one adapter and expert together.
 ///
-/// adapter [T]: of each token. Throws: error where sizes differ or an adapter is outside [0, A).
+/// adapter [T]: of each token. What capacity dropped stays dropped. Throws: error where sizes
+/// differ, an adapter is outside [0, A), or out is choices. Cost: a copy of the choices.
 inline void virtual_experts(const assignment& choices, std::span<const std::int32_t> adapter,
                             index_t adapters, assignment& out) {
   constexpr const char* where = "virtual_experts";
@@ -184,7 +188,8 @@ inline void virtual_experts(const assignment& choices, std::span<const std::int3
 /// SMEAR (Muqeeth et al. 2023) and Polytropon (Ponti et al. 2023), several are MHR (Caccia et al.
 /// 2023). Ensures: one-hot weights give that expert's values (a
 /// zero without its sign). Mixing A and B of an adapter apart is
-/// not the mixture of their products. Throws: error where shapes do not fit. Cost: O(S E n).
+/// not the mixture of their products. Throws: error where shapes do not fit or out overlaps what is
+/// read. Cost: O(S E n).
 inline void mix_parameters(matrix_view<const float> weights, matrix_view<const float> parameters,
                            index_t blocks, matrix_view<float> out) {
   constexpr const char* where = "mix_parameters";
