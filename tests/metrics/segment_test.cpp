@@ -119,6 +119,18 @@ TEST_CASE("saturation against itself is 1; change is what the later one lacks") 
   CHECK(near(other.saturation() + other.change(), 1));
   CHECK(near(other.saturation(), back.saturation()));
   CHECK(saturation_meter{}.saturation() == 0);
+  // Half of the first token's, none of the second's; the third chose nothing and is no token.
+  assignment early, late;
+  early.reset(3, 6, 2);
+  late.reset(3, 6, 2);
+  const expert_id then[] = {0, 1, 2, 3, no_expert, no_expert}, now[] = {4, 0, 0, 1, 0, 1};
+  std::copy(then, then + 6, early.ids().begin());
+  std::copy(now, now + 6, late.ids().begin());
+  saturation_meter hand;
+  hand.add(early, late);
+  CHECK(hand.tokens() == 2);
+  CHECK(hand.saturation() == 0.25);
+  CHECK(hand.change() == 0.75);
   CHECK(test::refusal([&] { self.add(a, assignment{}); }) ==
         "moeroute::saturation_meter: later.tokens is 0, expected 40");
 }
@@ -183,6 +195,19 @@ TEST_CASE(
   CHECK(all.coverage > 0.5);
   CHECK(near(all.ratio, all.coverage / (1 - all.coverage) * 5));
   CHECK(all.jaccard < 1);
+}
+
+TEST_CASE("a share of the domains is as many as it says, whatever its product rounds to") {
+  // The best of 7, 9 and 9 of 25 domains; none beats another in both mean and variance. In double
+  // 0.28 * 25 is a hair above 7.
+  committee_meter m(25, 3);
+  for (index_t d = 0; d < 25; ++d) {
+    float row[3] = {};
+    row[d < 7 ? 0 : 1 + d % 2] = 5.0f;
+    m.add(d, matrix_view<const float>(row, 1, 3));
+  }
+  CHECK(m.audit({.k = 1, .presence = 0.28}).members == std::vector<expert_id>{0, 1, 2});
+  CHECK(m.audit({.k = 1, .presence = 0.3}).members == std::vector<expert_id>{1, 2});
 }
 
 TEST_CASE("the committee fed in batches is one shot's; rows without a logit do not count") {

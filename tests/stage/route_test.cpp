@@ -165,13 +165,17 @@ TEST_CASE("a masked token has no choices, and the others are as without the mask
   const std::vector<float> z = test::make_logits(shape::normal, 2, 40, 8);
   std::vector<std::uint8_t> mask(40, 1);
   for (std::size_t t = 0; t < 40; t += 3) mask[t] = 0;
-  const assignment out = routed({}, z, 40, 8, {.mask = mask}), open = routed({}, z, 40, 8);
-  for (index_t t = 0; t < 40; ++t)
-    for (std::size_t r = 0; r < 2; ++r) {
-      const bool there = mask[static_cast<std::size_t>(t)] != 0;
-      CHECK(out.ids(t)[r] == (there ? open.ids(t)[r] : no_expert));
-      CHECK(out.weights(t)[r] == (there ? open.weights(t)[r] : 0.0f));
-    }
+  // As blocks, with rows left over, and with rows alone.
+  for (const index_t tokens : {40, 19, 3, 1}) {
+    const std::span<const std::uint8_t> own(mask.data(), static_cast<std::size_t>(tokens));
+    const assignment out = routed({}, z, tokens, 8, {.mask = own}), open = routed({}, z, tokens, 8);
+    for (index_t t = 0; t < tokens; ++t)
+      for (std::size_t r = 0; r < 2; ++r) {
+        const bool there = mask[static_cast<std::size_t>(t)] != 0;
+        CHECK(out.ids(t)[r] == (there ? open.ids(t)[r] : no_expert));
+        CHECK(out.weights(t)[r] == (there ? open.weights(t)[r] : 0.0f));
+      }
+  }
 }
 
 TEST_CASE("a token's own k cuts its choices short") {
