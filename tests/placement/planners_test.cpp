@@ -1,5 +1,6 @@
 // Every planner against its vectors, against brute force where that is possible, and by what each
 // promises of any loads.
+#include <algorithm>
 #include <array>
 #include <catch2/catch_test_macros.hpp>
 #include <fstream>
@@ -16,6 +17,7 @@
 #include <moeroute/placement/spill.hpp>
 #include <moeroute/placement/split.hpp>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -495,6 +497,25 @@ TEST_CASE("what planners promise holds for any loads") {
     CHECK(moved.experts.duplicates().empty());
     CHECK(moved.experts.lost().empty());
     CHECK(near(moved.imbalance_after, balance_of(rank_loads(moved.experts, w)).imbalance));
+    // Within the target nothing moves; else every step lessens the greatest load, or the squares.
+    const replan_result none = replan(moved.experts, w, {.target = moved.imbalance_after + 1e-9});
+    CHECK(none.moves == 0);
+    CHECK(none.experts == moved.experts);
+    const auto measured = [&](const placement& p) {
+      const std::vector<double> load = rank_loads(p, w);
+      return std::pair(*std::max_element(load.begin(), load.end()),
+                       std::inner_product(load.begin(), load.end(), load.begin(), 0.0));
+    };
+    placement now = ours.experts;
+    for (int step = 0; step < 8; ++step) {
+      const replan_result one = replan(now, w, {.target = 1.0, .budget = 2});
+      if (one.moves == 0) break;
+      const auto [max_before, squares_before] = measured(now);
+      const auto [max, squares] = measured(one.experts);
+      CHECK(max <= max_before * (1 + 1e-12));
+      CHECK((max < max_before * (1 - 1e-12) || squares < squares_before));
+      now = one.experts;
+    }
     const placement_plan fresh = search_placement(w, slots, ranks);
     const placement named = relabel(ours.experts, fresh.experts);
     CHECK(count_moves(ours.experts, named) <= count_moves(ours.experts, fresh.experts));
@@ -504,6 +525,22 @@ TEST_CASE("what planners promise holds for any loads") {
     for (std::size_t i = 0; i < a.size(); ++i) CHECK(near(a[i], b[i]));
     CHECK(static_cast<index_t>(transfers(ours.experts, named).size()) ==
           count_moves(ours.experts, named));
+  }
+}
+
+TEST_CASE("renamed ranks keep dead ones dead, even where those have what a live one shall hold") {
+  const std::vector<std::uint8_t> alive{1, 1, 1, 0};
+  const std::vector<expert_id> before{0, 1, 2, 3, 4, 5, 0, 2}, after{0, 2, 3, 5, 1, 4, 1, 4};
+  for (const std::vector<std::int32_t>& nodes :
+       {std::vector<std::int32_t>{0, 0, 0, 0}, {0, 0, 1, 1}}) {
+    const placement old = placement::from_slots(6, 4, before, nodes, alive),
+                    made = placement::from_slots(6, 4, after, nodes, alive);
+    const placement named = relabel(old, made);
+    CHECK(named.lost().empty());
+    const auto dead = named.experts_of_rank(3);
+    CHECK(std::vector<expert_id>(dead.begin(), dead.end()) == std::vector<expert_id>{1, 4});
+    CHECK(test::refusal([&] { relabel(old, placement::from_slots(6, 4, after, nodes)); }) ==
+          "moeroute::relabel: made.alive is 1, expected 0");
   }
 }
 

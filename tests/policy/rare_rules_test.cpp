@@ -295,6 +295,12 @@ TEST_CASE("of the experts of each group there are as many, and where a group has
   CHECK(a.ids(0)[2] == no_expert);
 }
 
+// Columns come to the rule inside in reverse: one that knows experts by their ids stands outside.
+template <class Rule>
+concept turned_inside = requires { typename ordered_ties<Rule>; };
+static_assert(turned_inside<top_k> && turned_inside<top_of_each_group>);
+static_assert(!turned_inside<class_bias<>> && selection_rule<class_bias<ordered_ties<>>>);
+
 TEST_CASE("with the higher id first, equal experts come in reverse and the others as ever") {
   const std::vector<float> equal(8, 0.25f);
   const router turned{sigmoid{}, ordered_ties<>{{.k = 3}}};

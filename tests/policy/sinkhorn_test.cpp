@@ -233,6 +233,27 @@ TEST_CASE("logits of 10000 are balanced in the log domain") {
   CHECK(worst(sums(p.values, tokens, experts, false), 16.0) < 2e-2);
 }
 
+TEST_CASE(
+    "more than 69 temperatures down all is equally hopeless to exp, and not to the logarithm") {
+  // One token that wants expert 0 alone, and others that want them all alike.
+  std::vector<float> z(8 * 4, 0.0f);
+  const float low[] = {0.0f, -100.0f, -80.0f, -90.0f};
+  std::copy(low, low + 4, z.begin());
+  for (const float temperature : {1.0f, 0.5f}) {
+    std::vector<float> scaled = z;
+    for (float& x : scaled) x *= temperature;
+    sinkhorn router{.k = 4};
+    router.scaling.temperature = temperature;
+    router.scaling.domain = sinkhorn_domain::exponential;
+    CHECK(listed(routed(router, scaled, 4).ids(0)) == std::vector<expert_id>{0, 1, 2, 3});
+    router.scaling.domain = sinkhorn_domain::logarithm;
+    CHECK(listed(routed(router, scaled, 4).ids(0)) == std::vector<expert_id>{0, 2, 3, 1});
+    for (float& x : scaled) x *= 0.65f;  // 65 at the most
+    router.scaling.domain = sinkhorn_domain::exponential;
+    CHECK(listed(routed(router, scaled, 4).ids(0)) == std::vector<expert_id>{0, 2, 3, 1});
+  }
+}
+
 TEST_CASE("an expert that no token can go to stops nobody from converging") {
   constexpr index_t tokens = 80, experts = 5;
   auto z = test::make_logits(test::shape::normal, 3, tokens, experts);
@@ -318,7 +339,7 @@ TEST_CASE("selective routing takes the plan as often as it says, and the same st
   int balanced = 0;
   for (std::uint64_t step = 0; step < 4000; ++step) {
     const side_inputs side{.seed = 5, .step = step};
-    CHECK(router.balances(side) == router.balances(side));
+    CHECK(router.balances(side) == (random_u01(5, router.stream, step) < 0.25f));
     balanced += router.balances(side);
   }
   CHECK(std::abs(balanced - 1000) < 140);  // 5 standard deviations

@@ -1,5 +1,6 @@
 #include <moeroute/residency/resident_router.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <cstdint>
@@ -460,6 +461,25 @@ TEST_CASE("a running range is the decayed mean of the tokens' own") {
   // 0.5 * 5 lifts expert 0 from 0 above 2, which half of the token's own range would not.
   const assignment a = test::routed(resident_router(plain, rule, set), {0, 2, 1, 3}, 4);
   CHECK(test::listed(a.ids()) == std::vector<expert_id>{3, 0});
+}
+
+TEST_CASE(
+    "buddies are who served with an expert most, the lowest id among equals, none by chance") {
+  const double together[] = {9, 2, 2, 0,  5,  //
+                             2, 9, 0, 0,  0,  //
+                             2, 0, 9, 1,  1,  //
+                             0, 0, 0, 99, 0,  //
+                             5, 1, 1, 1,  0};
+  const buddy_table table({together, 5, 5}, 3);
+  const expert_id expected[5][3] = {{4, 1, 2},
+                                    {0, no_expert, no_expert},
+                                    {0, 3, 4},
+                                    {no_expert, no_expert, no_expert},
+                                    {0, 1, 2}};
+  for (expert_id e = 0; e < 5; ++e) {
+    CHECK(std::ranges::equal(table.of(e), expected[e]));
+    CHECK(buddy_table({together, 5, 5}, 1).of(e)[0] == expected[e][0]);
+  }
 }
 
 TEST_CASE("what does not fit together is refused by name") {

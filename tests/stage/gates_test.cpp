@@ -300,10 +300,12 @@ TEST_CASE("a code moves to the mean of its tokens, and one without tokens stays"
   near(0, 0.5 / 1.5, 0.5 / 1.5);
   near(1, 10.5, 9.5);
   near(2, -50.0, 50.0);
-  for (int step = 0; step < 60; ++step) {
-    g.nearest(as_rows(x, 2), code, ws);
-    g.update(as_rows(x, 2), code, 0.5f);
-  }
+  CHECK(test::allocations_during([&] {
+          for (int step = 0; step < 60; ++step) {
+            g.nearest(as_rows(x, 2), code, ws);
+            g.update(as_rows(x, 2), code, 0.5f);
+          }
+        }) == 0);
   near(0, 2.0 / 3.0, 2.0 / 3.0);
   near(1, 12.0, 8.0);
   near(2, -50.0, 50.0);
@@ -336,4 +338,17 @@ TEST_CASE("a mixing gate's columns are S P: softmax of similarities times softma
       2e-5, false);
   CHECK(test::refusal([&] { mixing_gate(inner, 0.0f); }) ==
         "moeroute::mixing_gate: temperature is 0.000000, expected a number above 0");
+}
+
+TEST_CASE("a row without a logit has no probabilities, and others do not hear of it") {
+  constexpr float never = -HUGE_VALF, none = NAN;
+  floats z{never, never, never, 1, never, 1, none, 2, none, none, never, none};
+  const matrix_view<float> rows(z.data(), 4, 3);
+  softmax_rows(rows);
+  CHECK(z == floats{0, 0, 0, 0.5f, 0, 0.5f, 0, 1, 0, 0, 0, 0});
+  const floats s{0.5f, 0.25f, 0.25f, 0};
+  floats mixed(3);
+  mix_probabilities(as_rows(s, 4), matrix_view<const float>(z.data(), 4, 3),
+                    matrix_view<float>(mixed.data(), 1, 3));
+  CHECK(mixed == floats{0.125f, 0.25f, 0.125f});
 }

@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include <moeroute/base/lasting_span.hpp>
 #include <moeroute/base/rng.hpp>
 #include <moeroute/data/assignment.hpp>
 #include <moeroute/data/check_choices.hpp>
@@ -19,8 +20,9 @@ namespace moeroute {
 
 /// Which ranks of an adapter a row uses (FlyLoRA).
 struct rank_mask {
-  index_t keep = 0;               ///< the ranks with the largest |A x + bias|; 0: all
-  std::span<const float> bias{};  ///< [r], or empty: moves the choice and never the value
+  index_t keep = 0;  ///< the ranks with the largest |A x + bias|; 0: all
+  /// [r], or empty: moves the choice and never the value. The caller keeps it alive.
+  lasting_span<const float> bias{};
 };
 
 /// E low-rank adapters: y += (alpha / r) B_e (A_e x), A [r, d], B [d', r].

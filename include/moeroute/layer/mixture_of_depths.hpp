@@ -10,7 +10,7 @@ namespace moeroute {
 
 /// How many tokens go through the block.
 struct depth_options {
-  double share = 0.125;         ///< of a sequence's tokens, rounded up
+  double share = 0.125;  ///< of a sequence's tokens S: ceil(share * S), the product in double
   index_t sequence_length = 0;  ///< of every sequence in the batch; 0: the batch is one
 };
 

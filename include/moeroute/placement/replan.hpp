@@ -277,8 +277,8 @@ inline std::vector<index_t> assign(const std::vector<double>& gain, index_t n) {
 /// where `old` has them, in their slots where they can be.
 ///
 /// Requires: as many slots on every rank in both. Ensures: the loads of ranks are those of made,
-/// permuted; no more moves than without. Throws: error where sizes differ. Cost: O(R^3) to 256
-/// ranks, beyond by the greatest overlaps.
+/// permuted, dead ranks among themselves; no more moves than without. Throws: error where sizes or
+/// live ranks differ. Cost: O(R^3) to 256 ranks, beyond by the greatest overlaps.
 inline placement relabel(const placement& old, const placement& made) {
   using detail::at;
   constexpr const char* where = "relabel";
@@ -290,6 +290,7 @@ inline placement relabel(const placement& old, const placement& made) {
     check_size(where, "made.slots(rank)", made.slots(r), old.slots(0));
     check_size(where, "old.slots(rank)", old.slots(r), old.slots(0));
     check_size(where, "made.node_of_rank", made.node_of_rank()[at(r)], old.node_of_rank()[at(r)]);
+    check_size(where, "made.alive", made.alive()[at(r)], old.alive()[at(r)]);
   }
   std::vector<std::vector<index_t>> of_node(at(nodes));
   for (index_t r = 0; r < ranks; ++r) of_node[at(old.node_of_rank()[at(r)])].push_back(r);
@@ -300,20 +301,29 @@ inline placement relabel(const placement& old, const placement& made) {
       n += e >= 0 && std::find(here.begin(), here.end(), e) != here.end() ? 1.0 : 0.0;
     return n;
   };
-  // For every pair of nodes of one size the best names of ranks, then the best names of nodes.
+  const auto live = [&](index_t node) {
+    const auto& all = of_node[at(node)];
+    return std::count_if(all.begin(), all.end(),
+                         [&](index_t r) { return old.alive()[at(r)] != 0; });
+  };
+  // For every pair of nodes of one kind the best names of ranks, then the best names of nodes. No
+  // live rank gets a dead one's name: there are pairs without that, and they are worth more.
   std::vector<std::vector<index_t>> names(at(nodes * nodes));
   std::vector<double> gain(at(nodes * nodes), 0.0);
   for (index_t a = 0; a < nodes; ++a)
     for (index_t b = 0; b < nodes; ++b) {
       const auto n = static_cast<index_t>(of_node[at(a)].size());
-      if (n != static_cast<index_t>(of_node[at(b)].size())) {
+      if (n != static_cast<index_t>(of_node[at(b)].size()) || live(a) != live(b)) {
         gain[at(a * nodes + b)] = -1e18;
         continue;
       }
       std::vector<double> pair(at(n * n));
       for (index_t i = 0; i < n; ++i)
         for (index_t j = 0; j < n; ++j)
-          pair[at(i * n + j)] = shared(of_node[at(a)][at(i)], of_node[at(b)][at(j)]);
+          pair[at(i * n + j)] =
+              old.alive()[at(of_node[at(a)][at(i)])] == old.alive()[at(of_node[at(b)][at(j)])]
+                  ? shared(of_node[at(a)][at(i)], of_node[at(b)][at(j)])
+                  : -1e9;
       names[at(a * nodes + b)] = detail::assign(pair, n);
       for (index_t i = 0; i < n; ++i)
         gain[at(a * nodes + b)] += pair[at(i * n + names[at(a * nodes + b)][at(i)])];

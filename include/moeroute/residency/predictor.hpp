@@ -179,8 +179,10 @@ class gate_predictor {
     check_range("gate_predictor", "gates.size()", static_cast<index_t>(gates.size()), 1,
                 index_t{1} << 20);
   }
-  /// Throws: error where the state has another width than the gates.
+  /// The state that the next rank() calls are of; it is copied.
   void hidden(std::span<const float> state) { state_.assign(state.begin(), state.end()); }
+  /// No guess before the first state. Throws: error where there is no such layer, or the state has
+  /// another width than its gate.
   index_t rank(index_t layer, std::span<expert_id> out) {
     check_range("gate_predictor", "layer", layer, 0, static_cast<index_t>(gates_.size()) - 1);
     const simd::packed_matrix<>& gate = *gates_[static_cast<std::size_t>(layer)];

@@ -26,8 +26,9 @@ struct pregated_loads {
   }
 };
 
-/// The fewest loads of a router that decides for all layers ahead (Read-ME): each step's distinct
-/// experts, through a Belady cache that the layers share.
+/// What a router loads that decides for all layers ahead (Read-ME): each step's distinct experts,
+/// through a Belady cache that the layers share. No order of leaving loads fewer where experts are
+/// of one size and those of a step fit beside the pins.
 ///
 /// layers: an assignment per layer, of the same tokens. batch: tokens of a step. options: capacity,
 /// pins and sizes; experts, layers and policy are set here. Throws: error where the assignments

@@ -9,6 +9,7 @@
 #include <span>
 #include <string>
 
+#include <moeroute/base/lasting_span.hpp>
 #include <moeroute/base/rng.hpp>
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/parts/kinds.hpp>
@@ -196,8 +197,8 @@ enum class promotion {
 /// (Bandarkar et al. 2026); hard promotion puts an expert at the row's maximum plus 1e-6 per rank,
 /// or as much more as a float of that size needs.
 struct steering {
-  std::span<const expert_id> promote{};  ///< the caller keeps both alive
-  std::span<const expert_id> suppress{};
+  lasting_span<const expert_id> promote{};  ///< the caller keeps both alive
+  lasting_span<const expert_id> suppress{};
   promotion how = promotion::soft;
   float lambda = 1.0f;
 

@@ -59,8 +59,11 @@ static_assert(selection_rule<top_of_each_group>);
 /// A selection among experts in descending order: of equal choice scores the higher id comes first,
 /// and of equal groups the later one. The choice is then always made on scores, not on logits.
 ///
+/// Requires: a rule that knows no expert by its id, as columns come to it in reverse; one that does
+/// stands around this one: class_bias<ordered_ties<>>.
 /// Source: engines whose sort puts equals in reverse (a bitonic sort by (score, id)).
 template <selection_rule Rule = top_k>
+  requires(!requires(const Rule& rule) { rule.reads_modality(); })
 struct ordered_ties {
   Rule rule{};
   tie_order order = tie_order::higher_id;

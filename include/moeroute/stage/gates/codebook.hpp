@@ -24,7 +24,8 @@ class codebook_gate {
         packed_(codes.rows, codes.cols),
         code_(codes.rows * codes.cols),
         sum_(codes.rows * codes.cols),
-        count_(codes.rows) {
+        count_(codes.rows),
+        taken_(codes.rows) {
     check_range("codebook_gate", "experts", experts, 1, codes.rows);
     check_stride("codebook_gate", "codes", codes);
     for (index_t c = 0; c < codes.rows; ++c) {
@@ -85,8 +86,8 @@ class codebook_gate {
   /// n_c = 1 and m_c = the first code. A code that no token takes stays where it is.
   ///
   /// Shapes: x [T, d], code [T], as nearest() gave. Throws: error where they do not fit, a code is
-  /// none, or the decay is not in [0, 1). Cost: T d and, for each code in use, d. Source: VQ-VAE
-  /// (van den Oord et al. 2017).
+  /// none, or the decay is not in [0, 1). Cost: T d and, for each code in use, d; no allocation.
+  /// Source: VQ-VAE (van den Oord et al. 2017).
   template <readable_rows X>
   void update(const X& x_rows, std::span<const std::int32_t> code, float decay) {
     const auto x = const_view(x_rows);
@@ -95,12 +96,11 @@ class codebook_gate {
     if (!(decay >= 0.0f && decay < 1.0f))
       fail_value("codebook_gate", "decay", decay, "a number from 0 to below 1");
     for (const std::int32_t c : code) check_range("codebook_gate", "code", c, 0, codes() - 1);
-    buffer<float> taken(codes());
-    std::fill_n(taken.data(), codes(), 0.0f);
-    for (const std::int32_t c : code) taken[c] += 1.0f;
+    std::fill_n(taken_.data(), codes(), 0.0f);
+    for (const std::int32_t c : code) taken_[c] += 1.0f;
     for (index_t c = 0; c < codes(); ++c) {
-      if (taken[c] == 0.0f) continue;
-      count_[c] = decay * count_[c] + (1.0f - decay) * taken[c];
+      if (taken_[c] == 0.0f) continue;
+      count_[c] = decay * count_[c] + (1.0f - decay) * taken_[c];
       for (index_t i = 0; i < d(); ++i) sum_[c * d() + i] *= decay;
     }
     for (index_t t = 0; t < x.rows; ++t) {
@@ -108,7 +108,7 @@ class codebook_gate {
       for (index_t i = 0; i < d(); ++i) sum[i] += (1.0f - decay) * static_cast<float>(x.row(t)[i]);
     }
     for (index_t c = 0; c < codes(); ++c) {
-      if (taken[c] == 0.0f) continue;
+      if (taken_[c] == 0.0f) continue;
       for (index_t i = 0; i < d(); ++i) code_[c * d() + i] = sum_[c * d() + i] / count_[c];
       pack(c);
     }
@@ -128,7 +128,7 @@ class codebook_gate {
 
   index_t experts_;
   simd::packed_matrix<float, A> packed_;
-  buffer<float> code_, sum_, count_;
+  buffer<float> code_, sum_, count_, taken_;
 };
 
 }  // namespace moeroute

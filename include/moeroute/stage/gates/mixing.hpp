@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <utility>
 
+#include <moeroute/simd/probability/softmax_row.hpp>
 #include <moeroute/simd/rows/row_product.hpp>
 #include <moeroute/stage/gate.hpp>
 
@@ -26,16 +27,13 @@ void mix_probabilities(const matrix_view<const float>& s, const matrix_view<cons
   simd::multiply_rows<A>(s, p, mixed, simd::sum_start::zero, exec);
 }
 
-/// The rows of z become their softmax.
+/// The rows of z become their softmax: NaN counts as -inf, and a row without a logit above -inf is
+/// all zeros.
 template <executor Exec = serial, class A = simd::default_arch>
 void softmax_rows(const matrix_view<float>& z, const Exec& exec = {}) {
   check_stride("softmax_rows", "z", z);
   exec.parallel_for(z.rows, 16, [&](index_t begin, index_t end) {
-    for (index_t t = begin; t < end; ++t) {
-      const float sum =
-          simd::row_exp<A>(z.row(t), z.cols, simd::row_max<A>(z.row(t), z.cols), z.row(t));
-      simd::scale_row<A>(z.row(t), 1.0f / sum, z.cols, z.row(t));
-    }
+    for (index_t t = begin; t < end; ++t) simd::softmax_row<A>(z.row(t), z.cols, z.row(t));
   });
 }
 
