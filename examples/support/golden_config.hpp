@@ -5,6 +5,7 @@
 #include <moeroute/base/error.hpp>
 #include <moeroute/policy/catalog.hpp>
 #include <moeroute/policy/row/table.hpp>
+#include <moeroute/policy/spec_text.hpp>
 
 #include <cmath>
 #include <cstddef>
@@ -328,7 +329,13 @@ inline void read_table(const golden_fields& extra, std::optional<index_t> tokens
   if (!k) k = fields.integer("k", 1, experts);
 
   golden_router made;
-  if (fields.has("config") || fields.has("logits"))
+  // A line of the words of parse_spec, which names every router, or the closed vocabulary.
+  if (fields.has("config") && fields.at("config").is_string())
+    made.spec = detail::told(file + ": field 'config'", [&] {
+      return moeroute::parse_spec("E=" + std::to_string(experts) + " k=" + std::to_string(*k) +
+                                  " " + fields.at("config").get<std::string>());
+    });
+  else if (fields.has("config") || fields.has("logits"))
     made.spec = spec_from_golden(fields.at("config"), file + ": field 'config'", experts, *k);
   else
     made.spec = spec_from_golden(document, file, experts, *k, true);

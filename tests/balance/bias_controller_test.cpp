@@ -213,3 +213,24 @@ TEST_CASE("counts that say nothing move no bias; counts that are wrong are refus
   one.update(counts{7});
   CHECK(one.bias()[0] == 0.0f);
 }
+
+TEST_CASE("experts with shares of their own move towards these; equal shares change no bit") {
+  const std::vector<float> share{1.0f, 1.0f, 2.0f}, equal(8, 3.0f);
+  bias_options o{.rule = bias_rule::proportional, .error = bias_error::over_total, .step = 0.5f};
+  o.share = share;
+  CHECK(after(o, {2, 2, 4}) == std::vector{0.0f, 0.0f, 0.0f});
+  CHECK(after(o, {4, 2, 2}) == std::vector{-0.125f, 0.0f, 0.125f});
+  for (const bias_error error :
+       {bias_error::over_mean, bias_error::over_total, bias_error::tokens}) {
+    bias_options plain{.rule = bias_rule::proportional, .error = error, .step = 0.01f};
+    bias_options shared = plain;
+    shared.share = equal;
+    const counts n{3, 1, 4, 1, 5, 9, 2, 6};
+    CHECK(test::bit_difference(after(plain, n, 5), after(shared, n, 5)) == "");
+  }
+  const std::vector<float> two(2, 1.0f), none{1.0f, 0.0f, 1.0f};
+  CHECK(test::refusal([&] { bias_controller(3, {.share = two}); }) ==
+        "moeroute::bias_controller: share.size() is 2, expected 3");
+  CHECK(test::refusal([&] { bias_controller(3, {.share = none}); }) ==
+        "moeroute::bias_controller: share of expert 1 is 0.000000, expected > 0");
+}

@@ -144,3 +144,31 @@ TEST_CASE("without tokens prices stay; scores that are no numbers are never chos
   CHECK(test::refusal([&] { b.update(matrix_view<const float>(s.data(), 1, 3), ws); }) ==
         "moeroute::bip_balancer: scores.cols is 3, expected 2");
 }
+
+TEST_CASE("experts are priced for the places that their share gives them; equal shares are none") {
+  const skewed_scores d(5, 333, 10, 3);
+  std::vector<float> share;
+  for (int e = 0; e < 10; ++e) share.push_back(1.0f + static_cast<float>(e % 3));
+  double sum = 0;
+  for (const float s : share) sum += double{s};
+  bip_balancer b(10, {.k = 3, .iterations = 1, .share = share});
+  workspace ws;
+  b.update(d.view(), ws);
+  for (index_t e = 0; e < 10; ++e) {
+    std::vector<double> column;
+    for (index_t t = 0; t < d.tokens; ++t)
+      column.push_back(static_cast<double>(d.score[static_cast<std::size_t>(t * 10 + e)]) -
+                       static_cast<double>(b.token_prices()[static_cast<std::size_t>(t)]));
+    const auto places = static_cast<index_t>(static_cast<double>(3 * d.tokens) *
+                                             (double{share[static_cast<std::size_t>(e)]} / sum));
+    CHECK(std::abs(static_cast<double>(b.prices()[static_cast<std::size_t>(e)]) -
+                   std::max(0.0, test::nth_largest(column, places + 1))) < 1e-5);
+  }
+  const std::vector<float> equal(16, 2.0f);
+  const skewed_scores even;
+  bip_balancer plain(16, {.k = 4, .iterations = 3}),
+      shared(16, {.k = 4, .iterations = 3, .share = equal});
+  plain.update(even.view(), ws);
+  shared.update(even.view(), ws);
+  CHECK(test::bit_difference(plain.bias(), shared.bias()) == "");
+}

@@ -307,3 +307,22 @@ TEST_CASE("what has nothing to decide moves no bias") {
   CHECK(test::refusal([] { quantile_balancer(2, {.k = 3}); }) ==
         "moeroute::quantile_balancer: k is 3, expected 1 to 2");
 }
+
+TEST_CASE("quantiles follow the experts' shares; equal shares change no bit") {
+  const test::skewed_scores d;
+  const std::vector<float> equal(16, 2.0f);
+  std::vector<float> share(16, 1.0f);
+  share[3] = 4.0f;
+  workspace ws;
+  const auto bias = [&](std::span<const float> shares) {
+    quantile_balancer b(16, {.k = 4, .share = shares});
+    b.observe(d.view(), ws);
+    b.update();
+    return std::vector<float>(b.bias().begin(), b.bias().end());
+  };
+  CHECK(test::bit_difference(bias({}), bias(equal)) == "");
+  // Who is to have more is chosen more readily, against everybody else.
+  const std::vector<float> plain = bias({}), more = bias(share);
+  for (std::size_t e = 0; e < 16; ++e)
+    if (e != 3) CHECK(more[3] - more[e] > plain[3] - plain[e]);
+}

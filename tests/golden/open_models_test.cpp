@@ -128,3 +128,14 @@ TEST_CASE("catalogue: every router decides at its own size what float64 says, on
     }
   }
 }
+
+TEST_CASE("a file's config may be a line of text, which names every router") {
+  const auto input = [](const std::string& config) {
+    example::float_json document = {{"tokens", 2}, {"experts", 4}, {"k", 2}, {"config", config}};
+    document["logits"] = {0.0f, 1.0f, 2.0f, 3.0f, 3.0f, 2.0f, 1.0f, 0.0f};
+    return example::read_golden_input(document, "a file");
+  };
+  CHECK(routed(input("selection=each_group groups=2")).ids(0)[0] == 1);
+  CHECK(routed(input("selection=expert_choice take=1")).choices() == 4);
+  CHECK_THROWS(input("router=fast"));
+}

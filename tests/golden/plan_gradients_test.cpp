@@ -58,26 +58,27 @@ TEST_CASE("weights of a plan are what the routers write, and their gradients are
   const side_inputs side{.mask = mask};
   test::random rng(5);
   const auto agrees = [&](const char* name, const sinkhorn_scaling& how, const auto& router,
-                          plan_share share) {
+                          plan_share share, std::span<const float> shares = {}) {
     INFO(name);
     const assignment a = test::routed(router, near, experts, side);
     workspace ws;
     plan_doubles w(a.weights().size()), up(w.size());
     weigh_plan(how, share, matrix_view<const double>(z.data(), tokens, experts), side, a,
-               std::span(w), ws);
+               std::span(w), ws, shares);
     CHECK(test::difference(w, a.weights(), 2e-5, 1e-7) == "");
     for (double& u : up) u = static_cast<double>(rng.normal());
     const auto value = [&](const plan_doubles& x) {
       plan_doubles at(w.size());
       weigh_plan(how, share, matrix_view<const double>(x.data(), tokens, experts), side, a,
-                 std::span(at), ws);
+                 std::span(at), ws, shares);
       double sum = 0.0;
       for (std::size_t c = 0; c < at.size(); ++c) sum += up[c] * at[c];
       return sum;
     };
     plan_doubles dz(z.size());
     weigh_plan_backward(how, share, matrix_view<const double>(z.data(), tokens, experts), side, a,
-                        up, plan_gradient::unrolled, gradient_to::write, plan_rows(dz, tokens), ws);
+                        up, plan_gradient::unrolled, gradient_to::write, plan_rows(dz, tokens), ws,
+                        shares);
     CHECK(test::difference(dz, oracle::derivative(z, value), 1e-6, 2e-9) == "");
   };
   const auto plan = plan_weights::plan;
@@ -87,6 +88,10 @@ TEST_CASE("weights of a plan are what the routers write, and their gradients are
   how = fixed_iterations(kl_projection_scaling, 5);
   agrees("columns then rows", how, sinkhorn{.k = 3, .weights = plan, .scaling = how},
          plan_share::of_choices);
+  const std::vector<float> shares{1.0f, 4.0f, 0.5f, 1.0f, 2.0f, 1.0f};
+  agrees("columns of unequal shares", how,
+         sinkhorn{.k = 2, .weights = plan, .scaling = how, .share = shares}, plan_share::of_choices,
+         shares);
   how.similarity = plan_similarity::softmax;
   how.temperature = 0.5f;
   agrees("similarity of probabilities", how, sinkhorn{.k = 2, .weights = plan, .scaling = how},

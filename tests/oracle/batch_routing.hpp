@@ -47,8 +47,8 @@ enum class scaling_order { rows_then_columns, columns_then_rows };
 
 /// Sinkhorn on exp(z / epsilon) until the mean change of the column factors is at most `tolerance`.
 inline transport sinkhorn(const std::vector<double>& z, index_t tokens, index_t experts,
-                          double row_sum, double col_sum, double epsilon, double eps,
-                          double tolerance, int most_iterations, scaling_order order) {
+                          double row_sum, const std::vector<double>& col_sum, double epsilon,
+                          double eps, double tolerance, int most_iterations, scaling_order order) {
   const auto T = static_cast<std::size_t>(tokens), E = static_cast<std::size_t>(experts);
   std::vector<double> k(T * E), u(T, 1.0), v(E, 1.0);
   for (std::size_t t = 0; t < T; ++t) {
@@ -68,7 +68,7 @@ inline transport sinkhorn(const std::vector<double>& z, index_t tokens, index_t 
     for (std::size_t e = 0; e < E; ++e) {
       double sum = 0;
       for (std::size_t t = 0; t < T; ++t) sum += k[t * E + e] * u[t];
-      const double next = col_sum / (sum + eps);
+      const double next = col_sum[e] / (sum + eps);
       change += std::abs(next - v[e]) / static_cast<double>(E);
       v[e] = next;
     }
@@ -82,6 +82,14 @@ inline transport sinkhorn(const std::vector<double>& z, index_t tokens, index_t 
   for (std::size_t t = 0; t < T; ++t)
     for (std::size_t e = 0; e < E; ++e) p.values.push_back(u[t] * k[t * E + e] * v[e]);
   return p;
+}
+
+inline transport sinkhorn(const std::vector<double>& z, index_t tokens, index_t experts,
+                          double row_sum, double col_sum, double epsilon, double eps,
+                          double tolerance, int most_iterations, scaling_order order) {
+  return sinkhorn(z, tokens, experts, row_sum,
+                  std::vector<double>(static_cast<std::size_t>(experts), col_sum), epsilon, eps,
+                  tolerance, most_iterations, order);
 }
 
 /// Sparsity-constrained transport in the orientation of expert choice: softmax similarities, rows

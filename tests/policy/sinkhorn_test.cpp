@@ -134,6 +134,74 @@ TEST_CASE("a skewed batch becomes nearly even") {
   CHECK(most(routed(sinkhorn{.phase = routing_phase::evaluation}, z, experts)) > 1.8);
 }
 
+TEST_CASE("with shares columns sum to them, as in the double-precision iteration") {
+  for (const auto& [tokens, experts] : {std::pair<index_t, index_t>{5, 3}, {64, 8}, {300, 60}})
+    for (const auto order : {scaling_order::rows_then_columns, scaling_order::columns_then_rows})
+      for (const auto mass : {plan_mass::one, plan_mass::tokens})
+        for (const auto domain : both_domains) {
+          const auto z = test::make_logits(test::shape::normal, 7, tokens, experts);
+          const auto T = static_cast<double>(tokens);
+          const double all = mass == plan_mass::one ? 1.0 : T;
+          std::vector<float> share;
+          std::vector<double> target;
+          for (index_t e = 0; e < experts; ++e) share.push_back(e % 3 == 2 ? 8.0f : 0.5f);
+          const double sum = std::accumulate(share.begin(), share.end(), 0.0);
+          for (const float s : share) target.push_back(all * double{s} / sum);
+          sinkhorn_scaling how{.mass = mass, .order = order, .domain = domain};
+          how.tolerance = 1e-5f;
+          const oracle::transport expected = oracle::sinkhorn(
+              {z.begin(), z.end()}, tokens, experts, all / T, target, 1.0,
+              domain == sinkhorn_domain::exponential ? 1e-8 : 0.0, 1e-5, 1000,
+              order == scaling_order::rows_then_columns ? oracle::scaling_order::rows_then_columns
+                                                        : oracle::scaling_order::columns_then_rows);
+          std::vector<float> plan(z.size());
+          workspace ws;
+          sinkhorn_plan(how, rows_of(z, experts), {}, ws,
+                        matrix_view<float>(plan.data(), tokens, experts), serial{}, share);
+          INFO("T=" << tokens << " E=" << experts << " order=" << int(order)
+                    << " mass=" << int(mass) << " domain=" << int(domain));
+          CHECK(test::difference(plan, expected.values, 1e-4) == "");
+          const auto columns = sums(plan, tokens, experts, false);
+          for (std::size_t e = 0; e < share.size(); ++e)
+            CHECK(std::abs(columns[e] / target[e] - 1.0) < 5e-3);
+        }
+}
+
+TEST_CASE("a batch is shared out as experts' shares say; equal shares change no bit") {
+  constexpr index_t tokens = 2048, experts = 8;
+  const auto z = test::make_logits(test::shape::zipf, 2, tokens, experts);
+  const std::vector<float> share{1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 2.0f, 8.0f}, equal(8, 5.0f);
+  // The sharper a plan is, the nearer its choices are to its sums, and the longer it takes.
+  for (const sinkhorn_scaling& base : {megatron_scaling, kl_projection_scaling})
+    for (const sinkhorn_domain domain : both_domains) {
+      sinkhorn_scaling how = base;
+      how.domain = domain;
+      how.stop = sinkhorn_stop::column_error;
+      how.temperature = 0.1f;
+      how.eps = 0.0f;  // beside the factor of an expert that every token wants 1e-8 is much
+      how.tolerance = 1e-3f;
+      how.most_iterations = 2000;
+      const assignment a = routed(sinkhorn{.scaling = how, .share = share}, z, experts);
+      std::vector<int> load(experts, 0);
+      for (const expert_id e : a.ids()) ++load[static_cast<std::size_t>(e)];
+      for (std::size_t e = 0; e < experts; ++e) {
+        const double wanted = double{share[e]} / 16.0 * tokens;
+        UNSCOPED_INFO(e << ": " << load[e] << " of " << wanted);
+        CHECK(std::abs(load[e] / wanted - 1.0) < 0.3);
+      }
+      how = with(base, domain);
+      const assignment b = routed(sinkhorn{.k = 2, .scaling = how, .share = equal}, z, experts);
+      const assignment c = routed(sinkhorn{.k = 2, .scaling = how}, z, experts);
+      CHECK(test::bit_difference(b.ids(), c.ids()) == "");
+      CHECK(test::bit_difference(b.weights(), c.weights()) == "");
+    }
+  const std::vector<float> seven(7, 1.0f), zero{1.0f, 0.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+  CHECK(test::refusal([&] { routed(sinkhorn{.share = seven}, z, experts); }) ==
+        "moeroute::sinkhorn: share.size() is 7, expected 8");
+  CHECK(test::refusal([&] { routed(sinkhorn{.share = zero}, z, experts); }) ==
+        "moeroute::sinkhorn: share of expert 1 is 0.000000, expected > 0");
+}
+
 TEST_CASE(
     "weights are sigmoid for one expert, softmax over all for more, and sum to 1 from the plan") {
   constexpr index_t tokens = 40, experts = 12;

@@ -48,6 +48,9 @@ struct bias_options {
   bias_centre centre = bias_centre::free;
   float step = 1e-3f;          ///< u; 0 freezes
   float least_factor = 1e-3f;  ///< multiplicative factors stay at or above it
+  /// [E], the share of the load that each expert is to have, of any sum: experts or devices that
+  /// are not alike. Copied; empty: equal shares. An expert's mean is then its own part of the sum.
+  std::span<const float> share{};
 };
 
 /// The bias of auxiliary-loss-free balancing.
@@ -67,6 +70,8 @@ class bias_controller {
     detail::check_nonnegative("bias_controller", "least_factor",
                               static_cast<double>(options.least_factor));
     bias_.assign(static_cast<std::size_t>(experts), multiplies() ? 1.0f : 0.0f);
+    part_ = detail::parts_of("bias_controller", options.share, experts);
+    options_.share = {};
   }
 
   /// Corrects the bias by the counts of one batch. A batch without choices changes nothing.
@@ -79,11 +84,12 @@ class bias_controller {
     const double sum = detail::checked_sum("bias_controller", counts, experts);
     if (!(sum > 0.0)) return;
     ++updates_;
-    const double mean = sum / static_cast<double>(experts), u = step();
-    const double unit = options_.error == bias_error::over_mean    ? mean
-                        : options_.error == bias_error::over_total ? sum
-                                                                   : 1.0;
+    const double even = sum / static_cast<double>(experts), u = step();
     for (std::size_t e = 0; e < bias_.size(); ++e) {
+      const double mean = part_.empty() ? even : sum * part_[e];
+      const double unit = options_.error == bias_error::over_mean    ? mean
+                          : options_.error == bias_error::over_total ? sum
+                                                                     : 1.0;
       const double gap = mean - static_cast<double>(counts[e]);
       const double error = options_.rule == bias_rule::proportional
                                ? gap / unit
@@ -139,6 +145,7 @@ class bias_controller {
 
   bias_options options_;
   std::vector<float> bias_;
+  std::vector<double> part_;
   std::int64_t updates_ = 0;
 };
 

@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include <moeroute/balance/check_counts.hpp>
 #include <moeroute/balance/dual_prices.hpp>
 
 namespace moeroute {
@@ -22,6 +23,8 @@ struct bip_options {
   index_t k = 1;
   int iterations = 4;
   price_start start = price_start::previous;
+  /// [E], the share of the k T places that each expert has, of any sum. Copied; empty: equal.
+  std::span<const float> share{};
 };
 
 /// Prices per expert, subtracted from the scores before the choice: bias() = -price.
@@ -38,6 +41,8 @@ class bip_balancer {
     check_range("bip_balancer", "iterations", options.iterations, 0, 1000);
     price_.assign(static_cast<std::size_t>(experts), 0.0f);
     bias_.assign(price_.size(), 0.0f);
+    part_ = detail::parts_of("bip_balancer", options.share, experts);
+    options_.share = {};
   }
 
   /// Fits the prices to one batch of scores; without tokens they stay.
@@ -64,7 +69,10 @@ class bip_balancer {
     if (tokens == 0) return;
     for (int i = 0; i < options_.iterations; ++i) {
       prices.price_tokens(bias_.data(), options_.k + 1, [](float x) { return std::max(0.0f, x); });
-      prices.price_experts(options_.k * tokens / experts + 1, price_.data());
+      if (part_.empty())
+        prices.price_experts(options_.k * tokens / experts + 1, price_.data());
+      else
+        prices.price_experts(static_cast<double>(options_.k * tokens), part_, price_.data());
       set_prices([&](std::size_t e) { return std::max(0.0f, price_[e]); });
     }
     if (options_.iterations > 0)
@@ -93,6 +101,7 @@ class bip_balancer {
 
   bip_options options_;
   std::vector<float> price_, bias_;
+  std::vector<double> part_;
   buffer<float> token_price_;
 };
 

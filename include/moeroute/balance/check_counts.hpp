@@ -5,6 +5,7 @@
 #include <span>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include <moeroute/base/error.hpp>
 
@@ -36,6 +37,23 @@ double checked_sum(const char* where, std::span<const N> counts, index_t experts
   }
   if (broken) fail(where, "counts must be finite and not negative");
   return sum;
+}
+
+// The part of the load that each expert is to have, from shares of any sum; empty: equal parts.
+inline std::vector<double> parts_of(const char* where, std::span<const float> share,
+                                    index_t experts) {
+  std::vector<double> parts;
+  if (share.empty()) return parts;
+  check_size(where, "share.size()", static_cast<index_t>(share.size()), experts);
+  double sum = 0.0;
+  for (std::size_t e = 0; e < share.size(); ++e) {
+    if (!(share[e] > 0.0f) || !std::isfinite(share[e]))
+      fail(where, "share of expert " + std::to_string(e) + " is " + std::to_string(share[e]) +
+                      ", expected > 0");
+    sum += static_cast<double>(share[e]);
+  }
+  for (const float s : share) parts.push_back(static_cast<double>(s) / sum);
+  return parts;
 }
 
 }  // namespace moeroute::detail

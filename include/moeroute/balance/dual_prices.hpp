@@ -101,6 +101,17 @@ struct dual_memory {
   }
 };
 
+// One column of a strip.
+struct one_column {
+  priced_strip strip;
+  int column;
+
+  template <class A>
+  MOEROUTE_INLINE simd::vfloat<A> values(index_t tile, int, int lane) const {
+    return strip.values<A>(tile, column, lane);
+  }
+};
+
 template <class A, executor Exec>
 class dual_prices {
  public:
@@ -154,6 +165,21 @@ class dual_prices {
         const priced_strip source{memory_.panel + shape().strip(first), memory_.price};
         simd::kth_largest_of_columns<A>(source, scores_.rows, columns, rank,
                                         memory_.workers[worker].column, out + first);
+      }
+    });
+  }
+
+  // The same with a rank of its own for each column: floor(places * part of the expert) + 1. One
+  // sweep per column.
+  void price_experts(double places, std::span<const double> part, float* out) {
+    exec_.parallel_for(scores_.cols, 1, [&](index_t begin, index_t end) {
+      const worker_slots::held worker(slots_);
+      for (index_t e = begin; e < end; ++e) {
+        const one_column source{{memory_.panel + shape().strip(e), memory_.price},
+                                static_cast<int>(e % simd::tile_size)};
+        const auto rank = static_cast<index_t>(places * part[static_cast<std::size_t>(e)]) + 1;
+        simd::kth_largest_of_columns<A>(source, scores_.rows, 1, rank,
+                                        memory_.workers[worker].column, out + e);
       }
     });
   }

@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include <moeroute/balance/check_counts.hpp>
 #include <moeroute/balance/dual_prices.hpp>
 #include <moeroute/simd/rows/histogram.hpp>
 
@@ -16,6 +17,8 @@ namespace moeroute {
 struct quantile_options {
   index_t k = 1;
   float ema = 0.0f;  ///< share of the old bias that stays
+  /// [E], the share of the k T places that each expert has, of any sum. Copied; empty: equal.
+  std::span<const float> share{};
 };
 
 namespace detail {
@@ -59,6 +62,8 @@ class quantile_balancer {
     bias_.assign(static_cast<std::size_t>(experts), 0.0f);
     estimate_.assign(bias_.size(), 0.0f);
     sums_.assign(2 * bias_.size(), 0.0);
+    part_ = detail::parts_of("quantile_balancer", options.share, experts);
+    options_.share = {};
   }
 
   /// Adds the estimate of one batch.
@@ -82,7 +87,10 @@ class quantile_balancer {
     index_t tokens = 0;
     for (index_t t = 0; t < scores.rows; ++t) tokens += prices.price_of(t) < simd::plus_infinity;
     if (tokens == 0) return;
-    prices.price_experts(options_.k * tokens / experts + 1, estimate_.data());
+    if (part_.empty())
+      prices.price_experts(options_.k * tokens / experts + 1, estimate_.data());
+    else
+      prices.price_experts(static_cast<double>(options_.k * tokens), part_, estimate_.data());
     for (std::size_t e = 0; e < bias_.size(); ++e) {
       if (!std::isfinite(estimate_[e])) continue;
       sums_[e] -= static_cast<double>(estimate_[e]);
@@ -114,7 +122,7 @@ class quantile_balancer {
  private:
   quantile_options options_;
   std::vector<float> bias_, estimate_;
-  std::vector<double> sums_;
+  std::vector<double> sums_, part_;
 };
 
 struct quantile_histogram_options {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include <moeroute/base/lasting_span.hpp>
 #include <moeroute/base/rng.hpp>
 #include <moeroute/policy/batch/column_choice.hpp>
 #include <moeroute/policy/batch/expert_choice.hpp>
@@ -56,6 +57,9 @@ struct sinkhorn {
   routing_phase phase = routing_phase::training;
   plan_weights weights = plan_weights::by_k;
   sinkhorn_scaling scaling{};
+  /// [E], the share of the load that each expert is to have, of any sum; empty: equal. The caller
+  /// keeps it alive.
+  lasting_span<const float> share{};
 
   side_use reads_side(index_t) const { return {.own_k = k}; }
 
@@ -64,6 +68,7 @@ struct sinkhorn {
     check_range("sinkhorn", "experts", experts, 1, max_experts);
     check_range("sinkhorn", "k", k, 1, experts);
     scaling.check("sinkhorn");
+    detail::check_shares("sinkhorn", share, experts);
     if (phase == routing_phase::evaluation && weights == plan_weights::plan)
       fail("sinkhorn", "weights is plan and phase is evaluation, which has no plan");
   }
@@ -94,10 +99,11 @@ struct sinkhorn {
         }};
     using memory = detail::row_memory<std::remove_const_t<decltype(rows)>>;
     const memory* memories = ws.carve([&](scratch& tape) {
-      if (plan) state = detail::sinkhorn_state::carve(tape, z.rows, z.cols, workers);
+      if (plan)
+        state = detail::sinkhorn_state::carve(tape, z.rows, z.cols, workers, !share.empty());
       return memory::carve(tape, rows, z.cols, workers);
     });
-    if (plan) detail::sinkhorn_engine<A>(scaling, state).run(z, side, exec);
+    if (plan) detail::sinkhorn_engine<A>(scaling, state).run(z, side, exec, share);
     detail::route_rows<A>(rows, z, side, memories, workers, out, exec);
   }
 };
@@ -118,6 +124,7 @@ struct selective_sinkhorn {
   sinkhorn_scaling scaling = selective_scaling;
   /// On the logits of a training step that is not balanced; the weights see it too.
   logit_noise noise{};
+  lasting_span<const float> share{};  ///< as sinkhorn's, on balanced steps
   std::uint64_t stream = 0x53535200;  ///< of the coin; give layers that should differ their own
 
   side_use reads_side(index_t) const { return {.own_k = k, .noise_logits = noise.active()}; }
@@ -130,6 +137,7 @@ struct selective_sinkhorn {
     if (!(probability >= 0.0f && probability <= 1.0f))
       fail_value("selective_sinkhorn", "probability", probability, "0 to 1");
     scaling.check("selective_sinkhorn");
+    detail::check_shares("selective_sinkhorn", share, experts);
     noise.check();
   }
 
@@ -143,7 +151,8 @@ struct selective_sinkhorn {
   void route_batch(matrix_view<const float> z, const side_inputs& side, workspace& ws,
                    assignment& out, const Exec& exec) const {
     if (balances(side)) {
-      const sinkhorn balanced{.k = k, .weights = plan_weights::plan, .scaling = scaling};
+      const sinkhorn balanced{
+          .k = k, .weights = plan_weights::plan, .scaling = scaling, .share = share};
       return balanced.route_batch<Exec, A>(z, side, ws, out, exec);
     }
     if (z.rows == 0) return out.reset(0, z.cols, k);

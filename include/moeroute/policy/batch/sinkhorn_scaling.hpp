@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
 
 #include <moeroute/exec/worker_slots.hpp>
@@ -16,6 +17,15 @@
 namespace moeroute {
 
 namespace detail {
+
+inline void check_shares(const char* who, std::span<const float> share, index_t experts) {
+  if (share.empty()) return;
+  check_size(who, "share.size()", static_cast<index_t>(share.size()), experts);
+  for (std::size_t e = 0; e < share.size(); ++e)
+    if (!(share[e] > 0.0f) || !std::isfinite(share[e]))
+      fail(who, "share of expert " + std::to_string(e) + " is " + std::to_string(share[e]) +
+                    ", expected > 0");
+}
 
 // The kernel matrix and the factors of one batch. Rows are cut into pieces by (T, E) alone; each
 // piece adds its own column sums, and the pieces are added in order.
@@ -31,10 +41,12 @@ struct sinkhorn_state {
   float* block;  ///< [workers, 16, stride], scratch of the log domain
   int workers;
   float row_mass, column_mass;
+  float* share;  ///< [stride], each expert's part of the load, then its mass; nullptr: equal parts
 
   index_t pieces() const { return ceil_div(tokens, grain); }
 
-  static sinkhorn_state carve(scratch& tape, index_t tokens, index_t experts, int workers) {
+  static sinkhorn_state carve(scratch& tape, index_t tokens, index_t experts, int workers,
+                              bool shares = false) {
     sinkhorn_state s{};
     s.tokens = tokens;
     s.experts = experts;
@@ -49,6 +61,7 @@ struct sinkhorn_state {
     s.partial = tape.take<float>(s.pieces() * s.stride);
     s.live_of_piece = tape.take<std::int32_t>(s.pieces());
     s.block = tape.take<float>(workers * block_rows * s.stride);
+    s.share = shares ? tape.take<float>(s.stride) : nullptr;
     return s;
   }
 };
@@ -58,9 +71,11 @@ class sinkhorn_engine {
  public:
   sinkhorn_engine(const sinkhorn_scaling& how, sinkhorn_state& s) : how_(how), s_(s) {}
 
-  /// Scales the plan of z; returns the number of iterations, 0 where no token takes part.
+  /// Scales the plan of z; returns the number of iterations, 0 where no token takes part. share:
+  /// the parts of the load, where the state has room for them.
   template <executor Exec>
-  index_t run(matrix_view<const float> z, const side_inputs& side, const Exec& exec) {
+  index_t run(matrix_view<const float> z, const side_inputs& side, const Exec& exec,
+              std::span<const float> share = {}) {
     const index_t live = load_kernel(z, side, exec);
     for (index_t e = 0; e < s_.stride; ++e) s_.v[e] = log_domain() || e >= s_.experts ? 0.0f : 1.0f;
     std::fill_n(s_.u, s_.tokens, 0.0f);
@@ -68,6 +83,15 @@ class sinkhorn_engine {
     const auto n = static_cast<float>(live), experts = static_cast<float>(s_.experts);
     s_.row_mass = how_.mass == plan_mass::one ? 1.0f / n : 1.0f;
     s_.column_mass = how_.mass == plan_mass::one ? 1.0f / experts : n / experts;
+    if (share.empty()) s_.share = nullptr;
+    if (s_.share != nullptr) {
+      double sum = 0.0;
+      for (const float x : share) sum += static_cast<double>(x);
+      const double all = how_.mass == plan_mass::one ? 1.0 : static_cast<double>(live);
+      std::fill_n(s_.share, s_.stride, s_.column_mass);
+      for (std::size_t e = 0; e < share.size(); ++e)
+        s_.share[e] = static_cast<float>(all * (static_cast<double>(share[e]) / sum));
+    }
     if (how_.order == scaling_order::columns_then_rows) first_column_sums(exec);
     for (index_t iteration = 1;; ++iteration) {
       float measure = 0.0f;
@@ -224,10 +248,10 @@ class sinkhorn_engine {
       if (log_domain()) {
         // Sums in the log domain are of the plan itself: the factor moves by their distance to the
         // target.
-        next = old + simd::log<A>(simd::divide<A>(F(s_.column_mass), sum));
+        next = old + simd::log<A>(simd::divide<A>(mass_of(e), sum));
         next = simd::select<A>(sum > F(underflow), next, old);
       } else {
-        next = simd::divide<A>(F(s_.column_mass), sum + F(how_.eps));
+        next = simd::divide<A>(mass_of(e), sum + F(how_.eps));
         next = simd::select<A>(next < F(1e30f), next, F(1e30f));
         next = simd::select<A>(sum > zero, next, zero);
       }
@@ -257,15 +281,21 @@ class sinkhorn_engine {
         for (index_t e = 0; e < s_.stride; ++e)
           largest[e] = std::max(largest[e], s_.kernel[t * s_.stride + e] + s_.u[t]);
     });
-    const float target = simd::log<A>(simd::vfloat<A>(s_.column_mass)).get(0);
     for (index_t e = 0; e < s_.experts; ++e) {
       if (!has_underflowed(e)) continue;
+      const float target = simd::log<A>(simd::vfloat<A>(mass_at(e))).get(0);
       float largest = simd::minus_infinity;
       for (index_t piece = 0; piece < s_.pieces(); ++piece)
         largest = std::max(largest, s_.partial[piece * s_.stride + e]);
       // A column that no token can go to gets the factor 0, and is let alone from then on.
       s_.change[e] = largest > simd::minus_infinity ? target - largest : simd::minus_infinity;
     }
+  }
+
+  // What the column of an expert, or those of a register, are to sum to.
+  float mass_at(index_t e) const { return s_.share == nullptr ? s_.column_mass : s_.share[e]; }
+  simd::vfloat<A> mass_of(index_t e) const {
+    return s_.share == nullptr ? simd::vfloat<A>(s_.column_mass) : simd::load<A>(s_.share + e);
   }
 
   static constexpr float underflow = 1e-37f;
@@ -290,7 +320,7 @@ class sinkhorn_engine {
       // A column that no token can go to has no error.
       if (log_domain() ? s_.v[e] == simd::minus_infinity : !(s_.column_sum[e] > 0.0f)) continue;
       const float mass = log_domain() ? s_.column_sum[e] : s_.v[e] * s_.column_sum[e];
-      largest = std::max(largest, std::abs(mass / s_.column_mass - 1.0f));
+      largest = std::max(largest, std::abs(mass / mass_at(e) - 1.0f));
     }
     return largest;
   }
@@ -303,7 +333,8 @@ class sinkhorn_engine {
 
 /// The transport plan of a batch, dense: for tests, metrics and training outside the router.
 ///
-/// Shapes: z [T, E], plan [T, E]. Rows of masked tokens and entries of NaN or -inf logits are 0.
+/// Shapes: z [T, E], plan [T, E]; shares [E], the share of the mass that each column is to have,
+/// of any sum, or empty: equal. Rows of masked tokens and entries of NaN or -inf logits are 0.
 /// Ensures: rows (columns_then_rows) or columns (rows_then_columns) sum to their marginals up to
 /// rounding and eps. T counts the tokens that take part. Cost: two reads of [T, E] and one
 /// exponential per element, then one read per iteration (log domain: one exponential per element
@@ -313,17 +344,18 @@ class sinkhorn_engine {
 template <executor Exec = serial, class A = simd::default_arch>
 index_t sinkhorn_plan(const sinkhorn_scaling& how, matrix_view<const float> z,
                       const side_inputs& side, workspace& ws, matrix_view<float> plan,
-                      const Exec& exec = {}) {
+                      const Exec& exec = {}, std::span<const float> shares = {}) {
   how.check("sinkhorn_plan");
+  detail::check_shares("sinkhorn_plan", shares, z.cols);
   check_size("sinkhorn_plan", "plan.rows", plan.rows, z.rows);
   check_size("sinkhorn_plan", "plan.cols", plan.cols, z.cols);
   if (z.rows == 0) return 0;
   detail::sinkhorn_state s = ws.carve([&](scratch& tape) {
     return detail::sinkhorn_state::carve(tape, z.rows, z.cols,
-                                         worker_slots::count(exec.concurrency()));
+                                         worker_slots::count(exec.concurrency()), !shares.empty());
   });
   detail::sinkhorn_engine<A> engine(how, s);
-  const index_t iterations = engine.run(z, side, exec);
+  const index_t iterations = engine.run(z, side, exec, shares);
   for (index_t t = 0; t < z.rows; ++t) engine.plan_row(t, plan.row(t));
   return iterations;
 }

@@ -40,8 +40,8 @@ class plan_of {
   index_t tokens, experts, iterations;
   double *kernel, *similarity, *eps, *row_mass, *plan;  // [T, E], [T, E], [T], [T], [T, E]
   double *u, *v;                                        // [n + 1, T], [n + 1, E]
-  double column_mass = 0.0;
-  double* spare;  // [2 T + 8 E]
+  double* column_mass;                                  // [E]
+  double* spare;                                        // [2 T + 8 E]
 
   static plan_of carve(scratch& tape, index_t tokens, index_t experts,
                        const sinkhorn_scaling& how) {
@@ -58,13 +58,15 @@ class plan_of {
     p.plan = tape.take<double>(tokens * experts);
     p.u = tape.take<double>((n + 1) * tokens);
     p.v = tape.take<double>((n + 1) * experts);
+    p.column_mass = tape.take<double>(experts);
     p.spare = tape.take<double>(2 * tokens + 8 * experts);
     return p;
   }
 
   template <std::floating_point F>
-  void run(const sinkhorn_scaling& how, const matrix_view<const F>& z, const side_inputs& side) {
-    load(how, z, side);
+  void run(const sinkhorn_scaling& how, const matrix_view<const F>& z, const side_inputs& side,
+           std::span<const float> shares) {
+    load(how, z, side, shares);
     const bool rows_first = how.order == scaling_order::rows_then_columns;
     std::fill_n(u, tokens, 1.0);
     std::fill_n(v, experts, 1.0);
@@ -102,7 +104,8 @@ class plan_of {
 
  private:
   template <std::floating_point F>
-  void load(const sinkhorn_scaling& how, const matrix_view<const F>& z, const side_inputs& side) {
+  void load(const sinkhorn_scaling& how, const matrix_view<const F>& z, const side_inputs& side,
+            std::span<const float> shares) {
     constexpr double never = -std::numeric_limits<double>::infinity();
     index_t live = 0;
     for (index_t t = 0; t < tokens; ++t) {
@@ -138,7 +141,12 @@ class plan_of {
     }
     const auto n = static_cast<double>(live), m = static_cast<double>(experts);
     for (index_t t = 0; t < tokens && how.mass == plan_mass::one; ++t) row_mass[t] /= n;
-    column_mass = how.mass == plan_mass::one ? 1.0 / m : n / m;
+    const double all = how.mass == plan_mass::one ? 1.0 : n;
+    std::fill_n(column_mass, experts, all / m);
+    double sum = 0.0;
+    for (const float s : shares) sum += static_cast<double>(s);
+    for (std::size_t e = 0; e < shares.size(); ++e)
+      column_mass[e] = all * (static_cast<double>(shares[e]) / sum);
   }
 
   void scale_rows(const double* from, double* to) const {
@@ -152,7 +160,8 @@ class plan_of {
     std::fill_n(to, experts, 0.0);
     for (index_t t = 0; t < tokens; ++t)
       for (index_t e = 0; e < experts; ++e) to[e] += kernel[t * experts + e] * from[t];
-    for (index_t e = 0; e < experts; ++e) to[e] = to[e] > 0.0 ? column_mass / (to[e] + least) : 0.0;
+    for (index_t e = 0; e < experts; ++e)
+      to[e] = to[e] > 0.0 ? column_mass[e] / (to[e] + least) : 0.0;
   }
 
   // u = r / (K v + eps) and v = c / (K^T u + eps), backwards: da = -du u^2 / r, db = -dv v^2 / c.
@@ -186,7 +195,7 @@ class plan_of {
             }
         } else {
           for (index_t e = 0; e < experts; ++e)
-            db[e] = column_mass > 0.0 ? -dv[e] * vi[e] * vi[e] / column_mass : 0.0;
+            db[e] = column_mass[e] > 0.0 ? -dv[e] * vi[e] * vi[e] / column_mass[e] : 0.0;
           std::fill_n(dv, experts, 0.0);
           for (index_t t = 0; t < tokens; ++t)
             for (index_t e = 0; e < experts; ++e) {
@@ -274,8 +283,9 @@ class plan_of {
 
 template <std::floating_point F>
 void check_plan(const char* where, const sinkhorn_scaling& how, const matrix_view<const F>& z,
-                const side_inputs& side) {
+                const side_inputs& side, std::span<const float> shares) {
   how.check(where);
+  check_shares(where, shares, z.cols);
   check_stride(where, "logits", z);
   check_range(where, "experts", z.cols, 1, max_experts);
   if (how.tolerance != 0.0f)
@@ -305,7 +315,8 @@ void for_each_plan_choice(const assignment& choices, const double* plan, plan_sh
 
 /// dlogits (+)= the derivative of sinkhorn_plan() after most_iterations, from that of the plan.
 ///
-/// Shapes: logits, dplan and dlogits [T, E]; dlogits may be dplan. Throws: error where the shapes
+/// Shapes: logits, dplan and dlogits [T, E]; dlogits may be dplan; shares as those of
+/// sinkhorn_plan(). Throws: error where the shapes
 /// do not fit, or tolerance is not 0: an early end would depend on the data. implicit is exact
 /// where the iterations have converged and eps is 0. Cost: unrolled, four sweeps per iteration and
 /// (T + E) doubles kept of each; implicit, one sweep per iteration and two per step of at most 2 E;
@@ -316,9 +327,10 @@ void sinkhorn_plan_backward(const sinkhorn_scaling& how,
                             std::type_identity_t<matrix_view<const F>> logits,
                             const side_inputs& side,
                             std::type_identity_t<matrix_view<const F>> dplan, plan_gradient by,
-                            gradient_to to, matrix_view<F> dlogits, workspace& ws) {
+                            gradient_to to, matrix_view<F> dlogits, workspace& ws,
+                            std::span<const float> shares = {}) {
   constexpr const char* where = "sinkhorn_plan_backward";
-  detail::check_plan(where, how, logits, side);
+  detail::check_plan(where, how, logits, side, shares);
   if (to == gradient_to::nowhere) return;
   for (const auto* m : {&dplan.rows, &dlogits.rows}) check_size(where, "rows", *m, logits.rows);
   for (const auto* m : {&dplan.cols, &dlogits.cols}) check_size(where, "cols", *m, logits.cols);
@@ -331,7 +343,7 @@ void sinkhorn_plan_backward(const sinkhorn_scaling& how,
     return memory{detail::plan_of<>::carve(tape, logits.rows, logits.cols, how),
                   tape.take<double>(logits.rows * logits.cols)};
   });
-  m.plan.run(how, logits, side);
+  m.plan.run(how, logits, side, shares);
   for (index_t t = 0; t < logits.rows; ++t)
     for (index_t e = 0; e < logits.cols; ++e)
       m.gradient[t * logits.cols + e] = static_cast<double>(dplan(t, e));
@@ -347,20 +359,22 @@ void sinkhorn_plan_backward(const sinkhorn_scaling& how,
 /// sinkhorn with plan_weights::plan and a balanced step of selective_sinkhorn write; or the entry
 /// as it is, which is what sinkhorn_expert_choice writes.
 ///
-/// Shapes: logits [T, E], weights [choices.choices()]. Throws, Cost: as sinkhorn_plan_backward().
+/// Shapes: logits [T, E], weights [choices.choices()]; shares as the router's share. Throws, Cost:
+/// as sinkhorn_plan_backward().
 template <std::floating_point F>
 void weigh_plan(const sinkhorn_scaling& how, plan_share share,
                 std::type_identity_t<matrix_view<const F>> logits, const side_inputs& side,
-                const assignment& choices, std::span<F> weights, workspace& ws) {
+                const assignment& choices, std::span<F> weights, workspace& ws,
+                std::span<const float> shares = {}) {
   constexpr const char* where = "weigh_plan";
-  detail::check_plan(where, how, logits, side);
+  detail::check_plan(where, how, logits, side, shares);
   check_offsets(where, choices);
   check_size(where, "logits.rows", logits.rows, choices.tokens());
   check_size(where, "logits.cols", logits.cols, choices.experts());
   check_size(where, "weights.size()", static_cast<index_t>(weights.size()), choices.choices());
   auto plan = ws.carve(
       [&](scratch& tape) { return detail::plan_of<>::carve(tape, logits.rows, logits.cols, how); });
-  plan.run(how, logits, side);
+  plan.run(how, logits, side, shares);
   std::fill(weights.begin(), weights.end(), F(0));
   detail::for_each_plan_choice(choices, plan.plan, share, [&](index_t c, index_t at, double sum) {
     weights[static_cast<std::size_t>(c)] = sum > 0.0 ? static_cast<F>(plan.plan[at] / sum) : F(0);
@@ -376,9 +390,10 @@ void weigh_plan_backward(const sinkhorn_scaling& how, plan_share share,
                          std::type_identity_t<matrix_view<const F>> logits, const side_inputs& side,
                          const assignment& choices,
                          std::type_identity_t<std::span<const F>> dweights, plan_gradient by,
-                         gradient_to to, matrix_view<F> dlogits, workspace& ws) {
+                         gradient_to to, matrix_view<F> dlogits, workspace& ws,
+                         std::span<const float> shares = {}) {
   constexpr const char* where = "weigh_plan_backward";
-  detail::check_plan(where, how, logits, side);
+  detail::check_plan(where, how, logits, side, shares);
   check_offsets(where, choices);
   check_size(where, "logits.rows", logits.rows, choices.tokens());
   check_size(where, "logits.cols", logits.cols, choices.experts());
@@ -396,7 +411,7 @@ void weigh_plan_backward(const sinkhorn_scaling& how, plan_share share,
     return memory{detail::plan_of<>::carve(tape, logits.rows, logits.cols, how),
                   tape.take<double>(size), tape.take<double>(logits.rows)};
   });
-  m.plan.run(how, logits, side);
+  m.plan.run(how, logits, side, shares);
   std::fill_n(m.gradient, size, 0.0);
   std::fill_n(m.mean, logits.rows, 0.0);
   const auto dw = [&](index_t c) {
