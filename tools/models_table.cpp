@@ -7,11 +7,45 @@
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "made_page.hpp"
 
 namespace {
+
+// What a description can say, in the order in which it is printed.
+struct word_lister {
+  std::ostringstream out{};
+
+  void row(std::string_view name, const std::string& values) {
+    out << "| `" << name << "` | " << values << " |\n";
+  }
+  template <class T>
+  void number(std::string_view name, T, bool) {
+    row(name, std::is_integral_v<T> ? "a whole number" : "a number");
+  }
+  void flag(std::string_view name, bool) { row(name, "the word alone"); }
+  template <class E>
+  bool one_of(std::string_view name, E, bool) {
+    list(name, moeroute::detail::enum_words<E>::list);
+    return false;
+  }
+  template <std::size_t N, class Set>
+  void pick(std::string_view name, const std::string_view (&words)[N], std::size_t, const Set&,
+            bool) {
+    list(name, words);
+  }
+
+ private:
+  template <std::size_t N>
+  void list(std::string_view name, const std::string_view (&words)[N]) {
+    std::string values;
+    for (const std::string_view word : words)
+      values += (values.empty() ? "`" : ", `") + std::string(word) + '`';
+    row(name, values);
+  }
+};
 
 std::string page() {
   std::ostringstream out;
@@ -54,11 +88,23 @@ std::string page() {
       out << "[golden](../tests/golden/open/" << e.golden << ".json), float64";
     out << " | " << e.remark << " |\n";
   }
+  moeroute::router_spec any;
+  word_lister words;
+  moeroute::detail::each_word(any, words);
   out << "\nNot in the table: vitpose_backbone, whose experts are picked by the data set's id "
          "without a "
          "router (`moeroute::expert_table` is that); inkling (transformers 5.24.0), whose two "
          "shared "
-         "experts have logits of their own and share in the division by the sum of the selected.\n";
+         "experts have logits of their own and share in the division by the sum of the "
+         "selected.\n\n"
+         "## Words\n\nWhat a description can say beside E; their meanings stand at the fields of "
+         "[router_spec](../include/moeroute/policy/router_spec.hpp) and of "
+         "[gate_spec](../include/moeroute/policy/parts/gate_spec.hpp). `make_router`, "
+         "`make_rare_router` and `make_batch_router` make the router, `with_router` whichever it "
+         "is, and `make_gate` the gate. A word that means nothing beside the others is taken and "
+         "not printed.\n\n"
+         "| word | values |\n|---|---|\n"
+      << words.out.str();
   return out.str();
 }
 

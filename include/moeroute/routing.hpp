@@ -14,6 +14,7 @@
 #include <moeroute/policy/spec_text.hpp>
 #include <moeroute/stage/gates/codebook.hpp>
 #include <moeroute/stage/gates/cosine.hpp>
+#include <moeroute/stage/gates/make_gate.hpp>
 #include <moeroute/stage/gates/mixing.hpp>
 #include <moeroute/stage/gates/mlp.hpp>
 #include <moeroute/stage/gates/normalized.hpp>

@@ -26,12 +26,12 @@ std::string refused(const std::string& text) {
 // The batch rule of a line of text decides what the one from templates decides, to the bit, and the
 // line that is printed is parsed back.
 template <class Router>
-void same(const std::string& text, const Router& router) {
+void same(const std::string& text, const Router& router, const router_tensors& tensors = {}) {
   const router_spec spec = parse_spec(text);
   INFO(text);
   CHECK(to_string(parse_spec(to_string(spec))) == to_string(spec));
   CHECK(parse_spec(to_string(spec)) == spec);
-  const any_batch_router made = make_batch_router(spec);
+  const any_batch_router made = make_batch_router(spec, tensors);
   for (const test::shape shape : {test::shape::quantised, test::shape::masked, test::shape::zipf}) {
     const std::vector<float> z = test::make_logits(shape, 5, tokens, experts);
     std::vector<std::uint8_t> mask(tokens, 1);
@@ -84,6 +84,12 @@ TEST_CASE("a batch rule from a line of text decides what the same rule from temp
   same("E=8 k=2 selection=selective_sinkhorn probability=0 noise=gumbel noise_sigma=0.5",
        selective_sinkhorn{
            .k = 2, .probability = 0.0f, .noise = {.kind = noise_kind::gumbel, .sigma = 0.5f}});
+  const std::vector<float> share{1.0f, 1.0f, 2.0f, 1.0f, 1.0f, 4.0f, 1.0f, 1.0f};
+  same("E=8 k=2 selection=sinkhorn shares", sinkhorn{.k = 2, .share = share}, {.share = share});
+  same("E=8 k=2 selection=selective_sinkhorn probability=1 shares",
+       selective_sinkhorn{.k = 2, .probability = 1.0f, .share = share}, {.share = share});
+  CHECK(refused("E=8 k=2 selection=sinkhorn shares") ==
+        "moeroute::make_router: share.size() is 0, expected 8");
   same("E=8 selection=sinkhorn_expert_choice plan_weights=plan",
        sinkhorn_expert_choice{.weights = plan_weights::plan});
   same("E=8 selection=base", base_assignment{});

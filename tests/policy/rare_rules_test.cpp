@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/policy/row/explore.hpp>
 #include <moeroute/policy/spec_text.hpp>
 #include <string>
 #include <vector>
@@ -130,6 +131,22 @@ double entropy(const std::vector<double>& p) {
 }
 
 }  // namespace
+
+TEST_CASE("exploration from a line of text is the wrapper around the same router") {
+  const router<softmax> plain{.selection = {.k = 3}, .weight = sum_normalized};
+  const explore<router<softmax>> by_token{plain, 0.25f};
+  same("E=16 k=3 score=softmax normalize=sum explore=0.25", by_token);
+  const std::vector<float> bias = numbers(5, experts, 0.1f);
+  const router<sigmoid> biased{.selection = {.k = 2},
+                               .weight = {.scale = 2.5f},
+                               .bias = selection_bias(bias),
+                               .transform = {.temperature = 0.5f}};
+  const explore<router<sigmoid>> by_batch{biased, 0.5f, exploration_scope::batch};
+  same(
+      "E=16 k=2 score=sigmoid bias=selection scale=2.5 temperature=0.5 explore=0.5 "
+      "explore_scope=batch",
+      by_batch, {.bias = bias});
+}
 
 TEST_CASE("rules of selection decide the same by template and by description") {
   const std::vector<float> bias = numbers(3, experts, 0.2f), other = numbers(4, experts, 0.3f);

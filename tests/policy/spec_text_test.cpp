@@ -78,6 +78,19 @@ TEST_CASE("every word that a spec can print is parsed") {
        .drop_order = drop_order::by_weight,
        .normalize_before_drop = false},
       {.experts = 16, .k = 2, .selection = selection_kind::sparsemixer, .jitter = 0.25f},
+      {.experts = 16,
+       .k = 2,
+       .gate = {.kind = gate_kind::cosine, .d = 64, .temperature = 0.07f},
+       .explore = 0.1f,
+       .explore_scope = row_scope::batch},
+      {.gate = {.kind = gate_kind::low_rank_cosine, .width = 4, .temperature = 0.25f}},
+      {.gate_bias = true, .gate = {.kind = gate_kind::rms, .scale = 0.125f, .eps = 1e-5f}},
+      {.gate_bias = true,
+       .gate = {.kind = gate_kind::mlp, .width = 32, .activation = gate_activation::silu}},
+      {.gate = {.kind = gate_kind::codebook, .width = 24}},
+      {.score = score_kind::identity, .gate = {.kind = gate_kind::mixing, .temperature = 2.0f}},
+      {.gate = {.kind = gate_kind::none}},
+      {.selection = selection_kind::sinkhorn, .shares = true},
       {.experts = 16, .k = 2, .score = score_kind::uniform, .selection = selection_kind::random},
   };
   for (const router_spec& s : specs) {
@@ -101,6 +114,31 @@ TEST_CASE("a word that is unknown, wrong, repeated or missing is named") {
         "moeroute::parse_spec: 'gate_bias=1', expected the word alone");
   CHECK(refused_text("E=8 k=2 scale=2.5x") ==
         "moeroute::parse_spec: 'scale=2.5x', expected a number");
+  CHECK(refused_text("E=8 k=2 gate=convolution") ==
+        "moeroute::parse_spec: 'gate=convolution', expected linear, cosine, low_rank_cosine, rms, "
+        "mlp, codebook, mixing, none");
+  CHECK(refused_text("E=8 k=2 gate=codebook gate_width=7") ==
+        "moeroute::router_spec: gate_width is 7, expected 8 to 2147483648");
+  CHECK(refused_text("E=8 k=2 gate=mlp") ==
+        "moeroute::router_spec: gate_width is 0, expected 1 to 2147483648");
+  CHECK(refused_text("E=8 k=2 gate=cosine gate_temperature=0") ==
+        "moeroute::router_spec: gate_temperature is 0, expected > 0");
+  CHECK(refused_text("E=8 k=2 gate=cosine gate_bias") ==
+        "moeroute::router_spec: gate_bias clashes with gate=cosine: it has none");
+  CHECK(refused_text("E=8 k=2 gate=mixing") ==
+        "moeroute::router_spec: gate=mixing clashes with score=softmax: its columns are "
+        "probabilities: score=identity");
+  CHECK(refused_text("E=8 k=2 explore=1.5") ==
+        "moeroute::router_spec: explore is 1.5, expected 0 to 1");
+  CHECK(refused_text("E=8 k=2 explore=0.5 ties=higher_id") ==
+        "moeroute::router_spec: explore clashes with selection=top_k: only a common top_k "
+        "explores");
+  CHECK(refused_text("E=8 k=2 shares") ==
+        "moeroute::router_spec: shares clashes with selection=top_k: only sinkhorn and "
+        "selective_sinkhorn have shares per expert");
+  // What means nothing here is taken and not printed.
+  CHECK(to_string(parse_spec("E=8 k=2 gate_eps=1 gate_width=9 gate_activation=tanh "
+                             "explore_scope=batch")) == "E=8 k=2 score=softmax");
   CHECK(refused_text("E=8 k=9").find("k is 9, expected 1 to 8") != std::string::npos);
 }
 
@@ -128,6 +166,26 @@ TEST_CASE(
                 "every expert through"));
   CHECK(advises({.selection = selection_kind::top_p, .top_p = 0.7f}, "without max_k"));
   CHECK(advises({.normalize = normalization::sum, .capacity = 4}, "before the drop"));
+  const auto of = [](const std::string& text, const std::string& words) {
+    INFO(text);
+    CHECK(advises(parse_spec(text), words));
+  };
+  of("E=8 k=1 weight_score=softmax weight_domain=selected score=sigmoid",
+     "the gate has no gradient");
+  of("E=8 k=2 explore=1", "the router chooses nothing");
+  of("E=8 k=2 candidates=2", "the lot decides");
+  of("E=8 k=2 noise=gumbel", "in every call");
+  of("E=8 k=2 selection=counted count=ratio score=identity max_k=4", "below 0");
+  of("E=8 k=2 selection=counted count=percentile", "without max_k");
+  of("E=8 selection=expert_choice", "tokens behind it");
+  of("E=8 k=2 selection=sinkhorn", "phase=evaluation");
+  of("E=8 k=2 selection=sinkhorn plan_temperature=0.1", "plan_eps outweighs");
+  of("E=8 k=2 gate=cosine", "nearly equal scores");
+  of("E=8 k=2 gate=low_rank_cosine gate_d=16 gate_width=16 gate_temperature=0.1", "no lower rank");
+  of("E=8 k=2 gate=mixing score=identity", "tokens behind it");
+  of("E=8 k=2 selection=hash_table score=uniform gate=rms", "nobody reads");
+  CHECK(advice(parse_spec("E=8 k=2 gate=cosine gate_temperature=0.07 explore=0.1")).empty());
+  CHECK(advice(parse_spec("E=8 k=2 selection=sinkhorn phase=evaluation")).empty());
   for (const catalog_entry& entry : catalog)
     for (const std::string& sentence : advice(entry.spec)) {
       INFO(entry.name << ": " << sentence);

@@ -109,6 +109,18 @@ inline moeroute::router_spec any_spec(bytes& in) {
   if (change()) s.plan_gamma = parameter(in, 0.5f);
   if (change()) s.solver = in.one_of(assignment_solver::optimal);
   if (change()) s.rounds = in.below(50);
+  if (change()) s.explore = parameter(in, 0.5f);
+  if (change()) s.explore_scope = in.one_of(row_scope::batch);
+  if (change()) s.shares = in.flag();
+  if (change()) s.gate_bias = in.flag();
+  if (change())
+    s.gate = {.kind = in.one_of(gate_kind::none),
+              .d = in.below(40),
+              .width = in.below(40),
+              .activation = in.one_of(gate_activation::silu),
+              .temperature = parameter(in, 0.07f),
+              .scale = parameter(in, 0.5f),
+              .eps = parameter(in, 1e-6f)};
   return s;
 }
 
@@ -145,6 +157,32 @@ inline bool loses_powers(const moeroute::router_spec& s, std::span<const float> 
   return least > 0.0 && std::pow(least, static_cast<double>(s.lp_p)) < 1e-30;
 }
 
+// A line of text with a few bytes of another: refused in a sentence, or a spec that prints as it is
+// read.
+inline std::string text_break(std::string line, bytes& in) {
+  constexpr std::string_view letters = "=  E8k2.-+eabcgnxyz_09\n\t";
+  for (auto changes = in.below(4); changes > 0 && !line.empty(); --changes) {
+    const auto at = static_cast<std::size_t>(in.below(static_cast<index_t>(line.size())));
+    const char letter =
+        letters[static_cast<std::size_t>(in.below(static_cast<index_t>(letters.size())))];
+    switch (in.below(4)) {
+      case 0: line[at] = letter; break;
+      case 1: line.insert(line.begin() + static_cast<std::ptrdiff_t>(at), letter); break;
+      case 2: line.erase(at, 1); break;
+      default: line += line.substr(at); break;
+    }
+  }
+  try {
+    const std::string once = to_string(moeroute::parse_spec(line));
+    const std::string again = to_string(moeroute::parse_spec(once));
+    if (again != once) return line + ": " + once + " is read as " + again;
+  } catch (const moeroute::error& refused) {
+    if (!std::string_view(refused.what()).starts_with("moeroute::"))
+      return line + ": refused without a place";
+  }
+  return "";
+}
+
 }  // namespace detail
 
 /// How many specs had the ids and weights of at least one token compared with the oracle's.
@@ -154,7 +192,7 @@ inline std::string spec_property(bytes in) {
   using namespace moeroute;
   const router_spec s = detail::any_spec(in);
   const index_t tokens = in.below(36);
-  std::vector<float> bias, other_bias, scale;
+  std::vector<float> bias, other_bias, scale, share;
   std::vector<std::int32_t> token_ids;
   std::vector<std::uint8_t> modality;
   for (index_t e = 0; e < std::max<index_t>(0, s.experts); ++e) {
@@ -162,6 +200,7 @@ inline std::string spec_property(bytes in) {
     if (s.selection_bias) bias.push_back((number - 32.0f) / 256.0f);
     if (s.class_bias) other_bias.push_back((number - 20.0f) / 128.0f);
     if (s.per_expert_scale) scale.push_back(0.5f + number / 64.0f);
+    if (s.shares) share.push_back(0.5f + number);
   }
   std::vector<expert_id> promote, suppress;
   for (index_t e = 0; s.steering && e < std::min<index_t>(s.experts, 8); ++e)
@@ -173,6 +212,7 @@ inline std::string spec_property(bytes in) {
                        .lambda = detail::parameter(in, 0.5f)};
   expert_table table;
   std::string told = to_string(s);
+  if (const std::string broken = detail::text_break(told, in); !broken.empty()) return broken;
   try {
     check(s);
     if (to_string(parse_spec(told)) != told) return told + ": parsed as another router";
@@ -191,7 +231,8 @@ inline std::string spec_property(bytes in) {
                  .per_expert_scale = scale,
                  .table = &table,
                  .second_bias = other_bias,
-                 .steer = steer},
+                 .steer = steer,
+                 .share = share},
                 [&](const auto& router) {
                   const side_inputs side{.token_ids = token_ids, .modality = modality};
                   route(router, matrix_view<const float>(z.data(), tokens, s.columns()),
@@ -201,7 +242,7 @@ inline std::string spec_property(bytes in) {
       return told + ": " + broken;
     if (out.ragged() || s.sees_batch() || s.selection == selection_kind::random ||
         s.selection == selection_kind::top2 || s.noise != noise_kind::none || s.candidates != 0 ||
-        s.table_key == table_key::bigram)
+        s.explore != 0.0f || s.table_key == table_key::bigram)
       return "";
     // A sum of either sign may vanish, and then rounding decides.
     if (s.normalize != normalization::none &&

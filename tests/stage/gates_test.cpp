@@ -1,5 +1,6 @@
 #include <moeroute/stage/gates/codebook.hpp>
 #include <moeroute/stage/gates/cosine.hpp>
+#include <moeroute/stage/gates/make_gate.hpp>
 #include <moeroute/stage/gates/mixing.hpp>
 #include <moeroute/stage/gates/mlp.hpp>
 #include <moeroute/stage/gates/normalized.hpp>
@@ -7,6 +8,7 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/policy/spec_text.hpp>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -351,4 +353,72 @@ TEST_CASE("a row without a logit has no probabilities, and others do not hear of
   mix_probabilities(as_rows(s, 4), matrix_view<const float>(z.data(), 4, 3),
                     matrix_view<float>(mixed.data(), 1, 3));
   CHECK(mixed == floats{0.125f, 0.25f, 0.125f});
+}
+
+TEST_CASE("a gate from a line of text has the bits of the one by type") {
+  constexpr index_t hidden = 19, rows = 21;
+  const floats w = random_floats(gate_experts * row_width, 1), b = random_floats(gate_experts, 2),
+               first = random_floats(hidden * row_width, 3, 0.3f),
+               second = random_floats(gate_experts * hidden, 4), own = random_floats(hidden, 5),
+               gamma = random_floats(row_width, 6), x = random_floats(rows * row_width, 7);
+  const auto packed = [](const floats& m, index_t cols, const floats& bias) {
+    simd::packed_matrix<> p(as_rows(m, cols));
+    for (std::size_t i = 0; i < bias.size(); ++i) p.bias(static_cast<index_t>(i)) = bias[i];
+    return p;
+  };
+  workspace ws;
+  const auto logits = [&](const auto& g) {
+    floats z(static_cast<std::size_t>(rows * gate_experts));
+    const matrix_view<float> out(z.data(), rows, gate_experts);
+    if constexpr (gate_function<std::remove_cvref_t<decltype(g)>>)
+      gate(as_rows(x, row_width), g, out);
+    else
+      gate(as_rows(x, row_width), g, out, ws);
+    return z;
+  };
+  const auto same = [&](const std::string& words, const gate_tensors& tensors, const auto& g) {
+    INFO(words);
+    const run_time_gate<> made = make_gate(parse_spec("E=11 k=2 " + words), tensors);
+    CHECK(made.columns() == g.columns());
+    CHECK(made.d() == g.d());
+    CHECK(test::bit_difference(logits(made), logits(g)) == "");
+  };
+  static_assert(gate_function_with_scratch<run_time_gate<>>);
+  const auto rows_of_w = as_rows(w, row_width), rows_of_first = as_rows(first, row_width),
+             rows_of_second = as_rows(second, hidden);
+  same("gate_bias gate_d=37", {.weight = rows_of_w, .bias = b},
+       linear_gate<>(packed(w, row_width, b)));
+  same("gate=cosine gate_temperature=0.07", {.weight = rows_of_w},
+       scaled_cosine_gate<>(rows_of_w, 0.07f));
+  same("gate=low_rank_cosine gate_width=19 gate_temperature=0.1",
+       {.weight = rows_of_second, .first = rows_of_first},
+       low_rank_cosine_gate<>(packed(first, row_width, {}), rows_of_second, 0.1f));
+  same("gate=rms gate_scale=0.25 gate_eps=0.001 gate_bias",
+       {.weight = rows_of_w, .bias = b, .gamma = gamma},
+       rms_gate<>(rows_of_w, {gamma, 0.25f, 0.001f}, b));
+  same("gate=mlp gate_width=19 gate_activation=silu gate_bias",
+       {.weight = rows_of_second, .bias = b, .first = rows_of_first, .first_bias = own},
+       mlp_gate<>(packed(first, row_width, own), packed(second, hidden, b), gate_activation::silu));
+  same("gate=codebook gate_width=19", {.first = rows_of_first},
+       codebook_gate<>(rows_of_first, gate_experts));
+  same("gate=mixing gate_temperature=12 score=identity", {.weight = rows_of_w},
+       mixing_gate(linear_gate<>(packed(w, row_width, {})), 12.0f));
+
+  const auto refusal = [&](const std::string& words, const gate_tensors& tensors) {
+    return test::refusal([&] { make_gate(parse_spec("E=11 k=2 " + words), tensors); });
+  };
+  CHECK(refusal("gate=none", {}) == "moeroute::make_gate: gate is none, expected one with weights");
+  CHECK(refusal("", {}) == "moeroute::make_gate: weight.rows is 0, expected 11");
+  CHECK(refusal("gate_d=36", {.weight = rows_of_w}) ==
+        "moeroute::make_gate: weight.cols is 37, expected 36");
+  CHECK(refusal("", {.weight = rows_of_w, .bias = b}) ==
+        "moeroute::make_gate: bias.size() is 11, expected 0");
+  CHECK(refusal("gate_bias", {.weight = rows_of_w}) ==
+        "moeroute::make_gate: bias.size() is 0, expected 11");
+  CHECK(refusal("gate=mlp gate_width=18", {.weight = rows_of_second, .first = rows_of_first}) ==
+        "moeroute::make_gate: first.rows is 19, expected 18");
+  CHECK(refusal("gate=codebook gate_width=19", {.weight = rows_of_w, .first = rows_of_first}) ==
+        "moeroute::make_gate: weight.rows is 11, expected 0");
+  CHECK(refusal("gate=rms", {.weight = rows_of_w, .gamma = b}) ==
+        "moeroute::make_gate: gamma.size() is 11, expected 37");
 }

@@ -36,7 +36,8 @@ constexpr router_traits traits_of(const router_spec& s) {
       s.selection == selection_kind::top2 || s.selection == selection_kind::top_p ||
       s.selection == selection_kind::threshold;
   const bool plain = !s.selection_bias && s.groups == 1 && !s.steering && s.candidates == 0 &&
-                     s.passes == 1 && s.second_logits != logit_pairs::sigmoid_sum;
+                     s.passes == 1 && s.second_logits != logit_pairs::sigmoid_sum &&
+                     s.explore == 0.0f;
   const bool softmax_selected =
       s.score == score_kind::softmax && s.domain == score_domain::selected;
   const bool scaled = s.scale != 1.0f || s.divide_by_k || s.per_expert_scale ||
@@ -47,15 +48,15 @@ constexpr router_traits traits_of(const router_spec& s) {
       .shift_invariant = s.score == score_kind::softmax && s.softcap == 0.0f && !s.weight_apart &&
                          (s.groups == 1 || s.domain == score_domain::all) &&
                          s.selection != selection_kind::sparsemixer,
-      .relabelling = by_score && s.groups == 1 && s.candidates == 0,
+      .relabelling = by_score && s.groups == 1 && s.candidates == 0 && s.explore == 0.0f,
       .weights_sum_to_one = (softmax_selected || (s.normalize == normalization::sum &&
                                                   s.eps_where == eps_mode::none)) &&
                             !scaled && s.capacity == 0,
       .fixed_k = s.selection != selection_kind::top_p && s.selection != selection_kind::threshold &&
                  s.selection != selection_kind::counted,
       .needs_token_ids = s.selection == selection_kind::expert_table,
-      .random =
-          s.selection == selection_kind::random || s.candidates != 0 || s.noise != noise_kind::none,
+      .random = s.selection == selection_kind::random || s.candidates != 0 ||
+                s.noise != noise_kind::none || s.explore != 0.0f,
       .capacity_bound = s.capacity != 0,
   };
 }

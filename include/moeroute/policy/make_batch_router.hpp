@@ -106,14 +106,18 @@ inline any_batch_router make_batch_router(const router_spec& s,
       return with(any_score(s.score));
     }
     case selection_kind::sinkhorn:
-      return {s,
-              sinkhorn{.k = s.k, .phase = s.phase, .weights = s.plan_weights, .scaling = s.plan}};
+      return {s, sinkhorn{.k = s.k,
+                          .phase = s.phase,
+                          .weights = s.plan_weights,
+                          .scaling = s.plan,
+                          .share = tensors.share}};
     case selection_kind::selective_sinkhorn:
       return {s, selective_sinkhorn{.k = s.k,
                                     .probability = s.probability,
                                     .phase = s.phase,
                                     .scaling = s.plan,
-                                    .noise = detail::transform_of(s).noise}};
+                                    .noise = detail::transform_of(s).noise,
+                                    .share = tensors.share}};
     case selection_kind::sinkhorn_expert_choice:
       return {s, sinkhorn_expert_choice{
                      .capacity = s.take, .weights = s.plan_weights, .scaling = s.plan}};

@@ -6,6 +6,7 @@
 #include <moeroute/policy/make_router.hpp>
 #include <moeroute/policy/parts/any_parts.hpp>
 #include <moeroute/policy/row/counted.hpp>
+#include <moeroute/policy/row/explore.hpp>
 #include <moeroute/policy/row/transformed.hpp>
 
 namespace moeroute {
@@ -25,8 +26,9 @@ using rare_counted = transformed<any_row_transform, counted<rare_score>>;
 ///
 /// Apart from any_router, so that a program that describes common routers carries nothing of it.
 /// Cost: a switch per row and step; each rule has a template of its own for who knows it.
-class any_rare_router : public detail::router_of_kinds<detail::rare_router, detail::rare_counted,
-                                                       dense_if, product_keys<softmax>> {
+class any_rare_router
+    : public detail::router_of_kinds<detail::rare_router, detail::rare_counted, dense_if,
+                                     product_keys<softmax>, explore<router<any_score>>> {
  public:
   using router_of_kinds::router_of_kinds;
 };
@@ -92,6 +94,14 @@ inline any_rare_router make_rare_router(const router_spec& s, const router_tenso
   detail::check_maker("make_rare_router", s, s.sees_batch() || !s.has_rare_words());
   detail::check_tensors(s, tensors);
   const weight_rule weight = detail::weight_rule_of(s, tensors);
+  if (s.explore != 0.0f) {
+    const router<any_score> chosen{any_score(s.score, s.domain), detail::best_of(s), weight,
+                                   selection_bias(tensors.bias), detail::transform_of(s)};
+    return {s, explore<router<any_score>>{chosen, s.explore,
+                                          s.explore_scope == row_scope::batch
+                                              ? exploration_scope::batch
+                                              : exploration_scope::token}};
+  }
   if (s.selection == selection_kind::product_keys)
     return {s, product_keys<softmax>{.choices = s.k, .first_keys = s.first_keys, .weight = weight}};
   if (s.selection != selection_kind::counted) return {s, detail::make_rare(s, tensors)};

@@ -32,6 +32,7 @@ struct router_tensors {
   const expert_table* table = nullptr;           ///< where selection is expert_table
   lasting_span<const float> second_bias{};       ///< [E], where class_bias
   steering steer{};                              ///< where steering
+  lasting_span<const float> share{};             ///< [E], where shares
 };
 
 class any_router;
@@ -331,6 +332,7 @@ MOEROUTE_COLD inline void check_tensors(const router_spec& s, const router_tenso
   if (!tensors.gamma.empty())
     check_size("make_router", "gamma.size()", static_cast<index_t>(tensors.gamma.size()),
                s.experts);
+  needed(tensors.share, s.shares, "share", "share.size()");
   if (tensors.steer.active() != s.steering)
     fail("make_router", s.steering ? "steer has no expert, expected some: the spec says steering"
                                    : "steer has experts, which the spec does not say: steering");

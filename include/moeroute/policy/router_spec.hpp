@@ -13,6 +13,7 @@
 #include <moeroute/base/index.hpp>
 #include <moeroute/policy/parts/batch_kinds.hpp>
 #include <moeroute/policy/parts/capacity.hpp>
+#include <moeroute/policy/parts/gate_spec.hpp>
 #include <moeroute/policy/parts/kinds.hpp>
 
 namespace moeroute {
@@ -73,6 +74,7 @@ struct router_spec {
   float output_scale = 1.0f;      ///< of the routed sum
   bool per_expert_scale = false;  ///< a learned factor per expert, after normalising
   bool gate_bias = false;         ///< the gate has a bias; it is part of the logits
+  gate_spec gate{};               ///< what makes the logits
   float softcap = 0.0f;
   float temperature = 1.0f;
   float jitter = 0.01f;  ///< sparsemixer: half its threshold
@@ -112,6 +114,9 @@ struct router_spec {
   float noise_sigma = 1.0f;
   float noise_floor = 0.01f;
 
+  float explore = 0.0f;  ///< experts drawn instead of chosen, now and then: how often
+  row_scope explore_scope = row_scope::token;
+
   // Of selection=counted; min_k and max_k bound it.
   count_rule count = count_rule::ratio;
   row_scope count_scope = row_scope::token;  ///< of percentile
@@ -129,6 +134,7 @@ struct router_spec {
   routing_phase phase = routing_phase::training;
   moeroute::plan_weights plan_weights = moeroute::plan_weights::by_k;
   sinkhorn_scaling plan{};
+  bool shares = false;        ///< experts have unequal shares of the load
   float probability = 1e-3f;  ///< of a balanced step
   assignment_solver solver = assignment_solver::auction;
   index_t rounds = 2000;  ///< of the auction
@@ -161,7 +167,10 @@ struct router_spec {
   }
 
   /// Whether it has words that the common routers do not know: make_rare_router() makes it.
-  bool has_rare_words() const {
+  bool has_rare_words() const { return explore != 0.0f || has_rare_rule(); }
+
+  /// The same without exploration, which goes with a common choice alone.
+  bool has_rare_rule() const {
     const bool counts = selection == selection_kind::counted && !sees_batch();
     return counts || selection == selection_kind::each_group || ties != tie_order::lower_id ||
            class_bias || weight_apart || second_logits != logit_pairs::none || passes != 1 ||
@@ -211,6 +220,15 @@ struct enum_words<selection_kind> {
                                               "sparse_transport",
                                               "sparse_transport_tokens",
                                               "soft"};
+};
+template <>
+struct enum_words<gate_kind> {
+  static constexpr std::string_view list[] = {"linear", "cosine",   "low_rank_cosine", "rms",
+                                              "mlp",    "codebook", "mixing",          "none"};
+};
+template <>
+struct enum_words<gate_activation> {
+  static constexpr std::string_view list[] = {"relu", "tanh", "silu"};
 };
 template <>
 struct enum_words<group_score> {
@@ -463,6 +481,17 @@ constexpr void each_word(router_spec& s, F&& f) {
   f.number("output_scale", s.output_scale, s.output_scale != plain.output_scale);
   f.flag("per_expert_scale", s.per_expert_scale);
   f.flag("gate_bias", s.gate_bias);
+  const gate_spec gate{};
+  f.one_of("gate", s.gate.kind, s.gate.kind != gate.kind);
+  f.number("gate_d", s.gate.d, s.gate.d != gate.d);
+  f.number("gate_width", s.gate.width, s.gate.has_width());
+  f.one_of("gate_activation", s.gate.activation,
+           s.gate.kind == gate_kind::mlp && s.gate.activation != gate.activation);
+  f.number("gate_temperature", s.gate.temperature,
+           s.gate.has_temperature() && s.gate.temperature != gate.temperature);
+  const bool rms = s.gate.kind == gate_kind::rms;
+  f.number("gate_scale", s.gate.scale, rms && s.gate.scale != gate.scale);
+  f.number("gate_eps", s.gate.eps, rms && s.gate.eps != gate.eps);
   f.one_of("second_logits", s.second_logits, s.second_logits != plain.second_logits);
   f.number("passes", s.passes, s.passes != plain.passes);
   f.one_of("pass_rule", s.pass_rule, s.passes != 1 && s.pass_rule != plain.pass_rule);
@@ -475,6 +504,9 @@ constexpr void each_word(router_spec& s, F&& f) {
            s.candidates != 0 && s.candidate_scope != plain.candidate_scope);
   f.number("logit_softcap", s.softcap, s.softcap != plain.softcap);
   f.number("temperature", s.temperature, s.temperature != plain.temperature);
+  f.number("explore", s.explore, s.explore != plain.explore);
+  f.one_of("explore_scope", s.explore_scope,
+           s.explore != 0.0f && s.explore_scope != plain.explore_scope);
   const bool noisy = s.noise != noise_kind::none;
   f.one_of("noise", s.noise, noisy);
   f.number("noise_sigma", s.noise_sigma, noisy && s.noise_sigma != plain.noise_sigma);
@@ -511,6 +543,7 @@ constexpr void each_word(router_spec& s, F&& f) {
   f.number("take", s.take.fixed, use.takes && s.take.fixed != plain.take.fixed);
   f.number("sequence", s.sequence, s.selection == expert_choice && s.sequence != plain.sequence);
   f.one_of("phase", s.phase, use.phase && s.phase != plain.phase);
+  f.flag("shares", s.shares);
   f.number("probability", s.probability, s.selection == selective_sinkhorn);
   f.one_of("plan_weights", s.plan_weights,
            (use.sparse || (use.plan && s.selection != selective_sinkhorn)) &&
@@ -605,6 +638,11 @@ MOEROUTE_COLD inline void check_words_apart(const router_spec& s, const spec_use
     if (set && !fits) clash(word, selection, why);
   };
   const bool picks = use.top_k || s.selection == each_group;
+  only(s.explore != 0.0f, use.top_k && !s.has_rare_rule(), "explore",
+       "only a common top_k explores");
+  if (!(s.explore >= 0.0f && s.explore <= 1.0f)) fail_field("explore", s.explore, "0 to 1");
+  only(s.shares, s.selection == sinkhorn || s.selection == selective_sinkhorn, "shares",
+       "only sinkhorn and selective_sinkhorn have shares per expert");
   const bool ranks = picks || (use.counted && s.count != count_rule::tsallis && !s.sees_batch());
   only(s.ties != tie_order::lower_id, picks, "ties=higher_id",
        "only top_k and each_group turn ties");
@@ -633,6 +671,26 @@ MOEROUTE_COLD inline void check_words_apart(const router_spec& s, const spec_use
   if (s.second_logits != logit_pairs::none && s.passes != 1)
     clash({"second_logits=", to_string(s.second_logits)}, {"passes=", s.passes},
           "columns are read one way");
+}
+
+MOEROUTE_COLD inline void check_gate(const router_spec& s, const shown_field& selection) {
+  const shown_field gate("gate=", to_string(s.gate.kind));
+  if (s.selection == selection_kind::soft) {
+    if (s.gate != gate_spec{}) clash(gate, selection, "its slots are its gate");
+    return;
+  }
+  check_range("router_spec", "gate_d", s.gate.d, 0, index_t{1} << 31);
+  if (s.gate.has_width())
+    check_range("router_spec", "gate_width", s.gate.width,
+                s.gate.kind == gate_kind::codebook ? s.columns() : 1, index_t{1} << 31);
+  if (!(s.gate.temperature > 0.0f) || !std::isfinite(s.gate.temperature))
+    fail_field("gate_temperature", s.gate.temperature, "> 0");
+  if (!std::isfinite(s.gate.scale)) fail_field("gate_scale", s.gate.scale, "a finite number");
+  if (!(s.gate.eps >= 0.0f) || !std::isfinite(s.gate.eps))
+    fail_field("gate_eps", s.gate.eps, ">= 0");
+  if (s.gate_bias && !s.gate.has_bias()) clash("gate_bias", gate, "it has none");
+  if (s.gate.kind == gate_kind::mixing && s.score != score_kind::identity)
+    clash(gate, {"score=", to_string(s.score)}, "its columns are probabilities: score=identity");
 }
 
 MOEROUTE_COLD inline void check_batch_words(const router_spec& s, const spec_uses& use,
@@ -819,6 +877,7 @@ MOEROUTE_COLD inline void check(const router_spec& s) {
   const detail::spec_uses use(s);
   const detail::shown_field selection("selection=", to_string(s.selection));
   detail::check_words_apart(s, use, selection);
+  detail::check_gate(s, selection);
   if (use.batch || s.sees_batch()) detail::check_batch_words(s, use, selection);
   if (use.counted) detail::check_count(s, selection);
 }

@@ -134,6 +134,58 @@ struct word_reader {
   return s;
 }
 
+namespace detail {
+
+// The part of advice() that is of words beyond the common ones.
+template <class Say>
+MOEROUTE_COLD void say_of_words(const router_spec& s, const Say& say) {
+  using enum selection_kind;
+  const spec_uses use(s);
+  const gate_spec& gate = s.gate;
+  if (s.explore == 1.0f) say("explore=1: experts are always drawn, the router chooses nothing");
+  if (s.candidates != 0 && s.candidates == s.k && use.top_k)
+    say("candidates=" + std::to_string(s.candidates) +
+        " is k: every candidate is taken, the lot decides");
+  if (s.noise != noise_kind::none && s.selection != selective_sinkhorn)
+    say("noise=" + std::string(to_string(s.noise)) +
+        " is drawn in every call: describe inference without it");
+  if (use.counted && s.count == count_rule::ratio && s.score == score_kind::identity)
+    say("count=ratio on score=identity: where the best logit is below 0 only min_k reach a share "
+        "of it");
+  if (use.counted && s.count != count_rule::tsallis && s.max_k == 0)
+    say("count=" + std::string(to_string(s.count)) +
+        " without max_k: a token that is undecided takes up to E = " + std::to_string(s.experts) +
+        " experts");
+  if (s.selection == expert_choice || s.selection == sinkhorn_expert_choice || use.sparse ||
+      (s.sees_batch() && use.counted))
+    say("selection=" + std::string(to_string(s.selection)) +
+        " decides by the whole batch: a token's experts depend on tokens behind it");
+  if (use.phase && s.phase == routing_phase::training)
+    say("phase=training balances the batch that it is given: describe inference with "
+        "phase=evaluation");
+  if (use.plan && s.plan.domain == sinkhorn_domain::exponential &&
+      s.plan.similarity == plan_similarity::logits && s.plan.temperature < 0.25f)
+    say("plan_temperature=" + number(s.plan.temperature) +
+        " on logits: what is 69 of it below a row's largest counts as 0" +
+        (s.plan.eps > 0.0f ? ", and plan_eps outweighs an expert that all tokens want" : "") +
+        "; plan_domain=logarithm has neither limit");
+  const bool cosine = gate.kind == gate_kind::cosine || gate.kind == gate_kind::low_rank_cosine;
+  if (cosine && gate.temperature > 0.5f && s.score == score_kind::softmax)
+    say("gate_temperature=" + number(gate.temperature) + " on cosines: logits within +-" +
+        number(1.0f / gate.temperature) + " make nearly equal scores");
+  if (gate.kind == gate_kind::low_rank_cosine && gate.d != 0 && gate.width >= gate.d)
+    say("gate_width=" + std::to_string(gate.width) +
+        " is no lower rank than gate_d=" + std::to_string(gate.d));
+  if (gate.kind == gate_kind::mixing)
+    say("gate=mixing mixes every token of the call: a token's experts depend on tokens behind it");
+  if (gate.kind != gate_kind::linear && gate.kind != gate_kind::none &&
+      s.score == score_kind::uniform)
+    say("gate=" + std::string(to_string(gate.kind)) +
+        " on score=uniform: nobody reads its logits, gate=none saves the product");
+}
+
+}  // namespace detail
+
 /// What is legal in a spec and yet untrainable or suspicious, a sentence each; empty: nothing.
 ///
 /// Throws: what check() refuses.
@@ -141,9 +193,13 @@ struct word_reader {
   check(s);
   std::vector<std::string> list;
   const auto say = [&](std::string sentence) { list.push_back(std::move(sentence)); };
-  const bool winners = s.score == score_kind::softmax && s.domain == score_domain::selected;
+  const score_kind weighs = s.weight_apart ? s.weight_score : s.score;
+  const score_domain weighed = s.weight_apart ? s.weight_domain : s.domain;
+  const bool winners = weighs == score_kind::softmax && weighed == score_domain::selected;
   const bool divided = s.normalize != normalization::none;
-  if (s.k == 1 && (divided || winners) && s.selection == selection_kind::top_k)
+  const bool picks =
+      s.selection == selection_kind::top_k || s.selection == selection_kind::each_group;
+  if (s.k == 1 && (divided || winners) && picks)
     say("k=1 and weights that sum to one: every weight is 1, and the gate has no gradient");
   if (s.k == s.experts && s.selection == selection_kind::top_k)
     say("k=" + std::to_string(s.k) + " is E: every token takes every expert, nothing is chosen");
@@ -176,6 +232,7 @@ struct word_reader {
   if (s.capacity != 0 && s.normalize_before_drop && (divided || winners))
     say("weights are divided before the drop: those of a token with dropped choices sum to less "
         "than one");
+  detail::say_of_words(s, say);
   return list;
 }
 

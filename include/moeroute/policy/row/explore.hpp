@@ -6,6 +6,7 @@
 
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/parts/noise.hpp>
+#include <moeroute/simd/mask.hpp>
 
 namespace moeroute {
 
@@ -56,7 +57,10 @@ struct explore {
 
   template <class A = simd::default_arch>
   void route_block(const logit_block& z, const buffers& memory, choice_block& c) const {
-    router.route_block(z, memory.router, c);
+    if (epsilon < 1.0f)
+      router.route_block(z, memory.router, c);
+    else
+      clear_lanes(c, z.rows);
     if (epsilon <= 0.0f) return;
     const bool whole = scope == exploration_scope::batch;
     const std::uint64_t coins = detail::random_stream(detail::random_use::explore, z.side->step);
@@ -83,6 +87,20 @@ struct explore {
   }
 
   template <class A>
+  static index_t above_never(const float* row, index_t n) {
+    simd::vint<A> found(0);
+    for (index_t e = 0; e < n; e += simd::width<A>)
+      found = simd::count_where<A>(
+          found, simd::load_first<A>(row + e, std::min<index_t>(simd::width<A>, n - e),
+                                     simd::minus_infinity) > simd::vfloat<A>(simd::minus_infinity));
+    alignas(alignment) std::int32_t lane[simd::width<A>];
+    found.store_aligned(lane);
+    index_t sum = 0;
+    for (const std::int32_t c : lane) sum += c;
+    return sum;
+  }
+
+  template <class A>
   MOEROUTE_OUT_OF_LINE void draw(const logit_block& z, int i, std::uint64_t of,
                                  const buffers& memory, choice_block& c) const {
     logit_block row{z.row(i), z.stride, 1, z.experts, z.first_token + i, z.side};
@@ -91,11 +109,15 @@ struct explore {
     choice_block one{c.k, memory.id, memory.value};
     clear_lanes(one, 1);
     const bool whole = scope == exploration_scope::batch;
-    // A token draws from what it may take, the batch from everything.
-    index_t n = 0;
-    for (index_t e = 0; e < z.experts; ++e)
-      if (whole || row.logits[e] > simd::minus_infinity)
-        memory.allowed[n++] = static_cast<expert_id>(e);
+    // A token draws from what it may take, the batch from everything: places in a list, which is
+    // left out where every expert is in it.
+    index_t n = whole ? z.experts : this->template above_never<A>(row.logits, z.experts);
+    const bool listed = n < z.experts;
+    if (listed) {
+      n = 0;
+      for (index_t e = 0; e < z.experts; ++e)
+        if (row.logits[e] > simd::minus_infinity) memory.allowed[n++] = static_cast<expert_id>(e);
+    }
     const index_t drawn = std::min<index_t>(c.k, n);
     const std::uint64_t stream =
         detail::random_stream(detail::random_use::explored_choice, z.side->step);
@@ -118,7 +140,7 @@ struct explore {
     for (int r = 0; r < c.k; ++r) {
       expert_id& id = one.id[r * block_rows];
       float& value = one.value[r * block_rows];
-      if (id != no_expert) id = memory.allowed[id];
+      if (listed && id != no_expert) id = memory.allowed[id];
       if (id != no_expert && !(row.logits[id] > simd::minus_infinity)) id = no_expert;
       value = id == no_expert ? simd::minus_infinity : row.logits[id];
     }

@@ -3,12 +3,10 @@
 
 #include <utility>
 
+#include <moeroute/policy/parts/gate_spec.hpp>
 #include <moeroute/stage/gate.hpp>
 
 namespace moeroute {
-
-/// What an mlp_gate does to its hidden values.
-enum class gate_activation { relu, tanh, silu };
 
 /// logits = W2 f(W1 x + b1) + b2.
 ///
