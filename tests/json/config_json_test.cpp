@@ -122,6 +122,63 @@ constexpr sample samples[] = {
         "top_k_experts": 8}})"},
     {"switch_transformers", R"({"model_type": "switch_transformers", "num_experts": 8})"},
     {"doge", R"({"model_type": "doge", "num_experts": 16384, "num_experts_per_tok": 64})"},
+    {"axk1", R"({"model_type": "axk1", "n_routed_experts": 192, "num_experts_per_tok": 8})"},
+    {"axk2", R"({"model_type": "axk2", "n_routed_experts": 128, "num_experts_per_tok": 8,
+        "n_group": null, "topk_group": null})"},
+    {"bailing_hybrid", R"({"model_type": "bailing_hybrid", "num_experts": 512,
+        "num_experts_per_token": 8, "num_expert_group": 8, "topk_group": 4, "moe_renormalize": true,
+        "score_function": "sigmoid"})"},
+    {"dots3_note", R"({"model_type": "dots3_note", "text_config": {"model_type": "dots3_note_text",
+        "n_routed_experts": 256, "num_experts_per_tok": 8}})"},
+    {"dots3_note_vision", R"({"model_type": "dots3_note_vision_encoder",
+        "mlp_layer_types": ["dense", "sparse"], "num_local_experts": 64,
+        "num_experts_per_tok": 2})"},
+    {"flint", R"({"model_type": "flint", "num_experts": 256, "num_experts_per_tok": 6})"},
+    {"glm5_next", R"({"model_type": "glm5_next", "text_config": {"n_routed_experts": 288,
+        "num_experts_per_tok": 8}})"},
+    {"granitemoe_swa", R"({"model_type": "granitemoe_swa", "num_local_experts": 8,
+        "num_experts_per_tok": 2})"},
+    {"hy_v4", R"({"model_type": "hy_v4", "n_routed_experts": 256, "num_experts_per_tok": 8})"},
+    {"hy_v4", R"({"model_type": "hy_v4_vl", "text_config": {"model_type": "hy_v4_vl_text",
+        "n_routed_experts": 256, "num_experts_per_tok": 8}})"},
+    {"inkling2", R"({"model_type": "inkling2", "text_config": {"model_type": "inkling2_text",
+        "n_routed_experts": 384, "num_experts_per_tok": 8, "scoring_func": "sigmoid"}})"},
+    {"inkling2_loop", R"({"model_type": "inkling2_loop_text", "n_routed_experts": 128,
+        "num_experts_per_tok": 8, "route_scale": 8.0})"},
+    {"kimi_linear", R"({"model_type": "kimi_linear", "num_experts": 256,
+        "num_experts_per_token": 8, "num_expert_group": 1, "topk_group": 1, "moe_renormalize": true,
+        "moe_router_activation_func": "sigmoid", "use_grouped_topk": true})"},
+    {"kolibri1", R"({"model_type": "kolibri1", "num_experts": 384, "num_experts_per_tok": 6})"},
+    {"lara_mini", R"({"model_type": "lara_mini", "num_experts": 128, "num_experts_per_tok": 4})"},
+    {"mimo_v2_flash", R"({"model_type": "mimo_v2_flash", "n_routed_experts": 256,
+        "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "norm_topk_prob": true,
+        "routed_scaling_factor": null, "scoring_func": "sigmoid", "topk_method": "noaux_tc"})"},
+    {"mistral_large4", R"({"model_type": "mistral_large4", "text_config": {"n_routed_experts": 128,
+        "num_experts_per_tok": 4}})"},
+    {"muse_spark", R"({"model_type": "muse_spark", "text_config": {"num_local_experts": 256,
+        "num_experts_per_tok": 8}})"},
+    {"qwen4_exp", R"({"model_type": "qwen4_exp", "text_config": {"model_type": "qwen4_exp_text",
+        "num_experts": 512, "num_experts_per_tok": 10}})"},
+    {"step3p7", R"({"model_type": "step3p7", "text_config": {"model_type": "step3p5",
+        "moe_num_experts": 288, "moe_top_k": 8, "moe_router_activation": "sigmoid",
+        "norm_expert_weight": true, "use_moe_router_bias": true,
+        "moe_every_n_layer": 1, "use_moe": true}})"},
+    {"unlimited_ocr", R"({"model_type": "unlimited_ocr", "language_config": {"n_routed_experts": 64,
+        "num_experts_per_tok": 6, "topk_method": "greedy", "n_group": 1, "topk_group": 1}})"},
+    {"zaya", R"({"model_type": "zaya", "num_experts": 16, "num_experts_per_tok": 1})"},
+    {"ling_lite", R"({"model_type": "bailing_moe", "num_experts": 64, "num_experts_per_tok": 6,
+        "norm_topk_prob": true, "first_k_dense_replace": 0})"},
+    {"ling2", R"({"model_type": "bailing_moe_v2", "num_experts": 256, "num_experts_per_tok": 8,
+        "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": true})"},
+    {"llada2", R"({"model_type": "llada2_moe", "num_experts": 256, "num_experts_per_tok": 8,
+        "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": true})"},
+    {"grok1", R"({"model_type": "grok-1", "num_experts": 8, "num_experts_per_tok": 2})"},
+    {"smallthinker", R"({"model_type": "smallthinker", "moe_num_primary_experts": 32,
+        "moe_num_active_primary_experts": 4, "moe_primary_router_apply_softmax": false, "moe_enable_secondary_experts": false,
+        "norm_topk_prob": true})"},
+    {"grove_moe", R"({"model_type": "grove_moe", "num_experts": 128, "num_experts_per_tok": 8})"},
+    {"pangu_pro", R"({"model_type": "PanguProMoE", "num_experts": 64, "num_experts_per_tok": 8})"},
 };
 
 model_routers read_all(const std::string& config) {
@@ -160,6 +217,62 @@ TEST_CASE("every router of the catalogue has a config.json that it is read from"
     INFO(entry.name);
     CHECK(read_from.contains(entry.name));
   }
+}
+
+TEST_CASE("every class that is new in transformers 5.24.0 has a config.json that it is read from") {
+  std::set<std::string_view> read_from;
+  for (const sample& one : samples) read_from.insert(one.entry);
+  for (const moeroute::catalog_entry& entry : moeroute::newer_catalog) {
+    INFO(entry.name);
+    if (entry.source.find("transformers 5.24.0") != entry.source.npos)
+      CHECK(read_from.contains(entry.name));
+  }
+}
+
+TEST_CASE("what only one of the newer classes can say moves the spec, or is refused by name") {
+  const std::string step = R"({"model_type": "step3p5", "moe_num_experts": 8, "moe_top_k": 2,
+                               "num_hidden_layers": 6)";
+  const auto layers = [](const std::string& config) {
+    std::string line;
+    for (const auto& layer : read_all(config).layers) line += layer ? 'E' : '-';
+    return line;
+  };
+  CHECK(layers(step + "}") == "---EEE");
+  CHECK(layers(step + R"(, "moe_layers_enum": "1, 4,7"})") == "-E--E-");
+  CHECK(layers(step + R"(, "moe_layers_enum": [0, 5]})") == "E----E");
+  CHECK(refusal(step + R"(, "moe_layers_enum": "1,x"})") ==
+        "config.json: field 'moe_layers_enum': expected numbers of layers, found '1,x'");
+  CHECK(read(step + R"(, "moe_router_scaling_factor": 3.0})").scale == 3.0f);
+  CHECK(refusal(step + R"(, "moe_every_n_layer": 2})") ==
+        "config.json: field 'moe_every_n_layer': expected 1: the class knows nothing else, found "
+        "2");
+  const std::string small = R"({"model_type": "smallthinker", "moe_num_primary_experts": 8,
+                                "moe_num_active_primary_experts": 2)";
+  CHECK(to_string(read(small + R"(, "moe_primary_router_apply_softmax": true})")) ==
+        "E=8 k=2 score=softmax score_domain=selected");
+  CHECK(read(small + R"(, "norm_topk_prob": false})").normalize == moeroute::normalization::none);
+  CHECK(layers(small + R"(, "num_hidden_layers": 3, "moe_layer_layout": [1, 0, 1]})") == "E-E");
+  CHECK(refusal(small + R"(, "moe_enable_secondary_experts": true})").find("secondary") !=
+        std::string::npos);
+  const std::string flint = R"({"model_type": "flint", "num_experts": 8, "num_experts_per_tok": 2,
+                                "num_hidden_layers": 4)";
+  CHECK(layers(flint + "}") == "--EE");
+  CHECK(layers(flint + R"(, "mlp_only_layers": [2]})") == "EE-E");
+  const std::string dots = R"({"model_type": "dots3_note_vision_encoder")";
+  const model_routers eye = read_all(dots + R"(, "capacity_factor": 3, "router_scale": 1.5,
+                                               "pyramid_num_routed": [-1, 2, 8]})");
+  CHECK(eye.count == 3);
+  CHECK_FALSE(eye.of(0));
+  CHECK(eye.of(1)->experts == 2);
+  CHECK(eye.of(1)->k == 2);
+  CHECK(eye.of(2)->k == 3);
+  CHECK(eye.of(2)->scale == 1.5f);
+  CHECK(read_all(dots + "}").count == 42);
+  CHECK(refusal(R"({"model_type": "zaya", "num_experts": 16, "num_experts_per_tok": 2})") ==
+        "config.json: field 'num_experts_per_tok': expected 1, found 2");
+  CHECK(read(R"({"model_type": "kolibri1", "num_experts": 8, "num_experts_per_tok": 2,
+                 "norm_topk_prob": true})")
+            .normalize == moeroute::normalization::sum);
 }
 
 TEST_CASE("the first layers of DeepSeek-V4 route by token id") {

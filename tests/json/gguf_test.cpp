@@ -98,6 +98,33 @@ TEST_CASE("the keys of a published model give the catalogue's spec") {
                            {"expert_weights_scale", 2.5}}),
        "glm4_moe");
   same(keys_of("llama4", {{"expert_count", n(16)}, {"expert_used_count", n(1)}}), "llama4_scout");
+  const auto sized = [](const char* arch, int experts, int k, int gating, gguf_metadata more = {}) {
+    gguf_metadata keys = keys_of(arch, {{"expert_count", n(experts)}, {"expert_used_count", n(k)}});
+    if (gating != 0) keys[std::string(arch) + ".expert_gating_func"] = n(gating);
+    for (const auto& [key, value] : more) keys[std::string(arch) + "." + key] = value;
+    return keys;
+  };
+  same(
+      sized("bailingmoe", 64, 6, 0, {{"expert_weights_norm", true}, {"expert_weights_scale", 1.0}}),
+      "ling_lite");
+  same(sized("bailingmoe2", 256, 8, 2,
+             {{"expert_weights_norm", true},
+              {"expert_weights_scale", 2.5},
+              {"expert_group_count", n(8)},
+              {"expert_group_used_count", n(4)}}),
+       "ling2");
+  same(sized("mimo2", 256, 8, 2, {{"expert_weights_norm", true}}), "mimo_v2_flash");
+  same(sized("step35", 288, 8, 2, {{"expert_weights_norm", true}, {"expert_weights_scale", 1.0}}),
+       "step3p7");
+  same(sized("kimi-linear", 256, 8, 2,
+             {{"expert_weights_norm", true}, {"expert_weights_scale", 2.446}}),
+       "kimi_linear");
+  same(sized("smallthinker", 32, 4, 2), "smallthinker");
+  same(sized("grovemoe", 128, 8, 0, {{"experts_per_group", n(2)}, {"expert_group_scale", 0.05}}),
+       "grove_moe");
+  same(sized("grok", 8, 2, 0, {{"router_logit_softcapping", 30.0}}), "grok1");
+  same(sized("arctic", 128, 2, 0), "arctic");
+  same(sized("nomic-bert-moe", 8, 2, 0, {{"moe_every_n_layers", n(2)}}), "nomic_bert_moe");
 }
 
 TEST_CASE("metadata says which layers have experts, and which a table") {

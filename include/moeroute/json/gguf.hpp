@@ -81,6 +81,16 @@ inline constexpr gguf_model gguf_models[] = {
     {"cohere2moe", "cohere2_moe", gguf_model::off},
     {"llama4", "llama4_scout"},
     {"phimoe", "phimoe"},
+    {"bailingmoe", "ling_lite", gguf_model::off},
+    {"bailingmoe2", "ling2", gguf_model::off, true, true},
+    {"mimo2", "mimo_v2_flash", gguf_model::off, true, true},
+    {"step35", "step3p7", gguf_model::always, false, true},
+    {"kimi-linear", "kimi_linear", gguf_model::off, true, true},
+    {"smallthinker", "smallthinker"},
+    {"grovemoe", "grove_moe"},
+    {"grok", "grok1"},
+    {"arctic", "arctic"},
+    {"nomic-bert-moe", "nomic_bert_moe"},
 };
 
 /// Keys of an architecture that speak of routing and change none.
@@ -90,6 +100,8 @@ inline constexpr std::string_view harmless_gguf_keys[] = {
     "expert_chunk_feed_forward_length",
     "expert_shared_count",
     "expert_latent_length",
+    "experts_per_group",
+    "expert_group_scale",
     "moe_latent_size",
     "leading_dense_block_count",
     "interleave_moe_layer_step",
@@ -375,7 +387,7 @@ inline gguf_value gguf_scalar(gguf_bytes& in, std::uint64_t type) {
   s.group_score = groups > 1 && v2 ? group_score::max : group_score::top2_sum;
   s.group_fill = groups > 1 && (v2 || entry == "mistral4") ? 0.0f : router_spec{}.group_fill;
   if (const double cap = fields.real("router_logit_softcapping").value_or(0.0); cap != 0.0) {
-    if (entry != "laguna") fields.wrong("router_logit_softcapping", "0");
+    if (entry != "laguna" && entry != "grok1") fields.wrong("router_logit_softcapping", "0");
     s.softcap = static_cast<float>(cap);
   }
 
