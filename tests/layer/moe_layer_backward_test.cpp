@@ -287,7 +287,7 @@ TEST_CASE("gradients of SwiGLU's variants are derivatives, biases and limits amo
 
 TEST_CASE(
     "a layer's gradients have the same bits for every executor, and a warm tape allocates "
-    "nothing") {
+    "nothing, with what it keeps") {
   constexpr index_t tokens = 300, ff = 16;
   const floats x = random_floats(tokens * d, 1), gate = random_floats(experts * d, 2);
   const floats dy = random_floats(tokens * d, 3), w = random_floats(experts * ff * d, 4);
@@ -329,9 +329,78 @@ TEST_CASE(
     return all;
   };
   const floats alone = step(serial{}, 3);
-  CHECK(tape.bytes() > 0);
+  const index_t bytes = tape.bytes();
+  CHECK(bytes > 0);
+  tape.keep_activations = true;
+  CHECK(test::bit_difference(step(serial{}, 3), alone) == "");
+  CHECK(tape.bytes() >= bytes + tokens * 3 * 2 * ff * index_t{sizeof(float)});
   CHECK(test::bit_difference(step(test::backwards{}, 1), alone) == "");
   CHECK(test::bit_difference(step(test::several_threads{}, 1), alone) == "");
+}
+
+TEST_CASE("activations that are kept give the bits of those that are computed again") {
+  constexpr index_t ff = 16;
+  const floats gate = random_floats(experts * d, 2), w = random_floats(experts * ff * d, 4);
+  for (const bool gated : {true, false})
+    for (const index_t tokens : {0, 5, 300})
+      for (const index_t rows_per_call : {0, 7}) {
+        INFO(gated << ", " << tokens << " tokens, " << rows_per_call << " rows per call");
+        swiglu_experts<> own(experts, d, ff,
+                             {.activation = gated ? expert_activation::silu_gated
+                                                  : expert_activation::relu_squared});
+        own.set_all_down(rows(w, experts * d));
+        for (expert_id e = 0; e < experts; ++e) {
+          if (gated) own.set_gate(e, rows(w, experts * ff).middle_rows(e * ff, ff));
+          own.set_up(e, rows(w, experts * ff).middle_rows(e * ff, ff));
+        }
+        const floats x = random_floats(tokens * d, 1), dy = random_floats(tokens * d, 3);
+        moe_layer layer(simd::packed_matrix<>(rows(gate, experts)),
+                        router<sigmoid>{.selection = {.k = 3}}, own,
+                        {.rows_per_call = rows_per_call});
+        const auto step = [&](layer_tape& tape, const auto& exec) {
+          floats y(x.size()), dx(x.size()), d1(gated ? w.size() : 0), d3(w.size()), d2(w.size());
+          layer.forward(rows(x, tokens), into(y, tokens), {}, exec, tape);
+          const index_t of_gate = gated ? experts * ff : 0;
+          const swiglu_backward<> back(
+              own, {{w.data(), of_gate, d}, rows(w, experts * ff), rows(w, experts * d)},
+              {into(d1, of_gate), into(d3, experts * ff), into(d2, experts * d)});
+          backward(layer, rows(x, tokens), {}, tape, rows(dy, tokens),
+                   layer_weights<>{rows(gate, experts)}, back,
+                   layer_gradients{.x = into(dx, tokens)}, exec);
+          for (const floats* list : {&dx, &d1, &d3, &d2})
+            y.insert(y.end(), list->begin(), list->end());
+          return y;
+        };
+        layer_tape again, kept;
+        kept.keep_activations = true;
+        const floats all = step(again, serial{});
+        CHECK(again.kept.data == nullptr);
+        CHECK(test::bit_difference(step(kept, serial{}), all) == "");
+        CHECK(kept.kept.cols == (gated ? 2 * ff : ff));
+        CHECK(kept.kept.rows == 3 * tokens);
+        CHECK(test::bit_difference(step(kept, test::several_threads{}), all) == "");
+        // What one tape wants is not done for the next; what is kept is what is read.
+        CHECK(test::bit_difference(step(again, serial{}), all) == "");
+        CHECK(again.kept.data == nullptr);
+        if (tokens == 0) continue;
+        floats dx(x.size()), d1(gated ? w.size() : 0), d3(w.size()), d2(w.size());
+        const index_t of_gate = gated ? experts * ff : 0;
+        const swiglu_backward<> back(
+            own, {{w.data(), of_gate, d}, rows(w, experts * ff), rows(w, experts * d)},
+            {into(d1, of_gate), into(d3, experts * ff), into(d2, experts * d)});
+        std::fill_n(kept.kept.data, kept.kept.rows * kept.kept.cols, 0.0f);
+        backward(layer, rows(x, tokens), {}, kept, rows(dy, tokens),
+                 layer_weights<>{rows(gate, experts)}, back,
+                 layer_gradients{.x = into(dx, tokens)});
+        CHECK(d2 == floats(d2.size()));
+        kept.kept.cols += 1;
+        CHECK(test::refusal([&] {
+                backward(layer, rows(x, tokens), {}, kept, rows(dy, tokens),
+                         layer_weights<>{rows(gate, experts)}, back,
+                         layer_gradients{.x = into(dx, tokens)});
+              }) == "moeroute::backward: tape.kept.cols() is " + std::to_string(kept.kept.cols) +
+                        ", expected " + std::to_string(kept.kept.cols - 1));
+      }
 }
 
 TEST_CASE("a tape without a call, or of another shape, is refused by name") {

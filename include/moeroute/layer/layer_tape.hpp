@@ -19,14 +19,18 @@ namespace moeroute {
 /// filled by the backward pass. shared_out [T, d_out] and shared_weight [T] are there where the
 /// layer has shared experts.
 struct layer_tape {
+  /// Whether experts that offer it (kept_floats()) keep what their backward pass would compute
+  /// again: time for memory. The caller's to set; gradients have the same bits either way.
+  bool keep_activations = false;
   index_t tokens = -1;  ///< of the call, -1 before any
   assignment choices{};
   dispatch_plan plan{};
   matrix_view<float> logits{};
   matrix_view<float> in{}, out{}, shared_out{};
   std::span<float> shared_weight{};
-  bool has_inputs = false;  ///< whether `in` was filled
-  bool gated = true;        ///< whether the logits are the gate's of x
+  matrix_view<float> kept{};  ///< [slots, kept_floats()], or no data
+  bool has_inputs = false;    ///< whether `in` was filled
+  bool gated = true;          ///< whether the logits are the gate's of x
 
   /// Bytes that the tape holds, apart from the choices and the plan.
   index_t bytes() const {

@@ -83,6 +83,14 @@ inline constexpr index_t decode_tokens = 8;
 
 namespace detail {
 
+// Experts that can keep what their backward pass reads: kept_floats() for each of their rows.
+template <class F>
+concept expert_function_that_keeps = requires(F& f, expert_id e, matrix_view<const float> in,
+                                              matrix_view<float> rows, float* memory) {
+  { f.kept_floats() } -> std::convertible_to<index_t>;
+  f(e, in, rows, rows, memory);
+};
+
 // Routers picked at run time, as route() knows them.
 template <class R>
 concept run_time_router = requires(const R& r) {
@@ -252,6 +260,7 @@ class moe_layer {
   template <readable_rows X, writable_rows Y, executor Exec = serial, class Probe = no_probe>
   void forward(const X& x, Y&& y, const side_inputs& side, const Exec& exec, layer_tape& tape,
                Probe&& probe = {}) {
+    const keeping held(keep_, tape);
     forward(x, y, side, exec, probe);
     record(tape, gated);
   }
@@ -262,6 +271,7 @@ class moe_layer {
     requires(!executor<Y>)
   void forward(const X& x, const R& r, Y&& y, const side_inputs& side, const Exec& exec,
                layer_tape& tape, Probe&& probe = {}) {
+    const keeping held(keep_, tape);
     forward(x, r, y, side, exec, probe);
     record(tape, false);
   }
@@ -271,6 +281,7 @@ class moe_layer {
             class Probe = no_probe>
   void forward_logits(const X& x, const Z& logits, Y&& y, const side_inputs& side, const Exec& exec,
                       layer_tape& tape, Probe&& probe = {}) {
+    const keeping held(keep_, tape);
     forward_logits(x, logits, y, side, exec, probe);
     record(tape, false);
     tape.logits = {const_cast<float*>(const_view(logits).data), tape.tokens, gate_.columns(),
@@ -321,6 +332,7 @@ class moe_layer {
   static constexpr bool shared_with_scratch = expert_function_with_scratch<Shared, float, float>;
   static_assert(!with_shared || shared_with_scratch || expert_function<Shared, float, float>,
                 "[moeroute::moe_layer] Shared must be callable as f(0, in, out)");
+  static constexpr bool with_kept = with_scratch && detail::expert_function_that_keeps<Experts>;
   // Tokens that pass through the shared experts at a time.
   static constexpr index_t shared_tile = 96;
 
@@ -331,9 +343,31 @@ class moe_layer {
                 "gate(x, logits, exec)");
 
   struct given_nothing {};
+  // Whether experts keep activations is the tape's to say, for one call.
+  struct keeping {
+    bool& flag;
+    keeping(bool& f, const layer_tape& tape) : flag(f) { flag = tape.keep_activations; }
+    ~keeping() { flag = false; }
+  };
+  // Experts that are handed the rows of `kept` beside those of their output.
+  struct keeping_experts {
+    Experts* experts;
+    matrix_view<float> kept;
+    const float* out;
+
+    index_t scratch_floats() const { return experts->scratch_floats(); }
+    void operator()(expert_id e, matrix_view<const float> in, matrix_view<float> y,
+                    float* scratch_memory) const {
+      const index_t first = (y.data - out) / y.stride;
+      (*experts)(e, in, y,
+                 kept.data == nullptr ? matrix_view<float>{} : kept.middle_rows(first, y.rows),
+                 scratch_memory);
+    }
+  };
   struct memory {
     float* in;
     float* out;
+    float* kept;
     float* experts;
     float* shared_in;
     float* shared_out;
@@ -503,6 +537,8 @@ class moe_layer {
     logit_rows_ = 0;
     tape.in = {last_.in, slots, d()};
     tape.out = {last_.out, slots, d_out()};
+    tape.kept = {};
+    if (kept_floats() > 0) tape.kept = {last_.kept, slots, kept_floats()};
     tape.has_inputs = tokens > decode_tokens || options_.weights == weight_on::input;
     tape.shared_out = {};
     tape.shared_weight = {};
@@ -529,6 +565,7 @@ class moe_layer {
     return workspace_.carve([&](scratch& tape) {
       return memory{tape.take<float>(std::max(slots, tokens) * d()),
                     tape.take<float>(slots * d_out()),
+                    tape.take<float>(slots * kept_floats()),
                     tape.take<float>(expert_scratch),
                     tape.take<float>(shared_rows > 0 ? workers * shared_tile * d() : 0),
                     tape.take<float>(shared_rows * d_out()),
@@ -537,12 +574,32 @@ class moe_layer {
     });
   }
 
+  // Of a slot, in this call.
+  index_t kept_floats() const {
+    if constexpr (with_kept) {
+      return keep_ ? experts_.kept_floats() : 0;
+    } else {
+      return 0;
+    }
+  }
+
+  // What runs the experts, and keeps what the call's tape wants of them.
+  decltype(auto) running(const matrix_view<float>& out) {
+    if constexpr (with_kept) {
+      matrix_view<float> kept;
+      if (kept_floats() > 0) kept = {last_.kept, out.rows, kept_floats()};
+      return keeping_experts{&experts_, kept, out.data};
+    } else {
+      return (experts_);
+    }
+  }
+
   template <class Exec>
   void run_copies(const matrix_view<float>& in, const matrix_view<float>& out,
                   float* scratch_memory, const Exec& exec) {
     const expert_options cut{.rows_per_call = options_.rows_per_call};
     if constexpr (with_scratch) {
-      for_each_expert(plan_, in, out, experts_, scratch_memory, exec, cut);
+      for_each_expert(plan_, in, out, running(out), scratch_memory, exec, cut);
     } else {
       for_each_expert(plan_, in, out, experts_, exec, cut);
     }
@@ -552,7 +609,7 @@ class moe_layer {
   void run_in_place(const matrix_view<const float>& x, const matrix_view<float>& out,
                     float* scratch_memory, const Exec& exec) {
     if constexpr (with_scratch) {
-      for_each_expert(plan_, choices_, x, out, experts_, scratch_memory, exec);
+      for_each_expert(plan_, choices_, x, out, running(out), scratch_memory, exec);
     } else {
       for_each_expert(plan_, choices_, x, out, experts_, exec);
     }
@@ -590,6 +647,7 @@ class moe_layer {
   buffer<std::uint8_t> owned_;
   buffer<float> logits_;  // a view would be the original's in a copy
   index_t logit_rows_ = 0;
+  bool keep_ = false;  // activations, in the call that runs
   assignment choices_;
   dispatch_plan plan_;
   workspace early_workspace_;

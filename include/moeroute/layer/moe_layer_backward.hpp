@@ -53,6 +53,23 @@ index_t scratch_of(const F& f) {
   }
 }
 
+// Expert gradients that are handed the rows of `kept` beside those of dout.
+template <class F>
+struct kept_gradient {
+  F* f;
+  matrix_view<const float> kept;
+  const float* dout;
+
+  index_t scratch_floats() const { return f->scratch_floats(); }
+  void operator()(expert_id e, matrix_view<const float> in, matrix_view<const float> dy,
+                  matrix_view<float> din, float* memory) const {
+    const index_t first = (dy.data - dout) / dy.stride;
+    (*f)(e, in, dy, din,
+         kept.data == nullptr ? matrix_view<const float>{} : kept.middle_rows(first, dy.rows),
+         memory);
+  }
+};
+
 inline void check_tape(const layer_tape& tape, index_t tokens, index_t d, index_t experts) {
   if (tape.tokens < 0) fail("backward", "the tape is empty: it comes from forward()");
   check_size("backward", "x.rows()", tokens, tape.tokens);
@@ -196,7 +213,13 @@ void backward(const moe_layer<Router, Experts, Shared, Gate, A>& layer, const X&
   }
   combine_backward(tape.out, tape.plan, tape.choices, dy, terms, exec, combining);
 
-  if constexpr (detail::has_scratch_floats<std::remove_cvref_t<ExpertGradient>>) {
+  if constexpr (requires { experts.kept_floats(); }) {
+    if (tape.kept.data != nullptr)
+      check_size(where, "tape.kept.cols()", tape.kept.cols, experts.kept_floats());
+    const detail::kept_gradient<std::remove_reference_t<ExpertGradient>> with_kept{
+        &experts, tape.kept, dout.data};
+    for_each_expert_backward(tape.plan, tape.in, dout, din, with_kept, m.experts, exec);
+  } else if constexpr (detail::has_scratch_floats<std::remove_cvref_t<ExpertGradient>>) {
     for_each_expert_backward(tape.plan, tape.in, dout, din, experts, m.experts, exec);
   } else {
     for_each_expert_backward(tape.plan, tape.in, dout, din, experts, exec);

@@ -28,10 +28,11 @@ struct swiglu_bias_gradients {
 ///
 /// With h = act(g) (u + offset), g = W1 x, u = W3 x, y = W2 h: dW2 += dy^T h, dh = dy W2, du = dh
 /// act(g), dg = dh (u + offset) act'(g), dx = dg W1 + du W3, dW1 += dg^T x, dW3 += du^T x. Where a
-/// limit holds g or u, its gradient is 0. g and u are computed again: nothing is kept of the
-/// forward pass but its input. W is the type that the weights are trained in: float, bfloat16 or
-/// float16. `experts` holds them packed and, like the views, outlives this. Cost: 8 d ff
-/// multiply-adds per row (6 without a gate), scratch_floats() floats of scratch per worker, no
+/// limit holds g or u, its gradient is 0. g and u are those that the forward pass kept
+/// (layer_tape::keep_activations), or they are computed again of its input: the same bits. W is the
+/// type that the weights are trained in: float, bfloat16 or float16. `experts` holds them packed
+/// and, like the views, outlives this. Cost: 6 d ff multiply-adds per row (4 without a gate), 2 d
+/// ff (d ff) more where nothing was kept, scratch_floats() floats of scratch per worker, no
 /// allocation. Determinism: the same bits for every executor and thread count. Source: Shazeer 2020
 /// (GLU variants).
 template <storage W = float, class A = simd::default_arch>
@@ -65,9 +66,16 @@ class swiglu_backward {
   }
 
   index_t scratch_floats() const { return tile * (hidden() + 2 * ff()); }
+  index_t kept_floats() const { return hidden(); }
 
   void operator()(expert_id e, matrix_view<const float> in, matrix_view<const float> dout,
                   matrix_view<float> din, float* memory) const {
+    (*this)(e, in, dout, din, {}, memory);
+  }
+
+  /// With what the forward pass kept, [n, kept_floats()], or no rows.
+  void operator()(expert_id e, matrix_view<const float> in, matrix_view<const float> dout,
+                  matrix_view<float> din, matrix_view<const float> kept, float* memory) const {
     using enum simd::sum_start;
     using rows = matrix_view<const float>;
     const index_t n_ff = ff(), h = hidden(), first_ff = e * n_ff, first_d = e * d();
@@ -77,9 +85,10 @@ class swiglu_backward {
           dact(memory + tile * (h + n_ff), n, n_ff);
       const rows x = in.middle_rows(first, n), dy = dout.middle_rows(first, n);
       const matrix_view<float> dx = din.middle_rows(first, n);
-      experts_->activation_input(e, x, between);
+      if (kept.data == nullptr) experts_->activation_input(e, x, between);
+      const rows input = kept.data == nullptr ? rows(between) : kept.middle_rows(first, n);
       simd::multiply_rows<A>(dy, weights_.down.middle_rows(first_d, d()), dact, zero);
-      for (index_t r = 0; r < n; ++r) pull(between.row(r), dact.row(r), act.row(r));
+      for (index_t r = 0; r < n; ++r) pull(input.row(r), dact.row(r), between.row(r), act.row(r));
       simd::multiply_transposed<A>(dy, rows(act), gradients_.down.middle_rows(first_d, d()),
                                    output);
       const rows dup(gated() ? memory + n_ff : memory, n, n_ff, h);
@@ -101,18 +110,19 @@ class swiglu_backward {
   bool gated() const { return experts_->options().activation == expert_activation::silu_gated; }
   index_t hidden() const { return gated() ? 2 * ff() : ff(); }
 
-  // [g | u] becomes [dg | du]; act receives what the second product read.
-  void pull(float* row, const float* dact, float* act) const {
+  // row = [dg | du] of [g | u], which it may replace; act receives what the second product read.
+  void pull(const float* input, const float* dact, float* row, float* act) const {
     using F = simd::vfloat<A>;
     const swiglu_options& o = experts_->options();
     const bool bounded = o.limit > 0.0f;
     const F zero(0.0f), one(1.0f), limit(o.limit), alpha(o.alpha), offset(o.up_offset);
     float* const up_row = gated() ? row + ff() : row;
+    const float* const up = gated() ? input + ff() : input;
     constexpr int w = simd::width<A>;
     for (index_t i = 0; i < ff(); i += w) {
       const index_t n = std::min<index_t>(w, ff() - i);
       const F dh = simd::load_first<A>(dact + i, n, 0.0f);
-      F u = simd::load_first<A>(up_row + i, n, 0.0f);
+      F u = simd::load_first<A>(up + i, n, 0.0f);
       const auto held_up = bounded ? (u > limit) | (gated() ? u < -limit : u < u) : u != u;
       if (bounded) u = simd::select<A>(u > limit, limit, u);
       if (!gated()) {
@@ -123,7 +133,7 @@ class swiglu_backward {
         continue;
       }
       if (bounded) u = simd::select<A>(u < -limit, -limit, u);
-      F g = simd::load_first<A>(row + i, n, 0.0f);
+      F g = simd::load_first<A>(input + i, n, 0.0f);
       const auto held_gate = bounded ? g > limit : g != g;
       if (bounded) g = simd::select<A>(held_gate, limit, g);
       const F s = simd::sigmoid<A>(alpha * g), swish = g * s, open = u + offset;

@@ -121,13 +121,24 @@ class swiglu_experts {
   template <storage In>
   void operator()(expert_id e, matrix_view<const In> in, matrix_view<float> out,
                   float* memory) const {
+    (*this)(e, in, out, matrix_view<float>{}, memory);
+  }
+
+  /// Floats of a row of `kept`: what the way back reads of a row instead of computing it again.
+  index_t kept_floats() const { return hidden(); }
+
+  /// The same, and kept [n, kept_floats()] receives activation_input(); without rows nothing is.
+  template <storage In>
+  void operator()(expert_id e, matrix_view<const In> in, matrix_view<float> out,
+                  matrix_view<float> kept, float* memory) const {
     const auto& gate_up = gate_up_[static_cast<std::size_t>(e)];
     const auto& down = down_[static_cast<std::size_t>(e)];
     for (index_t first = 0; first < in.rows; first += tile) {
       const index_t n = std::min(tile, in.rows - first);
-      const matrix_view<float> between(memory, n, hidden());
+      const matrix_view<float> act(memory, n, hidden());
+      const matrix_view<float> between = kept.data == nullptr ? act : kept.middle_rows(first, n);
       simd::gemm(in.middle_rows(first, n), gate_up, between);
-      for (index_t r = 0; r < n; ++r) activate(between.row(r));
+      for (index_t r = 0; r < n; ++r) activate(between.row(r), act.row(r));
       simd::gemm(matrix_view<const float>(memory, n, ff_, hidden()), down,
                  out.middle_rows(first, n));
     }
@@ -139,26 +150,27 @@ class swiglu_experts {
   index_t hidden() const { return gated() ? 2 * ff_ : ff_; }
   index_t up_row() const { return gated() ? ff_ : 0; }
 
-  // The first ff columns of a row become what the second product reads.
-  void activate(float* row) const {
+  // ff values that the second product reads, of a row of activation_input(), which they may
+  // replace.
+  void activate(const float* row, float* act) const {
     const bool bounded = options_.limit > 0.0f, plain = options_.alpha == 1.0f;
     using F = simd::vfloat<A>;
     const F limit(options_.limit), alpha(options_.alpha), offset(options_.up_offset);
     if (!gated()) {
-      each(row, row, [&](F up, F) {
+      each(row, row, act, [&](F up, F) {
         if (bounded) up = at_most(up, limit);
         const F positive = simd::select<A>(up < F(0.0f), F(0.0f), up);
         return positive * positive;
       });
       return;
     }
-    each(row, row + ff_, [&](F gate, F up) {
+    each(row, row + ff_, act, [&](F gate, F up) {
       if (bounded) {
         gate = at_most(gate, limit);
         up = simd::select<A>(up < -limit, -limit, at_most(up, limit));
       }
-      const F act = plain ? simd::silu<A>(gate) : gate * simd::sigmoid<A>(alpha * gate);
-      return act * (up + offset);
+      const F swish = plain ? simd::silu<A>(gate) : gate * simd::sigmoid<A>(alpha * gate);
+      return swish * (up + offset);
     });
   }
 
@@ -167,17 +179,17 @@ class swiglu_experts {
     return simd::select<A>(x > limit, limit, x);
   }
 
-  // first[i] = f(first[i], second[i]) for i < ff
+  // to[i] = f(first[i], second[i]) for i < ff
   template <class F>
-  void each(float* first, const float* second, F&& f) const {
+  void each(const float* first, const float* second, float* to, F&& f) const {
     constexpr int w = simd::width<A>;
     index_t i = 0;
     for (; i + w <= ff_; i += w)
-      f(simd::load<A>(first + i), simd::load<A>(second + i)).store_unaligned(first + i);
+      f(simd::load<A>(first + i), simd::load<A>(second + i)).store_unaligned(to + i);
     if (i < ff_) {
       const auto a = simd::load_first<A>(first + i, ff_ - i, 0.0f);
       const auto b = simd::load_first<A>(second + i, ff_ - i, 0.0f);
-      simd::store_first<A>(first + i, ff_ - i, f(a, b));
+      simd::store_first<A>(to + i, ff_ - i, f(a, b));
     }
   }
 
