@@ -3,6 +3,7 @@
 
 #include "error.hpp"
 
+#include <bit>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -18,6 +19,9 @@
 #include <unistd.h>
 
 namespace example {
+
+static_assert(std::endian::native == std::endian::little,
+              "these formats store little-endian numbers; the readers copy them as they are");
 
 class input_file {
  public:

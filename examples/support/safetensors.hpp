@@ -22,9 +22,6 @@
 
 namespace example {
 
-static_assert(std::endian::native == std::endian::little,
-              "safetensors stores little-endian numbers; this reader copies them as they are");
-
 using tensor_shape = std::vector<std::uint64_t>;
 
 [[nodiscard]] inline std::string to_string(const tensor_shape& shape) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <new>
 #include <span>
@@ -22,7 +23,8 @@ namespace moeroute {
 namespace detail {
 
 // More than an address reaches: what asks for more is a mistake, or a product that overflowed.
-inline constexpr index_t most_bytes = index_t{1} << 56;
+inline constexpr index_t most_bytes =
+    std::min(index_t{1} << 56, index_t{std::numeric_limits<std::ptrdiff_t>::max() - 4096});
 
 [[noreturn]] MOEROUTE_COLD inline void fail_memory(index_t n, index_t size) {
   fail("buffer", "room for " + std::to_string(n) + " values of " + std::to_string(size) +

@@ -8,10 +8,23 @@
 #include <limits>
 #include <type_traits>
 
+// Machines have these in one order, and xsimd has no registers for any other.
+#if (defined(__AVX512DQ__) && !defined(__AVX512CD__)) || \
+    (defined(__AVX512BW__) && !defined(__AVX512DQ__)) || \
+    ((defined(__AVX512VNNI__) || defined(__AVX512IFMA__)) && !defined(__AVX512BW__))
+#error \
+    "[moeroute] these -mavx512 flags fit no machine (f, then cd, dq, bw); compile with -march=skylake-avx512 or later, -mavx2 -mfma, or -march=native"
+#endif
+
+#if defined(_WIN32) && defined(__AVX__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(MOEROUTE_UNALIGNED_MOVES)
+#error \
+    "[moeroute] on Windows g++ keeps AVX registers on a stack that is not aligned for them; add -Wa,-muse-unaligned-vector-move -DMOEROUTE_UNALIGNED_MOVES, or compile with clang or without -mavx"
+#endif
+
 // Where xsimd has no registers its arrays stand in for them.
-#if !defined(MOEROUTE_NO_SIMD) && !defined(__SSE2__) && !defined(__ARM_NEON) &&     \
-    !defined(__ARM_FEATURE_SVE) && !defined(__riscv_vector) && !defined(__VSX__) && \
-    !defined(__wasm_simd128__)
+#include <xsimd/config/xsimd_config.hpp>
+#if defined(XSIMD_NO_SUPPORTED_ARCHITECTURE) && !defined(MOEROUTE_NO_SIMD)
 #define MOEROUTE_NO_SIMD
 #endif
 #if defined(MOEROUTE_NO_SIMD)
@@ -25,8 +38,7 @@
 #endif
 #define XSIMD_WITH_EMULATED 1
 #endif
-#undef XSIMD_ENABLE_XTL_COMPLEX  // with which its arrays do not compile (13.2)
-#include <xsimd/config/xsimd_config.hpp>
+#undef XSIMD_ENABLE_XTL_COMPLEX         // with which its arrays do not compile (13.2)
 #undef XSIMD_NO_SUPPORTED_ARCHITECTURE  // it does not count its arrays
 #endif
 #include <xsimd/xsimd.hpp>

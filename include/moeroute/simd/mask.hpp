@@ -68,13 +68,14 @@ struct column_mask {
   std::uint16_t part[4];
 
   std::uint64_t bits() const {
+    if constexpr (std::endian::native != std::endian::little)
+      return part[0] | std::uint64_t{part[1]} << 16 | std::uint64_t{part[2]} << 32 |
+             std::uint64_t{part[3]} << 48;
     std::uint64_t all;
     __builtin_memcpy(&all, part, sizeof all);
     return all;
   }
 };
-static_assert(std::endian::native == std::endian::little,
-              "[moeroute::simd] the parts of a column_mask are in little-endian order");
 
 /// How a mask gets to memory: in parts is cheaper, joined can be loaded at once.
 enum class mask_form { parts, joined };
@@ -108,7 +109,10 @@ MOEROUTE_INLINE void mask_not_below(const float* row, index_t n, vfloat<A> bound
 #endif
   std::uint64_t all = 0;
   for (int c = 0; c < 64 && c < n; c += w) all |= std::uint64_t{(values(c) >= bound).mask()} << c;
-  __builtin_memcpy(mask.part, &all, sizeof all);
+  if constexpr (std::endian::native == std::endian::little)
+    __builtin_memcpy(mask.part, &all, sizeof all);
+  else
+    for (int j = 0; j < 4; ++j) mask.part[j] = static_cast<std::uint16_t>(all >> 16 * j);
 }
 
 }  // namespace moeroute::simd

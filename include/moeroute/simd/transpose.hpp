@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <utility>
 
 #include <moeroute/simd/batch.hpp>
@@ -17,7 +18,16 @@ using vdouble = xsimd::batch<double, A>;
 
 namespace detail {
 
-// Where registers are arrays. Out of line: inlined, g++ 12 makes wrong code of it.
+// Whether xsimd has no transpose that can be trusted: where registers are arrays, and on SVE, where
+// what it makes of more than four lanes is no transpose.
+template <class A>
+inline constexpr bool transposes_in_memory = is_portable<A>
+#if XSIMD_WITH_SVE
+                                             || std::derived_from<A, xsimd::sve>
+#endif
+    ;
+
+// Out of line: inlined, g++ 12 makes wrong code of arrays.
 template <class T, int n, class V>
 MOEROUTE_OUT_OF_LINE void transpose_lanes(V* x) {
   alignas(alignment) T lane[n][n];
@@ -64,7 +74,7 @@ MOEROUTE_INLINE void transpose(vfloat<A>* x) {
     return;
   } else
 #endif
-      if constexpr (is_portable<A>) {
+      if constexpr (detail::transposes_in_memory<A>) {
     detail::transpose_lanes<float, width<A>>(x);
   } else {
     xsimd::transpose(x, x + width<A>);
@@ -96,7 +106,7 @@ MOEROUTE_INLINE void transpose(vdouble<A>* x) {
     return;
   } else
 #endif
-      if constexpr (is_portable<A>) {
+      if constexpr (detail::transposes_in_memory<A>) {
     detail::transpose_lanes<double, width<A> / 2>(x);
   } else if constexpr (width<A> == 4) {
     const vdouble<A> first = x[0];

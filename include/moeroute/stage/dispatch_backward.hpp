@@ -63,8 +63,8 @@ void dispatch_backward(
   const index_t terms = std::max<index_t>(1, plan.k());
   // As combine(): rows in the second cache come by themselves, of others the next token's are
   // fetched.
-  const bool far = dslots.rows * dslots.cols * static_cast<index_t>(sizeof(*dslots.data)) >
-                   2 * simd::machine_caches().second;
+  const bool cold = dslots.rows * dslots.cols * static_cast<index_t>(sizeof(*dslots.data)) >
+                    2 * simd::machine_caches().second;
   exec.parallel_for(dx.rows, detail::row_grain(dx.cols * terms), [&](index_t begin, index_t end) {
     for (index_t t = begin; t < end; ++t) {
       const index_t first = plan.first(t), count = plan.count(t);
@@ -85,7 +85,7 @@ void dispatch_backward(
           return list;
         }();
         if (to == gradient_to::write && (count <= few || !how.scale.empty())) {
-          const bool fetch = far && t + 1 < dx.rows && plan.count(t + 1) >= count;
+          const bool fetch = cold && t + 1 < dx.rows && plan.count(t + 1) >= count;
           simd::weighted_sum_of_rows<A>(dslots.data, dslots.stride, slot + first,
                                         how.scale.empty() ? ones.data() : how.scale.data() + first,
                                         count, dx.cols, out,

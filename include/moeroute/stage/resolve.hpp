@@ -157,7 +157,7 @@ inline void next_piece(const placement& p, const resolve_options& o, index_t ran
 inline slot_id nearest_slot(const placement& p, index_t rank, index_t e) {
   const std::span<const slot_id> slots = p.slots_of_expert(e);
   if (slots.empty()) return no_slot;
-  const auto near = [&](auto&& here) {
+  const auto first_slot = [&](auto&& here) {
     index_t n = 0;
     for (const slot_id s : slots) n += here(s) ? 1 : 0;
     if (n == 0) return no_slot;
@@ -168,11 +168,11 @@ inline slot_id nearest_slot(const placement& p, index_t rank, index_t e) {
   };
   const auto rank_of = [&](slot_id s) { return p.rank_of_slot()[static_cast<std::size_t>(s)]; };
   const auto node_of = [&](index_t r) { return p.node_of_rank()[static_cast<std::size_t>(r)]; };
-  if (const slot_id s = near([&](slot_id i) { return rank_of(i) == rank; }); s >= 0) return s;
-  if (const slot_id s = near([&](slot_id i) { return node_of(rank_of(i)) == node_of(rank); });
+  if (const slot_id s = first_slot([&](slot_id i) { return rank_of(i) == rank; }); s >= 0) return s;
+  if (const slot_id s = first_slot([&](slot_id i) { return node_of(rank_of(i)) == node_of(rank); });
       s >= 0)
     return s;
-  return near([](slot_id) { return true; });
+  return first_slot([](slot_id) { return true; });
 }
 
 }  // namespace detail

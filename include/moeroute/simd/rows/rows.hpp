@@ -45,14 +45,14 @@ void scale_row(const From* from, float factor, index_t n, To* to) {
 MOEROUTE_OUT_OF_LINE inline void copy_ahead(const std::byte* from, index_t n, std::byte* to,
                                             const std::byte* next) {
   constexpr index_t line = alignment, ahead = 16 * line;
-  const index_t lines = n / line * line, near = lines > ahead ? lines - ahead : 0;
+  const index_t lines = n / line * line, ahead_of_end = lines > ahead ? lines - ahead : 0;
   index_t i = 0;
-  for (; i < near; i += line) {
+  for (; i < ahead_of_end; i += line) {
     MOEROUTE_PREFETCH_TO_WRITE(to + i + ahead);
     __builtin_memcpy(to + i, from + i, line);
   }
   for (; i < lines; i += line) {
-    if (next != nullptr) MOEROUTE_PREFETCH_TO_WRITE(next + (i - near));
+    if (next != nullptr) MOEROUTE_PREFETCH_TO_WRITE(next + (i - ahead_of_end));
     __builtin_memcpy(to + i, from + i, line);
   }
   if (i < n) std::memcpy(to + i, from + i, static_cast<std::size_t>(n - i));
