@@ -7,8 +7,8 @@
 
 namespace moeroute {
 
-/// Sizes and offsets in memory: signed, 64 bits on every platform, so that T * E * d cannot overflow
-/// where addresses have 32; what memory cannot hold there, the buffer refuses.
+/// Sizes and offsets in memory: signed, 64 bits on every platform, so that T * E * d cannot
+/// overflow where addresses have 32; what memory cannot hold there, the buffer refuses.
 using index_t = std::int64_t;
 
 /// An expert's number in [0, E), or no_expert.
