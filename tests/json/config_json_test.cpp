@@ -173,6 +173,10 @@ constexpr sample samples[] = {
         "moe_router_enable_expert_bias": true})"},
     {"llada2", R"({"model_type": "llada2_moe", "num_experts": 256, "num_experts_per_tok": 8,
         "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": true})"},
+    {"step3", R"({"model_type": "step3_vl", "text_config": {"model_type": "step3_text",
+        "moe_num_experts": 48, "moe_top_k": 3, "moe_every_n_layer": 1}})"},
+    {"nomic_bert_moe", R"({"model_type": "nomic_bert", "num_experts": 8, "moe_top_k": 2,
+        "moe_normalize_expert_weights": false, "expert_choice_router": false})"},
     {"grok1", R"({"model_type": "grok-1", "num_experts": 8, "num_experts_per_tok": 2})"},
     {"smallthinker", R"({"model_type": "smallthinker", "moe_num_primary_experts": 32,
         "moe_num_active_primary_experts": 4, "moe_primary_router_apply_softmax": false, "moe_enable_secondary_experts": false,
@@ -240,6 +244,17 @@ TEST_CASE("what only one of the newer classes can say moves the spec, or is refu
   CHECK(layers(step + "}") == "---EEE");
   CHECK(layers(step + R"(, "moe_layers_enum": "1, 4,7"})") == "-E--E-");
   CHECK(layers(step + R"(, "moe_layers_enum": [0, 5]})") == "E----E");
+  CHECK(layers(R"({"model_type": "step3_text", "moe_num_experts": 8, "moe_top_k": 2,
+                   "num_hidden_layers": 6})") == "----EE");
+  CHECK(read(R"({"model_type": "step3_text", "moe_num_experts": 8, "moe_top_k": 2,
+                 "norm_expert_weight": false})")
+            .normalize == moeroute::normalization::none);
+  const std::string nomic = R"({"model_type": "nomic_bert", "num_experts": 8, "moe_top_k": 2,
+                                "n_layer": 4, "moe_every_n_layers": 2)";
+  CHECK(layers(nomic + "}") == "-E-E");
+  CHECK(refusal(nomic + R"(, "expert_choice_router": true})") ==
+        "config.json: field 'expert_choice_router': expected false, 0 or null: the class knows "
+        "nothing else, found true");
   CHECK(refusal(step + R"(, "moe_layers_enum": "1,x"})") ==
         "config.json: field 'moe_layers_enum': expected numbers of layers, found '1,x'");
   CHECK(read(step + R"(, "moe_router_scaling_factor": 3.0})").scale == 3.0f);

@@ -213,7 +213,8 @@ inline bool agrees(const config_source& from, const std::string& key, const rout
              "batch_prioritized_routing", "moe_apply_router_weight_on_input",
              "moe_router_logit_softcapping", "router_logit_softcapping", "moe_use_hard_gate",
              "zero_expert_num", "moe_group_experts", "moe_router_force_load_balancing",
-             "moe_drop_tokens", "moe_enable_secondary_experts", "moe_reverse_token_drop",
+             "moe_drop_tokens", "moe_enable_secondary_experts", "expert_choice_router",
+             "moe_normalize_expert_weights", "moe_reverse_token_drop",
              "moe_random_routing_dropped_token", "moe_use_token_type_bias"}))
     return must(says_nothing(value) || (key == "use_grouped_topk" && s.groups == 1),
                 "false, 0 or null");

@@ -14,12 +14,12 @@
 
 namespace moeroute::detail {
 
-/// The layers that Step's moe_layers_enum names, "3,4,5" or a list; all but three without it.
-inline std::vector<bool> layers_enum(const json_fields& f, index_t n) {
+/// The layers that Step's moe_layers_enum names, "3,4,5" or a list; without it all but the first
+/// `dense`.
+inline std::vector<bool> layers_enum(const json_fields& f, index_t n, index_t dense) {
   std::vector<bool> there(static_cast<std::size_t>(n));
   if (!f.has("moe_layers_enum")) {
-    std::fill(there.begin() + static_cast<std::ptrdiff_t>(std::min<index_t>(3, n)), there.end(),
-              true);
+    std::fill(there.begin() + static_cast<std::ptrdiff_t>(std::min(dense, n)), there.end(), true);
     return there;
   }
   const nlohmann::json& value = f.at("moe_layers_enum");
@@ -56,7 +56,7 @@ inline std::vector<layer_router> read_layers(const config_source& from, bool by_
     if (!f.said(name)) return absent;
     return f.has(name) ? static_cast<index_t>(f.integer(name, 0, most)) : 0;
   };
-  for (const char* name : {"num_hidden_layers", "n_layers", "num_layers"})
+  for (const char* name : {"num_hidden_layers", "n_layers", "n_layer", "num_layers"})
     if (n == 0 && f.has(name)) n = static_cast<index_t>(f.integer(name, 0, most));
 
   // Words, one per layer.
@@ -113,8 +113,8 @@ inline std::vector<layer_router> read_layers(const config_source& from, bool by_
   const std::string_view entry = from.model.entry;
   const std::string first = spelled(f, "first_k_dense_replace");
   // Flint lists its dense layers; the first two are the default of that list.
-  const index_t absent = entry == "flint" && f.has("mlp_only_layers") ? 0 : from.model.dense;
-  const index_t dense = f.said(first) ? count(first.c_str(), 0) : absent;
+  const index_t usual = entry == "flint" && f.has("mlp_only_layers") ? 0 : from.model.dense;
+  const index_t dense = f.said(first) ? count(first.c_str(), 0) : usual;
   without([&](index_t l) { return l < dense; });
   if (const index_t skipped = count("moe_layer_num_skipped", 0); skipped != 0)
     without([&](index_t l) { return l < skipped; });
@@ -146,9 +146,12 @@ inline std::vector<layer_router> read_layers(const config_source& from, bool by_
                        " layers, field 'num_hidden_layers' says " + std::to_string(n));
     without([&](index_t l) { return says_nothing(list[static_cast<std::size_t>(l)]); });
   }
-  if (entry == "step3p7") {
-    const std::vector<bool> said = layers_enum(f, n);
+  if (entry == "step3p7" || entry == "step3") {
+    const std::vector<bool> said = layers_enum(f, n, entry == "step3" ? 4 : 3);
     without([&](index_t l) { return !said[static_cast<std::size_t>(l)]; });
+  } else if (entry == "nomic_bert_moe") {
+    const index_t every = count("moe_every_n_layers", 0);
+    without([&](index_t l) { return every == 0 || l % every != 1; });
   } else if (entry == "jamba") {
     const index_t period = count("expert_layer_period", 2),
                   offset = count("expert_layer_offset", 1);

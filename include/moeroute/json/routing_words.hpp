@@ -156,6 +156,8 @@ inline constexpr std::string_view harmless_config_keys[] = {
     "moe_backend",
     "use_grouped_mm",
     "moe_kernel",
+    "moe_impl",
+    "moe_resid_pdrop",
     "enable_moe_fp32_combine",
     "moe_layer_feed_fake_token",
     "moe_dense_experts_token_type_id",
