@@ -325,4 +325,14 @@ TEST_CASE("quantiles follow the experts' shares; equal shares change no bit") {
   const std::vector<float> plain = bias({}), more = bias(share);
   for (std::size_t e = 0; e < 16; ++e)
     if (e != 3) CHECK(more[3] - more[e] > plain[3] - plain[e]);
+  // The histogram is within a bucket of it.
+  quantile_histogram h(16, {.k = 4, .share = share}), even(16, {.k = 4, .share = equal}),
+      none(16, {.k = 4});
+  const float bucket = h.bucket_width();
+  for (auto* one : {&h, &even, &none}) {
+    one->observe(d.view(), ws);
+    one->update();
+  }
+  for (std::size_t e = 0; e < 16; ++e) CHECK(std::abs(h.bias()[e] - more[e]) <= 2.0f * bucket);
+  CHECK(test::bit_difference(even.bias(), none.bias()) == "");
 }

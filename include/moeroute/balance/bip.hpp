@@ -110,16 +110,23 @@ class bip_balancer {
 ///
 /// An expert keeps the floor(k N / E) + 1 best of its tokens in a heap, N being the tokens of the
 /// window; its price is the least of them once there are so many. Cost: of a token O(E log(k N /
-/// E)) at worst, no allocation; memory E (k N / E + 1) floats.
+/// E)) at worst, no allocation; memory E (k N / E + 1) floats. With shares [E], of any sum, an
+/// expert keeps the part of the k N that is its own instead of k N / E.
 class bip_online {
  public:
   /// Throws: error where E is outside [1, 2^20], k outside [1, E] or window outside [1, 2^31).
-  bip_online(index_t experts, index_t k, index_t window) : k_(k) {
+  bip_online(index_t experts, index_t k, index_t window, std::span<const float> share = {})
+      : k_(k) {
     check_range("bip_online", "experts", experts, 1, max_experts);
     check_range("bip_online", "k", k, 1, experts);
     check_range("bip_online", "window", window, 1, std::int32_t{0x7fffffff});
-    room_ = k * window / experts + 1;
-    heap_.resize(experts * room_);
+    const std::vector<double> part = detail::parts_of("bip_online", share, experts);
+    room_.assign(static_cast<std::size_t>(experts), k * window / experts + 1);
+    for (std::size_t e = 0; e < part.size(); ++e)
+      room_[e] = static_cast<index_t>(static_cast<double>(k * window) * part[e]) + 1;
+    first_.push_back(0);
+    for (const index_t room : room_) first_.push_back(first_.back() + room);
+    heap_.resize(first_.back());
     row_.resize(experts);
     filled_.assign(static_cast<std::size_t>(experts), 0);
     bias_.assign(filled_.size(), 0.0f);
@@ -149,22 +156,23 @@ class bip_online {
 
  private:
   void offer(std::size_t expert, float value) {
-    float* const heap = heap_.data() + static_cast<index_t>(expert) * room_;
+    float* const heap = heap_.data() + first_[expert];
+    const index_t room = room_[expert];
     index_t& filled = filled_[expert];
-    if (filled < room_) {
+    if (filled < room) {
       heap[filled++] = value;
       std::push_heap(heap, heap + filled, std::greater<>());
     } else if (value > heap[0]) {
-      std::pop_heap(heap, heap + room_, std::greater<>());
-      heap[room_ - 1] = value;
-      std::push_heap(heap, heap + room_, std::greater<>());
+      std::pop_heap(heap, heap + room, std::greater<>());
+      heap[room - 1] = value;
+      std::push_heap(heap, heap + room, std::greater<>());
     }
-    if (filled == room_) bias_[expert] = 0.0f - std::max(0.0f, heap[0]);
+    if (filled == room) bias_[expert] = 0.0f - std::max(0.0f, heap[0]);
   }
 
-  index_t k_, room_ = 1;
+  index_t k_;
   buffer<float> heap_, row_;
-  std::vector<index_t> filled_;
+  std::vector<index_t> room_, first_, filled_;  // first_: where an expert's heap begins
   std::vector<float> bias_;
 };
 

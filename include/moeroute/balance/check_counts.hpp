@@ -1,6 +1,7 @@
 // What every controller asks of the counts and options it is handed.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <span>
 #include <string>
@@ -52,6 +53,8 @@ inline std::vector<double> parts_of(const char* where, std::span<const float> sh
                       ", expected > 0");
     sum += static_cast<double>(share[e]);
   }
+  // Equal shares are none: no rounding may tell them apart.
+  if (std::all_of(share.begin(), share.end(), [&](float s) { return s == share[0]; })) return parts;
   for (const float s : share) parts.push_back(static_cast<double>(s) / sum);
   return parts;
 }

@@ -131,6 +131,8 @@ struct quantile_histogram_options {
   index_t buckets = 1000;
   float least_score = 0.0f;  ///< of all scores; the defaults are a sigmoid's or a softmax's
   float most_score = 1.0f;
+  /// [E], the share of the k T places that each expert has, of any sum. Copied; empty: equal.
+  std::span<const float> share{};
 };
 
 /// The form for many ranks: integer histograms that are summed, then an exact rank in them,
@@ -153,6 +155,8 @@ class quantile_histogram {
         !std::isfinite(options.most_score - options.least_score))
       fail(where, "least_score must be below most_score, both finite");
     bias_.assign(static_cast<std::size_t>(experts), 0.0f);
+    part_ = detail::parts_of(where, options.share, experts);
+    options_.share = {};
     counts_.assign(static_cast<std::size_t>(simd::count_size(experts, options.buckets)), 0);
     set_range();
   }
@@ -224,10 +228,14 @@ class quantile_histogram {
       return counts_[static_cast<std::size_t>(simd::count_place(e, b, buckets))];
     };
     for (index_t b = 0; b < buckets; ++b) tokens += count(0, b);
-    const auto q = static_cast<double>(options_.k * tokens / experts);
+    const auto even = static_cast<double>(options_.k * tokens / experts);
+    const auto rank = [&](std::size_t e) {
+      return part_.empty() ? even : std::floor(static_cast<double>(options_.k * tokens) * part_[e]);
+    };
     if (tokens > 0)
       detail::mix_and_centre(bias_, options_.ema, [&](std::size_t expert) {
         const auto e = static_cast<index_t>(expert);
+        const double q = rank(expert);
         double before = 0.0;
         index_t b = 0;
         while (b + 1 < buckets && before + static_cast<double>(count(e, b)) <= q)
@@ -258,6 +266,7 @@ class quantile_histogram {
 
   quantile_histogram_options options_;
   std::vector<float> bias_;
+  std::vector<double> part_;
   std::vector<std::int32_t> counts_;
   std::int64_t tokens_ = 0;
   float low_ = 0.0f, scale_ = 1.0f;

@@ -83,7 +83,9 @@ class sinkhorn_engine {
     const auto n = static_cast<float>(live), experts = static_cast<float>(s_.experts);
     s_.row_mass = how_.mass == plan_mass::one ? 1.0f / n : 1.0f;
     s_.column_mass = how_.mass == plan_mass::one ? 1.0f / experts : n / experts;
-    if (share.empty()) s_.share = nullptr;
+    // Equal shares are none: no rounding may tell them apart.
+    if (std::all_of(share.begin(), share.end(), [&](float x) { return x == share[0]; }))
+      s_.share = nullptr;
     if (s_.share != nullptr) {
       double sum = 0.0;
       for (const float x : share) sum += static_cast<double>(x);
