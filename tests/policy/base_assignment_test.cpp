@@ -172,7 +172,7 @@ TEST_CASE("an auction that cannot settle falls back to the optimum") {
 
 TEST_CASE("BASE has the same ids on every instruction set, executor and thread count") {
   for (const test::shape shape : test::all_shapes) {
-    constexpr index_t tokens = test::sized(1280, 160), experts = 40;
+    constexpr index_t tokens = test::sized(1280, 80), experts = 40;
     const auto z = test::make_logits(shape, 12, tokens, experts);
     const base_assignment router{.most_rounds = 400};
     INFO(test::name(shape));

@@ -75,6 +75,7 @@ TEST_CASE("experts take the tokens of highest probability, the lowest token amon
   for (const test::shape shape : test::all_shapes)
     for (const auto& [tokens, experts] :
          {std::pair<index_t, index_t>{40, 16}, {300, 5}, {1111, 24}, {2048, 64}}) {
+      if (tokens > test::sized(2048, 1111)) continue;
       const auto z = test::make_logits(shape, 5, tokens, experts);
       const auto p = oracle::softmax_rows(z, tokens, experts);
       const expert_choice<> router{};

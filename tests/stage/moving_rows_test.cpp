@@ -15,6 +15,7 @@
 #include "support/assignments.hpp"
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
+#include "support/sized.hpp"
 #include "support/sparse_rows.hpp"
 
 using namespace moeroute;
@@ -103,7 +104,8 @@ TEST_CASE(
     for (const store_path stores :
          {store_path::automatic, store_path::cached, store_path::streamed})
       for (const index_t d : {1, 16, 32, 64, 5000}) {
-        if (d * a.tokens() > 50'000) continue;  // of the longest rows a few are enough
+        if (d * a.tokens() > test::sized(50'000, 10'000))
+          continue;  // of the longest rows a few are enough
         for (const plan_options& o :
              {plan_options{}, plan_options{.block = 4},
               plan_options{.block = 4, .padding = slot_padding::spare_tokens}}) {
@@ -118,7 +120,7 @@ TEST_CASE("dispatch widens, narrows and scales with one rounding") {
   for_each_moved([&](const assignment& a) {
     for (const store_path stores : {store_path::automatic, store_path::streamed})
       for (const index_t d : {1, 64, 5000}) {
-        if (d * a.tokens() > 50'000) continue;
+        if (d * a.tokens() > test::sized(50'000, 10'000)) continue;
         CHECK(wrong_dispatch<bfloat16, float>(a, {}, d, stores, false) == "");
         CHECK(wrong_dispatch<float, bfloat16>(a, {}, d, stores, false) == "");
         CHECK(wrong_dispatch<float16, float>(a, {}, d, stores, true) == "");
@@ -277,7 +279,7 @@ std::string wrong_combine(const assignment& a, index_t d) {
 TEST_CASE("every option of combine is its sentence, in rank order with one rounding") {
   for_each_moved([&](const assignment& a) {
     for (const index_t d : {1, 37, 200}) {
-      if (d * a.tokens() > 2'000) continue;
+      if (d * a.tokens() > test::sized(2'000, 500)) continue;
       CHECK(wrong_combine<float, float, float, float>(a, d) == "");
       CHECK(wrong_combine<float, bfloat16, bfloat16, float>(a, d) == "");
       CHECK(wrong_combine<bfloat16, bfloat16, float, float16>(a, d) == "");
