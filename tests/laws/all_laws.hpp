@@ -19,6 +19,7 @@ struct named_law {
 
 namespace laws {
 inline bool has_an_oracle(const listed_router& r) { return r.reference || r.verify; }
+inline bool sees_one_row(const listed_router& r) { return r.rows_apart; }
 }  // namespace laws
 
 inline const std::vector<named_law> all_laws = {
@@ -39,8 +40,11 @@ inline const std::vector<named_law> all_laws = {
      [](const listed_router& r) { return r.permutable; }},
     {"adding a constant to a row of a shift-invariant router changes nothing",
      laws::ignores_a_shift, [](const listed_router& r) { return r.shift_invariant; }},
-    {"choices of a row do not depend on other rows", laws::routes_each_row_by_itself},
-    {"permuted tokens have permuted choices", laws::follows_a_permutation_of_tokens},
+    {"choices of a row do not depend on other rows", laws::routes_each_row_by_itself,
+     laws::sees_one_row},
+    {"permuted tokens have permuted choices", laws::follows_a_permutation_of_tokens,
+     laws::sees_one_row},
+    {"masked tokens have no choices", laws::leaves_masked_tokens_out},
     {"renumbered experts have renumbered choices", laws::follows_a_renumbering_of_experts,
      [](const listed_router& r) { return r.permutable; }},
     {"choices do not depend on executor and threads", laws::does_not_depend_on_threads},

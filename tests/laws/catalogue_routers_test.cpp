@@ -66,6 +66,12 @@ class catalogue_subject final : public subject {
   }
   void route(matrix_view<const bfloat16>, assignment&) override { FAIL("compiled for float"); }
   void route(matrix_view<const float16>, assignment&) override { FAIL("compiled for float"); }
+  void route(matrix_view<const float> z, const moeroute::side_inputs& more,
+             assignment& out) override {
+    moeroute::side_inputs all = side(z.rows);
+    all.mask = more.mask;
+    with_router([&](const auto& r) { moeroute::route(r, z, all, memory_, out); });
+  }
   void route(matrix_view<const float> z, [[maybe_unused]] int threads, assignment& out) override {
 #if defined(_OPENMP)
     with_router([&](const auto& r) {

@@ -1,4 +1,4 @@
-// What every token router obeys. Each law takes a router of the list and returns the first break in
+// What every router obeys. Each law takes a router of the list and returns the first break in
 // words, with what it takes to see it again; empty where there is none.
 #pragma once
 
@@ -27,8 +27,19 @@ struct routed {
   std::vector<float> weights;
 };
 
+// Choices of a varying number are filled up with no_expert to E of them.
 inline routed copy_of(const assignment& a) {
-  return {{a.ids().begin(), a.ids().end()}, {a.weights().begin(), a.weights().end()}};
+  if (!a.ragged())
+    return {{a.ids().begin(), a.ids().end()}, {a.weights().begin(), a.weights().end()}};
+  routed all;
+  for (index_t t = 0; t < a.tokens(); ++t) {
+    const auto size = static_cast<std::size_t>((t + 1) * a.experts());
+    all.ids.insert(all.ids.end(), a.ids(t).begin(), a.ids(t).end());
+    all.weights.insert(all.weights.end(), a.weights(t).begin(), a.weights(t).end());
+    all.ids.resize(size, no_expert);
+    all.weights.resize(size, 0.0f);
+  }
+  return all;
 }
 
 template <class T>
@@ -73,7 +84,7 @@ std::string for_each_case(const listed_router& listed, F&& f) {
     for (const size n : sizes) {
       ++seed;
       if (!listed.takes(n.k) || n.experts > sized(256, 60)) continue;
-      the_case c{{s, seed, n.tokens, n.experts, n.k},
+      the_case c{{s, seed, n.tokens, n.experts, listed.width(n.k, n.experts)},
                  made_once(s, seed, n.tokens, n.experts),
                  listed.make(n.k, n.experts)};
       const std::string broken = f(c);
@@ -230,7 +241,7 @@ inline std::string lets_every_expert_win(const listed_router& listed) {
     for (index_t e = 0; e < experts; ++e) z[static_cast<std::size_t>(e * experts + e)] = 9.0f;
     const routed r = route(*listed.make(k, experts), z, experts, experts);
     for (index_t e = 0; e < experts; ++e)
-      if (r.ids[static_cast<std::size_t>(e * k)] != e)
+      if (r.ids[static_cast<std::size_t>(e * listed.width(k, experts))] != e)
         return listed.name + ": expert " + std::to_string(e) + " of " + std::to_string(experts);
   }
   return "";
@@ -264,6 +275,29 @@ inline std::string routes_each_row_by_itself(const listed_router& listed) {
                          {together.weights.begin() + first, together.weights.begin() + last}};
       const std::string broken = difference(alone, among);
       if (!broken.empty()) return "token " + std::to_string(t) + " alone: " + broken;
+    }
+    return "";
+  });
+}
+
+/// A masked token has no choice, and where rows are apart the others' are what they were.
+inline std::string leaves_masked_tokens_out(const listed_router& listed) {
+  return for_each_case(listed, [&](the_case& c) -> std::string {
+    std::vector<std::uint8_t> mask;
+    for (index_t t = 0; t < c.how.tokens; ++t) mask.push_back(t % 3 != 1);
+    assignment out;
+    c.router->route(matrix_view<const float>(c.logits.data(), c.how.tokens, c.how.experts),
+                    moeroute::side_inputs{.mask = mask}, out);
+    const routed masked = copy_of(out);
+    const routed all = route(*c.router, c.logits, c.how.tokens, c.how.experts);
+    for (index_t i = 0; i < c.how.tokens * c.how.k; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      const bool in = mask[static_cast<std::size_t>(i / c.how.k)] != 0;
+      if (!in && (masked.ids[at] != no_expert || masked.weights[at] != 0.0f))
+        return "choice " + std::to_string(i) + " of a masked token";
+      if (in && listed.rows_apart &&
+          (masked.ids[at] != all.ids[at] || masked.weights[at] != all.weights[at]))
+        return "choice " + std::to_string(i) + " differs beside masked tokens";
     }
     return "";
   });
@@ -406,7 +440,8 @@ inline std::string takes_no_tokens(const listed_router& listed) {
   const index_t k = listed.near(2);
   assignment out;
   listed.make(k, 8)->route(matrix_view<const float>(nullptr, 0, 8), out);
-  return out.tokens() == 0 && out.k() == k && out.ids().empty() ? "" : listed.name;
+  const bool fits = out.ragged() || out.k() == k;
+  return out.tokens() == 0 && fits && out.ids().empty() ? "" : listed.name;
 }
 
 }  // namespace test::laws

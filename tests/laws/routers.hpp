@@ -33,10 +33,14 @@ struct listed_router {
   bool permutable = true;  ///< experts can be renumbered: no bias, no table, no groups, no scales
   bool compact = true;     ///< a missing choice is behind those that were made: no table
   bool shares = true;      ///< equal scores have equal weights: no scale per expert, no sparsemixer
+  bool rows_apart = true;  ///< a row's choices depend on no other row: no rule of the whole batch
+  bool every_expert = false;  ///< ragged: rows are compared with room for E choices
   index_t least_k = 1;
   index_t most_k = moeroute::max_experts;
 
   bool takes(index_t k) const { return k >= least_k && k <= most_k; }
+  /// Places of a row: k, or E where the number of choices varies.
+  index_t width(index_t k, index_t experts) const { return every_expert ? experts : k; }
   /// A k that it takes, as close to the wanted one as it gets.
   index_t near(index_t k) const { return std::clamp(k, least_k, most_k); }
 };

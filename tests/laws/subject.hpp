@@ -1,4 +1,4 @@
-// Any token router behind one face, so that the laws are compiled once and not once per router.
+// Any router behind one face, so that the laws are compiled once and not once per router.
 #pragma once
 
 #include <memory>
@@ -25,23 +25,28 @@ class subject {
   virtual void route(matrix_view<const float> logits, assignment& out) = 0;
   virtual void route(matrix_view<const bfloat16> logits, assignment& out) = 0;
   virtual void route(matrix_view<const float16> logits, assignment& out) = 0;
+  /// With side inputs: what the laws give is a mask.
+  virtual void route(matrix_view<const float> logits, const moeroute::side_inputs& side,
+                     assignment& out) = 0;
   /// By a team of threads; serially where the compiler has no OpenMP.
   virtual void route(matrix_view<const float> logits, int threads, assignment& out) = 0;
 };
 
-template <moeroute::token_router Router>
+template <moeroute::any_kind_of_router Router>
 class subject_of final : public subject {
  public:
   explicit subject_of(Router router) : router_(std::move(router)) {}
 
+  /// Rules that see the whole batch take float.
+  bool narrow() const override { return !moeroute::batch_router<Router>; }
   void route(matrix_view<const float> z, assignment& out) override {
     moeroute::route(router_, z, memory_, out);
   }
-  void route(matrix_view<const bfloat16> z, assignment& out) override {
-    moeroute::route(router_, z, memory_, out);
-  }
-  void route(matrix_view<const float16> z, assignment& out) override {
-    moeroute::route(router_, z, memory_, out);
+  void route(matrix_view<const bfloat16> z, assignment& out) override { widened(z, out); }
+  void route(matrix_view<const float16> z, assignment& out) override { widened(z, out); }
+  void route(matrix_view<const float> z, const moeroute::side_inputs& side,
+             assignment& out) override {
+    moeroute::route(router_, z, side, memory_, out);
   }
   void route(matrix_view<const float> z, [[maybe_unused]] int threads, assignment& out) override {
 #if defined(_OPENMP)
@@ -52,11 +57,16 @@ class subject_of final : public subject {
   }
 
  private:
+  template <class T>
+  void widened([[maybe_unused]] matrix_view<const T> z, [[maybe_unused]] assignment& out) {
+    if constexpr (!moeroute::batch_router<Router>) moeroute::route(router_, z, memory_, out);
+  }
+
   Router router_;
   moeroute::workspace memory_;
 };
 
-template <moeroute::token_router Router>
+template <moeroute::any_kind_of_router Router>
 std::unique_ptr<subject> make_subject(Router router) {
   return std::make_unique<subject_of<Router>>(std::move(router));
 }
