@@ -7,6 +7,7 @@
 #include <moeroute/layer/swiglu_backward.hpp>
 #include <moeroute/policy/weigh/any_router.hpp>
 #include <moeroute/policy/weigh/batch_routers.hpp>
+#include <moeroute/policy/weigh/rare_router.hpp>
 #include <moeroute/policy/weigh/sinkhorn_plan.hpp>
 #include <moeroute/stage/capacity_backward.hpp>
 #include <moeroute/stage/combine_backward.hpp>

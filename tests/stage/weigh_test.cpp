@@ -2,8 +2,10 @@
 //
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/policy/spec_text.hpp>
 #include <moeroute/policy/weigh/any_router.hpp>
 #include <moeroute/policy/weigh/batch_routers.hpp>
+#include <moeroute/policy/weigh/rare_router.hpp>
 #include <moeroute/policy/weigh/row_routers.hpp>
 #include <moeroute/stage/route.hpp>
 #include <string>
@@ -159,6 +161,10 @@ void for_each_router(F&& f) {
   eight("Sinkhorn by experts", sinkhorn_expert_choice{.capacity = {.factor = 2.0}}, plain);
   eight("sparse transport", sparse_transport{.capacity = {.factor = 2.0}}, plain);
   eight("sparse transport by tokens", sparse_transport_token_choice{.k = 2}, plain);
+  eight("as many as the row says",
+        counted<>{.count = {.ratio = 0.25f, .max_k = 4}, .weight = {.normalize = sum}}, plain);
+  eight("all where undecided", dense_if{.rule = {.p = 0.5f, .max_k = 5}, .threshold = 0.95f},
+        plain);
   eight("BASE", base_assignment{.phase = routing_phase::evaluation}, plain);
 }
 
@@ -418,6 +424,48 @@ TEST_CASE("a router picked at run time has the weights and gradients of its kind
   const std::vector<double> dw = random_doubles(static_cast<std::size_t>(a.choices()), 22);
   CHECK(gradient(make_router(spec), z, experts, {}, a, dw) ==
         gradient(same, z, experts, {}, a, dw));
+}
+
+TEST_CASE("a router of rare words has the gradients of its kind, and steps on logits are refused") {
+  const std::vector<float> near = test::make_logits(test::shape::normal, 23, tokens, experts);
+  const std::vector<double> z(near.begin(), near.end());
+  const std::vector<float> bias(experts, 0.1f);
+  const auto same = [&](const std::string& text, const auto& router,
+                        const router_tensors& tensors = {}) {
+    INFO(text);
+    const any_rare_router made = make_rare_router(parse_spec(text), tensors);
+    const side_inputs side{.seed = 4, .step = 2};
+    const assignment a = test::routed(made, near, experts, side);
+    const std::vector<double> dw = random_doubles(static_cast<std::size_t>(a.choices()), 24);
+    CHECK(gradient(made, z, experts, side, a, dw) == gradient(router, z, experts, side, a, dw));
+  };
+  const router<sigmoid> sigmoids{.selection = {.k = 3}, .weight = sum_normalized};
+  const router<softmax_selected> winners{.selection = {.k = 3}};
+  same("E=8 k=3 score=sigmoid normalize=sum ties=higher_id", sigmoids);
+  same("E=8 k=3 score=sigmoid normalize=sum explore=0.5", sigmoids);
+  same("E=8 k=3 score=sigmoid bias=selection weight_score=softmax weight_domain=selected", winners,
+       {.bias = bias});
+  same("E=8 k=4 score=softmax selection=each_group groups=4",
+       router<softmax>{.selection = {.k = 4}});
+  same("E=8 k=3 score=softmax selection=counted count=ratio ratio=0.25 max_k=4",
+       router<softmax>{.selection = {.k = 3}});
+  const auto refused = [&](const std::string& text) {
+    const any_rare_router made = make_rare_router(parse_spec(text));
+    std::vector<float> own(static_cast<std::size_t>(tokens * made.columns()), 0.5f);
+    const assignment a = test::routed(made, own, made.columns());
+    std::vector<float> w(static_cast<std::size_t>(a.choices()));
+    workspace ws;
+    return test::refusal(
+        [&] { weigh(made, test::rows_of(own, made.columns()), {}, a, std::span(w), ws); });
+  };
+  const std::string step =
+      "moeroute::weigh: transformed changes logits before its router sees them: weigh the router "
+      "inside on the changed rows, and go on with the step's own derivative";
+  CHECK(refused("E=8 k=2 score=softmax standardize=2") == step);
+  CHECK(refused("E=8 k=2 score=softmax candidates=4") == step);
+  CHECK(refused("E=8 k=2 score=softmax second_logits=weigh") ==
+        "moeroute::weigh: weighed_by_second weighs by the second half of the columns: weigh a "
+        "router of its score and weight rule on that half");
 }
 
 TEST_CASE("no token, no choice, no gradient") {
