@@ -16,138 +16,21 @@
 #include <moeroute/policy/row/top_p.hpp>
 #include <moeroute/stage/route.hpp>
 
-#include "support/contest.hpp"
-#include "support/floors.hpp"
 #include "support/logits.hpp"
 #include "support/plain_rules.hpp"
+#include "support/rule_contest.hpp"
 
 namespace {
 
+using bench::add_everywhere;
+using bench::add_rule;
+using bench::agreement;
+using bench::drawn_sides;
 using bench::index_t;
+using bench::rule;
 using moeroute::expert_id;
-
-struct input {
-  index_t tokens, experts;
-  std::string shape;
-};
-
-// What the rules need beside logits, drawn.
-struct drawn_sides {
-  std::vector<std::int32_t> token_ids;
-  std::vector<std::uint8_t> modality;
-  moeroute::buffer<float> noise;
-
-  static constexpr std::int32_t vocabulary = 4096;
-
-  explicit drawn_sides(const input& in) : noise(in.tokens * in.experts) {
-    std::mt19937 random(11);
-    for (index_t t = 0; t < in.tokens; ++t) {
-      token_ids.push_back(static_cast<std::int32_t>(random() % vocabulary));
-      modality.push_back(static_cast<std::uint8_t>(random() & 1u));
-    }
-    bench::fill("normal", in.tokens, in.experts, noise.data());
-  }
-
-  moeroute::side_inputs view(const input& in) const {
-    return {.token_ids = token_ids,
-            .modality = modality,
-            .noise_logits = moeroute::matrix_view<const float>(noise.data(), in.tokens, in.experts),
-            .seed = 5,
-            .step = 3};
-  }
-};
-
-// How alike the choices of the two must be: rounding swaps near ties, and numbers drawn otherwise
-// agree only by chance.
-enum class agreement { nearly, not_asked };
-
-// ours against plain(row, columns, token, side, ids, weights), which returns how many it chose.
-template <class Router, class Plain>
-void compete(benchmark::State& state, const input& in, const Router& router, Plain plain,
-             const drawn_sides& sides, agreement asked = agreement::nearly) {
-  const bench::logit_rows logits(in.shape, in.experts, "l2", in.tokens);
-  const moeroute::side_inputs side = sides.view(in);
-  const moeroute::side_inputs read = side.only(moeroute::side_use_of(router, in.experts));
-  moeroute::workspace workspace;
-  moeroute::assignment choices;
-  const auto ours = [&](index_t first) {
-    moeroute::route(router,
-                    moeroute::matrix_view<const float>(logits.row(first), in.tokens, in.experts),
-                    read, workspace, choices);
-    benchmark::DoNotOptimize(choices.ids().data());
-  };
-  const index_t most = moeroute::detail::most_choices(router, in.experts);
-  std::vector<expert_id> id(static_cast<std::size_t>(in.tokens * most));
-  std::vector<float> weight(id.size());
-  std::vector<std::int32_t> offset(static_cast<std::size_t>(in.tokens + 1));
-  const auto baseline = [&](index_t first) {
-    index_t at = 0;
-    for (index_t t = 0; t < in.tokens; ++t) {
-      at += plain(logits.row(first + t), in.experts, t, side, id.data() + at, weight.data() + at);
-      offset[static_cast<std::size_t>(t + 1)] = static_cast<std::int32_t>(at);
-    }
-    benchmark::DoNotOptimize(id.data());
-    return at;
-  };
-  if (asked == agreement::nearly) {
-    ours(0);
-    const index_t n = baseline(0);
-    index_t different = std::abs(n - choices.choices());
-    for (index_t i = 0; i < std::min(n, choices.choices()); ++i)
-      different += id[static_cast<std::size_t>(i)] != choices.ids()[static_cast<std::size_t>(i)];
-    // A choice more or less moves all that follow.
-    bool alike = different * 50 <= n;
-    if (choices.ragged()) {
-      different = 0;
-      for (index_t t = 0; t < in.tokens; ++t)
-        different += std::abs(choices.count(t) - (offset[static_cast<std::size_t>(t + 1)] -
-                                                  offset[static_cast<std::size_t>(t)]));
-      alike = different * 50 <= n;
-    }
-    if (!alike) {
-      state.SkipWithError("differs from the plain rule");
-      return;
-    }
-  }
-  const auto calls = [&](auto call) {
-    return [&in, call](index_t first, index_t n) {
-      for (index_t t = first; t < first + n; t += in.tokens) call(t);
-    };
-  };
-  std::vector<bench::competitor> list;
-  list.push_back({"ours", bench::over(logits.turns, 0.0, calls(ours))});
-  moeroute::buffer<float> best(logits.turns.units);
-  list.push_back(
-      {"floor", bench::over(logits.turns.row_by_row(), 1.0 / 3, [&](index_t first, index_t n) {
-         bench::max_of_rows(logits.row(first), n, in.experts, best.data());
-       })});
-  list.push_back({"baseline", bench::over(logits.turns, 2.0 / 3, calls(baseline))});
-  bench::compete(state, logits.bytes(), std::move(list));
-}
-
-using run = std::function<void(benchmark::State&, const input&)>;
-
-// An entry of a rule on one input.
-void add(const std::string& rule, const input& in, run f) {
-  bench::entry(rule + "/T:" + std::to_string(in.tokens) + "/E:" + std::to_string(in.experts) +
-                   "/shape:" + in.shape,
-               [=](benchmark::State& state) { f(state, in); });
-}
-
-// All shapes at one size, and sizes of one shape: registers full, partly full, many.
-void add_everywhere(const std::string& rule, index_t least, const run& f) {
-  for (const char* shape : bench::shapes) add(rule, {1024, 64, shape}, f);
-  for (const index_t experts : {3, 7, 8, 60, 72, 256, 2048})
-    if (experts >= least) add(rule, {1024, experts, "normal"}, f);
-  for (const index_t experts : {8, 64, 256}) add(rule, {1, experts, "normal"}, f);
-}
-
-template <class Router, class Plain>
-run rule(Router router, Plain plain, agreement asked = agreement::nearly) {
-  return [=](benchmark::State& state, const input& in) {
-    compete(state, in, router, plain, drawn_sides(in), asked);
-  };
-}
+using input = bench::rule_input;
+using run = bench::rule_run;
 
 // A table of every kind: it is the lookups and the weights that are timed.
 template <class Router>
@@ -180,7 +63,7 @@ run table_rule(index_t k, moeroute::table_key key, bench::given_weight by,
     };
     Router router{.table = &table, .key = key};
     if (by != bench::given_weight::softmax) router.weight = moeroute::sum_normalized;
-    compete(state, in, router, plain, drawn_sides(in));
+    bench::compete_rule(state, in, router, plain, drawn_sides(in));
   };
 }
 
@@ -198,10 +81,10 @@ void replay(benchmark::State& state, const input& in) {
     bench::plain_given{}(row, experts, past.ids(token).data(), k, id, weight);
     return k;
   };
-  compete(state, in,
-          moeroute::replay<moeroute::sigmoid, Id>{.record = &record,
-                                                  .weight = moeroute::sum_normalized},
-          plain, drawn_sides(in));
+  bench::compete_rule(state, in,
+                      moeroute::replay<moeroute::sigmoid, Id>{.record = &record,
+                                                              .weight = moeroute::sum_normalized},
+                      plain, drawn_sides(in));
 }
 
 // Half of the experts for each modality.
@@ -210,7 +93,7 @@ void by_modality(benchmark::State& state, const input& in) {
   const index_t first = in.experts / 2;
   const moeroute::by_modality<one> router{
       .first = {.selection = {.k = 2}}, .second = {.selection = {.k = 2}}, .first_experts = first};
-  compete(
+  bench::compete_rule(
       state, in, router,
       [first, best = bench::plain_softmax_k{2, {}}](
           const float* row, index_t experts, index_t token, const moeroute::side_inputs& side,
@@ -254,9 +137,10 @@ const bool registered = [] {
   for (const char* shape : bench::shapes)
     for (const index_t columns : {16, 64, 256, 2048})
       if (columns == 64 || std::string(shape) == "normal")
-        add("product_keys/k:16", {1024, columns, shape},
-            rule(product_keys<>{}, bench::plain_product_keys{}));
-  add("product_keys/k:16", {1, 256, "normal"}, rule(product_keys<>{}, bench::plain_product_keys{}));
+        add_rule("product_keys/k:16", {1024, columns, shape},
+                 rule(product_keys<>{}, bench::plain_product_keys{}));
+  add_rule("product_keys/k:16", {1, 256, "normal"},
+           rule(product_keys<>{}, bench::plain_product_keys{}));
 
   for (const char* made : {"random", "balanced", "clustered"})
     add_everywhere(std::string("hash/table:") + made, 2,
@@ -271,8 +155,8 @@ const bool registered = [] {
   add_everywhere("table/score:softmax", 2,
                  table_rule<table_router<softmax>>(2, table_key::token,
                                                    bench::given_weight::softmax, "random"));
-  add("replay/ids:8", {1024, 64, "normal"}, replay<std::uint8_t>);
-  add("replay/ids:16", {1024, 64, "normal"}, replay<std::uint16_t>);
+  add_rule("replay/ids:8", {1024, 64, "normal"}, replay<std::uint8_t>);
+  add_rule("replay/ids:16", {1024, 64, "normal"}, replay<std::uint16_t>);
   add_everywhere("replay/ids:32", 2, replay<std::int32_t>);
   return true;
 }();
