@@ -66,7 +66,7 @@ struct explore {
     const std::uint64_t coins = detail::random_stream(detail::random_use::explore, z.side->step);
     for (int i = 0; i < z.rows; ++i) {
       const auto of = whole ? std::uint64_t{0} : static_cast<std::uint64_t>(z.first_token + i);
-      if (random_u01(z.side->seed, coins, of) < epsilon)
+      if (epsilon >= 1.0f || random_u01(z.side->seed, coins, of) < epsilon)
         this->template draw<A>(z, i, of, memory, c);
     }
   }
