@@ -13,7 +13,7 @@
 #include <moeroute/stage/combine_backward.hpp>
 #include <moeroute/stage/dispatch_backward.hpp>
 #include <moeroute/stage/expert_backward.hpp>
-#include <moeroute/stage/gate_backward.hpp>
+#include <moeroute/stage/gates_backward.hpp>
 #include <moeroute/stage/policy_gradient.hpp>
 #include <moeroute/stage/retained_inputs.hpp>
 #include <moeroute/stage/router_target.hpp>

@@ -4,6 +4,7 @@
 #include <moeroute/stage/gates/mixing.hpp>
 #include <moeroute/stage/gates/mlp.hpp>
 #include <moeroute/stage/gates/normalized.hpp>
+#include <moeroute/stage/gates_backward.hpp>
 //
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "oracle/layer.hpp"
+#include "oracle/losses.hpp"
 #include "support/allocations.hpp"
 #include "support/compare.hpp"
 #include "support/float_rows.hpp"
@@ -421,4 +423,282 @@ TEST_CASE("a gate from a line of text has the bits of the one by type") {
         "moeroute::make_gate: weight.rows is 11, expected 0");
   CHECK(refusal("gate=rms", {.weight = rows_of_w, .gamma = b}) ==
         "moeroute::make_gate: gamma.size() is 11, expected 37");
+}
+
+// --- backward ----------------------------------------------------------------------------------
+
+namespace {
+
+using gate_doubles = std::vector<double>;
+constexpr index_t few_tokens = 6, few_experts = 4, few_d = 5;
+
+gate_doubles random_gate_doubles(index_t n, std::uint64_t seed) {
+  test::random rng(seed);
+  gate_doubles x(static_cast<std::size_t>(n));
+  for (double& v : x) v = static_cast<double>(rng.normal());
+  return x;
+}
+template <class T>
+matrix_view<T> gate_rows_in(std::vector<T>& x, index_t n) {
+  return {x.data(), n, static_cast<index_t>(x.size()) / n};
+}
+double entry_of(const gate_doubles& x, index_t i) { return x[static_cast<std::size_t>(i)]; }
+// The sum over c of a[i, c] b[j, c].
+double gate_rows_dot(const gate_doubles& a, index_t i, const gate_doubles& b, index_t j,
+                     index_t n) {
+  double sum = 0.0;
+  for (index_t c = 0; c < n; ++c) sum += entry_of(a, i * n + c) * entry_of(b, j * n + c);
+  return sum;
+}
+
+// gradients(parameters, out): what a backward pass writes for lists of numbers;
+// value(parameters): the dot product of the logits and their gradient.
+template <class Value, class Gradients>
+void are_derivatives(const char* name, std::vector<gate_doubles> parameters, Value&& value,
+                     Gradients&& gradients) {
+  std::vector<gate_doubles> out;
+  for (const gate_doubles& p : parameters) out.emplace_back(p.size(), 0.0);
+  gradients(parameters, out, gradient_to::write);
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    INFO(name << ", list " << i);
+    const auto of = [&](const gate_doubles& x) {
+      std::vector<gate_doubles> moved = parameters;
+      moved[i] = x;
+      return value(moved);
+    };
+    CHECK(out[i] != gate_doubles(out[i].size(), 0.0));
+    CHECK(test::difference(out[i], oracle::derivative(parameters[i], of), 1e-6, 1e-8) == "");
+  }
+  std::vector<gate_doubles> twice = out;
+  gradients(parameters, twice, gradient_to::add);
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    for (double& g : twice[i]) g /= 2.0;
+    CHECK(test::difference(twice[i], out[i], 1e-12, 1e-14) == "");
+  }
+}
+
+}  // namespace
+
+TEST_CASE("gradients of a gate with a hidden layer are derivatives") {
+  constexpr index_t hidden = 7;
+  gate_doubles dz = random_gate_doubles(few_tokens * few_experts, 9);
+  for (const auto f : {gate_activation::relu, gate_activation::tanh, gate_activation::silu})
+    are_derivatives(
+        "mlp",
+        {random_gate_doubles(few_tokens * few_d, 1), random_gate_doubles(hidden * few_d, 2),
+         random_gate_doubles(hidden, 3), random_gate_doubles(few_experts * hidden, 4),
+         random_gate_doubles(few_experts, 5)},
+        [&](const std::vector<gate_doubles>& p) {
+          double sum = 0.0;
+          for (index_t t = 0; t < few_tokens; ++t) {
+            gate_doubles h;
+            for (index_t i = 0; i < hidden; ++i) {
+              const double v = gate_rows_dot(p[0], t, p[1], i, few_d) + entry_of(p[2], i);
+              h.push_back(f == gate_activation::relu   ? std::max(v, 0.0)
+                          : f == gate_activation::tanh ? std::tanh(v)
+                                                       : v / (1.0 + std::exp(-v)));
+            }
+            for (index_t e = 0; e < few_experts; ++e)
+              sum += entry_of(dz, t * few_experts + e) *
+                     (gate_rows_dot(h, 0, p[3], e, hidden) + entry_of(p[4], e));
+          }
+          return sum;
+        },
+        [&](std::vector<gate_doubles>& p, std::vector<gate_doubles>& out, gradient_to to) {
+          workspace ws;
+          mlp_gate_backward(gate_rows_in(p[0], few_tokens),
+                            mlp_gate_weights<double, double>{gate_rows_in(p[1], hidden), p[2],
+                                                             gate_rows_in(p[3], few_experts), f},
+                            gate_rows_in(dz, few_tokens),
+                            mlp_gate_gradients<double>{to, gate_rows_in(out[0], few_tokens),
+                                                       gate_rows_in(out[1], hidden), out[2],
+                                                       gate_rows_in(out[3], few_experts), out[4]},
+                            ws);
+        });
+}
+
+TEST_CASE("gradients of a gate of normalised input are derivatives, gamma's among them") {
+  gate_doubles dz = random_gate_doubles(few_tokens * few_experts, 9);
+  const floats gamma = random_floats(few_d, 4);
+  for (const bool with_gamma : {true, false}) {
+    const rms_input input{
+        .gamma = with_gamma ? std::span<const float>(gamma) : std::span<const float>(),
+        .scale = 0.75f,
+        .eps = 0.25f};
+    const gate_doubles ones(few_d, 1.0);
+    are_derivatives(
+        "rms",
+        {random_gate_doubles(few_tokens * few_d, 1), random_gate_doubles(few_experts * few_d, 2),
+         random_gate_doubles(few_experts, 3),
+         with_gamma ? gate_doubles(gamma.begin(), gamma.end()) : ones},
+        [&](const std::vector<gate_doubles>& p) {
+          double sum = 0.0;
+          for (index_t t = 0; t < few_tokens; ++t) {
+            const double root = std::sqrt(gate_rows_dot(p[0], t, p[0], t, few_d) / few_d + 0.25);
+            for (index_t e = 0; e < few_experts; ++e) {
+              double z = entry_of(p[2], e);
+              for (index_t c = 0; c < few_d; ++c)
+                z += 0.75 * entry_of(p[3], c) * entry_of(p[0], t * few_d + c) / root *
+                     entry_of(p[1], e * few_d + c);
+              sum += entry_of(dz, t * few_experts + e) * z;
+            }
+          }
+          return sum;
+        },
+        [&](std::vector<gate_doubles>& p, std::vector<gate_doubles>& out, gradient_to to) {
+          workspace ws;
+          rms_gate_backward(gate_rows_in(p[0], few_tokens), gate_rows_in(p[1], few_experts), input,
+                            gate_rows_in(dz, few_tokens),
+                            gate_gradients<double>{to, gate_rows_in(out[0], few_tokens),
+                                                   gate_rows_in(out[1], few_experts), out[2]},
+                            ws, serial{}, out[3]);
+        });
+  }
+}
+
+TEST_CASE("gradients of codes are derivatives of the nearest one's logit") {
+  constexpr index_t codes = 9;
+  gate_doubles dz = random_gate_doubles(few_tokens * few_experts, 9);
+  are_derivatives(
+      "codebook",
+      {random_gate_doubles(few_tokens * few_d, 1), random_gate_doubles(codes * few_d, 2)},
+      [&](const std::vector<gate_doubles>& p) {
+        double sum = 0.0;
+        for (index_t t = 0; t < few_tokens; ++t)
+          for (index_t e = 0; e < few_experts; ++e) {
+            double z = -1e9;
+            for (index_t c = e; c < codes; c += few_experts)
+              z = std::max(z, gate_rows_dot(p[0], t, p[1], c, few_d) -
+                                  gate_rows_dot(p[1], c, p[1], c, few_d) / 2.0);
+            sum += entry_of(dz, t * few_experts + e) * z;
+          }
+        return sum;
+      },
+      [&](std::vector<gate_doubles>& p, std::vector<gate_doubles>& out, gradient_to to) {
+        workspace ws;
+        codebook_gate_backward(gate_rows_in(p[0], few_tokens), gate_rows_in(p[1], codes),
+                               matrix_view<const double>(gate_rows_in(dz, few_tokens)),
+                               gate_gradients<double>{to, gate_rows_in(out[0], few_tokens),
+                                                      gate_rows_in(out[1], codes)},
+                               ws);
+      });
+}
+
+TEST_CASE("gradients of decisions that neighbours share are derivatives") {
+  gate_doubles dz = random_gate_doubles(few_tokens * few_experts, 9);
+  are_derivatives(
+      "mixing",
+      {random_gate_doubles(few_tokens * few_d, 1),
+       random_gate_doubles(few_tokens * few_experts, 2)},
+      [&](const std::vector<gate_doubles>& p) {
+        oracle::matrix s(few_tokens, few_tokens), z(few_tokens, few_experts);
+        for (index_t t = 0; t < few_tokens; ++t) {
+          for (index_t u = 0; u < few_tokens; ++u)
+            s(t, u) = gate_rows_dot(p[0], t, p[0], u, few_d) / 1.5;
+          for (index_t e = 0; e < few_experts; ++e) z(t, e) = entry_of(p[1], t * few_experts + e);
+        }
+        softmax_of(s);
+        softmax_of(z);
+        double sum = 0.0;
+        for (index_t t = 0; t < few_tokens; ++t)
+          for (index_t u = 0; u < few_tokens; ++u)
+            for (index_t e = 0; e < few_experts; ++e)
+              sum += entry_of(dz, t * few_experts + e) * s(t, u) * z(u, e);
+        return sum;
+      },
+      [&](std::vector<gate_doubles>& p, std::vector<gate_doubles>& out, gradient_to to) {
+        workspace ws;
+        mixing_gate_backward<double>(gate_rows_in(p[0], few_tokens), gate_rows_in(p[1], few_tokens),
+                                     1.5f, gate_rows_in(dz, few_tokens), to,
+                                     gate_rows_in(out[0], few_tokens),
+                                     gate_rows_in(out[1], few_tokens), ws);
+      });
+}
+
+TEST_CASE(
+    "gates' gradients in float are those in double, have the same bits for every executor, "
+    "allocate "
+    "nothing once warm, and refuse sizes and overlaps by name") {
+  constexpr index_t tokens = 70, wide_d = 37, hidden = 19, codes = 25;
+  const gate_doubles x = random_gate_doubles(tokens * wide_d, 1),
+                     first = random_gate_doubles(hidden * wide_d, 2),
+                     second = random_gate_doubles(few_experts * hidden, 3),
+                     w = random_gate_doubles(codes * wide_d, 4),
+                     dz = random_gate_doubles(tokens * few_experts, 5),
+                     z = random_gate_doubles(tokens * few_experts, 6);
+  const floats gamma = random_floats(wide_d, 7);
+  const auto pass = [&]<class F>(F, const auto& exec, bool warm) {
+    std::vector<F> fx(x.begin(), x.end()), f1(first.begin(), first.end()),
+        f2(second.begin(), second.end()), fw(w.begin(), w.end()), fdz(dz.begin(), dz.end()),
+        fz(z.begin(), z.end());
+    std::vector<F> dx[4], d1(f1.size()), db(static_cast<std::size_t>(hidden)), d2(f2.size()),
+        dw(static_cast<std::size_t>(few_experts * wide_d)), dgamma(gamma.size()), dcodes(fw.size()),
+        inner(fz.size());
+    for (std::vector<F>& one : dx) one.resize(x.size());
+    using enum gradient_to;
+    const auto all = [&](workspace* ws) {
+      mlp_gate_backward(
+          gate_rows_in(fx, tokens),
+          mlp_gate_weights<F, F>{
+              gate_rows_in(f1, hidden), {}, gate_rows_in(f2, few_experts), gate_activation::silu},
+          gate_rows_in(fdz, tokens),
+          mlp_gate_gradients<F>{write,
+                                gate_rows_in(dx[0], tokens),
+                                gate_rows_in(d1, hidden),
+                                db,
+                                gate_rows_in(d2, few_experts),
+                                {}},
+          ws[0], exec);
+      rms_gate_backward(
+          gate_rows_in(fx, tokens), gate_rows_in(fw, codes).middle_rows(0, few_experts),
+          {.gamma = gamma}, gate_rows_in(fdz, tokens),
+          gate_gradients<F>{write, gate_rows_in(dx[1], tokens), gate_rows_in(dw, few_experts)},
+          ws[1], exec, dgamma);
+      codebook_gate_backward(
+          gate_rows_in(fx, tokens), gate_rows_in(fw, codes),
+          matrix_view<const F>(gate_rows_in(fdz, tokens)),
+          gate_gradients<F>{write, gate_rows_in(dx[2], tokens), gate_rows_in(dcodes, codes)}, ws[2],
+          exec);
+      mixing_gate_backward<F>(gate_rows_in(fx, tokens), gate_rows_in(fz, tokens), 4.0f,
+                              gate_rows_in(fdz, tokens), write, gate_rows_in(dx[3], tokens),
+                              gate_rows_in(inner, tokens), ws[3], exec);
+    };
+    workspace ws[4];
+    all(ws);
+    if (warm) {
+      std::fill(dgamma.begin(), dgamma.end(), F(0));
+      CHECK(test::allocations_during([&] { all(ws); }) == 0);
+    }
+    std::vector<F> list;
+    for (const auto* part :
+         {&dx[0], &dx[1], &dx[2], &dx[3], &d1, &db, &d2, &dw, &dgamma, &dcodes, &inner})
+      list.insert(list.end(), part->begin(), part->end());
+    return list;
+  };
+  const floats alone = pass(float{}, serial{}, true);
+  CHECK(test::difference(alone, pass(double{}, serial{}, false), 1e-3, 2e-3) == "");
+  CHECK(test::bit_difference(pass(float{}, test::several_threads{}, false), alone) == "");
+
+  floats fx(x.begin(), x.end()), fw(w.begin(), w.end()), fdz(dz.begin(), dz.end()), dx(fx.size());
+  workspace ws;
+  const auto refused = [&](index_t gradient_rows, float* gradient) {
+    return test::refusal([&] {
+      codebook_gate_backward(
+          gate_rows_in(fx, tokens), gate_rows_in(fw, codes),
+          matrix_view<const float>(gate_rows_in(fdz, tokens)),
+          gate_gradients<float>{gradient_to::write, {gradient, gradient_rows, wide_d}}, ws);
+    });
+  };
+  CHECK(refused(tokens - 1, dx.data()) ==
+        "moeroute::codebook_gate_backward: gradients.x is 69, expected 70");
+  CHECK(refused(tokens, fx.data()) ==
+        "moeroute::codebook_gate_backward: what is read and gradients.x overlap, expected memory "
+        "of "
+        "their own");
+  CHECK(test::refusal([&] {
+          mlp_gate_backward(gate_rows_in(fx, tokens),
+                            mlp_gate_weights<float>{
+                                gate_rows_in(fw, codes), {}, {fw.data(), few_experts, codes - 1}},
+                            gate_rows_in(fdz, tokens), mlp_gate_gradients<float>{}, ws);
+        }) == "moeroute::mlp_gate_backward: weights.second.cols() is 24, expected 25");
 }
