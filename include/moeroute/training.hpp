@@ -9,6 +9,7 @@
 #include <moeroute/policy/weigh/batch_routers.hpp>
 #include <moeroute/policy/weigh/rare_router.hpp>
 #include <moeroute/policy/weigh/sinkhorn_plan.hpp>
+#include <moeroute/policy/weigh/transport_plan.hpp>
 #include <moeroute/stage/capacity_backward.hpp>
 #include <moeroute/stage/combine_backward.hpp>
 #include <moeroute/stage/dispatch_backward.hpp>

@@ -3,12 +3,18 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/policy/weigh/transport_plan.hpp>
 #include <moeroute/stage/route.hpp>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "oracle/batch_routing.hpp"
+#include "oracle/losses.hpp"
+#include "support/allocations.hpp"
 #include "support/batch_bits.hpp"
 #include "support/compare.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
@@ -176,4 +182,125 @@ TEST_CASE("sparse transport refuses what does not fit, by name") {
   CHECK(refusal({.support = -1}) ==
         "moeroute::sparse_transport: support is -1, expected 0 to 1073741824");
   CHECK(refusal({}) == "accepted");
+}
+
+TEST_CASE("weights of a sparse plan are what routers write, their gradients are derivatives") {
+  constexpr index_t tokens = 21, experts = 6;
+  auto near = test::make_logits(test::shape::normal, 3, tokens, experts);
+  near[2] = -test::infinity;
+  std::vector<std::uint8_t> mask(tokens, 1);
+  mask[3] = 0;
+  const side_inputs side{.mask = mask};
+  const std::vector<double> z(near.begin(), near.end());
+  const auto double_rows = [](std::vector<double>& x) {
+    return matrix_view<double>(x.data(), tokens, experts);
+  };
+  assignment everything;
+  everything.reset(tokens, experts, experts);
+  for (index_t c = 0; c < tokens * experts; ++c)
+    everything.ids()[static_cast<std::size_t>(c)] = static_cast<expert_id>(c % experts);
+  test::random rng(5);
+  for (const index_t support : {0, 3, 9, 21})
+    for (const float gamma : {1.0f, 0.25f})
+      for (const bool of_tokens : {false, true}) {
+        const sparse_transport how{.capacity = {.factor = 2.0},
+                                   .support = support,
+                                   .weights = transport_weights::plan,
+                                   .gamma = gamma};
+        INFO("support " << support << " gamma " << gamma << " of tokens " << of_tokens);
+        const assignment a = of_tokens
+                                 ? routed(sparse_transport_token_choice{.k = 2, .transport = how},
+                                          near, experts, side)
+                                 : routed(how, near, experts, side);
+        workspace ws;
+        std::vector<float> potentials(tokens);
+        how.potentials(rows_of(near, experts), side, ws, potentials);
+        std::vector<double> w(a.weights().size()), up(w.size()), dz(z.size(), 5.0);
+        const auto weights_at = [&](std::vector<double> x, std::vector<double>& to) {
+          weigh_transport(how, potentials, double_rows(x), side, a, std::span(to), ws);
+        };
+        weights_at(z, w);
+        CHECK(test::difference(w, a.weights(), 1e-5, 2e-6) == "");
+        CHECK(std::any_of(w.begin(), w.end(), [](double x) { return x > 0.0; }));
+        for (double& u : up) u = static_cast<double>(rng.normal());
+        const auto value = [&](const std::vector<double>& x) {
+          std::vector<double> at(w.size());
+          weights_at(x, at);
+          double sum = 0.0;
+          for (std::size_t c = 0; c < at.size(); ++c) sum += up[c] * at[c];
+          return sum;
+        };
+        std::vector<double> logits = z;
+        const auto pull = [&](transport_gradient by, gradient_to to) {
+          weigh_transport_backward<double>(how, potentials, double_rows(logits), side, a, up, by,
+                                           to, double_rows(dz), ws);
+        };
+        pull(transport_gradient::projection, gradient_to::write);
+        const std::vector<double> once = dz;
+        std::vector<double> slope = oracle::derivative(z, value), smooth = once;
+        // A step that brings another token into a column, or takes one out, meets a corner.
+        const auto members = [&](const std::vector<double>& x) {
+          std::vector<double> plan(z.size());
+          std::vector<double> moved = x;
+          weigh_transport(how, potentials, double_rows(moved), side, everything, std::span(plan),
+                          ws);
+          for (double& p : plan) p = p > 0.0;
+          return plan;
+        };
+        const std::vector<double> here = members(z);
+        index_t corners = 0;
+        for (std::size_t i = 0; i < z.size(); ++i) {
+          std::vector<double> up_by = z, down_by = z;
+          up_by[i] += 1e-3;
+          down_by[i] -= 1e-3;
+          if (members(up_by) == here && members(down_by) == here) continue;
+          ++corners;
+          slope[i] = smooth[i] = 0.0;
+        }
+        CHECK(corners < tokens * experts / 8);
+        CHECK(std::any_of(slope.begin(), slope.end(), [](double g) { return g != 0.0; }));
+        CHECK(test::difference(smooth, slope, 1e-6, 2e-9) == "");
+        pull(transport_gradient::projection, gradient_to::add);
+        for (std::size_t i = 0; i < dz.size(); ++i) CHECK(dz[i] == 2.0 * once[i]);
+        pull(transport_gradient::constant, gradient_to::add);
+        for (std::size_t i = 0; i < dz.size(); ++i) CHECK(dz[i] == 2.0 * once[i]);
+        CHECK(test::allocations_during(
+                  [&] { pull(transport_gradient::projection, gradient_to::write); }) == 0);
+        pull(transport_gradient::constant, gradient_to::write);
+        CHECK(dz == std::vector<double>(dz.size(), 0.0));
+      }
+}
+
+TEST_CASE("sizes that do not fit a sparse plan's gradient are refused by name; no tokens are not") {
+  const auto near = test::make_logits(test::shape::normal, 3, 4, 3);
+  const sparse_transport how{.weights = transport_weights::plan};
+  assignment a = routed(how, near, 3);
+  std::vector<float> z = near, dz(z.size()), potentials(4), w(a.weights().size());
+  workspace ws;
+  const auto refused = [&](index_t potential_count, index_t weight_count, index_t rows,
+                           float* gradient) {
+    return test::refusal([&] {
+      weigh_transport_backward<float>(
+          how, std::span(potentials).first(static_cast<std::size_t>(potential_count)),
+          {z.data(), 4, 3}, {}, a, std::span(w).first(static_cast<std::size_t>(weight_count)),
+          transport_gradient::projection, gradient_to::write, {gradient, rows, 3}, ws);
+    });
+  };
+  const auto n = static_cast<index_t>(w.size());
+  CHECK(refused(3, n, 4, dz.data()) ==
+        "moeroute::weigh_transport_backward: potentials.size() is 3, expected 4");
+  CHECK(refused(4, n - 1, 4, dz.data()) ==
+        "moeroute::weigh_transport_backward: dweights.size() is " + std::to_string(n - 1) +
+            ", expected " + std::to_string(n));
+  CHECK(refused(4, n, 3, dz.data()) ==
+        "moeroute::weigh_transport_backward: dlogits.rows is 3, expected 4");
+  CHECK(refused(4, n, 4, z.data()).starts_with("moeroute::weigh_transport_backward: logits "));
+  CHECK(refused(4, n, 4, dz.data()) == "accepted");
+  a.to_fill().ids[0] = 3;
+  CHECK(refused(4, n, 4, dz.data()).find("an id is 3") != std::string::npos);
+  const assignment none = routed(how, {}, 3);
+  weigh_transport_backward<float>(how, {}, {z.data(), 0, 3}, {}, none, {},
+                                  transport_gradient::projection, gradient_to::write,
+                                  {dz.data(), 0, 3}, ws);
+  how.potentials({z.data(), 0, 3}, {}, ws, {});
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
 
 #include <moeroute/policy/batch/column_choice.hpp>
@@ -33,13 +34,10 @@ struct shifted_strip {
   }
 };
 
-// The threshold of the Euclidean projection of n values, each divided by `scale`, onto the simplex:
-// the theta for which max(value / scale - theta, 0) sum to 1. Values enter in row order, so the
-// bits are fixed.
-inline double simplex_threshold(const std::int32_t* key, index_t n, double scale) {
-  const auto value = [&](index_t i) {
-    return static_cast<double>(simd::value_of_key(key[i])) / scale;
-  };
+// The threshold of the Euclidean projection of n values onto the simplex: the theta for which
+// max(value(i) - theta, 0) sum to 1. Values enter in row order, so the bits are fixed.
+template <class Value>
+double simplex_threshold(const Value& value, index_t n) {
   // Drop what lies below the threshold of what is left, until nothing does (Michelot 1986).
   double threshold = -std::numeric_limits<double>::infinity();
   for (index_t left = n + 1;;) {
@@ -96,18 +94,32 @@ struct sparse_transport {
                    assignment& out, const Exec& exec) const {
     const index_t tokens = z.rows, experts = z.cols;
     if (tokens == 0) return detail::no_rows(experts, experts, out);
-    const solver<A> s = this->template solve<A>(z, side, ws, exec, [](scratch&) {});
     const index_t c = std::min(capacity(tokens, experts), tokens);
+    // Where experts take more tokens than the plan has for them, its entries are told from others
+    // by the last of each column's support: the least, and the later of equals.
+    const bool beyond = weights == transport_weights::plan && support > 0 && c > support;
+    std::int32_t *least = nullptr, *last = nullptr;
+    const solver<A> s = this->template solve<A>(z, side, ws, exec, [&](scratch& tape) {
+      least = tape.take<std::int32_t>(beyond ? experts : 0);
+      last = tape.take<std::int32_t>(beyond ? experts : 0);
+    });
+    for (index_t e = 0; beyond && e < experts; ++e) {
+      const index_t first = e * s.scopes.capacity;
+      least[e] = std::numeric_limits<std::int32_t>::max();
+      for (index_t i = first; i < first + s.picks.count[e]; ++i)
+        if (s.picks.key[i] <= least[e]) least[e] = s.picks.key[i], last[e] = s.picks.row[i];
+    }
     detail::column_scopes taken = s.scopes;
     taken.capacity = c;
     if (c != s.scopes.capacity) {
       detail::pick_columns<A>(taken, s.source(), s.columns, s.workers, s.picks, exec);
     }
-    detail::rows_from_picks(taken, s.picks, s.cursor, experts, out,
-                            [&](index_t t, index_t e, std::int32_t key) {
-                              if (weights == transport_weights::plan) return s.mass(e, key);
-                              return s.similarity(t, e);
-                            });
+    detail::rows_from_picks(
+        taken, s.picks, s.cursor, experts, out, [&](index_t t, index_t e, std::int32_t key) {
+          if (weights != transport_weights::plan) return s.similarity(t, e);
+          const bool out_of_plan = beyond && (key < least[e] || (key == least[e] && t > last[e]));
+          return out_of_plan ? 0.0f : s.mass(e, key);
+        });
   }
 
   /// The plan, dense, for tests and metrics. Shapes: plan [T, E]. Cost: as routing.
@@ -125,6 +137,18 @@ struct sparse_transport {
         const index_t at = e * s.scopes.capacity + i;
         plan(s.picks.row[at], e) = s.mass(e, s.picks.key[at]);
       }
+  }
+
+  /// The tokens' potentials [T] after the last step: the constants of the plan's gradient
+  /// (policy/weigh/transport_plan.hpp). Cost: as routing.
+  template <executor Exec = serial, class A = simd::default_arch>
+  void potentials(matrix_view<const float> z, const side_inputs& side, workspace& ws,
+                  std::span<float> list, const Exec& exec = {}) const {
+    check(z.rows, z.cols);
+    check_size("sparse_transport", "potentials.size()", static_cast<index_t>(list.size()), z.rows);
+    if (z.rows == 0) return;
+    const solver<A> s = this->template solve<A>(z, side, ws, exec, [](scratch&) {});
+    std::copy_n(s.potential, z.rows, list.begin());
   }
 
  private:
@@ -207,7 +231,11 @@ struct sparse_transport {
     for (index_t step = 0;; ++step) {
       detail::pick_columns<A>(s.scopes, s.source(), s.columns, workers, s.picks, exec);
       for (index_t e = 0; e < experts; ++e)
-        s.threshold[e] = detail::simplex_threshold(s.picks.key + e * k, s.picks.count[e], s.scale);
+        s.threshold[e] = detail::simplex_threshold(
+            [&](index_t i) {
+              return static_cast<double>(simd::value_of_key(s.picks.key[e * k + i])) / s.scale;
+            },
+            s.picks.count[e]);
       if (step == steps) return s;
       // The gradient of the semi-dual: what the plan gives away of each token, less the token.
       std::fill_n(s.gradient, padded, -1.0f);

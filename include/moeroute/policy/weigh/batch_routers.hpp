@@ -3,6 +3,7 @@
 #pragma once
 
 #include <moeroute/policy/batch/base_assignment.hpp>
+#include <moeroute/policy/batch/batch_percentile.hpp>
 #include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/policy/batch/sparse_transport.hpp>
@@ -20,8 +21,8 @@ namespace detail {
 
 [[noreturn]] MOEROUTE_COLD inline void fail_transport(const char* weights) {
   fail("weigh", std::string(weights) +
-                    " is plan, whose potentials have no gradient here: take softmax, or count the "
-                    "weights as constants");
+                    " is plan: it couples the tokens, use weigh_transport and "
+                    "weigh_transport_backward");
 }
 
 }  // namespace detail
@@ -35,6 +36,11 @@ weight_maps weight_maps_of(const expert_choice<Score>& r, const side_inputs&) {
                      .eps_where = r.eps > 0.0f ? eps_mode::add : eps_mode::none,
                      .eps = r.eps,
                      .scale = r.scale})};
+}
+
+template <class Score>
+weight_maps weight_maps_of(const batch_percentile<Score>& r, const side_inputs&) {
+  return {weight_map_of(score_map_of(r.score), r.weight)};
 }
 
 inline weight_maps weight_maps_of(const base_assignment&, const side_inputs&) {
