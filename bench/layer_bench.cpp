@@ -1,4 +1,5 @@
 // layer: the whole flow in one call, and the share of it that is routing.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -115,6 +116,48 @@ void layer(benchmark::State& state, bool whole, index_t tokens, const shape& s) 
   state.counters["routing_share"] = routing.median() / all.median();
 }
 
+// A call at decode without what its gate and its experts do: logits are given, and the experts
+// leave their output as it is. What it costs beyond the combine's reading of k rows is reported
+// apart.
+void decode(benchmark::State& state, index_t tokens, index_t d, index_t experts, index_t k) {
+  bool fills = true;
+  const auto nothing = [&fills](moeroute::expert_id, auto, auto out) {
+    for (index_t r = 0; fills && r < out.rows; ++r) std::fill_n(out.row(r), out.cols, 1.0f);
+  };
+  const router gate{{}, {.k = k}, moeroute::sum_normalized};
+  moeroute::moe_layer layer(moeroute::no_gate(experts), gate, nothing, {.d = d});
+  constexpr index_t calls = 64;
+  const matrix x = matrix::Random(tokens, d), logits = matrix::Random(calls * tokens, experts);
+  matrix y(tokens, d);
+  const auto from = bench::hidden_states<float>(tokens * k, d);
+  const auto forward = [&](index_t call) {
+    layer.forward_logits(moeroute::const_view(x),
+                         moeroute::matrix_view<const float>(logits.data() + call * tokens * experts,
+                                                            tokens, experts),
+                         y);
+  };
+  for (index_t i = 0; i < calls; ++i) forward(i);
+  fills = false;
+  std::int32_t kept = 0;
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", [&](bench::stopwatch& watch) {
+                    watch.time(calls * tokens, [&] {
+                      for (index_t i = 0; i < calls; ++i) forward(i);
+                    });
+                  }});
+  list.push_back({"floor", [&](bench::stopwatch& watch) {
+                    watch.time(calls * tokens, [&] {
+                      for (index_t i = 0; i < calls; ++i) {
+                        kept |= bench::read_pass(from.data(), tokens * k * d * 4);
+                        benchmark::DoNotOptimize(kept);
+                      }
+                    });
+                  }});
+  bench::compete(state, static_cast<double>(k * d * 4), std::move(list));
+  state.counters["ns_beyond_reading"] =
+      state.counters["ns_per_token"].value - state.counters["floor_ns_per_token"].value;
+}
+
 void add(bool whole, index_t tokens, const shape& s) {
   const auto part = [](const char* letter, index_t n) {
     return std::string("/") + letter + ":" + std::to_string(n);
@@ -128,6 +171,14 @@ const bool registered = [] {
   constexpr shape olmoe_like{1024, 512, 64, 8};
   for (const index_t tokens : {1, 64, 1024})
     for (const bool whole : {true, false}) add(whole, tokens, olmoe_like);
+  for (const index_t tokens : {1, 4})
+    for (const index_t experts : {8, 128, 256})
+      bench::entry("layer/decode/T:" + std::to_string(tokens) +
+                       "/d:2048/E:" + std::to_string(experts) +
+                       "/k:" + std::to_string(std::min<index_t>(8, experts / 4)),
+                   [=](benchmark::State& state) {
+                     decode(state, tokens, 2048, experts, std::min<index_t>(8, experts / 4));
+                   });
   return true;
 }();
 

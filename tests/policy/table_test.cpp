@@ -59,6 +59,30 @@ TEST_CASE("a table's expert that is masked in the logits, or that is none, is no
   CHECK(test::listed(a.weights(0)) == std::vector<float>{0.0f, 0.0f, 1.0f});
 }
 
+TEST_CASE("equal shares of one token have the bits that they have in a block, whatever is masked") {
+  const expert_table table({2, no_expert, 0, 4, 1, 3, no_expert, no_expert, no_expert, 0, 3, 2}, 3,
+                           5);
+  const std::vector<std::int32_t> ids = {0, 1, 2, 3, 3, 2, 1, 0, 1, 1, 3, 0, 2, 0, 3, 1};
+  std::vector<float> logits = test::make_logits(test::shape::normal, 2, 16, 5);
+  for (std::size_t i = 0; i < logits.size(); i += 3) logits[i] = test::not_a_number;
+  for (std::size_t i = 0; i < logits.size(); i += 7) logits[i] = -test::infinity;
+  for (const auto normalize : {normalization::none, normalization::sum, normalization::lp})
+    for (const float scale : {1.0f, 2.5f, -0.3f})
+      for (const float divide : {1.0f, 3.0f}) {
+        const weight_rule weight{
+            .normalize = normalize, .p = 2.0f, .divide = divide, .scale = scale};
+        const table_router<uniform_score> router{.table = &table, .weight = weight};
+        const assignment block = routed(router, logits, 5, {.token_ids = ids});
+        for (index_t t = 0; t < 16; ++t) {
+          const std::vector<std::int32_t> id = {ids[static_cast<std::size_t>(t)]};
+          const std::vector<float> row(logits.begin() + t * 5, logits.begin() + (t + 1) * 5);
+          const assignment alone = routed(router, row, 5, {.token_ids = id});
+          CHECK(test::bit_difference(alone.ids(), block.ids(t)) == "");
+          CHECK(test::bit_difference(alone.weights(), block.weights(t)) == "");
+        }
+      }
+}
+
 TEST_CASE("random tables have distinct experts, replay, and use every expert about equally") {
   const expert_table table = random_table(4000, 2, 16, 5);
   CHECK(table.vocabulary() == 4000);

@@ -34,6 +34,16 @@ struct weight_rule {
                : score_scale::exact;
   }
 
+  /// Whether scores of 1 get equal weights, which depend on nothing but how many they are.
+  bool shares_equally() const {
+    return normalize != normalization::lp && eps_where == eps_mode::none && divide == 1.0f &&
+           expert_scale.empty();
+  }
+  /// The weight of each of n > 0 scores of 1, with the bits of apply. Requires: shares_equally().
+  float share(int n) const {
+    return (normalize == normalization::none ? 1.0f : 1.0f / static_cast<float>(n)) * scale;
+  }
+
   /// Throws: error where eps < 0, p < 1, a factor is not finite, or expert_scale has another length
   /// than E.
   MOEROUTE_OUT_OF_LINE void check(index_t experts) const {

@@ -68,10 +68,26 @@ constexpr bool is_uniform(const Score& score) {
 // Largest k of rows of given choices that come alone, and so many of them at most.
 inline constexpr index_t most_given = block_rows, given_rows_alone = 4;
 
+// A row's k named experts with equal weights; those that are masked in the logits are not taken.
+inline void share_given(const weight_rule& weight, const expert_id* named, int k, const float* z,
+                        expert_id* id, float* weights) {
+  int there = 0;
+  for (int r = 0; r < k; ++r) {
+    const expert_id e = named[r];
+    const bool taken = e != no_expert && (z == nullptr || z[e] > simd::minus_infinity);
+    id[r] = taken ? e : no_expert;
+    there += taken;
+  }
+  const float share = there > 0 ? weight.share(there) : 0.0f;
+  for (int r = 0; r < k; ++r) weights[r] = id[r] == no_expert ? 0.0f : share;
+}
+
 // One row's k <= most_given experts, which somebody else named, weighed.
 template <class A, class Score>
 void weigh_given(const Score& score, const weight_rule& weight, const expert_id* named, int k,
                  const float* z, index_t experts, expert_id* id, float* weights) {
+  if (is_uniform(score) && weight.shares_equally())
+    return share_given(weight, named, k, z, id, weights);
   row_choices<A, simd::registers_per_block<A>> c(named, k, z);
   score.score_one(z, experts, c, weight.needs());
   weight.template apply_to<A>(c);
