@@ -16,8 +16,8 @@ namespace {
 using bench::index_t;
 using moeroute::router_spec;
 
-void route(benchmark::State& state, const router_spec& spec, index_t tokens,
-           const std::string& shape, const std::string& mem) {
+void route_by(benchmark::State& state, const router_spec& spec, index_t tokens,
+              const std::string& shape, const std::string& mem) {
   const bench::logit_rows logits(shape, spec.columns(), mem, tokens);
   const bench::drawn_tensors tensors(spec, tokens);
   bench::compete_routing(state, spec, tensors.view(), tensors.token_ids, logits.row(0),
@@ -30,7 +30,7 @@ void add(const std::string& router, const router_spec& spec, index_t tokens,
                            "/E:" + std::to_string(spec.experts) + "/k:" + std::to_string(spec.k) +
                            "/shape:" + shape + (mem.empty() ? "" : "/mem:" + mem);
   bench::entry(name, [=](benchmark::State& state) {
-    route(state, spec, tokens, shape, mem.empty() ? "l2" : mem);
+    route_by(state, spec, tokens, shape, mem.empty() ? "l2" : mem);
   });
 }
 
