@@ -328,3 +328,24 @@ TEST_CASE("to every loss masked tokens are not there, and their gradient rows ar
 TEST_CASE("to every loss a NaN is -inf, in value and gradient") {
   for_each_loss([](const auto& call) { CHECK(nan_differs(call) == ""); });
 }
+
+TEST_CASE("no loss hears of what another call left in its memory") {
+  for_each_loss([](const auto& call) {
+    constexpr index_t tokens = 70, experts = 18;
+    test::random rng(12);
+    const assignment choices = test::fixed_choices(rng, tokens, experts, 1);
+    const std::vector<float> z = test::numbers(rng, tokens * experts),
+                             other = test::numbers(rng, tokens * experts);
+    const auto of = [&](const std::vector<float>& logits, workspace& ws, std::vector<float>& dz) {
+      dz.assign(logits.size(), 7.0f);
+      return call(token_options{}, matrix_view<const float>(logits.data(), tokens, experts),
+                  matrix_view<float>(dz.data(), tokens, experts), choices, ws);
+    };
+    workspace fresh, used;
+    std::vector<float> expected, got;
+    const double value = of(z, fresh, expected);
+    of(other, used, got);
+    CHECK(of(z, used, got) == value);
+    CHECK(test::bit_difference(got, expected) == "");
+  });
+}

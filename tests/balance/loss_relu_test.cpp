@@ -34,7 +34,9 @@ test::loss_run<F, 1> run(const oracle::batch& b, const relu_loss& loss, token_op
 TEST_CASE("ReMoE's losses are their formulas and their gradients the derivatives") {
   for (const bool masked : {false, true})
     for (const index_t experts : {1, 15, 16, 37}) {
-      const auto b = test::random_batch(71, 90, experts, masked);
+      auto b = test::random_batch(71, 90, experts, masked);
+      for (double& x : b.logits)
+        if (std::abs(x) < 0.01) x = 0.5;  // no difference crosses the bend at 0
       double plain = 0.0, n = 0.0;
       row counts(static_cast<std::size_t>(experts), 0.0), sums = counts;
       for (index_t t = 0; t < 90; ++t) {
@@ -76,6 +78,19 @@ TEST_CASE("ReMoE's losses are their formulas and their gradients the derivatives
           if (added.gradient[i] != Approx(7.0 + written.gradient[i]).epsilon(1e-14)) FAIL(i);
       }
     }
+}
+
+TEST_CASE("the tokens that a ReLU loss is told are those of the whole, be it one") {
+  const auto b = test::random_batch(74, 3, 4);
+  for (const auto weighting : {relu_weighting::plain, relu_weighting::load}) {
+    const auto of = [&](double tokens) {
+      return run<double>(b, {.coefficient = 1.0, .weighting = weighting, .tokens = tokens})
+          .values[0];
+    };
+    const double power = weighting == relu_weighting::load ? 9.0 : 3.0;
+    CHECK(of(3.0) == Approx(of(0.0)).epsilon(1e-12));
+    CHECK(of(1.0) == Approx(power * of(3.0)).epsilon(1e-12));
+  }
 }
 
 TEST_CASE("inactive, NaN and masked scores have no gradient; no token, no loss") {

@@ -105,4 +105,8 @@ TEST_CASE("NaN logits of chosen experts have no gate, and nothing chosen no grad
                         matrix_view<double>(gradient.data(), 2, 4)) == 0.0);
   CHECK(test::refusal([&] { importance(z, a, {.coefficient = -1.0}, {}, nullptr); }) ==
         "moeroute::selected_importance_loss: coefficient is -1.000000, expected >= 0");
+  a.ids()[1] = 4;
+  CHECK(test::refusal([&] {
+          importance(z, a, {}, {}, nullptr);
+        }).starts_with("moeroute::selected_importance_loss: "));
 }

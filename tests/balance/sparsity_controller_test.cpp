@@ -231,6 +231,9 @@ TEST_CASE("controllers of sparsity refuse what makes no sense") {
   CHECK(test::refusal([] {
           expert_thresholds(2, {.k = std::nanf("")});
         }).starts_with("moeroute::expert_thresholds: k is nan"));
+  CHECK(test::refusal([] {
+          expert_thresholds(0, {});
+        }).starts_with("moeroute::expert_thresholds: experts is 0"));
   CHECK(test::refusal([] { experts_of_layer(layer_schedule::wave, 2, {.layers = 2}); }) ==
         "moeroute::experts_of_layer: layer is 2, expected 0 to 1");
 }

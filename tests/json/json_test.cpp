@@ -1,7 +1,9 @@
 #include <moeroute/json/json.hpp>
+#include <moeroute/json/routing_words.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <string>
+#include <vector>
 
 using moeroute::parse_json;
 
@@ -23,6 +25,14 @@ TEST_CASE("a document is what the library makes of it") {
        {"[]", "{}", "3", "-1.5e3", "null", "true", R"("a\"b\\")", R"({"a": [1, {"b": [[], {}]}],
         "c": "\u00e9", "d": 18446744073709551615, "e": -9223372036854775808})"})
     CHECK(parse_json(text, "a.json") == nlohmann::json::parse(text));
+}
+
+TEST_CASE("a key's words end at a hump and at what is no letter or digit, and are small") {
+  using words = std::vector<std::string>;
+  CHECK(moeroute::detail::words_of("moe_topK-prob") == words{"moe", "top", "k", "prob"});
+  CHECK(moeroute::detail::words_of("numExpertsDropped") == words{"num", "experts", "dropped"});
+  CHECK(moeroute::detail::words_of("_MOE__top2.") == words{"moe", "top2"});
+  CHECK(moeroute::detail::words_of("").empty());
 }
 
 TEST_CASE("Python's numbers are read outside strings, as strings of their letters") {

@@ -1,5 +1,6 @@
 #include <moeroute/metrics/load.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <limits>
@@ -149,6 +150,19 @@ TEST_CASE("drops are counted by choice, by token and by place; missing picks are
   masked.add(a, mask);
   CHECK(masked.rate() == 0);
   CHECK(drop_meter{}.rate() == 0);
+  // A tenth of 25 tokens is 2 or 3 of them; who chose nothing has lost nothing.
+  assignment odd;
+  odd.reset(25, 4, 1);
+  std::fill(odd.ids().begin(), odd.ids().end(), 1);
+  odd.ids()[7] = no_expert;
+  odd.kept_to_change()[4] = odd.kept_to_change()[24] = 0;
+  drop_meter tenths;
+  tenths.add(odd);
+  CHECK(tenths.lost_tokens() == 2);
+  CHECK(tenths.rate_at(0) == 0);
+  CHECK(tenths.rate_at(1) == 0.5);
+  CHECK(tenths.rate_at(2) == 0);
+  CHECK(near(tenths.rate_at(9), 1.0 / 2));
   CHECK(test::refusal([&] { (void)m.rate_at(10); }) ==
         "moeroute::drop_meter: tenth is 10, expected 0 to 9");
 }

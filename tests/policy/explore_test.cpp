@@ -77,6 +77,11 @@ TEST_CASE("rank r of a token is included with probability (1 - epsilon) [r < k] 
       CHECK(std::abs(count[static_cast<std::size_t>(e)] - p) <
             5.0 * std::sqrt(p * (1.0 - p) / tokens) + 1e-9);
     }
+    if (epsilon < 1.0f) continue;
+    // What a token draws second says nothing of what the next one draws first.
+    int alike = 0;
+    for (index_t t = 0; t + 1 < tokens; ++t) alike += a.ids(t)[1] == a.ids(t + 1)[0];
+    CHECK(std::abs(alike / double{tokens} - 1.0 / 8) < 0.01);
   }
 }
 

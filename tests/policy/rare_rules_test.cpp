@@ -457,6 +457,8 @@ TEST_CASE("what does not fit is refused with the field and its value") {
         "moeroute::router_spec: standardize is -1, expected >= 0");
   CHECK(refused("E=8 k=1 selection=counted count=percentile quantile=2") ==
         "moeroute::router_spec: quantile is 2, expected 0 to 1");
+  CHECK(refused("E=8 k=1 selection=counted count=percentile quantile=-0.5") ==
+        "moeroute::router_spec: quantile is -0.5, expected 0 to 1");
   CHECK(refused("E=8 k=1 selection=counted count=entropy entropy_low=2 entropy_high=1 max_k=4")
             .find("expected at least entropy_low") != std::string::npos);
   CHECK(refused("E=8 k=1 selection=counted count=tsallis p=0.5 tsallis_q=9").find("q is 9") !=

@@ -100,6 +100,25 @@ TEST_CASE("every word that a spec can print is parsed") {
   CHECK(parse_spec("  k=2   E=8 score=softmax ") == router_spec{});
 }
 
+TEST_CASE("a word that says what is so anyway is not printed, another is") {
+  for (const char* const text :
+       {"E=8 k=2 selection=sinkhorn", "E=8 k=2 selection=selective_sinkhorn probability=0.5",
+        "E=8 k=1 selection=base", "E=8 k=2 passes=2", "E=8 k=2 selection=top_p p=0.5"}) {
+    const std::string printed = to_string(parse_spec(text));
+    INFO(printed);
+    for (const char* const word : {"phase", "pass_rule", "pass_lambda", "crossing", "min_k",
+                                   "plan_", "second", "table_key", "noise"})
+      CHECK(printed.find(word) == std::string::npos);
+  }
+  for (const char* const text :
+       {"E=8 k=2 passes=3 pass_lambda=0.5", "E=8 k=2 selection=sinkhorn phase=evaluation"}) {
+    const std::string printed = to_string(parse_spec(text));
+    INFO(printed);
+    CHECK(printed.find(std::string(text).substr(std::string(text).rfind(' '))) !=
+          std::string::npos);
+  }
+}
+
 TEST_CASE("a word that is unknown, wrong, repeated or missing is named") {
   CHECK(refused_text("E=8 k=2 router=fast") ==
         "moeroute::parse_spec: 'router=fast', expected a word of docs/models.md");

@@ -133,6 +133,17 @@ TEST_CASE("who knows the future loads nothing on demand; its loads are used and 
   CHECK(ahead.counts().tokens == 80);
 }
 
+TEST_CASE("a prefetcher prepares the layer that is so many ahead, in the next pass too") {
+  expert_cache cache({.experts = 8, .layers = 3, .capacity = 3});
+  prefetcher two(cache, last_predictor(3, 8), {.ahead = 2});
+  two.step(2, ids{7});
+  two.step(1, ids{1, 2, 3});
+  CHECK(two.ahead().empty());  // layer 0 has not been seen
+  two.step(0, ids{1});
+  CHECK(std::vector(two.ahead().begin(), two.ahead().end()) ==
+        std::vector<std::int32_t>{2 * 8 + 7});
+}
+
 TEST_CASE("a prefetcher whose loads are for nothing stops, and demand loads go on as without it") {
   test::random rng(3);
   expert_cache cache({.experts = 32, .capacity = 8}), alone({.experts = 32, .capacity = 8});

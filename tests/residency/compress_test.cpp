@@ -119,6 +119,8 @@ TEST_CASE("a layer needs as many experts as have the mass on enough of its token
   CHECK(least_experts(rows, 0.8, 1.0) == 2);
   CHECK(least_experts(rows, 0.8, 0.5) == 1);
   CHECK(least_experts(rows, 1.0, 1.0) == 3);
+  const std::vector<float> level(64, 1.5f);
+  CHECK(least_experts({level.data(), 1, 64}, 0.5, 1.0) == 32);
 }
 
 TEST_CASE("what stays keeps its order, and a description is pruned with it or refused") {
@@ -199,6 +201,9 @@ TEST_CASE(
   const auto leader = group_experts({usage, 2, 4}, z, 4);
   CHECK(leader[0] == std::vector<expert_id>{0, 0, 0, 0});
   CHECK(leader[1] == std::vector<expert_id>{0, 1, 2, 0});
+  const double level[] = {9, 9, 1, 1, 5, 1, 1, 1};  // two that are as good in the first layer
+  for (const auto& own : group_experts({level, 2, 4}, z, 2))
+    CHECK(own == std::vector<expert_id>{0, 0, 0, 0});
   CHECK(test::refusal([&] { group_experts({usage, 2, 4}, z, 1); }) ==
         "moeroute::group_experts: leaders is 1, expected 2 to 8");
   // A column without a finite length joins somebody all the same.
