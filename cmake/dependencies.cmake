@@ -58,7 +58,7 @@ if(MOEROUTE_BUILD_BENCH)
   set(BENCHMARK_ENABLE_INSTALL OFF)
   moeroute_dependency(benchmark 1.7 benchmark::benchmark_main GIT https://github.com/google/benchmark.git TAG v1.8.5)
 endif()
-if(MOEROUTE_BUILD_TESTS OR MOEROUTE_BUILD_EXAMPLES OR MOEROUTE_BUILD_BENCH)
+if(MOEROUTE_BUILD_TESTS OR MOEROUTE_BUILD_EXAMPLES OR MOEROUTE_BUILD_BENCH OR MOEROUTE_BUILD_CONFORMANCE)
   moeroute_dependency(nlohmann_json 3.9 nlohmann_json::nlohmann_json GIT https://github.com/nlohmann/json.git TAG v3.11.3
                       HEADERS include)
   moeroute_dependency(cxxopts 3 cxxopts::cxxopts GIT https://github.com/jarro2783/cxxopts.git TAG v3.1.1 HEADERS include)
