@@ -52,6 +52,26 @@ TEST_CASE("exploration with epsilon 0 has the bits of the router") {
   }
 }
 
+TEST_CASE("a token that explores draws k of what it may take, wherever what it may not stands") {
+  constexpr index_t tokens = 6000, experts = 7, k = 3;
+  std::vector<float> z(tokens * experts, 0.0f);
+  for (index_t t = 0; t < tokens; ++t) {
+    z[static_cast<std::size_t>(t * experts)] = -std::numeric_limits<float>::infinity();
+    z[static_cast<std::size_t>(t * experts + 3)] = std::numeric_limits<float>::quiet_NaN();
+  }
+  const assignment a = explored(explore<router<softmax>>{greedy(), 1.0f}, z, experts, {.seed = 6});
+  std::vector<int> drawn(experts, 0);
+  for (const expert_id e : a.ids()) {
+    REQUIRE(e != no_expert);
+    ++drawn[static_cast<std::size_t>(e)];
+  }
+  for (std::size_t e = 0; e < experts; ++e) {
+    const double share = e == 0 || e == 3 ? 0.0 : double{k} / 5.0;
+    CHECK(std::abs(drawn[e] / double{tokens} - share) <=
+          4.0 * std::sqrt(0.24 / tokens) * (share > 0.0));
+  }
+}
+
 TEST_CASE("rank r of a token is included with probability (1 - epsilon) [r < k] + epsilon k / m") {
   constexpr index_t tokens = 40000, experts = 9, k = 3;
   std::vector<float> z;
