@@ -66,9 +66,8 @@ It says which cases differ and where first, why the case is there, and which kno
 
 ```
 deepseek_v3: 2 of 33 tokens differ
-  low_scores: 1 of 2: token 1: rank 0: weight 0.297, expected 0.293
-    (all logits near -16 and near -48: sigmoids as small as the eps of the divisor)
-  ...
+  low_scores: 2 of 3: token 1: rank 0: weight 0.00303285709, expected 0.00290528662
+    (all logits near -16, -48 and -80: scores as small as the eps of the divisor)
   looks like eps_missing: the divisor of the weights is without its eps
 ```
 
