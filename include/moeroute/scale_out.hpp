@@ -2,6 +2,7 @@
 // the planners of placements. What sends is <moeroute/mpi/...>, opened by name.
 #pragma once
 
+#include <moeroute/layer/joined_backward.hpp>
 #include <moeroute/layer/virtual_ranks.hpp>
 #include <moeroute/placement/affinity.hpp>
 #include <moeroute/placement/cost.hpp>

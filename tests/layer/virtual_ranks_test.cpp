@@ -156,7 +156,7 @@ std::string difference(const scene& s, const placement& p, const exchange_option
         exec);
   if (const std::string diff = test::bit_difference(y, expected.y); !diff.empty())
     return s.name + " y " + diff;
-  if (path == exchange_path::two_level || !backward) return "";
+  if (!backward) return "";
   all.backward(
       tokens, gradients,
       [&](index_t rank, expert_id slot, matrix_view<const float> in, matrix_view<const float> dout,
@@ -336,6 +336,52 @@ TEST_CASE("two levels give the bits of one") {
       INFO(nodes << " nodes of " << places);
       CHECK(difference(s, p, {.rule = replica_rule::even}, exchange_path::two_level) == "");
     }
+}
+
+TEST_CASE("ranks that all get all tokens pick what one rank would have sent them") {
+  for (const scene& s : scenes())
+    for (const index_t ranks : {1, 3, 7})
+      CHECK(difference(s, replicated(s.choices.experts(), ranks, 5), {.rule = replica_rule::even},
+                       exchange_path::all_gather) == "");
+  test::random rng(8);
+  const scene s = scene_of("special", test::fixed_choices(rng, 40, 12, 4, 6), 5, 1);
+  const exchange_options o{
+      .weights = weight_on::input,
+      .special = {.identity_first = 8, .identity_end = 10, .zero_first = 10, .zero_end = 12},
+      .lost_token_gets = lost_token::residual};
+  CHECK(difference(s, replicated(12, 3, 3), o, exchange_path::all_gather) == "");
+}
+
+TEST_CASE("a message of gathered tokens that is not what was announced is refused") {
+  test::random rng(8);
+  const assignment choices = test::fixed_choices(rng, 6, 4, 2);
+  const rows x = random_rows(6 * 3, 1);
+  const placement p = placement::contiguous(4, 2);
+  exchange_sender<> sender;
+  sender.pack(matrix_view<const float>(x.data(), 6, 3), choices, p, 0, {}, {});
+  sender.pack_gathered({x.data(), 6, 3}, choices, true);
+  const auto said = [&](index_t row_count, index_t entry_count, index_t d, auto&& spoil) {
+    const std::vector<std::int32_t> rows_from{static_cast<std::int32_t>(row_count)},
+        entries_from{static_cast<std::int32_t>(entry_count)};
+    std::vector<std::byte> message(sender.gathered().begin(), sender.gathered().end());
+    spoil(message);
+    exchange_receiver<> to;
+    to.expect(rows_from, entries_from, d, {});
+    return test::refusal(
+        [&] { to.take_gathered(0, message, sender.shape_of_gathered(), p.first_slot(1), 2); });
+  };
+  const auto same = [](std::vector<std::byte>&) {};
+  const index_t n = sender.plan().rows_to(1), m = sender.plan().entries_to(1);
+  CHECK(said(n, m, 3, same) == "accepted");
+  CHECK(said(n - 1, m, 3, same).find("a message's rows is ") != std::string::npos);
+  CHECK(said(n, m + 1, 3, same).find("a message's entries is ") != std::string::npos);
+  CHECK(said(n - 1, m - 1, 3, same).find("a message's entries is ") != std::string::npos);
+  CHECK(said(n, m, 4, same).find("d of a message is 3, expected 4") != std::string::npos);
+  CHECK(said(n, m, 3, [](auto& bytes) { bytes.pop_back(); }).find("message.size() is ") !=
+        std::string::npos);
+  CHECK(said(n, m, 3, [](auto& bytes) {
+          bytes[7] = std::byte{0x7f};
+        }).find("a message's choices is ") != std::string::npos);
 }
 
 TEST_CASE("reduced results are within their bound and the same every time") {

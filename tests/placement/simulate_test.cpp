@@ -143,6 +143,19 @@ TEST_CASE("two levels pay (N - 1) + (G - 1) messages, a fitted link is the one t
   CHECK(chunked_seconds(even, 0.9, 10) > 3.0);
 }
 
+TEST_CASE("all tokens to all ranks cost what nobody needs, and nothing where everybody needs all") {
+  // One choice of 8 experts on 4 ranks: of three quarters that come, a quarter was asked for.
+  CHECK(gather_excess_bytes(8, 4, 10, 10, 100.0) == 10 * 0.75 * 0.75 * 100.0);
+  CHECK(gather_excess_bytes(8, 4, 10, 80, 100.0) == 0.0);
+  CHECK(gather_excess_bytes(8, 1, 10, 10, 100.0) == 0.0);
+  CHECK(gather_excess_bytes(8, 4, 0, 0, 100.0) == 0.0);
+  // More ranks than experts: most get what they have no use for.
+  CHECK(gather_excess_bytes(2, 8, 8, 8, 1.0) == 8 * 0.875 * 0.875);
+  // No choices at all count as one each, a ragged mean is rounded up.
+  CHECK(gather_excess_bytes(8, 4, 10, 0, 1.0) == gather_excess_bytes(8, 4, 10, 10, 1.0));
+  CHECK(gather_excess_bytes(8, 4, 10, 11, 1.0) == gather_excess_bytes(8, 4, 10, 20, 1.0));
+}
+
 TEST_CASE("simulations refuse by name what does not fit") {
   const auto said = [](simulation_options o, index_t experts = 8) {
     return test::refusal([&] { layer_simulation(experts, o); });

@@ -343,6 +343,10 @@ TEST_CASE("a placement says what is lost, what is twice, and who it is") {
   const std::vector<std::uint8_t> alive{1, 0};
   CHECK(placement::from_slots(4, 2, std::vector<expert_id>{0, 0, 3, 1, 3, -1}, {}, alive).hash() !=
         p.hash());
+  // Of a rank without experts too: nothing else tells it.
+  const std::vector<expert_id> first_rank_only{0, 1, -1, -1};
+  CHECK(placement::from_slots(2, 2, first_rank_only, {}, alive).hash() !=
+        placement::from_slots(2, 2, first_rank_only).hash());
   const std::vector<std::int32_t> node{0, 1};
   CHECK(placement::from_slots(4, 2, std::vector<expert_id>{0, 0, 3, 1, 3, -1}, node).hash() !=
         p.hash());

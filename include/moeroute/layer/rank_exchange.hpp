@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include <moeroute/layer/gathered_tokens.hpp>
 #include <moeroute/layer/moe_layer.hpp>
 #include <moeroute/stage/combine_backward.hpp>
 #include <moeroute/stage/dispatch_backward.hpp>
@@ -56,7 +57,8 @@ std::span<T> piece(T* data, index_t first, index_t last, index_t width = 1) {
 template <storage T = float, class A = simd::default_arch>
 class exchange_sender {
  public:
-  /// Resolves, plans and packs; afterwards the outgoing parts are complete.
+  /// Resolves, plans and packs; afterwards the outgoing parts are complete. In two halves: plan(),
+  /// after which all but the rows is there and nothing more is allocated, and pack_rows().
   ///
   /// counts and ranges as in resolve_options, where the rule needs them.
   /// Throws: error where something does not fit. Cost: O(choices + R) and a copy of the rows; no
@@ -65,19 +67,32 @@ class exchange_sender {
   void pack(const matrix_view<const T>& x, const assignment& choices, const placement& p,
             index_t rank, const exchange_options& options, const resolve_options& how,
             const Exec& exec = {}) {
-    check_size("exchange", "x.rows()", x.rows, choices.tokens());
+    plan(x.rows, x.cols, choices, p, rank, options, how);
+    pack_rows(x, exec);
+  }
+  void plan(index_t tokens, index_t d, const assignment& choices, const placement& p, index_t rank,
+            const exchange_options& options, const resolve_options& how) {
+    check_size("exchange", "x.rows()", tokens, choices.tokens());
     slot_.resize(choices.choices());
     counts_ = resolve(choices, p, rank, how, memory_, slot_);
     plan_exchange<A>(choices, slot_, p, plan_);
-    pack_rows(x, exec);
-    if (options.weights == weight_on::input) pack_weights(choices.weights());
+    make_room(d);
+    if (options.weights == weight_on::input || options.result == exchange_result::reduced)
+      pack_weights(choices.weights());
+  }
+  template <executor Exec = serial>
+  void pack_rows(const matrix_view<const T>& x, const Exec& exec = {}) {
+    check_size("exchange", "x.rows()", x.rows, plan_.tokens());
+    gather_rows(x, plan_.row_token(), matrix_view<T>(rows_.data(), plan_.rows(), d_), exec);
   }
 
   /// For a forwarder, whose rows came from others: slots are known.
   template <executor Exec = serial>
   void pack_resolved(const matrix_view<const T>& x, const assignment& choices,
                      std::span<const slot_id> slot, const placement& p, const Exec& exec = {}) {
+    check_size("exchange", "x.rows()", x.rows, choices.tokens());
     plan_exchange<A>(choices, slot, p, plan_);
+    make_room(x.cols);
     pack_rows(x, exec);
   }
 
@@ -87,14 +102,21 @@ class exchange_sender {
     none.reset(0, std::max<index_t>(1, p.experts()), 1);
     plan_exchange<A>(none, {}, p, plan_);
     counts_ = {};
-    d_ = d;
-    rows_.resize(0);
+    make_room(d);
   }
 
   void pack_weights(std::span<const float> weights) {
     weight_.resize(plan_.entries());
     gather_entry_weights(plan_, weights, weight_);
   }
+
+  /// The tokens of the last pack as one message, where all ranks get all of them.
+  void pack_gathered(const matrix_view<const T>& x, const assignment& choices, bool weights) {
+    moeroute::pack_gathered(x, choices, std::span<const slot_id>(slot_), weights, shape_,
+                            gathered_);
+  }
+  std::span<const std::byte> gathered() const { return gathered_; }
+  const gathered_shape& shape_of_gathered() const { return shape_; }
 
   const exchange_plan& plan() const { return plan_; }
   /// Of the last pack: choices with a slot, and choices of lost experts.
@@ -185,10 +207,16 @@ class exchange_sender {
     }
     if (!terms.weights.empty() || dx_first_)
       combine_backward(results(), plan_.outer(), choices, dy, terms, exec, combining);
+    pack_gradient_rows(dy, choices.weights(), exec);
+  }
+  /// For a forwarder, whose rows and weights came from others.
+  template <executor Exec = serial>
+  void pack_gradient_rows(const matrix_view<const float>& dy, std::span<const float> weights,
+                          const Exec& exec = {}) {
     back_rows_.resize(plan_.rows() * d_);
     gather_rows(dy, plan_.row_token(), matrix_view<float>(back_rows_.data(), plan_.rows(), d_),
                 exec);
-    pack_weights(choices.weights());
+    pack_weights(weights);
     back_.resize(plan_.entries() * d_);
   }
   std::span<const float> gradient_rows_to(index_t r) const {
@@ -198,6 +226,8 @@ class exchange_sender {
   std::span<float> gradients_from(index_t r) {
     return returned_piece(back_, r, exchange_result::exact);
   }
+  /// What came back, in the order of the plan's entries.
+  matrix_view<const float> gradients() const { return {back_.data(), plan_.entries(), d_}; }
   /// The second half: dx[t] = the sum over t's choices, in rank order, and dweights with weights on
   /// inputs.
   template <executor Exec = serial>
@@ -220,7 +250,7 @@ class exchange_sender {
       target = {unwanted_.data(), choices.tokens(), d_};
     }
     if (target.data != nullptr)
-      dispatch_backward(matrix_view<const float>(back_.data(), plan_.entries(), d_), plan_.outer(),
+      dispatch_backward(gradients(), plan_.outer(),
                         dx_first_ ? gradient_to::add : gradient_to::write, target, exec, scale);
     if (!on_input || dweights.empty()) return;
     const bool identity = options.special.identity_first < options.special.identity_end;
@@ -238,12 +268,9 @@ class exchange_sender {
  private:
   static std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
 
-  template <executor Exec>
-  void pack_rows(const matrix_view<const T>& x, const Exec& exec) {
-    check_size("exchange", "x.rows()", x.rows, plan_.tokens());
-    d_ = x.cols;
+  void make_room(index_t d) {
+    d_ = d;
     rows_.resize(size_product(plan_.rows(), d_));
-    gather_rows(x, plan_.row_token(), matrix_view<T>(rows_.data(), plan_.rows(), d_), exec);
   }
   std::span<float> returned_piece(buffer<float>& rows, index_t r, exchange_result result) {
     const auto first = result == exchange_result::exact ? plan_.entry_offset() : plan_.row_offset();
@@ -270,6 +297,8 @@ class exchange_sender {
   bool dx_first_ = false;
   exchange_result result_ = exchange_result::exact;
   buffer<T> rows_;
+  gathered_shape shape_;
+  buffer<std::byte> gathered_;
   buffer<float> weight_, returned_, ones_, back_rows_, back_, own_dweights_, unwanted_;
   dispatch_plan reduced_;
 };
@@ -322,6 +351,44 @@ class exchange_receiver {
   /// Wanted with weights on inputs, in reduced mode and for the backward pass.
   std::span<float> weight_from(index_t s) {
     return detail::piece(weight_.data(), entry_offset_[at(s)], entry_offset_[at(s) + 1]);
+  }
+
+  /// In place of what else comes from rank s: of the message that all ranks got what has a slot in
+  /// [first_slot, first_slot + slots).
+  ///
+  /// Throws: error where that is not as much as was expected.
+  void take_gathered(index_t s, std::span<const std::byte> message, const gathered_shape& shape,
+                     index_t first_slot, index_t slots) {
+    constexpr const char* where = "exchange";
+    check_size(where, "d of a message", shape.d, d_);
+    const gathered_reader<T> from(message, shape);
+    const std::span<std::int32_t> entries_of = entries_of_row_from(s), local = local_slot_from(s);
+    const std::span<float> weight = weight_from(s);
+    const std::span<T> to = rows_from(s);
+    const auto rows = static_cast<index_t>(entries_of.size()),
+               entries = static_cast<index_t>(local.size());
+    index_t row = 0, entry = 0, first = from.first(0);
+    check_size(where, "a message's first choice", first, 0);
+    for (index_t t = 0; t < shape.tokens; ++t) {
+      const index_t last = from.first(t + 1), before = entry;
+      check_range(where, "a message's choices", last, first, shape.choices);
+      for (index_t c = first; c < last; ++c) {
+        const index_t slot = from.slot(c) - first_slot;
+        if (slot < 0 || slot >= slots) continue;
+        check_range(where, "a message's entries", entry, 0, entries - 1);
+        local[at(entry)] = static_cast<std::int32_t>(slot);
+        if (shape.weights) weight[at(entry)] = from.weight(c);
+        ++entry;
+      }
+      first = last;
+      if (entry == before) continue;
+      check_range(where, "a message's rows", row, 0, rows - 1);
+      entries_of[at(row)] = static_cast<std::int32_t>(entry - before);
+      from.copy_row(t, to.data() + row * d_);
+      ++row;
+    }
+    check_size(where, "a message's rows", row, rows);
+    check_size(where, "a message's entries", entry, entries);
   }
 
   /// Runs the experts of this rank's slots on what was received: f(local slot, in, out) or, with
@@ -380,6 +447,10 @@ class exchange_receiver {
   std::span<const std::int32_t> entries_of_row() const { return row_entries_; }
   std::span<const std::int32_t> local_slot() const { return local_slot_; }
   std::span<const std::int32_t> rows_from() const { return rows_from_; }
+  std::span<const std::int32_t> entries_from() const { return entries_from_; }
+  std::span<const float> entry_weights() const { return weight_; }
+  matrix_view<const float> received_gradients() const { return {back_rows_.data(), rows(), d_}; }
+  index_t d() const { return d_; }
 
   // --- backward ----------------------------------------------------------------------------------
 
@@ -392,24 +463,35 @@ class exchange_receiver {
   /// gradients_to(s) goes back. Requires: run() was the last forward call.
   template <class F, executor Exec = serial>
   void run_backward(F&& f, const Exec& exec = {}) {
-    const matrix_view<const float> dy(back_rows_.data(), rows(), d_);
-    const matrix_view<const float> in(in_.data(), entries(), d_);
-    dout_.resize(size_product(entries(), d_));
-    din_.resize(size_product(entries(), d_));
-    const matrix_view<float> dout(dout_.data(), entries(), d_), din(din_.data(), entries(), d_);
-    dispatch_options moving;
-    if (!on_input_) moving.scale = weight_;
-    dispatch(dy, plan_, dout, exec, moving);
+    begin_backward(exec);
+    const matrix_view<float> din = input_gradients();
     if constexpr (expert_gradient_with_scratch<std::remove_reference_t<F>, float, float, float>) {
       scratch_.resize(f.scratch_floats() * worker_slots::count(exec.concurrency()));
-      for_each_expert_backward(plan_, in, matrix_view<const float>(dout), din, f, scratch_.data(),
-                               exec);
+      for_each_expert_backward(plan_, inputs(), output_gradients(), din, f, scratch_.data(), exec);
     } else {
-      for_each_expert_backward(plan_, in, matrix_view<const float>(dout), din, f, exec);
+      for_each_expert_backward(plan_, inputs(), output_gradients(), din, f, exec);
     }
+    end_backward(exec);
+  }
+  /// The same in parts: before and after somebody makes input_gradients() of inputs() and
+  /// output_gradients(), all in the order of plan()'s slots.
+  template <executor Exec = serial>
+  void begin_backward(const Exec& exec = {}) {
+    dout_.resize(size_product(entries(), d_));
+    din_.resize(size_product(entries(), d_));
+    dispatch_options moving;
+    if (!on_input_) moving.scale = weight_;
+    dispatch(matrix_view<const float>(back_rows_.data(), rows(), d_), plan_,
+             matrix_view<float>(dout_.data(), entries(), d_), exec, moving);
+  }
+  matrix_view<const float> inputs() const { return {in_.data(), entries(), d_}; }
+  matrix_view<const float> output_gradients() const { return {dout_.data(), entries(), d_}; }
+  matrix_view<float> input_gradients() { return {din_.data(), entries(), d_}; }
+  template <executor Exec = serial>
+  void end_backward(const Exec& exec = {}) {
     result_offset_ = entry_offset_;
     results_.resize(size_product(entries(), d_));
-    gather_rows(matrix_view<const float>(din), plan_.slot_of_choice(),
+    gather_rows(matrix_view<const float>(input_gradients()), plan_.slot_of_choice(),
                 matrix_view<float>(results_.data(), entries(), d_), exec);
   }
   std::span<const float> gradients_to(index_t s) const { return results_to(s); }

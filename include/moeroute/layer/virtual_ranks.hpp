@@ -36,6 +36,7 @@ enum class exchange_path {
   /// Once to each node, to the rank with the sender's place there, which hands on within the node:
   /// (N - 1) + (G - 1) messages per rank in place of N G - 1, and a row crosses to a node once.
   two_level,
+  all_gather,  ///< every rank gets all tokens and picks its own: for few tokens
 };
 
 /// Runs the forward and backward pass of R ranks, each with its tokens, over one placement.
@@ -82,9 +83,9 @@ class virtual_ranks {
     for (index_t r = 0; r < this->ranks(); ++r)
       senders_[at(r)].pack(ranks[at(r)].x, ranks[at(r)].choices, placement_, r, options_,
                            resolving(ranks[at(r)]), exec);
-    if (options_.result == exchange_result::reduced)
+    if (path_ == exchange_path::all_gather)
       for (index_t r = 0; r < this->ranks(); ++r)
-        senders_[at(r)].pack_weights(ranks[at(r)].choices.weights());
+        senders_[at(r)].pack_gathered(ranks[at(r)].x, ranks[at(r)].choices, weights_travel());
     for (index_t r = 0; r < this->ranks(); ++r) receive(r, ranks[at(r)].x.cols);
     for (index_t r = 0; r < this->ranks(); ++r)
       receivers_[at(r)].run(placement_.slots(r), of_rank(f, r), options_, exec);
@@ -96,8 +97,8 @@ class virtual_ranks {
     }
   }
 
-  /// The same on the way back, after a flat forward call with the same tokens: f(rank, local slot,
-  /// in, dout, din).
+  /// The same on the way back, after a forward call with the same tokens: f(rank, local slot, in,
+  /// dout, din).
   template <class F, executor Exec = serial>
   void backward(std::span<const rank_tokens<T>> ranks, std::span<const rank_gradients> gradients,
                 F&& f, const Exec& exec = {}) {
@@ -106,29 +107,34 @@ class virtual_ranks {
     check_size("virtual_ranks", "ranks.size()", static_cast<index_t>(ranks.size()), this->ranks());
     check_size("virtual_ranks", "gradients.size()", static_cast<index_t>(gradients.size()),
                this->ranks());
-    if (path_ != exchange_path::flat) fail("virtual_ranks", "backward goes by the flat path only");
     for (index_t r = 0; r < this->ranks(); ++r)
       senders_[at(r)].pack_backward(ranks[at(r)].x, gradients[at(r)].dy, ranks[at(r)].choices,
                                     options_, gradients[at(r)].dweights, gradients[at(r)].dx, exec);
-    for (index_t r = 0; r < this->ranks(); ++r) {
-      receivers_[at(r)].expect_backward();
-      for (index_t s = 0; s < this->ranks(); ++s) {
-        copy(senders_[at(s)].gradient_rows_to(r), receivers_[at(r)].gradient_rows_from(s));
-        copy(senders_[at(s)].weight_to(r), receivers_[at(r)].weight_from(s));
+    if (path_ == exchange_path::two_level)
+      send_gradients_to_nodes(exec);
+    else
+      for (index_t r = 0; r < this->ranks(); ++r) {
+        receivers_[at(r)].expect_backward();
+        for (index_t s = 0; s < this->ranks(); ++s) {
+          copy(senders_[at(s)].gradient_rows_to(r), receivers_[at(r)].gradient_rows_from(s));
+          copy(senders_[at(s)].weight_to(r), receivers_[at(r)].weight_from(s));
+        }
       }
-    }
     for (index_t r = 0; r < this->ranks(); ++r) {
       const auto slot_gradient = [&f, r](expert_id slot, matrix_view<const float> in,
                                          matrix_view<const float> dout,
                                          matrix_view<float> din) { f(r, slot, in, dout, din); };
       receivers_[at(r)].run_backward(slot_gradient, exec);
     }
-    for (index_t s = 0; s < this->ranks(); ++s) {
-      for (index_t r = 0; r < this->ranks(); ++r)
-        copy(receivers_[at(r)].gradients_to(s), senders_[at(s)].gradients_from(r));
+    if (path_ == exchange_path::two_level)
+      return_gradients_by_nodes(exec);
+    else
+      for (index_t s = 0; s < this->ranks(); ++s)
+        for (index_t r = 0; r < this->ranks(); ++r)
+          copy(receivers_[at(r)].gradients_to(s), senders_[at(s)].gradients_from(r));
+    for (index_t s = 0; s < this->ranks(); ++s)
       senders_[at(s)].finish_backward(ranks[at(s)].x, ranks[at(s)].choices, options_,
                                       gradients[at(s)].dweights, gradients[at(s)].dx, exec);
-    }
   }
 
  private:
@@ -167,6 +173,10 @@ class virtual_ranks {
             .mask = tokens.mask};
   }
 
+  bool weights_travel() const {
+    return options_.weights == weight_on::input || options_.result == exchange_result::reduced;
+  }
+
   // What rank r gets from everybody.
   void receive(index_t r, index_t d) {
     rows_.clear();
@@ -177,9 +187,13 @@ class virtual_ranks {
     }
     exchange_receiver<T, A>& to = receivers_[at(r)];
     to.expect(rows_, entries_, d, options_);
-    const bool weights =
-        options_.weights == weight_on::input || options_.result == exchange_result::reduced;
+    const bool weights = weights_travel();
     for (index_t s = 0; s < ranks(); ++s) {
+      if (path_ == exchange_path::all_gather) {
+        to.take_gathered(s, senders_[at(s)].gathered(), senders_[at(s)].shape_of_gathered(),
+                         placement_.first_slot(r), placement_.slots(r));
+        continue;
+      }
       copy(senders_[at(s)].rows_to(r), to.rows_from(s));
       copy(senders_[at(s)].entries_of_row_to(r), to.entries_of_row_from(s));
       copy(senders_[at(s)].local_slot_to(r), to.local_slot_from(s));
@@ -270,24 +284,72 @@ class virtual_ranks {
         const index_t host = r / places * places + g;
         copy(receivers_[at(host)].results_to(r % places), w.out.results_from(host));
       }
-      w.back.resize(at(w.in.entries() * tokens[at(r)].x.cols));
-      gather_rows(w.out.results(), w.out.plan().outer().slot_of_choice(),
-                  matrix_view<float>(w.back.data(), w.in.entries(), tokens[at(r)].x.cols), exec);
+      order_by_entries(w, w.out.results(), exec);
     }
     for (index_t r = 0; r < ranks(); ++r) {
-      const index_t d = tokens[at(r)].x.cols;
       senders_[at(r)].expect_results(exchange_result::exact);
-      for (index_t n = 0; n < nodes; ++n) {
-        const index_t by = n * places + r % places;
-        index_t first = 0;
-        for (index_t m = 0; m < r / places; ++m)
-          first += senders_[at(m * places + r % places)].plan().entries_to(n);
-        const std::span<float> to = senders_[at(r)].results_from(n);
-        std::copy_n(forwarders_[at(by)].back.data() + first * d, to.size(), to.data());
-      }
+      for (index_t n = 0; n < nodes; ++n)
+        copy(handed_back(r, n, tokens[at(r)].x.cols), senders_[at(r)].results_from(n));
       senders_[at(r)].finish(tokens[at(r)].x, tokens[at(r)].choices, options_, tokens[at(r)].y,
                              exec);
     }
+  }
+
+  // What came back to a forwarder, in the order in which its entries came.
+  template <executor Exec>
+  void order_by_entries(forwarder& w, const matrix_view<const float>& rows, const Exec& exec) {
+    w.back.resize(at(w.in.entries() * rows.cols));
+    gather_rows(rows, w.out.plan().outer().slot_of_choice(),
+                matrix_view<float>(w.back.data(), w.in.entries(), rows.cols), exec);
+  }
+  // What the forwarder on node n has for rank r: behind what it has for nodes before r's.
+  std::span<const float> handed_back(index_t r, index_t n, index_t d) const {
+    const index_t place = r % places_;
+    index_t first = 0;
+    for (index_t m = 0; m < r / places_; ++m)
+      first += senders_[at(m * places_ + place)].plan().entries_to(n);
+    const forwarder& w = forwarders_[at(n * places_ + place)];
+    return std::span<const float>(w.back).subspan(at(first * d),
+                                                  at(senders_[at(r)].plan().entries_to(n) * d));
+  }
+
+  // Rows of dy and weights of entries, the way that x went.
+  template <executor Exec>
+  void send_gradients_to_nodes(const Exec& exec) {
+    for (index_t r = 0; r < ranks(); ++r) {
+      forwarder& w = forwarders_[at(r)];
+      const index_t node = r / places_, place = r % places_;
+      w.in.expect_backward();
+      for (index_t n = 0; n < nodes_.ranks(); ++n) {
+        const auto& from = senders_[at(n * places_ + place)];
+        copy(from.gradient_rows_to(node), w.in.gradient_rows_from(n));
+        copy(from.weight_to(node), w.in.weight_from(n));
+      }
+      w.out.pack_gradient_rows(w.in.received_gradients(), w.in.entry_weights(), exec);
+    }
+    for (index_t r = 0; r < ranks(); ++r) {
+      receivers_[at(r)].expect_backward();
+      for (index_t g = 0; g < places_; ++g) {
+        const auto& from = forwarders_[at(r / places_ * places_ + g)].out;
+        copy(from.gradient_rows_to(r), receivers_[at(r)].gradient_rows_from(g));
+        copy(from.weight_to(r), receivers_[at(r)].weight_from(g));
+      }
+    }
+  }
+  template <executor Exec>
+  void return_gradients_by_nodes(const Exec& exec) {
+    for (index_t r = 0; r < ranks(); ++r) {
+      forwarder& w = forwarders_[at(r)];
+      for (index_t g = 0; g < places_; ++g) {
+        const index_t host = r / places_ * places_ + g;
+        copy(receivers_[at(host)].gradients_to(r % places_), w.out.gradients_from(host));
+      }
+      order_by_entries(w, w.out.gradients(), exec);
+    }
+    for (index_t r = 0; r < ranks(); ++r)
+      for (index_t n = 0; n < nodes_.ranks(); ++n)
+        copy(handed_back(r, n, senders_[at(r)].gradients().cols),
+             senders_[at(r)].gradients_from(n));
   }
 
   // Rows lie as (forwarder, source node, token); the order of one rank is (source node, forwarder,

@@ -3,27 +3,31 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <exception>
-#include <functional>
 #include <memory>
 #include <span>
-#include <string>
 #include <string_view>
 #include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include <moeroute/layer/joined_backward.hpp>
 #include <moeroute/layer/rank_exchange.hpp>
-#include <moeroute/mpi/transport.hpp>
+#include <moeroute/mpi/agreement.hpp>
+#include <moeroute/placement/cost.hpp>
 
 namespace moeroute::mpi {
 
-/// Most chunks of a call.
-inline constexpr index_t max_chunks = 16;
+/// How tokens reach the experts' ranks.
+enum class dispatcher {
+  /// As all_gather where that costs a rank at most gather_bytes more (gather_excess_bytes), else as
+  /// rank_to_rank. Every rank decides by the numbers of all, and so alike.
+  automatic,
+  rank_to_rank,  ///< rows once to each rank that needs them: some messages for each pair of ranks
+  all_gather,    ///< all rows to all ranks in one collective message; takes one chunk
+};
 
 struct parallel_options {
   exchange_options exchange{};
@@ -31,36 +35,19 @@ struct parallel_options {
   /// A number of the layer's own, the same on all ranks: messages name it. Objects made in another
   /// order than on other ranks are refused by it; calls in another order end at the deadline.
   std::int32_t layer = 0;
-  /// Tokens are cut into so many chunks, rows of one travel while another is computed; forward only
-  /// (the backward pass takes one).
+  /// Tokens are cut into so many chunks, rows of one travel while another is computed.
   index_t chunks = 1;
+  /// The same on all ranks.
+  dispatcher dispatch = dispatcher::automatic;
+  index_t gather_bytes = 8192;
 };
 
 /// What the last call sent and received on this rank.
 struct parallel_counts {
   index_t tokens = 0, rows_sent = 0, entries_sent = 0, rows_received = 0, entries_received = 0;
-  index_t lost = 0;  ///< choices of lost experts that were dropped
+  index_t lost = 0;       ///< choices of lost experts that were dropped
+  bool gathered = false;  ///< all ranks got all tokens; rows_sent counts what was needed
 };
-
-/// What every rank tells every other before rows move.
-struct rank_header {
-  static constexpr std::uint32_t right_magic = 0x45504d31;
-
-  std::uint32_t magic = right_magic;
-  std::uint32_t version = 1;
-  std::uint64_t machine = 0;    ///< instruction set: other bits on others
-  std::uint64_t placement = 0;  ///< its hash
-  std::int64_t sequence = 0;
-  std::int64_t d = 0;
-  std::int32_t layer = 0;
-  std::int32_t type = 0;   ///< of rows, their size in bytes and kind
-  std::int32_t phase = 0;  ///< counts, forward, backward
-  std::int32_t flags = 0;  ///< rule, result, weights
-  std::int32_t experts = 0;
-  std::int32_t chunks = 0;
-  std::array<std::int32_t, max_chunks> rows{}, entries{};
-};
-static_assert(std::is_trivially_copyable_v<rank_header>);
 
 /// One rank's end of an exchange: forward() and backward() are collective, every rank of the
 /// communicator makes the same calls in the same order, with any number of tokens, also none.
@@ -77,18 +64,19 @@ class expert_parallel {
   /// number of ranks than the communicator, or an option is out of range.
   expert_parallel(MPI_Comm comm, placement experts, const parallel_options& options = {})
       : s_(std::make_unique<state>(comm, std::move(experts), options)) {
-    const index_t ranks = s_->net.ranks();
-    s_->call = "construction";
-    guard("options", [&] {
+    agreement& talk = s_->talk;
+    const index_t ranks = talk.net.ranks();
+    talk.guard("options", [&] {
       check_size("expert_parallel", "placement.ranks()", s_->experts.ranks(), ranks);
-      check_range("expert_parallel", "chunks", options.chunks, 1, max_chunks);
+      check_range("expert_parallel", "chunks", options.chunks, 1,
+                  options.dispatch == dispatcher::all_gather ? 1 : max_chunks);
+      check_range("expert_parallel", "gather_bytes", options.gather_bytes, 0,
+                  std::int32_t{0x7fffffff});
     });
-    agree("options");
-    s_->has_forward = false;
+    talk.agree("options");
     s_->senders = std::vector<exchange_sender<T, A>>(at(options.chunks));
     s_->receivers = std::vector<exchange_receiver<T, A>>(at(options.chunks));
     s_->parts.resize(at(options.chunks));
-    s_->headers.resize(at(ranks));
     if (options.exchange.special.any()) {
       s_->owned.resize(at(s_->experts.experts()));
       for (index_t e = 0; e < s_->experts.experts(); ++e)
@@ -104,9 +92,9 @@ class expert_parallel {
   }
   ~expert_parallel() { leave(); }
 
-  index_t rank() const { return s_->net.rank(); }
-  index_t ranks() const { return s_->net.ranks(); }
-  bool broken() const { return s_->net.broken(); }
+  index_t rank() const { return s_->talk.net.rank(); }
+  index_t ranks() const { return s_->talk.net.ranks(); }
+  bool broken() const { return s_->talk.net.broken(); }
   const placement& experts() const { return s_->experts; }
   const parallel_counts& counts() const { return s_->counts; }
   /// The plan of the last call's only chunk, and what was received for it.
@@ -128,7 +116,8 @@ class expert_parallel {
   /// scratch, f(local slot, in, out, memory) is the expert of each of this rank's slots.
   ///
   /// Shapes: x and y [T, d], T of this rank's own. Collective. Throws: on every rank where one
-  /// fails. Cost: two small agreements, then rows once per token and rank, results once per choice.
+  /// fails. Cost: two small agreements, rows once per token and rank (or all to all: dispatcher),
+  /// results once per choice.
   template <class F, writable_rows Y, executor Exec = serial>
   void forward(const matrix_view<const T>& x, const assignment& choices, Y&& y_rows, F&& f,
                const Exec& exec = {}, std::span<const std::uint8_t> mask = {},
@@ -139,8 +128,10 @@ class expert_parallel {
     const exchange_options& options = s.options.exchange;
     const index_t chunks = s.options.chunks, tokens = x.rows;
     const index_t me = rank();
-    begin("forward");
-    guard("checks", [&] {
+    agreement& talk = s.talk;
+    talk.begin("forward");
+    s.has_forward = false;
+    talk.guard("checks", [&] {
       check_size("expert_parallel", "choices.tokens()", choices.tokens(), tokens);
       check_size("expert_parallel", "choices.experts()", choices.experts(), s.experts.experts());
       check_size("expert_parallel", "y.rows()", y.rows, tokens);
@@ -163,7 +154,7 @@ class expert_parallel {
 
     const bool weights =
         options.weights == weight_on::input || options.result == exchange_result::reduced;
-    guard("pack", [&] {
+    talk.guard("plan", [&] {
       s.counts = {};
       s.counts.tokens = tokens;
       for (index_t i = 0; i < chunks; ++i) {
@@ -181,29 +172,30 @@ class expert_parallel {
                             .range = s.ranges.range,
                             .owned = s.owned};
         if (!mask.empty()) how.mask = mask.subspan(at(first), at(last - first));
-        s.senders[at(i)].pack(x.middle_rows(first, last - first), *part, s.experts, me, options,
-                              how, exec);
-        if (options.result == exchange_result::reduced)
-          s.senders[at(i)].pack_weights(part->weights());
+        s.senders[at(i)].plan(last - first, x.cols, *part, s.experts, me, options, how);
         s.counts.lost += s.senders[at(i)].counts().lost;
       }
     });
-    if (s.failed) nothing(x.cols);
-    rank_header mine = header(x.cols, 1);
+    if (talk.failed()) nothing(x.cols);
     for (index_t i = 0; i < chunks; ++i) s.senders[at(i)].expect_results(options.result);
-    exchange_headers(mine, &s.senders);
-    guard("room", [&] {
+    exchange_headers(forward_header(x.cols, talk.failed() ? nullptr : &choices), true);
+    talk.guard("room", [&] {
       for (index_t i = 0; i < chunks; ++i) {
         s.rows_from.clear();
         s.entries_from.clear();
-        for (const rank_header& h : s.headers) {
+        for (const rank_header& h : talk.headers()) {
           s.rows_from.push_back(h.rows[at(i)]);
           s.entries_from.push_back(h.entries[at(i)]);
         }
         s.receivers[at(i)].expect(s.rows_from, s.entries_from, x.cols, options);
       }
+      s.counts.gathered = gathers(x.cols, weights);
+      if (s.counts.gathered) {
+        s.senders[0].pack_gathered(x, choices, weights);
+        make_room_to_gather(x.cols, weights);
+      }
     });
-    agree("header");
+    talk.agree("header");
 
     for (index_t i = 0; i < chunks; ++i) {
       for (index_t r = 0; r < ranks(); ++r) {
@@ -216,45 +208,55 @@ class expert_parallel {
     // Chunk i + 1 is on its way while chunk i is computed, and results of i - 1 go back.
     std::vector<transport::pending> rows(at(chunks));
     transport::pending results;
-    post_rows(rows[0], 0, weights);
+    const auto post = [&](index_t i) {
+      const index_t first = tokens * i / chunks, last = tokens * (i + 1) / chunks;
+      talk.guard("pack",
+                 [&] { s.senders[at(i)].pack_rows(x.middle_rows(first, last - first), exec); });
+      post_rows(rows[at(i)], i, weights);
+    };
+    if (s.counts.gathered)
+      gather(x.cols, weights);
+    else
+      post(0);
     for (index_t i = 0; i < chunks; ++i) {
       exchange_receiver<T, A>& receiver = s.receivers[at(i)];
-      s.net.wait(rows[at(i)], where("rows"));
-      if (i + 1 < chunks) post_rows(rows[at(i + 1)], i + 1, weights);
+      talk.net.wait(rows[at(i)], talk.where("rows"));
+      if (i + 1 < chunks) post(i + 1);
       const auto poke = [&, caller = std::this_thread::get_id()] {
         if (std::this_thread::get_id() != caller) return;
-        if (i + 1 < chunks) s.net.poke(rows[at(i + 1)]);
-        s.net.poke(results);
+        if (i + 1 < chunks) talk.net.poke(rows[at(i + 1)]);
+        talk.net.poke(results);
       };
-      if (!s.failed)
-        guard("experts",
-              [&] { receiver.run(s.experts.slots(me), poking(f, poke), options, exec); });
-      if (s.failed) receiver.no_results(options);
+      talk.guard("experts",
+                 [&] { receiver.run(s.experts.slots(me), poking(f, poke), options, exec); });
+      if (talk.failed()) receiver.no_results(options);
       const int tag = tag_of(4, i);
       exchange(
           results, tag, [&](index_t r) { return s.senders[at(i)].results_from(r); },
           [&](index_t r) { return receiver.results_to(r); });
     }
-    s.net.wait(results, where("results"));
-    if (!s.failed)
-      guard("combine", [&] {
-        for (index_t i = 0; i < chunks; ++i) {
-          const index_t first = tokens * i / chunks, n = tokens * (i + 1) / chunks - first;
-          matrix_view<const float> shared_part = shared;
-          if (shared.rows > 0) shared_part = shared.middle_rows(first, n);
-          std::span<const float> shared_weights = shared_weight;
-          if (!shared_weight.empty()) shared_weights = shared_weight.subspan(at(first), at(n));
-          s.senders[at(i)].finish(x.middle_rows(first, n), chunks > 1 ? s.parts[at(i)] : choices,
-                                  options, y.middle_rows(first, n), exec, shared_part,
-                                  shared_weights);
-        }
-      });
-    agree("end");
+    talk.net.wait(results, talk.where("results"));
+    talk.guard("combine", [&] {
+      for (index_t i = 0; i < chunks; ++i) {
+        const index_t first = tokens * i / chunks, n = tokens * (i + 1) / chunks - first;
+        matrix_view<const float> shared_part = shared;
+        if (shared.rows > 0) shared_part = shared.middle_rows(first, n);
+        std::span<const float> shared_weights = shared_weight;
+        if (!shared_weight.empty()) shared_weights = shared_weight.subspan(at(first), at(n));
+        s.senders[at(i)].finish(x.middle_rows(first, n), part(i, choices), options,
+                                y.middle_rows(first, n), exec, shared_part, shared_weights);
+      }
+    });
+    talk.agree("end");
+    s.has_forward = true;
   }
 
   /// The gradients of the last forward() call with the same x and choices: f(local slot, in, dout,
   /// din [, memory]) runs a slot's expert backwards and adds to gradients of its own.
   ///
+  /// An expert is called once with the rows of all chunks, after all have arrived. Where f is an
+  /// expert_gradient_in_two it makes din chunk by chunk while rows of the next travel, and the
+  /// gradients of weights once, after the last.
   /// Shapes: dy, dx [T, d]; dweights [choices]; empty ones are not wanted. Collective. Gradients
   /// are sums, nothing is divided by the number of ranks. Throws: as forward().
   template <class F, executor Exec = serial>
@@ -264,138 +266,128 @@ class expert_parallel {
     static_assert(std::is_same_v<T, float>,
                   "[moeroute::expert_parallel] backward takes rows of float");
     state& s = *s_;
-    begin("backward");
-    exchange_sender<T, A>& sender = s.senders[0];
-    exchange_receiver<T, A>& receiver = s.receivers[0];
-    guard("pack", [&] {
-      check_size("expert_parallel", "chunks", s.options.chunks, 1);
-      if (!s.has_forward) fail("expert_parallel", "backward() without a forward() call before it");
+    agreement& talk = s.talk;
+    const index_t chunks = s.options.chunks, slots = s.experts.slots(rank());
+    talk.begin("backward");
+    const bool has_forward = std::exchange(s.has_forward, false);
+    const auto edge = [&](index_t i) { return x.rows * i / chunks; };
+    const auto rows_of = [&](const auto& v, index_t i) {
+      return v.data == nullptr ? v : v.middle_rows(edge(i), edge(i + 1) - edge(i));
+    };
+    const auto weights_of = [&](index_t i) {
+      const index_t first = choices.first(edge(i));
+      return dweights.empty() ? dweights
+                              : dweights.subspan(at(first), at(choices.first(edge(i + 1)) - first));
+    };
+    talk.guard("pack", [&] {
+      if (!has_forward) fail("expert_parallel", "backward() without a forward() call before it");
       check_size("expert_parallel", "dy.rows()", dy.rows, x.rows);
       check_size("expert_parallel", "dy.cols()", dy.cols, x.cols);
-      check_size("expert_parallel", "choices.choices()", choices.choices(),
-                 sender.plan().outer().choices());
+      check_size("expert_parallel", "choices.tokens()", choices.tokens(), x.rows);
+      index_t before = 0;
+      for (const auto& sender : s.senders) before += sender.plan().outer().choices();
+      check_size("expert_parallel", "choices.choices()", choices.choices(), before);
       if (dx.data != nullptr) check_size("expert_parallel", "dx.rows()", dx.rows, x.rows);
-      sender.pack_backward(x, dy, choices, s.options.exchange, dweights, dx, exec);
+      if (!dweights.empty())
+        check_size("expert_parallel", "dweights.size()", static_cast<index_t>(dweights.size()),
+                   choices.choices());
+      for (index_t i = 0; i < chunks; ++i)
+        s.senders[at(i)].pack_backward(rows_of(x, i), rows_of(dy, i), part(i, choices),
+                                       s.options.exchange, weights_of(i), rows_of(dx, i), exec);
     });
-    rank_header mine = header(dy.cols, 2);
-    exchange_headers(mine, nullptr);
-    agree("header");
-    receiver.expect_backward();
-    transport::pending rows;
-    exchange(
-        rows, tag_of(5, 0), [&](index_t r) { return receiver.gradient_rows_from(r); },
-        [&](index_t r) { return sender.gradient_rows_to(r); });
-    exchange(
-        rows, tag_of(6, 0), [&](index_t r) { return receiver.weight_from(r); },
-        [&](index_t r) { return sender.weight_to(r); });
-    s.net.wait(rows, where("rows"));
-    guard("experts", [&] { receiver.run_backward(f, exec); });
-    if (s.failed) receiver.no_results({});
+    exchange_headers(header(dy.cols, 2), false);
+    talk.agree("header");
+    std::vector<transport::pending> rows(at(chunks));
     transport::pending results;
-    exchange(
-        results, tag_of(7, 0), [&](index_t r) { return sender.gradients_from(r); },
-        [&](index_t r) { return receiver.gradients_to(r); });
-    s.net.wait(results, where("results"));
-    if (!s.failed)
-      guard("combine",
-            [&] { sender.finish_backward(x, choices, s.options.exchange, dweights, dx, exec); });
-    agree("end");
+    const auto post = [&](index_t i) {
+      exchange_sender<T, A>& sender = s.senders[at(i)];
+      exchange_receiver<T, A>& receiver = s.receivers[at(i)];
+      receiver.expect_backward();
+      exchange(
+          rows[at(i)], tag_of(5, i), [&](index_t r) { return receiver.gradient_rows_from(r); },
+          [&](index_t r) { return sender.gradient_rows_to(r); });
+      exchange(
+          rows[at(i)], tag_of(6, i), [&](index_t r) { return receiver.weight_from(r); },
+          [&](index_t r) { return sender.weight_to(r); });
+    };
+    const auto give_back = [&](index_t i) {
+      exchange_receiver<T, A>& receiver = s.receivers[at(i)];
+      if (talk.failed()) receiver.no_results({});
+      exchange(
+          results, tag_of(7, i), [&](index_t r) { return s.senders[at(i)].gradients_from(r); },
+          [&](index_t r) { return receiver.gradients_to(r); });
+    };
+    using expert = std::remove_reference_t<F>;
+    if constexpr (expert_gradient_in_two<expert>) {
+      post(0);
+      for (index_t i = 0; i < chunks; ++i) {
+        talk.net.wait(rows[at(i)], talk.where("rows"));
+        if (i + 1 < chunks) post(i + 1);
+        const auto poke = [&, caller = std::this_thread::get_id()] {
+          if (std::this_thread::get_id() != caller) return;
+          if (i + 1 < chunks) talk.net.poke(rows[at(i + 1)]);
+          talk.net.poke(results);
+        };
+        talk.guard("experts", [&] { s.receivers[at(i)].run_backward(poking(f, poke), exec); });
+        give_back(i);
+      }
+      talk.guard("weights of experts", [&] { s.join.run_weights(s.receivers, slots, f, exec); });
+    } else {
+      for (index_t i = 0; i < chunks; ++i) post(i);
+      for (transport::pending& p : rows) talk.net.wait(p, talk.where("rows"));
+      talk.guard("experts", [&] {
+        if (chunks == 1) return s.receivers[0].run_backward(f, exec);
+        for (auto& receiver : s.receivers) receiver.begin_backward(exec);
+        s.join.run(s.receivers, slots, f, exec);
+        for (auto& receiver : s.receivers) receiver.end_backward(exec);
+      });
+      for (index_t i = 0; i < chunks; ++i) give_back(i);
+    }
+    talk.net.wait(results, talk.where("results"));
+    talk.guard("combine", [&] {
+      for (index_t i = 0; i < chunks; ++i)
+        s.senders[at(i)].finish_backward(rows_of(x, i), part(i, choices), s.options.exchange,
+                                         weights_of(i), rows_of(dx, i), exec);
+    });
+    talk.agree("end");
     s.has_forward = true;
   }
 
  private:
   struct state {
     state(MPI_Comm comm, placement p, const parallel_options& o)
-        : options(o), net(comm, o.transport), experts(std::move(p)) {}
+        : options(o), talk(comm, o.transport, o.layer), experts(std::move(p)) {}
 
     parallel_options options;
-    transport net;
+    agreement talk;
     placement experts;
     std::vector<exchange_sender<T, A>> senders;
     std::vector<exchange_receiver<T, A>> receivers;
+    joined_backward<T, A> join;
     std::vector<assignment> parts;
-    std::vector<rank_header> headers, sent;
     std::vector<std::uint8_t> owned;
     std::vector<std::int32_t> all_counts, rows_from, entries_from;
+    std::vector<rank_header> sent;
+    std::vector<int> bytes_from, first_byte;
+    buffer<std::byte> gathered;
     slot_ranges ranges;
     parallel_counts counts;
-    std::int64_t sequence = 0;
-    bool failed = false, has_forward = false;
-    std::exception_ptr thrown;
-    std::string text;
-    const char* call = "";
+    bool has_forward = false;
   };
 
   static std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
 
   // Of a broken exchange messages may still be under way to its buffers: they stay.
   void leave() noexcept {
-    if (s_ != nullptr && s_->net.broken()) static_cast<void>(s_.release());
+    if (s_ != nullptr && s_->talk.net.broken()) static_cast<void>(s_.release());
   }
 
-  void begin(const char* call) {
-    state& s = *s_;
-    if (s.net.broken())
-      fail("expert_parallel", "broken: an earlier call of MPI failed or a rank did not arrive");
-    ++s.sequence;
-    s.failed = false;
-    s.thrown = nullptr;
-    s.text.clear();
-    s.call = call;
-  }
-  std::string where(const char* phase) const {
-    return "layer " + std::to_string(s_->options.layer) + ", " + s_->call + ", " + phase;
+  const assignment& part(index_t chunk, const assignment& choices) const {
+    return s_->options.chunks > 1 ? s_->parts[at(chunk)] : choices;
   }
   // Tags differ between phases, chunks, and calls that follow one another.
   int tag_of(int phase, index_t chunk) const {
-    return static_cast<int>(((s_->sequence & 1) * 16 + phase) * max_chunks + chunk);
-  }
-
-  // Runs a phase; what it throws is kept, and the rank goes on so that others need not wait.
-  template <class F>
-  void guard(const char* phase, F&& f) {
-    state& s = *s_;
-    if (s.failed) return;
-#if MOEROUTE_EXCEPTIONS
-    try {
-      f();
-    } catch (const std::exception& e) {
-      keep(phase, e.what());
-      s.thrown = std::current_exception();
-    } catch (...) {
-      keep(phase, "an exception of another kind");
-      s.thrown = std::current_exception();
-    }
-#else
-    static_cast<void>(phase);
-    f();
-#endif
-  }
-  void keep(const char* phase, const std::string& text) {
-    s_->failed = true;
-    s_->text = std::string("failed in ") + phase + " of layer " +
-               std::to_string(s_->options.layer) + ": " + text;
-  }
-
-  // Every rank learns whether one has failed, and which; then all throw.
-  void agree(const char* phase) {
-    state& s = *s_;
-    const std::int64_t lowest_first = ranks() - 1 - rank();
-    // Whoever threw comes before those who only noticed that others differ.
-    const std::int64_t code = !s.failed ? 0 : s.thrown != nullptr ? 2 : 1;
-    const std::int64_t worst =
-        s.net.max_of_all(code << 32 | (code != 0 ? lowest_first : 0), where(phase));
-    if (worst >> 32 == 0) {
-      s.has_forward = true;
-      return;
-    }
-    s.has_forward = false;
-    const index_t who = ranks() - 1 - static_cast<index_t>(worst & 0x7fffffff);
-    const std::string text = s.net.text_of(who, s.text, where(phase));
-#if MOEROUTE_EXCEPTIONS
-    if (s.thrown != nullptr) std::rethrow_exception(s.thrown);
-#endif
-    fail("expert_parallel", "rank " + std::to_string(who) + " " + text);
+    return static_cast<int>(((s_->talk.sequence() & 1) * 16 + phase) * max_chunks + chunk);
   }
 
   // After a failure: no rows for anybody, so that headers are true.
@@ -410,7 +402,7 @@ class expert_parallel {
     for (const char c : std::string_view(A::name()))
       h.machine = h.machine * 131 + static_cast<unsigned char>(c);
     h.placement = s.experts.hash();
-    h.sequence = s.sequence;
+    h.sequence = s.talk.sequence();
     h.d = d;
     h.layer = s.options.layer;
     h.type = static_cast<std::int32_t>(sizeof(T)) * 4 + (std::is_same_v<T, float>      ? 0
@@ -418,64 +410,81 @@ class expert_parallel {
                                                                                        : 2);
     h.phase = phase;
     h.flags = static_cast<std::int32_t>(o.rule) | static_cast<std::int32_t>(o.result) << 8 |
-              static_cast<std::int32_t>(o.weights) << 16;
+              static_cast<std::int32_t>(o.weights) << 16 |
+              static_cast<std::int32_t>(s.options.dispatch) << 24;
+    h.gather_bytes = s.options.gather_bytes;
     h.experts = static_cast<std::int32_t>(s.experts.experts());
     h.chunks = static_cast<std::int32_t>(s.options.chunks);
     return h;
   }
 
-  // What must agree, by name; "" where it does.
-  static std::string disagreement(const rank_header& a, const rank_header& b) {
-    const auto differs = [](const char* what, auto x, auto y) {
-      return std::string(what) + " is " + std::to_string(x) + " there and " + std::to_string(y) +
-             " here";
-    };
-    if (b.magic != a.magic || b.version != a.version) return "its messages are of another version";
-    if (b.layer != a.layer) return differs("the layer", b.layer, a.layer);
-    if (b.sequence != a.sequence) return differs("the number of the call", b.sequence, a.sequence);
-    if (b.phase != a.phase)
-      return differs("the phase (0 counts, 1 forward, 2 backward)", b.phase, a.phase);
-    if (b.d != a.d) return differs("d", b.d, a.d);
-    if (b.type != a.type) return differs("the type of rows", b.type, a.type);
-    if (b.experts != a.experts) return differs("the number of experts", b.experts, a.experts);
-    if (b.chunks != a.chunks) return differs("the number of chunks", b.chunks, a.chunks);
-    if (b.flags != a.flags)
-      return differs("the rule, result or place of weights", b.flags, a.flags);
-    if (b.placement != a.placement) return "its placement is another";
-    if (b.machine != a.machine) return "its instruction set is another";
-    return "";
+  rank_header forward_header(index_t d, const assignment* choices) const {
+    rank_header h = header(d, 1);
+    if (choices == nullptr) return h;
+    h.tokens = static_cast<std::int32_t>(choices->tokens());
+    h.choices = static_cast<std::int32_t>(choices->choices());
+    return h;
   }
 
-  // Headers to and from everybody; a difference is a failure of whoever sees it.
-  void exchange_headers(const rank_header& mine,
-                        const std::vector<exchange_sender<T, A>>* senders) {
+  // With the numbers of rows for each rank, where rows follow.
+  void exchange_headers(const rank_header& mine, bool rows) {
     state& s = *s_;
     s.sent.assign(at(ranks()), mine);
-    transport::pending p;
-    for (index_t i = 1; i < ranks(); ++i) {
-      const index_t from = (rank() + ranks() - i) % ranks();
-      s.net.receive(p, std::as_writable_bytes(std::span(&s.headers[at(from)], 1)), from,
-                    header_tag);
-    }
-    for (index_t i = 0; i < ranks(); ++i) {
-      const index_t to = (rank() + i) % ranks();
-      rank_header& h = s.sent[at(to)];
-      for (std::size_t c = 0; senders != nullptr && c < senders->size(); ++c) {
-        h.rows[c] = static_cast<std::int32_t>((*senders)[c].plan().rows_to(to));
-        h.entries[c] = static_cast<std::int32_t>((*senders)[c].plan().entries_to(to));
+    for (index_t r = 0; rows && r < ranks(); ++r)
+      for (std::size_t c = 0; c < s.senders.size(); ++c) {
+        const exchange_plan& plan = s.senders[c].plan();
+        s.sent[at(r)].rows[c] = static_cast<std::int32_t>(plan.rows_to(r));
+        s.sent[at(r)].entries[c] = static_cast<std::int32_t>(plan.entries_to(r));
       }
-      if (to == rank())
-        s.headers[at(to)] = h;
-      else
-        s.net.send(p, std::as_bytes(std::span(&h, 1)), to, header_tag);
+    s.talk.exchange_headers(s.sent);
+  }
+
+  // --- all tokens to all ranks ---
+
+  gathered_shape shape_of(index_t r, index_t d, bool weights) const {
+    const rank_header& h = s_->talk.headers()[at(r)];
+    return {h.tokens, h.choices, d, weights};
+  }
+  bool gathers(index_t d, bool weights) const {
+    const parallel_options& o = s_->options;
+    if (o.dispatch != dispatcher::automatic) return o.dispatch == dispatcher::all_gather;
+    index_t tokens = 0, choices = 0, bytes = 0;
+    for (index_t r = 0; r < ranks(); ++r) {
+      const gathered_shape shape = shape_of(r, d, weights);
+      tokens += shape.tokens;
+      choices += shape.choices;
+      bytes += shape.bytes(sizeof(T));
     }
-    s.net.wait(p, where("header"));
-    for (index_t r = 0; r < ranks() && !s.failed; ++r)
-      if (const std::string said = disagreement(mine, s.headers[at(r)]); !said.empty()) {
-        s.failed = true;
-        s.text = "disagrees with rank " + std::to_string(r) + " in layer " +
-                 std::to_string(s.options.layer) + ": " + said;
-      }
+    return o.chunks == 1 && ranks() > 1 && bytes <= 0x7fffffff &&
+           gather_excess_bytes(s_->experts.experts(), ranks(), tokens, choices,
+                               static_cast<double>(d * index_t{sizeof(T)})) <=
+               static_cast<double>(o.gather_bytes);
+  }
+  void make_room_to_gather(index_t d, bool weights) {
+    state& s = *s_;
+    s.bytes_from.assign(at(ranks()), 0);
+    s.first_byte.assign(at(ranks()), 0);
+    index_t total = 0;
+    for (index_t r = 0; r < ranks(); ++r) {
+      const index_t bytes = shape_of(r, d, weights).bytes(sizeof(T));
+      check_range("expert_parallel", "gathered bytes", total + bytes, 0, std::int32_t{0x7fffffff});
+      s.bytes_from[at(r)] = static_cast<int>(bytes);
+      s.first_byte[at(r)] = static_cast<int>(total);
+      total += bytes;
+    }
+    s.gathered.resize(total);
+  }
+  void gather(index_t d, bool weights) {
+    state& s = *s_;
+    const std::span<std::byte> all(s.gathered.data(), at(s.gathered.size()));
+    s.talk.net.all_gather(s.senders[0].gathered(), s.bytes_from, s.first_byte, all,
+                          s.talk.where("rows"));
+    s.talk.guard("rows", [&] {
+      for (index_t r = 0; r < ranks(); ++r)
+        s.receivers[0].take_gathered(
+            r, all.subspan(at(s.first_byte[at(r)]), at(s.bytes_from[at(r)])),
+            shape_of(r, d, weights), s.experts.first_slot(rank()), s.experts.slots(rank()));
+    });
   }
 
   // Every rank's counts of every expert, for rules that cut over all ranks' tokens.
@@ -486,20 +495,19 @@ class expert_parallel {
     const auto row = [&](index_t r) {
       return std::span<std::int32_t>(s.all_counts).subspan(at(r * experts), at(experts));
     };
-    guard("counts", [&] {
+    s.talk.guard("counts", [&] {
       check_size("expert_parallel", "chunks with a rule of counts", s.options.chunks, 1);
       count_choices(choices, row(rank()), s.owned, mask);
     });
-    exchange_headers(header(d, 0), nullptr);
-    agree("counts");
-    s.has_forward = false;
+    exchange_headers(header(d, 0), false);
+    s.talk.agree("counts");
     transport::pending p;
     for (index_t r = 0; r < ranks(); ++r) {
       if (r == rank()) continue;
-      s.net.receive(p, std::as_writable_bytes(row(r)), r, tag_of(8, 0));
-      s.net.send(p, std::as_bytes(row(rank())), r, tag_of(8, 0));
+      s.talk.net.receive(p, std::as_writable_bytes(row(r)), r, tag_of(8, 0));
+      s.talk.net.send(p, std::as_bytes(row(rank())), r, tag_of(8, 0));
     }
-    s.net.wait(p, where("counts"));
+    s.talk.net.wait(p, s.talk.where("counts"));
   }
 
   // A message of each pair; the own rank's is copied.
@@ -507,11 +515,11 @@ class expert_parallel {
   void exchange(transport::pending& p, int tag, To&& to, From&& from) {
     for (index_t i = 1; i < ranks(); ++i) {
       const index_t r = (rank() + ranks() - i) % ranks();
-      s_->net.receive(p, std::as_writable_bytes(to(r)), r, tag);
+      s_->talk.net.receive(p, std::as_writable_bytes(to(r)), r, tag);
     }
     for (index_t i = 1; i < ranks(); ++i) {
       const index_t r = (rank() + i) % ranks();
-      s_->net.send(p, std::as_bytes(from(r)), r, tag);
+      s_->talk.net.send(p, std::as_bytes(from(r)), r, tag);
     }
     const auto own_from = from(rank());
     const auto own_to = to(rank());
@@ -559,13 +567,25 @@ class expert_parallel {
       f(slot, in, out, memory);
       poke();
     }
+    void operator()(expert_id slot, matrix_view<const float> in, matrix_view<const float> dout,
+                    matrix_view<float> din) const
+      requires expert_gradient<F, float, float, float>
+    {
+      f(slot, in, dout, din);
+      poke();
+    }
+    void operator()(expert_id slot, matrix_view<const float> in, matrix_view<const float> dout,
+                    matrix_view<float> din, float* memory) const
+      requires expert_gradient_with_scratch<F, float, float, float>
+    {
+      f(slot, in, dout, din, memory);
+      poke();
+    }
   };
   template <class F, class Poke>
   static poking_experts<std::remove_reference_t<F>, Poke> poking(F& f, const Poke& poke) {
     return {f, poke};
   }
-
-  static constexpr int header_tag = 1 << 14;
 
   std::unique_ptr<state> s_;
 };

@@ -33,6 +33,18 @@ struct transport_options {
   index_t bytes_per_message = index_t{512} << 20;
 };
 
+/// What a rank waits for, for messages of what did not arrive.
+struct waited_for {
+  const char* phase = "";
+  const char* call = "";  ///< empty: there is no layer yet
+  std::int32_t layer = 0;
+
+  std::string text() const {
+    if (*call == '\0') return phase;
+    return "layer " + std::to_string(layer) + ", " + call + ", " + phase;
+  }
+};
+
 /// Point-to-point messages of a communicator of its own, with deadlines.
 ///
 /// Only the thread that calls makes MPI calls: MPI_THREAD_FUNNELED is enough. After a deadline it
@@ -115,10 +127,13 @@ class transport {
     return kept == 0;
   }
 
-  /// Waits until all have ended. `what` says in messages what was waited for.
+  /// Waits until all have ended.
   ///
   /// Throws: error that names the ranks that did not arrive, after the deadline; broken() then.
-  void wait(pending& p, const std::string& what) {
+  void wait(pending& p, const waited_for& what) {
+    // Most are there soon: before anybody looks at the clock or gives the processor away.
+    for (int i = 0; i < polls; ++i)
+      if (poke(p)) return;
     const auto began = std::chrono::steady_clock::now();
     while (!poke(p)) {
       if (late(began)) {
@@ -134,7 +149,7 @@ class transport {
   }
 
   /// The greatest of all ranks' values.
-  std::int64_t max_of_all(std::int64_t value, const std::string& what) {
+  std::int64_t max_of_all(std::int64_t value, const waited_for& what) {
     refuse_broken();
     std::int64_t most = value;
     MPI_Request request = MPI_REQUEST_NULL;
@@ -148,8 +163,21 @@ class transport {
     return most;
   }
 
+  /// Every rank's message on all: bytes[r] of rank r from first[r] of `all` on.
+  ///
+  /// Of a broken one all four may still be read and written.
+  void all_gather(std::span<const std::byte> mine, const std::vector<int>& bytes,
+                  const std::vector<int>& first, std::span<std::byte> all, const waited_for& what) {
+    refuse_broken();
+    MPI_Request request = MPI_REQUEST_NULL;
+    check(MPI_Iallgatherv(mine.data(), static_cast<int>(mine.size()), MPI_BYTE, all.data(),
+                          bytes.data(), first.data(), MPI_BYTE, comm_, &request),
+          "MPI_Iallgatherv");
+    wait_collective(request, what);
+  }
+
   /// `root`'s text on every rank, its first 200 characters.
-  std::string text_of(index_t root, const std::string& text, const std::string& what) {
+  std::string text_of(index_t root, const std::string& text, const waited_for& what) {
     refuse_broken();
     auto* const buffer = new char[201]();
     if (root == rank_) text.copy(buffer, 200);
@@ -162,14 +190,16 @@ class transport {
   }
 
  private:
+  static constexpr int polls = 64;
+
   // Pieces of a message match only where all ranks cut alike.
   void agree_on_options() {
     const double deadline = options_.deadline;
     const index_t bytes = options_.bytes_per_message;
     const bool fits = deadline > 0.0 && bytes >= 1 && bytes <= 0x7fffffff;
     if (!(deadline > 0.0)) options_.deadline = transport_options{}.deadline;
-    const std::int64_t mine = fits ? bytes : 0, most = max_of_all(mine, "options"),
-                       least = -max_of_all(-mine, "options");
+    const std::int64_t mine = fits ? bytes : 0, most = max_of_all(mine, {"options"}),
+                       least = -max_of_all(-mine, {"options"});
     if (fits && most == least) return;
     MPI_Comm_free(&comm_);
     if (!(deadline > 0.0)) fail_value("mpi", "deadline", deadline, "> 0");
@@ -220,17 +250,22 @@ class transport {
     m.left -= bytes;
   }
 
-  void wait_collective(MPI_Request& request, const std::string& what) {
+  void wait_collective(MPI_Request& request, const waited_for& what) {
+    const auto done = [&] {
+      int flag = 0;
+      check(MPI_Test(&request, &flag, MPI_STATUS_IGNORE), "MPI_Test");
+      return flag != 0;
+    };
+    for (int i = 0; i < polls; ++i)
+      if (done()) return;
     const auto began = std::chrono::steady_clock::now();
-    for (int done = 0;;) {
-      check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), "MPI_Test");
-      if (done != 0) return;
+    while (!done()) {
       if (late(began)) give_up({}, what);
       std::this_thread::yield();
     }
   }
 
-  [[noreturn]] void give_up(std::vector<int> missing, const std::string& what) {
+  [[noreturn]] void give_up(std::vector<int> missing, const waited_for& what) {
     broken_ = true;
     std::sort(missing.begin(), missing.end());
     missing.erase(std::unique(missing.begin(), missing.end()), missing.end());
@@ -240,7 +275,7 @@ class transport {
     seconds.erase(seconds.find('.') + 2);
     fail("expert_parallel", (missing.empty() ? std::string("a rank")
                                              : (missing.size() == 1 ? "rank " : "ranks ") + who) +
-                                " did not arrive within " + seconds + " s (" + what + ")");
+                                " did not arrive within " + seconds + " s (" + what.text() + ")");
   }
 
   transport_options options_;

@@ -141,6 +141,17 @@ inline double expected_distinct(index_t experts, index_t k, index_t groups) {
   return static_cast<double>(groups) * (1.0 - missed);
 }
 
+/// Bytes that a rank receives more where all ranks get all tokens than where each gets what it
+/// needs: uniform traffic, `tokens` and `choices` of all ranks together.
+inline double gather_excess_bytes(index_t experts, index_t ranks, index_t tokens, index_t choices,
+                                  double row_bytes) {
+  if (tokens <= 0) return 0.0;
+  const index_t k = std::clamp<index_t>((choices + tokens - 1) / tokens, 1, experts);
+  const double r = static_cast<double>(ranks), away = 1.0 - 1.0 / r;
+  const double needed = expected_distinct(experts, k, std::min(ranks, experts)) / r;
+  return static_cast<double>(tokens) * away * (1.0 - needed) * row_bytes;
+}
+
 /// What a token sends away, uniform traffic, on R ranks of N nodes.
 struct expected_rows {
   double distinct_ranks, distinct_nodes;

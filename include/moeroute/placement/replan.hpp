@@ -276,9 +276,11 @@ inline std::vector<index_t> assign(const std::vector<double>& gain, index_t n) {
 /// The plan `made` with its ranks renamed within nodes, and nodes renamed, so that most experts are
 /// where `old` has them, in their slots where they can be.
 ///
-/// Requires: as many slots on every rank in both. Ensures: the loads of ranks are those of made,
-/// permuted, dead ranks among themselves; no more moves than without. Throws: error where sizes or
-/// live ranks differ. Cost: O(R^3) to 256 ranks, beyond by the greatest overlaps.
+/// Who is alive is as in made: it is a rank, not its name, that died, so a plan for live ranks
+/// stays on live ranks; what a rank that is dead in old once held counts for nothing. Requires: as
+/// many slots on every rank in both. Ensures: the loads of ranks are those of made, permuted; no
+/// more moves than without. Throws: error where sizes differ. Cost: O(R^3) to 256 ranks, beyond by
+/// the greatest overlaps.
 inline placement relabel(const placement& old, const placement& made) {
   using detail::at;
   constexpr const char* where = "relabel";
@@ -290,29 +292,28 @@ inline placement relabel(const placement& old, const placement& made) {
     check_size(where, "made.slots(rank)", made.slots(r), old.slots(0));
     check_size(where, "old.slots(rank)", old.slots(r), old.slots(0));
     check_size(where, "made.node_of_rank", made.node_of_rank()[at(r)], old.node_of_rank()[at(r)]);
-    check_size(where, "made.alive", made.alive()[at(r)], old.alive()[at(r)]);
   }
   std::vector<std::vector<index_t>> of_node(at(nodes));
   for (index_t r = 0; r < ranks; ++r) of_node[at(old.node_of_rank()[at(r)])].push_back(r);
   const auto shared = [&](index_t a, index_t b) {  // experts of made's rank a on old's rank b
+    if (made.alive()[at(a)] != made.alive()[at(b)]) return -1e18;
     double n = 0.0;
+    if (old.alive()[at(b)] == 0) return n;
     const std::span<const expert_id> here = old.experts_of_rank(b);
     for (const expert_id e : made.experts_of_rank(a))
       n += e >= 0 && std::find(here.begin(), here.end(), e) != here.end() ? 1.0 : 0.0;
     return n;
   };
-  const auto live = [&](index_t node) {
-    const auto& all = of_node[at(node)];
-    return std::count_if(all.begin(), all.end(),
-                         [&](index_t r) { return old.alive()[at(r)] != 0; });
-  };
-  // For every pair of nodes of one kind the best names of ranks, then the best names of nodes. No
-  // live rank gets a dead one's name: there are pairs without that, and they are worth more.
+  // For every pair of nodes of one kind the best names of ranks, then the best names of nodes.
   std::vector<std::vector<index_t>> names(at(nodes * nodes));
   std::vector<double> gain(at(nodes * nodes), 0.0);
   for (index_t a = 0; a < nodes; ++a)
     for (index_t b = 0; b < nodes; ++b) {
       const auto n = static_cast<index_t>(of_node[at(a)].size());
+      const auto live = [&](index_t node) {
+        return std::count_if(of_node[at(node)].begin(), of_node[at(node)].end(),
+                             [&](index_t r) { return made.alive()[at(r)] != 0; });
+      };
       if (n != static_cast<index_t>(of_node[at(b)].size()) || live(a) != live(b)) {
         gain[at(a * nodes + b)] = -1e18;
         continue;
@@ -320,37 +321,41 @@ inline placement relabel(const placement& old, const placement& made) {
       std::vector<double> pair(at(n * n));
       for (index_t i = 0; i < n; ++i)
         for (index_t j = 0; j < n; ++j)
-          pair[at(i * n + j)] =
-              old.alive()[at(of_node[at(a)][at(i)])] == old.alive()[at(of_node[at(b)][at(j)])]
-                  ? shared(of_node[at(a)][at(i)], of_node[at(b)][at(j)])
-                  : -1e9;
+          pair[at(i * n + j)] = shared(of_node[at(a)][at(i)], of_node[at(b)][at(j)]);
       names[at(a * nodes + b)] = detail::assign(pair, n);
       for (index_t i = 0; i < n; ++i)
         gain[at(a * nodes + b)] += pair[at(i * n + names[at(a * nodes + b)][at(i)])];
     }
   std::vector<index_t> node_name = detail::assign(gain, nodes);
   std::vector<expert_id> slots(at(old.slots()), no_expert);
+  std::vector<double> share(slots.size(), 0.0);
   for (index_t a = 0; a < nodes; ++a) {
     const index_t b = node_name[at(a)];
     for (std::size_t i = 0; i < of_node[at(a)].size(); ++i) {
       const index_t from = of_node[at(a)][i], to = of_node[at(b)][at(names[at(a * nodes + b)][i])];
-      std::vector<expert_id> rest;
+      std::vector<index_t> rest;  // slots of made
       const index_t first = old.first_slot(to);
       const auto here = old.experts_of_rank(to);
-      for (const expert_id e : made.experts_of_rank(from)) {
+      const auto put = [&](index_t slot, index_t place) {
+        slots[at(place)] = made.expert_of_slot()[at(slot)];
+        share[at(place)] = made.share()[at(slot)];
+      };
+      for (index_t slot = made.first_slot(from); slot < made.first_slot(from) + made.slots(from);
+           ++slot) {
+        const expert_id e = made.expert_of_slot()[at(slot)];
+        if (e < 0) continue;
         index_t place = -1;
         for (std::size_t s = 0; s < here.size() && place < 0; ++s)
-          if (e >= 0 && here[s] == e && slots[at(first) + s] == no_expert)
-            place = static_cast<index_t>(s);
+          if (here[s] == e && slots[at(first) + s] == no_expert) place = static_cast<index_t>(s);
         if (place >= 0)
-          slots[at(first + place)] = e;
-        else if (e >= 0)
-          rest.push_back(e);
+          put(slot, first + place);
+        else
+          rest.push_back(slot);
       }
-      std::size_t next = at(first);
-      for (const expert_id e : rest) {
-        while (slots[next] != no_expert) ++next;
-        slots[next] = e;
+      index_t next = first;
+      for (const index_t slot : rest) {
+        while (slots[at(next)] != no_expert) ++next;
+        put(slot, next);
       }
     }
   }
@@ -358,7 +363,8 @@ inline placement relabel(const placement& old, const placement& made) {
                     .slot_offset = old.slot_offset(),
                     .expert_of_slot = slots,
                     .node_of_rank = old.node_of_rank(),
-                    .alive = old.alive()});
+                    .alive = made.alive(),
+                    .share = share});
 }
 
 /// One expert's weights from a rank that holds them to one that will.

@@ -75,22 +75,26 @@ void plan_exchange(const assignment& choices, std::span<const slot_id> slot,
 
   // Stable and token-major: an entry begins a row where the token changes.
   const std::int32_t* const first_slot = p.slot_offset().data();
+  const slot_id* const entry = outer.slot_of_choice;
+  std::int32_t* const local = to.local_slot.data();
   for (index_t c = 0; c < n; ++c)
-    if (key[c] >= 0)
-      to.local_slot[outer.slot_of_choice[c]] =
-          slot[static_cast<std::size_t>(c)] - first_slot[key[c]];
+    if (key[c] >= 0) local[entry[c]] = slot[static_cast<std::size_t>(c)] - first_slot[key[c]];
+  // Written for every entry, the last stays: nobody can guess where a row ends.
+  const slot_id* const token_of_entry = outer.token_of_slot;
+  slot_id* const row_token = to.row_token.data();
+  std::int32_t* const row_end = to.row_entries.data();
   index_t row = -1;
   for (index_t r = 0; r < ranks; ++r) {
     to.row_offset[r] = static_cast<std::int32_t>(row + 1);
     slot_id last = no_token;
-    for (index_t i = outer.offsets[r]; i < outer.offsets[r + 1]; ++i) {
-      if (outer.token_of_slot[i] != last) {
-        last = to.row_token[++row] = outer.token_of_slot[i];
-        to.row_entries[row] = 0;
-      }
-      ++to.row_entries[row];
+    for (index_t i = outer.offsets[r], end = outer.offsets[r + 1]; i < end; ++i) {
+      const slot_id t = token_of_entry[i];
+      row += t != last ? 1 : 0;
+      row_token[row] = last = t;
+      row_end[row] = static_cast<std::int32_t>(i + 1);
     }
   }
+  for (index_t i = row; i > 0; --i) row_end[i] -= row_end[i - 1];
   to.rows = row + 1;
   to.row_offset[ranks] = static_cast<std::int32_t>(to.rows);
 }

@@ -118,9 +118,15 @@ inline void check_ranges(const placement& p, const resolve_options& o, index_t e
                         ", expected " + std::to_string(total));
 }
 
+// What is left of the piece that an expert's next tokens go to: all that most choices look at.
+struct replica_piece {
+  std::int32_t left = 0;
+  slot_id slot = no_slot;
+};
+
 // One expert's walk through its pieces.
 struct replica_cursor {
-  std::int64_t next = 0;   // number of the next token among all ranks'
+  std::int64_t next = 0;   // number of the first token of the piece, or behind it, of all ranks'
   std::int64_t until = 0;  // where the piece ends
   std::int64_t total = 0;
   double prefix = 0.0;
@@ -151,6 +157,26 @@ inline void next_piece(const placement& p, const resolve_options& o, index_t ran
       c.until = c.piece + 1 == m ? c.total : std::clamp(end, c.until, c.total);
     }
   }
+}
+
+// The next piece for this rank's tokens, which end at `end`; false where the expert has no slot.
+// Out of line: few choices come here.
+[[nodiscard]] MOEROUTE_OUT_OF_LINE inline bool take_piece(const placement& p,
+                                                          const resolve_options& o, index_t rank,
+                                                          index_t e, std::int64_t end,
+                                                          replica_cursor& walk,
+                                                          replica_piece& piece) {
+  if (p.replicas(e) == 0) {
+    ++walk.next;
+    return false;
+  }
+  next_piece(p, o, rank, e, walk);
+  // No further than this rank's tokens: behind them counts do not fit.
+  const std::int64_t until = std::min(walk.until, end);
+  if (until <= walk.next) fail_counts(rank, e);
+  piece = {static_cast<std::int32_t>(until - walk.next), walk.slot};
+  walk.next = until;
+  return true;
 }
 
 // Every expert's slot from here.
@@ -225,7 +251,6 @@ inline resolve_counts resolve(const assignment& choices, const placement& where_
     check_size(where, "range.size()", static_cast<index_t>(options.range.size()),
                options.range_first.back());
   }
-  std::fill(slot.begin(), slot.end(), no_slot);
   resolve_counts found;
   const auto lost = [&](index_t c, index_t e) {
     if (options.lost == lost_expert::error) detail::fail_lost(e, c);
@@ -233,13 +258,26 @@ inline resolve_counts resolve(const assignment& choices, const placement& where_
   };
 
   if (!counted && options.rule != replica_rule::round_robin) {
-    slot_id* const of = memory.carve([&](scratch& s) { return s.take<slot_id>(experts); });
+    slot_id* const of = memory.carve([&](scratch& s) { return s.take<slot_id>(experts + 1); }) + 1;
+    of[-1] = no_slot;
+    bool all_live = true;
     for (index_t e = 0; e < experts; ++e) {
       if (options.rule == replica_rule::only && p.replicas(e) > 1)
         fail(where, "expert " + std::to_string(e) + " has " + std::to_string(p.replicas(e)) +
                         " live slots, expected one where the rule is only");
       of[e] = p.replicas(e) == 1 ? p.slots_of_expert(e)[0] : detail::nearest_slot(p, rank, e);
+      all_live = all_live && of[e] != no_slot;
     }
+    if (all_live && options.owned.empty() && options.mask.empty() && !choices.drops()) {
+      // Ids were checked: -1 or an expert.
+      const expert_id* const id = choices.ids().data();
+      for (std::size_t c = 0; c < slot.size(); ++c) {
+        slot[c] = of[id[c]];
+        found.kept += slot[c] != no_slot ? 1 : 0;
+      }
+      return found;
+    }
+    std::fill(slot.begin(), slot.end(), no_slot);
     detail::for_each_part(choices, options.owned, options.mask, [&](index_t c, index_t e) {
       if (of[e] == no_slot) return lost(c, e);
       slot[static_cast<std::size_t>(c)] = of[e];
@@ -248,42 +286,80 @@ inline resolve_counts resolve(const assignment& choices, const placement& where_
     return found;
   }
 
-  auto* const cursor =
-      memory.carve([&](scratch& s) { return s.take<detail::replica_cursor>(experts); });
-  std::fill_n(cursor, experts, detail::replica_cursor{});
-  for (index_t r = 0; counted && r < p.ranks(); ++r) {
+  std::fill(slot.begin(), slot.end(), no_slot);
+  if (!counted) {
+    std::int32_t* const turn =
+        memory.carve([&](scratch& s) { return s.take<std::int32_t>(experts); });
+    std::fill_n(turn, experts, 0);
+    detail::for_each_part(choices, options.owned, options.mask, [&](index_t c, index_t e) {
+      const index_t m = p.replicas(e);
+      if (m == 0) return lost(c, e);
+      slot[static_cast<std::size_t>(c)] =
+          p.slots_of_expert(e)[static_cast<std::size_t>(turn[e]++ % m)];
+      ++found.kept;
+    });
+    return found;
+  }
+
+  struct room {
+    std::int64_t *before, *total;  // tokens of each expert on ranks before this one, and in all
+    detail::replica_cursor* cursor;
+    detail::replica_piece* piece;
+  };
+  const room of = memory.carve([&](scratch& s) {
+    return room{s.take<std::int64_t>(experts), s.take<std::int64_t>(experts),
+                s.take<detail::replica_cursor>(experts), s.take<detail::replica_piece>(experts)};
+  });
+  std::fill_n(of.total, experts, std::int64_t{0});
+  std::int32_t least = 0;
+  for (index_t r = 0; r < p.ranks(); ++r) {
+    if (r == rank) std::copy_n(of.total, experts, of.before);
     const std::int32_t* const row = options.counts.data() + r * experts;
     for (index_t e = 0; e < experts; ++e) {
-      if (row[e] < 0) fail_value(where, "counts", index_t{row[e]}, ">= 0");
-      cursor[e].total += row[e];
-      cursor[e].next += r < rank ? row[e] : 0;
+      of.total[e] += row[e];
+      least = std::min(least, row[e]);
     }
   }
+  if (least < 0) fail_value(where, "counts", index_t{least}, ">= 0");
   if (options.rule == replica_rule::ranges)
-    for (index_t e = 0; e < experts; ++e) detail::check_ranges(p, options, e, cursor[e].total);
-
-  detail::for_each_part(choices, options.owned, options.mask, [&](index_t c, index_t e) {
-    const index_t m = p.replicas(e);
-    if (m == 0) {
-      ++cursor[e].next;
-      return lost(c, e);
-    }
-    detail::replica_cursor& at = cursor[e];
-    if (counted) {
-      if (at.next >= at.until) detail::next_piece(p, options, rank, e, at);
-    } else {
-      at.slot = p.slots_of_expert(e)[static_cast<std::size_t>(at.next % m)];
-    }
-    ++at.next;
-    slot[static_cast<std::size_t>(c)] = at.slot;
-    ++found.kept;
-  });
-  for (index_t e = 0; counted && e < experts; ++e) {
-    std::int64_t end = 0;
-    for (index_t r = 0; r <= rank; ++r)
-      end += options.counts[static_cast<std::size_t>(r * experts + e)];
-    if (cursor[e].next != end) detail::fail_counts(rank, e);
+    for (index_t e = 0; e < experts; ++e) detail::check_ranges(p, options, e, of.total[e]);
+  for (index_t e = 0; e < experts; ++e) {
+    of.cursor[e] = {.next = of.before[e], .total = of.total[e]};
+    of.piece[e] = {};
   }
+
+  const std::int32_t* const own = options.counts.data() + rank * experts;
+  detail::replica_piece* const piece = of.piece;
+  const auto has = [&](index_t e) {
+    return piece[e].left > 0 ||
+           detail::take_piece(p, options, rank, e, of.before[e] + own[e], of.cursor[e], piece[e]);
+  };
+  if (options.owned.empty() && options.mask.empty() && !choices.drops()) {
+    const expert_id* const id = choices.ids().data();
+    slot_id* const to = slot.data();
+    index_t kept = 0;
+    for (index_t c = 0; c < choices.choices(); ++c) {
+      const index_t e = id[c];
+      if (e < 0) continue;
+      if (!has(e)) {
+        lost(c, e);
+        continue;
+      }
+      --piece[e].left;
+      to[c] = piece[e].slot;
+      ++kept;
+    }
+    found.kept = kept;
+  } else {
+    detail::for_each_part(choices, options.owned, options.mask, [&](index_t c, index_t e) {
+      if (!has(e)) return lost(c, e);
+      --piece[e].left;
+      slot[static_cast<std::size_t>(c)] = piece[e].slot;
+      ++found.kept;
+    });
+  }
+  for (index_t e = 0; e < experts; ++e)
+    if (of.cursor[e].next - of.piece[e].left != of.before[e] + own[e]) detail::fail_counts(rank, e);
   return found;
 }
 
