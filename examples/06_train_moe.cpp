@@ -8,6 +8,7 @@
 #include "support/blocks.hpp"
 #include "support/chart.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
@@ -126,13 +127,15 @@ struct outcome {
 outcome train(training& t, const std::string& name, index_t steps) {
   using clock = std::chrono::steady_clock;
   outcome out{{name, {}}, {name, {}}, 0.0, 0.0, {}};
-  double mean = 0.0;
+  double mean = 0.0, violation = 0.0;
   const auto start = clock::now();
   for (index_t i = 0; i < steps; ++i) {
     const double loss = t.step();
     mean = i == 0 ? loss : 0.95 * mean + 0.05 * loss;
     out.loss.values.push_back(mean);
-    out.violation.values.push_back(std::max(t.figures().max_violation, 0.01));
+    const double now = t.figures().max_violation;
+    violation = i == 0 ? now : 0.95 * violation + 0.05 * now;
+    out.violation.values.push_back(std::max(violation, 0.01));
     if ((i + 1) % 100 == 0 || i + 1 == steps)
       std::cerr << '\r' << name << ": step " << t.steps() << ", " << detail::fixed(mean, 3)
                 << " bits, MaxVio " << detail::fixed(t.figures().max_violation, 2) << ", "
@@ -161,7 +164,8 @@ void report(const std::vector<outcome>& runs, const std::string& page, index_t s
                           detail::fixed(run.last.active, 2),
                           detail::fixed(run.tokens_per_second, 0)});
     losses.push_back(run.loss);
-    if (routed) violations.push_back(run.violation);
+    // One that has none keeps its place: its hue is the same in both pictures.
+    violations.push_back(routed ? run.violation : chart_line{run.loss.name, {}});
   }
   write_markdown(std::cout, table);
   std::cout << "written: " << page << '\n';
@@ -172,9 +176,11 @@ void report(const std::vector<outcome>& runs, const std::string& page, index_t s
       " steps of " + std::to_string(batch) + " bytes from 6 KB of text, seed " +
       std::to_string(seed) + ". The dense block is as wide as what is active in the mixtures.";
   save_page(page, "Training a mixture of experts", lead, [&](std::ostream& out) {
-    write_lines(out, losses, "steps", "bits per byte", 0.3, 10.0);
-    if (!violations.empty())
-      write_lines(out, violations, "steps", "MaxVio of the batch", 0.01, 15.0);
+    write_names(out, losses);
+    write_lines(out, losses, "steps", "bits per byte", 0.2, 10.0);
+    const bool any = std::any_of(violations.begin(), violations.end(),
+                                 [](const chart_line& line) { return !line.values.empty(); });
+    if (any) write_lines(out, violations, "steps", "MaxVio, mean of late batches", 0.01, 15.0);
     write_html(out, table);
     out << "<p class=\"note\">Bits per byte are those of the whole text at the end, which the "
            "model "

@@ -89,6 +89,11 @@ inline void write_axes(std::ostream& out, const line_axes& at, std::string_view 
       << "</text>\n";
 }
 
+// Eight hues, and other dashes the second time that a hue comes: 32 lines differ.
+inline std::string line_style(std::size_t i) {
+  return "s" + std::to_string(i % 8) + " d" + std::to_string((i + i / 8) % 4);
+}
+
 }  // namespace detail
 
 /// Lines over steps, both axes logarithmic; write_names() says which is whose.
@@ -105,8 +110,7 @@ inline void write_lines(std::ostream& out, const std::vector<chart_line>& lines,
   write_axes(out, at, x_name, y_name);
   for (std::size_t i = 0; i < lines.size(); ++i) {
     if (lines[i].values.empty()) continue;
-    const std::string hue = std::to_string(i % 8);
-    out << "<path class=\"s" << hue << " d" << i % 4 << "\" d=\"";
+    out << "<path class=\"" << line_style(i) << "\" d=\"";
     for (std::size_t s = 0; s < lines[i].values.size(); ++s)
       out << (s == 0 ? 'M' : 'L') << fixed(at.x(static_cast<double>(s)), 1) << ' '
           << fixed(at.y(lines[i].values[s]), 1);
@@ -119,8 +123,8 @@ inline void write_lines(std::ostream& out, const std::vector<chart_line>& lines,
 inline void write_names(std::ostream& out, const std::vector<chart_line>& lines) {
   out << "<div class=\"legend\"><ul>\n";
   for (std::size_t i = 0; i < lines.size(); ++i)
-    out << "<li><svg class=\"chart\" viewBox=\"0 0 28 14\" aria-hidden=\"true\"><path class=\"s"
-        << i % 8 << " d" << i % 4 << "\" d=\"M0 7L28 7\"/></svg>"
+    out << "<li><svg class=\"chart\" viewBox=\"0 0 28 14\" aria-hidden=\"true\"><path class=\""
+        << detail::line_style(i) << "\" d=\"M0 7L28 7\"/></svg>"
         << detail::escape_html(lines[i].name) << "</li>\n";
   out << "</ul></div>\n";
 }
