@@ -393,6 +393,14 @@ TEST_CASE("activations that are kept give the bits of those that are computed ag
                  layer_weights<>{rows(gate, experts)}, back,
                  layer_gradients{.x = into(dx, tokens)});
         CHECK(d2 == floats(d2.size()));
+        floats shared = w;
+        CHECK(test::refusal([&] {
+                swiglu_backward<>(
+                    own, {{w.data(), of_gate, d}, rows(shared, experts * ff), rows(w, experts * d)},
+                    {into(d1, of_gate), into(d3, experts * ff), into(shared, experts * d)});
+              }) ==
+              "moeroute::swiglu_backward: weights.up and a gradient overlap, expected memory "
+              "of their own");
         kept.kept.cols += 1;
         CHECK(test::refusal([&] {
                 backward(layer, rows(x, tokens), {}, kept, rows(dy, tokens),

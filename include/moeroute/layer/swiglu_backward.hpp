@@ -57,6 +57,11 @@ class swiglu_backward {
     fits(gradients.gate, "gradients.gate.rows()", gated() ? up : 0, "gradients.gate.cols()", d());
     fits(gradients.up, "gradients.up.rows()", up, "gradients.up.cols()", d());
     fits(gradients.down, "gradients.down.rows()", down, "gradients.down.cols()", ff());
+    for (const auto* gradient : {&gradients.gate, &gradients.up, &gradients.down}) {
+      check_apart("swiglu_backward", "weights.gate", weights.gate, "a gradient", *gradient);
+      check_apart("swiglu_backward", "weights.up", weights.up, "a gradient", *gradient);
+      check_apart("swiglu_backward", "weights.down", weights.down, "a gradient", *gradient);
+    }
     const auto sized = [&](std::span<float> list, const char* name, index_t n) {
       if (!list.empty()) check_size("swiglu_backward", name, static_cast<index_t>(list.size()), n);
     };
