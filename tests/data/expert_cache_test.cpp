@@ -343,6 +343,14 @@ TEST_CASE("a cache that cannot be is refused by name") {
   expert_cache cache({.experts = 8, .capacity = 2});
   CHECK(test::refusal([&] { cache.step(ids{8}); }) ==
         "moeroute::expert_cache: expert is 8, expected 0 to 7");
+  // A step is taken as a whole or not at all: the next one evicts what is the longest unused.
+  cache.step(ids{3, 4});
+  CHECK(test::refusal([&] { cache.step(ids{3, -2}); }) ==
+        "moeroute::expert_cache: expert is -2, expected 0 to 7");
+  const auto after = cache.step(ids{5});
+  CHECK(after.hits == 0);
+  CHECK(std::vector<std::int32_t>(after.evictions.begin(), after.evictions.end()) ==
+        std::vector<std::int32_t>{3});
   CHECK(test::refusal([&] { cache.step(ids{0}, 1); }) ==
         "moeroute::expert_cache: layer is 1, expected 0 to 0");
   expert_cache foresees({.experts = 8, .capacity = 2, .policy = cache_policy::belady});

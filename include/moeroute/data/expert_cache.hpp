@@ -25,7 +25,7 @@ enum class cache_policy {
   least_stale,  ///< what layers that are behind did not touch in this pass; then the longest unused
   cost_aware,   ///< the least bytes times (decayed) uses
   segment,      ///< the least used within the next window - 1 tokens, then as lru (SCH)
-  belady,       ///< the one whose next use is farthest: no cache does better
+  belady,       ///< the one whose next use is farthest: no cache of experts of one size does better
 };
 
 inline constexpr cache_policy live_policies[] = {
@@ -118,9 +118,18 @@ class expert_cache {
       entries_[key].layer = static_cast<std::int32_t>(static_cast<index_t>(key) / experts_);
       entries_[key].expert = static_cast<expert_id>(static_cast<index_t>(key) % experts_);
     }
-    lists_.resize(policy_ == cache_policy::least_stale ? static_cast<std::size_t>(layers_) : 2);
-    if (by_rank()) heap_.reserve(keys);
-    loads_.reserve(static_cast<std::size_t>(experts_));
+    if (by_rank()) {
+      heap_.reserve(keys);
+      ahead_.resize(policy_ == cache_policy::segment ? keys : 0);
+      next_.resize(policy_ == cache_policy::belady ? keys : 0, never);
+    } else {
+      links_.resize(keys +
+                    (policy_ == cache_policy::least_stale ? static_cast<std::size_t>(layers_) : 2));
+      for (std::size_t i = 0; i < links_.size(); ++i)
+        links_[i] = {static_cast<std::int32_t>(i), static_cast<std::int32_t>(i)};
+    }
+    // A miss is written before it is known to be one.
+    loads_.resize(static_cast<std::size_t>(experts_) + 1);
     evictions_.reserve(static_cast<std::size_t>(experts_));
     for (const std::int32_t key : options.pinned) {
       check_range(where, "pinned", key, 0, this->keys() - 1);
@@ -130,6 +139,7 @@ class expert_cache {
       set_of(key).insert(at(key).expert);
       used_ += size_of(key);
     }
+    pinned_ = used_;
     if (used_ > capacity_)
       fail_value(where, "the size of what is pinned", used_, "at most ", capacity_);
   }
@@ -162,33 +172,48 @@ class expert_cache {
     if (policy_ == cache_policy::belady)
       check_size("expert_cache", "next.size()", static_cast<index_t>(next.size()),
                  static_cast<index_t>(ids.size()));
+    const std::int32_t first = key_of(0, layer);
+    check_ids(ids);
     begin(layer);
+    const bool ranked = by_rank();
     const bool by_use = policy_ == cache_policy::lru || policy_ == cache_policy::least_stale;
+    // What the step uses leaves the order at once, where all of it fits: who leaves is the first.
+    const bool apart =
+        by_use && bytes_.empty() && static_cast<index_t>(ids.size()) <= capacity_ - pinned_;
     step_result out;
+    std::size_t loads = 0;
     for (std::size_t i = 0; i < ids.size(); ++i) {
       if (ids[i] == no_expert) continue;
-      const std::int32_t key = key_of(ids[i], layer);
+      const std::int32_t key = first + ids[i];
       entry& e = at(key);
-      const bool again = e.step == step_;
-      out.hits += e.held || again;
-      if (!e.held && !again) loads_.push_back(key);
-      e.step = step_;
+      const bool there = e.held || e.last == step_;
+      out.hits += there;
+      loads_[loads] = key;
+      loads += !there;
+      if (ranked) e.uses = e.uses * forgotten(e.last) + 1.0;
+      e.last = step_;
       e.clock = ++clock_;
       e.pass = pass_;
-      e.uses = e.uses * forgotten(e.last) + 1.0;
-      e.last = step_;
       ++e.total;
-      if (!next.empty()) e.next = next[i];
-      if (e.held && !e.pinned && !by_use) used_again(key);
+      if (!next.empty()) next_[static_cast<std::size_t>(key)] = next[i];
+      if (apart)
+        unlink(key);
+      else if (e.held && !e.pinned && !by_use)
+        used_again(key);
     }
-    for (const std::int32_t key : loads_) load(key);
+    out.loads = std::span(loads_).first(loads);
+    for (const std::int32_t key : out.loads) {
+      if (apart)
+        make_room_and_hold(key);
+      else
+        load(key);
+    }
     // Hits and loads in the order of use.
     for (std::size_t i = 0; by_use && i < ids.size(); ++i) {
       if (ids[i] == no_expert) continue;
-      const std::int32_t key = key_of(ids[i], layer);
+      const std::int32_t key = first + ids[i];
       if (at(key).held && !at(key).pinned) used_again(key);
     }
-    out.loads = loads_;
     out.evictions = evictions_;
     return out;
   }
@@ -196,12 +221,12 @@ class expert_cache {
   /// Brings experts in that were not asked for yet: the first `most` of the ids that are missing.
   /// What the last step used does not leave for them, nor does one of them for another.
   step_result prefetch(std::span<const expert_id> ids, index_t layer, index_t most) {
-    loads_.clear();
     evictions_.clear();
     early_ = clock_;
     step_result out;
+    std::size_t loads = 0;
     for (const expert_id id : ids) {
-      if (static_cast<index_t>(loads_.size()) >= most) break;
+      if (static_cast<index_t>(loads) >= most) break;
       if (id == no_expert) continue;
       const std::int32_t key = key_of(id, layer);
       entry& e = at(key);
@@ -211,9 +236,9 @@ class expert_cache {
       }
       e.clock = ++clock_;
       e.pass = pass_;
-      if (load(key, leaving::others)) loads_.push_back(key);
+      if (load(key, leaving::others)) loads_[loads++] = key;
     }
-    out.loads = loads_;
+    out.loads = std::span(loads_).first(loads);
     out.evictions = evictions_;
     return out;
   }
@@ -221,8 +246,9 @@ class expert_cache {
   /// Uses of an expert that the next window of tokens has more (or fewer), for `segment`.
   void expect(expert_id e, index_t layer, int more) {
     const std::int32_t key = key_of(e, layer);
-    at(key).ahead += more;
-    if (policy_ == cache_policy::segment && at(key).held && !at(key).pinned) used_again(key);
+    if (policy_ != cache_policy::segment) return;
+    ahead_[static_cast<std::size_t>(key)] += more;
+    if (at(key).held && !at(key).pinned) used_again(key);
   }
 
   /// How often each key was used so far, [layers * E]: a profile (data/expert_profile.hpp).
@@ -236,18 +262,28 @@ class expert_cache {
 
   struct entry {
     double uses = 0.0;
-    std::int64_t last = 0, clock = 0, step = 0, next = never, total = 0;
-    std::int32_t before = -1, after = -1;  // neighbours in a list
-    std::int32_t place = -1;               // in the heap, or the list that it is in
-    std::int32_t ahead = 0;
-    std::int64_t pass = 0;
-    expert_id expert = 0;  // the key in its parts: dividing it takes as long as all the rest
+    std::int64_t last = 0, clock = 0, total = 0, pass = 0;
+    std::int32_t place = 0;  // in the heap, or the list that it is in
+    expert_id expert = 0;    // the key in its parts: dividing it takes as long as all the rest
     std::int32_t layer = 0;
     bool held = false, pinned = false;
   };
-  struct list {
-    std::int32_t first = -1, last = -1;
-    std::int64_t size = 0;
+  // Neighbours in a list; who is in none has itself for both, so that nothing is asked.
+  struct link {
+    std::int32_t before, after;
+  };
+  struct order {
+    double worth;
+    std::int64_t clock;
+    friend bool operator==(const order&, const order&) = default;
+    // Without a branch: which is less, no processor can foretell.
+    friend bool operator<(const order& a, const order& b) {
+      return (a.worth < b.worth) | ((a.worth == b.worth) & (a.clock < b.clock));
+    }
+  };
+  struct node {
+    order rank;
+    std::int32_t key;
   };
 
   entry& at(std::int32_t key) { return entries_[static_cast<std::size_t>(key)]; }
@@ -261,12 +297,20 @@ class expert_cache {
     check_range("expert_cache", "expert", e, 0, experts_ - 1);
     return static_cast<std::int32_t>(layer * experts_ + e);
   }
+  // All of them before anything changes: a step is taken as a whole or not at all.
+  void check_ids(std::span<const expert_id> ids) const {
+    const auto most = static_cast<std::uint32_t>(experts_);
+    bool wrong = false;
+    for (const expert_id id : ids) wrong |= static_cast<std::uint32_t>(id) + 1 > most;
+    if (wrong) [[unlikely]]
+      for (const expert_id id : ids)
+        if (id != no_expert) check_range("expert_cache", "expert", id, 0, experts_ - 1);
+  }
   double forgotten(std::int64_t since) const {
     return decay_ == 1.0 ? 1.0 : std::pow(decay_, static_cast<double>(step_ - since));
   }
 
   void begin(index_t layer) {
-    loads_.clear();
     evictions_.clear();
     early_ = never;
     ++step_;
@@ -281,12 +325,17 @@ class expert_cache {
            policy_ == cache_policy::segment || policy_ == cache_policy::belady;
   }
 
+  // Use never makes a rank less: it is looked up again when a key is about to leave, not before.
+  bool rises() const { return policy_ == cache_policy::lfu || policy_ == cache_policy::cost_aware; }
+
   // What leaves first is least.
-  std::pair<double, std::int64_t> rank(std::int32_t key) const {
+  order rank(std::int32_t key) const {
     const entry& e = at(key);
     switch (policy_) {
-      case cache_policy::segment: return {static_cast<double>(e.ahead), e.clock};
-      case cache_policy::belady: return {-static_cast<double>(e.next), e.clock};
+      case cache_policy::segment:
+        return {static_cast<double>(ahead_[static_cast<std::size_t>(key)]), e.clock};
+      case cache_policy::belady:
+        return {-static_cast<double>(next_[static_cast<std::size_t>(key)]), e.clock};
       case cache_policy::cost_aware: {
         const auto size = static_cast<double>(size_of(key));
         return {decay_ == 1.0 ? e.uses * size : worth(e) + std::log(size), e.clock};
@@ -301,68 +350,78 @@ class expert_cache {
     return std::log(uses) - static_cast<double>(e.last) * std::log(decay_);
   }
 
-  void append(std::int32_t key, std::int32_t to) {
-    list& l = lists_[static_cast<std::size_t>(to)];
-    entry& e = at(key);
-    e.place = to;
-    e.before = l.last;
-    e.after = -1;
-    (l.last < 0 ? l.first : at(l.last).after) = key;
-    l.last = key;
-    l.size += size_of(key);
+  link& links(std::int32_t key) { return links_[static_cast<std::size_t>(key)]; }
+  // A list begins and ends at a link of its own.
+  std::int32_t ends(index_t list) const { return static_cast<std::int32_t>(keys() + list); }
+
+  void append(std::int32_t key, index_t to) {
+    const std::int32_t end = ends(to), last = links(end).before;
+    at(key).place = static_cast<std::int32_t>(to);
+    links(key) = {last, end};
+    links(last).after = key;
+    links(end).before = key;
+    if (to == 1) protected_ += size_of(key);
   }
   void unlink(std::int32_t key) {
-    entry& e = at(key);
-    list& l = lists_[static_cast<std::size_t>(e.place)];
-    (e.before < 0 ? l.first : at(e.before).after) = e.after;
-    (e.after < 0 ? l.last : at(e.after).before) = e.before;
-    l.size -= size_of(key);
+    const link l = links(key);
+    links(l.before).after = l.after;
+    links(l.after).before = l.before;
+    links(key) = {key, key};
+  }
+  void unlink_protected(std::int32_t key) {
+    if (at(key).place == 1) protected_ -= size_of(key);
+    unlink(key);
   }
 
-  void put(std::int32_t key, std::size_t place) {
-    heap_[place] = key;
-    at(key).place = static_cast<std::int32_t>(place);
+  void put(const node& n, std::size_t place) {
+    heap_[place] = n;
+    at(n.key).place = static_cast<std::int32_t>(place);
   }
-  void sift(std::int32_t key, std::size_t place) {
-    const auto own = rank(key);
-    while (place > 0 && own < rank(heap_[(place - 1) / 2])) {
+  void sift(const node& own, std::size_t place) {
+    while (place > 0 && own.rank < heap_[(place - 1) / 2].rank) {
       put(heap_[(place - 1) / 2], place);
       place = (place - 1) / 2;
     }
     for (std::size_t child; (child = 2 * place + 1) < heap_.size(); place = child) {
-      if (child + 1 < heap_.size() && rank(heap_[child + 1]) < rank(heap_[child])) ++child;
-      if (!(rank(heap_[child]) < own)) break;
+      if (child + 1 < heap_.size())
+        child += static_cast<std::size_t>(heap_[child + 1].rank < heap_[child].rank);
+      if (!(heap_[child].rank < own.rank)) break;
       put(heap_[child], place);
     }
-    put(key, place);
+    put(own, place);
   }
 
   void add(std::int32_t key) {
     if (by_rank()) {
-      heap_.push_back(key);
-      sift(key, heap_.size() - 1);
+      heap_.push_back({});
+      sift({rank(key), key}, heap_.size() - 1);
     } else {
       append(key, policy_ == cache_policy::least_stale ? at(key).layer : 0);
     }
   }
   void remove(std::int32_t key) {
-    if (!by_rank()) return unlink(key);
+    if (!by_rank()) return unlink_protected(key);
     const auto place = static_cast<std::size_t>(at(key).place);
-    const std::int32_t moved = heap_.back();
+    const node moved = heap_.back();
     heap_.pop_back();
-    if (moved != key) sift(moved, place);
+    if (moved.key != key) sift(moved, place);
   }
   void used_again(std::int32_t key) {
-    if (by_rank()) return sift(key, static_cast<std::size_t>(at(key).place));
+    if (by_rank()) {
+      if (!rises()) sift({rank(key), key}, static_cast<std::size_t>(at(key).place));
+      return;
+    }
     if (policy_ == cache_policy::fifo) return;
-    std::int32_t to = at(key).place;
-    unlink(key);
-    if (policy_ == cache_policy::segmented) to = 1;
-    append(key, to);
+    if (policy_ != cache_policy::segmented) {
+      unlink(key);
+      return append(key, policy_ == cache_policy::least_stale ? at(key).layer : 0);
+    }
+    unlink_protected(key);
+    append(key, 1);
     // The protected part is full: its longest unused has to prove itself again.
-    while (policy_ == cache_policy::segmented && lists_[1].size > protected_most_) {
-      const std::int32_t old = lists_[1].first;
-      unlink(old);
+    while (protected_ > protected_most_) {
+      const std::int32_t old = links(ends(1)).after;
+      unlink_protected(old);
       append(old, 0);
     }
   }
@@ -370,12 +429,14 @@ class expert_cache {
   // --- who leaves ---
 
   bool may_leave(std::int32_t key, leaving who) const {
-    return who == leaving::any || (at(key).step != step_ && at(key).clock <= early_);
+    return who == leaving::any || (at(key).last != step_ && at(key).clock <= early_);
   }
-  std::int32_t first_of(const list& l, leaving who) const {
-    std::int32_t key = l.first;
-    while (key >= 0 && !may_leave(key, who)) key = at(key).after;
-    return key;
+  // -1 where there is none.
+  std::int32_t first_of(index_t list, leaving who) {
+    const std::int32_t end = ends(list);
+    std::int32_t key = links(end).after;
+    while (key != end && !may_leave(key, who)) key = links(key).after;
+    return key == end ? -1 : key;
   }
 
   std::int32_t victim(leaving who) {
@@ -383,7 +444,12 @@ class expert_cache {
       aside_.clear();
       std::int32_t found = -1;
       while (!heap_.empty() && found < 0) {
-        const std::int32_t key = heap_.front();
+        const std::int32_t key = heap_.front().key;
+        if (rises())
+          if (const order now = rank(key); now != heap_.front().rank) {
+            sift({now, key}, 0);
+            continue;
+          }
         if (may_leave(key, who))
           found = key;
         else
@@ -393,13 +459,13 @@ class expert_cache {
       return found;
     }
     if (policy_ != cache_policy::least_stale) {
-      const std::int32_t key = first_of(lists_[0], who);
-      return key >= 0 ? key : first_of(lists_[1], who);
+      const std::int32_t key = first_of(0, who);
+      return key >= 0 ? key : first_of(1, who);
     }
     // Each layer's longest unused; those of layers behind that this pass has not touched go first.
     std::int32_t stale = -1, oldest = -1;
     for (index_t l = 0; l < layers_; ++l) {
-      const std::int32_t key = first_of(lists_[static_cast<std::size_t>(l)], who);
+      const std::int32_t key = first_of(l, who);
       if (key < 0) continue;
       if (oldest < 0 || at(key).clock < at(oldest).clock) oldest = key;
       if (l <= layer_ && at(key).pass < pass_ && (stale < 0 || at(key).clock < at(stale).clock))
@@ -416,29 +482,49 @@ class expert_cache {
       if (old < 0 && who == leaving::any) old = victim(leaving::any);
       if (old < 0) return false;
       remove(old);
-      at(old).held = false;
-      set_of(old).erase(at(old).expert);
-      used_ -= size_of(old);
-      evictions_.push_back(old);
+      let_go(old);
     }
-    at(key).held = true;
-    set_of(key).insert(at(key).expert);
-    used_ += size;
+    hold(key);
     add(key);
     return true;
+  }
+
+  void let_go(std::int32_t key) {
+    at(key).held = false;
+    set_of(key).erase(at(key).expert);
+    used_ -= size_of(key);
+    evictions_.push_back(key);
+  }
+  void hold(std::int32_t key) {
+    at(key).held = true;
+    set_of(key).insert(at(key).expert);
+    used_ += size_of(key);
+  }
+
+  // Where sizes are 1, there is room for the step, and what it uses is in no list.
+  void make_room_and_hold(std::int32_t key) {
+    if (used_ == capacity_) {
+      const std::int32_t old =
+          policy_ == cache_policy::lru ? links(ends(0)).after : victim(leaving::others);
+      unlink(old);
+      let_go(old);
+    }
+    hold(key);
   }
 
   index_t experts_, layers_, capacity_;
   cache_policy policy_;
   double decay_;
-  std::int64_t protected_most_ = 0, used_ = 0, clock_ = 0, step_ = 0, pass_ = 0;
+  std::int64_t protected_most_ = 0, protected_ = 0, pinned_ = 0, used_ = 0, clock_ = 0, step_ = 0,
+               pass_ = 0;
   std::int64_t early_ = never;  // clock at which the current prefetch began: what it brings stays
   index_t layer_ = -1;
-  std::vector<std::int64_t> bytes_;
+  std::vector<std::int64_t> bytes_, next_;
   std::vector<resident_set> sets_;
   std::vector<entry> entries_;
-  std::vector<list> lists_;
-  std::vector<std::int32_t> heap_, aside_, loads_, evictions_;
+  std::vector<link> links_;  // of the keys, then of the lists
+  std::vector<node> heap_;
+  std::vector<std::int32_t> ahead_, aside_, loads_, evictions_;
 };
 
 }  // namespace moeroute
