@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -29,31 +30,79 @@ struct moved_router<router<Score, Selection>> {
   using type = router<Score, resident_selection<Selection>>;
   static type made(const router<Score, Selection>& r, const residency_rule& rule,
                    const resident_view& set) {
-    return {r.score, {r.selection, rule, set}, r.weight, r.bias, r.transform};
+    return {r.score, {r.selection, rule, set, false}, r.weight, r.bias, r.transform};
   }
 };
 
-// Leaves out what is missing and hardly counts. Choices i, i + step, ...
-inline void drop_cold(const residency_rule& rule, const resident_view& set, expert_id* id,
-                      float* weight, index_t step, int k) {
-  float largest = 0.0f, all = 0.0f, kept = 0.0f;
-  for (int r = 0; r < k; ++r) largest = std::max(largest, weight[r * step]);
-  const float least = rule.strength * largest;
+// x where it stays, 0 where it does not.
+MOEROUTE_INLINE float kept_if(bool stays, float x) {
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & (0u - std::uint32_t{stays}));
+}
+
+// Leaves out what is missing and hardly counts. Nothing here branches on what is missing: no
+// processor can foretell it.
+MOEROUTE_INLINE void drop_cold(const residency_rule& rule, const resident_view& set, expert_id* id,
+                               float* weight, index_t step, int k) {
+  float most[2] = {0.0f, 0.0f}, all = 0.0f, kept = 0.0f;
+  for (int r = 0; r < k; ++r) most[r & 1] = std::max(most[r & 1], weight[r * step]);
+  const float least = rule.strength * std::max(most[0], most[1]);
   bool any = false;
   for (int r = 0; r < k; ++r) {
-    expert_id& e = id[r * step];
-    float& w = weight[r * step];
+    const expert_id e = id[r * step];
+    const float w = weight[r * step];
+    const bool held = set.contains(std::max<expert_id>(e, 0));
+    const bool leaves = (r >= rule.forced) & (e != no_expert) & (w < least) & !held;
+    const float left = kept_if(!leaves, w);
+    static_assert(no_expert == -1);
+    id[r * step] = e | -static_cast<expert_id>(leaves);
+    weight[r * step] = left;
+    any |= leaves;
     all += w;
-    if (r >= rule.forced && e != no_expert && !set.contains(e) && w < least) {
-      e = no_expert;
-      w = 0.0f;
-      any = true;
-    }
-    kept += w;
+    kept += left;
   }
-  if (!any || rule.dropped == dropped_weight::lost || !(kept > 0.0f)) return;
-  const float factor = all / kept;
+  const bool shares = any & (rule.dropped != dropped_weight::lost) & (kept > 0.0f);
+  const float one = kept_if(!shares, 1.0f);
+  const float factor = (kept_if(shares, all) + one) / (kept_if(shares, kept) + one);
   for (int r = 0; r < k; ++r) weight[r * step] *= factor;
+}
+
+// The same for the rows of a block, one per lane.
+template <class A>
+void drop_cold(const residency_rule& rule, const resident_view& set, choice_block& c, int rows) {
+  using F = simd::vfloat<A>;
+  const F zero(0.0f), one(1.0f);
+  for (int lane = 0; lane < rows; lane += simd::width<A>) {
+    const auto for_each = [&](auto f) {
+      for (int r = 0; r < c.k; ++r)
+        f(r, c.id + r * block_rows + lane, c.value + r * block_rows + lane);
+    };
+    F largest = zero, all = zero, kept = zero, lost = zero;
+    for_each([&](int, const expert_id*, const float* weight) {
+      const F w = simd::load<A>(weight);
+      largest = simd::select<A>(w > largest, w, largest);
+    });
+    const F least = F(rule.strength) * largest;
+    for_each([&](int r, expert_id* id, float* weight) {
+      const simd::vint<A> e = simd::load<A>(id), none(no_expert);
+      const F w = simd::load<A>(weight);
+      all += w;
+      const auto held = simd::marked_at<A>(set.words, set.experts, e);
+      const auto leaves =
+          simd::vmask<A>(r >= rule.forced) & simd::differs<A>(e, none) & (w < least) & !held;
+      const F left = simd::select<A>(leaves, zero, w);
+      simd::select<A>(leaves, none, e).store_unaligned(id);
+      left.store_unaligned(weight);
+      lost = simd::select<A>(leaves, one, lost);
+      kept += left;
+    });
+    if (rule.dropped == dropped_weight::lost) continue;
+    const auto shares = (lost > zero) & (kept > zero);
+    const F factor =
+        simd::select<A>(shares, simd::divide<A>(all, simd::select<A>(shares, kept, one)), one);
+    for_each([&](int, const expert_id*, float* weight) {
+      (simd::load<A>(weight) * factor).store_unaligned(weight);
+    });
+  }
 }
 
 // What a rule did to one token. z: its logits; choices `step` apart. Mass is lost only where
@@ -150,9 +199,9 @@ class resident_router {
   }
   side_use reads_side(index_t columns) const { return side_use_of(plain_, columns); }
   void check(index_t columns) const {
+    // The rule was held against the set and k when it came.
     plain_.check(columns);
     check_size("resident_router", "set.experts", set_.experts, plain_.experts(columns));
-    if constexpr (change::by_rank) moved_.check(columns);
   }
 
   template <class R>
@@ -177,9 +226,7 @@ class resident_router {
     else
       moved_.route_block(z, m.moved, c);
     if (counts_ == nullptr) {
-      if (drops())
-        for (int i = 0; i < z.rows; ++i)
-          detail::drop_cold(rule_, set_, c.id + i, c.value + i, block_rows, c.k);
+      if (drops()) detail::drop_cold<A>(rule_, set_, c, z.rows);
       return;
     }
     this->template count_block<A>(z, m, c);

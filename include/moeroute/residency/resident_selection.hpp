@@ -2,9 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
+#include <utility>
 
 #include <moeroute/policy/parts/selection.hpp>
 #include <moeroute/residency/rule.hpp>
@@ -42,10 +43,37 @@ struct ranked_row {
   }
 };
 
+// Ranks that are looked at as bits; those past them one by one.
+inline constexpr int ranks_as_bits = 64;
+
 // c: the best J of the plain ranks, those of them in memory, and (unless only these may be chosen)
-// the others in plain order. The plain ranks are n, `best` of which, at least k, are candidates.
-inline void prefer_resident(const residency_rule& rule, const resident_view& set,
-                            const ranked_row& plain, int best, const ranked_row& c) {
+// the others in plain order. The plain ranks are those that are `there`, `best` of which, at least
+// k, are candidates. Ranks are bits, so that nothing is asked rank by rank.
+MOEROUTE_INLINE void prefer_resident(const residency_rule& rule, std::uint64_t held,
+                                     std::uint64_t there, const ranked_row& plain, int best,
+                                     const ranked_row& c) {
+  const auto below = [](index_t n) {
+    return n >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << n) - 1;
+  };
+  std::uint64_t first = ((held & below(best)) | below(rule.forced)) & there;
+  std::uint64_t then = rule.kind == residency_kind::within ? 0 : there & ~held & ~first;
+  for (int out = 0; out < c.k; ++out) {
+    const bool of_first = first != 0;
+    const std::uint64_t from = of_first ? first : then, left = from & (from - 1);
+    first = of_first ? left : 0;
+    then = of_first ? then : left;
+    const bool any = from != 0;
+    const int r = any ? std::countr_zero(from) : 0;
+    c.set(out, any ? plain.at(r) : no_expert,
+          any ? plain.value[r * plain.step] : simd::minus_infinity);
+  }
+}
+
+// The same for more ranks than bits.
+MOEROUTE_OUT_OF_LINE inline void prefer_resident_of_many(const residency_rule& rule,
+                                                         const resident_view& set,
+                                                         const ranked_row& plain, int best,
+                                                         const ranked_row& c) {
   int out = 0;
   const int forced = static_cast<int>(rule.forced);
   for (int r = 0; r < forced && r < plain.k; ++r)
@@ -70,40 +98,49 @@ int ranks_of_mass(const float* s, index_t experts, const ranked_row& plain, floa
   simd::row_exp<A>(sorted, plain.k, max, sorted);
   double mass = 0.0;
   const double enough = static_cast<double>(share) * static_cast<double>(total);
+  int n = 1;
   for (int r = 0; r < plain.k; ++r) {
     mass += static_cast<double>(sorted[r]);
-    if (mass >= enough) return r + 1;
+    n += mass < enough;
   }
-  return plain.k;
+  return std::min(n, plain.k);
 }
 
-inline int missing_of(const resident_view& set, const ranked_row& c) {
-  int n = 0;
-  for (int r = 0; r < c.k; ++r) n += c.at(r) != no_expert && !set.contains(c.at(r));
-  return n;
+// The last rank before `end` that is missing and not forced; -1 where there is none. missing: of
+// the first ranks, as bits.
+inline int last_missing(const residency_rule& rule, const resident_view& set, const ranked_row& c,
+                        std::uint64_t missing, int end) {
+  for (; end > ranks_as_bits; --end) {
+    const expert_id e = c.at(end - 1);
+    if (end > rule.forced && e != no_expert && !set.contains(e)) return end - 1;
+  }
+  if (end < ranks_as_bits) missing &= (std::uint64_t{1} << end) - 1;
+  if (rule.forced > 0)
+    missing &= rule.forced < ranks_as_bits ? ~std::uint64_t{0} << rule.forced : std::uint64_t{0};
+  return 63 - std::countl_zero(missing);
 }
 
 // From the last choice on: a missing one for the best in memory that is not chosen and close
-// enough. row is scratch of E.
+// enough. free: scratch of the set's words.
 template <class A>
 MOEROUTE_OUT_OF_LINE void swap_missing(const residency_rule& rule, const resident_view& set,
-                                       const float* s, const ranked_row& c, float range,
-                                       float* row) {
-  simd::keep_marked<A>(s, set.experts, set.words, row);
+                                       const float* s, const ranked_row& c, std::uint64_t missing,
+                                       float range, std::uint64_t* free) {
+  std::copy_n(set.words, resident_view::words_of(set.experts), free);
   for (int r = 0; r < c.k; ++r)
-    if (c.at(r) != no_expert) row[c.at(r)] = simd::minus_infinity;
+    if (const expert_id e = c.at(r); e != no_expert)
+      free[e >> 6] &= ~(std::uint64_t{1} << (e & 63));
   index_t left = rule.swaps == 0 ? c.k : rule.swaps;
-  for (int r = c.k - 1; r >= rule.forced && left > 0; --r) {
-    const expert_id e = c.at(r);
-    if (e == no_expert || set.contains(e)) continue;
-    const float best = simd::row_max<A>(row, set.experts);
-    if (!(best > simd::minus_infinity)) return;
-    // One rounding, whatever the instruction set has.
-    if (!(best >= std::fma(-rule.strength, range, s[e]))) continue;
-    const auto f = static_cast<expert_id>(simd::first_column<A>(row, set.experts, best));
-    row[f] = simd::minus_infinity;
-    c.set(r, f, best);
-    --left;
+  for (int r = c.k; left > 0 && (r = last_missing(rule, set, c, missing, r)) >= 0; --left) {
+    const simd::marked_best best = simd::best_of_marked<A>(s, set.experts, free);
+    // One rounding, whatever the instruction set has. Who is too far below this one is so below
+    // those before it too.
+    if (!(best.value > simd::minus_infinity) ||
+        !(best.value >= std::fma(-rule.strength, range, s[c.at(r)])))
+      return;
+    const auto f = static_cast<expert_id>(best.column);
+    free[f >> 6] &= ~(std::uint64_t{1} << (f & 63));
+    c.set(r, f, best.value);
   }
 }
 
@@ -124,19 +161,70 @@ float entropy_of(const float* s, index_t experts, float* row) {
 
 template <class A>
 MOEROUTE_OUT_OF_LINE void call_buddies(const residency_rule& rule, const resident_view& set,
-                                       const float* s, const ranked_row& c, int missing,
-                                       float* row) {
-  if (static_cast<float>(missing) > rule.most_missing * static_cast<float>(c.k)) return;
+                                       const float* s, const ranked_row& c, float* row) {
+  const auto is_missing = [&](expert_id e) { return e != no_expert && !set.contains(e); };
+  int missing = 0;
+  for (int r = 0; r < c.k; ++r) missing += is_missing(c.at(r));
+  if (missing == 0 || static_cast<float>(missing) > rule.most_missing * static_cast<float>(c.k))
+    return;
   if (rule.least_entropy > 0.0f && entropy_of<A>(s, set.experts, row) < rule.least_entropy) return;
   for (int r = static_cast<int>(rule.forced); r < c.k; ++r) {
-    const expert_id e = c.at(r);
-    if (e == no_expert || set.contains(e)) continue;
-    for (const expert_id f : rule.buddies->of(e).first(static_cast<std::size_t>(rule.search))) {
+    if (!is_missing(c.at(r))) continue;
+    for (const expert_id f :
+         rule.buddies->of(c.at(r)).first(static_cast<std::size_t>(rule.search))) {
       if (f == no_expert) break;
       if (!set.contains(f) || c.has(f) || !(s[f] > simd::minus_infinity)) continue;
       c.set(r, f, s[f]);
       break;
     }
+  }
+}
+
+// Columns that tie with the first that was put first: they are what they were, with the bonus.
+MOEROUTE_COLD inline void keep_first_of_ties(const float* s, const resident_view& set, float bonus,
+                                             float most, float* to) {
+  bool first = true;
+  for (expert_id e = 0; e < set.experts; ++e)
+    if (s[e] == most && !std::exchange(first, false)) to[e] = set.contains(e) ? s[e] + bonus : s[e];
+}
+
+// Which of the first k <= 64 ranks of n rows, rank by rank in lanes, are experts in the set, and
+// which are experts at all: bits of ranks, row by row.
+template <class A>
+void held_ranks(const resident_view& set, const expert_id* id, int k, int n, std::uint64_t* held,
+                std::uint64_t* there) {
+  std::fill_n(held, block_rows, 0);
+  std::fill_n(there, block_rows, 0);
+  for (int lane = 0; lane < n; lane += simd::width<A>)
+    for (int low = 0; low < k; low += 32) {
+      simd::vint<A> in(0), any(0);
+      for (int r = low; r < std::min(k, low + 32); ++r) {
+        const simd::vint<A> e = simd::load<A>(id + r * block_rows + lane), none(0),
+                            bit(static_cast<std::int32_t>(1u << (r - low)));
+        const auto expert = simd::differs<A>(e, simd::vint<A>(no_expert));
+        any |= simd::select<A>(expert, bit, none);
+        in |= simd::select<A>(expert & simd::marked_at<A>(set.words, set.experts, e), bit, none);
+      }
+      alignas(alignment) std::int32_t bits[2][simd::width<A>];
+      in.store_aligned(bits[0]);
+      any.store_aligned(bits[1]);
+      for (int i = 0; i < simd::width<A>; ++i) {
+        held[lane + i] |= std::uint64_t{static_cast<std::uint32_t>(bits[0][i])} << low;
+        there[lane + i] |= std::uint64_t{static_cast<std::uint32_t>(bits[1][i])} << low;
+      }
+    }
+}
+
+// The same of one row.
+template <class A>
+MOEROUTE_INLINE void held_ranks(const resident_view& set, const simd::row_ranks& c, int k,
+                                std::uint64_t& held, std::uint64_t& there) {
+  held = there = 0;
+  for (int r = 0; r < k; r += simd::width<A>) {
+    const simd::vint<A> e = simd::vint<A>::load_aligned(c.column + r);
+    const auto expert = simd::differs<A>(e, simd::vint<A>(no_expert));
+    there |= std::uint64_t{expert.mask()} << r;
+    held |= std::uint64_t{(expert & simd::marked_at<A>(set.words, set.experts, e)).mask()} << r;
   }
 }
 
@@ -146,15 +234,17 @@ MOEROUTE_OUT_OF_LINE void call_buddies(const residency_rule& rule, const residen
 /// chooses other experts than router<Score, top_k> and weighs them as that one would.
 ///
 /// Groups are chosen by plain scores; a rule moves choices within them. A row with an infinite
-/// score stays as it is. The set may change between calls, not during one. Cost: cache_prior one
-/// pass more over the row; max_rank the selection of `ranks` in place of k; margin_swap and buddy
-/// two passes in rows that miss something. Determinism: the same ids on every ISA.
+/// score stays as it is. The set may change between calls, not during one. Cost: cache_prior two
+/// passes more over the row; max_rank the selection of `ranks` in place of k; margin_swap two
+/// passes per expert that it looks for, in rows that miss something. Determinism: the same ids on
+/// every ISA.
 template <selection_rule Selection>
   requires detail::selects_ranks<Selection>
 struct resident_selection {
   Selection plain{};
   residency_rule rule{};
   resident_view set{};
+  bool has_best = false;  ///< of within: every row's best is in the set, so that none is forced
 
   index_t choices() const { return plain.choices(); }
   bool masks_experts() const { return plain.masks_experts(); }
@@ -164,7 +254,7 @@ struct resident_selection {
     return plain.weighs_lost_with_0();
   }
   /// Whether a row's best expert is its first choice.
-  bool keeps_best() const { return !rule.active() || rule.forced > 0; }
+  bool keeps_best() const { return !rule.active() || rule.forced > 0 || has_best; }
 
   /// Throws: error where the plain rule, this one, or the set does not fit E.
   void check(index_t experts) const {
@@ -177,20 +267,26 @@ struct resident_selection {
     decltype(std::declval<const Selection&>().carve(std::declval<scratch&>(), index_t{})) plain;
     float* row;          ///< [16, E] where scores are moved, [E] where rows are looked through
     std::uint64_t* key;  ///< of the selection of ranks
-    expert_id* id;       ///< [ranks][16]
+    expert_id* id;       ///< [ranks + 1][16]
     float* value;
-    float* sorted;  ///< [ranks]
+    float* sorted;         ///< [ranks]
+    std::uint64_t* words;  ///< of the set
+    std::int32_t* list;    ///< [E] where columns are packed
   };
 
   buffers carve(scratch& tape, index_t experts) const {
     const index_t most = ranks(experts);
+    const bool on = rule.active();
     return {plain.carve(tape, experts),
-            tape.take<float>(
-                !rule.active() ? 0 : (moves_scores() ? block_rows : 1) * experts + block_rows),
-            tape.take<std::uint64_t>(rule.active() ? simd::top_k_scratch(experts, most) : 0),
-            tape.take<expert_id>(rule.active() ? most * block_rows : 0),
-            tape.take<float>(rule.active() ? most * block_rows : 0),
-            tape.take<float>(rule.active() ? round_up(most, block_rows) : 0)};
+            tape.take<float>(!on                         ? 0
+                             : moves_scores() || swaps() ? block_rows * (experts + block_rows)
+                                                         : experts + block_rows),
+            tape.take<std::uint64_t>(on ? simd::top_k_scratch(experts, most) : 0),
+            tape.take<expert_id>(on ? (most + 1) * block_rows : 0),
+            tape.take<float>(on ? (most + 1) * block_rows : 0),
+            tape.take<float>(on ? round_up(most, block_rows) : 0),
+            tape.take<std::uint64_t>(swaps() ? resident_view::words_of(experts) : 0),
+            tape.take<std::int32_t>(packs() || swaps() ? experts : 0)};
   }
 
   template <class A = simd::default_arch>
@@ -205,17 +301,26 @@ struct resident_selection {
     const auto row = [&](int i) {
       return detail::ranked_row{c.id + i, c.value + i, block_rows, c.k};
     };
+    if (packs()) return this->template select_packed<A>(s, c, m);
     if (moves_scores()) return this->template move_scores<A>(s, c, m);
-    if (!looks_further()) {
+    if (swaps() && c.k <= detail::ranks_as_bits) {
       simd::top_k_block<A>(s.logits, s.stride, s.rows, s.experts, c.k, c.value, c.id, m.key);
-      for (int i = 0; i < s.rows; ++i) this->template change_row<A>(s.row(i), row(i), m.row);
-      return;
+      return this->template swap_lanes<A>(s, c, m);
     }
-    const int most = static_cast<int>(ranks(s.experts));
-    simd::top_k_block<A>(s.logits, s.stride, s.rows, s.experts, most, m.value, m.id, m.key);
+    const bool further = looks_further();
+    const int most = further ? static_cast<int>(ranks(s.experts)) : c.k;
+    float* const value = further ? m.value : c.value;
+    expert_id* const id = further ? m.id : c.id;
+    clear(s.rows, most, id, value);
+    simd::top_k_block<A>(s.logits, s.stride, s.rows, s.experts, most, value, id, m.key);
+    std::uint64_t held[block_rows], there[block_rows];
+    detail::held_ranks<A>(set, id, std::min(most, detail::ranks_as_bits), s.rows, held, there);
     for (int i = 0; i < s.rows; ++i) {
-      const detail::ranked_row wide{m.id + i, m.value + i, block_rows, most};
-      this->template choose_of<A>(s.row(i), s.experts, wide, row(i), m.sorted);
+      if (further)
+        this->template choose_of<A>(s.row(i), s.experts, held[i], there[i],
+                                    {id + i, value + i, block_rows, most}, row(i), m.sorted);
+      else
+        this->template change_row<A>(s.row(i), there[i] & ~held[i], row(i), m.row, m.words);
     }
   }
 
@@ -255,6 +360,11 @@ struct resident_selection {
     return rule.kind == residency_kind::cache_prior ||
            (rule.kind == residency_kind::within && rule.ranks == 0);
   }
+  // Who chooses among those in memory alone needs no other columns.
+  bool packs() const {
+    return rule.kind == residency_kind::within && rule.ranks == 0 && (rule.forced == 0 || has_best);
+  }
+  bool swaps() const { return rule.kind == residency_kind::margin_swap; }
   // Rules that choose among plain ranks, more of them than choices.
   bool looks_further() const {
     return rule.kind == residency_kind::max_rank || rule.kind == residency_kind::mass_threshold ||
@@ -280,24 +390,17 @@ struct resident_selection {
   MOEROUTE_INLINE bool moved(const float* s, index_t experts, float* to) const {
     const simd::row_bounds own = simd::bounds_of<A>(s, experts);
     if (!(own.most >= own.least) || own.most == simd::plus_infinity) return false;
-    if (rule.kind == residency_kind::within)
+    if (rule.kind == residency_kind::within) {
       simd::keep_marked<A>(s, experts, set.words, to);
-    else
-      simd::add_to_marked<A>(s, experts, set.words, rule.strength * this->range(own), to);
-    if (rule.forced == 1) {
-      const index_t best = simd::first_column<A>(s, experts, own.most);
-      to[best] = simd::plus_infinity;
+      if (rule.forced == 1) to[simd::first_column<A>(s, experts, own.most)] = simd::plus_infinity;
+      return true;
     }
+    const float bonus = rule.strength * this->range(own);
+    if (rule.forced != 1)
+      simd::add_to_marked<A>(s, experts, set.words, bonus, to);
+    else if (simd::add_to_marked_after<A>(s, experts, set.words, bonus, own.most, to) > 1)
+      detail::keep_first_of_ties(s, set, bonus, own.most, to);
     return true;
-  }
-
-  // The plain best `forced` lead in their order; every value is the plain score of its expert.
-  void settle(const float* s, const expert_id* best, index_t step,
-              const detail::ranked_row& c) const {
-    for (int r = 0; r < c.k; ++r) {
-      if (r < rule.forced && best != nullptr) c.at(r) = best[r * step];
-      if (const expert_id e = c.at(r); e != no_expert) c.value[r * c.step] = s[e];
-    }
   }
 
   template <class A>
@@ -319,32 +422,118 @@ struct resident_selection {
           row[e] = simd::plus_infinity;
     }
     simd::top_k_block<A>(m.row, s.experts, s.rows, s.experts, c.k, c.value, c.id, m.key);
+    // The plain best `forced` lead in their order; every value is the plain score of its expert.
+    for (int i = 0; several && i < s.rows; ++i)
+      for (index_t r = 0; r < rule.forced && (is_moved >> i & 1) != 0; ++r)
+        c.id[r * block_rows + i] = m.id[r * block_rows + i];
+    simd::take_values<A>(s.logits, s.stride, s.rows, s.experts, c.id, c.k, c.value);
+  }
+
+  // Lanes without a row are read with the others: they hold nobody.
+  static void clear(int rows, int k, expert_id* id, float* value) {
+    if (rows == block_rows) return;
+    std::fill_n(id, k * block_rows, no_expert);
+    std::fill_n(value, k * block_rows, simd::minus_infinity);
+  }
+
+  // The best in memory of every row, [k][16]: their columns move together, so that what is selected
+  // from is short. Returns the rows that have a +inf, as bits.
+  template <class A>
+  std::uint32_t select_held(const logit_block& s, int k, const buffers& m, expert_id* id,
+                            float* value) const {
+    const index_t n = simd::list_marked(set.words, s.experts, m.list);
+    const index_t size = std::max<index_t>(n, k), stride = size + block_rows;
+    std::uint32_t infinite = 0;
     for (int i = 0; i < s.rows; ++i)
-      settle(s.row(i), several && (is_moved >> i & 1) != 0 ? m.id + i : nullptr, block_rows,
-             detail::ranked_row{c.id + i, c.value + i, block_rows, c.k});
+      infinite |= std::uint32_t{simd::pack_marked<A>(s.row(i), s.experts, set.words, size,
+                                                     m.row + i * stride)}
+                  << i;
+    clear(s.rows, k, id, value);
+    simd::top_k_block<A>(m.row, stride, s.rows, size, k, value, id, m.key);
+    simd::renumber<A>(id, k * block_rows, m.list, n);
+    return infinite;
+  }
+
+  template <class A>
+  void select_packed(const logit_block& s, choice_block& c, const buffers& m) const {
+    for (std::uint32_t infinite = this->template select_held<A>(s, c.k, m, c.id, c.value);
+         infinite != 0; infinite &= infinite - 1) {
+      const int i = std::countr_zero(infinite);
+      simd::top_k_block<A>(s.row(i), s.stride, 1, s.experts, c.k, c.value + i, c.id + i, m.key);
+    }
+  }
+
+  // margin_swap on the plain k best of every row, one row per lane. Those of them in memory are the
+  // best in memory, in their order: who comes next there is the best that is not chosen.
+  template <class A>
+  void swap_lanes(const logit_block& s, choice_block& c, const buffers& m) const {
+    using F = simd::vfloat<A>;
+    using I = simd::vint<A>;
+    this->template select_held<A>(s, c.k, m, m.id, m.value);
+    alignas(alignment) float range[block_rows] = {};
+    for (int i = 0; i < s.rows; ++i)
+      range[i] = rule.range == score_range::running
+                     ? rule.running->value()
+                     : c.value[i] - simd::least_of<A>(s.row(i), s.experts);
+    const I one(1), zero(0), none(no_expert);
+    const F never(simd::minus_infinity), nothing(0.0f), step(1.0f);
+    for (int lane = 0; lane < s.rows; lane += simd::width<A>) {
+      const auto held = [&](I e) {
+        return simd::differs<A>(e, none) & simd::marked_at<A>(set.words, set.experts, e);
+      };
+      I next = zero;  // at most k, where nobody asks
+      for (int r = 0; r < c.k; ++r)
+        next += simd::select<A>(held(simd::load<A>(c.id + r * block_rows + lane)), one, zero);
+      F left(static_cast<float>(rule.swaps == 0 ? c.k : std::min<index_t>(rule.swaps, c.k)));
+      left = simd::select<A>(simd::load<A>(c.value + lane) < F(simd::plus_infinity), left, nothing);
+      for (int r = c.k - 1; r >= rule.forced; --r) {
+        expert_id* const id = c.id + r * block_rows + lane;
+        float* const value = c.value + r * block_rows + lane;
+        const I e = simd::load<A>(id), at = next * I(block_rows) + simd::lane_numbers<A>();
+        const F x = simd::load<A>(value), best = F::gather(m.value + lane, at);
+        const auto asks = simd::differs<A>(e, none) & !held(e) & (left > nothing);
+        // One rounding, whatever the instruction set has.
+        const auto takes =
+            asks & (best > never) &
+            (best >= simd::fma<A>(F(-rule.strength), simd::load<A>(range + lane), x));
+        simd::select<A>(takes, I::gather(m.id + lane, at), e).store_unaligned(id);
+        simd::select<A>(takes, best, x).store_unaligned(value);
+        next += simd::select<A>(takes, one, zero);
+        // Who is too far below this one is so below those before it too.
+        left = simd::select<A>(asks, simd::select<A>(takes, left - step, nothing), left);
+      }
+    }
   }
 
   // max_rank, mass_threshold, within the best ranks.
   template <class A>
-  MOEROUTE_INLINE void choose_of(const float* s, index_t experts, const detail::ranked_row& wide,
+  MOEROUTE_INLINE void choose_of(const float* s, index_t experts, std::uint64_t held,
+                                 std::uint64_t there, const detail::ranked_row& wide,
                                  const detail::ranked_row& c, float* sorted) const {
     int best = wide.k;
     if (rule.kind == residency_kind::mass_threshold)
       best = std::max(c.k, detail::ranks_of_mass<A>(s, experts, wide, rule.strength, sorted));
-    detail::prefer_resident(rule, set, wide, best, c);
+    if (wide.k <= detail::ranks_as_bits)
+      detail::prefer_resident(rule, held, there, wide, best, c);
+    else
+      detail::prefer_resident_of_many(rule, set, wide, best, c);
   }
 
   // margin_swap and buddy, on the plain k best.
   template <class A>
-  MOEROUTE_INLINE void change_row(const float* s, const detail::ranked_row& c, float* row) const {
-    const int missing = detail::missing_of(set, c);
-    if (missing == 0) return;
-    const simd::row_bounds own = simd::bounds_of<A>(s, set.experts);
-    if (own.most == simd::plus_infinity) return;
-    if (rule.kind == residency_kind::buddy)
-      detail::call_buddies<A>(rule, set, s, c, missing, row);
-    else
-      detail::swap_missing<A>(rule, set, s, c, this->range(own), row);
+  MOEROUTE_INLINE void change_row(const float* s, std::uint64_t missing,
+                                  const detail::ranked_row& c, float* row,
+                                  std::uint64_t* words) const {
+    const float most = c.value[0];  // the best of all: nothing is missing where there is none
+    if (rule.kind == residency_kind::buddy) {
+      if (most < simd::plus_infinity) detail::call_buddies<A>(rule, set, s, c, row);
+      return;
+    }
+    if (most == simd::plus_infinity || detail::last_missing(rule, set, c, missing, c.k) < 0) return;
+    const bool running = rule.range == score_range::running;
+    const float least = running ? most : simd::least_of<A>(s, set.experts);
+    detail::swap_missing<A>(rule, set, s, c, missing,
+                            running ? rule.running->value() : most - least, words);
   }
 
   template <class A>
@@ -361,17 +550,24 @@ struct resident_selection {
           if (best.column[r] != no_expert) row[best.column[r]] = simd::plus_infinity;
       }
       simd::top_k_row<A>(row, experts, k, c);
-      settle(s, rule.forced > 1 ? best.column : nullptr, 1, chosen);
-    } else if (!looks_further()) {
+      for (int r = 0; rule.forced > 1 && r < rule.forced; ++r) c.column[r] = best.column[r];
+      return simd::take_values<A>(s, experts, k, c);
+    }
+    std::uint64_t held, there;
+    if (!looks_further()) {
+      std::uint64_t words[most_alone / 64];
       simd::top_k_row<A>(s, experts, k, c);
-      this->template change_row<A>(s, chosen, row);
+      detail::held_ranks<A>(set, c, k, held, there);
+      this->template change_row<A>(s, there & ~held, chosen, row, words);
     } else {
       const index_t most = ranks(experts);
       simd::row_ranks wide;
       simd::top_k_row<A>(s, experts, static_cast<int>(most), wide);
+      detail::held_ranks<A>(set, wide, static_cast<int>(most), held, there);
       // Registers of choices are read whole.
-      this->template choose_of<A>(s, experts, {wide.column, wide.value, 1, static_cast<int>(most)},
-                                  chosen, row);
+      this->template choose_of<A>(s, experts, held, there,
+                                  {wide.column, wide.value, 1, static_cast<int>(most)}, chosen,
+                                  row);
       for (index_t r = k; r < round_up(k, block_rows); ++r) {
         c.column[r] = no_expert;
         c.value[r] = simd::minus_infinity;

@@ -93,11 +93,16 @@ class union_router {
   void route_batch(matrix_view<const float> z, const side_inputs& side, workspace& ws,
                    assignment& out, const Exec& = {}) const {
     using moved_router = router<Score, resident_selection<Selection>>;
+    // Who opportunistically joins brings its best.
+    const bool has_best = rule_.kind == union_kind::opportunistic;
     const residency_rule within{.kind = residency_kind::within, .ranks = rule_.most_rank};
     out.reset(z.rows, z.cols, k());
     const index_t words = resident_view::words_of(z.cols);
-    moved_router moved{
-        plain_.score, {plain_.selection, within, {}}, plain_.weight, plain_.bias, plain_.transform};
+    moved_router moved{plain_.score,
+                       {plain_.selection, within, {}, has_best},
+                       plain_.weight,
+                       plain_.bias,
+                       plain_.transform};
     struct memory {
       std::uint64_t *agreed, *read;
       double* worth;
@@ -116,13 +121,17 @@ class union_router {
                     plain_.carve(tape, z.cols),
                     moved.carve(tape, z.cols)};
     });
-    this->template run<A>(plain_, m.plain, z, side, m.id, m.value, out);
+    const bool narrows =
+        rule_.kind != union_kind::opportunistic || rule_.k0 < k() || rule_.mass > 0.0f;
+    // Weights of the plain choice are asked for by sums of them, or where it stays.
+    const bool weighs = !narrows || rule_.kind == union_kind::budget || rule_.mass > 0.0f;
+    this->template run<A>(plain_, m.plain, z, side, weighs, m.id, m.value, out);
     if (counts_ != nullptr) counts_->plain_experts += distinct(out, words, m.read);
     const resident_view agreed{m.agreed, z.cols};
     agree(out, words, m);
-    if (rule_.kind != union_kind::opportunistic || rule_.k0 < k() || rule_.mass > 0.0f) {
+    if (narrows) {
       moved.selection.set = agreed;
-      this->template run<A>(moved, m.narrowed, z, side, m.id, m.value, out);
+      this->template run<A>(moved, m.narrowed, z, side, true, m.id, m.value, out);
     }
     if (counts_ == nullptr) return;
     ++counts_->batches;
@@ -134,21 +143,27 @@ class union_router {
   }
 
  private:
-  // Every row's ids and weights.
+  // Every row's ids, and weights where they are asked for or it takes no less to choose.
   template <class A, class Router, class Buffers>
   static void run(const Router& router, const Buffers& buffers, matrix_view<const float> z,
-                  const side_inputs& side, expert_id* id, float* value, assignment& out) {
+                  const side_inputs& side, bool weighs, expert_id* id, float* value,
+                  assignment& out) {
+    weighs = weighs || !router.selects_on_logits() || router.transform.active() ||
+             !side.k_of_token.empty();
     const int k = static_cast<int>(router.k());
     for (index_t t = 0; t < z.rows; t += block_rows) {
       const int rows = static_cast<int>(std::min<index_t>(block_rows, z.rows - t));
       choice_block c{k, id, value};
       clear_lanes(c, rows);
-      router.template route_block<A>(logit_block{z.row(t), z.stride, rows, z.cols, t, &side},
-                                     buffers, c);
+      const logit_block block{z.row(t), z.stride, rows, z.cols, t, &side};
+      if (weighs)
+        router.template route_block<A>(block, buffers, c);
+      else
+        router.selection.template select<A>(block, nullptr, c, buffers.select);
       if (side.mask.empty()) {
         simd::store_ranks<A>(reinterpret_cast<const float*>(id), k, rows,
                              reinterpret_cast<float*>(out.ids().data() + t * k));
-        simd::store_ranks<A>(value, k, rows, out.weights().data() + t * k);
+        if (weighs) simd::store_ranks<A>(value, k, rows, out.weights().data() + t * k);
         continue;
       }
       for (int i = 0; i < rows; ++i)
@@ -177,12 +192,16 @@ class union_router {
     if (rule_.kind == union_kind::opportunistic) {
       for (index_t t = 0; t < a.tokens(); ++t) {
         const auto ids = a.ids(t);
+        if (!(rule_.mass > 0.0f)) {
+          for (index_t r = 0; r < rule_.k0; ++r)
+            if (const expert_id e = ids[static_cast<std::size_t>(r)]; e != no_expert) join(e);
+          continue;
+        }
         const auto weights = a.weights(t);
         float all = 0.0f, mass = 0.0f;
         for (const float w : weights) all += w;
         for (std::size_t r = 0; r < static_cast<std::size_t>(rule_.k0); ++r) {
-          if (ids[r] == no_expert || (rule_.mass > 0.0f && r > 0 && mass >= rule_.mass * all))
-            break;
+          if (ids[r] == no_expert || (r > 0 && mass >= rule_.mass * all)) break;
           join(ids[r]);
           mass += weights[r];
         }

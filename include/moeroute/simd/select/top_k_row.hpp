@@ -271,11 +271,15 @@ MOEROUTE_INLINE void values_at(const float* row, [[maybe_unused]] index_t cols,
 #if defined(__AVX512F__)
   if constexpr (width<A> == 16) {
     // Registers that hold the row: a gather costs more.
-    if (cols == 64 || cols == 128) {
+    if (cols == 32 || cols == 64 || cols == 128) {
       const __m512i c = column[0];
       const auto of_two = [&](int j) {
         return _mm512_permutex2var_ps(load<A>(row + 16 * j), c, load<A>(row + 16 * j + 16));
       };
+      if (cols == 32) {
+        value[0] = of_two(0);
+        return;
+      }
       const __mmask16 odd = _mm512_test_epi32_mask(c, _mm512_set1_epi32(32));
       __m512 v = _mm512_mask_blend_ps(odd, of_two(0), of_two(2));
       if (cols == 128)
@@ -338,8 +342,10 @@ template <class A>
   alignas(alignment) std::int32_t column[list_room], key[round_up(max_row_k, block_rows)];
   std::int32_t order[max_row_k];
   vfloat<A> least(std::numeric_limits<float>::lowest());
-  if (cols > max_row_k)
-    least = k <= 16 ? bound_of_row<A, 2>(row, cols, k) : bound_of_row<A, 4>(row, cols, k);
+  if (k <= 16 && cols > 32)
+    least = bound_of_row<A, 2>(row, cols, k);
+  else if (cols > max_row_k)
+    least = bound_of_row<A, 4>(row, cols, k);
   std::int32_t bound = ordered_key(least.get(0));
   index_t n = 0;
   for (index_t first = 0; first < cols; first += list_panel) {
@@ -470,6 +476,25 @@ MOEROUTE_INLINE void top_k_row(const float* row, index_t cols, int k, row_ranks&
   MOEROUTE_EXPECTS(k >= 1 && k <= cols && k <= most && most <= max_row_k);
   if (k == 1) return detail::top_one<A>(row, cols, out);
   if constexpr (most > 1) detail::top_few<A, most>(row, cols, k, out);
+}
+
+/// The values of a row at the columns that were chosen, in place of those that they were chosen by.
+template <class A = default_arch>
+MOEROUTE_INLINE void take_values(const float* row, index_t cols, int k, row_ranks& c) {
+  constexpr int w = width<A>, n = registers_per_block<A>;
+  for (int first = 0; first < k; first += block_rows) {
+    vint<A> column[n];
+    vfloat<A> value[n];
+    MOEROUTE_UNROLL
+    for (int r = 0; r < n; ++r)
+      column[r] = xsimd::max(vint<A>::load_aligned(c.column + first + r * w), vint<A>(0));
+    detail::values_at<A, n>(row, cols, column, value);
+    MOEROUTE_UNROLL
+    for (int r = 0; r < n; ++r)
+      select<A>(differs<A>(vint<A>::load_aligned(c.column + first + r * w), vint<A>(no_expert)),
+                value[r], vfloat<A>(minus_infinity))
+          .store_aligned(c.value + first + r * w);
+  }
 }
 
 /// Columns of a row whose groups of `size` were moved together become those they had before: group
