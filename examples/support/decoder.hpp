@@ -30,6 +30,7 @@ struct layer_routing {
   matrix_view<const moeroute::expert_id> ids;  // [T, k]
   matrix_view<const float> weights;            // [T, k]
   matrix_view<const float> logits;             // [T, E]
+  matrix_view<const float> inputs;             // [T, hidden], what the layer got
 };
 
 /// Of which tokens the logits are wanted.
@@ -203,7 +204,8 @@ class decoder {
                         position_,
                         {made.choices.ids().data(), rows, made.choices.k()},
                         {made.choices.weights().data(), rows, made.choices.k()},
-                        made.logits});
+                        made.logits,
+                        view(normed_, rows, d)});
       add_rows(rows);
       watch_.lap(part::rest);
       return;
@@ -220,7 +222,8 @@ class decoder {
                       position_,
                       {choices.ids().data(), rows, choices.k()},
                       {choices.weights().data(), rows, choices.k()},
-                      layer.moe.logits()});
+                      layer.moe.logits(),
+                      view(normed_, rows, d)});
     add_rows(rows);
     watch_.lap(part::rest);
   }

@@ -48,7 +48,7 @@ inline void write_scatter(std::ostream& out, const std::vector<scatter_line>& li
     out << "<line class=\"grid\" x1=\"" << fixed(left, 1) << "\" x2=\"" << fixed(left + width, 1)
         << "\" y1=\"" << fixed(y_of(y), 1) << "\" y2=\"" << fixed(y_of(y), 1)
         << "\"/><text class=\"tick end\" x=\"" << fixed(left - 8, 1) << "\" y=\""
-        << fixed(y_of(y) + 4, 1) << "\">" << std::round(y * 1000) / 1000 << "</text>\n";
+        << fixed(y_of(y) + 4, 1) << "\">" << std::round(y * 1000) / 1000 + 0.0 << "</text>\n";
   for (double x = 0; x <= right + 1e-9; x += along)
     out << "<text class=\"tick mid\" x=\"" << fixed(x_of(x), 1) << "\" y=\""
         << fixed(top + height + 18, 1) << "\">" << std::round(x * 1000) / 1000 << "</text>\n";
