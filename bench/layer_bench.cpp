@@ -117,8 +117,8 @@ void layer(benchmark::State& state, bool whole, index_t tokens, const shape& s) 
 }
 
 // A call at decode without what its gate and its experts do: logits are given, and the experts
-// leave their output as it is. What it costs beyond the combine's reading of k rows is reported
-// apart.
+// leave their output as it is. Beside it the stages that are in it, called one after the other:
+// what they cost beyond the combine's reading of k rows is reported apart.
 void decode(benchmark::State& state, index_t tokens, index_t d, index_t experts, index_t k) {
   bool fills = true;
   const auto nothing = [&fills](moeroute::expert_id, auto, auto out) {
@@ -138,11 +138,29 @@ void decode(benchmark::State& state, index_t tokens, index_t d, index_t experts,
   };
   for (index_t i = 0; i < calls; ++i) forward(i);
   fills = false;
+  moeroute::workspace workspace;
+  moeroute::assignment choices;
+  moeroute::dispatch_plan plan;
+  const auto slots = bench::hidden_states<float>(tokens * k, d);
+  const auto stages = [&](index_t call) {
+    moeroute::route(gate,
+                    moeroute::matrix_view<const float>(logits.data() + call * tokens * experts,
+                                                       tokens, experts),
+                    workspace, choices);
+    moeroute::plan(choices, plan);
+    moeroute::combine(moeroute::matrix_view<const float>(slots.data(), tokens * k, d), plan,
+                      choices, y);
+  };
   std::int32_t kept = 0;
   std::vector<bench::competitor> list;
   list.push_back({"ours", [&](bench::stopwatch& watch) {
                     watch.time(calls * tokens, [&] {
                       for (index_t i = 0; i < calls; ++i) forward(i);
+                    });
+                  }});
+  list.push_back({"stages", [&](bench::stopwatch& watch) {
+                    watch.time(calls * tokens, [&] {
+                      for (index_t i = 0; i < calls; ++i) stages(i);
                     });
                   }});
   list.push_back({"floor", [&](bench::stopwatch& watch) {
@@ -155,7 +173,7 @@ void decode(benchmark::State& state, index_t tokens, index_t d, index_t experts,
                   }});
   bench::compete(state, static_cast<double>(k * d * 4), std::move(list));
   state.counters["ns_beyond_reading"] =
-      state.counters["ns_per_token"].value - state.counters["floor_ns_per_token"].value;
+      state.counters["stages_ns_per_token"].value - state.counters["floor_ns_per_token"].value;
 }
 
 void add(bool whole, index_t tokens, const shape& s) {
