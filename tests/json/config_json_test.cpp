@@ -212,6 +212,10 @@ TEST_CASE("a published model's config.json gives the catalogue's spec") {
     CHECK(to_string(read(one.config)) == to_string(find_in_catalog(one.entry)->spec));
     CHECK(read(one.config) == find_in_catalog(one.entry)->spec);
   }
+  // Made up for on the output is what was divided by: the k of the file.
+  CHECK(read(R"({"model_type": "openai_privacy_filter", "num_local_experts": 128,
+                 "num_experts_per_tok": 8})")
+            .output_scale == 8.0f);
 }
 
 TEST_CASE("every router of the catalogue has a config.json that it is read from") {

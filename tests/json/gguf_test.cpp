@@ -170,6 +170,14 @@ TEST_CASE("a key that is missing, wrong or unknown is named") {
   CHECK(with("expert_used_count", n(9)).find("expected a whole number from 1 to 8, found 9") !=
         std::string::npos);
   CHECK(with("expert_count", 8.0).find("found 8") != std::string::npos);
+  // What each key allows and all together do not.
+  const std::string uneven = keys_refusal(keys_of("deepseek2", {{"expert_count", n(160)},
+                                                                {"expert_used_count", n(6)},
+                                                                {"expert_weights_scale", 16.0},
+                                                                {"expert_group_count", n(7)},
+                                                                {"expert_group_used_count", n(3)},
+                                                                {"expert_weights_norm", false}}));
+  CHECK(uneven.find("groups is 7, expected a divisor of E = 160") != std::string::npos);
   CHECK(with("expert_gating_func", n(2))
             .find("'llama.expert_gating_func': expected that of "
                   "mixtral, softmax, found 2") != std::string::npos);

@@ -64,8 +64,11 @@ TEST_CASE("at every step columns sum to T / E and have at most k entries") {
 }
 
 TEST_CASE("the plan is that of the double-precision solver") {
-  for (const auto& [tokens, experts, k] :
-       {std::tuple<index_t, index_t, index_t>{32, 4, 12}, {32, 4, 32}, {60, 6, 10}, {64, 16, 20}})
+  for (const auto& [tokens, experts, k] : {std::tuple<index_t, index_t, index_t>{32, 4, 12},
+                                           {32, 4, 32},
+                                           {60, 6, 10},
+                                           {64, 16, 20},
+                                           {48, 40, 12}})
     for (const index_t steps : {0, 1, 7}) {
       const auto z = test::make_logits(test::shape::normal, 4, tokens, experts);
       const auto plan = plan_of({.support = k, .steps = steps}, z, tokens, experts);

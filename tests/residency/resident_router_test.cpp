@@ -472,11 +472,11 @@ TEST_CASE("a running range is the decayed mean of the tokens' own") {
 
 TEST_CASE(
     "buddies are who served with an expert most, the lowest id among equals, none by chance") {
-  const double together[] = {9, 2, 2, 0,  5,  //
-                             2, 9, 0, 0,  0,  //
-                             2, 0, 9, 1,  1,  //
-                             0, 0, 0, 99, 0,  //
-                             5, 1, 1, 1,  0};
+  const double together[] = {9, 2, 2, 0,  5,   //
+                             7, 9, 0, 0,  0,   //
+                             2, 0, 9, 1,  1,   //
+                             0, 0, 0, 99, 0,   //
+                             1, 1, 1, 1,  0};  // by rows, whatever the columns say
   const buddy_table table({together, 5, 5}, 3);
   const expert_id expected[5][3] = {{4, 1, 2},
                                     {0, no_expert, no_expert},
