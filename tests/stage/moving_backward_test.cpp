@@ -1,7 +1,10 @@
 #include <moeroute/stage/dispatch_backward.hpp>
 //
+#include <bit>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <cstdint>
+#include <limits>
 #include <moeroute/stage/capacity.hpp>
 #include <moeroute/stage/capacity_backward.hpp>
 #include <moeroute/stage/combine_backward.hpp>
@@ -250,6 +253,28 @@ TEST_CASE("16-bit gradients of experts' rows are rounded once, large ones are st
     same =
         same && static_cast<float>(static_cast<bfloat16>(wide[i])) == static_cast<float>(narrow[i]);
   CHECK(same);
+  // With the gradient of the weights, of rows that are narrow themselves, a NaN among them: the
+  // bits of float rows, whatever is rounded together.
+  for (const index_t width : {index_t{1024}, index_t{77}, index_t{48}}) {
+    const spread_rows<bfloat16> slots(s.plan.slots(), width, 5, 0);
+    spread_rows<bfloat16> down(600, width, 6, 0);
+    down.value[7] = static_cast<bfloat16>(std::numeric_limits<float>::quiet_NaN());
+    down.value[static_cast<std::size_t>(width + 3)] = static_cast<bfloat16>(1e-39f);
+    const std::vector<float> wide_slots(slots.value.begin(), slots.value.end()),
+        wide_down(down.value.begin(), down.value.end());
+    std::vector<float> dw(s.choices.weights().size()), wide_dw(dw.size());
+    combine_backward(slots.view(), s.plan, s.choices, down.view(),
+                     combine_gradients<bfloat16>{{narrow.data(), s.plan.slots(), width}, dw});
+    combine_backward(matrix_view<const float>(wide_slots.data(), s.plan.slots(), width), s.plan,
+                     s.choices, matrix_view<const float>(wide_down.data(), 600, width),
+                     combine_gradients<float>{{wide.data(), s.plan.slots(), width}, wide_dw});
+    CHECK(test::bit_difference(dw, wide_dw) == "");
+    index_t wrong = 0;
+    for (index_t i = 0; i < s.plan.slots() * width; ++i)
+      wrong += std::bit_cast<std::uint16_t>(static_cast<bfloat16>(wide[i])) !=
+               std::bit_cast<std::uint16_t>(narrow[i]);
+    CHECK(wrong == 0);
+  }
 }
 
 TEST_CASE("capacity divides weights as apply_capacity did, and its gradient is the derivative") {

@@ -114,6 +114,8 @@ void for_each_router(F&& f) {
         router<half_exponential>{.selection = three, .weight = {.normalize = sum}}, plain);
   eight("identity", router<identity_score>{.selection = three}, plain);
   eight("top-p", top_p{.p = 0.7f, .weight = {.normalize = sum}}, plain);
+  eight("a percentile of the batch", batch_percentile<>{.weight = {.normalize = sum}},
+        {.mask = mask});
   eight("relu, rms",
         threshold_router<relu>{.norm = threshold_norm::rms, .scale = 2.0f, .gamma = scale}, plain);
   eight("sigmoid over a threshold, sum",
@@ -225,8 +227,13 @@ TEST_CASE("gradients of weights are their derivatives, for every router") {
         if (a.ids()[c] != no_expert) sum += dw[c] * w[c];
       return sum;
     };
-    CHECK(test::difference(gradient(router, z, columns, side, a, dw), oracle::derivative(z, value),
-                           1e-7, 2e-9) == "");
+    const std::vector<double> dz = gradient(router, z, columns, side, a, dw);
+    CHECK(test::difference(dz, oracle::derivative(z, value), 1e-7, 2e-9) == "");
+    std::vector<float> in_float(z.size());
+    const std::vector<float> dw_float(dw.begin(), dw.end());
+    weigh_backward(router, view_of(near, columns), side, a, dw_float, gradient_to::write,
+                   matrix_view<float>(in_float.data(), tokens, columns), ws);
+    CHECK(test::difference(in_float, dz, 1e-5, 5e-6) == "");
   });
 }
 
@@ -544,4 +551,7 @@ TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by n
         }) ==
         "moeroute::weigh: sinkhorn.weights is plan: it couples the tokens, use weigh_plan and "
         "weigh_plan_backward");
+  CHECK(weighed(sparse_transport{.weights = transport_weights::plan}) ==
+        "moeroute::weigh: sparse_transport.weights is plan: it couples the tokens, use "
+        "weigh_transport and weigh_transport_backward");
 }
