@@ -286,6 +286,9 @@ TEST_CASE("prefetched experts are there when asked for, and never push out what 
   expert_cache tight({.experts = 16, .capacity = 3});
   tight.step(ids{0, 1, 2});
   CHECK(tight.prefetch(ids{4}, 0, 1).loads.empty());
+  expert_cache roomy({.experts = 16, .capacity = 12});
+  CHECK(roomy.prefetch(ids{5, 6, 7, 8}, 0, 3).loads.size() == 3);
+  CHECK(roomy.prefetch(ids{9}, 0, 0).loads.empty());
 }
 
 TEST_CASE("a profile is the uses of a run; the hottest are pinned; text comes back as it was") {

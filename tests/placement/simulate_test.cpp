@@ -78,6 +78,20 @@ TEST_CASE("traffic drifts, switches, and sums to one") {
   }
 }
 
+TEST_CASE("a simulated layer plans by what it saw, from its second step on, every so many steps") {
+  simulation_options o{.planner = planner_kind::eplb, .slots = 80, .replan_every = 2, .k = 4};
+  o.machine.ranks = 16;
+  layer_simulation layer(64, o);
+  for (index_t step = 0; step < 6; ++step) {
+    std::vector<double> count(64, 1.0);
+    for (std::size_t e = 0; e < 8; ++e) count[8 * static_cast<std::size_t>(step) + e] = 100.0;
+    const placement before = layer.experts();
+    const simulated_step s = layer.next(count);
+    CHECK((layer.experts() == before) == (step % 2 == 0));
+    CHECK((s.moves > 0.0) == (step % 2 == 1));
+  }
+}
+
 TEST_CASE("simulated rows are conserved, time grows with load and with links that are slower") {
   for (const planner_kind planner :
        {planner_kind::contiguous, planner_kind::eplb, planner_kind::search,

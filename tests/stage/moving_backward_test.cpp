@@ -212,6 +212,36 @@ TEST_CASE("identity experts, lost tokens and shared rows pull back what combine 
   }
 }
 
+TEST_CASE("what the weights leave of a token pulls at x, and at every weight") {
+  test::random rng(13);
+  const scene s(test::fixed_choices(rng, 30, 8, 3, 5));
+  const index_t d = 20;
+  const spread_rows<float> in(s.plan.slots(), d, 1), x(30, d, 2), dy(30, d, 3);
+  spread_rows<float> dslots(s.plan.slots(), d, 4), dx(30, d, 5);
+  std::fill(dx.value.begin(), dx.value.end(), 0.0f);
+  std::vector<float> dw(90, 9.0f);
+  combine_backward(in.view(), s.plan, s.choices, dy.view(),
+                   combine_gradients<float>{dslots.view(), dw, dx.view()}, serial{},
+                   combine_options<>{.lost = lost_token::mix, .x = x.view()});
+  bool same = true;
+  for (index_t t = 0; t < 30; ++t) {
+    double rest = 1.0;
+    for (index_t c = 3 * t; c < 3 * t + 3; ++c) {
+      const index_t slot = s.plan.slot_of_choice()[static_cast<std::size_t>(c)];
+      const auto w = static_cast<double>(s.choices.weights()[static_cast<std::size_t>(c)]);
+      double sum = 0.0;
+      for (index_t j = 0; slot >= 0 && j < d; ++j) {
+        sum += dy(t, j) * (in(slot, j) - x(t, j));
+        same = same && close(dslots(slot, j), w * dy(t, j));
+      }
+      same = same && close(static_cast<double>(dw[static_cast<std::size_t>(c)]), sum);
+      if (slot >= 0) rest -= w;
+    }
+    for (index_t j = 0; j < d; ++j) same = same && close(dx(t, j), rest * dy(t, j));
+  }
+  CHECK(same);
+}
+
 TEST_CASE("gradients of moved rows have the same bits for every executor, and allocate nothing") {
   test::random rng(22);
   const scene s(test::fixed_choices(rng, 700, 16, 4, 6));
