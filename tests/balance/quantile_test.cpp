@@ -336,3 +336,35 @@ TEST_CASE("quantiles follow the experts' shares; equal shares change no bit") {
   for (std::size_t e = 0; e < 16; ++e) CHECK(std::abs(h.bias()[e] - more[e]) <= 2.0f * bucket);
   CHECK(test::bit_difference(even.bias(), none.bias()) == "");
 }
+
+TEST_CASE("an expert whose share is every token's has the bias that the most tokens ask for") {
+  // Experts 4, of whom one is to have half of all choices: as many as there are tokens.
+  const skewed_scores d(3);
+  std::vector<float> four;
+  for (index_t t = 0; t < d.tokens; ++t)
+    for (index_t e = 0; e < 4; ++e)
+      four.push_back(d.score[static_cast<std::size_t>(t * d.experts + e)]);
+  const matrix_view<const float> z(four.data(), d.tokens, 4);
+  const std::vector<float> share = {3.0f, 1.0f, 1.0f, 1.0f};
+  workspace ws;
+  quantile_balancer b(4, {.k = 2, .share = share});
+  quantile_histogram h(4, {.k = 2, .share = share});
+  b.observe(z, ws);
+  b.update();
+  CHECK(b.bias()[0] != 0.0f);
+  for (std::size_t e = 1; e < 4; ++e) CHECK(b.bias()[0] > b.bias()[e]);
+  // The range of the histogram follows the scores and does not run away.
+  h.observe(z, ws);
+  h.update();
+  h.observe(z, ws);
+  h.update();
+  const float width = h.bucket_width();
+  for (int i = 0; i < 20; ++i) {
+    h.observe(z, ws);
+    h.update();
+  }
+  CHECK(h.bucket_width() < 2.0f * width);
+  // What should be whole is not one less by the rounding of a part.
+  CHECK(detail::whole_places(49.0, 1.0 / 49.0) == 1);
+  CHECK(detail::whole_places(49.0, 0.9 / 49.0) == 0);
+}

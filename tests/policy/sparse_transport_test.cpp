@@ -177,6 +177,26 @@ TEST_CASE(
   }
 }
 
+TEST_CASE(
+    "a transport whose scores leave no room for 1 ends; potentials that are not finite are "
+    "refused") {
+  constexpr index_t tokens = 9, experts = 4;
+  const auto z = test::make_logits(test::shape::normal, 3, tokens, experts);
+  const sparse_transport steep{.weights = transport_weights::plan, .gamma = 1e-20f};
+  const assignment a = routed(steep, z, experts);
+  CHECK(a.tokens() == tokens);
+  std::vector<double> w(a.weights().size());
+  std::vector<float> potentials(tokens, 0.0f);
+  potentials[2] = test::infinity;
+  const std::vector<double> wide(z.begin(), z.end());
+  workspace ws;
+  CHECK(test::refusal([&] {
+          weigh_transport(sparse_transport{.weights = transport_weights::plan}, potentials,
+                          matrix_view<const double>(wide.data(), tokens, experts), {}, a,
+                          std::span(w), ws);
+        }).ends_with("a potential is not finite"));
+}
+
 TEST_CASE("sparse transport refuses what does not fit, by name") {
   const auto refusal = [](const sparse_transport& r) {
     return test::refusal([&] { r.check(10, 4); });

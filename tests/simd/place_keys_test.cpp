@@ -99,6 +99,14 @@ TEST_CASE("so many keys that they are placed one by one have the same places") {
   });
 }
 
+TEST_CASE("no keys have no places, whatever the groups") {
+  test::for_each_arch<test::arches>([]<class A>(A) {
+    const std::int32_t start = 0;
+    simd::place_keys<A>(nullptr, 0, {nullptr, 0}, &start, nullptr, nullptr);
+  });
+  SUCCEED();
+}
+
 TEST_CASE("sixteen equal keys in one register keep their order") {
   test::for_each_arch<test::arches>([]<class A>(A) {
     const ints key(48, 3);

@@ -615,6 +615,27 @@ TEST_CASE("gradients of decisions that neighbours share are derivatives") {
       });
 }
 
+TEST_CASE("the gradient of gamma alone is added, and never lies in gamma's memory") {
+  constexpr index_t tokens = 5, wide = 6, few = 3;
+  const auto x = random_gate_doubles(tokens * wide, 1), w = random_gate_doubles(few * wide, 2),
+             dz = random_gate_doubles(tokens * few, 3);
+  floats gamma = random_floats(wide, 4);
+  std::vector<float> fx(x.begin(), x.end()), fw(w.begin(), w.end()), fdz(dz.begin(), dz.end()),
+      dx(x.size()), with(gamma.size()), alone(gamma.size());
+  workspace ws;
+  const auto go = [&](gate_gradients<float> g, std::span<float> dgamma) {
+    rms_gate_backward(gate_rows_in(fx, tokens), gate_rows_in(fw, few), {.gamma = gamma},
+                      gate_rows_in(fdz, tokens), g, ws, serial{}, dgamma);
+  };
+  go({gradient_to::write, gate_rows_in(dx, tokens)}, with);
+  go({gradient_to::nowhere}, alone);
+  CHECK(with == alone);
+  CHECK(std::any_of(alone.begin(), alone.end(), [](float v) { return v != 0.0f; }));
+  CHECK(test::refusal([&] {
+          go({gradient_to::write, gate_rows_in(dx, tokens)}, gamma);
+        }).ends_with("dgamma lies in the memory of gamma"));
+}
+
 TEST_CASE(
     "gates' gradients in float are those in double, have the same bits for every executor, "
     "allocate "

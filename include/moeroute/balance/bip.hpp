@@ -72,7 +72,8 @@ class bip_balancer {
       if (part_.empty())
         prices.price_experts(options_.k * tokens / experts + 1, price_.data());
       else
-        prices.price_experts(static_cast<double>(options_.k * tokens), part_, price_.data());
+        prices.price_experts(static_cast<double>(options_.k * tokens), part_, tokens + 1,
+                             price_.data());
       set_prices([&](std::size_t e) { return std::max(0.0f, price_[e]); });
     }
     if (options_.iterations > 0)
@@ -123,7 +124,7 @@ class bip_online {
     const std::vector<double> part = detail::parts_of("bip_online", share, experts);
     room_.assign(static_cast<std::size_t>(experts), k * window / experts + 1);
     for (std::size_t e = 0; e < part.size(); ++e)
-      room_[e] = static_cast<index_t>(static_cast<double>(k * window) * part[e]) + 1;
+      room_[e] = detail::whole_places(static_cast<double>(k * window), part[e]) + 1;
     first_.push_back(0);
     for (const index_t room : room_) first_.push_back(first_.back() + room);
     heap_.resize(first_.back());

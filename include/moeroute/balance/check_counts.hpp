@@ -59,4 +59,11 @@ inline std::vector<double> parts_of(const char* where, std::span<const float> sh
   return parts;
 }
 
+// The whole places among `places` that are an expert's part; a part is rounded, and what should be
+// whole may lie just below.
+inline index_t whole_places(double places, double part) {
+  const double exact = places * part;
+  return static_cast<index_t>(exact + 1e-12 * std::max(1.0, exact));
+}
+
 }  // namespace moeroute::detail

@@ -169,15 +169,16 @@ class dual_prices {
     });
   }
 
-  // The same with a rank of its own for each column: floor(places * part of the expert) + 1. One
-  // sweep per column.
-  void price_experts(double places, std::span<const double> part, float* out) {
+  // The same with a rank of its own for each column: floor(places * part of the expert) + 1, `most`
+  // where that is more. One sweep per column.
+  void price_experts(double places, std::span<const double> part, index_t most, float* out) {
     exec_.parallel_for(scores_.cols, 1, [&](index_t begin, index_t end) {
       const worker_slots::held worker(slots_);
       for (index_t e = begin; e < end; ++e) {
         const one_column source{{memory_.panel + shape().strip(e), memory_.price},
                                 static_cast<int>(e % simd::tile_size)};
-        const auto rank = static_cast<index_t>(places * part[static_cast<std::size_t>(e)]) + 1;
+        const index_t rank =
+            std::min(most, whole_places(places, part[static_cast<std::size_t>(e)]) + 1);
         simd::kth_largest_of_columns<A>(source, scores_.rows, 1, rank,
                                         memory_.workers[worker].column, out + e);
       }

@@ -90,7 +90,9 @@ class quantile_balancer {
     if (part_.empty())
       prices.price_experts(options_.k * tokens / experts + 1, estimate_.data());
     else
-      prices.price_experts(static_cast<double>(options_.k * tokens), part_, estimate_.data());
+      // No expert has a token twice, whatever its share.
+      prices.price_experts(static_cast<double>(options_.k * tokens), part_, tokens,
+                           estimate_.data());
     for (std::size_t e = 0; e < bias_.size(); ++e) {
       if (!std::isfinite(estimate_[e])) continue;
       sums_[e] -= static_cast<double>(estimate_[e]);
@@ -230,7 +232,10 @@ class quantile_histogram {
     for (index_t b = 0; b < buckets; ++b) tokens += count(0, b);
     const auto even = static_cast<double>(options_.k * tokens / experts);
     const auto rank = [&](std::size_t e) {
-      return part_.empty() ? even : std::floor(static_cast<double>(options_.k * tokens) * part_[e]);
+      if (part_.empty()) return even;
+      // No expert has a token twice, whatever its share.
+      return static_cast<double>(std::min(
+          tokens - 1, detail::whole_places(static_cast<double>(options_.k * tokens), part_[e])));
     };
     if (tokens > 0)
       detail::mix_and_centre(bias_, options_.ema, [&](std::size_t expert) {

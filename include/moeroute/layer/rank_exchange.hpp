@@ -334,6 +334,8 @@ class exchange_receiver {
     row_entries_.resize(rows());
     local_slot_.resize(entries());
     weight_.resize(entries());
+    // Room for results that are none, which a rank without memory must still send.
+    results_.resize(size_product(options.result == exchange_result::exact ? entries() : rows(), d));
   }
 
   index_t rows() const { return row_offset_.back(); }

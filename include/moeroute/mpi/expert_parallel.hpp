@@ -173,11 +173,11 @@ class expert_parallel {
                             .owned = s.owned};
         if (!mask.empty()) how.mask = mask.subspan(at(first), at(last - first));
         s.senders[at(i)].plan(last - first, x.cols, *part, s.experts, me, options, how);
+        s.senders[at(i)].expect_results(options.result);
         s.counts.lost += s.senders[at(i)].counts().lost;
       }
     });
     if (talk.failed()) nothing(x.cols);
-    for (index_t i = 0; i < chunks; ++i) s.senders[at(i)].expect_results(options.result);
     exchange_headers(forward_header(x.cols, talk.failed() ? nullptr : &choices), true);
     talk.guard("room", [&] {
       for (index_t i = 0; i < chunks; ++i) {
@@ -294,6 +294,8 @@ class expert_parallel {
       for (index_t i = 0; i < chunks; ++i)
         s.senders[at(i)].pack_backward(rows_of(x, i), rows_of(dy, i), part(i, choices),
                                        s.options.exchange, weights_of(i), rows_of(dx, i), exec);
+      // A rank that finds no room must say so while the others still listen.
+      for (auto& receiver : s.receivers) receiver.expect_backward();
     });
     exchange_headers(header(dy.cols, 2), false);
     talk.agree("header");
@@ -302,7 +304,6 @@ class expert_parallel {
     const auto post = [&](index_t i) {
       exchange_sender<T, A>& sender = s.senders[at(i)];
       exchange_receiver<T, A>& receiver = s.receivers[at(i)];
-      receiver.expect_backward();
       exchange(
           rows[at(i)], tag_of(5, i), [&](index_t r) { return receiver.gradient_rows_from(r); },
           [&](index_t r) { return sender.gradient_rows_to(r); });
@@ -392,7 +393,10 @@ class expert_parallel {
 
   // After a failure: no rows for anybody, so that headers are true.
   void nothing(index_t d) {
-    for (auto& sender : s_->senders) sender.pack_nothing(s_->experts, d);
+    for (auto& sender : s_->senders) {
+      sender.pack_nothing(s_->experts, d);
+      sender.expect_results(s_->options.exchange.result);
+    }
   }
 
   rank_header header(index_t d, int phase) const {

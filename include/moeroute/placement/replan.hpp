@@ -268,7 +268,16 @@ inline std::vector<index_t> assign_greedy(const std::vector<double>& gain, index
 }
 
 inline std::vector<index_t> assign(const std::vector<double>& gain, index_t n) {
-  return n <= 256 ? assign_best(gain, n) : assign_greedy(gain, n);
+  if (n <= 256) return assign_best(gain, n);
+  std::vector<index_t> column = assign_greedy(gain, n);
+  // The greedy way may be worse than names left as they are.
+  double renamed = 0.0, kept = 0.0;
+  for (index_t i = 0; i < n; ++i) {
+    renamed += gain[at(i * n + column[at(i)])];
+    kept += gain[at(i * n + i)];
+  }
+  if (kept > renamed) std::iota(column.begin(), column.end(), index_t{0});
+  return column;
 }
 
 }  // namespace detail

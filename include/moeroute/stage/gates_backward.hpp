@@ -149,12 +149,16 @@ void rms_gate_backward(const matrix_view<T>& x, const matrix_view<W>& weight,
                        const gate_gradients<F>& gradients, workspace& ws, const Exec& exec = {},
                        std::type_identity_t<std::span<F>> dgamma = {}) {
   constexpr const char* where = "rms_gate_backward";
-  if (gradients.to == gradient_to::nowhere) return;
+  if (gradients.to == gradient_to::nowhere && dgamma.empty()) return;
   detail::check_gate_gradients(where, x, weight, dlogits, gradients);
   const index_t tokens = x.rows, d = x.cols;
   if (!input.gamma.empty())
     check_size(where, "gamma.size()", static_cast<index_t>(input.gamma.size()), d);
-  if (!dgamma.empty()) check_size(where, "dgamma.size()", static_cast<index_t>(dgamma.size()), d);
+  if (!dgamma.empty()) {
+    check_size(where, "dgamma.size()", static_cast<index_t>(dgamma.size()), d);
+    if (static_cast<const void*>(dgamma.data()) == static_cast<const void*>(input.gamma.data()))
+      fail(where, "dgamma lies in the memory of gamma");
+  }
   struct memory {
     F *in, *din, *root;
   };
@@ -184,7 +188,7 @@ void rms_gate_backward(const matrix_view<T>& x, const matrix_view<W>& weight,
     for (index_t c = 0; m.root[t] > F(0) && c < d; ++c)
       dgamma[static_cast<std::size_t>(c)] +=
           static_cast<F>(input.scale) * static_cast<F>(x(t, c)) / m.root[t] * din(t, c);
-  if (gradients.x.data == nullptr) return;
+  if (gradients.x.data == nullptr || gradients.to == gradient_to::nowhere) return;
   exec.parallel_for(tokens, 16, [&](index_t begin, index_t end) {
     for (index_t t = begin; t < end; ++t) {
       for (index_t c = 0; c < d; ++c) din(t, c) *= factor(c);
@@ -289,7 +293,10 @@ void mixing_gate_backward(const matrix_view<const F>& x, const matrix_view<const
   check_stride(where, "z", z);
   check_stride(where, "dlogits", dlogits);
   detail::check_gradient(where, "dz", dz, tokens, experts, x, z, dlogits);
-  if (dx.data != nullptr) detail::check_gradient(where, "dx", dx, tokens, x.cols, x, z, dlogits);
+  if (dx.data != nullptr) {
+    detail::check_gradient(where, "dx", dx, tokens, x.cols, x, z, dlogits);
+    check_apart(where, "dz", dz, "dx", dx);
+  }
   struct memory {
     F *s, *ds, *p, *dp;
   };

@@ -49,7 +49,8 @@ double simplex_threshold(const Value& value, index_t n) {
       sum += v;
       ++count;
     }
-    if (count == left) return threshold;
+    // Nothing lies above the threshold of values too large for a difference of 1.
+    if (count == left || count == 0) return threshold;
     left = count;
     threshold = (sum - 1.0) / static_cast<double>(count);
   }

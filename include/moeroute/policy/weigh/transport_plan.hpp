@@ -116,6 +116,8 @@ void check_transport(const char* where, const sparse_transport& how,
   check_size(where, "logits.rows", z.rows, choices.tokens());
   check_size(where, "logits.cols", z.cols, choices.experts());
   check_size(where, "potentials.size()", static_cast<index_t>(potentials.size()), z.rows);
+  if (std::any_of(potentials.begin(), potentials.end(), [](float p) { return !std::isfinite(p); }))
+    fail(where, "a potential is not finite");
   if (!side.mask.empty())
     check_size(where, "mask.size()", static_cast<index_t>(side.mask.size()), z.rows);
 }
