@@ -350,6 +350,7 @@ TEST_CASE("a cache that cannot be is refused by name") {
   cache.step(ids{3, 4});
   CHECK(test::refusal([&] { cache.step(ids{3, -2}); }) ==
         "moeroute::expert_cache: expert is -2, expected 0 to 7");
+  CHECK(cache.prefetch(ids{6}, 0, 1).loads.empty());  // what the last step used is there to stay
   const auto after = cache.step(ids{5});
   CHECK(after.hits == 0);
   CHECK(std::vector<std::int32_t>(after.evictions.begin(), after.evictions.end()) ==

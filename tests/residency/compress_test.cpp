@@ -125,6 +125,9 @@ TEST_CASE("a layer needs as many experts as have the mass on enough of its token
 
 TEST_CASE("what stays keeps its order, and a description is pruned with it or refused") {
   const std::vector<double> worth = {3, 1, 4, 1, 5, 9, 2, 6};
+  const expert_subset first = keep_best(std::vector<double>{1, 2, 1, 1, 1}, 3);
+  CHECK(std::vector<expert_id>(first.kept().begin(), first.kept().end()) ==
+        std::vector<expert_id>{0, 1, 2});
   const expert_subset stay = keep_best(worth, 4);
   CHECK(std::vector<expert_id>(stay.kept().begin(), stay.kept().end()) ==
         std::vector<expert_id>{2, 4, 5, 7});
