@@ -95,7 +95,9 @@ void expect_oracle(const Router& router, const std::vector<float>& z,
     std::set<expert_id> held;
     for_each_resident(set, [&](expert_id e) { held.insert(e); });
     const buddy_table buddies = some_buddies(rng, experts, std::min<index_t>(experts, 5));
-    for (const residency_rule& rule : rules(experts, k, buddies)) {
+    auto list = rules(experts, k, buddies);
+    list.push_back({.kind = kind::within, .forced = 0});
+    for (const residency_rule& rule : list) {
       const assignment a = both_ways(resident_router(router, rule, set), z, experts);
       for (index_t t = 0; t < a.tokens(); ++t) {
         INFO(to_string(rule.kind) << " " << rule.strength << " ranks " << rule.ranks << " forced "
