@@ -2,6 +2,7 @@
 // what else trains a router.
 #pragma once
 
+#include <moeroute/layer/lora_backward.hpp>
 #include <moeroute/layer/moe_layer_backward.hpp>
 #include <moeroute/layer/soft_moe_backward.hpp>
 #include <moeroute/layer/swiglu_backward.hpp>
@@ -19,4 +20,5 @@
 #include <moeroute/stage/retained_inputs.hpp>
 #include <moeroute/stage/router_target.hpp>
 #include <moeroute/stage/soft_backward.hpp>
+#include <moeroute/stage/transform_rows.hpp>
 #include <moeroute/stage/weigh.hpp>

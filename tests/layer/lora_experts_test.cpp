@@ -3,7 +3,9 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <cstdint>
+#include <moeroute/layer/lora_backward.hpp>
 #include <moeroute/stage/plan.hpp>
+#include <string>
 #include <vector>
 
 #include "support/assignments.hpp"
@@ -148,4 +150,70 @@ TEST_CASE("adapters that do not fit are refused by name") {
   CHECK(test::refusal([&] {
           mix_parameters({w.data(), 3, 2}, {w.data(), 2, 4}, 3, {mixed.data(), 1, 4});
         }) == "moeroute::mix_parameters: parameters.cols % blocks is 1, expected 0");
+}
+
+TEST_CASE("gradients of an adapter are those of plain loops, of what its mask leaves") {
+  test::random rng(7);
+  constexpr index_t d = 9, d_out = 5, rank = 6;
+  const std::vector<float> bias = some(rng, rank);
+  for (const index_t rows : {0, 1, 200})
+    for (const index_t keep : {0, 2}) {
+      INFO(rows << " rows, " << keep << " ranks kept");
+      lora_experts<> lora(2, d, d_out, rank, 3.0f, {.keep = keep, .bias = bias});
+      const std::vector<float> a = some(rng, 2 * rank * d), b = some(rng, 2 * d_out * rank);
+      const lora_matrices<const float> factors{{a.data(), 2 * rank, d},
+                                               {b.data(), 2 * d_out, rank}};
+      for (expert_id e = 0; e < 2; ++e) {
+        lora.set_a(e, factors.a.middle_rows(e * rank, rank));
+        lora.set_b(e, factors.b.middle_rows(e * d_out, d_out));
+      }
+      std::vector<float> x = some(rng, rows * d);
+      const std::vector<float> dy = some(rng, rows * d_out);
+      if (rows > 0) std::fill_n(x.begin(), d, 0.0f);  // a row whose ranks are all 0
+      std::vector<float> dx(x.size(), 7.0f), da(a.size(), 1.0f), db(b.size(), 1.0f);
+      const lora_backward<> back(lora, factors,
+                                 {{da.data(), 2 * rank, d}, {db.data(), 2 * d_out, rank}});
+      std::vector<float> memory(static_cast<std::size_t>(back.scratch_floats()));
+      const matrix_view<const float> in(x.data(), rows, d), up(dy.data(), rows, d_out);
+      const matrix_view<float> din(dx.data(), rows, d);
+      back(1, in, up, din, memory.data());
+      std::vector<double> slow_a(a.size(), 1.0), slow_b(b.size(), 1.0);
+      for (index_t t = 0; t < rows; ++t) {
+        double low[rank] = {}, dlow[rank] = {};
+        for (index_t i = 0; i < rank; ++i) {
+          for (index_t c = 0; c < d; ++c)
+            low[i] += double(factors.a(rank + i, c)) * double(in(t, c));
+          for (index_t c = 0; c < d_out; ++c)
+            dlow[i] += double(up(t, c)) * double(factors.b(d_out + c, i)) * 3.0 / rank;
+        }
+        for (index_t i = 0, larger; i < rank; ++i) {
+          larger = 0;
+          const auto size = [&](index_t j) {
+            return std::abs(low[j] + double(bias[std::size_t(j)]));
+          };
+          for (index_t j = 0; j < rank; ++j) larger += size(j) > size(i);
+          const bool kept = keep == 0 || larger < keep;
+          for (index_t c = 0; kept && c < d_out; ++c)
+            slow_b[std::size_t((d_out + c) * rank + i)] += double(up(t, c)) * low[i] * 3.0 / rank;
+          for (index_t c = 0; kept && c < d; ++c)
+            slow_a[std::size_t((rank + i) * d + c)] += dlow[i] * double(in(t, c));
+          if (!kept) dlow[i] = 0.0;
+        }
+        for (index_t c = 0; c < d; ++c) {
+          double want = 0.0;
+          for (index_t i = 0; i < rank; ++i) want += dlow[i] * double(factors.a(rank + i, c));
+          REQUIRE(std::abs(want - double(din(t, c))) < 1e-4);
+        }
+      }
+      for (std::size_t i = 0; i < da.size(); ++i)
+        REQUIRE(std::abs(slow_a[i] - double(da[i])) < 1e-3);
+      for (std::size_t i = 0; i < db.size(); ++i)
+        REQUIRE(std::abs(slow_b[i] - double(db[i])) < 1e-3);
+    }
+  const lora_experts<> lora(2, d, d_out, rank, 3.0f);
+  std::vector<float> list(200);
+  CHECK(test::refusal([&] {
+          lora_backward<>(lora, {{list.data(), 2 * rank, d}, {list.data(), 2 * d_out, rank - 1}},
+                          {});
+        }) == "moeroute::lora_backward: factors.b.cols() is 5, expected 6");
 }

@@ -8,6 +8,7 @@
 #include <moeroute/policy/weigh/rare_router.hpp>
 #include <moeroute/policy/weigh/row_routers.hpp>
 #include <moeroute/stage/route.hpp>
+#include <moeroute/stage/transform_rows.hpp>
 #include <string>
 #include <vector>
 
@@ -554,4 +555,133 @@ TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by n
   CHECK(weighed(sparse_transport{.weights = transport_weights::plan}) ==
         "moeroute::weigh: sparse_transport.weights is plan: it couples the tokens, use "
         "weigh_transport and weigh_transport_backward");
+<<<<<<< HEAD
+=======
+}
+
+namespace {
+
+// The derivative of a transform, from a formula of its own in double; what a router sees is that of
+// transform_rows in float.
+template <class Transform, class Formula>
+void transform_agrees(const char* name, const Transform& transform, index_t columns,
+                      Formula&& formula, bool with_infinities = true) {
+  INFO(name);
+  const side_inputs side{.seed = 4, .step = 1};
+  std::vector<float> near = test::make_logits(test::shape::normal, 5, tokens, columns);
+  if (with_infinities) near[1] = -test::infinity;
+  const std::vector<double> z(near.begin(), near.end());
+  const index_t out = transform.experts(columns);
+  const std::vector<double> up = random_doubles(static_cast<std::size_t>(tokens * out), 6);
+  std::vector<float> seen(up.size());
+  transform_rows(transform, view_of(near, columns), side,
+                 matrix_view<float>(seen.data(), tokens, out), test::backwards{});
+  std::vector<double> expected = formula(z, seen);
+  std::vector<float> finite = seen;
+  for (std::size_t i = 0; i < finite.size(); ++i)
+    if (expected[i] == -HUGE_VAL && finite[i] == -test::infinity) expected[i] = finite[i] = 0.0f;
+  CHECK(test::difference(finite, expected, 1e-5, 1e-5) == "");
+  const auto value = [&](const std::vector<double>& x) {
+    const std::vector<double> y = formula(x, seen);
+    double sum = 0.0;
+    for (std::size_t i = 0; i < y.size(); ++i)
+      if (std::isfinite(y[i])) sum += up[i] * y[i];
+    return sum;
+  };
+  std::vector<double> dz(z.size(), 9.0);
+  const matrix_view<double> into(dz.data(), tokens, columns);
+  transform_rows_backward(transform, view_of(z, columns), side, view_of(up, out),
+                          gradient_to::write, into, test::backwards{});
+  const std::vector<double> once = dz;
+  CHECK(test::difference(once, oracle::derivative(z, value), 1e-6, 1e-8) == "");
+  transform_rows_backward(transform, view_of(z, columns), side, view_of(up, out), gradient_to::add,
+                          into);
+  for (std::size_t i = 0; i < dz.size(); ++i) CHECK(std::abs(dz[i] - 2.0 * once[i]) < 1e-12);
+}
+
+struct logit_moments {
+  double mean = 0.0, deviation = 0.0;
+  logit_moments(const double* z, index_t n) {
+    double count = 0.0;
+    for (index_t e = 0; e < n; ++e)
+      if (std::isfinite(z[e])) mean += z[e], count += 1.0;
+    mean /= count;
+    for (index_t e = 0; e < n; ++e)
+      if (std::isfinite(z[e])) deviation += (z[e] - mean) * (z[e] - mean) / count;
+    deviation = std::sqrt(deviation);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("gradients through a transform of logits are derivatives, for every transform") {
+  using list = std::vector<double>;
+  const auto by_row = [](index_t columns, auto f) {
+    return [=](const list& z, const std::vector<float>&) {
+      list out;
+      for (index_t t = 0; t < tokens; ++t) f(z.data() + t * columns, out);
+      return out;
+    };
+  };
+  constexpr index_t n = experts;
+  transform_agrees(
+      "sigmoid_sum", sigmoid_sum{}, 2 * n, by_row(2 * n, [](const double* z, list& out) {
+        for (index_t e = 0; e < n; ++e)
+          out.push_back(std::isfinite(z[e])
+                            ? 1.0 / (1.0 + std::exp(-z[e])) + 1.0 / (1.0 + std::exp(-z[n + e]))
+                            : z[e]);
+      }));
+  for (const auto rule : {pass_rule::bound, pass_rule::ratio}) {
+    const pass_logits how{.passes = 3, .rule = rule, .lambda = 0.5f};
+    transform_agrees("pass_logits", how, 3 * n, by_row(3 * n, [=](const double* z, list& out) {
+                       for (index_t e = 0; e < n; ++e) {
+                         const double of[] = {z[e], z[n + e], z[2 * n + e]};
+                         const logit_moments m(of, 3);
+                         out.push_back(!std::isfinite(z[e])       ? z[e]
+                                       : rule == pass_rule::bound ? m.mean - 0.5 * m.deviation
+                                                                  : m.mean / m.deviation);
+                       }
+                     }));
+  }
+  transform_agrees(
+      "standardized", standardized{.lambda = 2.0f}, n, by_row(n, [](const double* z, list& out) {
+        const logit_moments m(z, n);
+        for (index_t e = 0; e < n; ++e)
+          out.push_back(std::isfinite(z[e]) ? 2.0 * (z[e] - m.mean) / m.deviation : z[e]);
+      }));
+  const expert_id promote[] = {2, 5}, suppress[] = {0};
+  const steering soft{.promote = promote, .suppress = suppress, .lambda = 0.75f};
+  const auto promoted = [](index_t e) { return e == 2 || e == 5; };
+  transform_agrees(
+      "soft steering", soft, n, by_row(n, [=](const double* z, list& out) {
+        const logit_moments m(z, n);
+        for (index_t e = 0; e < n; ++e)
+          out.push_back(e == 0 ? -HUGE_VAL : promoted(e) ? z[e] + 0.75 * m.deviation : z[e]);
+      }));
+  steering hard = soft;
+  hard.how = promotion::hard;
+  transform_agrees("hard steering", hard, n, by_row(n, [=](const double* z, list& out) {
+                     const double top = *std::max_element(z, z + n);
+                     for (index_t e = 0; e < n; ++e)
+                       out.push_back(e == 0 ? -HUGE_VAL : promoted(e) ? top : z[e]);
+                   }));
+  transform_agrees("candidates", candidates{.active = 5}, n,
+                   [](const list& z, const std::vector<float>& seen) {
+                     list out = z;
+                     for (std::size_t i = 0; i < out.size(); ++i)
+                       if (!std::isfinite(seen[i])) out[i] = -HUGE_VAL;
+                     return out;
+                   });
+  std::vector<float> z(tokens * n), out(z.size());
+  CHECK(test::refusal([&] {
+          transform_rows_backward(standardized{}, view_of(z, n), {}, view_of(z, n),
+                                  gradient_to::write, matrix_view<float>(z.data(), tokens, n));
+        }) ==
+        "moeroute::transform_rows_backward: logits and dlogits overlap, expected memory of "
+        "their own");
+  CHECK(test::refusal([&] {
+          transform_rows_backward(sigmoid_sum{}, view_of(z, n), {}, view_of(z, n),
+                                  gradient_to::write, matrix_view<float>(out.data(), tokens, n));
+        }) == "moeroute::transform_rows_backward: dout.cols() is 8, expected 4");
+>>>>>>> 07c2b3d (After the freeze: gradients of adapters and through transforms of logits; products that fetch the next slice while they multiply, panels that stay, bfloat16 rows scaled by pairs)
 }

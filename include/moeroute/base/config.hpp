@@ -27,6 +27,7 @@
 #define MOEROUTE_RESTRICT __restrict__
 #define MOEROUTE_MAY_ALIAS [[gnu::may_alias]]
 #define MOEROUTE_PREFETCH(address) __builtin_prefetch(address)
+#define MOEROUTE_PREFETCH_TO_SECOND(address) __builtin_prefetch(address, 0, 2)
 #define MOEROUTE_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
 #define MOEROUTE_FORGET(address) asm volatile("" : : "r"(address) : "memory")
 #define MOEROUTE_APART(integer) asm("" : "+r"(integer))
@@ -38,6 +39,7 @@
 #define MOEROUTE_RESTRICT
 #define MOEROUTE_MAY_ALIAS
 #define MOEROUTE_PREFETCH(address) static_cast<void>(address)
+#define MOEROUTE_PREFETCH_TO_SECOND(address) static_cast<void>(address)
 #define MOEROUTE_PREFETCH_TO_WRITE(address) static_cast<void>(address)
 #define MOEROUTE_FORGET(address) static_cast<void>(address)
 #define MOEROUTE_APART(integer) static_cast<void>(integer)

@@ -73,6 +73,31 @@ class lora_experts {
   index_t d_out() const { return d_out_; }
   index_t rank() const { return rank_; }
   index_t scratch_floats() const { return round_up(tile * (rank_ + d_out_), 64); }
+  /// alpha / r.
+  float scale() const { return scale_; }
+  /// Whether a mask drops ranks.
+  bool masks() const { return mask_.keep > 0 && mask_.keep < rank_; }
+
+  /// low = A x of expert e, [n, r], which a mask has not seen.
+  void low_rank(expert_id e, matrix_view<const float> x, matrix_view<float> low) const {
+    simd::gemm(x, down_[static_cast<std::size_t>(e)], low);
+  }
+  /// dropped[i] = whether the mask drops rank i of a row of low_rank(); the lowest stays among
+  /// equals.
+  void dropped_ranks(const float* row, bool (&dropped)[most_masked]) const {
+    const auto size = [&](index_t i) {
+      return std::abs(row[i] +
+                      (mask_.bias.empty() ? 0.0f : mask_.bias[static_cast<std::size_t>(i)]));
+    };
+    // Ranks are few: each counts who comes before it.
+    const index_t n = rank_;
+    for (index_t i = 0; i < n; ++i) {
+      index_t before = 0;
+      for (index_t j = 0; j < rank_; ++j)
+        before += size(j) > size(i) || (size(j) == size(i) && j < i);
+      dropped[i] = before >= mask_.keep;
+    }
+  }
 
   /// y = (alpha / r) B (A x).
   ///
@@ -118,29 +143,18 @@ class lora_experts {
 
   void product(expert_id e, matrix_view<const float> x, matrix_view<float> y, float* memory) const {
     const matrix_view<float> low(memory, x.rows, rank_);
-    simd::gemm(x, down_[static_cast<std::size_t>(e)], low);
-    if (mask_.keep > 0 && mask_.keep < rank_)
+    low_rank(e, x, low);
+    if (masks())
       for (index_t t = 0; t < low.rows; ++t) keep_ranks(low.row(t));
     simd::gemm(low, up_[static_cast<std::size_t>(e)], y);
   }
 
-  // The lowest rank stays among equals.
   void keep_ranks(float* row) const {
-    const auto size = [&](index_t i) {
-      return std::abs(row[i] +
-                      (mask_.bias.empty() ? 0.0f : mask_.bias[static_cast<std::size_t>(i)]));
-    };
-    // Ranks are few: each counts who comes before it. What is dropped is marked and cleared last.
-    bool out[most_masked];
+    bool dropped[most_masked];
+    dropped_ranks(row, dropped);
     const index_t n = rank_;
-    for (index_t i = 0; i < n; ++i) {
-      index_t before = 0;
-      for (index_t j = 0; j < rank_; ++j)
-        before += size(j) > size(i) || (size(j) == size(i) && j < i);
-      out[i] = before >= mask_.keep;
-    }
     for (index_t i = 0; i < n; ++i)
-      if (out[i]) row[i] = 0.0f;
+      if (dropped[i]) row[i] = 0.0f;
   }
 
   simd::packed_matrix<float, A>& part(std::vector<simd::packed_matrix<float, A>>& of, expert_id e) {

@@ -44,7 +44,7 @@ template <class A = simd::default_arch>
 class swiglu_experts {
  public:
   /// Rows that pass through an expert at a time.
-  static constexpr index_t tile = 96;
+  static constexpr index_t tile = 192;
 
   /// Throws: error where experts is outside [1, 2^20], a size is negative, or an option is negative
   /// or not finite.

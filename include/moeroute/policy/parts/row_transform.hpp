@@ -271,6 +271,14 @@ struct candidates {
   void apply_row(const float* z, index_t columns, index_t token, const side_inputs& side,
                  float* out) const {
     if (out != z) std::copy_n(z, columns, out);
+    for_each(columns, token, side, [&](index_t e, bool drawn) {
+      if (!drawn) out[e] = simd::minus_infinity;
+    });
+  }
+
+  /// f(expert, whether it is drawn) for all of them in turn.
+  template <class F>
+  void for_each(index_t columns, index_t token, const side_inputs& side, F&& f) const {
     const std::uint64_t stream = detail::random_stream(detail::random_use::candidates, side.step);
     const index_t row = scope == row_scope::token ? token : 0;
     // Expert by expert, each with the share of what is still to be drawn.
@@ -278,10 +286,10 @@ struct candidates {
     for (index_t e = 0; e < columns; ++e) {
       const auto counter = static_cast<std::uint64_t>(row * columns + e);
       const auto left = static_cast<std::uint32_t>(columns - e);
-      if (static_cast<index_t>(random_below(left, side.seed, stream, counter)) < wanted)
-        --wanted;
-      else
-        out[e] = simd::minus_infinity;
+      const bool drawn =
+          static_cast<index_t>(random_below(left, side.seed, stream, counter)) < wanted;
+      wanted -= drawn;
+      f(e, drawn);
     }
   }
 };

@@ -317,10 +317,13 @@ void gemm(const X& x_rows, const packed_matrix<W, A>& w, Y&& y_rows, const Exec&
   const index_t stripe_panels = std::min(w.panels(), ceil_div(index_t{1} << 18, panel_cost));
   const index_t row_stripes = ceil_div(x.rows, stripe_rows);
   const index_t panel_stripes = ceil_div(w.panels(), stripe_panels);
+  // The smaller of both is read again: panels stay in the caches while rows pass, or rows do.
+  const bool panels_stay =
+      x.rows * static_cast<index_t>(sizeof(*x.data)) < w.rows() * static_cast<index_t>(sizeof(W));
   exec.parallel_for(row_stripes * panel_stripes, 1, [&](index_t begin, index_t end) {
     for (index_t i = begin; i < end; ++i) {
-      const index_t row = i / panel_stripes * stripe_rows;
-      const index_t panel = i % panel_stripes * stripe_panels;
+      const index_t row = (panels_stay ? i % row_stripes : i / panel_stripes) * stripe_rows;
+      const index_t panel = (panels_stay ? i / row_stripes : i % panel_stripes) * stripe_panels;
       const index_t rows = std::min(stripe_rows, x.rows - row);
       detail::multiply_stripe<A>(x.middle_rows(row, rows), w, panel,
                                  std::min(w.panels(), panel + stripe_panels),

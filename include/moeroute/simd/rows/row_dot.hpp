@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
+#include <type_traits>
 
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/simd/batch.hpp>
@@ -44,6 +46,15 @@ double row_dot(const double* a, const double* b, index_t n) {
   return sum;
 }
 
+namespace detail {
+
+// Whether a row is scaled two registers at a time, by rounded_pairs().
+template <class A, class From, class To>
+inline constexpr bool scales_pairs =
+    std::is_same_v<From, bfloat16> && std::is_same_v<To, bfloat16> && converts_sixteen<A>;
+
+}  // namespace detail
+
 /// dot[r] = row . rows[r] and out[r] = factor[r] * row, for R rows in one pass; past the caches
 /// where `stream` says so.
 ///
@@ -65,7 +76,29 @@ void scale_and_dot_rows(const U* row, const T* const* rows, const float* factor,
   const index_t whole = n / block_rows * block_rows;
   for (index_t first = 0; first < whole; first += chunk) {
     const index_t m = std::min(chunk, whole - first);
-    for (index_t c = 0; c < m; c += block_rows) {
+    index_t c = 0;
+    if constexpr (detail::scales_pairs<A, U, V>) {
+      // Two registers of products are rounded into one; the dots want their columns in order.
+      using bits = xsimd::batch<std::uint32_t, A>;
+      for (; c + 2 * block_rows <= m; c += 2 * block_rows) {
+        const U* const from = row + first + c;
+        const bits pairs = bits::load_unaligned(reinterpret_cast<const std::uint32_t*>(from));
+        const auto even = xsimd::bitwise_cast<float>(pairs << 16);
+        const auto odd = xsimd::bitwise_cast<float>(pairs & bits(0xffff0000u));
+        const vfloat<A> x = detail::load_wide<A>(from), y = detail::load_wide<A>(from + w);
+        MOEROUTE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const T* const other = rows[r] + first + c;
+          sum[r][0] = fma<A>(x, detail::load_wide<A>(other), sum[r][0]);
+          sum[r][0] = fma<A>(y, detail::load_wide<A>(other + w), sum[r][0]);
+          const vfloat<A> f(factor[r]);
+          detail::rounded_pairs<A>(f * even, f * odd)
+              .store_unaligned(
+                  reinterpret_cast<std::uint32_t*>((stream ? made[r] : out[r] + first) + c));
+        }
+      }
+    }
+    for (; c < m; c += block_rows) {
       MOEROUTE_UNROLL
       for (int j = 0; j < parts; ++j) {
         const vfloat<A> x = detail::load_wide<A>(row + first + c + j * w);

@@ -114,15 +114,12 @@ void pack_factors(const float* from, index_t row_step, index_t depth_step, index
   }
 }
 
-// `depth` rows of cols columns, widened, the rest of a slice's width 0. The lines of the next slice
-// are fetched: of rows that are far apart no hardware does.
+// `depth` rows of cols columns, widened, the rest of a slice's width 0.
 template <class A, class T>
 void pack_slice(const T* from, index_t stride, index_t depth, index_t cols, float* to) {
   constexpr index_t w = width<A>, across = product_across<A>;
-  constexpr index_t line = alignment / static_cast<index_t>(sizeof(T));
   for (index_t i = 0; i < depth; ++i, from += stride, to += across) {
     if (cols == across) {
-      for (index_t c = 0; c < across; c += line) MOEROUTE_PREFETCH(from + across + c);
       MOEROUTE_UNROLL
       for (int j = 0; j < tile_registers<A>; ++j)
         load_wide<A>(from + j * w).store_aligned(to + j * w);
@@ -170,10 +167,20 @@ void product_block(const product_factor& a, const matrix_view<const T>& rows,
       } else {
         pack_slice<A>(rows.data + first * rows.stride + c, rows.stride, depth, cols, slice);
       }
+      // Of rows that are far apart no hardware fetches the next slice: its lines come while this
+      // one is multiplied, some with each tile.
+      const bool more = c + across < col_end;
+      const index_t next_first = more ? first : first + product_depth;
+      const T* next = rows.data + next_first * rows.stride + (more ? c + across : col);
+      index_t to_fetch = std::clamp<index_t>(a.depth - next_first, 0, product_depth);
+      const index_t with_each = ceil_div(to_fetch, ceil_div(row_end - row, tile_rows));
       const float* factor = packed;
       for (index_t r = row; r < row_end;) {
         const index_t m = product_rows_of(row_end - r), n = std::min(m, row_end - r);
         float* const to = out.data + r * out.stride + c;
+        for (index_t i = std::min(with_each, to_fetch); i > 0; --i, --to_fetch, next += rows.stride)
+          for (index_t line = 0; line < across; line += alignment / index_t{sizeof(T)})
+            MOEROUTE_PREFETCH_TO_SECOND(next + line);
         // What the next tile will add to is on its way while this one is computed.
         for (index_t q = r + n; q < std::min(row_end, r + n + most); ++q)
           for (index_t line = 0; line < cols; line += alignment / index_t{sizeof(float)})
