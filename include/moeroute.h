@@ -117,7 +117,9 @@ enum {  // selection
   // These see the whole batch; of the fields below the first group they read those named for them.
   MOEROUTE_EXPERT_CHOICE = 100,
   MOEROUTE_SINKHORN = 101,
-  MOEROUTE_SINKHORN_EXPERT_CHOICE = 102
+  MOEROUTE_SINKHORN_EXPERT_CHOICE = 102,
+  MOEROUTE_SELECTIVE_SINKHORN = 103,  // balanced steps by the coin of side.seed and side.step
+  MOEROUTE_BASE = 104                 // k = 1; T is a multiple of E, but in evaluation
 };
 enum { MOEROUTE_GROUP_MAX = 0, MOEROUTE_GROUP_TOP2_SUM = 1, MOEROUTE_GROUP_TOP_SUM = 2 };
 enum { MOEROUTE_NORMALIZE_NONE = 0, MOEROUTE_NORMALIZE_SUM = 1, MOEROUTE_NORMALIZE_LP = 2 };
@@ -176,13 +178,18 @@ typedef struct moeroute_spec {
   int64_t capacity_multiple;
   int64_t sequence_length;  // tokens that compete with one another, 0: all of the batch
   int64_t most_experts;     // per token, 0: no cap
-  // MOEROUTE_SINKHORN, MOEROUTE_SINKHORN_EXPERT_CHOICE
-  int32_t scaling;       // 0: as Megatron-LM; 1: the projection of V-MoE
+  // MOEROUTE_SINKHORN, MOEROUTE_SELECTIVE_SINKHORN, MOEROUTE_SINKHORN_EXPERT_CHOICE
+  int32_t scaling;       // 0: as Megatron-LM (selective: as published); 1: the projection of V-MoE
   int32_t plan_weights;  // 0: by k; 1: sigmoid; 2: softmax; 3: the plan's own entries
-  int32_t evaluation;    // 1: Sinkhorn chooses the k largest logits
-  float plan_temperature;
+  int32_t evaluation;    // 1: Sinkhorn, selective or not, and BASE choose the largest logits
+  float plan_temperature;   // 0: that of the scaling
   float plan_tolerance;     // < 0: that of the scaling
   int64_t plan_iterations;  // 0: as many as the scaling has
+  // MOEROUTE_SELECTIVE_SINKHORN
+  float probability;  // of a balanced step
+  // MOEROUTE_BASE
+  int32_t optimal;  // 0: the published auction; 1: the largest sum of logits, slow
+  int64_t rounds;   // of the auction, 0: 2000
 } moeroute_spec;
 
 // What a spec needs beside its fields. Lists of floats stay the caller's and must outlive the
@@ -375,6 +382,23 @@ MOEROUTE_API int moeroute_plan_reserve(moeroute_plan* plan, const moeroute_assig
 // options may be null.
 MOEROUTE_API int moeroute_plan_make(moeroute_plan* plan, const moeroute_assignment* assignment,
                                     const moeroute_plan_options* options);
+
+// Each expert's tokens [E, C], as expert choice gives them: in any order, each at most once per
+// expert, -1 where it has fewer than C. weight likewise, or null.
+typedef struct moeroute_expert_lists {
+  int64_t tokens;
+  int64_t experts;
+  int64_t capacity;  // C
+  const int32_t* token;
+  const float* weight;
+} moeroute_expert_lists;
+
+// The plan of such lists, without an assignment: a token's choices are its experts in ascending
+// order. weights: null, or room for E * C, of which as many as the plan has choices become the
+// lists' weights in their order: what moeroute_combine_weights takes.
+MOEROUTE_API int moeroute_plan_make_of_lists(moeroute_plan* plan,
+                                             const moeroute_expert_lists* lists,
+                                             const moeroute_plan_options* options, float* weights);
 MOEROUTE_API int moeroute_plan_get(const moeroute_plan* plan, moeroute_plan_view* view);
 
 // The arrays of moe_align_block_size: choices in slot order (`choices` where a slot is padding),
@@ -423,6 +447,14 @@ MOEROUTE_API int moeroute_combine(moeroute_const_matrix slots, const moeroute_pl
                                   const moeroute_assignment* assignment, moeroute_matrix y,
                                   const moeroute_combine_options* options,
                                   const moeroute_executor* executor);
+
+// The same with weights [choices] in the order of the plan's choices and no assignment, as after
+// moeroute_plan_make_of_lists(). Identity experts need an assignment.
+MOEROUTE_API int moeroute_combine_weights(moeroute_const_matrix slots, const moeroute_plan* plan,
+                                          const float* weights, int64_t weights_size,
+                                          moeroute_matrix y,
+                                          const moeroute_combine_options* options,
+                                          const moeroute_executor* executor);
 
 // The same from one row for every choice, [T * k, d] where k is fixed: what grouped products leave.
 MOEROUTE_API int moeroute_combine_choices(moeroute_const_matrix rows,

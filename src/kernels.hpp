@@ -40,6 +40,9 @@ struct kernels {
   void (*router_shape)(const moeroute_router&, moeroute_router_shape&);
   void (*route)(const moeroute_router&, const moeroute_const_matrix&, const moeroute_side&,
                 const moeroute_executor*, moeroute_assignment&);
+  /// Routes zeros, on every way that a router may take.
+  void (*route_reserve)(const moeroute_router&, const moeroute_const_matrix&, const moeroute_side&,
+                        const moeroute_executor*, moeroute_assignment&);
 
   moeroute_gate* (*gate_new)(const moeroute_const_matrix&, const float* bias);
   void (*gate_free)(moeroute_gate*);
@@ -47,13 +50,15 @@ struct kernels {
                    const moeroute_matrix&, const moeroute_executor*);
 
   void (*plan_make)(const moeroute_assignment&, const moeroute_plan_options&, moeroute_plan&);
+  void (*plan_of_lists)(const moeroute_expert_lists&, const moeroute_plan_options&, float* weights,
+                        moeroute_plan&);
   void (*plan_reserve)(const moeroute_assignment&, const moeroute_plan_options&, moeroute_plan&);
   void (*dispatch)(const moeroute_plan&, const moeroute_const_matrix&, const moeroute_matrix&,
                    const float* scale, const moeroute_executor*);
-  /// Without a plan: rows in the order of their choices.
-  void (*combine)(const moeroute_const_matrix&, const moeroute_plan*, const moeroute_assignment&,
-                  const moeroute_matrix&, const moeroute_combine_options&,
-                  const moeroute_executor*);
+  /// Without a plan: rows in the order of their choices. Without an assignment: by the weights.
+  void (*combine)(const moeroute_const_matrix&, const moeroute_plan*, const moeroute_assignment*,
+                  const float* weights, std::int64_t weights_size, const moeroute_matrix&,
+                  const moeroute_combine_options&, const moeroute_executor*);
 
   void (*soft_plan_make)(const moeroute_const_matrix&, std::int64_t slots_per_expert,
                          moeroute_soft_plan&, const moeroute_executor*);

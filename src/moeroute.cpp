@@ -248,16 +248,15 @@ int freed(const char* where, Handle* h, F&& free_handle) noexcept {
 }
 
 void combine(const char* where, const char* what, const moeroute_const_matrix& rows,
-             const moeroute_plan* plan, const moeroute_assignment* assignment,
-             const moeroute_matrix& y, const moeroute_combine_options* options,
-             const moeroute_executor* executor) {
-  given(where, assignment);
+             const moeroute_plan* plan, const moeroute_assignment* assignment, const float* weights,
+             std::int64_t weights_size, const moeroute_matrix& y,
+             const moeroute_combine_options* options, const moeroute_executor* executor) {
   check_executor(where, executor);
   moeroute_combine_options o = options == nullptr ? moeroute_combine_options{} : *options;
   o.x = checked(where, "x", o.x, MOEROUTE_FLOAT16);
   o.shared = checked(where, "shared", o.shared, MOEROUTE_FLOAT16);
-  used().combine(checked(where, what, rows, MOEROUTE_FLOAT16), plan, *assignment,
-                 checked(where, "y", y, MOEROUTE_FLOAT16), o, executor);
+  used().combine(checked(where, what, rows, MOEROUTE_FLOAT16), plan, assignment, weights,
+                 weights_size, checked(where, "y", y, MOEROUTE_FLOAT16), o, executor);
 }
 
 }  // namespace
@@ -425,8 +424,8 @@ int moeroute_assignment_reserve(moeroute_assignment* assignment, const moeroute_
     many.run = [](void*, std::int64_t n, std::int64_t, moeroute_body body, void* loop) {
       body(loop, 0, n);
     };
-    set.route(*router, {logits.memory, tokens, shape.columns, shape.columns, logits_type}, side,
-              threads > 1 ? &many : nullptr, *assignment);
+    set.route_reserve(*router, {logits.memory, tokens, shape.columns, shape.columns, logits_type},
+                      side, threads > 1 ? &many : nullptr, *assignment);
     moeroute_plain.assignment_warm(*assignment);
   });
 }
@@ -481,6 +480,21 @@ int moeroute_plan_make(moeroute_plan* plan, const moeroute_assignment* assignmen
     given(where, plan);
     used().plan_make(given(where, assignment),
                      options == nullptr ? moeroute_plan_options{} : *options, *plan);
+  });
+}
+
+int moeroute_plan_make_of_lists(moeroute_plan* plan, const moeroute_expert_lists* lists,
+                                const moeroute_plan_options* options, float* weights) {
+  constexpr const char* where = "plan_make_of_lists";
+  return guarded([&] {
+    given(where, plan);
+    const moeroute_expert_lists& l = pointed(where, "the lists", lists);
+    check_size(where, "lists.tokens", l.tokens, 0, most);
+    check_size(where, "lists.experts", l.experts, 1, 1 << 20);
+    check_size(where, "lists.capacity", l.capacity, 0, most / l.experts);
+    check_list(where, "lists.token", l.token, l.experts * l.capacity);
+    used().plan_of_lists(l, options == nullptr ? moeroute_plan_options{} : *options, weights,
+                         *plan);
   });
 }
 
@@ -553,15 +567,31 @@ int moeroute_combine(moeroute_const_matrix slots, const moeroute_plan* plan,
                      const moeroute_assignment* assignment, moeroute_matrix y,
                      const moeroute_combine_options* options, const moeroute_executor* executor) {
   return guarded([&] {
-    combine("combine", "slots", slots, &given("combine", plan), assignment, y, options, executor);
+    given("combine", plan);
+    combine("combine", "slots", slots, plan, &given("combine", assignment), nullptr, 0, y, options,
+            executor);
+  });
+}
+
+int moeroute_combine_weights(moeroute_const_matrix slots, const moeroute_plan* plan,
+                             const float* weights, int64_t weights_size, moeroute_matrix y,
+                             const moeroute_combine_options* options,
+                             const moeroute_executor* executor) {
+  constexpr const char* where = "combine_weights";
+  return guarded([&] {
+    check_list(where, "weights", weights, weights_size);
+    combine(where, "slots", slots, &given(where, plan), nullptr, weights, weights_size, y, options,
+            executor);
   });
 }
 
 int moeroute_combine_choices(moeroute_const_matrix rows, const moeroute_assignment* assignment,
                              moeroute_matrix y, const moeroute_combine_options* options,
                              const moeroute_executor* executor) {
-  return guarded(
-      [&] { combine("combine_choices", "rows", rows, nullptr, assignment, y, options, executor); });
+  return guarded([&] {
+    combine("combine_choices", "rows", rows, nullptr, &given("combine_choices", assignment),
+            nullptr, 0, y, options, executor);
+  });
 }
 
 // ---- gate ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 #include <optional>
 #include <variant>
 
+#include <moeroute/policy/batch/base_assignment.hpp>
 #include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/policy/make_router.hpp>
@@ -19,7 +20,8 @@ using moeroute::index_t;
 
 using batch_kinds = std::variant<moeroute::expert_choice<moeroute::softmax>,
                                  moeroute::expert_choice<moeroute::sigmoid>, moeroute::sinkhorn,
-                                 moeroute::sinkhorn_expert_choice>;
+                                 moeroute::sinkhorn_expert_choice, moeroute::selective_sinkhorn,
+                                 moeroute::base_assignment>;
 
 }  // namespace
 
@@ -36,25 +38,35 @@ namespace {
 
 batch_kinds batch_router_of(const moeroute_spec& s) {
   constexpr const char* where = "router_spec";
-  check_range(where, "selection", s.selection, MOEROUTE_EXPERT_CHOICE,
-              MOEROUTE_SINKHORN_EXPERT_CHOICE);
+  check_range(where, "selection", s.selection, MOEROUTE_EXPERT_CHOICE, MOEROUTE_BASE);
+  const routing_phase phase =
+      s.evaluation != 0 ? routing_phase::evaluation : routing_phase::training;
+  if (s.selection == MOEROUTE_BASE) {
+    check_size(where, "k of MOEROUTE_BASE", s.k, 1);
+    base_assignment rule{
+        .phase = phase, .solver = enum_of(where, "optimal", s.optimal, assignment_solver::optimal)};
+    if (s.rounds != 0) rule.most_rounds = s.rounds;
+    return rule;
+  }
   const tokens_per_expert capacity{
       .factor = s.capacity_factor,
       .rounding = enum_of(where, "capacity_rounding", s.capacity_rounding, capacity_rounding::up),
       .multiple_of = s.capacity_multiple,
       .fixed = s.capacity};
   check_range(where, "scaling", s.scaling, 0, 1);
-  sinkhorn_scaling scaling = s.scaling == 0 ? megatron_scaling : kl_projection_scaling;
-  scaling.temperature = s.plan_temperature;
+  const bool selective = s.selection == MOEROUTE_SELECTIVE_SINKHORN;
+  sinkhorn_scaling scaling = s.scaling != 0 ? kl_projection_scaling
+                             : selective    ? selective_scaling
+                                            : megatron_scaling;
+  if (s.plan_temperature != 0.0f) scaling.temperature = s.plan_temperature;
   if (s.plan_tolerance >= 0.0f) scaling.tolerance = s.plan_tolerance;
   if (s.plan_iterations != 0) scaling.most_iterations = s.plan_iterations;
+  if (selective)
+    return selective_sinkhorn{
+        .k = s.k, .probability = s.probability, .phase = phase, .scaling = scaling};
   const plan_weights weights = enum_of(where, "plan_weights", s.plan_weights, plan_weights::plan);
   if (s.selection == MOEROUTE_SINKHORN)
-    return sinkhorn{
-        .k = s.k,
-        .phase = s.evaluation != 0 ? routing_phase::evaluation : routing_phase::training,
-        .weights = weights,
-        .scaling = scaling};
+    return sinkhorn{.k = s.k, .phase = phase, .weights = weights, .scaling = scaling};
   if (s.selection == MOEROUTE_SINKHORN_EXPERT_CHOICE)
     return sinkhorn_expert_choice{.capacity = capacity, .weights = weights, .scaling = scaling};
   const auto with = [&]<class Score>(Score) {
@@ -79,10 +91,14 @@ void make_batch_router(const moeroute_spec& s, const moeroute_tensors& t, moerou
   check_size(where, "gamma_size", t.gamma_size, 0);
   check_size(where, "table_size", t.table_size, 0);
   made.batch = batch_router_of(s);
-  std::visit([&](const auto& r) { r.check(s.sequence_length, s.experts); }, *made.batch);
+  const bool by_sequence = s.selection == MOEROUTE_EXPERT_CHOICE;
+  std::visit([&](const auto& r) { r.check(by_sequence ? s.sequence_length : 0, s.experts); },
+             *made.batch);
   const bool capped = s.selection == MOEROUTE_EXPERT_CHOICE && s.most_experts > 0;
   made.shape = {s.experts, s.experts, capped ? s.most_experts : s.experts, 1, 0};
-  if (s.selection == MOEROUTE_SINKHORN) made.shape = {s.experts, s.experts, s.k, 0, 0};
+  if (s.selection == MOEROUTE_SINKHORN || s.selection == MOEROUTE_SELECTIVE_SINKHORN ||
+      s.selection == MOEROUTE_BASE)
+    made.shape = {s.experts, s.experts, s.k, 0, 0};
 }
 
 void make_row_router(const moeroute_spec& s, const moeroute_tensors& t, moeroute_router& made) {
@@ -153,19 +169,34 @@ void run_router(const moeroute_router& router, const moeroute_const_matrix& logi
   }
 }
 
-plan_options options_of(const moeroute_plan_options& o, const moeroute::assignment& choices) {
+// A dry run takes what a run takes. Of a rule that tosses a coin both sides are run.
+void reserve_router(const moeroute_router& router, const moeroute_const_matrix& logits,
+                    const moeroute_side& side, const moeroute_executor* with,
+                    moeroute_assignment& out) {
+  run_router(router, logits, side, with, out);
+  if (!router.batch) return;
+  const auto* const coin = std::get_if<selective_sinkhorn>(&*router.batch);
+  if (coin == nullptr || coin->phase == routing_phase::evaluation) return;
+  for (const float probability : {0.0f, 1.0f}) {
+    selective_sinkhorn one_side = *coin;
+    one_side.probability = probability;
+    route(one_side, rows_of<float>(logits), out.workspace, out.choices, pool(with));
+  }
+}
+
+plan_options options_of(const moeroute_plan_options& o, index_t tokens, index_t experts) {
   return {.block = o.block == 0 ? 1 : o.block,
           .capacity = o.capacity == 0 ? as_needed : o.capacity,
           .padding = o.spare_tokens != 0 ? slot_padding::spare_tokens : slot_padding::empty,
-          .owned = span_of(o.owned, choices.experts()),
-          .mask = span_of(o.mask, choices.tokens())};
+          .owned = span_of(o.owned, experts),
+          .mask = span_of(o.mask, tokens)};
 }
 
 // What a plan holds depends on the room of the assignment and on the options, not on the choices.
 void plan_reserve(const moeroute_assignment& assignment, const moeroute_plan_options& o,
                   moeroute_plan& out) {
   const moeroute::assignment& choices = assignment.choices;
-  const plan_options options = options_of(o, choices);
+  const plan_options options = options_of(o, choices.tokens(), choices.experts());
   moeroute::detail::check_plan_options(options, choices.tokens(), choices.experts());
   const index_t room = choices.room();
   out.slots.reset(choices.tokens(), choices.experts(), choices.k(), room,
@@ -184,7 +215,7 @@ void plan_make(const moeroute_assignment& assignment, const moeroute_plan_option
   const moeroute::assignment& choices = assignment.choices;
   try {
     out.loads.resize(choices.experts());
-    plan(choices, out.slots, options_of(o, choices));
+    plan(choices, out.slots, options_of(o, choices.tokens(), choices.experts()));
   } catch (...) {
     out.slots.reset(0, 0, 0);  // what was refused is no plan
     throw;
@@ -193,15 +224,36 @@ void plan_make(const moeroute_assignment& assignment, const moeroute_plan_option
     out.loads[e] = static_cast<std::int32_t>(out.slots.load(e));
 }
 
+void plan_of_lists(const moeroute_expert_lists& lists, const moeroute_plan_options& o,
+                   float* weights, moeroute_plan& out) {
+  const index_t n = lists.experts * lists.capacity;
+  try {
+    if (weights != nullptr && lists.weight == nullptr)
+      fail("plan", "weights is given and lists.weight is null, expected both");
+    out.loads.resize(lists.experts);
+    plan(expert_lists{.tokens = lists.tokens,
+                      .experts = lists.experts,
+                      .capacity = lists.capacity,
+                      .token = span_of(lists.token, n),
+                      .weight = span_of(lists.weight, n)},
+         out.slots, options_of(o, lists.tokens, lists.experts), span_of(weights, n));
+  } catch (...) {
+    out.slots.reset(0, 0, 0);
+    throw;
+  }
+  for (index_t e = 0; e < lists.experts; ++e)
+    out.loads[e] = static_cast<std::int32_t>(out.slots.load(e));
+}
+
 }  // namespace
 
 }  // namespace moeroute::sets
 
 extern "C" const moeroute::sets::kernels MOEROUTE_TABLE = {
-    MOEROUTE_TEXT(MOEROUTE_SET),    moeroute::sets::router_new,    moeroute::sets::router_free,
-    moeroute::sets::router_shape,   moeroute::sets::run_router,    moeroute::sets::gate_new,
-    moeroute::sets::gate_free,      moeroute::sets::gate_run,      moeroute::sets::plan_make,
-    moeroute::sets::plan_reserve,   moeroute::sets::dispatch_rows, moeroute::sets::combine_rows,
-    moeroute::sets::soft_plan_make, moeroute::sets::soft_dispatch, moeroute::sets::soft_combine,
-    moeroute::sets::loss_of,
+    MOEROUTE_TEXT(MOEROUTE_SET),   moeroute::sets::router_new,    moeroute::sets::router_free,
+    moeroute::sets::router_shape,  moeroute::sets::run_router,    moeroute::sets::reserve_router,
+    moeroute::sets::gate_new,      moeroute::sets::gate_free,     moeroute::sets::gate_run,
+    moeroute::sets::plan_make,     moeroute::sets::plan_of_lists, moeroute::sets::plan_reserve,
+    moeroute::sets::dispatch_rows, moeroute::sets::combine_rows,  moeroute::sets::soft_plan_make,
+    moeroute::sets::soft_dispatch, moeroute::sets::soft_combine,  moeroute::sets::loss_of,
 };

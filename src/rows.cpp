@@ -69,7 +69,8 @@ void dispatch_rows(const moeroute_plan& plan, const moeroute_const_matrix& x,
 }
 
 void combine_rows(const moeroute_const_matrix& rows, const moeroute_plan* plan,
-                  const moeroute_assignment& assignment, const moeroute_matrix& y,
+                  const moeroute_assignment* assignment, const float* weights,
+                  std::int64_t weights_size, const moeroute_matrix& y,
                   const moeroute_combine_options& o, const moeroute_executor* with) {
   const pool exec(with);
   if (o.x.data != nullptr) check_size("combine", "x.type", o.x.type, y.type);
@@ -86,8 +87,11 @@ void combine_rows(const moeroute_const_matrix& rows, const moeroute_plan* plan,
         .shared = rows_of<To>(o.shared),
         .shared_weight = span_of(o.shared_weight, y.rows)};
     if (plan == nullptr)
-      return combine(rows_of<From>(rows), assignment.choices, rows_of<To>(y), exec, options);
-    combine(rows_of<From>(rows), plan->slots, assignment.choices, rows_of<To>(y), exec, options);
+      return combine(rows_of<From>(rows), assignment->choices, rows_of<To>(y), exec, options);
+    if (assignment == nullptr)
+      return combine(rows_of<From>(rows), plan->slots, span_of(weights, weights_size),
+                     rows_of<To>(y), exec, options);
+    combine(rows_of<From>(rows), plan->slots, assignment->choices, rows_of<To>(y), exec, options);
   });
 }
 

@@ -20,9 +20,9 @@ void gate_run(const moeroute_gate&, const moeroute_const_matrix&, const float* c
               const moeroute_matrix&, const moeroute_executor*);
 void dispatch_rows(const moeroute_plan&, const moeroute_const_matrix&, const moeroute_matrix&,
                    const float* scale, const moeroute_executor*);
-void combine_rows(const moeroute_const_matrix&, const moeroute_plan*, const moeroute_assignment&,
-                  const moeroute_matrix&, const moeroute_combine_options&,
-                  const moeroute_executor*);
+void combine_rows(const moeroute_const_matrix&, const moeroute_plan*, const moeroute_assignment*,
+                  const float* weights, std::int64_t weights_size, const moeroute_matrix&,
+                  const moeroute_combine_options&, const moeroute_executor*);
 void soft_plan_make(const moeroute_const_matrix&, std::int64_t slots_per_expert,
                     moeroute_soft_plan&, const moeroute_executor*);
 void soft_dispatch(const moeroute_soft_plan&, const moeroute_const_matrix&, const moeroute_matrix&,

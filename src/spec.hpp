@@ -67,8 +67,8 @@ inline moeroute_spec c_spec_of(const router_spec& r) {
   s.capacity_rounding = 2;
   s.capacity_factor = 2.0;
   s.capacity_multiple = 1;
-  s.plan_temperature = 1.0f;
   s.plan_tolerance = -1.0f;
+  s.probability = 1e-3f;
   return s;
 }
 

@@ -14,6 +14,7 @@ using spec = moeroute_spec;
 using capacity = moeroute_capacity;
 using capacity_result = moeroute_capacity_result;
 using plan_options = moeroute_plan_options;
+using expert_lists = moeroute_expert_lists;
 using combine_options = moeroute_combine_options;
 using losses = moeroute_losses;
 using bias_options = moeroute_bias_options;
@@ -318,6 +319,16 @@ inline void plan(const assignment& a, dispatch_plan& out, const plan_options& op
   out.refresh_after(moeroute_plan_make(out.get(), a.get(), &options));
 }
 
+/// From lists that experts chose themselves; weights, if given, is [E * C], of which out.choices()
+/// become the lists' in the order of the plan's choices.
+inline void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& options = {},
+                 std::span<float> weights = {}) {
+  if (!weights.empty() && std::ssize(weights) < lists.experts * lists.capacity)
+    refuse("moeroute::plan: weights has less than lists.experts * capacity values");
+  out.refresh_after(moeroute_plan_make_of_lists(out.get(), &lists, &options,
+                                                weights.empty() ? nullptr : weights.data()));
+}
+
 inline void dispatch(const const_rows& x, const dispatch_plan& p, const rows& slots,
                      const executor& exec = {}, std::span<const float> scale = {}) {
   check(moeroute_dispatch(p.get(), x, slots, scale.empty() ? nullptr : scale.data(), exec.get()));
@@ -326,6 +337,13 @@ inline void dispatch(const const_rows& x, const dispatch_plan& p, const rows& sl
 inline void combine(const const_rows& slots, const dispatch_plan& p, const assignment& a,
                     const rows& y, const executor& exec = {}, const combine_options& options = {}) {
   check(moeroute_combine(slots, p.get(), a.get(), y, &options, exec.get()));
+}
+
+/// By weights in the order of the plan's choices, for a plan that was made of lists.
+inline void combine(const const_rows& slots, const dispatch_plan& p, std::span<const float> weights,
+                    const rows& y, const executor& exec = {}, const combine_options& options = {}) {
+  check(moeroute_combine_weights(slots, p.get(), weights.data(), std::ssize(weights), y, &options,
+                                 exec.get()));
 }
 
 /// From one row for every choice, as grouped products leave them.

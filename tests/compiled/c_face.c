@@ -68,6 +68,32 @@ static void check_handles(void) {
   REFUSED(moeroute_plan_make(NULL, choices, NULL), "the plan is null");
   REFUSED(moeroute_plan_get(plan, NULL), "the view is null");
   {
+    const int32_t tokens[4] = {0, 1, 1, 7}; /* of expert 0, of expert 1 */
+    float weights[4] = {0};
+    moeroute_expert_lists lists = {3, 2, 2, NULL, NULL};
+    moeroute_matrix y = {z, 4, 8, 0, MOEROUTE_FLOAT};
+    REFUSED(moeroute_plan_make_of_lists(NULL, &lists, NULL, NULL), "the plan is null");
+    REFUSED(moeroute_plan_make_of_lists(plan, NULL, NULL, NULL), "the lists is null");
+    REFUSED(moeroute_plan_make_of_lists((moeroute_plan*)(void*)bias, &lists, NULL, NULL),
+            "a bias, expected a plan");
+    REFUSED(moeroute_plan_make_of_lists(plan, &lists, NULL, NULL), "lists.token is null");
+    lists.token = tokens;
+    REFUSED(moeroute_plan_make_of_lists(plan, &lists, NULL, weights), "lists.weight is null");
+    REFUSED(moeroute_plan_make_of_lists(plan, &lists, NULL, NULL),
+            "place 3 of the lists has token 7");
+    lists.capacity = -1;
+    REFUSED(moeroute_plan_make_of_lists(plan, &lists, NULL, NULL), "lists.capacity is -1");
+    lists.capacity = INT64_MAX;
+    REFUSED(moeroute_plan_make_of_lists(plan, &lists, NULL, NULL), "lists.capacity is");
+    lists.experts = 0;
+    REFUSED(moeroute_plan_make_of_lists(plan, &lists, NULL, NULL), "lists.experts is 0");
+    lists.tokens = -3;
+    REFUSED(moeroute_plan_make_of_lists(plan, &lists, NULL, NULL), "lists.tokens is -3");
+    REFUSED(moeroute_combine_weights(logits, NULL, weights, 4, y, NULL, NULL), "the plan is null");
+    REFUSED(moeroute_combine_weights(logits, plan, NULL, 4, y, NULL, NULL), "weights is null");
+    REFUSED(moeroute_combine_weights(logits, plan, weights, -1, y, NULL, NULL), "weights is -1");
+  }
+  {
     moeroute_matrix y = {z, 4, 8, 0, MOEROUTE_FLOAT};
     REFUSED(moeroute_combine(logits, NULL, choices, y, NULL, NULL), "the plan is null");
     REFUSED(moeroute_combine(logits, plan, NULL, y, NULL, NULL), "the assignment is null");

@@ -7,10 +7,14 @@
 #include <catch2/matchers/catch_matchers_string.hpp>
 #include <cmath>
 #include <limits>
+#include <moeroute/policy/batch/base_assignment.hpp>
 #include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/policy/catalog.hpp>
 #include <moeroute/policy/make_router.hpp>
+#include <moeroute/stage/combine.hpp>
+#include <moeroute/stage/dispatch.hpp>
+#include <moeroute/stage/plan.hpp>
 #include <moeroute/stage/route.hpp>
 #include <random>
 #include <set>
@@ -183,6 +187,72 @@ TEST_CASE("rules that see the batch are those of the headers, bit by bit, on eve
                     workspace, expected);
     check_on_every_isa();
   }
+  SECTION("selective Sinkhorn, on both sides of its coin") {
+    spec.selection = MOEROUTE_SELECTIVE_SINKHORN;
+    for (const float probability : {0.0f, 1.0f}) {
+      spec.probability = probability;
+      moeroute::route(moeroute::selective_sinkhorn{.k = 2, .probability = probability}, z,
+                      workspace, expected);
+      check_on_every_isa();
+    }
+  }
+  SECTION("BASE, trained and evaluated") {
+    spec.selection = MOEROUTE_BASE;
+    spec.k = 1;
+    for (const int optimal : {0, 1}) {
+      spec.optimal = optimal;
+      moeroute::route(
+          moeroute::base_assignment{.solver = static_cast<moeroute::assignment_solver>(optimal)}, z,
+          workspace, expected);
+      check_on_every_isa();
+    }
+    spec.evaluation = 1;
+    moeroute::route(moeroute::base_assignment{.phase = moeroute::routing_phase::evaluation}, z,
+                    workspace, expected);
+    check_on_every_isa();
+  }
+}
+
+TEST_CASE("lists that experts chose have the plan and the sums of the headers, bit by bit") {
+  const index_t tokens = 7, experts = 4, capacity = 3, d = 5;
+  const std::vector<std::int32_t> token{4, 0, 2, 6, 4, -1, -1, -1, -1, 2, 1, 4};
+  std::vector<float> weight(token.size()), x(static_cast<std::size_t>(tokens * d));
+  for (std::size_t i = 0; i < weight.size(); ++i) weight[i] = 0.1f + static_cast<float>(i) / 7.0f;
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 11) / 3.0f;
+  moeroute::dispatch_plan expected;
+  std::vector<float> by_choice(weight.size()), of_headers(x.size());
+  moeroute::plan(moeroute::expert_lists{tokens, experts, capacity, token, weight}, expected,
+                 {.block = 2}, by_choice);
+  const auto choices = static_cast<std::size_t>(expected.choices());
+  REQUIRE(choices == 8);
+  std::vector<float> slots(static_cast<std::size_t>(expected.slots() * d));
+  const moeroute::matrix_view<float> in(slots.data(), expected.slots(), d);
+  moeroute::dispatch(moeroute::matrix_view<const float>(x.data(), tokens, d), expected, in);
+  moeroute::combine(in, expected, std::span<const float>(by_choice).first(choices),
+                    moeroute::matrix_view<float>(of_headers.data(), tokens, d));
+  on_every_isa([&] {
+    compiled::dispatch_plan plan;
+    compiled::plan_options options{};
+    options.block = 2;
+    std::vector<float> weights(weight.size()), rows(slots.size()), y(x.size());
+    const compiled::expert_lists lists{tokens, experts, capacity, token.data(), weight.data()};
+    compiled::plan(lists, plan, options, weights);
+    CHECK(std::ranges::equal(plan.offsets(), expected.offsets()));
+    CHECK(std::ranges::equal(plan.slot_of_choice(), expected.slot_of_choice()));
+    CHECK(std::ranges::equal(plan.token_of_slot(), expected.token_of_slot()));
+    CHECK(same_bits(weights, by_choice));
+    REQUIRE(plan.slots() == expected.slots());
+    compiled::dispatch({x.data(), tokens, d}, plan, {rows.data(), plan.slots(), d});
+    compiled::combine({rows.data(), plan.slots(), d}, plan,
+                      std::span<const float>(weights).first(choices), {y.data(), tokens, d});
+    CHECK(same_bits(y, of_headers));
+    CHECK_THROWS_WITH(
+        compiled::combine({rows.data(), plan.slots(), d}, plan,
+                          std::span<const float>(weights).first(3), {y.data(), tokens, d}),
+        ContainsSubstring("weights.size() is 3, expected 8"));
+    CHECK_THROWS_WITH(compiled::plan(lists, plan, options, std::span<float>(weights).first(3)),
+                      ContainsSubstring("less than lists.experts * capacity"));
+  });
 }
 
 TEST_CASE("16-bit logits give what their values give as floats") {
@@ -415,6 +485,24 @@ TEST_CASE("what was reserved runs without an allocation") {
     CHECK(after == before);
     CHECK(dropped > 0);
   }
+
+  // A rule that tosses a coin has room for both of its sides.
+  compiled::spec coin = compiled::plain_spec();
+  coin.selection = MOEROUTE_SELECTIVE_SINKHORN;
+  coin.probability = 0.5f;
+  const compiled::router router(coin);
+  std::vector<float> z(64 * 8);
+  for (float& v : z) v = static_cast<float>(engine() % 1000) / 100.0f;
+  compiled::assignment choices;
+  choices.reserve(router, 64);
+  const long before = test::allocations();
+  for (std::uint64_t step = 0; step < 16; ++step) {
+    compiled::side_inputs side{};
+    side.step = step;
+    compiled::route(router, {z.data(), 64, 8}, side, choices);
+  }
+  const long after = test::allocations();
+  CHECK(after == before);
 }
 
 TEST_CASE("what does not fit is refused by name, and nothing of it is done") {
@@ -437,6 +525,24 @@ TEST_CASE("what does not fit is refused by name, and nothing of it is done") {
   spec.k = 2;
   spec.score = 77;
   CHECK_THROWS_WITH(compiled::router(spec), ContainsSubstring("score is 77, expected 0 to 5"));
+  spec = compiled::plain_spec();
+  spec.selection = MOEROUTE_BASE;
+  CHECK_THROWS_WITH(compiled::router(spec),
+                    ContainsSubstring("k of MOEROUTE_BASE is 2, expected 1"));
+  spec.k = 1;
+  CHECK_THROWS_WITH(compiled::route(compiled::router(spec), {z.data(), 7, 8}, choices),
+                    ContainsSubstring("tokens is 7, expected a multiple of experts = 8"));
+  spec.rounds = -1;
+  CHECK_THROWS_WITH(compiled::router(spec), ContainsSubstring("most_rounds is -1"));
+  spec.rounds = 0;
+  spec.optimal = 2;
+  CHECK_THROWS_WITH(compiled::router(spec), ContainsSubstring("optimal is 2, expected 0 to 1"));
+  spec = compiled::plain_spec();
+  spec.selection = MOEROUTE_SELECTIVE_SINKHORN;
+  spec.probability = 2.0f;
+  CHECK_THROWS_WITH(compiled::router(spec), ContainsSubstring("probability is 2"));
+  spec.selection = MOEROUTE_BASE + 1;
+  CHECK_THROWS_WITH(compiled::router(spec), ContainsSubstring("selection is 105"));
   spec = compiled::spec_of_model("deepseek_v3");
   CHECK_THROWS_WITH(compiled::router(spec), ContainsSubstring("bias"));
   CHECK_THROWS_WITH(choices.set(std::vector<std::int32_t>{0, 9}, std::vector<float>{1, 1}, 8, 2),
