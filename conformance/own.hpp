@@ -30,6 +30,8 @@ inline std::vector<answer> own_answers(const kit_file& kit,
   if (spec.selection_bias != 0) tensors.bias = kit.bias;
   if (spec.per_expert_scale != 0) tensors.per_expert_scale = kit.per_expert_scale;
   const library::router router(spec, tensors);
+  if (router.ragged() || router.k() != kit.k)
+    throw malformed(kit.model + ":1: k: does not fit the rule, or the rule's k varies");
   library::assignment choices;
   std::vector<answer> out;
   for (const kit_case& c : kit.cases) {

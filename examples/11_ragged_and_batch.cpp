@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <moeroute/simd/reduce.hpp>
 #include <moeroute/stage/route.hpp>
 #include <vector>
 

@@ -555,8 +555,6 @@ TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by n
   CHECK(weighed(sparse_transport{.weights = transport_weights::plan}) ==
         "moeroute::weigh: sparse_transport.weights is plan: it couples the tokens, use "
         "weigh_transport and weigh_transport_backward");
-<<<<<<< HEAD
-=======
 }
 
 namespace {
@@ -683,5 +681,20 @@ TEST_CASE("gradients through a transform of logits are derivatives, for every tr
           transform_rows_backward(sigmoid_sum{}, view_of(z, n), {}, view_of(z, n),
                                   gradient_to::write, matrix_view<float>(out.data(), tokens, n));
         }) == "moeroute::transform_rows_backward: dout.cols() is 8, expected 4");
->>>>>>> 07c2b3d (After the freeze: gradients of adapters and through transforms of logits; products that fetch the next slice while they multiply, panels that stay, bfloat16 rows scaled by pairs)
+}
+
+TEST_CASE("rows of equal logits have no gradient through what they deviate by") {
+  constexpr index_t n = 64;
+  std::vector<float> z(3 * n, 0.1f), out(n, 0.0f), dz(z.size());
+  out[0] = 1.0f;
+  transform_rows_backward(standardized{}, matrix_view<const float>(z.data(), 1, n), {},
+                          matrix_view<const float>(out.data(), 1, n), gradient_to::write,
+                          matrix_view<float>(dz.data(), 1, n));
+  for (index_t e = 0; e < n; ++e) CHECK(dz[static_cast<std::size_t>(e)] == 0.0f);
+  // Each of three equal passes carries a third.
+  transform_rows_backward(pass_logits{.passes = 3}, matrix_view<const float>(z.data(), 1, 3 * n),
+                          {}, matrix_view<const float>(out.data(), 1, n), gradient_to::write,
+                          matrix_view<float>(dz.data(), 1, 3 * n));
+  for (index_t p = 0; p < 3; ++p)
+    CHECK(std::abs(dz[static_cast<std::size_t>(p * n)] - 1.0f / 3.0f) < 1e-6f);
 }

@@ -239,11 +239,21 @@ struct assignment {
 
   // A caller without the interpreter's lock may be writing.
   nb::object shaped(const auto& list) const {
-    const std::lock_guard alone(mutex);
-    const auto* const from = list(choices).data();
-    if (choices.offsets().empty() && choices.k() > 0)
-      return matrix_array(from, choices.tokens(), choices.k());
-    return list_array(from, choices.choices());
+    using value = std::remove_cvref_t<decltype(list(choices)[0])>;
+    std::vector<value> copy;
+    std::int64_t tokens = 0, k = 0;
+    bool fixed = false;
+    {
+      // Who waits for the other lock must not hold the interpreter's.
+      nb::gil_scoped_release others;
+      const std::lock_guard alone(mutex);
+      const auto all = list(choices);
+      copy.assign(all.begin(), all.end());
+      tokens = choices.tokens(), k = choices.k();
+      fixed = choices.offsets().empty() && k > 0 && std::ssize(copy) == tokens * k;
+    }
+    if (fixed) return matrix_array(copy.data(), tokens, k);
+    return list_array(copy.data(), std::ssize(copy));
   }
   nb::object ids() const {
     return shaped([](const auto& c) { return c.ids(); });
@@ -592,8 +602,14 @@ NB_MODULE(_moeroute, m) {
       .def_prop_ro(
           "offsets",
           [](const assignment& a) -> nb::object {
-            if (a.choices.offsets().empty()) return nb::none();
-            return list_array(a.choices.offsets().data(), std::ssize(a.choices.offsets()));
+            std::vector<std::int32_t> copy;
+            {
+              nb::gil_scoped_release others;
+              const std::lock_guard alone(a.mutex);
+              copy.assign(a.choices.offsets().begin(), a.choices.offsets().end());
+            }
+            if (copy.empty()) return nb::none();
+            return list_array(copy.data(), std::ssize(copy));
           },
           nb::sig("def offsets(self) -> object"), "[T + 1] where k varies, else None.")
       .def_prop_ro(

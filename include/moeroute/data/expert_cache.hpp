@@ -221,6 +221,8 @@ class expert_cache {
   /// Brings experts in that were not asked for yet: the first `most` of the ids that are missing.
   /// What the last step used does not leave for them, nor does one of them for another.
   step_result prefetch(std::span<const expert_id> ids, index_t layer, index_t most) {
+    for (const expert_id id : ids)
+      if (id != no_expert) key_of(id, layer);  // a call that is refused changes nothing
     evictions_.clear();
     early_ = clock_;
     step_result out;
@@ -477,6 +479,7 @@ class expert_cache {
   // False where there is no room that may be made: pins, or the step itself, take all of it.
   bool load(std::int32_t key, leaving who = leaving::any) {
     const std::int64_t size = size_of(key);
+    if (size > capacity_ - pinned_) return false;  // nobody leaves for what cannot stay
     while (used_ + size > capacity_) {
       std::int32_t old = victim(leaving::others);
       if (old < 0 && who == leaving::any) old = victim(leaving::any);

@@ -47,7 +47,10 @@ class lora_backward {
     fits(gradients, "gradients.a.rows()", "gradients.a.cols()", "gradients.b.rows()",
          "gradients.b.cols()");
     check_apart(where, "factors.a", factors.a, "gradients.a", gradients.a);
+    check_apart(where, "factors.a", factors.a, "gradients.b", gradients.b);
+    check_apart(where, "factors.b", factors.b, "gradients.a", gradients.a);
     check_apart(where, "factors.b", factors.b, "gradients.b", gradients.b);
+    check_apart(where, "gradients.a", gradients.a, "gradients.b", gradients.b);
   }
 
   index_t scratch_floats() const { return tile * (2 * experts_->rank() + experts_->d_out()); }
@@ -57,6 +60,12 @@ class lora_backward {
     using enum simd::sum_start;
     using rows = matrix_view<const float>;
     const index_t rank = experts_->rank(), d_out = experts_->d_out();
+    check_range("lora_backward", "expert", e, 0, experts_->experts() - 1);
+    check_size("lora_backward", "in.cols()", in.cols, experts_->d());
+    check_size("lora_backward", "dout.rows()", dout.rows, in.rows);
+    check_size("lora_backward", "dout.cols()", dout.cols, d_out);
+    check_size("lora_backward", "din.rows()", din.rows, in.rows);
+    check_size("lora_backward", "din.cols()", din.cols, experts_->d());
     for (index_t first = 0; first < in.rows; first += tile) {
       const index_t n = std::min(tile, in.rows - first);
       const matrix_view<float> low(memory, n, rank), dlow(memory + tile * rank, n, rank),

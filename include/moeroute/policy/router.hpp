@@ -154,6 +154,8 @@ struct router {
   template <class A = simd::default_arch>
   index_t rows_alone(index_t experts) const {
     if constexpr (row_score<Score> && row_selection<Selection>) {
+      if constexpr (requires { selection.takes_rows_of(experts); })
+        if (!selection.takes_rows_of(experts)) return 0;
       const bool takes = !transform.active() && selection.takes_rows() &&
                          (selects_on_logits() || experts <= most_scores);
       return takes ? simd::rows_sooner_alone<A>(experts, k()) : 0;

@@ -11,6 +11,7 @@
 #include <moeroute/data/check_choices.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
 #include <moeroute/data/expert_lists.hpp>
+#include <moeroute/matrix/check.hpp>
 #include <moeroute/simd/rows/counting_sort.hpp>
 
 namespace moeroute {
@@ -289,6 +290,8 @@ void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& opt
   if (!weights.empty()) {
     check_size("plan", "weights.size()", static_cast<index_t>(weights.size()), n);
     check_size("plan", "lists.weight.size()", static_cast<index_t>(lists.weight.size()), n);
+    check_apart("plan", "weights", matrix_view<float>(weights.data(), 1, n), "lists.weight",
+                matrix_view<const float>(lists.weight.data(), 1, n));
   }
   detail::check_plan_options(options, tokens, experts);
   const std::int32_t* token = lists.token.data();

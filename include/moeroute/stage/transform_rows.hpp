@@ -29,11 +29,16 @@ struct finite_moments {
   F mean = 0, deviation = 0, count = 0;
 
   finite_moments(const F* z, index_t n) {
-    F square = 0;
+    F square = 0, first = 0;
+    bool equal = true;
     for (index_t e = 0; e < n; ++e)
-      if (is_finite_logit(z[e])) mean += z[e], count += 1;
+      if (is_finite_logit(z[e])) {
+        if (count == F(0)) first = z[e];
+        equal = equal && z[e] == first;
+        mean += z[e], count += 1;
+      }
     if (count == F(0)) return;
-    mean /= count;
+    mean = equal ? first : mean / count;  // the mean of equals would round
     for (index_t e = 0; e < n; ++e)
       if (is_finite_logit(z[e])) square += (z[e] - mean) * (z[e] - mean);
     deviation = std::sqrt(square / count);
@@ -50,9 +55,10 @@ void pull_row(const sigmoid_sum&, const F* z, index_t columns, index_t, const si
     return s * (1 - s);
   };
   for (index_t e = 0; e < n; ++e) {
-    if (!is_finite_logit(z[e]) || !is_finite_logit(z[n + e])) continue;
-    dz[e] += dout[e] * slope(z[e]);
-    dz[n + e] += dout[e] * slope(z[n + e]);
+    constexpr F never = -std::numeric_limits<F>::infinity();
+    if (!(z[e] > never && z[n + e] > never)) continue;  // the result is -inf
+    if (is_finite_logit(z[e])) dz[e] += dout[e] * slope(z[e]);
+    if (is_finite_logit(z[n + e])) dz[n + e] += dout[e] * slope(z[n + e]);
   }
 }
 
@@ -63,12 +69,14 @@ void pull_row(const pass_logits& how, const F* z, index_t columns, index_t, cons
   const F count = static_cast<F>(how.passes);
   for (index_t e = 0; e < n; ++e) {
     F mean = 0, square = 0;
-    bool finite = true;
+    bool finite = true, equal = true;
     for (index_t p = 0; p < how.passes; ++p) {
       finite = finite && is_finite_logit(z[p * n + e]);
+      equal = equal && z[p * n + e] == z[e];
       mean += z[p * n + e] / count;
     }
     if (!finite) continue;
+    if (equal) mean = z[e];  // the mean of equals would round
     for (index_t p = 0; p < how.passes; ++p)
       square += (z[p * n + e] - mean) * (z[p * n + e] - mean) / count;
     const F deviation = std::sqrt(square), floor = F(1e-6f);

@@ -41,6 +41,8 @@ def weigh(router, logits, ids, per_expert_scale=None):
     """
     words = _words(router)
     z = logits / float(words.get("temperature", 1))
+    # NaN counts as -inf, and -inf - -inf is no number.
+    z = torch.where(z > -math.inf, z, torch.full_like(z, -3e38))
     cap = float(words.get("logit_softcap", 0))
     if cap:
         z = cap * torch.tanh(z / cap)
@@ -56,7 +58,8 @@ def weigh(router, logits, ids, per_expert_scale=None):
     elif score == "sigmoid":
         w = torch.sigmoid(chosen)
     elif score == "sqrtsoftplus":
-        w = torch.sqrt(torch.nn.functional.softplus(chosen))
+        s = torch.nn.functional.softplus(chosen)
+        w = torch.where(s > 0, torch.sqrt(torch.where(s > 0, s, torch.ones_like(s))), s)
     elif score == "relu":
         w = torch.relu(chosen)
     else:
@@ -70,7 +73,8 @@ def weigh(router, logits, ids, per_expert_scale=None):
             divisor = divisor + eps
         elif words.get("eps_mode") == "clamp":
             divisor = divisor.clamp(min=eps)
-        w = torch.where(divisor > 0, w / divisor, torch.zeros_like(w))
+        positive = divisor > 0
+        w = torch.where(positive, w / torch.where(positive, divisor, torch.ones_like(divisor)), torch.zeros_like(w))
     if "post_divide_by_k" in words:
         w = w / ids.shape[1]
     if words.get("scale_where", "weights") == "weights":
@@ -176,13 +180,16 @@ def combine(rows, weights, plan, ids):
 
 def layer(router, logits, x, experts, **side):
     """A whole layer: experts[e] is called on the rows [n, d] of expert e, where it has some."""
+    if _words(router).get("weight_on") == "input":
+        raise ValueError("moeroute.torch.layer: this router's weights go on the experts' inputs")
     ids, weights = route(router, logits, **side)
     plan = Plan(_assignment(ids, weights, router.experts))
     rows = dispatch(x, plan)
     ends = plan.offsets.tolist()
     blocks = [experts[e](rows[a:b]) for e, (a, b) in enumerate(zip(ends, ends[1:])) if b > a]
     out = torch.cat(blocks) if blocks else rows
-    return combine(out, weights.to(out.dtype), plan, ids)
+    y = combine(out, weights.to(out.dtype), plan, ids)
+    return y if router.routed_scale == 1 else y * router.routed_scale
 
 
 class _Losses(torch.autograd.Function):
