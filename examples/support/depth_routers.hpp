@@ -112,7 +112,7 @@ class union_of_experts {
     moeroute::route(router_, logits, ws_, decisions_);
     sequence_of_.resize(static_cast<std::size_t>(x.rows));
     moeroute::sequences_of_tokens(offsets, sequence_of_);
-    moeroute::spread(decisions_, sequence_of_, choices_);
+    moeroute::spread_to_tokens(decisions_, sequence_of_, choices_);
     moeroute::plan(choices_, plan_);
     slots_.resize(2 * plan_.slots() * x.cols);
     const matrix_view<float> in(slots_.data(), plan_.slots(), x.cols),

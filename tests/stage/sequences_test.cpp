@@ -88,7 +88,7 @@ TEST_CASE("tokens have the choices of their sequence, in a prompt and decoded on
     sequences_of_tokens(cuts, of_token);
     for (const auto& sequences :
          {of_token, std::vector<std::int32_t>{4, 0, 3}, std::vector<std::int32_t>{}}) {
-      spread(decisions, sequences, tokens);
+      spread_to_tokens(decisions, sequences, tokens);
       CHECK(tokens.tokens() == static_cast<index_t>(sequences.size()));
       CHECK(tokens.ragged() == decisions.ragged());
       for (std::size_t t = 0; t < sequences.size(); ++t) {
@@ -100,10 +100,11 @@ TEST_CASE("tokens have the choices of their sequence, in a prompt and decoded on
                 decisions.kept(decisions.first(sequences[t]) + c));
       }
     }
-    CHECK(test::refusal([&] { spread(decisions, std::vector<std::int32_t>{5}, tokens); }) ==
-          "moeroute::spread: sequence_of_token is 5, expected 0 to 4");
-    CHECK(test::refusal([&] { spread(decisions, of_token, decisions); }) ==
-          "moeroute::spread: out is decisions, expected an assignment of its own");
+    CHECK(test::refusal([&] {
+            spread_to_tokens(decisions, std::vector<std::int32_t>{5}, tokens);
+          }) == "moeroute::spread_to_tokens: sequence_of_token is 5, expected 0 to 4");
+    CHECK(test::refusal([&] { spread_to_tokens(decisions, of_token, decisions); }) ==
+          "moeroute::spread_to_tokens: out is decisions, expected an assignment of its own");
   };
   for (const bool drop : {false, true}) {
     check(router<softmax>{.selection = {.k = 2}}, drop);

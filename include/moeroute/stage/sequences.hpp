@@ -104,15 +104,16 @@ inline index_t window_offsets(std::span<const std::int32_t> offsets, index_t win
 /// allocation once out is warm. Example:
 ///
 ///     route(router, pooled_logits, ws, decisions);       // one row per sequence
-///     spread(decisions, sequence_of_token, choices);     // plan(choices, plan), as ever
-inline void spread(const assignment& decisions, std::span<const std::int32_t> sequence_of_token,
-                   assignment& out) {
+///     spread_to_tokens(decisions, sequence_of_token, choices);     // plan(choices, plan), as ever
+inline void spread_to_tokens(const assignment& decisions,
+                             std::span<const std::int32_t> sequence_of_token, assignment& out) {
   const auto tokens = static_cast<index_t>(sequence_of_token.size());
-  if (&out == &decisions) fail("spread", "out is decisions, expected an assignment of its own");
-  check_offsets("spread", decisions);
+  if (&out == &decisions)
+    fail("spread_to_tokens", "out is decisions, expected an assignment of its own");
+  check_offsets("spread_to_tokens", decisions);
   index_t choices = 0;
   for (const std::int32_t s : sequence_of_token) {
-    check_range("spread", "sequence_of_token", s, 0, decisions.tokens() - 1);
+    check_range("spread_to_tokens", "sequence_of_token", s, 0, decisions.tokens() - 1);
     choices += decisions.count(s);
   }
   if (decisions.ragged())
@@ -141,8 +142,8 @@ inline void spread(const assignment& decisions, std::span<const std::int32_t> se
   }
 }
 
-/// The sequence of every token: what spread() takes for a prompt. Shapes: offsets [S + 1],
-/// sequence_of_token [T]. Throws: error where they do not fit.
+/// The sequence of every token: what spread_to_tokens() takes for a prompt. Shapes: offsets [S +
+/// 1], sequence_of_token [T]. Throws: error where they do not fit.
 inline void sequences_of_tokens(std::span<const std::int32_t> offsets,
                                 std::span<std::int32_t> sequence_of_token) {
   check_sequences("sequences_of_tokens", offsets, static_cast<index_t>(sequence_of_token.size()));
