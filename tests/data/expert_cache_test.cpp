@@ -322,6 +322,20 @@ TEST_CASE("a profile is the uses of a run; the hottest are pinned; text comes ba
         "moeroute::parse_expert_profile: line 3: expected the end");
 }
 
+TEST_CASE("a prefetch that is refused brings nobody in, and nobody leaves for who can never fit") {
+  expert_cache cache({.experts = 8, .capacity = 4});
+  CHECK(test::refusal([&] { cache.prefetch(ids{3, 99}, 0, 2); }) != "accepted");
+  CHECK(cache.held() == 0);
+  // Of 100 bytes 60 are pinned: an expert of 50 has no room, whoever leaves.
+  const std::vector<std::int64_t> bytes = {60, 20, 20, 50};
+  const std::vector<std::int32_t> pins = {0};
+  expert_cache tight({.experts = 4, .capacity = 100, .pinned = pins, .bytes = bytes});
+  tight.step(ids{1, 2});
+  CHECK(tight.prefetch(ids{3}, 0, 1).evictions.empty());
+  CHECK(tight.step(ids{3}).evictions.empty());
+  CHECK(tight.step(ids{1, 2}).hits == 2);
+}
+
 TEST_CASE("a cache that cannot be is refused by name") {
   const auto refused = [](const expert_cache_options& options) {
     return test::refusal([&] { expert_cache cache(options); });

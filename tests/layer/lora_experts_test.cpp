@@ -152,6 +152,25 @@ TEST_CASE("adapters that do not fit are refused by name") {
         }) == "moeroute::mix_parameters: parameters.cols % blocks is 1, expected 0");
 }
 
+TEST_CASE("gradients of an adapter that is not there, or of other shapes, are refused by name") {
+  const lora_experts<> lora(2, 4, 3, 2, 1);
+  std::vector<float> a(16), b(12), da(16), db(12), rows(8), up(6);
+  const lora_matrices<const float> factors{{a.data(), 4, 4}, {b.data(), 6, 2}};
+  const lora_backward<> back(lora, factors, {{da.data(), 4, 4}, {db.data(), 6, 2}});
+  std::vector<float> memory(static_cast<std::size_t>(back.scratch_floats()));
+  const auto refused = [&](expert_id e, index_t out_cols) {
+    return test::refusal([&] {
+      back(e, {rows.data(), 2, 4}, {up.data(), 2, out_cols}, {rows.data(), 2, 4}, memory.data());
+    });
+  };
+  CHECK(refused(2, 3) == "moeroute::lora_backward: expert is 2, expected 0 to 1");
+  CHECK(refused(-1, 3) == "moeroute::lora_backward: expert is -1, expected 0 to 1");
+  CHECK(refused(1, 2) == "moeroute::lora_backward: dout.cols() is 2, expected 3");
+  CHECK(test::refusal([&] {
+          lora_backward<>(lora, factors, {{da.data(), 4, 4}, {a.data(), 6, 2}});
+        }).ends_with("overlap, expected memory of their own"));
+}
+
 TEST_CASE("gradients of an adapter are those of plain loops, of what its mask leaves") {
   test::random rng(7);
   constexpr index_t d = 9, d_out = 5, rank = 6;

@@ -491,6 +491,17 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("a selection by rule comes alone only where its row fits, without the wrapper too") {
+  const resident_set many(2048), some_held(300);
+  const auto of = [](const residency_rule& rule, const resident_set& set) {
+    return router<softmax, resident_selection<top_k>>{
+        .score = {}, .selection = {.plain = {.k = 4}, .rule = rule, .set = set.view()}};
+  };
+  CHECK(of({.kind = kind::cache_prior, .strength = 0.1f}, many).rows_alone(2048) == 0);
+  CHECK(of({.kind = kind::max_rank, .ranks = 100}, some_held).rows_alone(300) == 0);
+  CHECK(of({.kind = kind::max_rank, .ranks = 8}, some_held).rows_alone(300) > 0);
+}
+
 TEST_CASE("what does not fit together is refused by name") {
   const router<softmax> plain{.score = {}, .selection = {.k = 4}};
   const resident_set set(32), small(16);

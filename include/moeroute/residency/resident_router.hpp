@@ -234,8 +234,6 @@ class resident_router {
 
   index_t rows_alone(index_t columns) const {
     if constexpr (requires { moved_.rows_alone(columns); }) {
-      if constexpr (change::by_rank)
-        if (!moved_.selection.takes_rows_of(columns)) return 0;
       return counts_ != nullptr ? 0 : moved_.rows_alone(columns);
     } else {
       return 0;
