@@ -163,7 +163,7 @@ void route_instances(const Router& router, const moeroute::simd::packed_matrix<>
   moeroute::route(router, logits, ws, decisions);
   std::vector<std::int32_t> instance(static_cast<std::size_t>(x.rows));
   moeroute::sequences_of_tokens(offsets, instance);
-  moeroute::spread(decisions, instance, out);
+  moeroute::spread_to_tokens(decisions, instance, out);
 }
 
 /// Universal Model Routing: what is expected of a model that no router was trained on: the mean of
