@@ -7,7 +7,7 @@ from conan.tools.cmake import CMake, CMakeToolchain, cmake_layout
 
 class Moeroute(ConanFile):
     name = "moeroute"
-    version = "0.1.0"
+    version = "0.2.0"
     license = "MIT"
     description = "Mixture-of-experts routing kernels for CPUs"
     package_type = "header-library"

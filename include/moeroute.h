@@ -46,7 +46,7 @@ enum {
 // "" before the first. Valid until the next call that fails.
 MOEROUTE_API const char* moeroute_last_error(void);
 
-// "0.1.0"
+// "0.2.0"
 MOEROUTE_API const char* moeroute_version(void);
 
 // The i-th instruction set that this machine can run, the fastest first, or null: "avx512", "avx2",
