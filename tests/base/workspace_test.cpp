@@ -132,6 +132,32 @@ TEST_CASE("a warm workspace never allocates") {
   CHECK(allocations_during([&] { carve(1000); }) == 1);
 }
 
+TEST_CASE("a layout runs once where there is room for it, and what has none is only measured") {
+  workspace ws;
+  int runs = 0;
+  const auto carve = [&](index_t n) {
+    runs = 0;
+    return ws.carve([&](scratch& tape) {
+      ++runs;
+      return layout(tape, n);
+    });
+  };
+  carve(100);
+  CHECK(runs == 2);
+  const parts whole = carve(100);
+  CHECK(runs == 1);
+  CHECK(carve(3).a == whole.a);
+  CHECK(runs == 1);
+  CHECK((carve(200).c != nullptr && runs == 2));
+
+  alignas(alignment) std::byte memory[128];
+  scratch tape(memory, 128);
+  CHECK(tape.take<std::byte>(64) == memory);
+  CHECK(tape.take<std::byte>(65) == nullptr);
+  CHECK(tape.take<std::byte>(1) == nullptr);
+  CHECK(tape.used() == 256);
+}
+
 TEST_CASE("a buffer that gets no memory is empty, and what no machine has is refused") {
   buffer<float> b(10);
   const auto refused = [&](index_t n) { return test::refusal([&] { b.resize(n); }); };

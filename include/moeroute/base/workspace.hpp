@@ -102,21 +102,25 @@ class buffer {
 class scratch {
  public:
   scratch() = default;
-  explicit scratch(std::byte* memory) : memory_(memory) {}
+  /// Over so many bytes: what does not fit is measured.
+  explicit scratch(std::byte* memory, index_t room = detail::most_bytes)
+      : memory_(memory), room_(room) {}
 
-  /// The next n values, aligned to a cache line; nullptr while measuring.
+  /// The next n values, aligned to a cache line; nullptr where there is no room for them. No value
+  /// needs none: what few routers ask for costs the others no call.
   template <class T>
   T* take(index_t n) {
     MOEROUTE_EXPECTS(n >= 0);
+    if (n == 0) return reinterpret_cast<T*>(memory_);
     return static_cast<T*>(take_bytes(size_product(n, sizeof(T))));
   }
 
-  /// Bytes taken so far.
+  /// Bytes asked for so far.
   index_t used() const { return used_; }
 
  private:
   MOEROUTE_OUT_OF_LINE void* take_bytes(index_t bytes) {
-    std::byte* const at = memory_ == nullptr ? nullptr : memory_ + used_;
+    std::byte* const at = bytes > room_ - used_ ? nullptr : memory_ + used_;
     // A measure that no machine can hold stays one, and the buffer refuses it.
     used_ = bytes > detail::most_bytes - used_
                 ? detail::most_bytes + 1
@@ -125,6 +129,7 @@ class scratch {
   }
 
   std::byte* memory_ = nullptr;
+  index_t room_ = 0;
   index_t used_ = 0;
 };
 
@@ -132,17 +137,19 @@ class scratch {
 /// time.
 class workspace {
  public:
-  /// Runs `layout(scratch&)` once to measure and once to carve, and returns what it returns.
-  /// What the previous carve handed out is void.
+  /// Runs `layout(scratch&)` and returns what it returns; where there was no room for all of it,
+  /// that was the measure, and it runs once more. What the previous carve handed out is void.
   ///
   /// Cost: allocates only where the measure exceeds every earlier one.
   template <class Layout>
   auto carve(Layout&& layout) {
-    scratch measure;
-    layout(measure);
-    memory_.resize(measure.used());
-    scratch tape(memory_.data());
-    return layout(tape);
+    scratch tape(memory_.data(), memory_.capacity());
+    auto parts = layout(tape);
+    if (tape.used() <= memory_.capacity()) [[likely]]
+      return parts;
+    memory_.resize(tape.used());
+    scratch enough(memory_.data(), memory_.capacity());
+    return layout(enough);
   }
 
   /// Bytes held.

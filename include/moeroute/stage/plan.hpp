@@ -191,7 +191,8 @@ void plan_every_choice(const assignment& choices, dispatch_plan& out) {
     }
     return;
   }
-  if (!simd::rank_keys<A>(id, n, experts, p.offsets, p.slot_of_choice)) [[unlikely]] {
+  if (!simd::rank_keys<A>(id, n, experts, p.offsets, p.slot_of_choice, p.token_of_slot))
+      [[unlikely]] {
     out.reset(0, 0, 0);
     fail_expert_id("plan", choices.ids(), experts);
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <concepts>
 #include <cstdint>
@@ -27,6 +28,15 @@ inline constexpr bool scatters_keys = std::derived_from<A, xsimd::avx512f>;
 #else
 template <class A>
 inline constexpr bool scatters_keys = false;
+#endif
+
+// Of these the same register counts 64 values at once, in bytes.
+#if defined(__AVX512BW__)
+template <class A>
+inline constexpr bool counts_in_bytes = std::derived_from<A, xsimd::avx512bw>;
+#else
+template <class A>
+inline constexpr bool counts_in_bytes = false;
 #endif
 
 // Two neighbours in one load or store: the port that stores is what a counting sort waits for.
@@ -86,11 +96,13 @@ bool keys_in_range(const std::int32_t* key, index_t n, index_t values) {
 /// count[v] the number of all keys that are v. Returns false, with neither complete, where a key is
 /// outside of [-1, values).
 ///
-/// rank may be the array of the keys. Cost: O(n + values), no allocation: two keys are read and two
-/// ranks written at a time, which leaves the store port to the counters.
+/// rank may be the array of the keys. The lines of later[0, n), which will be written next and in
+/// no order that the hardware foresees, are fetched along the way; null where nobody knows.
+/// Cost: O(n + values), no allocation: two keys are read and two ranks written at a time, which
+/// leaves the store port to the counters.
 template <class A = default_arch>
 bool rank_keys(const std::int32_t* key, index_t n, index_t values, std::int32_t* count,
-               std::int32_t* rank) {
+               std::int32_t* rank, [[maybe_unused]] const std::int32_t* later = nullptr) {
   std::fill_n(count, values, 0);
   index_t i = 0;
   const auto one_by_one = [&](index_t end) {
@@ -110,6 +122,10 @@ bool rank_keys(const std::int32_t* key, index_t n, index_t values, std::int32_t*
     if (detail::any_outside<A>(key + i, static_cast<std::int32_t>(values))) [[unlikely]] {
       if (!one_by_one(i + 16)) return false;
       continue;
+    }
+    if (later != nullptr) {
+      MOEROUTE_PREFETCH_TO_WRITE(later + i);
+      MOEROUTE_PREFETCH_TO_WRITE(rank + std::min(i + 512, n));
     }
     MOEROUTE_UNROLL
     for (int j = 0; j < 16; j += 2) {
@@ -272,7 +288,7 @@ constexpr bool are_few_keys(index_t n, index_t values) {
   // Of more keys the counters are ahead of the bytes of a word: measured, with and without the
   // shifts of those instruction sets.
   if (values <= 8) return n <= (detail::scatters_keys<A> ? 64 : 8);
-  return detail::scatters_keys<A> && n <= 16 && values < 64;
+  return detail::counts_in_bytes<A> && n <= 16 && values <= 256;
 }
 
 namespace detail {
@@ -295,7 +311,13 @@ inline bool sort_in_bytes(const std::int32_t* key, index_t n, index_t values, gr
   }
   // Byte v of the product is the sum of all bytes below v; none carries, as the last sum fits.
   std::uint64_t next = count * 0x0101010101010100u;
-  for (index_t v = 0; v < values; ++v) start[v] = static_cast<std::int32_t>(next >> 8 * v & 255);
+  const auto write_starts = [&](index_t end) MOEROUTE_INLINE_LAMBDA {
+    for (index_t v = 0; v < end; ++v) start[v] = static_cast<std::int32_t>(next >> 8 * v & 255);
+  };
+  if (values == 8)  // as most models with so few have: without a loop
+    write_starts(8);
+  else
+    write_starts(values);
   start[values] = static_cast<std::int32_t>(count * 0x0101010101010101u >> 56);
   std::int32_t group = 0;
   index_t end = g.size;
@@ -314,19 +336,55 @@ inline bool sort_in_bytes(const std::int32_t* key, index_t n, index_t values, gr
   return true;
 }
 
+#if defined(__AVX512BW__)
+// start[v] = how many of n keys in [-1, values) are below v, -1 aside, for v below values, which
+// are 256 at most. As a byte, -1 is the largest: below none.
+inline void starts_in_bytes(const std::int32_t* key, index_t n, index_t values,
+                            std::int32_t* start) {
+  alignas(alignment) static constexpr auto number = [] {
+    std::array<std::uint8_t, 64> list{};
+    for (std::size_t i = 0; i < list.size(); ++i) list[i] = static_cast<std::uint8_t>(i);
+    return list;
+  }();
+  const __m512i first = _mm512_load_si512(number.data());
+  for (index_t v = 0; v < values; v += 128) {
+    const __m512i low = _mm512_add_epi8(first, _mm512_set1_epi8(static_cast<char>(v)));
+    const __m512i high = _mm512_add_epi8(low, _mm512_set1_epi8(64));
+    alignas(alignment) std::uint8_t below[128];
+    __m512i below_low = _mm512_setzero_si512(), below_high = below_low;
+    for (index_t i = 0; i < n; ++i) {
+      const __m512i k = _mm512_set1_epi8(static_cast<char>(key[i]));
+      below_low = _mm512_sub_epi8(below_low, _mm512_movm_epi8(_mm512_cmplt_epu8_mask(k, low)));
+      below_high = _mm512_sub_epi8(below_high, _mm512_movm_epi8(_mm512_cmplt_epu8_mask(k, high)));
+    }
+    _mm512_store_si512(below, below_low);
+    _mm512_store_si512(below + 64, below_high);
+    MOEROUTE_FORGET(below);
+    for (index_t j = 0; j < 128 && v + j < values; j += 16) {
+      const index_t left = values - v - j;
+      const auto wanted = static_cast<__mmask16>(left >= 16 ? 0xffffu : (1u << left) - 1);
+      _mm512_mask_storeu_epi32(
+          start + v + j, wanted,
+          _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(below + j))));
+    }
+  }
+}
+#endif
+
 }  // namespace detail
 
 /// The result of rank, scan and place without counters in memory: place, group_at and start
 /// [values + 1]. Returns false, with none complete, where a key is outside of [-1, values).
 ///
-/// Requires: n <= 16 and values < 64, or n <= 255 and values <= 8. Cost: two short passes over the
-/// keys; or, for more than 8 values, n comparisons of (values + 17) / 16 + 1 registers.
+/// Requires: n <= 16 and values <= 256, or n <= 255 and values <= 8. Cost: two short passes over
+/// the keys; or, for more than 8 values, n comparisons of a register for ranks and one for each 64
+/// values.
 template <class A = default_arch>
 bool sort_few_keys(const std::int32_t* key, index_t n, index_t values, groups g,
                    std::int32_t* start, std::int32_t* place, std::int32_t* group_at) {
   if (values <= 8) return detail::sort_in_bytes(key, n, values, g, start, place, group_at);
-#if defined(__AVX512F__)
-  if constexpr (detail::scatters_keys<A>) {
+#if defined(__AVX512BW__)
+  if constexpr (detail::counts_in_bytes<A>) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i one = _mm512_set1_epi32(1), none = _mm512_set1_epi32(-1);
     const auto there = static_cast<__mmask16>((1u << n) - 1);
@@ -352,16 +410,8 @@ bool sort_few_keys(const std::int32_t* key, index_t n, index_t values, groups g,
                                               : detail::group_counter(g.size).group;
       _mm512_mask_i32scatter_epi32(group_at, used, rank, group, 4);
     }
-    for (index_t v = 0; v <= values; v += 16) {
-      const __m512i value = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(v)));
-      __m512i below = _mm512_setzero_si512();
-      for (index_t i = 0; i < n; ++i)
-        below = _mm512_mask_add_epi32(
-            below, _mm512_cmplt_epu32_mask(_mm512_set1_epi32(key[i]), value), below, one);
-      const auto wanted =
-          static_cast<__mmask16>(values - v >= 15 ? 0xffffu : (2u << (values - v)) - 1);
-      _mm512_mask_storeu_epi32(start + v, wanted, below);
-    }
+    detail::starts_in_bytes(key, n, values, start);
+    start[values] = __builtin_popcount(used);
     return true;
   }
 #endif
