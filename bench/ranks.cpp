@@ -146,17 +146,17 @@ void exchange(index_t bytes_per_pair) {
   plain_messages messages(per_pair * d * 4);
   mpi::transport net(MPI_COMM_WORLD);
   const auto send = [&] {
-    mpi::transport::pending p;
+    mpi::transport::pending sent;
     const std::span<char> in(messages.in), out(messages.out);
     const auto size = static_cast<std::size_t>(messages.bytes);
     for (index_t i = 1; i < ranks; ++i) {
       const auto from = static_cast<std::size_t>((me + ranks - i) % ranks),
                  to = static_cast<std::size_t>((me + i) % ranks);
-      net.receive(p, std::as_writable_bytes(in.subspan(from * size, size)),
+      net.receive(sent, std::as_writable_bytes(in.subspan(from * size, size)),
                   static_cast<index_t>(from), 1);
-      net.send(p, std::as_bytes(out.subspan(to * size, size)), static_cast<index_t>(to), 1);
+      net.send(sent, std::as_bytes(out.subspan(to * size, size)), static_cast<index_t>(to), 1);
     }
-    net.wait(p, {"rows"});
+    net.wait(sent, {"rows"});
   };
   // What a call copies beside sending: rows packed, put into slots, made by the expert, put into
   // the order of their tokens and added up.
