@@ -61,6 +61,14 @@ struct bias_options {
 /// logarithms of scores, as a softmax does on its logits.
 /// Cost: update O(E), no allocation. Determinism: the same bits on every ISA.
 /// Source: Wang et al. 2024 (sign, proportional, multiplicative); Han and Zhong 2025 (decays).
+/// Example:
+///
+///     bias_controller balance(8, {.step = 1e-3f});
+///     const router r{sigmoid{}, top_k{.k = 2}, sum_normalized, selection_bias(balance.bias())};
+///     route(r, logits, ws, choices);
+///     std::vector<std::int64_t> counts(8);
+///     count_choices(choices, {}, std::span(counts));
+///     balance.update(counts);            // the router sees the new bias
 class bias_controller {
  public:
   /// Throws: error where E is outside [1, 2^20], or step or least_factor is negative or no number.

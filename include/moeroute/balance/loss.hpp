@@ -366,6 +366,13 @@ class loss_engine {
 /// mean_importance_loss, batch_entropy_loss). Scratch: 17 rows per worker and T / 32 rows, plus one
 /// row per sequence for losses by sequence. No allocation once warm.
 /// Determinism: the same bits for every executor and thread count.
+/// Example:
+///
+///     std::vector<double> counts(8);
+///     count_choices(choices, {}, std::span(counts));
+///     const auto values = balance_loss<float>({}, view(logits), view(dlogits), ws, serial{},
+///                                             switch_loss{.coefficient = 0.01, .counts = counts},
+///                                             router_z_loss{.coefficient = 1e-3});
 template <class F, executor Exec, loss_term... L, class A = simd::default_arch>
   requires(sizeof...(L) > 0 && std::is_floating_point_v<F>)
 loss_values<sizeof...(L)> balance_loss(const loss_options& how,

@@ -135,6 +135,10 @@ class scratch {
 
 /// Reusable scratch memory of one caller. Not to be shared between threads that run at the same
 /// time.
+/// Example:
+///
+///     workspace ws;                      // one per thread that routes; kept from call to call
+///     route(r, logits, ws, choices);     // the first call allocates, those after it do not
 class workspace {
  public:
   /// Runs `layout(scratch&)` and returns what it returns; where there was no room for all of it,

@@ -76,6 +76,11 @@ class lendable {
 /// no_expert and weight 0. Ragged: token t has the choices [first(t), first(t + 1)), possibly none.
 /// A choice that capacity dropped keeps its id, has weight 0 and kept() false.
 /// Storage is reused: a warm reset() with sizes seen before allocates nothing.
+/// Example:
+///
+///     for (index_t t = 0; t < choices.tokens(); ++t)
+///       for (std::size_t i = 0; i < choices.ids(t).size(); ++i)
+///         visit(t, choices.ids(t)[i], choices.weights(t)[i]);
 class assignment {
  public:
   assignment() = default;

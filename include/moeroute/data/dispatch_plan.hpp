@@ -22,6 +22,11 @@ inline constexpr slot_id no_token = -1;
 /// then padding, if the plan was padded. Every choice either has a slot, or was dropped, or names
 /// an expert that this plan leaves to others, or has no expert (a masked token's choices count
 /// among those): kept + dropped + elsewhere + unrouted = choices. Storage is reused.
+/// Example:
+///
+///     for (index_t e = 0; e < slots.experts(); ++e)
+///       for (index_t s = slots.offsets()[e]; s < slots.offsets()[e] + slots.load(e); ++s)
+///         visit(slots.token_of_slot()[s], e, 1.0f);
 class dispatch_plan {
  public:
   /// Room for a plan of T tokens with k choices each over E experts and no padding, contents

@@ -63,6 +63,10 @@ void check_counted(const char* where, const assignment& a, const count_options& 
 ///
 /// Shapes: counts [E]. Throws: error where a size differs or an id is outside [-1, E). Cost: O(T k
 /// + E). No allocation. Determinism: exact up to 2^24 in float, 2^53 in double.
+/// Example:
+///
+///     std::vector<std::int64_t> load(8);
+///     count_choices(choices, {.basis = count_basis::first_choice}, std::span(load));
 template <class N, class A = simd::default_arch>
   requires std::is_arithmetic_v<N>
 void count_choices(const assignment& a, const count_options& what, std::span<N> counts) {

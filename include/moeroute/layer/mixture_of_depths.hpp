@@ -26,7 +26,8 @@ struct depth_options {
 /// gate, a selection per sequence and the block on its share of rows. Source: Mixture-of-Depths
 /// (Raposo et al. 2024). Example:
 ///
-///     auto depths = mixture_of_depths(linear_gate<>(weight), block, {.share = 0.125});
+///     const simd::packed_matrix<> w(view(gate_weight));    // [1, d]
+///     auto depths = mixture_of_depths(linear_gate<>(w), block, {.share = 0.125});
 ///     depths.forward(x, x);
 template <class Score = identity_score, class Gate, class Block>
 auto mixture_of_depths(Gate gate, Block block, const depth_options& options = {}, index_t d = 0) {

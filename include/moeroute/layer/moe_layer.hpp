@@ -122,6 +122,12 @@ concept router_of_a_layer = any_kind_of_router<R> || detail::run_time_router<R>;
 /// output is added last, with the weight that options give it; Gate a gate_function, a gate_ref to
 /// one that others use too, or no_gate. A layer is used by one caller at a time: it owns the
 /// workspaces, the assignment and the plan. After an exception it can be used as before.
+/// Example:
+///
+///     const simd::packed_matrix<> w(view(gate_weight));
+///     moe_layer layer(linear_gate<>(w), router{softmax{}, top_k{.k = 2}, sum_normalized},
+///                     [&](expert_id e, auto rows, auto result) { run_expert(e, rows, result); });
+///     layer.forward(x, y);
 template <router_of_a_layer Router, class Experts, class Shared = no_shared_experts,
           class Gate = linear_gate<>, class A = simd::default_arch>
 class moe_layer {

@@ -15,6 +15,10 @@ namespace moeroute {
 ///
 /// Shapes: element (r, c) is data[r * stride + c]; stride >= cols.
 /// Stages take one of these, or anything that view() turns into one.
+/// Example:
+///
+///     std::vector<float> memory(64 * 72);                        // 64 rows of 72 floats, of which
+///     const matrix_view<float> rows(memory.data(), 64, 70, 72);  // 70 are used
 template <class T>
 struct matrix_view {
   T* data = nullptr;

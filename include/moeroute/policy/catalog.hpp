@@ -512,6 +512,10 @@ inline constexpr catalog_entry newer_catalog[] = {
 };
 
 /// The entry of that name in either list, or nullptr.
+/// Example:
+///
+///     const catalog_entry* entry = find_in_catalog("mixtral");
+///     if (entry != nullptr) route(make_router(entry->spec), logits, ws, choices);
 constexpr const catalog_entry* find_in_catalog(std::string_view name) {
   for (const catalog_entry& entry : catalog)
     if (entry.name == name) return &entry;

@@ -299,6 +299,10 @@ index_t any_ragged_router<Any>::route_block(const logit_block& z, const any_buff
 /// One of the common routers that a router_spec can describe. route() takes it like any other.
 ///
 /// Cost: the kind is looked up once per block of rows, not per token.
+/// Example:
+///
+///     const any_router r = make_router(parse_spec("E=8 k=2 score=softmax"));
+///     route(r, logits, ws, choices);
 class any_router : public detail::router_of_kinds<
                        router<any_score>, table_router<any_score>, top_p, threshold_router<relu>,
                        threshold_router<sigmoid>, threshold_router<identity_score>,
@@ -380,6 +384,9 @@ inline top_k best_of(const router_spec& s) {
 /// Throws: error where the spec contradicts itself or is another maker's, or a tensor that it needs
 /// is missing or has another length than E. The spec's capacity is applied by the stage of that
 /// name, not by the router.
+/// Example:
+///
+///     const any_router r = make_router(find_in_catalog("deepseek_v3")->spec, {.bias = bias});
 MOEROUTE_COLD inline any_router make_router(const router_spec& s,
                                             const router_tensors& tensors = {}) {
   detail::check_maker("make_router", s, s.has_rare_words() || s.sees_batch());

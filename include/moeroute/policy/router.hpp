@@ -70,6 +70,12 @@ void score_to_choose(const Score& score, const float* z, const float* bias, inde
 /// The choice is made on the logits where the score keeps their order and nothing else moves it, so
 /// only the winners are scored and ties are ties of logits; otherwise on score + bias. The weight
 /// never sees the bias.
+/// Example:
+///
+///     const router mixtral{softmax{}, top_k{.k = 2}, sum_normalized};
+///     const router deepseek{sigmoid{}, top_k{.k = 8, .groups = 8, .topk_group = 4},
+///                           weight_rule{.normalize = normalization::sum, .scale = 2.5f},
+///                           selection_bias(bias)};
 template <score_function Score, selection_rule Selection = top_k>
 struct router {
   [[no_unique_address]] Score score{};

@@ -52,6 +52,10 @@ enum class scale_place {
 
 /// A router described at run time. Defaults are the plain softmax top-k; names and meanings are
 /// those of docs/models.md.
+/// Example:
+///
+///     const router_spec s{.experts = 64, .k = 6, .normalize = normalization::sum, .scale = 2.5f};
+///     const auto r = make_router(s);
 struct router_spec {
   index_t experts = 8;  ///< E, zero experts included
   index_t k = 2;

@@ -99,6 +99,9 @@ struct word_reader {
 /// to_string(parse_spec(to_string(s))) == to_string(s) for every spec that check() takes. Throws:
 /// error that names the word: one that is not known, has a wrong value or stands twice, E or k
 /// missing; and what check() refuses.
+/// Example:
+///
+///     const auto r = make_router(parse_spec("E=64 k=6 score=sigmoid normalize=sum"));
 [[nodiscard]] inline router_spec parse_spec(std::string_view text) {
   std::vector<detail::spec_word> words;
   router_spec s;

@@ -161,6 +161,11 @@ void drop_excess(assignment& a, const capacity_policy& policy, index_t capacity,
 /// nor of size T. Cost: O(choices + E), for batch_priority O(T log T) on top; O(choices) integers
 /// of scratch; no allocation once ws and the assignment are warm. Determinism: exact. Source:
 /// Lepikhin et al. 2020 (choice_major), Riquelme et al. 2021 (batch_priority).
+/// Example:
+///
+///     const capacity_rule rule{.formula = capacity_formula::megatron, .factor = 1.25};
+///     const auto did = apply_capacity(choices, {.rule = rule}, ws);
+///     if (did.dropped > 0) plan(choices, slots);        // leaves them out
 template <class A = simd::default_arch>
 capacity_result apply_capacity(assignment& choices, const capacity_policy& policy, workspace& ws) {
   const index_t tokens = choices.tokens(), experts = choices.experts(), n = choices.choices();

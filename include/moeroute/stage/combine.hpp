@@ -219,6 +219,10 @@ void combine_rows(const X& expert_rows, const Source& source, Y&& y_rows, const 
 /// into one another, or memory overlaps.
 /// Cost: reads each slot once, no allocation.
 /// Determinism: the same bits for every executor, thread count and ISA.
+/// Example:
+///
+///     combine(out, slots, choices, y);
+///     combine(out, slots, choices, y, {.output = combine_output::accumulate});    // y += the sum
 template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch,
           storage H = float, storage S = float>
 void combine(const X& slots, const dispatch_plan& plan, const assignment& choices, Y&& y,

@@ -141,6 +141,11 @@ void dispatch_rows(const dispatch_plan& plan, const matrix_view<To>& slots, stor
 /// Throws: error where the shapes do not fit the plan, rows run into one another, or the two
 /// overlap. Cost: reads each row of x once and writes each slot once, no allocation. Determinism:
 /// exact.
+/// Example:
+///
+///     plan(choices, slots);
+///     in.resize(slots.slots(), x.cols());
+///     dispatch(x, slots, in);
 template <readable_rows X, writable_rows Y, executor Exec = serial, class A = simd::default_arch>
 void dispatch(const X& x_rows, const dispatch_plan& plan, Y&& slot_rows, const Exec& exec = {},
               const dispatch_options& options = {}) {

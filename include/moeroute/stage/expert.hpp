@@ -85,6 +85,11 @@ void run_tokens(const dispatch_plan& plan, const matrix_view<const In>& x,
 /// Throws: error where the shapes do not fit the plan; what f throws. Cost: what f costs; calls run
 /// on the executor's threads, so f must allow that.
 /// Determinism: as f's; what a call sees depends on the plan and options only, never on threads.
+/// Example:
+///
+///     for_each_expert(slots, in, out, [&](expert_id e, auto rows, auto result) {
+///       run_expert(e, rows, result);    // rows [load of e, d] to result, both views
+///     });
 template <readable_rows X, writable_rows Y, class F, executor Exec = serial>
   requires expert_function<F, element_of<const X>, element_of<Y>>
 void for_each_expert(const dispatch_plan& plan, const X& in_rows, Y&& out_rows, F&& f,

@@ -22,6 +22,10 @@ namespace moeroute {
 /// is bound by reading W, which takes half as long in 16 bits.
 /// Determinism: a token's logits do not depend on other tokens or on threads; they may differ in
 /// the last bits between ISAs.
+/// Example:
+///
+///     const simd::packed_matrix<> w(view(gate_weight));
+///     gate(x, w, logits);
 template <readable_rows X, writable_rows Y, executor Exec = serial, storage W = float,
           class A = simd::default_arch>
 void gate(const X& x, const simd::packed_matrix<W, A>& weight, Y&& logits, const Exec& exec = {}) {

@@ -255,6 +255,10 @@ void plan_with_options(const assignment& choices, dispatch_plan& out, const plan
 /// expert has more tokens than `capacity` slots, or the slots exceed 2^31 - 1; what was refused
 /// half-way leaves an empty plan. Cost: O(choices +
 /// E), no allocation once the plan is warm. Determinism: exact, stable in token order.
+/// Example:
+///
+///     plan(choices, slots);
+///     plan(choices, slots, {.block = 16});    // experts padded to blocks of 16 rows
 template <class A = simd::default_arch>
 void plan(const assignment& choices, dispatch_plan& out, const plan_options& options = {}) {
   // Decided where the caller's options are known: what is not asked for is not looked at again.

@@ -21,9 +21,9 @@ namespace moeroute {
 /// matter little in all may move there, none does here by more than the root of `tolerance` times
 /// the update. Example:
 ///
-///     retained_inputs kept(d, 256);
-///     kept.retain_choices(x, choices, e, 1e-2);
-///     kept.project(dgate.middle_rows(e, 1));
+///     retained_inputs kept(x.cols(), 256);
+///     kept.retain_choices(const_view(x), choices, 3, 1e-2);    // what expert 3 has seen
+///     kept.project(view(dgate).middle_rows(3, 1));
 ///
 /// Source: GRIP 2026 (arXiv 2601.16905), SAME 2026 (arXiv 2602.01990): the projector alone.
 class retained_inputs {

@@ -294,6 +294,11 @@ void route_plain(const Router& router, const T* logits, index_t tokens, index_t 
 /// side input does not fit T and the columns or is one that the router does not read, or rows run
 /// into one another. Cost: no allocation once ws and out are warm. Determinism: the same ids on
 /// every ISA, executor and thread count. Token routers: rows are independent.
+/// Example:
+///
+///     const router r{softmax{}, top_k{.k = 2}, sum_normalized};
+///     route(r, logits, ws, choices);                    // ids and weights [T, 2]
+///     route(r, logits, {.mask = mask}, ws, choices);    // without the tokens whose mask is 0
 template <any_kind_of_router Router, readable_rows Z, executor Exec = serial,
           class A = simd::default_arch>
 void route(const Router& router, const Z& logit_rows, const side_inputs& side, workspace& ws,
@@ -366,9 +371,10 @@ void route(const Router& router, const Z& logits, workspace& ws, assignment& out
 /// Throws: error where a pointer is null, the stride is less than the columns, or the router's k
 /// varies (take an assignment). Example:
 ///
-///     std::vector<std::int32_t> ids(tokens * k);
-///     std::vector<float> weights(tokens * k);
-///     moeroute::route(router, logits, tokens, experts, stride, ws, ids.data(), weights.data());
+///     const std::vector<float> z(10 * 64);    // ten tokens, 64 experts
+///     std::vector<std::int32_t> ids(10 * 2);
+///     std::vector<float> weights(10 * 2);
+///     route(r, z.data(), 10, 64, 64, ws, ids.data(), weights.data());
 template <any_kind_of_router Router, storage T, executor Exec = serial>
 void route(const Router& router, const T* logits, index_t tokens, index_t columns, index_t stride,
            workspace& ws, expert_id* ids, float* weights, const Exec& exec = {}) {

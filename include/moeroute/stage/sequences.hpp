@@ -103,8 +103,9 @@ inline index_t window_offsets(std::span<const std::int32_t> offsets, index_t win
 /// Throws: error where a sequence is none or out is the decisions themselves. Cost: O(choices), no
 /// allocation once out is warm. Example:
 ///
-///     route(router, pooled_logits, ws, decisions);       // one row per sequence
-///     spread_to_tokens(decisions, sequence_of_token, choices);     // plan(choices, plan), as ever
+///     assignment decisions;
+///     route(r, logits, ws, decisions);                            // one row per sequence
+///     spread_to_tokens(decisions, sequence_of_token, choices);    // plan(choices, slots), as ever
 inline void spread_to_tokens(const assignment& decisions,
                              std::span<const std::int32_t> sequence_of_token, assignment& out) {
   const auto tokens = static_cast<index_t>(sequence_of_token.size());

@@ -38,6 +38,11 @@ void softmax_row(float* row, index_t n) {
 /// Throws: error where slots_per_expert does not divide S. Cost: 2 T S exponentials; no allocation
 /// once out is warm. Determinism: the same bits on every ISA, executor and thread count.
 /// Source: Puigcerver et al. 2023.
+/// Example:
+///
+///     soft_plan soft;
+///     plan_soft(logits, 1, soft);        // one slot for each expert
+///     dispatch(x, soft, in);
 template <readable_rows Z, executor Exec = serial, class A = simd::default_arch>
 void plan_soft(const Z& logit_rows, index_t slots_per_expert, soft_plan& out,
                const Exec& exec = {}) {

@@ -118,6 +118,10 @@ inline void share_weights(float eps, float scale, assignment& out) {
 /// exponential and one column sweep per logit; a [T, E] panel of scratch; no allocation once warm.
 /// Determinism: the same ids and weights on every ISA, executor and thread count.
 /// Source: Zhou et al. 2022; renormalisation and scale: Nucleus-Image 2026.
+/// Example:
+///
+///     const expert_choice<> r{.capacity = floor_capacity(2.0)};    // in the mean two a token
+///     route(r, logits, ws, choices);
 template <score_function Score = softmax>
 struct expert_choice {
   [[no_unique_address]] Score score{};

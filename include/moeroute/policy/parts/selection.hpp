@@ -63,6 +63,9 @@ MOEROUTE_COLD void sum_groups(const float* rows, int n, index_t groups, index_t 
 ///
 /// NaN and -inf are never selected. Cost: O(E) per row. Source: Shazeer et al. 2017; groups:
 /// DeepSeek-V2 2024.
+/// Example:
+///
+///     const router r{sigmoid{}, top_k{.k = 8, .groups = 8, .topk_group = 4}, sum_normalized};
 struct top_k {
   index_t k = 2;
   index_t groups = 1;      ///< of E / groups experts each

@@ -85,6 +85,10 @@ MOEROUTE_INLINE void load_packed(const W* w, vfloat<A> (&column)[v]) {
 /// registers and accumulates in float: the same bits as float weights of the same values. A product
 /// of one row is bound by reading them. Weights that a checkpoint keeps in 16 bits lose nothing;
 /// others are rounded once, here.
+/// Example:
+///
+///     const simd::packed_matrix<> w(view(gate_weight));    // packed once
+///     gate(x, w, logits);                                  // logits = x W^T
 template <storage W = float, class A = default_arch>
 class packed_matrix {
  public:
