@@ -5,6 +5,7 @@
 #include <set>
 #include <string>
 #include <string_view>
+#include <utility>
 
 using moeroute::find_in_catalog;
 using moeroute::model_routers;
@@ -368,6 +369,30 @@ TEST_CASE("what is missing, unknown or wrong is named") {
   CHECK(refusal(R"({"model_type": "phimoe", "num_local_experts": 16, "num_experts_per_tok": 4})") ==
         "config.json: field 'num_experts_per_tok': expected 2: sparsemixer makes two choices, "
         "found 4");
+}
+
+TEST_CASE("a model of the catalogue whose file nobody reads is refused by its type and its entry") {
+  const auto sentence = [](const std::string& type, const std::string& entry) {
+    return "field 'model_type': expected a model whose fields are known; of this one the catalogue "
+           "has '" +
+           entry + "', but not how its file says it, found '" + type + "'";
+  };
+  for (const auto& [type, entry] : {std::pair{"arctic", "arctic"},
+                                    {"Klear", "klear"},
+                                    {"megrez_moe", "megrez"},
+                                    {"skywork_moe", "skywork_moe"},
+                                    {"interns1_pro", "intern_s1_pro"},
+                                    {"hunyuan_image_3_moe", "hunyuan_image_3"},
+                                    {"kimi_k3", "kimi_k3"}}) {
+    REQUIRE(find_in_catalog(entry) != nullptr);
+    const std::string sizes = R"("num_experts": 8, "num_experts_per_tok": 2})";
+    const std::string config = R"({"model_type": ")" + std::string(type) + "\", " + sizes;
+    CHECK(refusal(config) == "config.json: " + sentence(type, entry));
+    CHECK(refusal(R"({"model_type": "wrapper", "text_config": )" + config + "}") ==
+          "config.json: field 'text_config': " + sentence(type, entry));
+  }
+  CHECK(refusal(R"({"model_type": "kimi_k30"})").find("of the catalogue, found") !=
+        std::string::npos);
 }
 
 namespace {

@@ -1,11 +1,13 @@
 // The laws for routers that are not the library's: those of examples/02_my_own_router.cpp and
 // 11_ragged_and_batch.cpp, which are files to copy and are therefore included whole.
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/policy/parts/row_transform.hpp>
 #include <moeroute/policy/row/explore.hpp>
+#include <moeroute/policy/row/product_keys.hpp>
 #include <moeroute/policy/row/top_p.hpp>
 #include <moeroute/policy/row/transformed.hpp>
 #include <vector>
@@ -89,6 +91,62 @@ TEST_CASE("routers of one's own that choose a varying number or see the batch ob
        .make = [](test::index_t k, test::index_t) { return test::make_subject(sinkhorn{.k = k}); },
        .permutable = false,
        .rows_apart = false});
+}
+
+TEST_CASE("routers with other columns than experts obey the laws that do not speak of columns") {
+  using namespace moeroute;
+  constexpr index_t tokens = 19, experts = 12, k = 3;
+  const auto obeys = [&](const char* name, std::unique_ptr<test::subject> router, index_t columns) {
+    for (const test::shape shape : test::all_shapes) {
+      INFO(name << ", " << test::name(shape));
+      const std::vector<float> z = test::make_logits(shape, 5, tokens, columns);
+      const test::laws::routed all = test::laws::route(*router, z, tokens, columns);
+      REQUIRE(all.ids.size() == tokens * k);
+      std::vector<float> turned, apart(tokens * (columns + 3), 1e9f);
+      std::vector<std::uint8_t> mask;
+      test::laws::routed expected;
+      for (index_t t = 0; t < tokens; ++t) {
+        const auto first = all.ids.begin() + t * k;
+        std::vector<expert_id> ids(first, first + k);
+        std::erase(ids, no_expert);
+        std::sort(ids.begin(), ids.end());
+        CHECK(std::adjacent_find(ids.begin(), ids.end()) == ids.end());
+        if (!ids.empty()) CHECK((ids.front() >= 0 && ids.back() < experts));
+        for (index_t c = t * k; c < (t + 1) * k; ++c)
+          CHECK(std::isfinite(all.weights[static_cast<std::size_t>(c)]));
+        const index_t back = tokens - 1 - t;
+        turned.insert(turned.end(), z.begin() + back * columns, z.begin() + (back + 1) * columns);
+        std::copy_n(z.begin() + t * columns, columns, apart.begin() + t * (columns + 3));
+        mask.push_back(t % 3 != 1);
+        const test::laws::routed alone = test::laws::route(
+            *router, std::vector<float>(z.begin() + t * columns, z.begin() + (t + 1) * columns), 1,
+            columns);
+        expected.ids.insert(expected.ids.end(), alone.ids.begin(), alone.ids.end());
+        expected.weights.insert(expected.weights.end(), alone.weights.begin(), alone.weights.end());
+      }
+      CHECK(test::laws::difference(all, expected) == "");
+      const test::laws::routed reversed = test::laws::route(*router, turned, tokens, columns);
+      assignment strided, masked, threads;
+      router->route({apart.data(), tokens, columns, columns + 3}, strided);
+      router->route({z.data(), tokens, columns}, side_inputs{.mask = mask}, masked);
+      router->route({z.data(), tokens, columns}, 3, threads);
+      CHECK(test::laws::difference(test::laws::copy_of(strided), all) == "");
+      CHECK(test::laws::difference(test::laws::copy_of(threads), all) == "");
+      for (index_t c = 0; c < tokens * k; ++c) {
+        const auto at = static_cast<std::size_t>(c),
+                   other = static_cast<std::size_t>((tokens - 1 - c / k) * k + c % k);
+        CHECK(reversed.ids[other] == all.ids[at]);
+        CHECK(masked.ids()[at] ==
+              (mask[static_cast<std::size_t>(c / k)] != 0 ? all.ids[at] : no_expert));
+      }
+    }
+  };
+  const router<softmax> best{.selection = {.k = k}};
+  const weighed_by_second<router<softmax>> halves{best};
+  const transformed<pass_logits, router<softmax>> passes{pass_logits{.passes = 3}, best};
+  obeys("product keys", test::make_subject(product_keys<>{.choices = k, .first_keys = 3}), 7);
+  obeys("weights from a second half", test::make_subject(halves), 24);
+  obeys("three passes", test::make_subject(passes), 36);
 }
 
 TEST_CASE("a router of one's own is wrapped as the library's are") {

@@ -152,6 +152,18 @@ TEST_CASE("a word that is unknown, wrong, repeated or missing is named") {
   CHECK(refused_text("E=8 k=2 explore=0.5 ties=higher_id") ==
         "moeroute::router_spec: explore clashes with selection=top_k: only a common top_k "
         "explores");
+  for (const std::string rule :
+       {"top_p p=0.5", "threshold threshold=0 score=relu", "hash_table", "product_keys E=16",
+        "sparsemixer", "top2_second_by_logit", "random score=uniform", "each_group groups=2",
+        "counted", "expert_choice", "sinkhorn", "base k=1", "sparse_transport", "soft"}) {
+    const std::string name = rule.substr(0, rule.find(' '));
+    const std::string line = (rule.find("E=") == rule.npos ? "E=8 " : "") +
+                             std::string(rule.find("k=") == rule.npos ? "k=2 " : "") +
+                             "explore=0.5 selection=" + rule;
+    INFO(line);
+    CHECK(refused_text(line) == "moeroute::router_spec: explore clashes with selection=" + name +
+                                    ": only a common top_k explores");
+  }
   CHECK(refused_text("E=8 k=2 shares") ==
         "moeroute::router_spec: shares clashes with selection=top_k: only sinkhorn and "
         "selective_sinkhorn have shares per expert");

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cctype>
 #include <cstdint>
 #include <initializer_list>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -283,6 +285,36 @@ inline model_routers read_pyramid(const config_source& from) {
   return made;
 }
 
+/// Whether a model type is that of an entry: its letters and digits begin with the entry's, and
+/// another number does not follow.
+inline bool names_entry(std::string_view type, std::string_view entry) {
+  const auto letters = [](std::string_view text) {
+    std::string kept;
+    for (const char c : text)
+      if (std::isalnum(static_cast<unsigned char>(c)) != 0)
+        kept += static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    return kept;
+  };
+  const std::string given = letters(type), name = letters(entry);
+  const auto digit = [](char c) { return c >= '0' && c <= '9'; };
+  return given.starts_with(name) &&
+         !(given.size() > name.size() && digit(name.back()) && digit(given[name.size()]));
+}
+
+/// Refuses the model type of the file; of a model that the catalogue has and whose file nobody
+/// reads, with what there is of it.
+[[noreturn]] MOEROUTE_COLD inline void refuse_type(const json_fields& fields) {
+  const std::string type = fields.text("model_type");
+  for (const catalog_entry& entry : newer_catalog) {
+    const auto reads = [&](const config_model& one) { return entry.name == one.entry; };
+    if (names_entry(type, entry.name) &&
+        std::none_of(std::begin(config_models), std::end(config_models), reads))
+      fields.wrong("model_type", "a model whose fields are known; of this one the catalogue has '" +
+                                     std::string(entry.name) + "', but not how its file says it");
+  }
+  fields.wrong("model_type", "a mixture-of-experts model of the catalogue");
+}
+
 inline model_routers read_config(const config_source& from) {
   if (std::string_view(from.model.entry) == "dots3_note_vision" &&
       !from.fields.has("mlp_layer_types"))
@@ -386,8 +418,7 @@ inline model_routers read_config(const config_source& from) {
     if (model != nullptr && own != nullptr && std::string_view(model->entry) != own->entry &&
         type != "minimax_m3_vl")
       inner.wrong("model_type", "the text model of '" + type + "'");
-    if (model == nullptr && inner.has("model_type"))
-      inner.wrong("model_type", "a mixture-of-experts model of the catalogue");
+    if (model == nullptr && inner.has("model_type")) refuse_type(inner);
     if (model != nullptr) {
       const model_routers made = read_config({*model, inner, inner});
       for (const auto& [key, value] : document.items())
@@ -398,7 +429,7 @@ inline model_routers read_config(const config_source& from) {
       return made;
     }
   }
-  if (model == nullptr) top.wrong("model_type", "a mixture-of-experts model of the catalogue");
+  if (model == nullptr) refuse_type(top);
   if (std::string_view(model->entry) == "dbrx") {
     const json_fields inner(top.at("ffn_config"), file + ": field 'ffn_config'");
     return read_config({*model, inner, top});

@@ -72,15 +72,31 @@ float softmax_entropy(const float* z, index_t n, float max) {
   return simd::log<A>(F(total)).get(0) - simd::sum_of<A>(below) / total;
 }
 
+// Scores that are ranked by counting who is below each: no branch looks at one.
+inline constexpr index_t ranked_by_counting = 16;
+
 // The percentile of the scores of experts above -inf, by a straight line between two of them.
 MOEROUTE_OUT_OF_LINE inline double percentile_of(const float* row, const float* scores, index_t n,
                                                  float quantile, float* sorted) {
   index_t there = 0;
-  for (index_t e = 0; e < n; ++e)
-    if (row[e] > simd::minus_infinity) sorted[there++] = scores[e];
+  for (index_t e = 0; e < n; ++e) {
+    sorted[there] = scores[e];
+    there += index_t{row[e] > simd::minus_infinity};
+  }
   const double place = static_cast<double>(there - 1) * static_cast<double>(quantile);
   const auto low = static_cast<index_t>(place);
-  std::nth_element(sorted, sorted + low, sorted + there);
+  if (there <= ranked_by_counting) {
+    float in_order[ranked_by_counting] = {};
+    for (index_t e = 0; e < there; ++e) {
+      index_t below = 0;
+      for (index_t i = 0; i < there; ++i)
+        below += index_t{sorted[i] < sorted[e]} + index_t{(sorted[i] == sorted[e]) & (i < e)};
+      in_order[below] = sorted[e];
+    }
+    std::copy_n(in_order, there, sorted);
+  } else {
+    std::nth_element(sorted, sorted + low, sorted + there);
+  }
   const double below = static_cast<double>(sorted[low]);
   if (low + 1 == there) return below;
   const double above = static_cast<double>(*std::min_element(sorted + low + 1, sorted + there));
