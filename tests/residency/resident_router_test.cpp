@@ -202,6 +202,7 @@ TEST_CASE("an expert far below one that was passed over has the weight 0, not wh
 
 TEST_CASE("a strength of 0 is the router to the bit, for every router of the catalogue") {
   std::map<std::string, int> seen;
+  index_t dropped = 0;
   for (const catalog_entry& entry : catalog) {
     router_spec spec = entry.spec;
     spec.capacity = 0;
@@ -250,22 +251,44 @@ TEST_CASE("a strength of 0 is the router to the bit, for every router of the cat
       CHECK(test::refusal([&] {
               resident_any_router(plain, prior, set);
             }).ends_with(" does not choose by rank: drop is what it takes"));
-      test::routed(resident_any_router(plain, {.kind = kind::drop_cold, .strength = 0.5f}, set), z,
-                   columns, side);
+      // The last two tokens come one by one where the router has a way for that.
+      for (const dropped_weight what : {dropped_weight::lost, dropped_weight::shared_out}) {
+        const residency_rule drop{.kind = kind::drop_cold, .strength = 0.9f, .dropped = what};
+        const assignment got =
+            test::routed(resident_any_router(plain, drop, set), z, columns, side);
+        for (index_t t = 0; t < got.tokens(); ++t) {
+          float before = 0, after = 0;
+          for (std::size_t r = 0; r < static_cast<std::size_t>(got.k()); ++r) {
+            const bool left = got.ids(t)[r] == no_expert && want.ids(t)[r] != no_expert;
+            before += want.weights(t)[r];
+            after += got.weights(t)[r];
+            dropped += left;
+            CHECK((left || got.ids(t)[r] == want.ids(t)[r]));
+            if (left) CHECK(got.weights(t)[r] == 0.0f);
+            if (!left && what == dropped_weight::lost)
+              CHECK(got.weights(t)[r] == want.weights(t)[r]);
+          }
+          if (what == dropped_weight::shared_out) CHECK(std::abs(after - before) <= 1e-5f);
+        }
+      }
     }
   }
   CHECK(seen.size() >= 4);
+  CHECK(dropped > 50);
 }
 
 TEST_CASE("what is missing and hardly counts is dropped; the row's sum stays, or does not") {
-  constexpr index_t experts = 32, k = 4;
+  constexpr index_t experts = 32;
   test::random rng(5);
   const auto z = test::make_logits(test::shape::normal, 11, 50, experts);
   const resident_set set = some_experts(rng, experts, 0.4f);
-  const router<softmax> plain{.score = {}, .selection = {.k = k}, .weight = sum_normalized};
-  const assignment before = test::routed(plain, z, experts);
   index_t dropped = 0;
-  for (const dropped_weight what : {dropped_weight::lost, dropped_weight::shared_out}) {
+  for (int trial = 0; trial < 4; ++trial) {
+    const auto k = std::size_t{trial % 2 == 0 ? 4u : 20u};  // 20: more than a block of ranks
+    const dropped_weight what = trial < 2 ? dropped_weight::lost : dropped_weight::shared_out;
+    const router<softmax> plain{
+        .score = {}, .selection = {.k = static_cast<index_t>(k)}, .weight = sum_normalized};
+    const assignment before = test::routed(plain, z, experts);
     const residency_rule rule{.kind = kind::drop_cold, .strength = 0.3f, .dropped = what};
     const assignment a = both_ways(resident_router(plain, rule, set), z, experts);
     for (index_t t = 0; t < a.tokens(); ++t) {

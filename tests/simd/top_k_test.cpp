@@ -12,6 +12,7 @@
 #include "support/arches.hpp"
 #include "support/compare.hpp"
 #include "support/guarded.hpp"
+#include "support/random.hpp"
 #include "support/shapes.hpp"
 #include "support/sized.hpp"
 
@@ -155,6 +156,38 @@ TEMPLATE_LIST_TEST_CASE("however the largest values of a row alone lie, the best
       for (const int k : {1, 2, 4, 8, 10, 11, 16, 20, 32, 33, 64}) {
         INFO("every " << step << "th column, ascending " << ascending << ", k " << k);
         CHECK(wrong(select<TestType>(row, cols, 1, cols, k), row, cols, order, k) == "");
+      }
+    }
+}
+
+TEMPLATE_LIST_TEST_CASE("ranks are taken in two runs, each in its order, and nobody after them", "",
+                        test::widths) {
+  using A = TestType;
+  test::random draw(41);
+  for (const int ranks : {1, 5, 16, 17, 40, 64})
+    for (int trial = 0; trial < 60; ++trial) {
+      moeroute::simd::row_ranks from{}, to;
+      for (int r = 0; r < moeroute::simd::max_row_k; ++r) {
+        from.value[r] = static_cast<float>(100 - r);
+        from.column[r] = 1000 + r;
+      }
+      std::uint64_t first = 0, then = 0;
+      for (int r = 0; r < ranks; ++r) {
+        const auto kind = draw.below(3);
+        (kind == 0 ? first : then) |= std::uint64_t{kind < 2} << r;
+      }
+      const int k = 1 + static_cast<int>(draw.below(16)) * (ranks > 16 ? 3 : 1);
+      moeroute::simd::take_ranks<A>(from, first, then, k, to);
+      int out = 0;
+      for (const std::uint64_t run : {first, then})
+        for (int r = 0; r < ranks; ++r)
+          if ((run >> r & 1) != 0 && out < k) {
+            CHECK(to.column[out] == 1000 + r);
+            CHECK(to.value[out++] == static_cast<float>(100 - r));
+          }
+      for (; out < moeroute::round_up(k, moeroute::block_rows); ++out) {
+        CHECK(to.column[out] == moeroute::no_expert);
+        CHECK(to.value[out] == moeroute::simd::minus_infinity);
       }
     }
 }

@@ -153,6 +153,8 @@ struct router {
         if (selection.weighs_lost_with_0()) clear_lost(z, memory, c);
     }
     weight.template apply<A>(c);
+    if constexpr (requires { selection.template settle<A>(c, z.rows); })
+      selection.template settle<A>(c, z.rows);
   }
 
   /// So many rows at most are routed sooner one by one than as a block; 0 where the parts have no
@@ -208,6 +210,8 @@ struct router {
             : logit_block{nullptr, 0, z.rows, z.experts, z.first_token, z.side};
     score.template score_choices<A>(rows, c, weight.needs());
     weight.template apply<A>(c);
+    if constexpr (requires { selection.template settle<A>(c, z.rows); })
+      selection.template settle<A>(c, z.rows);
   }
 
  private:
@@ -249,6 +253,7 @@ struct router {
       score.score_one(z, experts, c, weight.needs());
     }
     weight.template apply_to<A>(c);
+    if constexpr (requires { selection.template settle<A>(c); }) selection.template settle<A>(c);
     c.store(id, weights);
   }
 

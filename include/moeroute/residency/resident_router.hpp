@@ -66,45 +66,6 @@ MOEROUTE_INLINE void drop_cold(const residency_rule& rule, const resident_view& 
   for (int r = 0; r < k; ++r) weight[r * step] *= factor;
 }
 
-// The same for the rows of a block, one per lane.
-template <class A>
-void drop_cold(const residency_rule& rule, const resident_view& set, choice_block& c, int rows) {
-  using F = simd::vfloat<A>;
-  const F zero(0.0f), one(1.0f);
-  for (int lane = 0; lane < rows; lane += simd::width<A>) {
-    const auto for_each = [&](auto f) {
-      for (int r = 0; r < c.k; ++r)
-        f(r, c.id + r * block_rows + lane, c.value + r * block_rows + lane);
-    };
-    F largest = zero, all = zero, kept = zero, lost = zero;
-    for_each([&](int, const expert_id*, const float* weight) {
-      const F w = simd::load<A>(weight);
-      largest = simd::select<A>(w > largest, w, largest);
-    });
-    const F least = F(rule.strength) * largest;
-    for_each([&](int r, expert_id* id, float* weight) {
-      const simd::vint<A> e = simd::load<A>(id), none(no_expert);
-      const F w = simd::load<A>(weight);
-      all += w;
-      const auto held = simd::marked_at<A>(set.words, set.experts, e);
-      const auto leaves =
-          simd::vmask<A>(r >= rule.forced) & simd::differs<A>(e, none) & (w < least) & !held;
-      const F left = simd::select<A>(leaves, zero, w);
-      simd::select<A>(leaves, none, e).store_unaligned(id);
-      left.store_unaligned(weight);
-      lost = simd::select<A>(leaves, one, lost);
-      kept += left;
-    });
-    if (rule.dropped == dropped_weight::lost) continue;
-    const auto shares = (lost > zero) & (kept > zero);
-    const F factor =
-        simd::select<A>(shares, simd::divide<A>(all, simd::select<A>(shares, kept, one)), one);
-    for_each([&](int, const expert_id*, float* weight) {
-      (simd::load<A>(weight) * factor).store_unaligned(weight);
-    });
-  }
-}
-
 // What a rule did to one token. z: its logits; choices `step` apart. Mass is lost only where
 // experts have a column of their own, and none by rows without a softmax.
 inline residency_counts counts_of(const float* z, index_t experts, const resident_view& set,
@@ -179,7 +140,7 @@ class resident_router {
         rule_(rule),
         set_(set),
         counts_(counts),
-        moved_(change::made(plain_, drops() ? residency_rule{} : rule, set)) {
+        moved_(change::made(plain_, rule, set)) {
     rule.check(set.experts, plain_.k());
     if (!change::by_rank && rule.active() && !drops())
       fail("resident_router",
@@ -226,7 +187,7 @@ class resident_router {
     else
       moved_.route_block(z, m.moved, c);
     if (counts_ == nullptr) {
-      if (drops()) detail::drop_cold<A>(rule_, set_, c, z.rows);
+      if (drops_after()) detail::drop_cold<A>(rule_, set_, c, z.rows);
       return;
     }
     this->template count_block<A>(z, m, c);
@@ -245,11 +206,13 @@ class resident_router {
   void route_row(const float* z, index_t columns, index_t token, const side_inputs& side,
                  expert_id* id, float* weights) const {
     moved_.template route_row<A>(z, columns, token, side, id, weights);
-    if (drops()) detail::drop_cold(rule_, set_, id, weights, 1, static_cast<int>(k()));
+    if (drops_after()) detail::drop_cold(rule_, set_, id, weights, 1, static_cast<int>(k()));
   }
 
  private:
   bool drops() const { return rule_.kind == residency_kind::drop_cold && rule_.active(); }
+  // A selection by rank drops by itself.
+  bool drops_after() const { return !change::by_rank && drops(); }
 
   template <class A>
   MOEROUTE_OUT_OF_LINE void count_block(const logit_block& z, const buffers& m,
@@ -261,7 +224,7 @@ class resident_router {
     else
       plain_.route_block(z, m.plain, own);
     for (int i = 0; i < z.rows; ++i) {
-      if (drops()) detail::drop_cold(rule_, set_, c.id + i, c.value + i, block_rows, c.k);
+      if (drops_after()) detail::drop_cold(rule_, set_, c.id + i, c.value + i, block_rows, c.k);
       if (z.side->masked(z.first_token + i)) continue;
       counts_->add(detail::counts_of(z.row(i), z.experts, set_, own.id + i, block_rows, c.id + i,
                                      block_rows, c.k));

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <utility>
 
+#include <moeroute/policy/parts/choices.hpp>
 #include <moeroute/policy/parts/selection.hpp>
 #include <moeroute/residency/rule.hpp>
 #include <moeroute/simd/marked_columns.hpp>
@@ -46,17 +47,27 @@ struct ranked_row {
 // Ranks that are looked at as bits; those past them one by one.
 inline constexpr int ranks_as_bits = 64;
 
-// c: the best J of the plain ranks, those of them in memory, and (unless only these may be chosen)
-// the others in plain order. The plain ranks are those that are `there`, `best` of which, at least
-// k, are candidates. Ranks are bits, so that nothing is asked rank by rank.
-MOEROUTE_INLINE void prefer_resident(const residency_rule& rule, std::uint64_t held,
-                                     std::uint64_t there, const ranked_row& plain, int best,
-                                     const ranked_row& c) {
+// Ranks as bits, so that nothing is asked rank by rank: who comes first, and who then.
+struct preferred_ranks {
+  std::uint64_t first, then;
+};
+
+// The best J of the plain ranks, those of them in memory, and (unless only these may be chosen) the
+// others in plain order. The plain ranks are those that are `there`, `best` of which, at least k,
+// are candidates.
+MOEROUTE_INLINE preferred_ranks preferred(const residency_rule& rule, std::uint64_t held,
+                                          std::uint64_t there, int best) {
   const auto below = [](index_t n) {
     return n >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << n) - 1;
   };
-  std::uint64_t first = ((held & below(best)) | below(rule.forced)) & there;
-  std::uint64_t then = rule.kind == residency_kind::within ? 0 : there & ~held & ~first;
+  const std::uint64_t first = ((held & below(best)) | below(rule.forced)) & there;
+  return {first, rule.kind == residency_kind::within ? 0 : there & ~held & ~first};
+}
+
+// c: the preferred of the plain ranks.
+MOEROUTE_INLINE void prefer_resident(preferred_ranks ranks, const ranked_row& plain,
+                                     const ranked_row& c) {
+  auto [first, then] = ranks;
   for (int out = 0; out < c.k; ++out) {
     const bool of_first = first != 0;
     const std::uint64_t from = of_first ? first : then, left = from & (from - 1);
@@ -228,6 +239,81 @@ MOEROUTE_INLINE void held_ranks(const resident_view& set, const simd::row_ranks&
   }
 }
 
+// Leaves out what is missing and hardly counts, of the rows of a block, one per lane.
+template <class A>
+void drop_cold(const residency_rule& rule, const resident_view& set, choice_block& c, int rows) {
+  using F = simd::vfloat<A>;
+  const F zero(0.0f), one(1.0f);
+  for (int lane = 0; lane < rows; lane += simd::width<A>) {
+    const auto for_each = [&](auto f) {
+      for (int r = 0; r < c.k; ++r)
+        f(r, c.id + r * block_rows + lane, c.value + r * block_rows + lane);
+    };
+    F largest = zero, all = zero, kept = zero, lost = zero;
+    for_each([&](int, const expert_id*, const float* weight) {
+      const F w = simd::load<A>(weight);
+      largest = simd::select<A>(w > largest, w, largest);
+    });
+    const F least = F(rule.strength) * largest;
+    for_each([&](int r, expert_id* id, float* weight) {
+      const simd::vint<A> e = simd::load<A>(id), none(no_expert);
+      const F w = simd::load<A>(weight);
+      all += w;
+      const auto held = simd::marked_at<A>(set.words, set.experts, e);
+      const auto leaves =
+          simd::vmask<A>(r >= rule.forced) & simd::differs<A>(e, none) & (w < least) & !held;
+      const F left = simd::select<A>(leaves, zero, w);
+      simd::select<A>(leaves, none, e).store_unaligned(id);
+      left.store_unaligned(weight);
+      lost = simd::select<A>(leaves, one, lost);
+      kept += left;
+    });
+    if (rule.dropped == dropped_weight::lost) continue;
+    const auto shares = (lost > zero) & (kept > zero);
+    const F factor =
+        simd::select<A>(shares, simd::divide<A>(all, simd::select<A>(shares, kept, one)), one);
+    for_each([&](int, const expert_id*, float* weight) {
+      (simd::load<A>(weight) * factor).store_unaligned(weight);
+    });
+  }
+}
+
+// The same of one row in registers, with the operations of a lane in their order.
+template <class A, int n>
+MOEROUTE_INLINE void drop_cold(const residency_rule& rule, const resident_view& set,
+                               row_choices<A, n>& c) {
+  using F = simd::vfloat<A>;
+  using I = simd::vint<A>;
+  constexpr int w = simd::width<A>;
+  const F zero(0.0f), one(1.0f);
+  const I none(no_expert);
+  const auto for_each = [&](auto f) MOEROUTE_INLINE_LAMBDA {
+    for (int r = 0; r < n && r * w < c.k; ++r) f(r, c.id[r], c.value[r]);
+  };
+  F largest = zero, lost = zero;
+  for_each([&](int, I e, F x) MOEROUTE_INLINE_LAMBDA {
+    largest = simd::select<A>(simd::differs<A>(e, none) & (x > largest), x, largest);
+  });
+  const F least = F(rule.strength) * simd::largest_lane<A>(largest);
+  const bool shares_out = rule.dropped != dropped_weight::lost;
+  const auto itself = [](F x) { return x; };
+  const F all = shares_out ? c.sum(itself) : zero;
+  for_each([&](int r, I& e, F& x) MOEROUTE_INLINE_LAMBDA {
+    const auto held = simd::marked_at<A>(set.words, set.experts, e);
+    const auto may_leave = simd::lanes_from<A>(static_cast<int>(rule.forced) - r * w);
+    const auto leaves = may_leave & simd::differs<A>(e, none) & (x < least) & !held;
+    e = simd::select<A>(leaves, none, e);
+    x = simd::select<A>(leaves, zero, x);
+    lost = simd::select<A>(leaves, one, lost);
+  });
+  if (!shares_out) return;
+  const F kept = c.sum(itself);
+  const auto shares = (simd::largest_lane<A>(lost) > zero) & (kept > zero);
+  const F factor =
+      simd::select<A>(shares, simd::divide<A>(all, simd::select<A>(shares, kept, one)), one);
+  for_each([&](int, I, F& x) MOEROUTE_INLINE_LAMBDA { x *= factor; });
+}
+
 }  // namespace detail
 
 /// A selection rule that gives way to what is in memory: router<Score, resident_selection<top_k>>
@@ -254,7 +340,7 @@ struct resident_selection {
     return plain.weighs_lost_with_0();
   }
   /// Whether a row's best expert is its first choice.
-  bool keeps_best() const { return !rule.active() || rule.forced > 0 || has_best; }
+  bool keeps_best() const { return !moves() || rule.forced > 0 || has_best; }
 
   /// Throws: error where the plain rule, this one, or the set does not fit E.
   void check(index_t experts) const {
@@ -276,7 +362,7 @@ struct resident_selection {
 
   buffers carve(scratch& tape, index_t experts) const {
     const index_t most = ranks(experts);
-    const bool on = rule.active();
+    const bool on = moves();
     return {plain.carve(tape, experts),
             tape.take<float>(!on                         ? 0
                              : moves_scores() || swaps() ? block_rows * (experts + block_rows)
@@ -291,7 +377,7 @@ struct resident_selection {
 
   template <class A = simd::default_arch>
   void select(const logit_block& choice, float* rows, choice_block& c, const buffers& m) const {
-    if (!rule.active()) return plain.template select<A>(choice, rows, c, m.plain);
+    if (!moves()) return plain.template select<A>(choice, rows, c, m.plain);
     logit_block s = choice;
     if (plain.masks_experts()) {
       plain.template select<A>(choice, rows, c, m.plain);
@@ -316,11 +402,16 @@ struct resident_selection {
     std::uint64_t held[block_rows], there[block_rows];
     detail::held_ranks<A>(set, id, std::min(most, detail::ranks_as_bits), s.rows, held, there);
     for (int i = 0; i < s.rows; ++i) {
-      if (further)
-        this->template choose_of<A>(s.row(i), s.experts, held[i], there[i],
-                                    {id + i, value + i, block_rows, most}, row(i), m.sorted);
-      else
+      if (!further) {
         this->template change_row<A>(s.row(i), there[i] & ~held[i], row(i), m.row, m.words);
+        continue;
+      }
+      const detail::ranked_row wide{id + i, value + i, block_rows, most};
+      const int best = this->template candidates<A>(s.row(i), s.experts, wide, m.sorted);
+      if (most <= detail::ranks_as_bits)
+        detail::prefer_resident(detail::preferred(rule, held[i], there[i], best), wide, row(i));
+      else
+        detail::prefer_resident_of_many(rule, set, wide, best, row(i));
     }
   }
 
@@ -329,22 +420,22 @@ struct resident_selection {
 
   bool takes_rows() const {
     if (!plain.takes_rows()) return false;
-    return !rule.active() || (!masks_experts() && rule.forced > 0);
+    return !moves() || (!masks_experts() && rule.forced > 0);
   }
   /// Whether rows of so many columns may come alone.
   bool takes_rows_of(index_t experts) const {
-    return !rule.active() || (experts <= most_alone && ranks(experts) <= simd::max_row_k);
+    return !moves() || (experts <= most_alone && ranks(experts) <= simd::max_row_k);
   }
 
   /// Requires: takes_rows() and takes_rows_of(experts).
   template <class A = simd::default_arch>
   void select_row(const float* s, index_t experts, simd::row_ranks& c) const {
-    if (!rule.active()) return plain.template select_row<A>(s, experts, c);
+    if (!moves()) return plain.template select_row<A>(s, experts, c);
     this->template select_active<A>(s, experts, c);
   }
   template <class A = simd::default_arch>
   void select_row(float* s, index_t experts, simd::row_ranks& c) const {
-    if (!rule.active()) return plain.template select_row<A>(s, experts, c);
+    if (!moves()) return plain.template select_row<A>(s, experts, c);
     this->template select_active<A>(s, experts, c);
   }
 
@@ -354,7 +445,20 @@ struct resident_selection {
     return plain.lost(m.plain, row, e, experts);
   }
 
+  /// What was chosen and weighed, of the rows of a block or of one row: the last word on it.
+  template <class A = simd::default_arch>
+  MOEROUTE_INLINE void settle(choice_block& c, int rows) const {
+    if (drops()) detail::drop_cold<A>(rule, set, c, rows);
+  }
+  template <class A = simd::default_arch, int n>
+  MOEROUTE_INLINE void settle(row_choices<A, n>& c) const {
+    if (drops()) detail::drop_cold<A, n>(rule, set, c);
+  }
+
  private:
+  bool drops() const { return rule.kind == residency_kind::drop_cold && rule.active(); }
+  // Whether the rule has a say in the choice; who drops looks at weights.
+  bool moves() const { return rule.kind != residency_kind::drop_cold && rule.active(); }
   // Rules that choose the k best of scores of their own making.
   bool moves_scores() const {
     return rule.kind == residency_kind::cache_prior ||
@@ -505,18 +609,13 @@ struct resident_selection {
     }
   }
 
-  // max_rank, mass_threshold, within the best ranks.
+  // Of max_rank, mass_threshold, within the best ranks: how many plain ranks are candidates.
   template <class A>
-  MOEROUTE_INLINE void choose_of(const float* s, index_t experts, std::uint64_t held,
-                                 std::uint64_t there, const detail::ranked_row& wide,
-                                 const detail::ranked_row& c, float* sorted) const {
-    int best = wide.k;
-    if (rule.kind == residency_kind::mass_threshold)
-      best = std::max(c.k, detail::ranks_of_mass<A>(s, experts, wide, rule.strength, sorted));
-    if (wide.k <= detail::ranks_as_bits)
-      detail::prefer_resident(rule, held, there, wide, best, c);
-    else
-      detail::prefer_resident_of_many(rule, set, wide, best, c);
+  MOEROUTE_INLINE int candidates(const float* s, index_t experts, const detail::ranked_row& wide,
+                                 float* sorted) const {
+    if (rule.kind != residency_kind::mass_threshold) return wide.k;
+    return std::max(static_cast<int>(choices()),
+                    detail::ranks_of_mass<A>(s, experts, wide, rule.strength, sorted));
   }
 
   // margin_swap and buddy, on the plain k best.
@@ -564,14 +663,10 @@ struct resident_selection {
       simd::row_ranks wide;
       simd::top_k_row<A>(s, experts, static_cast<int>(most), wide);
       detail::held_ranks<A>(set, wide, static_cast<int>(most), held, there);
-      // Registers of choices are read whole.
-      this->template choose_of<A>(s, experts, held, there,
-                                  {wide.column, wide.value, 1, static_cast<int>(most)}, chosen,
-                                  row);
-      for (index_t r = k; r < round_up(k, block_rows); ++r) {
-        c.column[r] = no_expert;
-        c.value[r] = simd::minus_infinity;
-      }
+      const int best = this->template candidates<A>(
+          s, experts, {wide.column, wide.value, 1, static_cast<int>(most)}, row);
+      const auto [first, then] = detail::preferred(rule, held, there, best);
+      simd::take_ranks<A>(wide, first, then, k, c);
     }
   }
 };

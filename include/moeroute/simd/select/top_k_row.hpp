@@ -526,4 +526,41 @@ constexpr index_t rows_sooner_alone(index_t cols, index_t k) {
   return k <= 10 ? 8 : 5;
 }
 
+/// The choices of a row whose ranks are bits of `first`, then those of `then`, each in their order,
+/// k <= 64 of them at most; whole blocks of 16, (-inf, no_expert) after them.
+template <class A>
+MOEROUTE_INLINE void take_ranks(const row_ranks& from, std::uint64_t first, std::uint64_t then,
+                                int k, row_ranks& to) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16) {
+    if ((first | then) <= 0xffff && k <= 16) {
+      const int n = std::popcount(first), most = std::min(k, n + std::popcount(then));
+      const auto of_first = static_cast<__mmask16>(first), of_then = static_cast<__mmask16>(then),
+                 after = static_cast<__mmask16>(0xffffu << n),
+                 there = static_cast<__mmask16>((1u << most) - 1);
+      const __m512 x = load<A>(from.value);
+      const __m512i e = load<A>(from.column);
+      const __m512 v = _mm512_mask_expand_ps(_mm512_maskz_compress_ps(of_first, x), after,
+                                             _mm512_maskz_compress_ps(of_then, x));
+      const __m512i c = _mm512_mask_expand_epi32(_mm512_maskz_compress_epi32(of_first, e), after,
+                                                 _mm512_maskz_compress_epi32(of_then, e));
+      _mm512_store_ps(to.value, _mm512_mask_blend_ps(there, _mm512_set1_ps(minus_infinity), v));
+      _mm512_store_si512(to.column,
+                         _mm512_mask_blend_epi32(there, _mm512_set1_epi32(no_expert), c));
+      return;
+    }
+  }
+#endif
+  for (int out = 0; out < round_up(k, block_rows); ++out) {
+    const bool of_first = first != 0;
+    const std::uint64_t bits = of_first ? first : then, left = bits & (bits - 1);
+    first = of_first ? left : 0;
+    then = of_first ? then : left;
+    const bool any = bits != 0 && out < k;
+    const int r = any ? std::countr_zero(bits) : 0;
+    to.value[out] = any ? from.value[r] : minus_infinity;
+    to.column[out] = any ? from.column[r] : no_expert;
+  }
+}
+
 }  // namespace moeroute::simd
