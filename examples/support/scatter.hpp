@@ -63,7 +63,7 @@ inline void write_scatter(std::ostream& out, const std::vector<scatter_line>& li
       path += (path.empty() ? "M" : "L") + fixed(x_of(p.x), 1) + " " + fixed(y_of(p.y), 1);
     }
     if (lines[i].points.size() > 1)
-      out << "<path class=\"s" << i % 8 << " d" << i % 4 << "\" d=\"" << path << "\"/>\n";
+      out << "<path class=\"" << detail::line_style(i) << "\" d=\"" << path << "\"/>\n";
     for (const scatter_point& p : lines[i].points) {
       if (p.x > right || p.y > high || p.y < low) continue;
       out << "<circle class=\"dot s" << i % 8 << "\" cx=\"" << fixed(x_of(p.x), 1) << "\" cy=\""
