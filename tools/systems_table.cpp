@@ -89,7 +89,7 @@ constexpr system_row rows[] = {
     {"Depth, states, attention, heads, pixels", "Routing Transformer", works, "examples/support/field_routers.hpp", "examples/field_routers_test.cpp: centres find the middles of two clouds", ""},
     {"Depth, states, attention, heads, pixels", "Router-Tuning / MindSkip", works, "examples/support/depth_routers.hpp", "examples/depth_routers_test.cpp: a sequence skips a block by the mean of its prompt", ""},
     {"Depth, states, attention, heads, pixels", "Dr.LLM", works, "examples/support/depth_routers.hpp", "examples/depth_routers_test.cpp: a layer is skipped, executed or repeated", ""},
-    {"Depth, states, attention, heads, pixels", "Duo-LLM", partly, "layer/moe_layer.hpp: experts of several sizes, zero and identity ones", "layer/moe_layer_options_test.cpp: identity experts give the token", "its oracle"},
+    {"Depth, states, attention, heads, pixels", "Duo-LLM", works, "layer/moe_layer.hpp: experts of several sizes, zero and identity ones; examples/support/depth_routers.hpp: oracle_path", "examples/depth_routers_test.cpp: an oracle's path is the best of all that fit", ""},
     {"Depth, states, attention, heads, pixels", "FTP", works, "examples/support/depth_routers.hpp", "examples/depth_routers_test.cpp: tokens are pruned by figures of theirs", ""},
     {"Depth, states, attention, heads, pixels", "Informed Routing", works, "stage/sequences.hpp", "stage/sequences_test.cpp: a block runs on a sequence as often as decided", ""},
     {"Depth, states, attention, heads, pixels", "Pruning All-Rounder (PAR)", not_here, "", "", "a meta-router over flows of pruning"},

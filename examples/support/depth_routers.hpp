@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <moeroute/layer/mixture_of_depths.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/policy/row/threshold.hpp>
@@ -143,6 +145,40 @@ auto pruned_tokens(moeroute::linear_gate<> of_figures, Block block, double share
                    index_t d) {
   return moeroute::mixture_of_depths<moeroute::sigmoid>(
       std::move(of_figures), std::move(block), {.share = share, .sequence_length = length}, d);
+}
+
+/// Duo-LLM's oracle: the option (skip, small, big) that every layer should take for a token, found
+/// by trying all paths that fit into a budget. What a trained router reaches is held against it.
+///
+/// loss(path) is the token's with one option per layer; of equal losses the cheaper path is kept,
+/// of these the first. No path, and a loss of infinity, where none fits. Cost: options ^ layers
+/// losses.
+template <class Loss>
+std::pair<std::vector<std::int32_t>, double> oracle_path(index_t layers,
+                                                         std::span<const double> cost,
+                                                         double budget, Loss&& loss) {
+  std::vector<std::int32_t> path(static_cast<std::size_t>(layers)), best;
+  double least = std::numeric_limits<double>::infinity(), least_cost = least;
+  for (bool more = true; more;) {
+    double spent = 0.0;
+    for (const std::int32_t option : path) spent += cost[static_cast<std::size_t>(option)];
+    if (spent <= budget) {
+      const double here = loss(std::span<const std::int32_t>(path));
+      if (here < least || (here == least && spent < least_cost)) {
+        best = path;
+        least = here;
+        least_cost = spent;
+      }
+    }
+    // The next path: the last layer counts fastest.
+    more = false;
+    for (std::size_t l = path.size(); l > 0 && !more;) {
+      --l;
+      more = ++path[l] < static_cast<std::int32_t>(cost.size());
+      if (!more) path[l] = 0;
+    }
+  }
+  return {best, least};
 }
 
 }  // namespace example

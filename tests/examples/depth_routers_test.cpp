@@ -1,8 +1,12 @@
 #include "support/depth_routers.hpp"
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <cstdint>
+#include <limits>
 #include <numeric>
+#include <span>
 #include <vector>
 
 #include "oracle/layer.hpp"
@@ -173,4 +177,41 @@ TEST_CASE("tokens are pruned by figures of theirs, whatever their states are") {
               1e-5 * (1.0 + std::abs(before)));
     }
   }
+}
+
+TEST_CASE("an oracle's path is the best of all that fit, and a larger budget is never worse") {
+  constexpr index_t layers = 4;
+  const std::vector<double> cost{0.0, 1.0, 3.0};  // skip, small, big
+  const floats gain = random_floats(61, layers * 3), pair = random_floats(62, 9);
+  const auto loss = [&](std::span<const std::int32_t> path) {
+    double sum = 0.0;
+    for (std::size_t l = 0; l < path.size(); ++l) {
+      sum += static_cast<double>(gain[l * 3 + static_cast<std::size_t>(path[l])]);
+      // A layer is worth less after some.
+      if (l > 0)
+        sum += static_cast<double>(pair[static_cast<std::size_t>(path[l - 1] * 3 + path[l])]);
+    }
+    return sum;
+  };
+  double before = std::numeric_limits<double>::infinity();
+  for (const double budget : {0.0, 1.0, 2.5, 4.0, 7.0, 12.0}) {
+    double least = std::numeric_limits<double>::infinity();
+    for (std::int32_t code = 0; code < 81; ++code) {
+      const std::vector<std::int32_t> path{code / 27, code / 9 % 3, code / 3 % 3, code % 3};
+      double spent = 0.0;
+      for (const std::int32_t option : path) spent += cost[static_cast<std::size_t>(option)];
+      if (spent <= budget) least = std::min(least, loss(path));
+    }
+    const auto [path, found] = oracle_path(layers, cost, budget, loss);
+    CHECK(found == least);
+    REQUIRE(path.size() == 4);
+    CHECK(loss(path) == found);
+    CHECK(found <= before);
+    before = found;
+  }
+  // Where nothing is gained nothing is spent; where nothing fits there is no path.
+  const auto even = [](std::span<const std::int32_t>) { return 1.0; };
+  const std::vector<double> first_is_dear{2.0, 0.5};
+  CHECK(oracle_path(3, first_is_dear, 9.0, even).first == std::vector<std::int32_t>{1, 1, 1});
+  CHECK(oracle_path(3, first_is_dear, 1.0, even).first.empty());
 }
