@@ -411,6 +411,51 @@ TEST_CASE("activations that are kept give the bits of those that are computed ag
       }
 }
 
+namespace {
+
+// Identities that note how many rows they were asked to keep something of.
+struct noting_what_is_kept {
+  index_t* rows;
+
+  static index_t scratch_floats() { return 1; }
+  static index_t kept_floats() { return 1; }
+  void operator()(expert_id e, matrix_view<const float> in, matrix_view<float> out,
+                  float* memory) const {
+    (*this)(e, in, out, matrix_view<float>{}, memory);
+  }
+  void operator()(expert_id, matrix_view<const float> in, matrix_view<float> out,
+                  matrix_view<float> kept, float*) const {
+    if (kept.data != nullptr) *rows += kept.rows;
+    for (index_t r = 0; r < in.rows; ++r) std::copy_n(in.row(r), d, out.row(r));
+  }
+};
+
+}  // namespace
+
+TEST_CASE("what one tape keeps no call without it keeps") {
+  for (const index_t tokens : {3, 40}) {
+    const floats gate = random_floats(experts * d, 2), x = random_floats(tokens * d, 1);
+    floats y(x.size());
+    index_t kept = 0;
+    moe_layer layer(simd::packed_matrix<>(rows(gate, experts)),
+                    router<softmax>{.selection = {.k = 2}}, noting_what_is_kept{&kept});
+    layer_tape keeps, other;
+    keeps.keep_activations = true;
+    const auto kept_by = [&](auto&& call) {
+      kept = 0;
+      call();
+      return kept;
+    };
+    const auto with = [&](layer_tape& tape) {
+      return kept_by([&] { layer.forward(rows(x, tokens), into(y, tokens), {}, serial{}, tape); });
+    };
+    CHECK(with(keeps) == 2 * tokens);
+    CHECK(kept_by([&] { layer.forward(rows(x, tokens), into(y, tokens)); }) == 0);
+    CHECK(with(keeps) == 2 * tokens);
+    CHECK(with(other) == 0);
+  }
+}
+
 TEST_CASE("a tape without a call, or of another shape, is refused by name") {
   const floats gate = random_floats(experts * d, 2), x = random_floats(6 * d, 1);
   floats y(x.size()), dx(x.size());
