@@ -1,8 +1,12 @@
 #include <moeroute/simd/rows/row_product.hpp>
 //
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/base/workspace.hpp>
+#include <moeroute/simd/caches.hpp>
 #include <moeroute/simd/rows/row_dot.hpp>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -81,6 +85,32 @@ TEST_CASE("products of rows as they lie in memory are those of plain loops") {
   products_agree<bfloat16>(9, 100, 70);
   products_agree<float16>(9, 100, 70);
   products_agree<float>(0, 4, 5);
+}
+
+TEST_CASE("a product that is much larger than a cache has the bits of its parts") {
+  // Streamed as a whole; parts are not, nor what does not begin where a line does.
+  constexpr index_t d = 2048 + 20, stride = d + 12;
+  const index_t r = simd::machine_caches().second / 2048 + 29;
+  for (const index_t n : {0, 3}) {
+    const auto a = random_values<float>(r * n, 1), x = random_values<float>(n * d, 3);
+    const matrix_view<const float> rows(x.data(), n, d), left(a.data(), r, n);
+    buffer<float> whole(r * stride + 16), parts(r * stride + 16);
+    const auto difference = [&](index_t first, const auto& exec) {
+      for (buffer<float>* out : {&whole, &parts}) std::fill_n(out->data(), out->size(), 7.0f);
+      simd::multiply_rows(left, rows, {whole.data() + first, r, d, stride}, simd::sum_start::zero,
+                          exec);
+      for (index_t t = 0; t < r; t += 100) {
+        const index_t here = std::min<index_t>(100, r - t);
+        simd::multiply_rows(left.middle_rows(t, here), rows,
+                            {parts.data() + first + t * stride, here, d, stride},
+                            simd::sum_start::zero);
+      }
+      return test::bit_difference(std::span<float>(whole), std::span<float>(parts));
+    };
+    CHECK(difference(0, serial{}) == "");
+    CHECK(difference(3, serial{}) == "");
+    CHECK(difference(0, test::several_threads{}) == "");
+  }
 }
 
 TEST_CASE("a dot product of rows is the sum of their products, whatever its tail") {

@@ -3,12 +3,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <type_traits>
 
 #include <moeroute/exec/executor.hpp>
 #include <moeroute/matrix/check.hpp>
 #include <moeroute/matrix/matrix.hpp>
 #include <moeroute/simd/batch.hpp>
+#include <moeroute/simd/caches.hpp>
 #include <moeroute/simd/rows/gemm.hpp>
 #include <moeroute/simd/rows/rows.hpp>
 #include <moeroute/simd/transpose.hpp>
@@ -24,12 +26,34 @@ inline constexpr index_t product_across = tile_registers<A> * width<A>;
 inline constexpr index_t product_depth = 128;
 inline constexpr index_t product_stripe = 144;
 
+/// How a product's rows reach memory.
+enum class product_store {
+  written,
+  first,     ///< written, and nothing was there to add to
+  streamed,  ///< the same past the caches
+};
+
+// Rows of out whose sums are made in one pass and that are four second-level caches or more are
+// streamed, if they are whole lines: 1.3 to 1.6 times as fast, and 1.3 together with a read of all
+// of them. Stores to rows that are a power of two apart push one another out of the caches.
+template <class A>
+product_store product_store_of(index_t depth, const matrix_view<float>& out, sum_start start) {
+  constexpr index_t line = alignment / index_t{sizeof(float)};
+  if (start != sum_start::zero) return product_store::written;
+  const bool streams = has_streaming_stores && width<A> >= 8 && product_across<A> % line == 0 &&
+                       depth <= product_depth && out.stride % line == 0 &&
+                       reinterpret_cast<std::uintptr_t>(out.data) % alignment == 0 &&
+                       out.rows * out.cols * index_t{sizeof(float)} >= 4 * machine_caches().second;
+  return streams ? product_store::streamed : product_store::first;
+}
+
 // m rows of out += packed factors, m per row of the slice, times a slice of rows.
 template <class A, int m>
 void product_tile(const float* MOEROUTE_RESTRICT a, const float* MOEROUTE_RESTRICT slice,
                   index_t slice_stride, index_t depth, float* out, index_t out_stride,
-                  bool from_zero) {
+                  product_store store) {
   constexpr int w = width<A>, v = tile_registers<A>;
+  const bool from_zero = store != product_store::written;
   vfloat<A> sum[m][v];
   MOEROUTE_UNROLL
   for (int r = 0; r < m; ++r) {
@@ -49,6 +73,14 @@ void product_tile(const float* MOEROUTE_RESTRICT a, const float* MOEROUTE_RESTRI
       for (int j = 0; j < v; ++j) sum[r][j] = multiply_add<A>(factor, x[j], sum[r][j]);
     }
   }
+  if (store == product_store::streamed) {
+    MOEROUTE_UNROLL
+    for (int r = 0; r < m; ++r) {
+      MOEROUTE_UNROLL
+      for (int j = 0; j < v; ++j) stream<A>(out + r * out_stride + j * w, sum[r][j]);
+    }
+    return;
+  }
   MOEROUTE_UNROLL
   for (int r = 0; r < m; ++r) {
     MOEROUTE_UNROLL
@@ -59,13 +91,14 @@ void product_tile(const float* MOEROUTE_RESTRICT a, const float* MOEROUTE_RESTRI
 // The same where only n rows and `cols` columns are there.
 template <class A, int m>
 void product_part(const float* a, const float* slice, index_t slice_stride, index_t depth,
-                  float* out, index_t out_stride, bool from_zero, index_t n, index_t cols) {
+                  float* out, index_t out_stride, product_store store, index_t n, index_t cols) {
   constexpr index_t across = product_across<A>;
   if (n == m && cols == across)
-    return product_tile<A, m>(a, slice, slice_stride, depth, out, out_stride, from_zero);
+    return product_tile<A, m>(a, slice, slice_stride, depth, out, out_stride, store);
   alignas(alignment) float whole[m * across] = {};
   for (index_t r = 0; r < n; ++r) std::copy_n(out + r * out_stride, cols, whole + r * across);
-  product_tile<A, m>(a, slice, slice_stride, depth, whole, across, from_zero);
+  if (store == product_store::streamed) store = product_store::first;
+  product_tile<A, m>(a, slice, slice_stride, depth, whole, across, store);
   for (index_t r = 0; r < n; ++r) std::copy_n(whole + r * across, cols, out + r * out_stride);
 }
 
@@ -132,18 +165,18 @@ void pack_slice(const T* from, index_t stride, index_t depth, index_t cols, floa
 // The rows [row, row_end) of out, a stripe at most, at the columns [col, col_end).
 template <class A, class T>
 void product_block(const product_factor& a, const matrix_view<const T>& rows,
-                   const matrix_view<float>& out, sum_start start, index_t row, index_t row_end,
+                   const matrix_view<float>& out, product_store store, index_t row, index_t row_end,
                    index_t col, index_t col_end) {
   constexpr int most = tile_rows;
   constexpr index_t across = product_across<A>;
   alignas(alignment) float packed[(product_stripe + most) * product_depth + block_rows];
   alignas(alignment) float slice[product_depth * across];
-  if (a.depth == 0 && start == sum_start::zero)
+  if (a.depth == 0 && store != product_store::written)
     for (index_t r = row; r < row_end; ++r)
       std::fill_n(out.data + r * out.stride + col, col_end - col, 0.0f);
   for (index_t first = 0; first < a.depth; first += product_depth) {
     const index_t depth = std::min(product_depth, a.depth - first);
-    const bool from_zero = first == 0 && start == sum_start::zero;
+    if (first > 0) store = product_store::written;
     float* into = packed;
     for (index_t r = row; r < row_end;) {
       const index_t m = product_rows_of(row_end - r), n = std::min(m, row_end - r);
@@ -182,19 +215,21 @@ void product_block(const product_factor& a, const matrix_view<const T>& rows,
           for (index_t line = 0; line < across; line += alignment / index_t{sizeof(T)})
             MOEROUTE_PREFETCH_TO_SECOND(next + line);
         // What the next tile will add to is on its way while this one is computed.
-        for (index_t q = r + n; q < std::min(row_end, r + n + most); ++q)
+        const index_t ahead = store == product_store::streamed ? 0 : most;
+        for (index_t q = r + n; q < std::min(row_end, r + n + ahead); ++q)
           for (index_t line = 0; line < cols; line += alignment / index_t{sizeof(float)})
             MOEROUTE_PREFETCH_TO_WRITE(out.data + q * out.stride + c + line);
         if (m == most) {
-          product_part<A, most>(factor, x, x_stride, depth, to, out.stride, from_zero, n, cols);
+          product_part<A, most>(factor, x, x_stride, depth, to, out.stride, store, n, cols);
         } else {
-          product_part<A, 2>(factor, x, x_stride, depth, to, out.stride, from_zero, n, cols);
+          product_part<A, 2>(factor, x, x_stride, depth, to, out.stride, store, n, cols);
         }
         factor += m * depth;
         r += n;
       }
     }
   }
+  if (store == product_store::streamed) stream_fence();
 }
 
 template <class A, class T, executor Exec>
@@ -208,11 +243,12 @@ void product(const product_factor& a, const matrix_view<const T>& rows,
   const index_t slices = ceil_div(out.cols, across),
                 stripes = ceil_div(out.rows, std::max<index_t>(1, stripe));
   const index_t cost = std::max<index_t>(1, std::min(out.rows, stripe) * across * a.depth);
+  const product_store store = product_store_of<A>(a.depth, out, start);
   exec.parallel_for(stripes * slices, std::max<index_t>(8, (index_t{1} << 18) / cost),
                     [&](index_t begin, index_t end) {
                       while (begin < end) {
                         const index_t s = begin / slices, last = std::min(end, (s + 1) * slices);
-                        product_block<A>(a, rows, out, start, s * stripe,
+                        product_block<A>(a, rows, out, store, s * stripe,
                                          std::min(out.rows, (s + 1) * stripe),
                                          (begin - s * slices) * across,
                                          std::min(out.cols, (last - s * slices) * across));

@@ -98,6 +98,19 @@ void stream_bytes(const std::byte* from, index_t n, std::byte* to) {
 #endif
 }
 
+/// The same of one register, to an address that is aligned to it; whole lines should follow one
+/// another.
+template <class A>
+MOEROUTE_INLINE void stream(float* to, vfloat<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16) return _mm512_stream_ps(to, x);
+#endif
+#if defined(__AVX__)
+  if constexpr (width<A> == 8 && !is_portable<A>) return _mm256_stream_ps(to, x);
+#endif
+  x.store_aligned(to);
+}
+
 /// Makes what this thread streamed visible to whoever it synchronises with next.
 inline void stream_fence() {
 #if defined(__SSE2__)
