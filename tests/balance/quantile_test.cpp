@@ -208,6 +208,44 @@ TEST_CASE("the histogram's rank is interpolated within its bucket") {
 }
 
 TEST_CASE(
+    "a score that nobody can choose by is counted in the farthest bucket, +inf in the nearest") {
+  const float nan = std::numeric_limits<float>::quiet_NaN(),
+              inf = std::numeric_limits<float>::infinity();
+  const std::vector<float> s{0.5f, 0.25f, nan, -inf, 0.5f, inf, 0.25f, 0.125f};
+  quantile_histogram h(4, {.k = 1, .buckets = 4});
+  workspace ws;
+  h.observe(matrix_view<const float>(s.data(), 2, 4), ws);
+  const auto count = [&](index_t e, index_t b) {
+    return h.counts()[static_cast<std::size_t>(simd::count_place(e, b, 4))];
+  };
+  // Only finite scores set alpha: 0.25 in both tokens.
+  CHECK(count(1, 0) == 1);
+  CHECK(count(1, 2) == 1);
+  CHECK(count(2, 3) == 1);
+  CHECK(count(3, 3) == 1);
+}
+
+TEST_CASE("the histogram's buckets follow its biases, which may go anywhere") {
+  // Each token prefers one expert by as much as scores allow, all of them the one that lost before.
+  quantile_histogram h(2, {.k = 1, .buckets = 1000});
+  quantile_balancer exact(2, {.k = 1});
+  workspace ws;
+  for (int step = 0; step < 3; ++step) {
+    const float first = step % 2 == 0 ? 1.0f : 0.0f;
+    const std::vector<float> s{first, 1.0f - first, first, 1.0f - first};
+    const matrix_view<const float> view(s.data(), 2, 2);
+    const auto width = static_cast<double>(h.bucket_width());
+    const auto spread = static_cast<double>(std::abs(h.bias()[0] - h.bias()[1]));
+    CHECK(std::abs(width - (2.0 + spread) / 1000) < 1e-6);
+    h.observe(view, ws);
+    exact.observe(view, ws);
+    h.update();
+    exact.update();
+    CHECK(test::difference(h.bias(), exact.bias(), 0.0, 2 * (step + 1) * width) == "");
+  }
+}
+
+TEST_CASE(
     "the histogram's bias is within a bucket of the exact one, however the tokens are split") {
   const skewed_scores data;
   quantile_balancer exact(16, {.k = 4});

@@ -12,6 +12,7 @@
 #include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/policy/catalog.hpp>
 #include <moeroute/policy/make_router.hpp>
+#include <moeroute/stage/capacity.hpp>
 #include <moeroute/stage/combine.hpp>
 #include <moeroute/stage/dispatch.hpp>
 #include <moeroute/stage/plan.hpp>
@@ -429,6 +430,64 @@ TEST_CASE("soft mixtures, losses and biases answer on every set") {
       CHECK(bias.values()[e] == expected);
     }
   });
+}
+
+TEST_CASE("capacity through the face is that of the headers, whatever field says it") {
+  const index_t tokens = 60, experts = 5, k = 2;
+  std::vector<std::int32_t> ids;
+  std::vector<float> weights, priority;
+  std::mt19937 engine(29);
+  for (index_t c = 0; c < tokens * k; ++c) {
+    const auto first = static_cast<std::int32_t>(engine() % 5);
+    ids.push_back(c % k == 0 ? first : (ids.back() + 1 + first % 4) % 5);
+    weights.push_back(static_cast<float>(engine() % 100) / 128.0f);
+  }
+  for (index_t t = 0; t < tokens; ++t) priority.push_back(static_cast<float>(engine() % 50));
+  const auto agrees = [&](const moeroute::capacity_policy& policy) {
+    moeroute::assignment expected;
+    expected.reset(tokens, experts, k);
+    std::ranges::copy(ids, expected.ids().begin());
+    std::ranges::copy(weights, expected.weights().begin());
+    moeroute::workspace ws;
+    const moeroute::capacity_result by = moeroute::apply_capacity(expected, policy, ws);
+    compiled::capacity said{};
+    said.formula = static_cast<std::int32_t>(policy.rule.formula);
+    said.order = static_cast<std::int32_t>(policy.order);
+    said.factor = policy.rule.factor;
+    said.count = policy.rule.count;
+    said.minimum = policy.rule.minimum;
+    said.multiple = policy.rule.multiple;
+    said.renormalize = static_cast<std::int32_t>(policy.renormalize);
+    said.eps = policy.eps;
+    said.priority = policy.priority.data();
+    said.seed = policy.seed;
+    said.step = policy.step;
+    compiled::assignment choices;
+    choices.set(ids, weights, experts, k);
+    const auto got = compiled::apply_capacity(choices, said);
+    CHECK(by.dropped > 0);
+    CHECK((got.capacity == by.capacity && got.kept == by.kept && got.dropped == by.dropped));
+    CHECK(std::ranges::equal(choices.weights(), expected.weights()));
+  };
+  using enum moeroute::capacity_formula;
+  using moeroute::drop_order;
+  using moeroute::renormalization;
+  for (const std::uint64_t seed : {0u, 1u})
+    for (const std::uint64_t step : {0u, 1u, 2u})
+      agrees({.rule = {.formula = fixed, .count = 9},
+              .order = drop_order::random,
+              .seed = seed,
+              .step = step});
+  agrees({.rule = {.formula = fixed, .count = 9},
+          .order = drop_order::batch_priority,
+          .priority = priority});
+  agrees({.rule = {.formula = megatron, .factor = 0.4, .minimum = 11, .multiple = 4},
+          .order = drop_order::token_major,
+          .renormalize = renormalization::after_drop,
+          .eps = 0.75f});
+  agrees({.rule = {.formula = deepspeed, .factor = 0.5},
+          .order = drop_order::by_weight,
+          .renormalize = renormalization::before_drop});
 }
 
 TEST_CASE("a description of the headers is the same description here") {

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <catch2/catch_test_macros.hpp>
+#include <chrono>
 #include <thread>
 #include <vector>
 
@@ -42,6 +43,22 @@ TEST_CASE("more threads than numbers wait, and never share one") {
     });
   for (auto& t : threads) t.join();
   CHECK(broken == 0);
+}
+
+TEST_CASE("who waited for a second number and got it is not counted as waiting any more") {
+  worker_slots slots(2);
+  const worker_slots::held outer(slots);
+  for (int i = 0; i < 4; ++i) {
+    std::atomic<bool> holds{false};
+    std::thread other([&] {
+      const worker_slots::held one(slots);
+      holds = true;
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    });
+    while (!holds) std::this_thread::yield();
+    CHECK(test::refusal([&] { const worker_slots::held inner(slots); }) == "accepted");
+    other.join();
+  }
 }
 
 TEST_CASE("a thread that holds a number may hold another, and an endless wait is an error") {

@@ -84,6 +84,7 @@ TEST_CASE(
   CHECK(many.batch_min_violation() >= many.global_min_violation());
   CHECK(left.batches() == 3);
   CHECK(near(left.batch_max_violation(), many.batch_max_violation()));
+  CHECK(near(left.batch_min_violation(), many.batch_min_violation()));
 }
 
 TEST_CASE("token entropy is ln E for equal logits, 0 for one expert, whatever is masked") {

@@ -385,6 +385,18 @@ TEST_CASE("without its dead ranks a placement has empty slots there and lists wh
   const std::vector<std::uint8_t> none{0, 0};
   CHECK(test::refusal([&] { without(placement::contiguous(4, 2), none); }) ==
         "moeroute::without: no rank is alive, expected one at least");
+
+  // Who died before stays dead, whatever the flags say; an empty slot is no expert to move.
+  const std::vector<expert_id> pairs{0, 1, 0, 1};
+  const std::vector<std::uint8_t> dead{0, 1, 1, 1}, next{1, 1, 1, 0}, both{0, 1, 1, 0};
+  const placement whole = placement::from_slots(2, 4, pairs),
+                  born_dead = placement::from_slots(2, 4, pairs, {}, dead);
+  for (const placement& p : {without(without(whole, dead), next), without(born_dead, next)}) {
+    CHECK(std::vector<std::uint8_t>(p.alive().begin(), p.alive().end()) == both);
+    CHECK(slots_of(p) == std::vector<expert_id>{no_expert, 1, 0, no_expert});
+    CHECK(count_moves(whole, p) == 0);
+    CHECK(count_moves(p, whole) == 2);
+  }
 }
 
 TEST_CASE(

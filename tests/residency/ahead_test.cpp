@@ -79,6 +79,13 @@ TEST_CASE("predictors rank what their name says, best first, the lowest among eq
   CHECK(guesses(after, 1, 4) == ids{3, 2});
   CHECK(after.after(0, 1)[3] == 2);
   CHECK(guesses(after, 2, 4).empty());  // layer 1 has not been seen yet
+  transition_predictor skips(3, 4);     // layers that do not follow one another say nothing
+  skips.saw(0, ids{0});
+  skips.saw(2, ids{3});
+  skips.saw(1, ids{2});
+  for (const index_t layer : {0, 1})
+    for (const std::int32_t n : skips.after(layer, 0)) CHECK(n == 0);
+  CHECK(skips.after(0, 3)[2] == 0);
 
   test::random rng(1);
   std::vector<float> w(6 * 5), x(5);

@@ -61,6 +61,21 @@ TEMPLATE_LIST_TEST_CASE("a row's largest value is found at every position", "", 
   }
 }
 
+TEMPLATE_LIST_TEST_CASE(
+    "the first column of a value is found; where none has it, what follows the last", "",
+    test::arches) {
+  for (const index_t n : lengths) {
+    std::vector<float> row(static_cast<std::size_t>(n), 1.0f);
+    for (const float absent : {0.0f, 2.0f, test::infinity, -test::infinity})
+      CHECK(simd::first_column<TestType>(row.data(), n, absent) == n);
+    row.back() = -0.0f;
+    CHECK(simd::first_column<TestType>(row.data(), n, 0.0f) == n - 1);
+    row[static_cast<std::size_t>(n / 2)] = 0.0f;
+    CHECK(simd::first_column<TestType>(row.data(), n, 0.0f) == n / 2);
+  }
+  CHECK(simd::first_column<TestType>(nullptr, 0, 0.0f) == 0);
+}
+
 TEMPLATE_LIST_TEST_CASE("the sum of exponentials below the maximum: near the true one, 1 or more",
                         "", test::arches) {
   for (const shape s : test::all_shapes) {

@@ -338,6 +338,32 @@ TEST_CASE("dropping again drops no more, and a smaller capacity only adds to the
   });
 }
 
+TEST_CASE("what was dropped before takes no place from anybody, in every order") {
+  workspace ws;
+  for_each_assignment([&](const assignment& original) {
+    assignment before = original, gone = original;
+    const std::span<std::uint8_t> kept = before.kept_to_change();
+    for (std::size_t c = 0; c < kept.size(); c += 3) {
+      if (before.ids()[c] < 0) continue;
+      kept[c] = 0;
+      gone.ids()[c] = no_expert;
+      before.weights()[c] = gone.weights()[c] = 0.0f;
+    }
+    for (const drop_order order : all_orders)
+      for (const index_t capacity : {0, 1, 3}) {
+        assignment a = before;
+        const capacity_policy policy{
+            .rule = places(capacity), .order = order, .seed = 5, .step = 2};
+        const capacity_result r = apply_capacity(a, policy, ws);
+        flags expected = by_brute_force(gone, order, capacity, best_weights(gone), policy);
+        for (std::size_t c = 0; c < expected.size(); ++c) expected[c] &= before.kept()[c];
+        INFO("T=" << a.tokens() << " C=" << capacity << " order " << static_cast<int>(order));
+        CHECK(kept_of(a) == expected);
+        CHECK(r.kept + r.dropped + r.unrouted == a.choices());
+      }
+  });
+}
+
 TEST_CASE("by position the drops fall on the end of the batch; by weight they do not") {
   workspace ws;
   test::random rng(14);

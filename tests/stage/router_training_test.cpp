@@ -131,6 +131,21 @@ TEST_CASE("towards another router's first choices a target is one there; float i
   CHECK(test::difference(slope, expected, 1e-6, 1e-6) == "");
 }
 
+TEST_CASE("a logit that is no number is an expert that is not there, whatever its target") {
+  row z = normals(1, T * E), absent(z), dz(z.size()), expected(z.size());
+  const row q(z.size(), 1.0 / static_cast<double>(E));
+  for (const std::size_t i : {3u, 13u}) {
+    z[i] = std::numeric_limits<double>::quiet_NaN();
+    absent[i] = -std::numeric_limits<double>::infinity();
+  }
+  for (const auto distance : {target_distance::cross_entropy, target_distance::squares}) {
+    CHECK(distill({distance}, z, q, &dz) == distill({distance}, absent, q, &expected));
+    CHECK(dz == expected);
+    CHECK(dz[3] == 0.0);
+    CHECK(dz[2] != 0.0);
+  }
+}
+
 TEST_CASE("neighbours pull at one another as the graph's Laplacian says") {
   const index_t n = 4, width = 3, m = 2;
   const row r = normals(5, n * width), w{0.5, 0.2, 0.1, 0.7, 0.3, 0.4, 0.9, 0.6};
