@@ -1,4 +1,5 @@
-// The integer types of the library and the few constants that everything shares.
+// The integer types of the library, the few constants that everything shares, and in which order
+// numbers of experts stand where values decide.
 #pragma once
 
 #include <cstddef>
@@ -42,5 +43,20 @@ constexpr index_t size_product(index_t a, index_t b) {
 
 constexpr index_t ceil_div(index_t n, index_t d) { return (n + d - 1) / d; }
 constexpr index_t round_up(index_t n, index_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+/// The order of numbers for std::sort by what each stands for: the greatest value(i) first, the
+/// lowest i of equals, so that what the order was before decides nothing. No value is NaN.
+template <class Value>
+struct greatest_first {
+  Value value;
+
+  template <class Number>
+  bool operator()(const Number& a, const Number& b) const {
+    const auto x = value(a), y = value(b);
+    return x != y ? x > y : a < b;
+  }
+};
+template <class Value>
+greatest_first(Value) -> greatest_first<Value>;
 
 }  // namespace moeroute

@@ -36,9 +36,9 @@ inline std::vector<std::int32_t> hot_keys(const expert_profile& profile, index_t
   check_range("hot_keys", "n", n, 0, keys);
   std::vector<std::int32_t> order(profile.uses.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
-    return profile.uses[static_cast<std::size_t>(a)] > profile.uses[static_cast<std::size_t>(b)];
-  });
+  std::sort(order.begin(), order.end(), greatest_first([&](std::int32_t i) {
+              return profile.uses[static_cast<std::size_t>(i)];
+            }));
   order.resize(static_cast<std::size_t>(n));
   return order;
 }

@@ -36,8 +36,7 @@ inline void pack_as_published(std::span<const float> weight, index_t packs,
   }
   std::vector<index_t> order(weight.size());
   std::iota(order.begin(), order.end(), index_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](index_t a, index_t b) { return weight[at(a)] > weight[at(b)]; });
+  std::sort(order.begin(), order.end(), greatest_first([&](index_t i) { return weight[at(i)]; }));
   std::vector<index_t> filled(at(packs), 0);
   using entry = std::pair<float, index_t>;
   const auto above = [](const entry& a, const entry& b) { return a > b; };

@@ -91,8 +91,7 @@ inline replan_result replan(const placement& old, std::span<const double> load,
     // The two greatest loads among ranks that a step leaves alone are all that it needs to know.
     std::vector<index_t> order(at(ranks));
     std::iota(order.begin(), order.end(), index_t{0});
-    std::stable_sort(order.begin(), order.end(),
-                     [&](index_t a, index_t b) { return sum[at(a)] > sum[at(b)]; });
+    std::sort(order.begin(), order.end(), greatest_first([&](index_t i) { return sum[at(i)]; }));
     const double max_now = sum[at(hot)];
     double best = 1e-9 * max_now * max_now;
     replan_step step{};
@@ -247,9 +246,8 @@ inline std::vector<index_t> assign_greedy(const std::vector<double>& gain, index
   for (index_t i = 0; i < n; ++i)
     for (index_t j = 0; j < n; ++j)
       if (gain[at(i * n + j)] > 0.0) list.push_back({i, j});
-  std::stable_sort(list.begin(), list.end(), [&](const auto& a, const auto& b) {
-    return gain[at(a.first * n + a.second)] > gain[at(b.first * n + b.second)];
-  });
+  std::sort(list.begin(), list.end(),
+            greatest_first([&](const auto& i) { return gain[at(i.first * n + i.second)]; }));
   std::vector<index_t> column(at(n), -1), row(at(n), -1);
   for (const auto& [i, j] : list)
     if (column[at(i)] < 0 && row[at(j)] < 0) {

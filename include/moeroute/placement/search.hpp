@@ -362,8 +362,7 @@ inline packing search_packing(std::span<const double> load, index_t slots, index
   }
   std::vector<index_t> heavy(at(experts));
   std::iota(heavy.begin(), heavy.end(), index_t{0});
-  std::stable_sort(heavy.begin(), heavy.end(),
-                   [&](index_t a, index_t b) { return load[at(a)] > load[at(b)]; });
+  std::sort(heavy.begin(), heavy.end(), greatest_first([&](index_t i) { return load[at(i)]; }));
   // Numbers by which no slot has more than a part of the mean; what is left goes to the fullest.
   const double mean = std::accumulate(load.begin(), load.end(), 0.0) / static_cast<double>(ranks);
   for (const double part : {0.92, 0.84, 0.76, 0.68, 0.6, 0.52}) {

@@ -48,9 +48,8 @@ inline shadow_plan shadow_published(std::span<const double> load, const shadow_c
   detail::check_shadow_costs("shadow_published", costs);
   std::vector<expert_id> order(load.size());
   std::iota(order.begin(), order.end(), expert_id{0});
-  std::stable_sort(order.begin(), order.end(), [&](expert_id a, expert_id b) {
-    return load[detail::at(a)] > load[detail::at(b)];
-  });
+  std::sort(order.begin(), order.end(),
+            greatest_first([&](expert_id i) { return load[detail::at(i)]; }));
   const auto latency = [&](std::size_t shadows) {
     const double b = shadows < order.size() ? load[detail::at(order[shadows])] : 0.0;
     return 3.0 * costs.row_compute() * b + 4.0 * costs.row_transfer() * b +
@@ -130,8 +129,7 @@ inline shadow_plan shadow_exact(std::span<const std::int64_t> count, index_t ran
   }
   std::vector<index_t> order(at(experts));
   std::iota(order.begin(), order.end(), index_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](index_t a, index_t b) { return total[at(a)] > total[at(b)]; });
+  std::sort(order.begin(), order.end(), greatest_first([&](index_t i) { return total[at(i)]; }));
   if (order.size() > 8) order.resize(8);
   std::vector<std::uint8_t> flags(at(experts), 0);
   const auto cost = [&] { return shadow_latency(count, ranks, flags, costs, training); };

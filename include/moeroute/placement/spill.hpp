@@ -123,8 +123,7 @@ inline batch_plan spill(std::span<const std::int64_t> count, index_t ranks,
                mean % options.alpha_den * options.alpha_num / options.alpha_den);
   std::vector<index_t> order(at(experts));
   std::iota(order.begin(), order.end(), index_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](index_t a, index_t b) { return count[at(a)] > count[at(b)]; });
+  std::sort(order.begin(), order.end(), greatest_first([&](index_t i) { return count[at(i)]; }));
   for (const index_t e : order) {
     const std::int64_t n = count[at(e)];
     if (n == 0) break;

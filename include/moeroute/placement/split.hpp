@@ -67,8 +67,7 @@ inline slot_split split_by_filling(const placement& p, std::span<const std::int6
   slot_split s = split_even(p, count);
   std::vector<index_t> order(at(p.experts()));
   std::iota(order.begin(), order.end(), index_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](index_t a, index_t b) { return count[at(a)] > count[at(b)]; });
+  std::sort(order.begin(), order.end(), greatest_first([&](index_t i) { return count[at(i)]; }));
   std::vector<slot_id> slots;
   const auto load_of = [&](slot_id i) -> std::int64_t& {
     return s.rank_load[at(p.rank_of_slot()[at(i)])];
@@ -84,8 +83,7 @@ inline slot_split split_by_filling(const placement& p, std::span<const std::int6
         if (slots.empty() || p.rank_of_slot()[at(slots.back())] != p.rank_of_slot()[at(i)])
           slots.push_back(i);
       }
-      std::stable_sort(slots.begin(), slots.end(),
-                       [&](slot_id a, slot_id b) { return load_of(a) < load_of(b); });
+      std::sort(slots.begin(), slots.end(), greatest_first([&](slot_id i) { return -load_of(i); }));
       // The water level over the n lowest ranks.
       std::int64_t left = count[at(e)], below = 0;
       std::size_t n = 0;

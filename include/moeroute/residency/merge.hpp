@@ -118,29 +118,26 @@ inline std::vector<std::vector<expert_id>> group_experts(
   const index_t layers = usage.rows, experts = usage.cols;
   check_size(where, "logits.size()", static_cast<index_t>(logits.size()), layers);
   check_range(where, "leaders", leaders, layers, layers * experts);
-  struct claim {
-    double worth;
-    index_t layer;
-    expert_id expert;
-  };
-  std::vector<claim> claims;
+  std::vector<double> worth;  // of layer * E + expert
   for (index_t l = 0; l < layers; ++l) {
     for (index_t e = 0; e < experts; ++e)
       if (!std::isfinite(usage(l, e))) fail_value(where, "usage", usage(l, e), "a finite number");
-    const double most = *std::max_element(usage.row(l), usage.row(l) + experts);
-    const auto best = static_cast<expert_id>(
-        std::max_element(usage.row(l), usage.row(l) + experts) - usage.row(l));
-    for (expert_id e = 0; e < experts; ++e)
-      claims.push_back({e == best ? 2.0 : most > 0.0 ? usage(l, e) / most : 0.0, l, e});
+    const index_t best = std::max_element(usage.row(l), usage.row(l) + experts) - usage.row(l);
+    const double most = usage(l, best);
+    for (index_t e = 0; e < experts; ++e)
+      worth.push_back(e == best ? 2.0 : most > 0.0 ? usage(l, e) / most : 0.0);
   }
-  std::stable_sort(claims.begin(), claims.end(),
-                   [](const claim& a, const claim& b) { return a.worth > b.worth; });
+  std::vector<index_t> order(worth.size());
+  std::iota(order.begin(), order.end(), index_t{0});
+  std::sort(order.begin(), order.end(),
+            greatest_first([&](index_t i) { return worth[static_cast<std::size_t>(i)]; }));
   std::vector<std::vector<expert_id>> leader(
       static_cast<std::size_t>(layers),
       std::vector<expert_id>(static_cast<std::size_t>(experts), no_expert));
   for (index_t i = 0; i < leaders; ++i) {
-    const claim& c = claims[static_cast<std::size_t>(i)];
-    leader[static_cast<std::size_t>(c.layer)][static_cast<std::size_t>(c.expert)] = c.expert;
+    const index_t key = order[static_cast<std::size_t>(i)], e = key % experts;
+    leader[static_cast<std::size_t>(key / experts)][static_cast<std::size_t>(e)] =
+        static_cast<expert_id>(e);
   }
   for (index_t l = 0; l < layers; ++l) {
     const auto& z = logits[static_cast<std::size_t>(l)];

@@ -58,9 +58,8 @@ inline expert_subset keep_best(std::span<const double> worth, index_t n) {
     if (w != w) fail_value("keep_best", "worth", w, "a number");
   std::vector<expert_id> order(worth.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](expert_id a, expert_id b) {
-    return worth[static_cast<std::size_t>(a)] > worth[static_cast<std::size_t>(b)];
-  });
+  std::sort(order.begin(), order.end(),
+            greatest_first([&](expert_id i) { return worth[static_cast<std::size_t>(i)]; }));
   order.resize(static_cast<std::size_t>(n));
   std::sort(order.begin(), order.end());
   return {std::move(order), experts};

@@ -67,9 +67,8 @@ class buddy_table {
           fail_value("buddy_table", "co_activations", co_activations(e, f), ">= 0");
         if (f != e && co_activations(e, f) > 0.0) order.push_back(f);
       }
-      std::stable_sort(order.begin(), order.end(), [&](expert_id a, expert_id b) {
-        return co_activations(e, a) > co_activations(e, b);
-      });
+      std::sort(order.begin(), order.end(),
+                greatest_first([&](expert_id f) { return co_activations(e, f); }));
       const auto kept = std::min(order.size(), static_cast<std::size_t>(most));
       std::copy_n(order.begin(), kept, list_.begin() + e * most);
     }
