@@ -401,6 +401,12 @@ TEST_CASE("activations that are kept give the bits of those that are computed ag
               }) ==
               "moeroute::swiglu_backward: weights.up and a gradient overlap, expected memory "
               "of their own");
+        floats memory(static_cast<std::size_t>(back.scratch_floats()));
+        for (const expert_id e : {-1, static_cast<int>(experts)})
+          CHECK(test::refusal([&] {
+                  back(e, rows(x, tokens), rows(dy, tokens), into(dx, tokens), memory.data());
+                }) == "moeroute::swiglu_backward: expert is " + std::to_string(e) +
+                          ", expected 0 to " + std::to_string(experts - 1));
         kept.kept.cols += 1;
         CHECK(test::refusal([&] {
                 backward(layer, rows(x, tokens), {}, kept, rows(dy, tokens),

@@ -48,6 +48,13 @@ TEST_CASE("weights of another shape, and experts that are not there, are refused
   CHECK(test::refusal([&] { experts.set_up(0, const_view(wide)); }) ==
         "moeroute::packed_matrix::set_rows: w.cols() is 6, expected 5");
   CHECK(test::refusal([&] { experts.set_up(2, const_view(w)); }) == "accepted");
+  const row_matrix<float> x = row_matrix<float>::Zero(2, 5);
+  row_matrix<float> y(2, 5), between(2, 14);
+  std::vector<float> memory(static_cast<std::size_t>(experts.scratch_floats()));
+  CHECK(test::refusal([&] { experts(3, const_view(x), view(y), memory.data()); }) ==
+        "moeroute::swiglu_experts: expert is 3, expected 0 to 2");
+  CHECK(test::refusal([&] { experts.activation_input(-1, const_view(x), view(between)); }) ==
+        "moeroute::swiglu_experts: expert is -1, expected 0 to 2");
   CHECK(test::refusal([] { swiglu_experts<>(0, 5, 7); }) ==
         "moeroute::swiglu_experts: experts is 0, expected 1 to 1048576");
 }

@@ -83,6 +83,7 @@ class swiglu_backward {
                   matrix_view<float> din, matrix_view<const float> kept, float* memory) const {
     using enum simd::sum_start;
     using rows = matrix_view<const float>;
+    check_range("swiglu_backward", "expert", e, 0, experts_->experts() - 1);
     const index_t n_ff = ff(), h = hidden(), first_ff = e * n_ff, first_d = e * d();
     for (index_t first = 0; first < in.rows; first += tile) {
       const index_t n = std::min(tile, in.rows - first);

@@ -113,7 +113,7 @@ class swiglu_experts {
   /// What the activation reads of expert e: [gate | up], [n, 2 ff], or [n, ff] without a gate.
   template <storage In>
   void activation_input(expert_id e, matrix_view<const In> in, matrix_view<float> out) const {
-    simd::gemm(in, gate_up_[static_cast<std::size_t>(e)], out);
+    simd::gemm(in, part(gate_up_, e), out);
   }
 
   index_t scratch_floats() const { return tile * hidden(); }
@@ -131,8 +131,8 @@ class swiglu_experts {
   template <storage In>
   void operator()(expert_id e, matrix_view<const In> in, matrix_view<float> out,
                   matrix_view<float> kept, float* memory) const {
-    const auto& gate_up = gate_up_[static_cast<std::size_t>(e)];
-    const auto& down = down_[static_cast<std::size_t>(e)];
+    const auto& gate_up = part(gate_up_, e);
+    const auto& down = part(down_, e);
     for (index_t first = 0; first < in.rows; first += tile) {
       const index_t n = std::min(tile, in.rows - first);
       const matrix_view<float> act(memory, n, hidden());
@@ -201,8 +201,9 @@ class swiglu_experts {
     check_size("swiglu_experts", "bias.size()", static_cast<index_t>(b.size()), n);
     for (index_t r = 0; r < n; ++r) m.bias(first + r) = b[static_cast<std::size_t>(r)];
   }
-  static simd::packed_matrix<float, A>& part(std::vector<simd::packed_matrix<float, A>>& list,
-                                             expert_id e) {
+  // One of std::vector<packed_matrix>, which may be const.
+  template <class List>
+  static auto& part(List& list, expert_id e) {
     check_range("swiglu_experts", "expert", e, 0, static_cast<index_t>(list.size()) - 1);
     return list[static_cast<std::size_t>(e)];
   }
