@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 #include <type_traits>
+#include <variant>
 #include <vector>
 
 using moeroute::find_in_catalog;
@@ -209,6 +210,21 @@ TEST_CASE("metadata is parsed from the bytes of a file") {
     INFO(size);
     CHECK_THROWS_AS(parse_gguf_metadata({w.bytes.data(), size}, "m.gguf"), moeroute::error);
   }
+}
+
+TEST_CASE("lists of up to 4096 whole numbers are kept, longer ones passed over") {
+  written file = head(3);
+  for (const std::uint32_t length : {4096u, 4097u}) {
+    file.key(std::to_string(length), 9).add(std::uint32_t{4}).add(std::uint64_t{length});
+    for (std::uint32_t i = 0; i < length; ++i) file.add(i);
+  }
+  file.key("behind", 4).add(std::uint32_t{7});
+  const gguf_metadata keys = parse_gguf_metadata(file.bytes, "m.gguf");
+  const auto& list = std::get<std::vector<std::int64_t>>(keys.at("4096"));
+  CHECK(list.size() == 4096);
+  CHECK(list.back() == 4095);
+  CHECK(std::holds_alternative<std::monostate>(keys.at("4097")));
+  CHECK(std::get<std::int64_t>(keys.at("behind")) == 7);
 }
 
 TEST_CASE("bytes that are no metadata are refused") {

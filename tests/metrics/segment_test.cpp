@@ -206,7 +206,9 @@ TEST_CASE("a share of the domains is as many as it says, whatever its product ro
     row[d < 7 ? 0 : 1 + d % 2] = 5.0f;
     m.add(d, matrix_view<const float>(row, 1, 3));
   }
-  CHECK(m.audit({.k = 1, .presence = 0.28}).members == std::vector<expert_id>{0, 1, 2});
+  const standing_committee everyone = m.audit({.k = 1, .presence = 0.28});
+  CHECK(everyone.members == std::vector<expert_id>{0, 1, 2});
+  CHECK(everyone.ratio == 0.0);  // nobody is left to compare with
   CHECK(m.audit({.k = 1, .presence = 0.3}).members == std::vector<expert_id>{1, 2});
 }
 
@@ -226,4 +228,7 @@ TEST_CASE("the committee fed in batches is one shot's; rows without a logit do n
   CHECK(c.jaccard == 1);
   CHECK(test::refusal([&] { one.add(0, matrix_view<const float>(z.data(), 1, 4)); }) ==
         "moeroute::committee_meter: logits.cols is 4, expected 5");
+  for (const index_t domain : {-1, 1})
+    CHECK(test::refusal([&] { one.add(domain, rows); }) ==
+          "moeroute::committee_meter: domain is " + std::to_string(domain) + ", expected 0 to 0");
 }

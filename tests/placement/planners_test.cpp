@@ -764,8 +764,26 @@ TEST_CASE("planners refuse by name what is no load, no size, no option") {
   CHECK(said([&] { count_moves(lost, placement::contiguous(4, 3)); }) ==
         "moeroute::count_moves: to.ranks() is 3, expected 2");
   CHECK(said([&] { shadow_published(good, {.d = 0}); }).find("a cost is 0") != std::string::npos);
+  CHECK(said([&] { shadow_exact(counts, 2, {.d = 0}, true); }) ==
+        "moeroute::shadow_exact: a cost is 0.000000, expected a finite number > 0");
   CHECK(said([&] { shadow_exact(counts, 3, {.d = 1}, true); }) ==
         "moeroute::shadow_exact: 4 counts for 3 ranks, expected a multiple");
+  const auto grouped = [&](const token_set& set, std::vector<std::int32_t> start,
+                           const grouping_options& options) {
+    const std::vector<token_set> sets{set};
+    return said([&] { group_experts(sets, good, start, options); });
+  };
+  CHECK(grouped({{0, 3}, 0.0}, {0, 0, 1, 1}, {.ranks = 2}) == "accepted");
+  CHECK(grouped({{0, 3}, -1.0}, {0, 0, 1, 1}, {.ranks = 2}) ==
+        "moeroute::group_experts: count is -1.000000, expected a finite number >= 0");
+  CHECK(grouped({{0, 4}, 1.0}, {0, 0, 1, 1}, {.ranks = 2}) ==
+        "moeroute::group_experts: expert is 4, expected 0 to 3");
+  CHECK(grouped({{0, 3}, 1.0}, {0, 0, 1, 2}, {.ranks = 2}) ==
+        "moeroute::group_experts: start is 2, expected 0 to 1");
+  CHECK(grouped({{0, 3}, 1.0}, {0, 0, 1}, {.ranks = 2}) ==
+        "moeroute::group_experts: start.size() is 3, expected 4");
+  CHECK(grouped({{0, 3}, 1.0}, {0, 0, 1, 1}, {.ranks = 2, .slack = -0.5}) ==
+        "moeroute::group_experts: an option is -0.500000, expected a finite number >= 0");
   CHECK(said([&] { place_by_affinity({.experts = 4, .count = {{1, 2}}}, {.ranks = 2}); }) ==
         "moeroute::affinity: count.size() is 2, expected 16");
   const std::vector<std::int32_t> start{0, 0, 1, 2};

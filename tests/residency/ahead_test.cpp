@@ -264,11 +264,18 @@ TEST_CASE("predictors, prefetchers, groups and tables refuse by name") {
         "moeroute::last_predictor: expert is 4, expected -1 to 3");
   CHECK(test::refusal([] { popularity_predictor(1, 4, 2.0); }) ==
         "moeroute::popularity_predictor: decay is 2.000000, expected 0 to 1");
+  CHECK(test::refusal([] { popularity_predictor(1, 4, -0.5); }) ==
+        "moeroute::popularity_predictor: decay is -0.500000, expected 0 to 1");
+  for (const double end : {0.0, 1.0})
+    CHECK(test::refusal([&] { popularity_predictor(1, 4, end); }) == "accepted");
   CHECK(test::refusal([] { transition_predictor(2, 4).saw(2, ids{}); }) ==
         "moeroute::transition_predictor: layer is 2, expected 0 to 1");
   expert_cache cache({.experts = 8, .capacity = 2});
   CHECK(test::refusal([&] { prefetcher(cache, last_predictor(1, 8), {.per_layer = 9}); }) ==
         "moeroute::prefetcher: per_layer is 9, expected 0 to 8");
+  for (const index_t ahead : {0, 2})
+    CHECK(test::refusal([&] { prefetcher(cache, last_predictor(1, 8), {.ahead = ahead}); }) ==
+          "moeroute::prefetcher: ahead is " + std::to_string(ahead) + ", expected 1 to 1");
   CHECK(test::refusal([&] { prefetcher(cache, last_predictor(1, 8), {.most_per_use = 0.5}); }) ==
         "moeroute::prefetcher: most_per_use is 0.500000, expected 1 or more");
   prefetcher checked(cache, last_predictor(1, 8));

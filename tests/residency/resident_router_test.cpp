@@ -200,6 +200,28 @@ TEST_CASE("an expert far below one that was passed over has the weight 0, not wh
   }
 }
 
+TEST_CASE("a row with an infinite logit is sure of it, so that no buddy is called") {
+  const std::vector<double> together{0, 1, 1, 1, 1, 0, 5, 1, 1, 5, 0, 1, 1, 1, 1, 0};
+  const buddy_table buddies({together.data(), 4, 4}, 1);
+  resident_set set(4);
+  for (const expert_id e : {0, 2, 3}) set.insert(e);
+  const router<softmax> plain{.score = {}, .selection = {.k = 2}, .weight = raw_weights};
+  const residency_rule rule{.kind = kind::buddy,
+                            .forced = 0,
+                            .buddies = &buddies,
+                            .search = 1,
+                            .least_entropy = 0.5f,
+                            .most_missing = 1.0f};
+  // Seventeen rows: a block, and one alone.
+  for (const float first : {1.5f, test::infinity}) {
+    std::vector<float> z;
+    for (int t = 0; t < 17; ++t) z.insert(z.end(), {first, 1.0f, 0.9f, 0.8f});
+    const assignment a = test::routed(resident_router(plain, rule, set), z, 4);
+    for (index_t t = 0; t < 17; ++t)
+      CHECK(chosen(a, t) == std::vector<expert_id>{0, first == test::infinity ? 1 : 2});
+  }
+}
+
 TEST_CASE("a strength of 0 is the router to the bit, for every router of the catalogue") {
   std::map<std::string, int> seen;
   index_t dropped = 0;
@@ -485,6 +507,13 @@ TEST_CASE("a running range is the decayed mean of the tokens' own") {
   const float z[] = {1, 3, 2, -INFINITY, 0, 8, NAN, 4};
   mean.update({z, 2, 4});
   CHECK(mean.value() == 0.5f * 2 + 0.5f * 8);
+  running_range last(0.0f);
+  last.update({z, 2, 4});
+  CHECK(last.value() == 8.0f);
+  for (const float decay : {1.0f, -0.5f})
+    CHECK(test::refusal([&] {
+            running_range{decay};
+          }).starts_with("moeroute::running_range: decay is "));
   resident_set set(4);
   set.insert(0);
   const residency_rule rule{

@@ -5,6 +5,7 @@
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -85,6 +86,30 @@ TEMPLATE_LIST_TEST_CASE("top-k is value descending, then column ascending; NaN a
         CHECK(wrong(got, rows, cols, order, static_cast<int>(k)) == "");
       }
     }
+}
+
+TEMPLATE_LIST_TEST_CASE("the bound of a row is the k-th largest of the maxima of its groups", "",
+                        test::widths) {
+  constexpr int groups = 32, w = simd::width<TestType>;
+  for (const index_t cols : {1, 15, 32, 33, 64, 257}) {
+    const std::vector<float> rows = test::make_logits(shape::normal, 7, w, cols);
+    const float* row[w];
+    for (int i = 0; i < w; ++i) row[i] = rows.data() + i * cols;
+    for (int k = 1; k <= 8; ++k) {
+      alignas(alignment) float bound[w];
+      simd::column_bound<TestType, groups, 8>(row, cols, k).store_aligned(bound);
+      for (int i = 0; i < w; ++i) {
+        std::vector<float> most(groups, simd::minus_infinity);
+        for (index_t c = 0; c < cols; ++c) {
+          float& of_group = most[static_cast<std::size_t>(c % groups)];
+          of_group = std::max(of_group, row[i][c]);
+        }
+        std::sort(most.begin(), most.end(), std::greater<>());
+        INFO("cols=" << cols << " k=" << k << " row=" << i);
+        REQUIRE(bound[i] == most[static_cast<std::size_t>(k - 1)]);
+      }
+    }
+  }
 }
 
 TEMPLATE_LIST_TEST_CASE("every number of rows in a block is selected, row by row", "",

@@ -48,6 +48,18 @@ TEST_CASE("dispatch reads and writes rows by their strides") {
   }
 }
 
+TEST_CASE("rows so long that a thread takes one or two at a time arrive as they are") {
+  const test::planned p(5, 4, 2);
+  for (const index_t d : {16384, 20000, 32767, 32768, 40000}) {
+    INFO("d = " << d);
+    const row_matrix<float> x = test::random_rows(5, d);
+    row_matrix<float> slots(p.plan.slots(), d);
+    dispatch(x, p.plan, slots);
+    for (index_t s = 0; s < p.plan.slots(); ++s)
+      CHECK(slots.row(s) == x.row(p.slow.token_of_slot[static_cast<std::size_t>(s)]));
+  }
+}
+
 TEST_CASE("rows without columns are dispatched to nowhere") {
   const test::planned p(5, 4, 2);
   row_matrix<float> x(5, 0), slots(p.plan.slots(), 0);

@@ -49,6 +49,28 @@ TEST_CASE("every expert with tokens is called once, with its own rows") {
     CHECK(calls[static_cast<std::size_t>(e)] == (p.plan.load(e) > 0 ? 1 : 0));
 }
 
+TEST_CASE("slots are cut every so many rows where a call may have no more") {
+  const test::planned p(90, 5, 2);
+  const index_t slots = p.plan.slots();
+  const row_matrix<float> in = test::random_rows(slots, 5);
+  row_matrix<float> out(slots, 3);
+  for (const index_t most : {1, 7, 1000}) {
+    std::vector<int> seen(static_cast<std::size_t>(slots), 0);
+    for_each_expert(p.plan, in, out,
+                    [&](expert_id e, matrix_view<const float> x, matrix_view<float> y) {
+                      const index_t first = (x.data - in.data()) / 5, last = first + x.rows;
+                      const index_t own = p.plan.offsets()[static_cast<std::size_t>(e)];
+                      CHECK((x.rows >= 1 && x.rows <= most && y.rows == x.rows));
+                      CHECK(y.data == out.data() + first * 3);
+                      CHECK((first == own || first % most == 0));
+                      CHECK((first >= own && last <= own + p.plan.load(e)));
+                      for (index_t s = first; s < last; ++s) ++seen[static_cast<std::size_t>(s)];
+                    },
+                    serial{}, {.rows_per_call = most});
+    CHECK(seen == std::vector<int>(static_cast<std::size_t>(slots), 1));
+  }
+}
+
 TEST_CASE("each running expert has scratch of its own") {
   const test::planned p(300, 40, 3);
   const row_matrix<float> in = test::random_rows(p.plan.slots(), 2);
