@@ -14,7 +14,8 @@
 namespace moeroute {
 
 /// A selection rule fills ids and values of a block from its choice scores, where NaN and -inf mean
-/// "not this one".
+/// "not this one". One with settle(c, rows) and settle(row_choices) has the last word on what was
+/// weighed.
 template <class S>
 concept selection_rule =
     requires(const S& s, const logit_block& choice, choice_block& c, float* rows, scratch& tape) {

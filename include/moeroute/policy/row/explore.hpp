@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <utility>
 
 #include <moeroute/policy/concepts.hpp>
@@ -62,16 +64,49 @@ struct explore {
     else
       clear_lanes(c, z.rows);
     if (epsilon <= 0.0f) return;
-    const bool whole = scope == exploration_scope::batch;
     const std::uint64_t coins = detail::random_stream(detail::random_use::explore, z.side->step);
-    for (int i = 0; i < z.rows; ++i) {
-      const auto of = whole ? std::uint64_t{0} : static_cast<std::uint64_t>(z.first_token + i);
-      if (epsilon >= 1.0f || random_u01(z.side->seed, coins, of) < epsilon)
-        this->template draw<A>(z, i, of, memory, c);
+    const auto of = [&](int i) {
+      return scope == exploration_scope::batch ? std::uint64_t{0}
+                                               : static_cast<std::uint64_t>(z.first_token + i);
+    };
+    std::uint32_t explores = 0;
+    for (int i = 0; i < z.rows; ++i)
+      explores |= std::uint32_t{epsilon >= 1.0f || random_u01(z.side->seed, coins, of(i)) < epsilon}
+                  << i;
+    if (explores == 0) return;
+    choice_block drawn{c.k, memory.id, memory.value};
+    std::fill_n(drawn.id, c.k * block_rows, no_expert);
+    std::fill_n(drawn.value, c.k * block_rows, simd::minus_infinity);
+    const auto take = [&](int from, int i) {
+      for (int r = 0; r < c.k; ++r) {
+        c.id[r * block_rows + i] = drawn.id[r * block_rows + from];
+        c.value[r * block_rows + i] = drawn.value[r * block_rows + from];
+      }
+    };
+    const auto for_each_explorer = [&](auto f) {
+      for (std::uint32_t left = explores; left != 0; left &= left - 1) f(std::countr_zero(left));
+    };
+    if (!transforms() && std::popcount(explores) > few_explorers) {
+      // Weighed together: a block of one row costs nearly as much as one of sixteen.
+      for_each_explorer(
+          [&](int i) { this->template draw<A>(z.row(i), z, of(i), memory, drawn, i); });
+      this->template weigh<A>(z, drawn);
+      for_each_explorer([&](int i) { take(i, i); });
+      return;
     }
+    for_each_explorer([&](int i) {
+      logit_block row{z.row(i), z.stride, 1, z.experts, z.first_token + i, z.side};
+      if constexpr (of_parts)
+        if (transforms()) row = router.transform.template apply<A>(row, memory.logits);
+      this->template draw<A>(row.logits, z, of(i), memory, drawn, 0);
+      this->template weigh<A>(row, drawn);
+      take(0, i);
+    });
   }
 
  private:
+  // So many rows of a block are weighed one by one.
+  static constexpr int few_explorers = 4;
   static constexpr bool of_parts =
       requires(const Router& r, const logit_block& z, choice_block& c) {
         r.score.score_choices(z, c, r.weight.needs());
@@ -100,62 +135,55 @@ struct explore {
     return sum;
   }
 
+  // A lane of what was drawn: ids, and their logits.
   template <class A>
-  MOEROUTE_OUT_OF_LINE void draw(const logit_block& z, int i, std::uint64_t of,
-                                 const buffers& memory, choice_block& c) const {
-    logit_block row{z.row(i), z.stride, 1, z.experts, z.first_token + i, z.side};
-    if constexpr (of_parts)
-      if (transforms()) row = router.transform.template apply<A>(row, memory.logits);
-    choice_block one{c.k, memory.id, memory.value};
-    clear_lanes(one, 1);
-    const bool whole = scope == exploration_scope::batch;
+  MOEROUTE_OUT_OF_LINE void draw(const float* row, const logit_block& z, std::uint64_t of,
+                                 const buffers& memory, choice_block& drawn, int lane) const {
     // A token draws from what it may take, the batch from everything: places in a list, which is
     // left out where every expert is in it.
-    index_t n = whole ? z.experts : this->template above_never<A>(row.logits, z.experts);
+    const bool whole = scope == exploration_scope::batch;
+    index_t n = whole ? z.experts : this->template above_never<A>(row, z.experts);
     const bool listed = n < z.experts;
     if (listed) {
       n = 0;
       for (index_t e = 0; e < z.experts; ++e)
-        if (row.logits[e] > simd::minus_infinity) memory.allowed[n++] = static_cast<expert_id>(e);
+        if (row[e] > simd::minus_infinity) memory.allowed[n++] = static_cast<expert_id>(e);
     }
-    const index_t drawn = std::min<index_t>(c.k, n);
+    const index_t many = std::min<index_t>(drawn.k, n);
     const std::uint64_t stream =
         detail::random_stream(detail::random_use::explored_choice, z.side->step);
-    for (int r = 0; r < c.k; ++r) {
-      expert_id& id = one.id[r * block_rows];
-      id = no_expert;
-      if (r >= drawn) continue;
+    expert_id* const id = drawn.id + lane;
+    for (int r = 0; r < drawn.k; ++r) {
+      id[r * block_rows] = no_expert;
+      if (r >= many) continue;
       // Floyd's sampling of places in the list; one that is taken yields to the new last.
-      const auto limit = static_cast<std::uint32_t>(n - drawn + r + 1);
+      const auto limit = static_cast<std::uint32_t>(n - many + r + 1);
       auto place = static_cast<expert_id>(
           random_below(limit, z.side->seed, stream,
-                       of * static_cast<std::uint64_t>(c.k) + static_cast<std::uint64_t>(r)));
+                       of * static_cast<std::uint64_t>(drawn.k) + static_cast<std::uint64_t>(r)));
       for (int before = 0; before < r; ++before)
-        if (one.id[before * block_rows] == place) {
+        if (id[before * block_rows] == place) {
           place = static_cast<expert_id>(limit) - 1;
           break;
         }
-      id = place;
+      id[r * block_rows] = place;
     }
-    for (int r = 0; r < c.k; ++r) {
-      expert_id& id = one.id[r * block_rows];
-      float& value = one.value[r * block_rows];
-      if (listed && id != no_expert) id = memory.allowed[id];
-      if (id != no_expert && !(row.logits[id] > simd::minus_infinity)) id = no_expert;
-      value = id == no_expert ? simd::minus_infinity : row.logits[id];
+    for (int at = 0; at < drawn.k * block_rows; at += block_rows) {
+      if (listed && id[at] != no_expert) id[at] = memory.allowed[id[at]];
+      if (id[at] != no_expert && !(row[id[at]] > simd::minus_infinity)) id[at] = no_expert;
+      drawn.value[at + lane] = id[at] == no_expert ? simd::minus_infinity : row[id[at]];
     }
-    keep_own_k(row, one);
+  }
+
+  template <class A>
+  void weigh(const logit_block& z, choice_block& drawn) const {
+    keep_own_k(z, drawn);
     if constexpr (of_parts) {
-      router.score.template score_choices<A>(row, one, router.weight.needs());
-      router.weight.template apply<A>(one);
+      router.score.template score_choices<A>(z, drawn, router.weight.needs());
+      router.weight.template apply<A>(drawn);
     } else {
-      for (int r = 0; r < c.k; ++r)
-        one.value[r * block_rows] =
-            one.id[r * block_rows] == no_expert ? 0.0f : 1.0f / static_cast<float>(c.k);
-    }
-    for (int r = 0; r < c.k; ++r) {
-      c.id[r * block_rows + i] = one.id[r * block_rows];
-      c.value[r * block_rows + i] = one.value[r * block_rows];
+      for (int at = 0; at < drawn.k * block_rows; ++at)
+        drawn.value[at] = drawn.id[at] == no_expert ? 0.0f : 1.0f / static_cast<float>(drawn.k);
     }
   }
 };
