@@ -359,6 +359,19 @@ TEST_CASE("promoted experts come first where they are promoted hard, suppressed 
   }
 }
 
+TEST_CASE("what is masked is promoted by nobody") {
+  std::vector<float> z(16, 0.0f);
+  z[9] = -test::infinity;
+  z[4] = test::not_a_number;
+  const std::vector<expert_id> up{9, 4, 7};
+  for (const promotion how : {promotion::hard, promotion::soft}) {
+    const steering step{.promote = up, .how = how, .lambda = 2.0f};
+    const assignment a = routed(stepped(step, router{softmax{}, top_k{.k = 14}}), z, 16);
+    for (const expert_id e : a.ids(0)) CHECK((e != 9 && e != 4));
+    CHECK(a.ids(0)[0] == (how == promotion::hard ? 7 : 0));
+  }
+}
+
 TEST_CASE("every expert is a candidate as often as any other, and the count is kept") {
   std::vector<index_t> seen(16, 0);
   const std::vector<float> z(16 * 4000, 0.0f);

@@ -2,6 +2,7 @@
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/policy/row/counted.hpp>
 #include <string>
 #include <vector>
 
@@ -112,6 +113,17 @@ TEST_CASE("equal probabilities are taken by ascending id") {
   for (std::size_t r = 0; r < a.ids(0).size(); ++r) CHECK(a.ids(0)[r] == static_cast<expert_id>(r));
 }
 
+TEST_CASE(
+    "a mass that is reached exactly is crossed by the next expert where it must be exceeded") {
+  // Quarters are exact.
+  const auto count = [](crossing how) {
+    return routed(top_p{.p = 0.5f, .crossing = how}, std::vector<float>(4, 1.5f), 4).count(0);
+  };
+  CHECK(count(crossing::include) == 2);
+  CHECK(count(crossing::include_strict) == 3);
+  CHECK(count(crossing::exclude) == 2);
+}
+
 TEST_CASE("the experts of a smaller mass begin those of a larger one") {
   const std::vector<float> logits = test::make_logits(test::shape::quantised, 8, 40, 60);
   const assignment few = routed(top_p{.p = 0.3f}, logits, 60);
@@ -120,6 +132,25 @@ TEST_CASE("the experts of a smaller mass begin those of a larger one") {
     REQUIRE(few.count(t) <= many.count(t));
     for (std::size_t r = 0; r < few.ids(t).size(); ++r) CHECK(few.ids(t)[r] == many.ids(t)[r]);
   }
+}
+
+TEST_CASE("rows that take all experts are tempered once, as the others are") {
+  const index_t tokens = 40, experts = 8;
+  const std::vector<float> logits = test::make_logits(test::shape::normal, 21, tokens, experts);
+  std::vector<float> tempered(logits);
+  for (float& z : tempered) z *= 0.5f;
+  const dense_if plain{.rule = {.p = 0.5f}, .threshold = 0.8f};
+  dense_if warm = plain;
+  warm.rule.transform.temperature = 2.0f;
+  const assignment expected = routed(plain, tempered, experts), got = routed(warm, logits, experts);
+  index_t dense = 0;
+  for (index_t t = 0; t < tokens; ++t) {
+    dense += expected.count(t) == experts;
+    CHECK(test::listed(got.ids(t)) == test::listed(expected.ids(t)));
+    CHECK(test::bit_difference(got.weights(t), expected.weights(t)) == "");
+  }
+  CHECK(dense > 0);
+  CHECK(dense < tokens);
 }
 
 TEST_CASE("a mass, floor or cap that makes no sense is refused") {

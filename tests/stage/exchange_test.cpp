@@ -509,6 +509,31 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
         "moeroute::copy_tokens: out is all, expected an assignment of its own");
 }
 
+TEST_CASE("tokens that are copied keep their choices, weights and drops") {
+  test::random rng(31);
+  for (const bool ragged : {false, true}) {
+    assignment all =
+        ragged ? test::ragged_choices(rng, 17, 6, 3) : test::fixed_choices(rng, 17, 6, 3, 5);
+    const std::span<std::uint8_t> kept = all.kept_to_change();
+    for (std::size_t c = 0; c < kept.size(); ++c) kept[c] = c * c % 7 < 3;
+    for (const index_t first : {0, 5, 17})
+      for (const index_t n : {0, 1, 12}) {
+        if (first + n > 17) continue;
+        assignment part;
+        copy_tokens(all, first, n, part);
+        REQUIRE(part.tokens() == n);
+        const index_t begin = all.first(first);
+        REQUIRE(part.choices() == all.first(first + n) - begin);
+        for (index_t t = 0; t < n; ++t) CHECK(part.count(t) == all.count(first + t));
+        for (index_t c = 0; c < part.choices(); ++c) {
+          CHECK(part.ids()[at(c)] == all.ids()[at(begin + c)]);
+          CHECK(part.weights()[at(c)] == all.weights()[at(begin + c)]);
+          CHECK(part.kept(c) == all.kept(begin + c));
+        }
+      }
+  }
+}
+
 TEST_CASE("a warm exchange allocates nothing") {
   test::random rng(5);
   const placement p = placement::contiguous(16, 4);

@@ -133,6 +133,18 @@ TEST_CASE("after filling in no expert has a vacancy while a token is left that d
     }
 }
 
+TEST_CASE("of equal claims to the last vacancies those of the lowest tokens are met") {
+  const std::vector<float> scores(12, 0.5f);
+  assignment choices, filled;
+  choices.reset(6, 2, 1);
+  std::fill(choices.ids().begin(), choices.ids().end(), 0);
+  std::fill(choices.weights().begin(), choices.weights().end(), 0.5f);
+  workspace ws;
+  const matrix_view<const float> view(scores.data(), 6, 2);
+  CHECK(rectify_by_filling(choices, view, 2, 2, ws, filled) == 2);
+  for (index_t t = 0; t < 6; ++t) CHECK(filled.count(t) == (t < 2 ? 2 : 1));
+}
+
 TEST_CASE("filling in takes nobody's place, uses an expert once, and keeps the tokens' order") {
   const batch b = dropped_batch(23, 40, 8, 2, 12, false);
   workspace ws;

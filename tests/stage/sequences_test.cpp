@@ -134,6 +134,15 @@ TEST_CASE("a block runs on a sequence as often as decided, and skipped ones keep
         for (int i = 0; i < n; ++i) expected = 2.0f * expected + 1.0f;
         CHECK(rows(t, c) == expected);
       }
+  // A decision that was dropped is none.
+  decisions.kept_to_change()[0] = 0;
+  std::copy(before.begin(), before.end(), y.begin());
+  repeat_block(decisions, cuts, times, rows, block);
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    const auto t = static_cast<index_t>(i) / 3;
+    const bool runs = t >= cuts[3] && t < cuts[4];
+    CHECK((y[i] != before[i]) == runs);
+  }
   CHECK(test::refusal([&] {
           repeat_block(decisions, cuts, std::vector<std::int32_t>{1}, rows, block);
         }) == "moeroute::repeat_block: times.size() is 1, expected 3");
