@@ -191,8 +191,8 @@ void plan_every_choice(const assignment& choices, dispatch_plan& out) {
     }
     return;
   }
-  if (!simd::rank_keys<A>(id, n, experts, p.offsets, p.slot_of_choice, p.token_of_slot))
-      [[unlikely]] {
+  const slot_id* const later = n < simd::far_keys ? nullptr : p.token_of_slot;
+  if (!simd::rank_keys<A>(id, n, experts, p.offsets, p.slot_of_choice, later)) [[unlikely]] {
     out.reset(0, 0, 0);
     fail_expert_id("plan", choices.ids(), experts);
   }

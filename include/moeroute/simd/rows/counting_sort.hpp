@@ -74,6 +74,9 @@ MOEROUTE_INLINE bool any_outside(const std::int32_t* key, std::int32_t values) {
 
 }  // namespace detail
 
+/// From so many keys on, what a counting sort writes is no longer all in the first-level cache.
+inline constexpr index_t far_keys = 4096;
+
 /// Whether every key is in [-1, values). Cost: one read of the keys.
 template <class A = default_arch>
 bool keys_in_range(const std::int32_t* key, index_t n, index_t values) {
@@ -277,7 +280,7 @@ void place_keys(const std::int32_t* key, index_t n, groups g, const std::int32_t
   // scatter waits for each: measured, the two are even at 2,000 keys, and at 32,000 one by one
   // takes 0.8 of the time.
   if constexpr (detail::scatters_keys<A>)
-    if (n < 4096) return detail::place_keys_by_gather(key, n, g, start, place, group_at);
+    if (n < far_keys) return detail::place_keys_by_gather(key, n, g, start, place, group_at);
 #endif
   detail::place_keys_one_by_one(key, n, g, start, place, group_at);
 }
@@ -311,13 +314,7 @@ inline bool sort_in_bytes(const std::int32_t* key, index_t n, index_t values, gr
   }
   // Byte v of the product is the sum of all bytes below v; none carries, as the last sum fits.
   std::uint64_t next = count * 0x0101010101010100u;
-  const auto write_starts = [&](index_t end) MOEROUTE_INLINE_LAMBDA {
-    for (index_t v = 0; v < end; ++v) start[v] = static_cast<std::int32_t>(next >> 8 * v & 255);
-  };
-  if (values == 8)  // as most models with so few have: without a loop
-    write_starts(8);
-  else
-    write_starts(values);
+  for (index_t v = 0; v < values; ++v) start[v] = static_cast<std::int32_t>(next >> 8 * v & 255);
   start[values] = static_cast<std::int32_t>(count * 0x0101010101010101u >> 56);
   std::int32_t group = 0;
   index_t end = g.size;
