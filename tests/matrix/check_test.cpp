@@ -54,3 +54,26 @@ TEST_CASE("rows that would run into one another are refused") {
   m.rows = 1;
   CHECK(test::refusal([&] { check_stride("stage", "x", m); }) == "accepted");
 }
+
+// Tokens x experts x width that overflow an index, or an address of 32 bits, and what just fits.
+TEST_CASE("a matrix that ends past what an address reaches is refused by its name") {
+  const auto said = [](index_t rows, index_t cols, index_t stride) {
+    matrix_view<const float> m;
+    m.rows = rows, m.cols = cols, m.stride = stride;
+    return test::refusal([&] { check_stride("stage", "x", m); });
+  };
+  const index_t many = index_t{1} << 40;
+  CHECK(
+      said(many, many, many) ==
+      "moeroute::stage: x of 1099511627776 x 1099511627776 values with stride 1099511627776 is no "
+      "matrix that memory holds");
+  CHECK(said(2, 8, index_t{1} << 62).find("is no matrix") != std::string::npos);
+  CHECK(said(1, index_t{1} << 62, 0).find("is no matrix") != std::string::npos);
+  CHECK(said(-1, 8, 8).find("is no matrix") != std::string::npos);
+  CHECK(said(1, -8, 8).find("is no matrix") != std::string::npos);
+  // The last that fits, and the first that does not.
+  const index_t rows = max_bytes / 4 / 4096;
+  CHECK(said(rows, 4096, 4096) == "accepted");
+  CHECK(said(rows + 1, 4096, 4096) != "accepted");
+  CHECK(said(rows + 1, 4096, 0) == "moeroute::stage: x.stride is 0, expected at least 4096");
+}

@@ -28,6 +28,12 @@ inline constexpr slot_id no_slot = -1;
 /// Largest number of experts, 2^20.
 inline constexpr index_t max_experts = index_t{1} << 20;
 
+/// More bytes than this no address reaches: who asks for them made a mistake, or a product that
+/// overflowed.
+inline constexpr index_t max_bytes =
+    sizeof(void*) < 8 ? index_t{std::numeric_limits<std::ptrdiff_t>::max()} - 4096
+                      : index_t{1} << 56;
+
 /// Rows that a token-choice policy sees at once: one token per SIMD lane.
 inline constexpr int block_rows = 16;
 

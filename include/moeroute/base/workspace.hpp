@@ -22,10 +22,6 @@ namespace moeroute {
 
 namespace detail {
 
-// More than an address reaches: what asks for more is a mistake, or a product that overflowed.
-inline constexpr index_t most_bytes =
-    std::min(index_t{1} << 56, index_t{std::numeric_limits<std::ptrdiff_t>::max() - 4096});
-
 [[noreturn]] MOEROUTE_COLD inline void fail_memory(index_t n, index_t size) {
   fail("buffer", "room for " + std::to_string(n) + " values of " + std::to_string(size) +
                      " bytes is asked for, more than any machine has");
@@ -71,7 +67,7 @@ class buffer {
       memory_.reset();
       size_ = capacity_ = 0;  // what is left if there is no memory: an empty array
       const index_t bytes = size_product(n, sizeof(T));
-      if (bytes > detail::most_bytes) [[unlikely]]
+      if (bytes > max_bytes) [[unlikely]]
         detail::fail_memory(n, sizeof(T));
       memory_.reset(static_cast<T*>(
           ::operator new(static_cast<std::size_t>(bytes), std::align_val_t{alignment})));
@@ -122,9 +118,8 @@ class scratch {
   MOEROUTE_OUT_OF_LINE void* take_bytes(index_t bytes) {
     std::byte* const at = bytes > room_ - used_ ? nullptr : memory_ + used_;
     // A measure that no machine can hold stays one, and the buffer refuses it.
-    used_ = bytes > detail::most_bytes - used_
-                ? detail::most_bytes + 1
-                : used_ + round_up(bytes, static_cast<index_t>(alignment));
+    used_ = bytes > max_bytes - used_ ? max_bytes + 1
+                                      : used_ + round_up(bytes, static_cast<index_t>(alignment));
     return at;
   }
 

@@ -10,10 +10,17 @@ namespace moeroute {
 
 namespace detail {
 
-[[noreturn]] MOEROUTE_COLD inline void fail_stride(const char* where, const char* what,
-                                                   index_t stride, index_t cols) {
-  fail(where, std::string(what) + ".stride is " + std::to_string(stride) + ", expected at least " +
-                  std::to_string(cols));
+// What check_stride has no quick answer to.
+MOEROUTE_COLD inline void check_layout(const char* where, const char* what, index_t rows,
+                                       index_t cols, index_t stride, index_t value_bytes) {
+  if (rows > 1 && stride < cols)
+    fail(where, std::string(what) + ".stride is " + std::to_string(stride) +
+                    ", expected at least " + std::to_string(cols));
+  const index_t wide = rows > 1 ? stride : cols;
+  if (rows < 0 || cols < 0 || size_product(size_product(rows, wide), value_bytes) > max_bytes)
+    fail(where, std::string(what) + " of " + std::to_string(rows) + " x " + std::to_string(cols) +
+                    " values with stride " + std::to_string(stride) +
+                    " is no matrix that memory holds");
 }
 
 [[noreturn]] MOEROUTE_COLD inline void fail_overlap(const char* where, const char* a,
@@ -58,11 +65,12 @@ MOEROUTE_OUT_OF_LINE inline void check_bytes_apart(const char* where, const char
 
 }  // namespace detail
 
-/// Throws error where rows would run into one another.
+/// Throws error where rows would run into one another, or end past what an address reaches.
 template <class T>
 void check_stride(const char* where, const char* what, const matrix_view<T>& m) {
-  if (m.rows > 1 && m.stride < m.cols) [[unlikely]]
-    detail::fail_stride(where, what, m.stride, m.cols);
+  constexpr int quick = sizeof(void*) < 8 ? 13 : 26;  // the product of two such sizes is in reach
+  if ((m.rows | m.cols | m.stride) >> quick != 0 || (m.rows > 1 && m.stride < m.cols)) [[unlikely]]
+    detail::check_layout(where, what, m.rows, m.cols, m.stride, sizeof(T));
 }
 
 /// Whether two matrices share memory. Two column ranges of one matrix do not.
