@@ -14,14 +14,42 @@
 #include <utility>
 
 #include <fcntl.h>
-#include <sys/stat.h>
+#if defined(_WIN32)
+#include <io.h>
+
+#include <algorithm>
+#include <mutex>
+#else
 #include <sys/types.h>
 #include <unistd.h>
+#endif
 
 namespace example {
 
 static_assert(std::endian::native == std::endian::little,
               "these formats store little-endian numbers; the readers copy them as they are");
+
+// The system's own files: as bytes, read at an offset by any thread.
+#if defined(_WIN32)
+inline int open_file(const std::filesystem::path& path) {
+  return ::_wopen(path.c_str(), _O_RDONLY | _O_BINARY | _O_NOINHERIT);
+}
+inline std::ptrdiff_t read_file(int file, void* to, std::size_t bytes, std::uint64_t offset) {
+  static std::mutex positions;  // a file has one there
+  const std::lock_guard<std::mutex> mine(positions);
+  if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
+  return ::_read(file, to, static_cast<unsigned>(std::min(bytes, std::size_t{1} << 30)));
+}
+inline void close_file(int file) { ::_close(file); }
+#else
+inline int open_file(const std::filesystem::path& path) {
+  return ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+}
+inline std::ptrdiff_t read_file(int file, void* to, std::size_t bytes, std::uint64_t offset) {
+  return ::pread(file, to, bytes, static_cast<::off_t>(offset));
+}
+inline void close_file(int file) { ::close(file); }
+#endif
 
 class input_file {
  public:
@@ -35,16 +63,15 @@ class input_file {
     if (!std::filesystem::is_regular_file(status)) {
       refuse(name_, ": expected a regular file");
     }
-    descriptor_ = ::open(name_.c_str(), O_RDONLY | O_CLOEXEC);
+    descriptor_ = open_file(path);
     if (descriptor_ < 0) {
       refuse(name_, ": cannot be opened: ", std::strerror(errno));
     }
-    struct ::stat facts{};
-    if (::fstat(descriptor_, &facts) != 0 || facts.st_size < 0) {
-      ::close(std::exchange(descriptor_, -1));
+    size_ = std::filesystem::file_size(path, failure);
+    if (failure) {
+      close_file(std::exchange(descriptor_, -1));
       refuse(name_, ": its size cannot be read");
     }
-    size_ = static_cast<std::uint64_t>(facts.st_size);
   }
   input_file(input_file&& other) noexcept
       : name_(std::move(other.name_)),
@@ -55,7 +82,7 @@ class input_file {
   input_file& operator=(input_file&&) = delete;
   ~input_file() {
     if (descriptor_ >= 0) {
-      ::close(descriptor_);
+      close_file(descriptor_);
     }
   }
 
@@ -69,7 +96,7 @@ class input_file {
     }
     auto* out = static_cast<std::byte*>(to);
     while (bytes > 0) {
-      const auto got = ::pread(descriptor_, out, bytes, static_cast<::off_t>(offset));
+      const std::ptrdiff_t got = read_file(descriptor_, out, bytes, offset);
       if (got < 0 && errno == EINTR) {
         continue;
       }

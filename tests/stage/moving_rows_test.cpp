@@ -463,7 +463,7 @@ TEST_CASE("warm dispatch and combine never allocate, in any dtype and with any o
         }) == 0);
 }
 
-#if defined(__linux__)
+#if defined(__linux__) && defined(__LP64__)
 namespace {
 
 template <class T>

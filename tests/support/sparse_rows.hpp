@@ -1,7 +1,7 @@
 // A view whose rows lie gigabytes apart.
 #pragma once
 
-#if defined(__linux__)
+#if defined(__linux__) && defined(__LP64__)
 
 #include <sys/mman.h>
 #include <unistd.h>
