@@ -99,8 +99,7 @@ class scratch {
  public:
   scratch() = default;
   /// Over so many bytes: what does not fit is measured.
-  explicit scratch(std::byte* memory, index_t room = detail::most_bytes)
-      : memory_(memory), room_(room) {}
+  explicit scratch(std::byte* memory, index_t room = max_bytes) : memory_(memory), room_(room) {}
 
   /// The next n values, aligned to a cache line; nullptr where there is no room for them. No value
   /// needs none: what few routers ask for costs the others no call.

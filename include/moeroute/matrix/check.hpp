@@ -51,7 +51,9 @@ inline bool share_bytes(const byte_rows& a, const byte_rows& b) {
   if (a.stride_bytes != b.stride_bytes || a.stride_bytes == 0 || a.rows == 1 || b.rows == 1)
     return true;
   // Columns of one matrix side by side: the rows interleave, the bytes need not meet.
-  const index_t apart = static_cast<index_t>(b.begin - a.begin) % a.stride_bytes;
+  // Signed before it is taken: an address of 32 bits would wrap.
+  const index_t apart =
+      (static_cast<index_t>(b.begin) - static_cast<index_t>(a.begin)) % a.stride_bytes;
   const index_t shift = apart < 0 ? apart + a.stride_bytes : apart;
   return shift < a.row_bytes || shift + b.row_bytes > a.stride_bytes;
 }
