@@ -133,6 +133,16 @@ TEST_CASE("each row of a FlyLoRA projection has as many entries as it keeps; its
   CHECK(bias == std::vector<float>{0.5f, 0, -0.5f});
 }
 
+TEST_CASE("of ranks of one size the lowest stay, whatever their sign") {
+  const std::vector<float> bias{0.0f, 0.0f, 0.0f, 0.0f, 2.0f};
+  const lora_experts<> lora(1, 3, 3, 5, 1.0f, {.keep = 3, .bias = bias});
+  const float row[] = {-1.0f, 1.0f, 1.0f, -1.0f, -1.0f};
+  bool dropped[lora_experts<>::most_masked];
+  lora.dropped_ranks(row, dropped);
+  for (const std::size_t i : {0u, 1u, 2u}) CHECK_FALSE(dropped[i]);
+  for (const std::size_t i : {3u, 4u}) CHECK(dropped[i]);
+}
+
 TEST_CASE("adapters that do not fit are refused by name") {
   CHECK(test::refusal([] { lora_experts<>(1, 4, 4, 0, 1); }) ==
         "moeroute::lora_experts: rank is 0, expected 1 to 1048576");

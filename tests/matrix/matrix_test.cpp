@@ -172,6 +172,16 @@ TEST_CASE(
   CHECK(fewer == 0x10000u * 11);
 }
 
+TEST_CASE("a NaN of 16 bits comes back from float quiet, with its sign and the rest of its bits") {
+  for (std::uint32_t i = 0; i < 0x10000; ++i) {
+    const auto bits = static_cast<std::uint16_t>(i);
+    if ((bits & 0x7fffu) > 0x7c00u)
+      CHECK(float16(float{std::bit_cast<float16>(bits)}).bits == (bits | 0x200u));
+    if ((bits & 0x7fffu) > 0x7f80u)
+      CHECK(bfloat16(float{std::bit_cast<bfloat16>(bits)}).bits == (bits | 0x40u));
+  }
+}
+
 TEST_CASE("the limits of 16-bit types are those of their fields") {
   const auto compare = []<class Ours, class Theirs>(Ours, Theirs) {
     using ours = std::numeric_limits<Ours>;

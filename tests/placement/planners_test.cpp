@@ -574,6 +574,17 @@ TEST_CASE("what planners promise holds for any loads") {
   }
 }
 
+TEST_CASE("ranks that hold an expert send its copies in turn") {
+  const std::vector<expert_id> few{0, 0, 1, 1}, all{0, 1, 0, 1, 0, 1, 0, 1};
+  const auto sent = transfers(placement::from_slots(2, 4, few), placement::from_slots(2, 4, all));
+  const std::array<std::array<int, 4>, 4> expected{
+      {{1, 2, 0, 1}, {1, 3, 1, 3}, {0, 0, 2, 4}, {0, 1, 3, 6}}};
+  REQUIRE(sent.size() == 4);
+  for (std::size_t i = 0; i < 4; ++i)
+    CHECK((std::array<int, 4>{sent[i].expert, sent[i].from, sent[i].to, sent[i].slot}) ==
+          expected[i]);
+}
+
 TEST_CASE("renamed ranks keep dead ones dead, even where those have what a live one shall hold") {
   const std::vector<std::uint8_t> alive{1, 1, 1, 0};
   const std::vector<expert_id> before{0, 1, 2, 3, 4, 5, 0, 2}, after{0, 2, 3, 5, 1, 4, 1, 4};

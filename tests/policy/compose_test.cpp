@@ -85,10 +85,11 @@ TEST_CASE("shared experts follow the routed ones with ids from E on and a weight
 }
 
 TEST_CASE("a gated shared expert takes its weight from the token's gate") {
-  const std::vector<float> gate{0.5f, 0.75f};
+  std::vector<float> gate;
+  for (int t = 0; t < 37; ++t) gate.push_back(0.5f + 0.25f * static_cast<float>(t));
   side_inputs side;
   side.shared_weight = gate;
-  const assignment a = routed(with_shared<plain>{top_two, 1}, std::vector<float>(6, 1.0f), 3, side);
-  CHECK(a.weights(0)[2] == 0.5f);
-  CHECK(a.weights(1)[2] == 0.75f);
+  const assignment a =
+      routed(with_shared<plain>{top_two, 1}, std::vector<float>(37 * 3, 1.0f), 3, side);
+  for (std::size_t t = 0; t < 37; ++t) CHECK(a.weights(static_cast<index_t>(t))[2] == gate[t]);
 }
