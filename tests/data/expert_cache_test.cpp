@@ -8,6 +8,7 @@
 #include <moeroute/data/expert_profile.hpp>
 #include <numeric>
 #include <set>
+#include <string>
 #include <vector>
 
 #include "support/random.hpp"
@@ -302,6 +303,12 @@ TEST_CASE("a profile is the uses of a run; the hottest are pinned; text comes ba
   cache.uses(profile.uses);
   CHECK(profile.uses == std::vector<std::int64_t>{1, 3, 4, 0, 0, 0, 0, 3});
   CHECK(hot_keys(profile, 3) == std::vector<std::int32_t>{2, 1, 7});
+  CHECK(hot_keys(profile, 8).size() == 8);
+  for (const index_t n : {-1, 9})
+    CHECK(test::refusal([&] { hot_keys(profile, n); }) ==
+          "moeroute::hot_keys: n is " + std::to_string(n) + ", expected 0 to 8");
+  CHECK(test::refusal([] { hot_keys({.layers = 2, .experts = 2, .uses = {1, 2, 3}}, 1); }) ==
+        "moeroute::hot_keys: uses.size() is 3, expected 4");
   const expert_profile back = parse_expert_profile(to_string(profile));
   CHECK(back.layers == 2);
   CHECK(back.experts == 4);

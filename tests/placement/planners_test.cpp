@@ -7,6 +7,7 @@
 #include <functional>
 #include <moeroute/base/linear_assignment.hpp>
 #include <moeroute/placement/affinity.hpp>
+#include <moeroute/placement/cost.hpp>
 #include <moeroute/placement/eplb.hpp>
 #include <moeroute/placement/exact_balance.hpp>
 #include <moeroute/placement/failover.hpp>
@@ -814,4 +815,56 @@ TEST_CASE("planners refuse by name what is no load, no size, no option") {
   CHECK(said([&] {
           linear_assignment({1.0, HUGE_VAL, 2.0, 3.0}, 2);
         }).find("linear_assignment: a gain is inf") != std::string::npos);
+}
+
+TEST_CASE("what counts, costs or moves a placement refuses by name what does not fit it") {
+  const auto said = [](auto&& f) { return test::refusal(f); };
+  using numbers = std::vector<double>;
+  const numbers good{1, 2, 3, 4};
+  const placement two = placement::contiguous(4, 2), four = placement::contiguous(4, 4);
+  CHECK(said([&] {
+          shadow_published(numbers{1, -2}, {.d = 1});
+        }).ends_with("expected a finite number >= 0"));
+  CHECK(said([&] { rank_loads(two, numbers{1, 2}); }) ==
+        "moeroute::rank_loads: load.size() is 2, expected 4");
+  for (const index_t slots : {3, 33})
+    CHECK(said([&] { replicate(good, slots, 8); }) ==
+          "moeroute::replicate: slots is " + std::to_string(slots) + ", expected 4 to 32");
+  CHECK(said([&] { replicate(good, 4, 0); }).starts_with("moeroute::replicate: most is 0"));
+  CHECK(said([&] { relabel(two, four); }) == "moeroute::relabel: made.ranks() is 4, expected 2");
+  CHECK(said([&] { relabel(two, placement::contiguous(6, 2)); }) ==
+        "moeroute::relabel: made.experts() is 6, expected 4");
+  CHECK(said([&] { transfers(two, four); }) == "moeroute::transfers: to.ranks() is 4, expected 2");
+  CHECK(said([&] { transfers(two, placement::contiguous(6, 2)); }) ==
+        "moeroute::transfers: to.experts() is 6, expected 4");
+  const placement lost = placement::from_slots(4, 2, std::vector<expert_id>{0, 1, 2, 2});
+  CHECK(said([&] { transfers(lost, two); }) ==
+        "moeroute::transfers: expert 3 has no live slot to be copied from");
+  CHECK(said([] { place_batch({}); }) == "moeroute::place_batch: ranks is 0, expected 1 to 0");
+  CHECK(said([] { expert_traffic({.experts = 0}); }) ==
+        "moeroute::traffic: experts is 0, expected 1 to 1048576");
+  CHECK(said([] { expert_traffic({.experts = 4, .noise = -1.0}); }) ==
+        "moeroute::traffic: an option is -1.000000, expected a finite number >= 0");
+  std::vector<expert_id> ids;
+  CHECK(said([&] { expert_traffic({.experts = 4}).draw(1, 5, 0, ids); }) ==
+        "moeroute::traffic: k is 5, expected 1 to 4");
+  const auto cost = [&](const std::vector<std::vector<std::int32_t>>& rank_of_expert) {
+    return said([&] {
+      affinity_cost({.experts = 2, .count = {{1, 2, 3, 4}}}, {.ranks = 2}, rank_of_expert);
+    });
+  };
+  CHECK(cost({{0, 1}, {1, 0}}) == "accepted");
+  CHECK(cost({{0, 1}}) == "moeroute::affinity_cost: layers is 1, expected 2");
+  CHECK(cost({{0, 1}, {0}}) == "moeroute::affinity_cost: experts is 1, expected 2");
+  CHECK(cost({{0, 1}, {0, 2}}) == "moeroute::affinity_cost: rank is 2, expected 0 to 1");
+  CHECK(said([] { fit_link(numbers{1, 2}, numbers{1}); }) ==
+        "moeroute::fit_link: seconds.size() is 1, expected 2");
+  CHECK(said([] { fit_link(numbers{3, 3}, numbers{1, 2}); }) ==
+        "moeroute::fit_link: all messages have one size, expected several");
+  CHECK(said([] { expected_distinct(4, 5, 2); }) ==
+        "moeroute::expected_distinct: k is 5, expected 1 to 4");
+  CHECK(said([] { expected_distinct(4, 2, 5); }) ==
+        "moeroute::expected_distinct: groups is 5, expected 1 to 4");
+  CHECK(said([] { chunked_seconds({}, 0.0, 0); }) ==
+        "moeroute::chunked_seconds: n is 0, expected 1 to 1048576");
 }

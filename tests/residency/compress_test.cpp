@@ -9,6 +9,7 @@
 #include <moeroute/residency/prune.hpp>
 #include <moeroute/stage/plan.hpp>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "support/assignments.hpp"
@@ -218,4 +219,70 @@ TEST_CASE(
         "moeroute::group_experts: usage is nan, expected a finite number");
   CHECK(test::refusal([&] { keep_best(unknown, 1); }) ==
         "moeroute::keep_best: worth is nan, expected a number");
+}
+
+TEST_CASE("what does not belong together is not merged, kept or counted, and named") {
+  const expert_subset stay = keep_best(std::vector<double>{3, 1, 2, 0}, 2);
+  const std::vector<float> numbers(60);
+  CHECK(test::refusal([&] { kept_rows({numbers.data(), 3, 5}, stay); }) ==
+        "moeroute::kept_rows: gate.rows is 3, expected 4");
+  CHECK(test::refusal([&] { kept_values(numbers, stay); }) ==
+        "moeroute::kept_values: values.size() is 60, expected 4");
+  CHECK(test::refusal([&] { kept_table(expert_table({0, 1, 2}, 1, 3), stay); }) ==
+        "moeroute::kept_table: table.experts() is 3, expected 4");
+  CHECK(test::refusal([&] { kept_table(expert_table({0, 1, 2}, 3, 4), stay); }) ==
+        "moeroute::kept_table: k is 3, expected 1 to 2");
+
+  test::random rng(9);
+  const expert one(rng, 4, 3), more(rng, 5, 3), wide(rng, 4, 6);
+  const auto merged = [](const std::vector<swiglu_weights>& list,
+                         const std::vector<double>& usage) {
+    return test::refusal([&] { merge_experts(list, usage); });
+  };
+  CHECK(merged({}, {}) == "moeroute::merge_experts: experts.size() is 0, expected 1 to 1048576");
+  CHECK(merged({one.view(), one.view()}, {1.0}) ==
+        "moeroute::merge_experts: usage.size() is 1, expected 2");
+  CHECK(merged({one.view(), one.view()}, {1.0, -1.0}) ==
+        "moeroute::merge_experts: usage is -1.000000, expected >= 0");
+  CHECK(merged({one.view(), one.view()}, {0.0, 0.0}) == "accepted");
+  // Every side of an expert is that of the first.
+  const auto aligned = [&](const swiglu_weights& other) {
+    return test::refusal([&] { align_units(one.view(), other); });
+  };
+  CHECK(aligned(more.view()) == "moeroute::align_units: gate.rows is 5, expected 4");
+  CHECK(aligned(wide.view()) == "moeroute::align_units: gate.cols is 6, expected 3");
+  swiglu_weights mixed = one.view();
+  mixed.up = more.view().up;
+  CHECK(aligned(mixed) == "moeroute::align_units: up.rows is 5, expected 4");
+  mixed.up = wide.view().up;
+  CHECK(aligned(mixed) == "moeroute::align_units: up.cols is 6, expected 3");
+  mixed.up = one.view().up;
+  mixed.down = wide.view().down;
+  CHECK(aligned(mixed) == "moeroute::align_units: down.rows is 6, expected 3");
+  mixed.down = more.view().down;
+  CHECK(aligned(mixed) == "moeroute::align_units: down.cols is 5, expected 4");
+
+  CHECK(test::refusal([] { saliency_meter(0); }) ==
+        "moeroute::saliency_meter: experts is 0, expected 1 to 1048576");
+  const assignment a = test::fixed_choices(rng, 3, 6, 2);
+  dispatch_plan p;
+  plan(a, p);
+  CHECK(test::refusal([&] { saliency_meter(5).add(p, a, {numbers.data(), p.slots(), 5}); }) ==
+        "moeroute::saliency_meter: plan.experts() is 6, expected 5");
+  CHECK(test::refusal([&] { saliency_meter(6).add(p, a, {numbers.data(), 2, 5}); }) ==
+        "moeroute::saliency_meter: out.rows is 2, expected " + std::to_string(p.slots()));
+  CHECK(test::refusal([&] {
+          saliency_meter(6).add(p, test::fixed_choices(rng, 4, 6, 2),
+                                {numbers.data(), p.slots(), 5});
+        }) == "moeroute::saliency_meter: choices.choices() is 8, expected 6");
+  CHECK(test::refusal([] { saliency_meter(6).merge(saliency_meter(5)); }) ==
+        "moeroute::saliency_meter: experts is 5, expected 6");
+  const auto least = [&](double mass, double share) {
+    return test::refusal([&] { (void)least_experts({numbers.data(), 2, 3}, mass, share); });
+  };
+  CHECK(least(0.0, 1.0) ==
+        "moeroute::least_experts: mass is 0.000000, expected above 0, at most 1");
+  CHECK(least(1.5, 1.0).starts_with("moeroute::least_experts: mass is 1.5"));
+  CHECK(least(0.5, 0.0).starts_with("moeroute::least_experts: share is 0"));
+  CHECK(least(0.5, 1.5).starts_with("moeroute::least_experts: share is 1.5"));
 }
