@@ -151,15 +151,15 @@ auto pruned_tokens(moeroute::linear_gate<> of_figures, Block block, double share
 /// by trying all paths that fit into a budget. What a trained router reaches is held against it.
 ///
 /// loss(path) is the token's with one option per layer; of equal losses the cheaper path is kept,
-/// of these the first. No path, and a loss of infinity, where none fits. Cost: options ^ layers
-/// losses.
+/// of these the first. No path, and a loss of infinity, where none fits or there is no option.
+/// Cost: options ^ layers losses.
 template <class Loss>
 std::pair<std::vector<std::int32_t>, double> oracle_path(index_t layers,
                                                          std::span<const double> cost,
                                                          double budget, Loss&& loss) {
   std::vector<std::int32_t> path(static_cast<std::size_t>(layers)), best;
   double least = std::numeric_limits<double>::infinity(), least_cost = least;
-  for (bool more = true; more;) {
+  for (bool more = layers == 0 || !cost.empty(); more;) {
     double spent = 0.0;
     for (const std::int32_t option : path) spent += cost[static_cast<std::size_t>(option)];
     if (spent <= budget) {

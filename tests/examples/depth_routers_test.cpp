@@ -214,4 +214,5 @@ TEST_CASE("an oracle's path is the best of all that fit, and a larger budget is 
   const std::vector<double> first_is_dear{2.0, 0.5};
   CHECK(oracle_path(3, first_is_dear, 9.0, even).first == std::vector<std::int32_t>{1, 1, 1});
   CHECK(oracle_path(3, first_is_dear, 1.0, even).first.empty());
+  CHECK(oracle_path(3, {}, 1.0, even).first.empty());
 }

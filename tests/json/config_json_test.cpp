@@ -391,8 +391,9 @@ TEST_CASE("a model of the catalogue whose file nobody reads is refused by its ty
     CHECK(refusal(R"({"model_type": "wrapper", "text_config": )" + config + "}") ==
           "config.json: field 'text_config': " + sentence(type, entry));
   }
-  CHECK(refusal(R"({"model_type": "kimi_k30"})").find("of the catalogue, found") !=
-        std::string::npos);
+  for (const char* const other : {"kimi_k30", "klear2", "skywork_moe2"})
+    CHECK(refusal(R"({"model_type": ")" + std::string(other) + "\"}")
+              .find("of the catalogue, found") != std::string::npos);
 }
 
 namespace {

@@ -149,6 +149,11 @@ TEST_CASE("adapters that do not fit are refused by name") {
   CHECK(test::refusal([] { lora_experts<>(1, 4, 4, 2, 1, {.keep = 3}); }) ==
         "moeroute::lora_experts: mask.keep is 3, expected 0 to 2");
   const std::vector<float> w(16);
+  std::vector<float> low(2);
+  for (const expert_id e : {-1, 1})
+    CHECK(test::refusal([&] {
+            lora_experts<>(1, 4, 4, 2, 1).low_rank(e, {w.data(), 1, 4}, {low.data(), 1, 2});
+          }) == "moeroute::lora_experts: expert is " + std::to_string(e) + ", expected 0 to 0");
   CHECK(test::refusal([&] { lora_experts<>(1, 4, 4, 2, 1).set_a(0, {w.data(), 4, 4}); }) ==
         "moeroute::lora_experts: a.rows is 4, expected 2");
   test::random rng(4);

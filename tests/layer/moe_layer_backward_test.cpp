@@ -407,6 +407,22 @@ TEST_CASE("activations that are kept give the bits of those that are computed ag
                   back(e, rows(x, tokens), rows(dy, tokens), into(dx, tokens), memory.data());
                 }) == "moeroute::swiglu_backward: expert is " + std::to_string(e) +
                           ", expected 0 to " + std::to_string(experts - 1));
+        const auto sizes = [&](index_t of_dout, index_t of_din, index_t of_kept, index_t columns) {
+          return test::refusal([&] {
+            back(0, {x.data(), tokens, d}, {dy.data(), of_dout, d}, {dx.data(), of_din, d},
+                 {kept.kept.data, of_kept, columns}, memory.data());
+          });
+        };
+        const std::string expected = ", expected " + std::to_string(tokens);
+        const index_t columns = back.kept_floats();
+        CHECK(sizes(tokens - 1, tokens, tokens, columns) ==
+              "moeroute::swiglu_backward: dout.rows is " + std::to_string(tokens - 1) + expected);
+        CHECK(sizes(tokens, tokens - 1, tokens, columns) ==
+              "moeroute::swiglu_backward: din.rows is " + std::to_string(tokens - 1) + expected);
+        CHECK(sizes(tokens, tokens, tokens - 1, columns) ==
+              "moeroute::swiglu_backward: kept.rows is " + std::to_string(tokens - 1) + expected);
+        CHECK(sizes(tokens, tokens, tokens, 1) ==
+              "moeroute::swiglu_backward: kept.cols is 1, expected " + std::to_string(columns));
         kept.kept.cols += 1;
         CHECK(test::refusal([&] {
                 backward(layer, rows(x, tokens), {}, kept, rows(dy, tokens),

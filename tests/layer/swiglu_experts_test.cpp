@@ -55,6 +55,15 @@ TEST_CASE("weights of another shape, and experts that are not there, are refused
         "moeroute::swiglu_experts: expert is 3, expected 0 to 2");
   CHECK(test::refusal([&] { experts.activation_input(-1, const_view(x), view(between)); }) ==
         "moeroute::swiglu_experts: expert is -1, expected 0 to 2");
+  const row_matrix<float> more = row_matrix<float>::Zero(4, 5);
+  CHECK(test::refusal([&] { experts(0, const_view(more), view(y), memory.data()); }) ==
+        "moeroute::swiglu_experts: out.rows is 2, expected 4");
+  const auto keep = [&](const matrix_view<float>& kept) {
+    return test::refusal([&] { experts(0, const_view(x), view(y), kept, memory.data()); });
+  };
+  CHECK(keep({between.data(), 1, 14}) == "moeroute::swiglu_experts: kept.rows is 1, expected 2");
+  CHECK(keep({between.data(), 2, 7}) == "moeroute::swiglu_experts: kept.cols is 7, expected 14");
+  CHECK(keep(view(between)) == "accepted");
   CHECK(test::refusal([] { swiglu_experts<>(0, 5, 7); }) ==
         "moeroute::swiglu_experts: experts is 0, expected 1 to 1048576");
 }

@@ -115,9 +115,13 @@ TEST_CASE(
       explored(rule, z, experts, {.seed = 5, .step = 2}, test::several_threads{3});
   CHECK(test::bit_difference(more.ids(), one.ids()) == "");
   CHECK(test::bit_difference(more.weights(), one.weights()) == "");
-  const std::vector<float> head(z.begin(), z.begin() + 7 * experts);
-  const assignment few = explored(rule, head, experts, {.seed = 5, .step = 2});
-  CHECK(std::equal(few.ids().begin(), few.ids().end(), one.ids().begin()));
+  // Few that explore are weighed one by one, many together.
+  for (const index_t n : {1, 2, 7, 16, 100}) {
+    const std::vector<float> head(z.begin(), z.begin() + n * experts);
+    const assignment few = explored(rule, head, experts, {.seed = 5, .step = 2});
+    CHECK(test::bit_difference(few.ids(), one.ids().first(few.ids().size())) == "");
+    CHECK(test::bit_difference(few.weights(), one.weights().first(few.weights().size())) == "");
+  }
   for (const side_inputs& other : {side_inputs{.seed = 6, .step = 2}, {.seed = 5, .step = 3}})
     CHECK(test::bit_difference(explored(rule, z, experts, other).ids(), one.ids()) != "");
   std::vector<std::uint8_t> mask(static_cast<std::size_t>(tokens), 1);

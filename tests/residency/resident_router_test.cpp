@@ -7,6 +7,7 @@
 #include <map>
 #include <moeroute/data/expert_cache.hpp>
 #include <moeroute/policy/catalog.hpp>
+#include <moeroute/policy/row/explore.hpp>
 #include <moeroute/policy/weigh/router.hpp>
 #include <moeroute/residency/resident_any_router.hpp>
 #include <moeroute/stage/weigh.hpp>
@@ -404,6 +405,26 @@ TEST_CASE("counts are what plain sums over the choices give, and counting change
   test::routed(resident_router(keys, drop, some, &keyed), z, experts);
   CHECK(keyed.dropped > 0);
   CHECK(keyed.mass == 0);
+}
+
+TEST_CASE("what a token explores is dropped where it is cold, as what it chooses") {
+  constexpr index_t tokens = 40, experts = 12, k = 3;
+  test::random rng(7);
+  std::vector<float> z(tokens * experts);
+  for (float& v : z) v = rng.normal();
+  const resident_set none(experts);
+  for (const float strength : {0.0f, 0.9f}) {
+    const residency_rule drop{.kind = kind::drop_cold, .strength = strength};
+    const explore<router<softmax, resident_selection<top_k>>> rule{
+        {.score = {},
+         .selection = {.plain = {.k = k}, .rule = drop, .set = none.view()},
+         .weight = sum_normalized},
+        1.0f};
+    const assignment drawn = test::routed(rule, z, experts);
+    index_t there = 0;
+    for (const expert_id e : drawn.ids()) there += e != no_expert;
+    CHECK((strength == 0.0f ? there == tokens * k : there < tokens * k));
+  }
 }
 
 TEST_CASE("real logits choose and weigh the same under every rule everywhere") {

@@ -297,8 +297,7 @@ inline bool names_entry(std::string_view type, std::string_view entry) {
   };
   const std::string given = letters(type), name = letters(entry);
   const auto digit = [](char c) { return c >= '0' && c <= '9'; };
-  return given.starts_with(name) &&
-         !(given.size() > name.size() && digit(name.back()) && digit(given[name.size()]));
+  return given.starts_with(name) && !(given.size() > name.size() && digit(given[name.size()]));
 }
 
 /// Refuses the model type of the file; of a model that the catalogue has and whose file nobody

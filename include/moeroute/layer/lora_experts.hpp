@@ -80,7 +80,7 @@ class lora_experts {
 
   /// low = A x of expert e, [n, r], which a mask has not seen.
   void low_rank(expert_id e, matrix_view<const float> x, matrix_view<float> low) const {
-    simd::gemm(x, down_[static_cast<std::size_t>(e)], low);
+    simd::gemm(x, part(down_, e), low);
   }
   /// dropped[i] = whether the mask drops rank i of a row of low_rank(); the lowest stays among
   /// equals.
@@ -157,8 +157,9 @@ class lora_experts {
       if (dropped[i]) row[i] = 0.0f;
   }
 
-  simd::packed_matrix<float, A>& part(std::vector<simd::packed_matrix<float, A>>& of, expert_id e) {
-    check_range("lora_experts", "expert", e, 0, experts() - 1);
+  template <class List>
+  static auto& part(List& of, expert_id e) {
+    check_range("lora_experts", "expert", e, 0, static_cast<index_t>(of.size()) - 1);
     return of[static_cast<std::size_t>(e)];
   }
 

@@ -84,6 +84,15 @@ class swiglu_backward {
     using enum simd::sum_start;
     using rows = matrix_view<const float>;
     check_range("swiglu_backward", "expert", e, 0, experts_->experts() - 1);
+    check_size("swiglu_backward", "in.cols", in.cols, d());
+    check_size("swiglu_backward", "dout.rows", dout.rows, in.rows);
+    check_size("swiglu_backward", "dout.cols", dout.cols, d());
+    check_size("swiglu_backward", "din.rows", din.rows, in.rows);
+    check_size("swiglu_backward", "din.cols", din.cols, d());
+    if (kept.data != nullptr) {
+      check_size("swiglu_backward", "kept.rows", kept.rows, in.rows);
+      check_size("swiglu_backward", "kept.cols", kept.cols, hidden());
+    }
     const index_t n_ff = ff(), h = hidden(), first_ff = e * n_ff, first_d = e * d();
     for (index_t first = 0; first < in.rows; first += tile) {
       const index_t n = std::min(tile, in.rows - first);

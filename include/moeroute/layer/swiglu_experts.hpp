@@ -133,6 +133,11 @@ class swiglu_experts {
                   matrix_view<float> kept, float* memory) const {
     const auto& gate_up = part(gate_up_, e);
     const auto& down = part(down_, e);
+    check_size("swiglu_experts", "out.rows", out.rows, in.rows);
+    if (kept.data != nullptr) {
+      check_size("swiglu_experts", "kept.rows", kept.rows, in.rows);
+      check_size("swiglu_experts", "kept.cols", kept.cols, hidden());
+    }
     for (index_t first = 0; first < in.rows; first += tile) {
       const index_t n = std::min(tile, in.rows - first);
       const matrix_view<float> act(memory, n, hidden());

@@ -36,7 +36,7 @@ struct explore {
 
   struct buffers {
     decltype(std::declval<const Router&>().carve(std::declval<scratch&>(), index_t{})) router;
-    expert_id* id;       ///< [k][16], of a row that explores
+    expert_id* id;       ///< [k][16], of the rows of a block that explore
     float* value;        ///< [k][16]
     expert_id* allowed;  ///< [E]
     float* logits;       ///< [E] where the router transforms them
@@ -181,6 +181,8 @@ struct explore {
     if constexpr (of_parts) {
       router.score.template score_choices<A>(z, drawn, router.weight.needs());
       router.weight.template apply<A>(drawn);
+      if constexpr (requires { router.selection.template settle<A>(drawn, z.rows); })
+        router.selection.template settle<A>(drawn, z.rows);
     } else {
       for (int at = 0; at < drawn.k * block_rows; ++at)
         drawn.value[at] = drawn.id[at] == no_expert ? 0.0f : 1.0f / static_cast<float>(drawn.k);
