@@ -336,8 +336,8 @@ inline bool sort_in_bytes(const std::int32_t* key, index_t n, index_t values, gr
 #if defined(__AVX512BW__)
 // start[v] = how many of n keys in [-1, values) are below v, -1 aside, for v below values, which
 // are 256 at most. As a byte, -1 is the largest: below none.
-inline void starts_in_bytes(const std::int32_t* key, index_t n, index_t values,
-                            std::int32_t* start) {
+MOEROUTE_OUT_OF_LINE inline void starts_in_bytes(const std::int32_t* key, index_t n, index_t values,
+                                                 std::int32_t* start) {
   alignas(alignment) static constexpr auto number = [] {
     std::array<std::uint8_t, 64> list{};
     for (std::size_t i = 0; i < list.size(); ++i) list[i] = static_cast<std::uint8_t>(i);
