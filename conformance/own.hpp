@@ -13,7 +13,7 @@ namespace conformance {
 
 /// Whether the compiled library has words for the rule.
 inline bool in_library(const kit_file& kit) {
-  return !moeroute::parse_spec(kit.rule).has_rare_words();
+  return moeroute::compiled::can_describe(moeroute::parse_spec(kit.rule));
 }
 
 /// What the library decides for every token of the file; `change` may alter its description first.

@@ -219,7 +219,8 @@ typedef struct moeroute_router_shape {
 // The plain softmax router: E = 8, k = 2.
 MOEROUTE_API int moeroute_spec_init(moeroute_spec* spec);
 
-// The router of a published model, by its name in the catalogue ("deepseek_v3").
+// The router of a published model, by its name in the catalogue ("deepseek_v3"). A few newer ones
+// have rules that a spec has no fields for: refused (MOEROUTE_INVALID), as an unknown name is.
 MOEROUTE_API int moeroute_spec_of_model(const char* name, moeroute_spec* spec);
 
 // The i-th name of the catalogue, or null.

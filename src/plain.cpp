@@ -33,6 +33,10 @@ const char* model_name(std::int32_t i) {
 
 bool spec_of_model(const char* name, moeroute_spec& out) {
   const catalog_entry* const entry = find_in_catalog(name);
+  if (entry != nullptr && !compiled::can_describe(entry->spec))
+    fail("spec_of_model", "'" + std::string(name) +
+                              "' has words that the compiled library does not have: make_router() "
+                              "or make_rare_router() of the headers makes it");
   out = c_spec_of(entry == nullptr ? router_spec{} : entry->spec);
   return entry != nullptr;
 }

@@ -108,15 +108,29 @@ inline spec plain_spec() {
 }
 
 /// The router of a published model. Throws: std::invalid_argument where the catalogue has no such
-/// name.
+/// name, or its rule has words that a description does not have.
 inline spec spec_of_model(const char* name) {
   spec s;
   check(moeroute_spec_of_model(name, &s));
   return s;
 }
 
-/// Writes the fields of a moeroute::router_spec over those of a description: whoever has the
-/// headers too can hand their specs on.
+/// Whether a description has words for all that a moeroute::router_spec says of a choice. It has
+/// none for rare words, for rules over a batch (a description has fields of its own for them), and
+/// for the few that are compared here.
+template <class RouterSpec>
+bool can_describe(const RouterSpec& from) {
+  const RouterSpec plain{};
+  return !from.has_rare_words() && !from.sees_batch() && from.noise == plain.noise &&
+         from.lost_weight == plain.lost_weight && from.second == plain.second &&
+         from.table_key == plain.table_key && from.first_keys == plain.first_keys &&
+         static_cast<int>(from.score) <= MOEROUTE_UNIFORM &&
+         static_cast<int>(from.selection) <= MOEROUTE_RANDOM &&
+         static_cast<int>(from.group_score) <= MOEROUTE_GROUP_TOP_SUM;
+}
+
+/// Writes the fields of a moeroute::router_spec over those of a description, as far as it has words
+/// for them: whoever has the headers too can hand their specs on.
 template <class RouterSpec>
 void describe(const RouterSpec& from, spec& to) {
   const auto number = [](auto field) { return static_cast<std::int32_t>(field); };
@@ -158,9 +172,11 @@ void describe(const RouterSpec& from, spec& to) {
   to.normalize_after_drop = !from.normalize_before_drop;
 }
 
-/// The same as a description of its own.
+/// The same as a description of its own. Throws: std::invalid_argument unless can_describe(from).
 template <class RouterSpec>
 spec describe(const RouterSpec& from) {
+  if (!can_describe(from))
+    refuse("moeroute::describe: the spec has words that the compiled library does not have");
   spec to = plain_spec();
   describe(from, to);
   return to;

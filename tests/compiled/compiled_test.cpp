@@ -501,6 +501,58 @@ TEST_CASE("a description of the headers is the same description here") {
   }
 }
 
+TEST_CASE("a published router is that of the headers, or refused where a word would be lost") {
+  std::mt19937 engine(12);
+  moeroute::workspace workspace;
+  std::vector<std::string> refused;
+  for (const moeroute::catalog_entry& entry : moeroute::newer_catalog) {
+    INFO(entry.name);
+    const std::string name(entry.name);
+    if (entry.spec.has_rare_words()) {
+      refused.push_back(name);
+      CHECK_THROWS_WITH(compiled::spec_of_model(name.c_str()),
+                        ContainsSubstring("moeroute::spec_of_model: '" + name + "' has words"));
+      CHECK_THROWS_WITH(compiled::describe(entry.spec), ContainsSubstring("has words"));
+      continue;
+    }
+    const index_t tokens = 9;
+    const inputs in(entry.spec, tokens, engine);
+    moeroute::assignment expected;
+    moeroute::route(
+        moeroute::make_router(entry.spec, {.bias = in.bias, .per_expert_scale = in.scale}),
+        moeroute::matrix_view<const float>(in.logits.data(), tokens, entry.spec.columns()),
+        workspace, expected);
+    const compiled::router got(compiled::spec_of_model(name.c_str()),
+                               {.bias = in.bias, .per_expert_scale = in.scale});
+    compiled::assignment choices;
+    compiled::route(got, {in.logits.data(), tokens, got.columns()}, choices);
+    check_same(choices, expected);
+  }
+  CHECK(refused == std::vector<std::string>{"kolibri1", "deepseek_v4_vision", "pangu_pro",
+                                            "intern_s1_pro", "grove_moe", "skywork_moe"});
+}
+
+TEST_CASE("a spec is described whole or not at all") {
+  using moeroute::selection_kind;
+  CHECK(compiled::can_describe(moeroute::router_spec{}));
+  CHECK(compiled::can_describe(moeroute::router_spec{.selection = selection_kind::random}));
+  for (const moeroute::router_spec& spec : {
+           moeroute::router_spec{.score = moeroute::score_kind::softplus},
+           moeroute::router_spec{.selection = selection_kind::expert_choice},
+           moeroute::router_spec{.selection = selection_kind::soft},
+           moeroute::router_spec{.groups = 2, .group_score = moeroute::group_score::sum},
+           moeroute::router_spec{.groups = 2, .lost_weight = moeroute::lost_weight::zero},
+           moeroute::router_spec{.second = moeroute::second_expert::random},
+           moeroute::router_spec{.table_key = moeroute::table_key::bigram},
+           moeroute::router_spec{.first_keys = 4},
+           moeroute::router_spec{.standardize = 1.0f},
+           moeroute::router_spec{.noise = moeroute::noise_kind::gumbel},
+           moeroute::router_spec{.explore = 0.1f},
+       })
+    CHECK_THROWS_WITH(compiled::describe(spec),
+                      ContainsSubstring("moeroute::describe: the spec has words"));
+}
+
 TEST_CASE("what was reserved runs without an allocation") {
   std::mt19937 engine(9);
   const index_t tokens = 300, d = 16;

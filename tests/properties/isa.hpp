@@ -28,8 +28,9 @@ inline std::string isa_property(bytes in) {
   for (int i = 0; const char* isa = moeroute_isa_name(i); ++i) {
     try {
       compiled::check(moeroute_use_isa(isa));
-      const compiled::router router(compiled::describe(s),
-                                    {.bias = bias, .per_expert_scale = scale});
+      compiled::spec words = compiled::plain_spec();
+      compiled::describe(s, words);  // of rare words, what the library has
+      const compiled::router router(words, {.bias = bias, .per_expert_scale = scale});
       if (z.empty()) z = in.logits(tokens * router.columns());
       compiled::route(router, {z.data(), tokens, router.columns()}, choices);
       if (i == 0) {

@@ -268,7 +268,7 @@ std::unique_ptr<router> new_router(nb::object what, nb::object bias, nb::object 
   constexpr const char* where = "Router";
   auto made = std::make_unique<router>();
   made->spec = spec_of(what, layer);
-  if (made->spec.has_rare_words() || made->spec.sees_batch())
+  if (!mr::can_describe(made->spec))
     refuse("moeroute::Router: '" + moeroute::to_string(made->spec) +
            "' has words that the compiled library does not have");
   mr::tensors tensors;
