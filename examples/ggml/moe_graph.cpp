@@ -298,7 +298,7 @@ std::vector<T> contents(const ggml_tensor* tensor) {
 struct difference {
   std::int64_t choices = 0;  // compared
   std::int64_t swapped = 0;  // whose keys are equal but for the rounding of two exponentials
-  std::int64_t wrong = 0;    // others
+  std::int64_t wrong = 0;    // others, and values that are no numbers
   double weights = 0;        // the largest, relative
   double y = 0;              // the largest, of tokens with the same ids, relative to the largest y
 };
@@ -316,7 +316,9 @@ difference compare(const graph& blocks, const graph& other) {
     const std::size_t experts = static_cast<std::size_t>(blocks.keys[i]->ne[0]);
     for (std::size_t c = 0; c < ids.size(); ++c, ++d.choices) {
       if (ids[c] == expected[c]) {
-        d.weights = std::max(d.weights, std::abs(static_cast<double>(got[c]) / weights[c] - 1.0));
+        const double off = std::abs(static_cast<double>(got[c]) / weights[c] - 1.0);
+        if (std::isnan(off)) ++d.wrong;
+        d.weights = std::max(d.weights, off);
         continue;
       }
       same[c / k] = false;
@@ -329,10 +331,30 @@ difference compare(const graph& blocks, const graph& other) {
   double largest = 0;
   for (const float value : y) largest = std::max(largest, std::abs(static_cast<double>(value)));
   for (std::size_t j = 0; j < y.size(); ++j) {
-    if (same[j / width])
-      d.y = std::max(d.y, std::abs(static_cast<double>(got[j]) - y[j]) / largest);
+    if (!same[j / width]) continue;
+    const double off = std::abs(static_cast<double>(got[j]) - y[j]) / largest;
+    if (std::isnan(off)) ++d.wrong;
+    d.y = std::max(d.y, off);
   }
   return d;
+}
+
+// Whether no node is made of a rule that is not one token's own.
+bool refuses_batch_rules() {
+  moeroute_spec spec;
+  if (moeroute_spec_init(&spec) != MOEROUTE_OK) throw std::runtime_error(moeroute_last_error());
+  spec.k = 1;
+  for (const int selection :
+       {MOEROUTE_RANDOM, MOEROUTE_SINKHORN, MOEROUTE_SELECTIVE_SINKHORN, MOEROUTE_BASE}) {
+    spec.selection = selection;
+    try {
+      const router_op made(spec, {}, most_tokens, 2);
+      std::printf("selection %d was not refused\n", selection);
+      return false;
+    } catch (const std::invalid_argument&) {
+    }
+  }
+  return true;
 }
 
 // ---- the table ----------------------------------------------------------------------------------
@@ -420,7 +442,7 @@ int main(int argc, char** argv) try {
   ggml_backend_cpu_set_n_threads(backend.get(), threads);
   std::printf("ggml %s, moeroute %s (%s), %d thread%s\n", ggml_version(), moeroute_version(),
               moeroute_isa(), threads, threads == 1 ? "" : "s");
-  bool right = true;
+  bool right = refuses_batch_rules();
   for (const char* name : {"qwen3_moe", "deepseek_v3"})
     right = show(name, backend.get(), threads, timed) && right;
   if (!right) std::printf("\nNOT THE SAME\n");

@@ -34,6 +34,12 @@ class router_op {
   router_op(const moeroute_spec& spec, const moeroute_tensors& tensors, std::int64_t most_tokens,
             int threads)
       : most_tokens_(most_tokens) {
+    // Each thread routes some of the tokens: what is decided over all of them, or drawn by their
+    // place among them, would differ with the number of threads.
+    if (spec.selection >= MOEROUTE_RANDOM) {
+      throw std::invalid_argument(
+          "router_op: a rule over a batch, or a random one, is not one token's");
+    }
     moeroute_router* router = nullptr;
     check(moeroute_router_new(&spec, &tensors, &router));
     router_.reset(router);
@@ -85,7 +91,9 @@ class router_op {
                       ggml_custom_op_t run) {
     if (logits->type != GGML_TYPE_F32 || logits->ne[0] != shape_.columns ||
         logits->ne[1] > most_tokens_ || logits->ne[2] != 1 || logits->ne[3] != 1 ||
-        logits->nb[0] != sizeof(float)) {
+        logits->nb[0] != sizeof(float) || logits->nb[1] % sizeof(float) != 0 ||
+        (logits->ne[1] > 1 &&
+         logits->nb[1] < logits->nb[0] * static_cast<std::size_t>(logits->ne[0]))) {
       throw std::invalid_argument(
           "router_op: logits are F32 [E, T], T at most what was reserved, rows contiguous");
     }

@@ -108,7 +108,9 @@ def compare(blocks, ours):
         same += int(equal.sum())
         swapped += int((~equal & near).sum())
         wrong += int((~equal & ~near).sum())
-        largest = max(largest, float(np.max(np.abs(weight / weights - 1)[equal], initial=0.0)))
+        off = np.abs(weight / weights - 1)[equal]
+        wrong += int(np.isnan(off).sum())
+        largest = max(largest, float(np.max(off, initial=0.0)))
     return same, swapped, wrong, largest
 
 
@@ -127,13 +129,15 @@ def times(sessions, x):
     return [statistics.median(t) for t in all_times]
 
 
-def refusal(library, model="qwen3_moe", experts=128):
-    """What is said of a graph with that router on logits of that width."""
+def refusal(library, model="qwen3_moe", experts=128, bias=None):
+    """What is said of a graph with that router on logits of that width, with a bias of that shape ("": left out)."""
     logits = helper.make_tensor_value_info("z", TensorProto.FLOAT, ["T", experts])
     outputs = [helper.make_tensor_value_info(name, kind, ["T", None])
                for name, kind in (("ids", TensorProto.INT32), ("weights", TensorProto.FLOAT))]
-    node = helper.make_node("Router", ["z"], ["ids", "weights"], domain="moeroute", model=model)
-    made = helper.make_model(helper.make_graph([node], "one", [logits], outputs),
+    inputs = ["z"] if bias is None else ["z", "bias" if bias else ""]
+    constants = [numpy_helper.from_array(np.zeros(bias, np.float32), "bias")] if bias else []
+    node = helper.make_node("Router", inputs, ["ids", "weights"], domain="moeroute", model=model)
+    made = helper.make_model(helper.make_graph([node], "one", [logits], outputs, constants),
                              opset_imports=[helper.make_opsetid("moeroute", 1)], ir_version=8)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -172,10 +176,17 @@ def main():
     if any(not np.array_equal(a, b) for run in runs for a, b in zip(run, runs[0])):
         print("threads that share a session get other results")
         right = False
-    for wrong in (dict(model="nobody"), dict(experts=100)):
-        said = refusal(options.library, **wrong)
-        if "moeroute" not in said:
-            print(f"{wrong} was not refused: {said}")
+    deepseek = dict(model="deepseek_v3", experts=256)
+    for given, expected in ((dict(), "nothing"), (dict(bias=""), "nothing"), (dict(deepseek, bias=[256]), "nothing"),
+                            (dict(model="nobody"), "moeroute::spec_of_model: 'nobody' is not in the catalogue"),
+                            (dict(model="grove_moe"), "moeroute::spec_of_model: 'grove_moe' has words"),
+                            (dict(experts=100), "logits.cols is 100"), (deepseek, "bias.size() is 0, expected 256"),
+                            (dict(deepseek, bias=""), "bias.size() is 0, expected 256"),
+                            (dict(deepseek, bias=[255]), "bias.size() is 255, expected 256"),
+                            (dict(deepseek, bias=[16, 16]), "the bias is to be [E]")):
+        said = refusal(options.library, **given)
+        if expected not in said:
+            print(f"{given}: expected '{expected}', got '{said}'")
             right = False
     if not right:
         print("NOT THE SAME")

@@ -34,11 +34,14 @@ class router_kernel {
     moeroute_spec spec;
     check(moeroute_spec_of_model(info.GetAttribute<std::string>("model").c_str(), &spec));
     moeroute_tensors tensors = {};
-    if (info.GetInputCount() > 1) {
+    // An input that is left out before others, or at the end, has an empty name.
+    if (info.GetInputCount() > 1 && !info.GetInputName(1).empty()) {
       int constant = 0;
       const Ort::ConstValue bias = info.GetTensorConstantInput(1, &constant);
       if (constant == 0)
         throw std::invalid_argument("moeroute::Router: the bias is to be a constant of the graph");
+      if (bias.GetTensorTypeAndShapeInfo().GetDimensionsCount() != 1)
+        throw std::invalid_argument("moeroute::Router: the bias is to be [E]");
       const std::size_t size = bias.GetTensorTypeAndShapeInfo().GetElementCount();
       bias_.assign(bias.GetTensorData<float>(), bias.GetTensorData<float>() + size);
       tensors.bias = bias_.data();
