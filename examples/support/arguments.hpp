@@ -4,7 +4,6 @@
 #include "error.hpp"
 #include "memory_budget.hpp"
 
-#include <charconv>
 #include <cmath>
 #include <cstdint>
 #include <exception>
@@ -16,6 +15,7 @@
 // warnings from the depths of that header.
 #define CXXOPTS_NO_REGEX
 #include <cxxopts.hpp>
+#include <moeroute/base/read_number.hpp>
 
 namespace example {
 
@@ -41,9 +41,7 @@ namespace detail {
 template <class T>
 [[nodiscard]] T parse_number(const char* option, const std::string& text, T low, T high) {
   T value{};
-  const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (failure != std::errc() || end != text.data() + text.size() ||
-      !(value >= low && value <= high)) {
+  if (!moeroute::detail::read_number(text, value) || !(value >= low && value <= high)) {
     refuse("--", option, ": expected a number from ", low, " to ", high, ", found '", text, "'");
   }
   return value;

@@ -9,7 +9,6 @@
 #include "steering.hpp"
 
 #include <algorithm>
-#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -22,6 +21,7 @@
 #include <string_view>
 #include <vector>
 
+#include <moeroute/base/read_number.hpp>
 #include <moeroute/data/expert_profile.hpp>
 
 namespace example {
@@ -51,10 +51,8 @@ struct memory_request {
     double value = 0;
     const std::string_view number =
         colon == std::string_view::npos ? std::string_view{} : text.substr(colon + 1);
-    const auto [end, failure] =
-        std::from_chars(number.data(), number.data() + number.size(), value);
-    if (failure != std::errc() || end != number.data() + number.size() || !(value >= 0) ||
-        value > 1e6 || kind == residency_kind::off ||
+    if (!moeroute::detail::read_number(number, value) || !(value >= 0) || value > 1e6 ||
+        kind == residency_kind::off ||
         (kind == residency_kind::max_rank && value != std::floor(value)))
       refuse("--residency: expected RULE:NUMBER, found '", text, "'");
     if (kind == residency_kind::max_rank)

@@ -29,6 +29,7 @@
 #include <utility>
 #include <vector>
 
+#include <moeroute/base/read_number.hpp>
 #include <moeroute/data/assignment.hpp>
 #include <moeroute/data/routing_record.hpp>
 
@@ -125,10 +126,7 @@ template <class T>
                           const std::pair<std::size_t, std::string_view>& field, const char* name,
                           T low, T high) {
   T value{};
-  const auto [end, failure] =
-      std::from_chars(field.second.data(), field.second.data() + field.second.size(), value);
-  if (failure != std::errc() || end != field.second.data() + field.second.size() ||
-      !(value >= low && value <= high))
+  if (!moeroute::detail::read_number(field.second, value) || !(value >= low && value <= high))
     lines.wrong(field.first, "expected ", name, " from ", low, " to ", high, ", found '",
                 field.second, "'");
   return value;

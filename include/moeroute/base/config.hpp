@@ -1,6 +1,8 @@
 // Everything that depends on the compiler: attributes, and the settings a user may define.
 #pragma once
 
+#include <version>
+
 #include <moeroute/base/version.hpp>
 
 // NaN and infinities are data here (a NaN logit counts as -inf), so finite-math modes break the
@@ -64,6 +66,13 @@
 #define MOEROUTE_EXCEPTIONS 1
 #else
 #define MOEROUTE_EXCEPTIONS 0
+#endif
+
+// libc++ up to 19 has std::from_chars of whole numbers alone.
+#if defined(__cpp_lib_to_chars)
+#define MOEROUTE_FROM_CHARS_OF_REALS 1
+#else
+#define MOEROUTE_FROM_CHARS_OF_REALS 0
 #endif
 
 // Checks of our own invariants. On in debug builds; define MOEROUTE_CONTRACTS to 0 or 1 to decide

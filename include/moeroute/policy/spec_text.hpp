@@ -2,16 +2,15 @@
 #pragma once
 
 #include <algorithm>
-#include <charconv>
 #include <cstddef>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
 #include <vector>
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/base/index.hpp>
+#include <moeroute/base/read_number.hpp>
 #include <moeroute/policy/router_spec.hpp>
 
 namespace moeroute {
@@ -29,16 +28,13 @@ struct spec_word {
   }
   index_t whole() const {
     index_t x = 0;
-    const auto [end, failure] = std::from_chars(value.data(), value.data() + value.size(), x);
-    if (!valued || failure != std::errc() || end != value.data() + value.size())
-      wrong("a whole number");
+    if (!valued || !read_number(value, x)) wrong("a whole number");
     return x;
   }
   template <class T>
   T real() const {
     T x = 0;
-    const auto [end, failure] = std::from_chars(value.data(), value.data() + value.size(), x);
-    if (!valued || failure != std::errc() || end != value.data() + value.size()) wrong("a number");
+    if (!valued || !read_number(value, x)) wrong("a number");
     return x;
   }
   /// The place of the value in the list.
