@@ -312,7 +312,11 @@ TEST_CASE("what is missing and hardly counts is dropped; the row's sum stays, or
     const router<softmax> plain{
         .score = {}, .selection = {.k = static_cast<index_t>(k)}, .weight = sum_normalized};
     const assignment before = test::routed(plain, z, experts);
-    const residency_rule rule{.kind = kind::drop_cold, .strength = 0.3f, .dropped = what};
+    const auto forced = static_cast<std::size_t>(1 + trial % 3);
+    const residency_rule rule{.kind = kind::drop_cold,
+                              .strength = 0.3f,
+                              .forced = static_cast<index_t>(forced),
+                              .dropped = what};
     const assignment a = both_ways(resident_router(plain, rule, set), z, experts);
     for (index_t t = 0; t < a.tokens(); ++t) {
       float kept = 0;
@@ -320,7 +324,7 @@ TEST_CASE("what is missing and hardly counts is dropped; the row's sum stays, or
       for (std::size_t r = 0; r < k; ++r) {
         const float w = before.weights(t)[r];
         const bool stays =
-            r == 0 || set.contains(before.ids(t)[r]) || !(w < 0.3f * before.weights(t)[0]);
+            r < forced || set.contains(before.ids(t)[r]) || !(w < 0.3f * before.weights(t)[0]);
         want.push_back(stays ? before.ids(t)[r] : no_expert);
         if (stays) kept += w;
         dropped += !stays;
