@@ -128,6 +128,16 @@ TEST_CASE("mean token entropy honours the mask and does not depend on how batche
         "moeroute::entropy_meter: mask.size() is 3, expected 60");
 }
 
+TEST_CASE("a batch without tokens changes no entropy") {
+  const std::vector<float> even(8, 0.5f);
+  entropy_meter meter;
+  meter.add(matrix_view<const float>(even.data(), 2, 4));
+  meter.add(matrix_view<const float>(even.data(), 0, 0));
+  CHECK(meter.tokens() == 2);
+  CHECK(near(meter.mean(), std::log(4.0)));
+  CHECK(near(meter.normalized(), 1));
+}
+
 TEST_CASE("drops are counted by choice, by token and by place; missing picks are not drops") {
   assignment a;
   a.reset(10, 4, 2);

@@ -232,3 +232,11 @@ TEST_CASE("the committee fed in batches is one shot's; rows without a logit do n
     CHECK(test::refusal([&] { one.add(domain, rows); }) ==
           "moeroute::committee_meter: domain is " + std::to_string(domain) + ", expected 0 to 0");
 }
+
+TEST_CASE("of equal contributions the lower expert is the better one") {
+  const std::vector<float> even(6, 1.0f);
+  committee_meter meter(1, 3);
+  meter.add(0, matrix_view<const float>(even.data(), 2, 3));
+  CHECK(meter.audit({.k = 1}).members == std::vector<expert_id>{0});
+  CHECK(meter.audit({.k = 2}).members == std::vector<expert_id>{0});
+}

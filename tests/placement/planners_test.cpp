@@ -575,6 +575,23 @@ TEST_CASE("what planners promise holds for any loads") {
   }
 }
 
+TEST_CASE("no placement is below the mean of ranks nor below the busiest expert's part") {
+  const std::vector<double> load{9, 1, 1, 1};
+  CHECK(placement_bound(load, 4, 4) == 9.0);
+  CHECK(placement_bound(load, 6, 2) == 6.0);
+  CHECK(placement_bound(load, 5, 5) == 4.5);
+}
+
+TEST_CASE("a shadow's weights go out once, and in training come back as gradients") {
+  // A row takes 1 to compute and 1 to move, an expert's weights take 2.
+  const shadow_costs costs{.d = 1, .ratio = 1, .bytes = 1, .bandwidth = 1, .flops = 4};
+  const std::vector<std::int64_t> count{3, 1, 1, 2};
+  const std::vector<std::uint8_t> none{0, 0}, first{1, 0};
+  CHECK(shadow_latency(count, 2, first, costs, false) == 4.0 + 2 * 1.0 + 1 * 2.0);
+  CHECK(shadow_latency(count, 2, first, costs, true) == 3 * 4.0 + 4 * 1.0 + 2 * 2.0);
+  CHECK(shadow_latency(count, 2, none, costs, true) == 3 * 4.0 + 4 * 1.0);
+}
+
 TEST_CASE("ranks that hold an expert send its copies in turn") {
   const std::vector<expert_id> few{0, 0, 1, 1}, all{0, 1, 0, 1, 0, 1, 0, 1};
   const auto sent = transfers(placement::from_slots(2, 4, few), placement::from_slots(2, 4, all));

@@ -389,6 +389,18 @@ TEST_CASE("by position the drops fall on the end of the batch; by weight they do
   CHECK(std::abs(weight.back() - weight.front()) < 0.1);
 }
 
+TEST_CASE("by position only what was chosen counts, and what was dropped of it") {
+  assignment a;
+  a.reset(4, 2, 1);
+  const expert_id ids[] = {0, no_expert, 1, no_expert};
+  std::copy(std::begin(ids), std::end(ids), a.ids().begin());
+  a.kept_to_change()[2] = 0;
+  std::vector<std::int64_t> chosen(2, 7), dropped(2, 7);
+  drops_by_position(a, chosen, dropped);
+  CHECK(chosen == std::vector<std::int64_t>{1, 1});
+  CHECK(dropped == std::vector<std::int64_t>{0, 1});
+}
+
 TEST_CASE("a warm capacity never allocates") {
   workspace ws;
   test::random rng(15);

@@ -277,6 +277,27 @@ TEST_CASE("rules with counts partition each expert's tokens, whatever ranks have
   }
 }
 
+TEST_CASE("a choice that was dropped goes nowhere, and no rule counts it") {
+  assignment a;
+  a.reset(3, 2, 1);
+  std::fill(a.ids().begin(), a.ids().end(), 0);
+  std::fill(a.weights().begin(), a.weights().end(), 1.0f);
+  a.kept_to_change()[1] = 0;
+  const placement p = placement::from_slots(2, 2, std::vector<expert_id>{0, 1, 0, 1});
+  std::vector<std::int32_t> counts(4);
+  count_choices(a, std::span<std::int32_t>(counts).first(2));
+  CHECK(counts == std::vector<std::int32_t>{2, 0, 0, 0});
+  for (const replica_rule rule :
+       {replica_rule::nearest, replica_rule::round_robin, replica_rule::even}) {
+    resolve_counts found;
+    const slot_id last = rule == replica_rule::nearest ? 0 : 2;
+    CHECK(resolved(a, p, 0, {.rule = rule, .counts = counts}, &found) ==
+          std::vector<slot_id>{0, no_slot, last});
+    CHECK(found.kept == 2);
+    CHECK(found.lost == 0);
+  }
+}
+
 TEST_CASE("rows are those of sets: entries >= rows >= rows per node") {
   test::random rng(6);
   for (int draw = 0; draw < 40; ++draw) {
