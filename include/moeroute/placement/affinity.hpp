@@ -18,7 +18,7 @@ namespace moeroute {
 struct layer_transitions {
   index_t experts = 0;
   /// [L - 1], each [E, E]: tokens that use expert i of a layer and j of the next.
-  std::vector<std::vector<double>> count;
+  std::vector<std::vector<double>> count{};
 };
 
 struct affinity_options {
