@@ -26,7 +26,7 @@ struct several_threads {
   void parallel_for(moeroute::index_t n, moeroute::index_t grain, F&& f) const {
     std::atomic<moeroute::index_t> next = 0;
     moeroute::first_exception failure;
-    std::vector<std::jthread> team;
+    std::vector<std::thread> team;
     for (int t = 0; t < threads; ++t)
       team.emplace_back([&] {
         for (;;) {
@@ -35,7 +35,7 @@ struct several_threads {
           failure.guard([&] { f(begin, begin + grain < n ? begin + grain : n); });
         }
       });
-    team.clear();
+    for (std::thread& one : team) one.join();
     failure.rethrow();
   }
 };
