@@ -647,21 +647,21 @@ TEST_CASE("gradients through a transform of logits are derivatives, for every tr
         for (index_t e = 0; e < n; ++e)
           out.push_back(std::isfinite(z[e]) ? 2.0 * (z[e] - m.mean) / m.deviation : z[e]);
       }));
-  const expert_id promote[] = {2, 5}, suppress[] = {0};
+  const expert_id promote[] = {2, 5}, suppress[] = {3};
   const steering soft{.promote = promote, .suppress = suppress, .lambda = 0.75f};
   const auto promoted = [](index_t e) { return e == 2 || e == 5; };
   transform_agrees(
       "soft steering", soft, n, by_row(n, [=](const double* z, list& out) {
         const logit_moments m(z, n);
         for (index_t e = 0; e < n; ++e)
-          out.push_back(e == 0 ? -HUGE_VAL : promoted(e) ? z[e] + 0.75 * m.deviation : z[e]);
+          out.push_back(e == 3 ? -HUGE_VAL : promoted(e) ? z[e] + 0.75 * m.deviation : z[e]);
       }));
   steering hard = soft;
   hard.how = promotion::hard;
   transform_agrees("hard steering", hard, n, by_row(n, [=](const double* z, list& out) {
                      const double top = *std::max_element(z, z + n);
                      for (index_t e = 0; e < n; ++e)
-                       out.push_back(e == 0 ? -HUGE_VAL : promoted(e) ? top : z[e]);
+                       out.push_back(e == 3 ? -HUGE_VAL : promoted(e) ? top : z[e]);
                    }));
   transform_agrees("candidates", candidates{.active = 5}, n,
                    [](const list& z, const std::vector<float>& seen) {
