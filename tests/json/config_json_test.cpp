@@ -585,6 +585,7 @@ TEST_CASE("layers without experts are those of the class") {
   CHECK(of("qwen3_moe", R"(, "decoder_sparse_step": 2)") == "-s-s-s");
   CHECK(of("jamba", "") == "-s-s-s");
   CHECK(of("llama4_text", R"(, "interleave_moe_layer_step": 2)") == "-s-s-s");
+  CHECK(of("llama4_text", R"(, "interleave_moe_layer_step": 3)") == "--s--s");
   CHECK(of("llama4_text", R"(, "moe_layers": [5])") == "-----s");
   CHECK(of("ernie4_5_moe", R"(, "moe_layer_end_index": 4)") == "-ssss-");
   CHECK(of("minimax_m3_vl_text", R"(, "moe_layer_freq": [0, 0, 0, 1, 1, 1])") == "---sss");

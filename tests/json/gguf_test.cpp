@@ -179,6 +179,12 @@ TEST_CASE("a key that is missing, wrong or unknown is named") {
                                                                 {"expert_group_used_count", n(3)},
                                                                 {"expert_weights_norm", false}}));
   CHECK(uneven.find("groups is 7, expected a divisor of E = 160") != std::string::npos);
+  const std::string kept = keys_refusal(keys_of("deepseek2", {{"expert_count", n(160)},
+                                                              {"expert_used_count", n(6)},
+                                                              {"expert_weights_scale", 16.0},
+                                                              {"expert_group_count", n(8)},
+                                                              {"expert_weights_norm", false}}));
+  CHECK(kept.find("how many groups are kept") != std::string::npos);
   CHECK(with("expert_gating_func", n(2))
             .find("'llama.expert_gating_func': expected that of "
                   "mixtral, softmax, found 2") != std::string::npos);
