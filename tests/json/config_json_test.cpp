@@ -263,6 +263,7 @@ TEST_CASE("what only one of the newer classes can say moves the spec, or is refu
   CHECK(refusal(step + R"(, "moe_layers_enum": "1,x"})") ==
         "config.json: field 'moe_layers_enum': expected numbers of layers, found '1,x'");
   CHECK(read(step + R"(, "moe_router_scaling_factor": 3.0})").scale == 3.0f);
+  CHECK(refusal(step + R"(, "moe_every_n_layer": null})") == "accepted");
   CHECK(refusal(step + R"(, "moe_every_n_layer": 2})") ==
         "config.json: field 'moe_every_n_layer': expected 1: the class knows nothing else, found "
         "2");
