@@ -18,8 +18,10 @@
 #include <io.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <mutex>
 #else
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
 #endif
@@ -40,6 +42,7 @@ inline std::ptrdiff_t read_file(int file, void* to, std::size_t bytes, std::uint
   if (::_lseeki64(file, static_cast<std::int64_t>(offset), SEEK_SET) < 0) return -1;
   return ::_read(file, to, static_cast<unsigned>(std::min(bytes, std::size_t{1} << 30)));
 }
+inline std::int64_t size_of_file(int file) { return ::_filelengthi64(file); }
 inline void close_file(int file) { ::_close(file); }
 #else
 inline int open_file(const std::filesystem::path& path) {
@@ -47,6 +50,10 @@ inline int open_file(const std::filesystem::path& path) {
 }
 inline std::ptrdiff_t read_file(int file, void* to, std::size_t bytes, std::uint64_t offset) {
   return ::pread(file, to, bytes, static_cast<::off_t>(offset));
+}
+inline std::int64_t size_of_file(int file) {
+  struct stat status = {};
+  return ::fstat(file, &status) == 0 ? static_cast<std::int64_t>(status.st_size) : -1;
 }
 inline void close_file(int file) { ::close(file); }
 #endif
@@ -67,11 +74,12 @@ class input_file {
     if (descriptor_ < 0) {
       refuse(name_, ": cannot be opened: ", std::strerror(errno));
     }
-    size_ = std::filesystem::file_size(path, failure);
-    if (failure) {
+    const std::int64_t size = size_of_file(descriptor_);
+    if (size < 0) {
       close_file(std::exchange(descriptor_, -1));
       refuse(name_, ": its size cannot be read");
     }
+    size_ = static_cast<std::uint64_t>(size);
   }
   input_file(input_file&& other) noexcept
       : name_(std::move(other.name_)),

@@ -123,7 +123,9 @@ bool can_describe(const RouterSpec& from) {
   const RouterSpec plain{};
   return !from.has_rare_words() && !from.sees_batch() && from.noise == plain.noise &&
          from.lost_weight == plain.lost_weight && from.second == plain.second &&
-         from.table_key == plain.table_key && from.first_keys == plain.first_keys &&
+         from.table_key == plain.table_key &&
+         (from.first_keys == plain.first_keys ||
+          from.first_keys * from.first_keys == from.experts) &&
          static_cast<int>(from.score) <= MOEROUTE_UNIFORM &&
          static_cast<int>(from.selection) <= MOEROUTE_RANDOM &&
          static_cast<int>(from.group_score) <= MOEROUTE_GROUP_TOP_SUM;

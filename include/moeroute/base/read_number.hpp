@@ -18,7 +18,8 @@
 namespace moeroute::detail {
 
 /// Whether all of the text is a number as std::from_chars takes it, whatever the locale; x is it
-/// then.
+/// then. Where the library has no from_chars of reals, numbers below the normal ones and other
+/// spellings of "inf" and "nan" may be refused.
 template <class T>
 bool read_number(std::string_view text, T& x) {
 #if !MOEROUTE_FROM_CHARS_OF_REALS

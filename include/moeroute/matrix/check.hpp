@@ -16,8 +16,9 @@ MOEROUTE_COLD inline void check_layout(const char* where, const char* what, inde
   if (rows > 1 && stride < cols)
     fail(where, std::string(what) + ".stride is " + std::to_string(stride) +
                     ", expected at least " + std::to_string(cols));
-  const index_t wide = rows > 1 ? stride : cols;
-  if (rows < 0 || cols < 0 || size_product(size_product(rows, wide), value_bytes) > max_bytes)
+  const index_t last = rows > 1 ? size_product(rows - 1, stride) : 0;
+  if (rows < 0 || cols < 0 || cols > max_bytes || last > max_bytes - cols ||
+      (rows > 0 && size_product(last + cols, value_bytes) > max_bytes))
     fail(where, std::string(what) + " of " + std::to_string(rows) + " x " + std::to_string(cols) +
                     " values with stride " + std::to_string(stride) +
                     " is no matrix that memory holds");

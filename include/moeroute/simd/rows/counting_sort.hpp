@@ -336,8 +336,9 @@ inline bool sort_in_bytes(const std::int32_t* key, index_t n, index_t values, gr
 #if defined(__AVX512BW__)
 // start[v] = how many of n keys in [-1, values) are below v, -1 aside, for v below values, which
 // are 256 at most. As a byte, -1 is the largest: below none.
-MOEROUTE_OUT_OF_LINE inline void starts_in_bytes(const std::int32_t* key, index_t n, index_t values,
-                                                 std::int32_t* start) {
+template <class A>
+MOEROUTE_OUT_OF_LINE void starts_in_bytes(const std::int32_t* key, index_t n, index_t values,
+                                          std::int32_t* start) {
   alignas(alignment) static constexpr auto number = [] {
     std::array<std::uint8_t, 64> list{};
     for (std::size_t i = 0; i < list.size(); ++i) list[i] = static_cast<std::uint8_t>(i);
@@ -407,7 +408,7 @@ bool sort_few_keys(const std::int32_t* key, index_t n, index_t values, groups g,
                                               : detail::group_counter(g.size).group;
       _mm512_mask_i32scatter_epi32(group_at, used, rank, group, 4);
     }
-    detail::starts_in_bytes(key, n, values, start);
+    detail::starts_in_bytes<A>(key, n, values, start);
     start[values] = __builtin_popcount(used);
     return true;
   }
