@@ -1,5 +1,6 @@
 // Trains a byte language model with a mixture of experts, end to end: every gradient is the
-// library's. Writes a table and a page with the curves.
+// library's. Writes a table and a page with the curves. To try a router of your own, give it a name
+// in make_block of support/blocks.hpp.
 //
 //   train_moe [--router softmax|sigmoid|expert_choice|sinkhorn|relu|soft|hash|dense]
 //             [--balance none|aux|bias|bip|quantile] [--compare] [--steps N] [--seed N]
@@ -209,6 +210,11 @@ int run(int argc, char** argv) {
     std::cout << options.help();
     return 0;
   }
+  if (!given.unmatched().empty())
+    refuse("expected options only, found '", given.unmatched().front(), "' (--help lists them)");
+  if (given.count("compare") != 0)
+    for (const char* one : {"router", "balance", "save", "resume"})
+      if (given.count(one) != 0) refuse("--", one, ": is of one training, --compare makes ten");
   const auto word = [&](const char* name) { return given[name].as<std::string>(); };
   const auto steps = detail::parse_number<index_t>("steps", word("steps"), 2, 1000000);
   const auto seed = detail::parse_number<std::uint64_t>("seed", word("seed"), 0, 1u << 30);

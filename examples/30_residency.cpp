@@ -249,7 +249,8 @@ void add_point(std::vector<example::scatter_line>& lines, const std::string& lin
 int run(int argc, char** argv) {
   const std::string page = argc > 1 ? argv[1] : "build/residency.html";
   const std::filesystem::path folder = argc > 2 ? argv[2] : "examples/model";
-  const auto most = static_cast<std::size_t>(argc > 3 ? std::stoul(argv[3]) : 2048);
+  const std::size_t most =
+      argc > 3 ? example::detail::parse_number<std::size_t>("tokens", argv[3], 64, 1u << 30) : 2048;
   const example::model_config config = example::read_model_config(folder);
   example::model model = example::load_model(folder, config, [](index_t) {});
   std::vector<text_run> texts;

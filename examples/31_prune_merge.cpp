@@ -208,7 +208,8 @@ double merged_loss(example::model& model, const std::vector<layer_weights>& weig
 int run(int argc, char** argv) {
   const std::string page = argc > 1 ? argv[1] : "build/prune_merge.html";
   const std::filesystem::path folder = argc > 2 ? argv[2] : "examples/model";
-  const auto most = static_cast<std::size_t>(argc > 3 ? std::stoul(argv[3]) : 2048);
+  const std::size_t most =
+      argc > 3 ? example::detail::parse_number<std::size_t>("tokens", argv[3], 64, 1u << 30) : 2048;
   const example::model_config config = example::read_model_config(folder);
   example::model model = example::load_model(folder, config, [](index_t) {});
   std::vector<example::token_ids> first, second;

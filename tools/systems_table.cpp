@@ -91,7 +91,7 @@ constexpr system_row rows[] = {
     {"Depth, states, attention, heads, pixels", "Dr.LLM", works, "examples/support/depth_routers.hpp", "examples/depth_routers_test.cpp: a layer is skipped, executed or repeated", ""},
     {"Depth, states, attention, heads, pixels", "Duo-LLM", works, "layer/moe_layer.hpp: experts of several sizes, zero and identity ones; examples/support/depth_routers.hpp: oracle_path", "examples/depth_routers_test.cpp: an oracle's path is the best of all that fit", ""},
     {"Depth, states, attention, heads, pixels", "FTP", works, "examples/support/depth_routers.hpp", "examples/depth_routers_test.cpp: tokens are pruned by figures of theirs", ""},
-    {"Depth, states, attention, heads, pixels", "Informed Routing", works, "stage/sequences.hpp", "stage/sequences_test.cpp: a block runs on a sequence as often as decided", ""},
+    {"Depth, states, attention, heads, pixels", "Informed Routing", partly, "stage/sequences.hpp", "stage/sequences_test.cpp: a block runs on a sequence as often as decided", "the cheap forecaster that stands in for a block"},
     {"Depth, states, attention, heads, pixels", "Pruning All-Rounder (PAR)", not_here, "", "", "a meta-router over flows of pruning"},
     {"Depth, states, attention, heads, pixels", "APTP", partly, "E=16 k=1 score=softmax selection=sinkhorn", "policy/sinkhorn_test.cpp: a skewed batch becomes nearly even", "its gate and contrastive loss are outside"},
     {"Depth, states, attention, heads, pixels", "Stochastic KV Routing", works, "E=2 k=1 score=uniform selection=random", "examples/field_routers_test.cpp: a layer takes its own keys or another's at random", ""},

@@ -146,7 +146,7 @@ class dense_block : public block {
   std::vector<float> memory_, own_;
 };
 
-/// Slots that mix all tokens: two of them for each expert's share of the tokens.
+/// Slots that mix all tokens: one for every two tokens of a batch.
 class soft_block : public block {
  public:
   static constexpr index_t own = 8, slots = own * block_experts;
