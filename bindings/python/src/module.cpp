@@ -575,6 +575,10 @@ NB_MODULE(_moeroute, m) {
       .def_prop_ro(
           "routed_scale", [](const router& r) { return r.spec.routed_scale(); },
           "What the combined row is to be multiplied by.")
+      .def_prop_ro("_handle",
+                   [](const router& r) {
+                     return nb::capsule(static_cast<const void*>(r.made->get()), "moeroute_router");
+                   })
       .def_prop_ro("spec", [](const router& r) { return moeroute::to_string(r.spec); })
       .def("__repr__",
            [](const router& r) { return "Router('" + moeroute::to_string(r.spec) + "')"; });
@@ -737,4 +741,7 @@ NB_MODULE(_moeroute, m) {
           "float32 [E]: the memory itself, which may be written (checkpoints).");
 
   bind_systems(m);
+#if MOEROUTE_PYTHON_JAX
+  bind_jax(m);
+#endif
 }

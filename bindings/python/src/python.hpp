@@ -19,6 +19,8 @@ namespace moeroute_python {
 
 // Caches of experts and placements (systems.cpp).
 void bind_systems(nb::module_& m);
+// Handlers for JAX, where its headers were found (jax.cpp).
+void bind_jax(nb::module_& m);
 
 [[noreturn]] inline void refuse(const std::string& sentence) {
   throw nb::value_error(sentence.c_str());

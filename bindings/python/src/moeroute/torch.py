@@ -16,22 +16,13 @@ import torch
 from . import Assignment, Plan, balance_loss as _balance_loss
 from . import combine as _combine
 from . import dispatch as _dispatch
+from .description import words_of
 
 __all__ = ["route", "dispatch", "combine", "layer", "balance_loss", "weigh"]
 
-# The words of a description that do not change weights, or are taken care of by whoever made the logits.
-_INERT = {"E", "k", "selection", "bias", "groups", "topk_group", "group_score", "group_fill", "ties", "gate_bias",
-          "zero_experts", "shared_experts", "capacity", "drop_order", "output_scale", "weight_on", "remark"}
-_KNOWN = {"score", "score_domain", "normalize", "lp_p", "eps", "eps_mode", "scale", "scale_where",
-          "post_divide_by_k", "per_expert_scale", "logit_softcap", "temperature"}
-
 
 def _words(router):
-    words = dict(word.partition("=")[::2] for word in router.spec.split())
-    unknown = set(words) - _INERT - _KNOWN
-    if words.get("selection", "top_k") not in ("top_k", "hash_table", "top2_second_by_logit") or unknown:
-        raise ValueError(f"moeroute.torch: the weights of '{router.spec}' have no derivative here")
-    return words
+    return words_of(router, "moeroute.torch")
 
 
 def weigh(router, logits, ids, per_expert_scale=None):
