@@ -24,11 +24,10 @@ enum class exploration_scope {
 /// Drawn experts are weighed as the router weighs (score, transform and weight rule, of the logits
 /// as they are); with 1 / k where it is not made of these. An expert that is masked (NaN or -inf)
 /// is not drawn by a token, and given up where the batch draws it. Ranks are the order of the draw.
-/// Replays from side_inputs seed
-/// and step. epsilon = 0 has the router's bits. Throws: error where epsilon is not in [0, 1] or k
-/// above E. Cost: the router's, E + k^2 for a token that explores. Determinism: the same ids on
-/// every ISA, executor and thread count. Source: Mixture of States (2025, token); THOR (Zuo et al.
-/// 2022, batch, epsilon 1).
+/// Replays from side_inputs seed and step. epsilon = 0 has the router's bits. Throws: error where
+/// epsilon is not in [0, 1] or k above E. Cost: the router's, E + k^2 for a token that explores.
+/// Determinism: the same ids on every ISA, executor and thread count. Source: Mixture of States
+/// (2025, token); THOR (Zuo et al. 2022, batch, epsilon 1).
 template <token_router Router>
 struct explore {
   Router router{};
