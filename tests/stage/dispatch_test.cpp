@@ -96,6 +96,30 @@ TEST_CASE("dispatch refuses shapes that do not fit the plan") {
   CHECK(refusal(5, slots, 6) == "accepted");
 }
 
+TEST_CASE("a dispatch of more than six second-level caches writes every slot, cached or streamed") {
+  constexpr index_t d = 1024, k = 4;
+  const simd::cache_sizes& caches = simd::machine_caches();
+  const index_t tokens = 7 * caches.second / (d * k * 4);
+  const test::planned planned(tokens, 16, k);
+  const dispatch_plan& p = planned.plan;
+  REQUIRE(choose_stores(p.slots(), d * 4, caches) ==
+          (simd::has_streaming_stores ? store_path::streamed : store_path::cached));
+  CHECK(slots_in_cache(d * 4, caches) == caches.second / (d * 4));
+  CHECK(slots_in_cache(0, caches) == 0);
+  buffer<float> x(tokens * d), slots(p.slots() * d);
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t c = 0; c < d; ++c) x[t * d + c] = static_cast<float>(t * 7 + c);
+  std::fill_n(slots.data(), slots.size(), -1.0f);
+  dispatch(matrix_view<const float>(x.data(), tokens, d), p,
+           matrix_view<float>(slots.data(), p.slots(), d));
+  index_t wrong = 0;
+  for (index_t s = 0; s < p.slots(); ++s) {
+    const float* const from = x.data() + p.token_of_slot()[static_cast<std::size_t>(s)] * d;
+    wrong += !std::equal(from, from + d, slots.data() + s * d);
+  }
+  CHECK(wrong == 0);
+}
+
 TEST_CASE("whole lines are streamed from six second-level caches on, everything else is cached") {
   const simd::cache_sizes caches{.second = 1000 * 64};
   const auto streamed = [&](index_t slots, index_t row_bytes) {

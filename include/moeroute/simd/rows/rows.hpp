@@ -40,21 +40,27 @@ void scale_row(const From* from, float factor, index_t n, To* to) {
 }
 
 /// Copies n bytes through the caches. The lines that will be written are fetched a little ahead,
-/// and at the end those at `next`, where the next copy goes (null where nobody knows): written
-/// cold, a line is waited for.
+/// and at the end those at `next`, where the next copy of as many bytes goes (null where nobody
+/// knows): written cold, a line is waited for. `far`: most of them are further away than the
+/// second-level cache, into which they come a page ahead.
 MOEROUTE_OUT_OF_LINE inline void copy_ahead(const std::byte* from, index_t n, std::byte* to,
-                                            const std::byte* next) {
-  constexpr index_t line = alignment, ahead = 16 * line;
-  const index_t lines = n / line * line, ahead_of_end = lines > ahead ? lines - ahead : 0;
+                                            const std::byte* next, bool far = false) {
+  constexpr index_t line = alignment, ahead = 16 * line, page = 64 * line;
+  const index_t lines = n / line * line;
   index_t i = 0;
-  for (; i < ahead_of_end; i += line) {
-    MOEROUTE_PREFETCH_TO_WRITE(to + i + ahead);
-    __builtin_memcpy(to + i, from + i, line);
-  }
-  for (; i < lines; i += line) {
-    if (next != nullptr) MOEROUTE_PREFETCH_TO_WRITE(next + (i - ahead_of_end));
-    __builtin_memcpy(to + i, from + i, line);
-  }
+  const auto copy = [&](index_t end, const std::byte* soon, const std::byte* later) {
+    for (; i < end; i += line) {
+      if (soon != nullptr) MOEROUTE_PREFETCH_TO_WRITE(soon + i);
+      if (later != nullptr) MOEROUTE_PREFETCH_TO_SECOND(later + i);
+      __builtin_memcpy(to + i, from + i, line);
+    }
+  };
+  far = far && lines >= page;
+  // Beyond the end they go on at `next`.
+  const auto beyond = [&](index_t by) { return next == nullptr ? nullptr : next + by - lines; };
+  if (far) copy(lines - page, to + ahead, to + page);
+  copy(lines - ahead, to + ahead, far ? beyond(page) : nullptr);
+  copy(lines, beyond(ahead), far ? beyond(page) : nullptr);
   if (i < n) std::memcpy(to + i, from + i, static_cast<std::size_t>(n - i));
 }
 
