@@ -2,6 +2,8 @@
 
 #include <catch2/catch_test_macros.hpp>
 #include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "support/refusal.hpp"
 
@@ -31,4 +33,16 @@ TEST_CASE("sizes beyond 32 bits are compared and shown whole") {
 
 TEST_CASE("an error can be caught as std::invalid_argument") {
   CHECK_THROWS_AS(fail("here", "no"), std::invalid_argument);
+}
+
+TEST_CASE("a sentence in parts reads as its text and numbers do, and is cut where it is endless") {
+  CHECK(refusal([] {
+          fail("plan", {"expert ", -3, std::string_view("xs", 1), index_t{1} << 40, " slots"});
+        }) == "moeroute::plan: expert -3x1099511627776 slots");
+  const char* const name = "mask";
+  CHECK(refusal([&] { fail("plan", {name, " is missing"}); }) == "moeroute::plan: mask is missing");
+  const std::string endless(3000, 'n');
+  const std::string cut = refusal([&] { fail("plan", {"see ", endless.c_str(), "never"}); });
+  CHECK(cut == "moeroute::plan: see " + endless.substr(0, 1023 - 20));
+  CHECK(refusal([&] { fail("plan", endless); }) == "moeroute::plan: " + endless);
 }

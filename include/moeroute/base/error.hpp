@@ -2,10 +2,13 @@
 // values.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include <moeroute/base/config.hpp>
 #include <moeroute/base/index.hpp>
@@ -29,39 +32,87 @@ inline error_handler& on_error() {
   return handler;
 }
 
-/// Throws error (or calls on_error() under -fno-exceptions) with "moeroute::<where>: <sentence>".
-[[noreturn]] MOEROUTE_COLD inline void fail(const char* where, const std::string& sentence) {
-  const std::string message = std::string("moeroute::") + where + ": " + sentence;
+namespace detail {
+
+[[noreturn]] MOEROUTE_COLD inline void raise(const char* message) {
 #if MOEROUTE_EXCEPTIONS
   throw error(message);
 #else
-  on_error()(message.c_str());
+  on_error()(message);
   std::abort();
 #endif
 }
 
-[[noreturn]] MOEROUTE_COLD inline void fail(const char* where, const char* sentence) {
-  fail(where, std::string(sentence));
+}  // namespace detail
+
+/// A part of a sentence: text or a whole number.
+class message_part {
+ public:
+  constexpr message_part(const char* text) : text_(text) {}
+  constexpr message_part(std::string_view text)
+      : text_(text.data()), value_(static_cast<index_t>(text.size())) {}
+  constexpr message_part(index_t number) : value_(number) {}
+
+  /// Writes it over at most `room` characters and a zero; returns how many it has.
+  int write(char* to, std::size_t room) const {
+    if (text_ == nullptr) return std::snprintf(to, room, "%lld", static_cast<long long>(value_));
+    return std::snprintf(to, room, "%.*s", static_cast<int>(value_), text_);
+  }
+
+ private:
+  const char* text_ = nullptr;
+  index_t value_ = -1;  // the number, or the text's length: -1 where it ends in a zero
+};
+
+/// Throws error (or calls on_error() under -fno-exceptions) with "moeroute::<where>: <sentence>",
+/// the sentence in parts. It is put together here, once in a program: strings that every caller
+/// joins would be a third of the code of a small one. Past 1000 characters it is cut.
+/// Example:
+///
+///     fail("plan", {"expert ", e, " has ", own, " slots, expected at most ", capacity});
+[[noreturn]] MOEROUTE_COLD inline void fail(const char* where,
+                                            std::initializer_list<message_part> sentence) {
+  char message[1024] = "moeroute::";
+  std::size_t used = 10;
+  const auto add = [&](const message_part& part) {
+    const std::size_t room = sizeof message - used;
+    used += std::min(static_cast<std::size_t>(part.write(message + used, room)), room - 1);
+  };
+  add(where);
+  add(": ");
+  for (const message_part& part : sentence) add(part);
+  detail::raise(message);
 }
 
-/// The same with "<what> is <actual>, expected <expected><of>". The message is put together here,
-/// once in a program, from what costs a caller a register each.
+[[noreturn]] MOEROUTE_COLD inline void fail(const char* where, const char* sentence) {
+  fail(where, std::initializer_list<message_part>{sentence});
+}
+
+/// The same with a sentence of any length.
+[[noreturn]] MOEROUTE_COLD inline void fail(const char* where, const std::string& sentence) {
+  detail::raise((std::string("moeroute::") + where + ": " + sentence).c_str());
+}
+
+/// The same with "<what> is <actual>, expected <expected><of>": what costs a caller a register
+/// each.
 [[noreturn]] MOEROUTE_COLD inline void fail_value(const char* where, const char* what,
                                                   const std::string& actual, const char* expected) {
   fail(where, std::string(what) + " is " + actual + ", expected " + expected);
 }
 [[noreturn]] MOEROUTE_COLD inline void fail_value(const char* where, const char* what,
                                                   double actual, const char* expected) {
-  fail_value(where, what, std::to_string(actual), expected);
+  char number[336];  // the largest has 309 digits before its point
+  std::snprintf(number, sizeof number, "%f", actual);
+  fail(where, {what, " is ", number, ", expected ", expected});
 }
 [[noreturn]] MOEROUTE_COLD inline void fail_value(const char* where, const char* what,
                                                   index_t actual, const char* expected) {
-  fail_value(where, what, std::to_string(actual), expected);
+  fail(where, {what, " is ", actual, ", expected ", expected});
 }
 [[noreturn]] MOEROUTE_COLD inline void fail_value(const char* where, const char* what,
                                                   index_t actual, const char* expected,
                                                   index_t of) {
-  fail_value(where, what, std::to_string(actual), (expected + std::to_string(of)).c_str());
+  fail(where, {what, " is ", actual, ", expected ", expected, of});
 }
 
 namespace detail {
@@ -72,7 +123,7 @@ namespace detail {
 }
 [[noreturn]] MOEROUTE_COLD inline void fail_range(const char* where, const char* what,
                                                   index_t actual, index_t low, index_t high) {
-  fail_value(where, what, actual, (std::to_string(low) + " to ").c_str(), high);
+  fail(where, {what, " is ", actual, ", expected ", low, " to ", high});
 }
 
 }  // namespace detail
@@ -93,8 +144,7 @@ inline void check_range(const char* where, const char* what, index_t actual, ind
 MOEROUTE_COLD inline void check_numbers(const char* where, const char* what, const float* values,
                                         index_t n) {
   for (index_t i = 0; i < n; ++i)
-    if (values[i] != values[i])
-      fail(where, what + (": value " + std::to_string(i)) + " is NaN, expected a number");
+    if (values[i] != values[i]) fail(where, {what, ": value ", i, " is NaN, expected a number"});
 }
 
 }  // namespace moeroute

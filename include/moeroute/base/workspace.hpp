@@ -6,7 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <new>
 #include <span>
 #include <string>
@@ -23,9 +22,48 @@ namespace moeroute {
 namespace detail {
 
 [[noreturn]] MOEROUTE_COLD inline void fail_memory(index_t n, index_t size) {
-  fail("buffer", "room for " + std::to_string(n) + " values of " + std::to_string(size) +
-                     " bytes is asked for, more than any machine has");
+  fail("buffer",
+       {"room for ", n, " values of ", size, " bytes is asked for, more than any machine has"});
 }
+
+// What a buffer does whatever its values are: once in a program.
+class buffer_memory {
+ public:
+  buffer_memory() = default;
+  buffer_memory(const buffer_memory&) = delete;
+  buffer_memory(buffer_memory&& other) noexcept
+      : memory_(std::exchange(other.memory_, nullptr)),
+        size_(std::exchange(other.size_, 0)),
+        capacity_(std::exchange(other.capacity_, 0)) {}
+  buffer_memory& operator=(const buffer_memory&) = delete;
+  MOEROUTE_OUT_OF_LINE buffer_memory& operator=(buffer_memory&& other) noexcept {
+    buffer_memory taken(std::move(other));
+    std::swap(memory_, taken.memory_);
+    std::swap(size_, taken.size_);
+    std::swap(capacity_, taken.capacity_);
+    return *this;
+  }
+  ~buffer_memory() { release(); }
+
+  // Not cold: whoever owns a buffer would be, since its life ends here.
+  MOEROUTE_OUT_OF_LINE void release() noexcept {
+    ::operator delete(memory_, std::align_val_t{alignment});
+    memory_ = nullptr;
+    size_ = capacity_ = 0;
+  }
+  // Room for n values instead of what there is.
+  MOEROUTE_COLD void grow(index_t n, index_t value_bytes) {
+    release();  // what is left if there is no memory: an empty array
+    const index_t bytes = size_product(n, value_bytes);
+    if (bytes > max_bytes) fail_memory(n, value_bytes);
+    memory_ = ::operator new(static_cast<std::size_t>(bytes), std::align_val_t{alignment});
+    capacity_ = n;
+  }
+
+  void* memory_ = nullptr;
+  index_t size_ = 0;
+  index_t capacity_ = 0;
+};
 
 }  // namespace detail
 
@@ -41,57 +79,36 @@ class buffer {
   buffer() = default;
   explicit buffer(index_t n) { resize(n); }
   buffer(const buffer& other) { *this = other; }
-  buffer(buffer&& other) noexcept
-      : memory_(std::move(other.memory_)),
-        size_(std::exchange(other.size_, 0)),
-        capacity_(std::exchange(other.capacity_, 0)) {}
+  buffer(buffer&& other) noexcept = default;
   buffer& operator=(const buffer& other) {
     if (this != &other) {
-      resize(other.size_);
-      std::copy_n(other.data(), other.size_, data());
+      resize(other.size());
+      std::copy_n(other.data(), other.size(), data());
     }
     return *this;
   }
-  buffer& operator=(buffer&& other) noexcept {
-    memory_ = std::move(other.memory_);
-    size_ = std::exchange(other.size_, 0);
-    capacity_ = std::exchange(other.capacity_, 0);
-    return *this;
-  }
+  buffer& operator=(buffer&& other) noexcept = default;
 
   /// Makes room for n values, their contents unspecified. Throws: std::bad_alloc where there is no
   /// memory for them, error where no machine has so much; the buffer is empty then.
   void resize(index_t n) {
     MOEROUTE_EXPECTS(n >= 0);
-    if (n > capacity_) {
-      memory_.reset();
-      size_ = capacity_ = 0;  // what is left if there is no memory: an empty array
-      const index_t bytes = size_product(n, sizeof(T));
-      if (bytes > max_bytes) [[unlikely]]
-        detail::fail_memory(n, sizeof(T));
-      memory_.reset(static_cast<T*>(
-          ::operator new(static_cast<std::size_t>(bytes), std::align_val_t{alignment})));
-      capacity_ = n;
-    }
-    size_ = n;
+    if (n > held_.capacity_) [[unlikely]]
+      held_.grow(n, sizeof(T));
+    held_.size_ = n;
   }
 
-  T* data() { return memory_.get(); }
-  const T* data() const { return memory_.get(); }
-  index_t size() const { return size_; }
-  index_t capacity() const { return capacity_; }
+  T* data() { return static_cast<T*>(held_.memory_); }
+  const T* data() const { return static_cast<const T*>(held_.memory_); }
+  index_t size() const { return held_.size_; }
+  index_t capacity() const { return held_.capacity_; }
   T& operator[](index_t i) { return data()[i]; }
   const T& operator[](index_t i) const { return data()[i]; }
-  operator std::span<T>() { return {data(), static_cast<std::size_t>(size_)}; }
-  operator std::span<const T>() const { return {data(), static_cast<std::size_t>(size_)}; }
+  operator std::span<T>() { return {data(), static_cast<std::size_t>(size())}; }
+  operator std::span<const T>() const { return {data(), static_cast<std::size_t>(size())}; }
 
  private:
-  struct release {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t{alignment}); }
-  };
-  std::unique_ptr<T, release> memory_;
-  index_t size_ = 0;
-  index_t capacity_ = 0;
+  detail::buffer_memory held_;
 };
 
 /// A tape over raw memory. Over no memory it only measures: the same carving code serves both.
@@ -107,14 +124,15 @@ class scratch {
   T* take(index_t n) {
     MOEROUTE_EXPECTS(n >= 0);
     if (n == 0) return reinterpret_cast<T*>(memory_);
-    return static_cast<T*>(take_bytes(size_product(n, sizeof(T))));
+    return static_cast<T*>(take_values(n, sizeof(T)));
   }
 
   /// Bytes asked for so far.
   index_t used() const { return used_; }
 
  private:
-  MOEROUTE_OUT_OF_LINE void* take_bytes(index_t bytes) {
+  MOEROUTE_OUT_OF_LINE void* take_values(index_t n, index_t value_bytes) {
+    const index_t bytes = size_product(n, value_bytes);
     std::byte* const at = bytes > room_ - used_ ? nullptr : memory_ + used_;
     // A measure that no machine can hold stays one, and the buffer refuses it.
     used_ = bytes > max_bytes - used_ ? max_bytes + 1

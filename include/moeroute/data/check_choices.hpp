@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
-#include <string>
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
@@ -19,8 +18,8 @@ namespace detail {
                                                       index_t experts) {
   const auto bad =
       std::find_if(ids.begin(), ids.end(), [&](expert_id e) { return e < -1 || e >= experts; });
-  fail(where, "the id of choice " + std::to_string(bad - ids.begin()) + " is " +
-                  std::to_string(*bad) + ", expected -1 to " + std::to_string(experts - 1));
+  fail(where, {"the id of choice ", static_cast<index_t>(bad - ids.begin()), " is ", *bad,
+               ", expected -1 to ", experts - 1});
 }
 
 [[noreturn]] MOEROUTE_COLD inline void fail_offsets(const char* where, const assignment& a) {
@@ -29,13 +28,11 @@ namespace detail {
     const index_t begin = first[static_cast<std::size_t>(t)];
     const index_t end = first[static_cast<std::size_t>(t) + 1];
     if (begin >= 0 && end >= begin && end - begin <= a.k()) continue;
-    fail(where, "token " + std::to_string(t) + " has the choices from " + std::to_string(begin) +
-                    " to " + std::to_string(end) + ", expected 0 to k = " + std::to_string(a.k()) +
-                    " of them, from 0 on");
+    fail(where, {"token ", t, " has the choices from ", begin, " to ", end,
+                 ", expected 0 to k = ", a.k(), " of them, from 0 on"});
   }
-  fail(where, "the choices of a ragged assignment are " + std::to_string(a.choices()) + " from " +
-                  std::to_string(first[0]) + " on, expected at most " + std::to_string(a.room()) +
-                  " from 0 on");
+  fail(where, {"the choices of a ragged assignment are ", a.choices(), " from ", first[0],
+               " on, expected at most ", a.room(), " from 0 on"});
 }
 
 }  // namespace detail

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <optional>
 #include <span>
-#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -170,10 +169,9 @@ class moe_layer {
     check_range("moe_layer", "zero_first", s.zero_first, 0, s.zero_end);
     check_range("moe_layer", "zero_end", s.zero_end, 0, total);
     if (std::max(s.identity_first, s.zero_first) < std::min(s.identity_end, s.zero_end))
-      fail("moe_layer", "identity experts [" + std::to_string(s.identity_first) + ", " +
-                            std::to_string(s.identity_end) + ") and zero experts [" +
-                            std::to_string(s.zero_first) + ", " + std::to_string(s.zero_end) +
-                            ") overlap, expected ranges of their own");
+      fail("moe_layer",
+           {"identity experts [", s.identity_first, ", ", s.identity_end, ") and zero experts [",
+            s.zero_first, ", ", s.zero_end, ") overlap, expected ranges of their own"});
     index_t networks = total;
     if (s.any()) {
       owned_.resize(total);

@@ -14,19 +14,17 @@ namespace detail {
 MOEROUTE_COLD inline void check_layout(const char* where, const char* what, index_t rows,
                                        index_t cols, index_t stride, index_t value_bytes) {
   if (rows > 1 && stride < cols)
-    fail(where, std::string(what) + ".stride is " + std::to_string(stride) +
-                    ", expected at least " + std::to_string(cols));
+    fail(where, {what, ".stride is ", stride, ", expected at least ", cols});
   const index_t last = rows > 1 ? size_product(rows - 1, stride) : 0;
   if (rows < 0 || cols < 0 || cols > max_bytes || last > max_bytes - cols ||
       (rows > 0 && size_product(last + cols, value_bytes) > max_bytes))
-    fail(where, std::string(what) + " of " + std::to_string(rows) + " x " + std::to_string(cols) +
-                    " values with stride " + std::to_string(stride) +
-                    " is no matrix that memory holds");
+    fail(where, {what, " of ", rows, " x ", cols, " values with stride ", stride,
+                 " is no matrix that memory holds"});
 }
 
 [[noreturn]] MOEROUTE_COLD inline void fail_overlap(const char* where, const char* a,
                                                     const char* b) {
-  fail(where, std::string(a) + " and " + b + " overlap, expected memory of their own");
+  fail(where, {a, " and ", b, " overlap, expected memory of their own"});
 }
 
 // A matrix as bytes. Addresses are numbers: those of two arrays may be compared.
@@ -72,7 +70,8 @@ MOEROUTE_OUT_OF_LINE inline void check_bytes_apart(const char* where, const char
 template <class T>
 void check_stride(const char* where, const char* what, const matrix_view<T>& m) {
   constexpr int quick = sizeof(void*) < 8 ? 13 : 26;  // the product of two such sizes is in reach
-  if ((m.rows | m.cols | m.stride) >> quick != 0 || (m.rows > 1 && m.stride < m.cols)) [[unlikely]]
+  if ((((m.rows | m.cols | m.stride) >> quick) | ((m.rows > 1) & (m.stride < m.cols))) != 0)
+      [[unlikely]]
     detail::check_layout(where, what, m.rows, m.cols, m.stride, sizeof(T));
 }
 

@@ -357,11 +357,11 @@ inline weight_rule weight_rule_of(const router_spec& s, const router_tensors& te
 // Throws where the spec is another maker's.
 MOEROUTE_COLD inline void check_maker(const char* who, const router_spec& s, bool others) {
   if (!others && s.selection != selection_kind::soft) return;
-  fail(who, "selection is " + std::string(to_string(s.selection)) + ", which " +
-                (s.selection == selection_kind::soft ? "chooses nothing: layer/soft_moe.hpp"
-                 : s.sees_batch()                    ? "sees the whole batch: make_batch_router"
-                 : s.has_rare_words()                ? "has rare words: make_rare_router"
-                                                     : "has common words only: make_router"));
+  fail(who, {"selection is ", to_string(s.selection), ", which ",
+             s.selection == selection_kind::soft ? "chooses nothing: layer/soft_moe.hpp"
+             : s.sees_batch()                    ? "sees the whole batch: make_batch_router"
+             : s.has_rare_words()                ? "has rare words: make_rare_router"
+                                                 : "has common words only: make_router"});
 }
 
 inline logit_transform transform_of(const router_spec& s) {

@@ -391,19 +391,25 @@ struct shown_field {
   shown_field(const char* n, float x) : name(n), number(static_cast<double>(x)), numeric(true) {}
   shown_field(const char* n, index_t x) : name(n), number(static_cast<double>(x)), numeric(true) {}
 
-  std::string text() const {
-    return name + (numeric ? detail::number(static_cast<float>(number)) : std::string(word));
+  /// What stands after the name; a number is written to `digits`.
+  std::string_view value(char (&digits)[32]) const {
+    if (!numeric) return word;
+    std::snprintf(digits, sizeof digits, "%.9g", static_cast<double>(static_cast<float>(number)));
+    return digits;
   }
 };
 
 [[noreturn]] MOEROUTE_COLD inline void clash(const shown_field& a, const shown_field& b,
                                              const char* why) {
-  fail("router_spec", a.text() + " clashes with " + b.text() + ": " + why);
+  char of_a[32], of_b[32];
+  fail("router_spec", {a.name, a.value(of_a), " clashes with ", b.name, b.value(of_b), ": ", why});
 }
 
 [[noreturn]] MOEROUTE_COLD inline void fail_field(const char* name, float value,
                                                   const char* expected) {
-  fail_value("router_spec", name, number(value), expected);
+  char digits[32];
+  fail("router_spec",
+       {name, " is ", shown_field("", value).value(digits), ", expected ", expected});
 }
 
 }  // namespace detail

@@ -7,7 +7,6 @@
 #include <limits>
 #include <numeric>
 #include <span>
-#include <string>
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/base/rng.hpp>

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
-#include <string>
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/data/assignment.hpp>
@@ -57,8 +56,8 @@ inline void check_plan_options(const plan_options& options, index_t tokens, inde
                                                        index_t tokens) {
   const auto bad = std::find_if(token.begin(), token.end(),
                                 [&](std::int32_t t) { return t < -1 || t >= tokens; });
-  fail("plan", "place " + std::to_string(bad - token.begin()) + " of the lists has token " +
-                   std::to_string(*bad) + ", expected -1 to " + std::to_string(tokens - 1));
+  fail("plan", {"place ", static_cast<index_t>(bad - token.begin()), " of the lists has token ",
+                *bad, ", expected -1 to ", tokens - 1});
 }
 
 // An upper bound of the slots that depends on shapes only, so that a warm plan never allocates.
@@ -102,9 +101,8 @@ inline index_t pad_offsets(const dispatch_plan::parts& p, const std::int32_t* lo
   for (index_t e = 0; e < experts; ++e) {
     const index_t own = load[e];
     if (options.capacity != as_needed && own > options.capacity) [[unlikely]]
-      fail("plan", "expert " + std::to_string(e) + " has " + std::to_string(own) +
-                       " tokens, expected at most the capacity " +
-                       std::to_string(options.capacity));
+      fail("plan", {"expert ", e, " has ", own, " tokens, expected at most the capacity ",
+                    options.capacity});
     const index_t rows =
         round_up(options.capacity != as_needed ? options.capacity : own, options.block);
     p.offsets[e] = static_cast<slot_id>(sum);
@@ -122,8 +120,7 @@ inline index_t pad_offsets(const dispatch_plan::parts& p, const std::int32_t* lo
     const index_t first = plan.offsets()[static_cast<std::size_t>(e)];
     for (index_t s = first + 1; s < first + plan.load(e); ++s)
       if (token[s] == token[s - 1])
-        fail("plan", "token " + std::to_string(token[s]) + " has expert " + std::to_string(e) +
-                         " twice, expected distinct experts");
+        fail("plan", {"token ", token[s], " has expert ", e, " twice, expected distinct experts"});
   }
   std::abort();
 }

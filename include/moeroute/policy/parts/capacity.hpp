@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <limits>
 #include <span>
-#include <string>
 
 #include <moeroute/base/error.hpp>
 #include <moeroute/base/index.hpp>
@@ -98,8 +97,8 @@ struct capacity_rule {
     }
     if ((formula == capacity_formula::vmoe_ceil || formula == capacity_formula::vmoe_round) &&
         tokens > 0 && c < 1.0)
-      fail("capacity_rule", "capacity is 0 for " + std::to_string(tokens) +
-                                " tokens, expected at least 1: a larger factor");
+      fail("capacity_rule",
+           {"capacity is 0 for ", tokens, " tokens, expected at least 1: a larger factor"});
     // A choice more than all there are changes nothing, and stays far from overflow.
     const double most = static_cast<double>(std::int32_t{0x7fffffff});
     const auto whole = static_cast<index_t>(std::fmin(c, most));

@@ -125,9 +125,8 @@ MOEROUTE_COLD inline void check_groups(index_t experts, index_t k, index_t group
   if (experts % groups != 0) fail_value("top_k", "groups", groups, "a divisor of E = ", experts);
   check_range("top_k", "topk_group", topk_group, 1, groups);
   if (topk_group * (experts / groups) < k)
-    fail("top_k", "topk_group is " + std::to_string(topk_group) + " groups of " +
-                      std::to_string(experts / groups) +
-                      " experts, expected room for k = " + std::to_string(k));
+    fail("top_k", {"topk_group is ", topk_group, " groups of ", experts / groups,
+                   " experts, expected room for k = ", k});
   if (group_fill != -std::numeric_limits<float>::infinity() && group_fill != 0.0f)
     fail_value("top_k", "group_fill", group_fill, "-inf or 0");
 }
