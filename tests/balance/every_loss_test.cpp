@@ -5,6 +5,8 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <cstdint>
+#include <functional>
+#include <moeroute/balance/bias_controller.hpp>
 #include <moeroute/balance/bip.hpp>
 #include <moeroute/balance/expert_threshold.hpp>
 #include <moeroute/balance/loss_chunk.hpp>
@@ -17,11 +19,14 @@
 #include <moeroute/balance/loss_sums.hpp>
 #include <moeroute/balance/loss_token.hpp>
 #include <moeroute/balance/quantile.hpp>
+#include <moeroute/balance/schedule.hpp>
+#include <moeroute/balance/sparsity_controller.hpp>
 #include <string>
 #include <vector>
 
 #include "support/assignments.hpp"
 #include "support/compare.hpp"
+#include "support/refusal.hpp"
 #include "support/strided.hpp"
 
 using namespace moeroute;
@@ -348,4 +353,352 @@ TEST_CASE("no loss hears of what another call left in its memory") {
     CHECK(of(z, used, got) == value);
     CHECK(test::bit_difference(got, expected) == "");
   });
+}
+
+TEST_CASE("losses with functions of their own refuse by name what does not fit their logits") {
+  using rows = matrix_view<const float>;
+  using gradients = matrix_view<float>;
+  std::vector<float> in(24), noise(24), sigmas(24, 1.0f), out(24), other(24);
+  const rows z(in.data(), 3, 4), noisy(noise.data(), 3, 4), sigma(sigmas.data(), 3, 4);
+  const gradients dz(out.data(), 3, 4), ds(other.data(), 3, 4), none;
+  const rows one(sigmas.data(), 1, 1), shorter(noise.data(), 2, 4), narrower(noise.data(), 3, 3),
+      tangled(noise.data(), 3, 4, 3);
+  const gradients dshorter(other.data(), 2, 4), dnarrower(other.data(), 3, 3),
+      dtangled(other.data(), 3, 4, 3);
+  workspace ws;
+  const auto chunk = [&](const chunk_sparsity_loss& o) {
+    return [&, o] { chunk_sparsity<float>(o, {}, z, dz, ws, serial{}); };
+  };
+  const auto shares = [&](const share_balance_loss& o) {
+    return [&, o] { share_balance<float>(o, {}, z, dz, ws, serial{}); };
+  };
+  const std::int32_t next[] = {-1, 0, 1}, below[] = {-2, 0, 1};
+  const auto local = [&](const locality_loss& o) {
+    return [&, o] { activation_locality<float>(o, {}, z, dz); };
+  };
+  const std::vector<double> negative{1, 1, 1, -1}, five(5, 1.0), four(4, 1.0);
+  const auto relu = [&](const relu_loss& o) {
+    return [&, o] { relu_balance_loss<float>(o, {}, z, dz, ws, serial{}); };
+  };
+  const auto load = [&](rows n, rows s, gradients d, const load_loss& o = {}) {
+    return [&, n, s, d, o] { noisy_load_loss<float>(o, {}, z, n, s, dz, d, ws, serial{}); };
+  };
+  const auto noise_logits = [](rows s, gradients d) {
+    return [s, d] { noise_logit_gradient<float>(s, 0.0, d); };
+  };
+  const auto filled = [](rows r, gradients d) {
+    return [r, d] { fill_router_noise<float>(r, 0, 0, d); };
+  };
+  // Router and noise [2, 3], experts of two units [4, 3].
+  const rows router(in.data(), 2, 3), delta(noise.data(), 2, 3), expert(sigmas.data(), 4, 3);
+  const gradients drouter(out.data(), 2, 3), dexpert(other.data(), 4, 3);
+  const auto coupled = [&](rows r, rows d, rows e, gradients dr, gradients de) {
+    return [&, r, d, e, dr, de] {
+      expert_router_coupling<float>({}, gradient_to::write, r, d, e, dr, de, ws, serial{});
+    };
+  };
+  test::random rng(1);
+  const assignment right = test::fixed_choices(rng, 3, 4, 1);
+  const assignment fewer = test::fixed_choices(rng, 2, 4, 1),
+                   wider = test::fixed_choices(rng, 3, 5, 1);
+  const auto chosen = [&](const assignment& a) {
+    return [&] {
+      selected_importance_loss<float>({}, drop_stage::before_drop, {}, a, z, dz, ws, serial{});
+    };
+  };
+  const auto settled = [&](const assignment& a) {
+    return [&] { stable_moe_loss<float>(1.0, four, drop_stage::before_drop, {}, a, z, dz); };
+  };
+  const auto relus = [&](rows l, gradients d, std::span<const std::uint8_t> mask = {}) {
+    return [&, l, d, mask] { relu_balance_loss<float>({}, {.mask = mask}, l, d, ws, serial{}); };
+  };
+  const std::vector<std::uint8_t> mask(2, 1);
+  const test::refusals all{
+      {relus({in.data(), 3, 0}, dz), "relu_loss: experts is 0, expected 1 to 1048576"},
+      {relus({in.data(), 3, 4, 3}, dz), "relu_loss: logits.stride is 3, expected at least 4"},
+      {relus(z, dz, mask), "relu_loss: mask.size is 2, expected 3"},
+      {relus(z, dshorter), "relu_loss: dlogits.rows is 2, expected 3"},
+      {relus(z, dnarrower), "relu_loss: dlogits.cols is 3, expected 4"},
+      {relus(z, dtangled), "relu_loss: dlogits.stride is 3, expected at least 4"},
+      {[&] { chunk_sparsity<float>({.chunk = 1}, {}, z, dshorter, ws, serial{}); },
+       "chunk_sparsity: dlogits.rows is 2, expected 3"},
+      {[&] { share_balance<float>({}, {}, z, dshorter, ws, serial{}); },
+       "share_balance: dlogits.rows is 2, expected 3"},
+      {[&] { activation_locality<float>({.neighbour = next}, {}, z, dshorter); },
+       "activation_locality: dlogits.rows is 2, expected 3"},
+      {[&] { noisy_load_loss<float>({}, {}, z, noisy, sigma, dnarrower, none, ws, serial{}); },
+       "load_loss: dlogits.cols is 3, expected 4"},
+      {[&] { dirichlet_prior<float>({.alpha = four}, {}, z, dnarrower, ws, serial{}); },
+       "dirichlet_prior: dlogits.cols is 3, expected 4"},
+      {[&] { dirichlet_prior<float>({.alpha = five}, {}, z, dz, ws, serial{}); },
+       "dirichlet_prior: alpha.size is 5, expected 4"},
+      {[&] {
+         selected_importance_loss<float>({}, drop_stage::before_drop, {}, right, z, dnarrower, ws,
+                                         serial{});
+       },
+       "selected_importance_loss: dlogits.cols is 3, expected 4"},
+      {[&] {
+         selected_importance_loss<float>({.eps = -1.0}, drop_stage::before_drop, {}, right, z, dz,
+                                         ws, serial{});
+       },
+       "selected_importance_loss: eps is -1.000000, expected >= 0"},
+      {[&] { stable_moe_loss<float>(1.0, four, drop_stage::before_drop, {}, right, z, dnarrower); },
+       "stable_moe_loss: dlogits.cols is 3, expected 4"},
+      {[&] { stable_moe_loss<float>(1.0, five, drop_stage::before_drop, {}, right, z, dz); },
+       "stable_moe_loss: counts.size is 5, expected 4"},
+      {[&] { stable_moe_loss<float>(-1.0, four, drop_stage::before_drop, {}, right, z, dz); },
+       "stable_moe_loss: coefficient is -1.000000, expected >= 0"},
+      {chunk({.chunk = 0}), "chunk_sparsity: chunk is 0, expected 1 to 1099511627776"},
+      {chunk({.chunk = 1, .eps = 0.0}), "chunk_sparsity: an eps is not positive"},
+      {chunk({.chunk = 1, .norm_eps = -1.0}), "chunk_sparsity: an eps is not positive"},
+      {shares({.coefficient = -1.0}), "share_balance: coefficient is -1.000000, expected >= 0"},
+      {shares({.eps = 0.0}), "share_balance: an eps is not positive"},
+      {shares({.norm_eps = std::nan("")}), "share_balance: an eps is not positive"},
+      {local({.coefficient = -1.0, .neighbour = next}),
+       "activation_locality: coefficient is -1.000000, expected >= 0"},
+      {local({.beta = -1.0, .neighbour = next}),
+       "activation_locality: beta is not finite and >= 0"},
+      {local({.beta = HUGE_VAL, .neighbour = next}),
+       "activation_locality: beta is not finite and >= 0"},
+      {local({.neighbour = std::span(next).first(2)}),
+       "activation_locality: neighbour.size is 2, expected 3"},
+      {local({.neighbour = below}), "activation_locality: neighbour is -2, expected -1 to 2"},
+      {relu({.k = 0}), "relu_loss: k is 0, expected 1 to 4"},
+      {relu({.counts = negative}), "relu_loss: a count is -1.000000, expected >= 0"},
+      {relu({.tokens = -1.0}), "relu_loss: tokens is negative, expected >= 0"},
+      {load(noisy, sigma, ds, {.k = 0}), "load_loss: k is 0, expected 1 to 4"},
+      {load(noisy, sigma, ds, {.eps = -1.0}), "load_loss: eps is -1.000000, expected >= 0"},
+      {load(shorter, sigma, ds), "load_loss: noisy.rows is 2, expected 3"},
+      {load(narrower, sigma, ds), "load_loss: noisy.cols is 3, expected 4"},
+      {load(tangled, sigma, ds), "load_loss: noisy.stride is 3, expected at least 4"},
+      {load(noisy, {sigmas.data(), 2, 4}, ds), "load_loss: sigma.rows is 2, expected 3"},
+      {load(noisy, {sigmas.data(), 3, 1}, ds), "load_loss: sigma.cols is 1, expected 4"},
+      {load(noisy, {sigmas.data(), 3, 4, 3}, ds),
+       "load_loss: sigma.stride is 3, expected at least 4"},
+      {load(noisy, one, ds), "load_loss: dsigma is given, expected sigma of [T, E]"},
+      {load(noisy, sigma, dshorter), "load_loss: dsigma.rows is 2, expected 3"},
+      {load(noisy, sigma, dnarrower), "load_loss: dsigma.cols is 3, expected 4"},
+      {load(noisy, sigma, dtangled), "load_loss: dsigma.stride is 3, expected at least 4"},
+      {load(noisy, sigma, dz),
+       "load_loss: dlogits and dsigma overlap, expected memory of their own"},
+      {load({out.data(), 3, 4}, sigma, none),
+       "load_loss: logits, noisy or sigma and dlogits overlap, expected memory of their own"},
+      {load(noisy, {other.data(), 3, 4}, ds),
+       "load_loss: logits, noisy or sigma and dsigma overlap, expected memory of their own"},
+      {noise_logits({sigmas.data(), 2, 4}, ds),
+       "noise_logit_gradient: sigma.rows is 2, expected 3"},
+      {noise_logits({sigmas.data(), 3, 3}, ds),
+       "noise_logit_gradient: sigma.cols is 3, expected 4"},
+      {noise_logits({sigmas.data(), 3, 4, 3}, ds),
+       "noise_logit_gradient: sigma.stride is 3, expected at least 4"},
+      {noise_logits(sigma, dtangled),
+       "noise_logit_gradient: dsigma.stride is 3, expected at least 4"},
+      {noise_logits({other.data(), 3, 4}, ds),
+       "noise_logit_gradient: sigma and dsigma overlap, expected memory of their own"},
+      {filled(z, dshorter), "fill_router_noise: delta.rows is 2, expected 3"},
+      {filled(z, dnarrower), "fill_router_noise: delta.cols is 3, expected 4"},
+      {filled(tangled, dz), "fill_router_noise: router.stride is 3, expected at least 4"},
+      {filled(z, dtangled), "fill_router_noise: delta.stride is 3, expected at least 4"},
+      {filled({out.data(), 3, 4}, dz),
+       "fill_router_noise: router and delta overlap, expected memory of their own"},
+      {coupled({in.data(), 0, 3}, delta, expert, drouter, dexpert),
+       "expert_router_coupling: experts is 0, expected 1 to 1048576"},
+      {coupled(router, {noise.data(), 1, 3}, expert, drouter, dexpert),
+       "expert_router_coupling: delta.rows is 1, expected 2"},
+      {coupled(router, {noise.data(), 2, 2}, expert, drouter, dexpert),
+       "expert_router_coupling: delta.cols is 2, expected 3"},
+      {coupled(router, delta, {sigmas.data(), 3, 3}, drouter, dexpert),
+       "expert_router_coupling: expert.rows % experts is 1, expected 0"},
+      {coupled(router, delta, {sigmas.data(), 4, 2}, drouter, dexpert),
+       "expert_router_coupling: expert.cols is 2, expected 3"},
+      {coupled({in.data(), 2, 3, 2}, delta, expert, drouter, dexpert),
+       "expert_router_coupling: router.stride is 2, expected at least 3"},
+      {coupled(router, {noise.data(), 2, 3, 2}, expert, drouter, dexpert),
+       "expert_router_coupling: delta.stride is 2, expected at least 3"},
+      {coupled(router, delta, {sigmas.data(), 4, 3, 2}, drouter, dexpert),
+       "expert_router_coupling: expert.stride is 2, expected at least 3"},
+      {coupled(router, delta, expert, {out.data(), 1, 3}, dexpert),
+       "expert_router_coupling: drouter.rows is 1, expected 2"},
+      {coupled(router, delta, expert, {out.data(), 2, 2}, dexpert),
+       "expert_router_coupling: drouter.cols is 2, expected 3"},
+      {coupled(router, delta, expert, drouter, {other.data(), 3, 3}),
+       "expert_router_coupling: dexpert.rows is 3, expected 4"},
+      {coupled(router, delta, expert, drouter, {other.data(), 4, 2}),
+       "expert_router_coupling: dexpert.cols is 2, expected 3"},
+      {coupled(router, delta, expert, {out.data(), 2, 3, 2}, dexpert),
+       "expert_router_coupling: drouter.stride is 2, expected at least 3"},
+      {coupled(router, delta, expert, drouter, {other.data(), 4, 3, 2}),
+       "expert_router_coupling: dexpert.stride is 2, expected at least 3"},
+      {coupled(router, delta, expert, drouter, {out.data(), 4, 3}),
+       "expert_router_coupling: drouter and dexpert overlap, expected memory of their own"},
+      {coupled(router, {out.data(), 2, 3}, expert, drouter, dexpert),
+       "expert_router_coupling: router, delta or expert and drouter overlap, expected memory of "
+       "their own"},
+      {coupled(router, delta, {other.data(), 4, 3}, drouter, dexpert),
+       "expert_router_coupling: router, delta or expert and dexpert overlap, expected memory of "
+       "their own"},
+      {chosen(fewer), "selected_importance_loss: assignment.tokens is 2, expected 3"},
+      {chosen(wider), "selected_importance_loss: assignment.experts is 5, expected 4"},
+      {settled(fewer), "stable_moe_loss: assignment.tokens is 2, expected 3"},
+      {settled(wider), "stable_moe_loss: assignment.experts is 5, expected 4"}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+}
+
+TEST_CASE("losses of counts and of rows refuse by name the numbers that they are given") {
+  const loss_shape shape{.experts = 4, .tokens = 6, .sequences = 2, .all_sequences = 2};
+  const std::vector<double> four(4, 1.0), two(2, 1.0), endless{1, 1, 1, HUGE_VAL}, eight(8, 1.0);
+  const matrix_view<const double> by_sequence(eight.data(), 2, 4);
+  const auto of = [&](const auto& loss) { return [&shape, loss] { loss.check(shape); }; };
+  const test::refusals all{
+      {of(switch_loss{.counts = four, .tokens = -1.0}),
+       "switch_loss: tokens is -1.000000, expected >= 0"},
+      {of(switch_loss{.counts = endless}), "switch_loss: a count is inf, expected >= 0"},
+      {of(sequence_loss{.coefficient = -1.0, .counts = by_sequence}),
+       "sequence_loss: coefficient is -1.000000, expected >= 0"},
+      {of(sequence_loss{.counts = by_sequence, .k = 0}),
+       "sequence_loss: k is 0, expected 1 to 1048576"},
+      {of(sequence_loss{.counts = by_sequence, .sequences = -1.0}),
+       "sequence_loss: sequences is -1.000000, expected >= 0"},
+      {of(sequence_loss{.counts = {eight.data(), 2, 3}}),
+       "sequence_loss: counts.cols is 3, expected 4"},
+      {of(sequence_loss{.counts = {eight.data(), 2, 4, 3}}),
+       "sequence_loss: counts.stride is 3, expected at least 4"},
+      {of(device_loss{.counts = four, .k = 0}), "device_loss: k is 0, expected 1 to 1048576"},
+      {of(device_loss{.counts = two}), "device_loss: counts.size is 2, expected 4"},
+      {of(device_loss{.counts = four, .devices = 0}), "device_loss: devices is 0, expected 1 to 4"},
+      {of(device_loss{.counts = four, .devices = 5}), "device_loss: devices is 5, expected 1 to 4"},
+      {of(device_loss{.counts = four, .tokens = HUGE_VAL}),
+       "device_loss: tokens is inf, expected >= 0"},
+      {of(communication_loss{}), "communication_loss: counts.size is 0, expected 1 to 4"},
+      {of(communication_loss{.counts = eight}),
+       "communication_loss: counts.size is 8, expected 1 to 4"},
+      {of(communication_loss{.counts = two, .devices_per_token = 0}),
+       "communication_loss: devices_per_token is 0, expected 1 to 2"},
+      {of(communication_loss{.counts = two, .devices_per_token = 3}),
+       "communication_loss: devices_per_token is 3, expected 1 to 2"},
+      {of(communication_loss{.counts = two, .tokens = -1.0}),
+       "communication_loss: tokens is -1.000000, expected >= 0"},
+      {of(specialisation_loss{.sharpness = HUGE_VAL, .counts = four}),
+       "specialisation_loss: sharpness is not finite"},
+      {of(specialisation_loss{.counts = four, .tokens = -1.0}),
+       "specialisation_loss: tokens is -1.000000, expected >= 0"},
+      {of(router_z_loss{.tokens = -1.0}), "router_z_loss: tokens is -1.000000, expected >= 0"},
+      {of(token_entropy_loss{.tokens = -1.0}),
+       "token_entropy_loss: tokens is -1.000000, expected >= 0"},
+      {of(tsallis_loss{.tokens = -1.0}), "tsallis_loss: tokens is -1.000000, expected >= 0"},
+      {of(sparsity_loss{.tokens = -1.0}), "sparsity_loss: tokens is -1.000000, expected >= 0"}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+}
+
+TEST_CASE("controllers and schedules refuse by name the numbers that make no sense") {
+  std::vector<float> values(4), three(3);
+  const std::vector<float> none{1, 0};
+  const std::vector<std::uint8_t> mask(1, 1);
+  workspace ws;
+  const matrix_view<const float> scores(values.data(), 2, 2),
+      endless(values.data(), index_t{1} << 31, 2), tangled(values.data(), 2, 2, 1);
+  const auto lambda = [](const lambda_options& o) { return [o] { lambda_controller{o}; }; };
+  const auto real = [](const real_expert_options& o) { return [o] { real_expert_controller{o}; }; };
+  const auto layers = [](const layer_schedule_options& o) {
+    return [o] { experts_of_layer(layer_schedule::wave, 0, o); };
+  };
+  const auto priced = [&](matrix_view<const float> s, std::span<const std::uint8_t> m = {}) {
+    return [&ws, s, m] { bip_balancer(2, {.k = 1}).update(s, m, ws); };
+  };
+  const test::refusals all{
+      {[] { bias_controller(2, {.step = -1.0f}); },
+       "bias_controller: step is -1.000000, expected >= 0 and finite"},
+      {[] { bias_controller(2, {.least_factor = -1.0f}); },
+       "bias_controller: least_factor is -1.000000, expected >= 0 and finite"},
+      {[] { bias_controller(2).set_step(HUGE_VALF); },
+       "bias_controller: step is inf, expected >= 0 and finite"},
+      {[&] { bias_controller(2).log_factors(three); },
+       "bias_controller: out.size() is 3, expected 2"},
+      {real({.experts = 0}), "real_expert_controller: experts is 0, expected 1 to 1048576"},
+      {real({.experts = 2, .zero_experts = -1}),
+       "real_expert_controller: zero_experts is -1, expected 0 to 1048574"},
+      {real({.experts = 2, .k = 0}), "real_expert_controller: k is 0, expected 1 to 2"},
+      {real({.experts = 2, .k = 2, .target = 3.0f}),
+       "real_expert_controller: target is 3.000000, expected 0.000000 to 2.000000"},
+      {real({.experts = 2, .target = -0.5f}),
+       "real_expert_controller: target is -0.500000, expected 0.000000 to 1.000000"},
+      {real({.experts = 2, .step = -1.0f}),
+       "real_expert_controller: step is -1.000000, expected >= 0 and finite"},
+      {[] { bip_balancer(0, {.k = 1}); }, "bip_balancer: experts is 0, expected 1 to 1048576"},
+      {[] { bip_balancer(2, {.k = 0}); }, "bip_balancer: k is 0, expected 1 to 2"},
+      {[] { bip_balancer(2, {.k = 3}); }, "bip_balancer: k is 3, expected 1 to 2"},
+      {[] { bip_balancer(2, {.k = 1, .iterations = -1}); },
+       "bip_balancer: iterations is -1, expected 0 to 1000"},
+      {[] { bip_balancer(2, {.k = 1, .iterations = 1001}); },
+       "bip_balancer: iterations is 1001, expected 0 to 1000"},
+      {[&] { bip_balancer(2, {.k = 1, .share = three}); },
+       "bip_balancer: share.size() is 3, expected 2"},
+      {priced(endless), "bip_balancer: scores.rows is 2147483648, expected 0 to 2147483647"},
+      {priced(tangled), "bip_balancer: scores.stride is 1, expected at least 2"},
+      {priced(scores, mask), "bip_balancer: mask.size() is 1, expected 2"},
+      {[] { bip_online(0, 1, 1); }, "bip_online: experts is 0, expected 1 to 1048576"},
+      {[] { bip_online(2, 0, 1); }, "bip_online: k is 0, expected 1 to 2"},
+      {[] { bip_online(2, 3, 1); }, "bip_online: k is 3, expected 1 to 2"},
+      {[] { bip_online(2, 1, 0); }, "bip_online: window is 0, expected 1 to 2147483647"},
+      {[&] { bip_online(2, 1, 1, none); },
+       "bip_online: share of expert 1 is 0.000000, expected > 0"},
+      {[] { expert_thresholds(2, {.ema = 1.5f}); },
+       "expert_thresholds: ema is 1.500000, expected 0.000000 to 1.000000"},
+      {[] { expert_thresholds(2, {.ema = -0.5f}); },
+       "expert_thresholds: ema is -0.500000, expected 0.000000 to 1.000000"},
+      {[] { expert_thresholds(2, {.k = 2.5f}); },
+       "expert_thresholds: k is 2.500000, expected 0.000001 to 2.000000"},
+      {[] { quantile_balancer(0, {.k = 1}); },
+       "quantile_balancer: experts is 0, expected 1 to 1048576"},
+      {[] { quantile_balancer(2, {.ema = 1.5f}); },
+       "quantile_balancer: ema is 1.500000, expected 0.000000 to 1.000000"},
+      {[] { quantile_histogram(0, {.k = 1}); },
+       "quantile_histogram: experts is 0, expected 1 to 1048576"},
+      {[] { quantile_histogram(2, {.k = 3}); }, "quantile_histogram: k is 3, expected 1 to 2"},
+      {[] { quantile_histogram(2, {.ema = -0.5f}); },
+       "quantile_histogram: ema is -0.500000, expected 0.000000 to 1.000000"},
+      {[] { quantile_histogram(2, {.buckets = 1}); },
+       "quantile_histogram: buckets is 1, expected 2 to 65536"},
+      {[] { quantile_histogram(2, {.buckets = 65537}); },
+       "quantile_histogram: buckets is 65537, expected 2 to 65536"},
+      {[] { annealing{.begin = 2, .end = 1}.check(); }, "annealing: begin is after end"},
+      {[] { annealing{.from = HUGE_VAL}.check(); }, "annealing: from and to must be finite"},
+      {[] { annealing{.to = std::nan("")}.check(); }, "annealing: from and to must be finite"},
+      {layers({.layers = 0}), "experts_of_layer: layers is 0, expected 1 to 1048576"},
+      {layers({.most = 0}), "experts_of_layer: most is 0, expected 1 to 1048576"},
+      {layers({.least = 0}), "experts_of_layer: least is 0, expected 1 to 1"},
+      {layers({.least = 3, .most = 2}), "experts_of_layer: least is 3, expected 1 to 2"},
+      {layers({.waves = HUGE_VAL}), "experts_of_layer: waves must be finite"},
+      {lambda({.experts = 0}), "lambda_controller: experts is 0, expected 1 to 1048576"},
+      {lambda({.k = -1.0f}), "lambda_controller: k is -1.000000, expected 0.000000 to 1.000000"},
+      {lambda({.start = 1.0, .ceiling = 0.5}),
+       "lambda_controller: start is 1.000000, expected 0.000000 to 0.500000"},
+      {lambda({.start = 0.0, .ceiling = 0.5}),
+       "lambda_controller: start is 0.000000, expected 0.000000 to 0.500000"},
+      {lambda({.start = 0.5, .floor = 1.0}),
+       "lambda_controller: floor is 1.000000, expected 0.000000 to 0.500000"},
+      {lambda({.start = 0.5, .floor = -1.0}),
+       "lambda_controller: floor is -1.000000, expected 0.000000 to 0.500000"},
+      {[] { target_controller({.target = 0.0f}); },
+       "target_controller: target is 0.000000, expected 0.000001 to 1048576.000000"},
+      {[] { target_controller({.step = -1.0f}); },
+       "target_controller: step is -1.000000, expected >= 0 and finite"},
+      {[] { target_controller({.start = -1.0f}); },
+       "target_controller: start is -1.000000, expected 0.000000 to 1.000000"},
+      {[] { target_controller({}).update(-1, 1); },
+       "target_controller: choices is -1.000000, expected >= 0 and finite"},
+      {[] { target_controller({}).update(1, -1); },
+       "target_controller: tokens is -1.000000, expected >= 0 and finite"}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK(
+      test::refusal(lambda({.ceiling = 0.0})).starts_with("moeroute::lambda_controller: ceiling"));
+  // What is at the end of its range is in it.
+  for (const auto& accepted : std::vector<std::function<void()>>{
+           [] { bip_balancer(2, {.k = 2, .iterations = 0}); },
+           [] { expert_thresholds(2, {.k = 2.0f, .ema = 1.0f}); },
+           [] { quantile_histogram(2, {.buckets = 2}); },
+           [] { annealing{.begin = 1, .end = 1}.check(); },
+           lambda({.k = 0.0f, .start = 0.5, .factor = 1.0, .floor = 0.5, .ceiling = 0.5}),
+           real({.experts = 2, .k = 2, .target = 2.0f})})
+    CHECK(test::refusal(accepted) == "accepted");
 }

@@ -273,6 +273,8 @@ TEST_CASE("what only one of the newer classes can say moves the spec, or is refu
         "E=8 k=2 score=softmax score_domain=selected");
   CHECK(read(small + R"(, "norm_topk_prob": false})").normalize == moeroute::normalization::none);
   CHECK(layers(small + R"(, "num_hidden_layers": 3, "moe_layer_layout": [1, 0, 1]})") == "E-E");
+  CHECK(refusal(small + R"(, "num_hidden_layers": 3, "moe_layer_layout": [1, 0]})") ==
+        "config.json: field 'moe_layer_layout' lists 2 layers, field 'num_hidden_layers' says 3");
   CHECK(refusal(small + R"(, "moe_enable_secondary_experts": true})").find("secondary") !=
         std::string::npos);
   const std::string flint = R"({"model_type": "flint", "num_experts": 8, "num_experts_per_tok": 2,

@@ -35,6 +35,14 @@ TEST_CASE("a key's words end at a hump and at what is no letter or digit, and ar
   CHECK(moeroute::detail::words_of("").empty());
 }
 
+TEST_CASE("top and k side by side speak of routing, wherever they stand, and not the other way") {
+  using moeroute::detail::speaks_of_routing;
+  for (const char* key : {"top_k", "top_k_bias", "norm_top_k", "topK"})
+    CHECK(speaks_of_routing(key));
+  for (const char* key : {"k_top", "top", "k", "top_down_k", "index_top_k", "top_k_attention"})
+    CHECK_FALSE(speaks_of_routing(key));
+}
+
 TEST_CASE("Python's numbers are read outside strings, as strings of their letters") {
   const auto read =
       parse_json(R"({"NaN": [NaN, Infinity, -Infinity], "s": "NaN \" -Infinity"})", "a.json");

@@ -251,3 +251,115 @@ TEST_CASE("gradients of an adapter are those of plain loops, of what its mask le
                           {});
         }) == "moeroute::lora_backward: factors.b.cols() is 5, expected 6");
 }
+
+TEST_CASE("adapters refuse by name every size and number that does not fit") {
+  std::vector<float> in(64), out(64), other(64), memory(4096);
+  using rows = matrix_view<const float>;
+  using results = matrix_view<float>;
+  lora_experts<> experts(2, 4, 3, 2, 1);
+  const rows x(in.data(), 5, 4);
+  const results y(out.data(), 5, 3);
+  const auto made = [](index_t n, index_t d, index_t d_out, index_t rank, float alpha,
+                       const rank_mask& mask = {}) {
+    return [=] { lora_experts<>(n, d, d_out, rank, alpha, mask); };
+  };
+  const std::vector<float> three(3);
+  const auto called = [&](rows from, results to) {
+    return [&, from, to] { experts(0, from, to, memory.data()); };
+  };
+  test::random rng(1);
+  const assignment a = test::fixed_choices(rng, 4, 8, 2);
+  const std::vector<std::int32_t> adapter{0, 1, 0, 1}, below{0, -1, 0, 1};
+  const auto told = [&](std::span<const std::int32_t> of, index_t adapters) {
+    return [&a, of, adapters] {
+      assignment to;
+      virtual_experts(a, of, adapters, to);
+    };
+  };
+  const auto mixed = [](rows w, rows p, index_t blocks, results to) {
+    return [=] { mix_parameters(w, p, blocks, to); };
+  };
+  // Two sequences of two blocks, three experts of four parameters.
+  const rows w(in.data(), 4, 3), p(other.data(), 3, 4);
+  const results mixture(out.data(), 2, 4);
+  const lora_matrices<const float> factors{{in.data(), 4, 4}, {in.data(), 6, 2}};
+  std::vector<float> da(16), db(12);
+  const results of_a(da.data(), 4, 4), of_b(db.data(), 6, 2);
+  const lora_backward<> backward(experts, factors, {of_a, of_b});
+  const auto pulled = [&](rows from, rows d, results to) {
+    return [&, from, d, to] { backward(0, from, d, to, memory.data()); };
+  };
+  const rows dy(other.data(), 5, 3);
+  const results dx(out.data(), 5, 4);
+  const auto trained = [&](const lora_matrices<const float>& f, results ga, results gb) {
+    return [&experts, f, ga, gb] { lora_backward<>(experts, f, {ga, gb}); };
+  };
+  const rows on_a(da.data(), 4, 4), on_b(db.data(), 6, 2);
+  const std::string own = " overlap, expected memory of their own";
+  const test::refusals all{
+      {made(0, 4, 3, 2, 1), "lora_experts: experts is 0, expected 1 to 1048576"},
+      {made(2, 0, 3, 2, 1), "lora_experts: d is 0, expected 1 to 1099511627776"},
+      {made(2, 4, 0, 2, 1), "lora_experts: d_out is 0, expected 1 to 1099511627776"},
+      {made(2, 4, 3, 2, INFINITY), "lora_experts: alpha is inf, expected a finite number"},
+      {made(2, 4, 3, 2, 1, {.keep = -1}), "lora_experts: mask.keep is -1, expected 0 to 2"},
+      {made(1, 1, 1, 257, 1, {.keep = 1}),
+       "lora_experts: rank of a mask is 257, expected 1 to 256"},
+      {made(2, 4, 3, 2, 1, {.keep = 1, .bias = three}),
+       "lora_experts: mask.bias.size() is 3, expected 2"},
+      {[&] { experts.set_a(0, {in.data(), 2, 5}); }, "lora_experts: a.cols is 5, expected 4"},
+      {[&] { experts.set_b(0, {in.data(), 2, 2}); }, "lora_experts: b.rows is 2, expected 3"},
+      {[&] { experts.set_b(0, {in.data(), 3, 3}); }, "lora_experts: b.cols is 3, expected 2"},
+      {called({in.data(), 5, 3}, y), "lora_experts: x.cols is 3, expected 4"},
+      {called(x, {out.data(), 4, 3}), "lora_experts: y.rows is 4, expected 5"},
+      {called(x, {out.data(), 5, 4}), "lora_experts: y.cols is 4, expected 3"},
+      {called({in.data(), 5, 4, 3}, y), "lora_experts: x.stride is 3, expected at least 4"},
+      {called(x, {out.data(), 5, 3, 2}), "lora_experts: y.stride is 2, expected at least 3"},
+      {called({out.data(), 5, 4}, y), "lora_experts: x and y" + own},
+      {[&] { experts.add_to(0, {in.data(), 5, 3}, y, memory.data()); },
+       "lora_experts: x.cols is 3, expected 4"},
+      {[&] { update_rank_bias(std::vector<std::int64_t>{1}, 1.0f, std::span(other).first(2)); },
+       "update_rank_bias: counts.size() is 1, expected 2"},
+      {told(std::span(adapter).first(3), 2), "virtual_experts: adapter.size() is 3, expected 4"},
+      {told(below, 2), "virtual_experts: adapter is -1, expected 0 to 1"},
+      {told(adapter, 0), "virtual_experts: adapters is 0, expected 1 to 131072"},
+      {told(adapter, 131073), "virtual_experts: adapters is 131073, expected 1 to 131072"},
+      {mixed(w, p, 0, mixture), "mix_parameters: blocks is 0, expected 1 to 4"},
+      {mixed(w, p, 5, mixture), "mix_parameters: blocks is 5, expected 1 to 4"},
+      {mixed(w, p, 1, mixture), "mix_parameters: weights.rows is 4, expected 2"},
+      {mixed({in.data(), 4, 2}, p, 2, mixture), "mix_parameters: weights.cols is 2, expected 3"},
+      {mixed(w, p, 2, {out.data(), 2, 3}), "mix_parameters: out.cols is 3, expected 4"},
+      {mixed({in.data(), 4, 3, 2}, p, 2, mixture),
+       "mix_parameters: weights.stride is 2, expected at least 3"},
+      {mixed(w, {other.data(), 3, 4, 3}, 2, mixture),
+       "mix_parameters: parameters.stride is 3, expected at least 4"},
+      {mixed(w, p, 2, {out.data(), 2, 4, 3}),
+       "mix_parameters: out.stride is 3, expected at least 4"},
+      {mixed({out.data(), 4, 3}, p, 2, mixture), "mix_parameters: weights and out" + own},
+      {mixed(w, {out.data(), 3, 4}, 2, mixture), "mix_parameters: parameters and out" + own},
+      {[] { fly_projection(0, 4, 1, 0); }, "fly_projection: r is 0, expected 1 to 1048576"},
+      {[] { fly_projection(2, 0, 1, 0); }, "fly_projection: n is 0, expected 1 to 1073741824"},
+      {[] { fly_projection(2, 4, 0, 0); }, "fly_projection: keep is 0, expected 1 to 2"},
+      {[] { fly_projection(2, 4, 3, 0); }, "fly_projection: keep is 3, expected 1 to 2"},
+      {pulled({in.data(), 5, 3}, dy, dx), "lora_backward: in.cols() is 3, expected 4"},
+      {pulled(x, {other.data(), 4, 3}, dx), "lora_backward: dout.rows() is 4, expected 5"},
+      {pulled(x, dy, {out.data(), 4, 4}), "lora_backward: din.rows() is 4, expected 5"},
+      {pulled(x, dy, {out.data(), 5, 3}), "lora_backward: din.cols() is 3, expected 4"},
+      {trained({{in.data(), 3, 4}, factors.b}, of_a, of_b),
+       "lora_backward: factors.a.rows() is 3, expected 4"},
+      {trained({{in.data(), 4, 3}, factors.b}, of_a, of_b),
+       "lora_backward: factors.a.cols() is 3, expected 4"},
+      {trained({factors.a, {in.data(), 5, 2}}, of_a, of_b),
+       "lora_backward: factors.b.rows() is 5, expected 6"},
+      {trained(factors, of_a, {db.data(), 6, 1}),
+       "lora_backward: gradients.b.cols() is 1, expected 2"},
+      {trained({on_a, factors.b}, of_a, of_b), "lora_backward: factors.a and gradients.a" + own},
+      {trained({on_b, factors.b}, of_a, of_b), "lora_backward: factors.a.rows() is 6, expected 4"},
+      {trained({factors.a, on_b}, of_a, of_b), "lora_backward: factors.b and gradients.b" + own},
+      {trained({factors.a, {da.data(), 6, 2}}, of_a, of_b),
+       "lora_backward: factors.b and gradients.a" + own},
+      {trained({{out.data(), 4, 4}, factors.b}, of_a, {out.data(), 6, 2}),
+       "lora_backward: factors.a and gradients.b" + own},
+      {trained(factors, {out.data(), 4, 4}, {out.data(), 6, 2}),
+       "lora_backward: gradients.a and gradients.b" + own}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+}

@@ -165,4 +165,16 @@ TEST_CASE("an empty trace has no hits; a cache below one token's experts is refu
         "moeroute::simulate_cache: capacity is 1, expected 2 to 4");
   CHECK(test::refusal([&] { simulate_cache(trace, {.capacity = 5}); }) ==
         "moeroute::simulate_cache: capacity is 5, expected 2 to 4");
+  const assignment wide = test::fixed_choices(rng, 3, 5, 2),
+                   narrow = test::fixed_choices(rng, 3, 4, 2);
+  const std::vector<std::uint8_t> short_mask(2, 1);
+  const test::refusals all{
+      {[] { expert_trace(0); }, "expert_trace: experts is 0, expected 1 to 1048576"},
+      {[&] { trace.add(wide); }, "expert_trace: experts is 5, expected 4"},
+      {[&] { trace.add(narrow, {.mask = short_mask}); },
+       "expert_trace: mask.size is 2, expected 3"},
+      {[&] { simulate_cache(trace, {.capacity = 2, .window = 0}); },
+       "simulate_cache: window is 0, expected 1 to 1099511627776"}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK(trace.tokens() == 3);
 }

@@ -216,6 +216,24 @@ TEST_CASE("meters allocate nothing per batch and refuse what does not fit") {
         "moeroute::load_meter: experts is 8, expected 9");
   CHECK(test::refusal([&] { load.add_counts(std::vector<std::int64_t>{1}); }) ==
         "moeroute::load_meter: counts.size() is 1, expected 8");
+  const std::vector<std::uint8_t> short_mask(63, 1);
+  const std::vector<float> logits(6);
+  const test::refusals all{
+      {[] { co_activation(0); }, "co_activation: experts is 0, expected 1 to 16384"},
+      {[] { co_activation(16385); }, "co_activation: experts is 16385, expected 1 to 16384"},
+      {[&] { co_activation(9).add(a); }, "co_activation: experts is 8, expected 9"},
+      {[&] { pairs.add(a, {.mask = short_mask}); }, "co_activation: mask.size is 63, expected 64"},
+      {[&] { (void)pairs.pairs(8, 0); }, "co_activation: expert is 8, expected 0 to 7"},
+      {[&] { (void)pairs.rate(0, -1); }, "co_activation: expert is -1, expected 0 to 7"},
+      {[&] { drops.add(a, short_mask); }, "drop_meter: mask.size() is 63, expected 64"},
+      {[&] { (void)drops.rate_at(-1); }, "drop_meter: tenth is -1, expected 0 to 9"},
+      {[&] { entropy_meter{}.add({logits.data(), 2, 3, 2}); },
+       "entropy_meter: logits.stride is 2, expected at least 3"},
+      {[&] { load.add_counts(std::vector<std::int64_t>{1, 1, 1, 1, 1, 1, 1, -1}); },
+       "load_meter: a count is -1, expected >= 0"},
+      {[&] { load.add(load_meter(7)); }, "load_meter: experts is 7, expected 8"}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK(load.batches() == 1);
   const std::vector<std::uint8_t> none(64, 0);
   load_meter masked(8);
   masked.add(a, {.mask = none});

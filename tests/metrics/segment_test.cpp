@@ -240,3 +240,105 @@ TEST_CASE("of equal contributions the lower expert is the better one") {
   CHECK(meter.audit({.k = 1}).members == std::vector<expert_id>{0});
   CHECK(meter.audit({.k = 2}).members == std::vector<expert_id>{0});
 }
+
+TEST_CASE("meters of text, of domains and of checkpoints refuse by name what does not fit") {
+  test::random rng(9);
+  const assignment a = test::fixed_choices(rng, 6, 7, 2), b = test::fixed_choices(rng, 6, 8, 2),
+                   fewer = test::fixed_choices(rng, 5, 7, 2);
+  const std::vector<float> z(18);
+  const std::vector<std::uint8_t> short_mask(5, 1);
+  committee_meter committee(2, 3);
+  specialisation_meter domains(2, 7);
+  fluctuation_meter checkpoints;
+  checkpoints.add(a);
+  const auto audited = [&](const committee_options& o) {
+    return [&committee, o] { committee.audit(o); };
+  };
+  const test::refusals all{
+      {[] { committee_meter(0, 3); }, "committee_meter: domains is 0, expected 1 to 65536"},
+      {[] { committee_meter(65537, 1); }, "committee_meter: domains is 65537, expected 1 to 65536"},
+      {[] { committee_meter(1, 0); }, "committee_meter: experts is 0, expected 1 to 1048576"},
+      {[&] { committee.add(0, {z.data(), 6, 3}, short_mask); },
+       "committee_meter: mask.size() is 5, expected 6"},
+      {[&] { committee.add(0, {z.data(), 6, 3, 2}); },
+       "committee_meter: logits.stride is 2, expected at least 3"},
+      {[&] { (void)committee.contribution(2, 0); },
+       "committee_meter: domain is 2, expected 0 to 1"},
+      {[&] { (void)committee.contribution(0, 3); },
+       "committee_meter: expert is 3, expected 0 to 2"},
+      {[&] { (void)committee.contribution(0, -1); },
+       "committee_meter: expert is -1, expected 0 to 2"},
+      {audited({.k = 0}), "committee_meter: k is 0, expected 1 to 3"},
+      {audited({.k = 4}), "committee_meter: k is 4, expected 1 to 3"},
+      {audited({.presence = -0.1}), "committee_meter: presence is outside 0 to 1"},
+      {audited({.presence = 1.1}), "committee_meter: presence is outside 0 to 1"},
+      {audited({.presence = std::nan("")}), "committee_meter: presence is outside 0 to 1"},
+      {[&] { saturation_meter{}.add(a, b); }, "saturation_meter: later.experts is 8, expected 7"},
+      {[&] { checkpoints.add(fewer); }, "fluctuation_meter: tokens is 5, expected 6"},
+      {[&] { (void)checkpoints.still_changing_after(0); },
+       "fluctuation_meter: n is 0, expected 1 to 1"},
+      {[] { segment_meter(0, 1); }, "segment_meter: experts is 0, expected 1 to 1048576"},
+      {[] { segment_meter(1, 65537); }, "segment_meter: window is 65537, expected 1 to 65536"},
+      {[&] { segment_meter(7, 1).add(b); }, "segment_meter: experts is 8, expected 7"},
+      {[] { (void)segment_meter(7, 1).of(7); }, "segment_meter: expert is 7, expected 0 to 6"},
+      {[] { (void)segment_meter(7, 1).of(-1); }, "segment_meter: expert is -1, expected 0 to 6"},
+      {[] { sparsity_meter(0, 1); }, "sparsity_meter: experts is 0, expected 1 to 1048576"},
+      {[] { sparsity_meter(1, 0); }, "sparsity_meter: length is 0, expected 1 to 1099511627776"},
+      {[&] { sparsity_meter(7, 1).add(b); }, "sparsity_meter: experts is 8, expected 7"},
+      {[&] { segment_meter(7, 1).add(a, {.mask = short_mask}); },
+       "segment_meter: mask.size is 5, expected 6"},
+      {[&] { sparsity_meter(7, 1).add(a, {.mask = short_mask}); },
+       "sparsity_meter: mask.size is 5, expected 6"},
+      {[] { specialisation_meter(0, 1); },
+       "specialisation_meter: domains is 0, expected 1 to 65536"},
+      {[] { specialisation_meter(1, 0); },
+       "specialisation_meter: experts is 0, expected 1 to 1048576"},
+      {[&] { domains.add(-1, a); }, "specialisation_meter: domain is -1, expected 0 to 1"},
+      {[&] { domains.add(0, b); }, "specialisation_meter: experts is 8, expected 7"},
+      {[&] { (void)domains.counts(2); }, "specialisation_meter: domain is 2, expected 0 to 1"},
+      {[&] { (void)domains.share(0, 7); }, "specialisation_meter: expert is 7, expected 0 to 6"},
+      {[&] { (void)domains.preference(-1, 0); },
+       "specialisation_meter: expert is -1, expected 0 to 6"}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK(committee.audit({.k = 3, .presence = 0.0}).members == std::vector<expert_id>{0});
+  CHECK(committee.audit({.k = 3, .presence = 1.0}).members == std::vector<expert_id>{0});
+}
+
+TEST_CASE("shares of a domain, smoothed or not, and what differs between two, by hand") {
+  specialisation_meter m(3, 4);
+  const auto used = [&](index_t domain, const std::vector<expert_id>& ids) {
+    assignment a;
+    a.reset(static_cast<index_t>(ids.size()), 4, 1);
+    std::copy(ids.begin(), ids.end(), a.ids().begin());
+    m.add(domain, a);
+  };
+  used(0, {0, 0, 0, 1});
+  used(1, {1, 1});
+  used(0, {2, 2});  // a domain comes again
+  CHECK(m.counts(0)[0] == 3);
+  CHECK(m.counts(0)[2] == 2);
+  CHECK(m.counts(2)[0] == 0);
+  CHECK(near(m.share(0, 0), 0.5));
+  CHECK(near(m.share(0, 0, 0.5), 3.5 / 8));
+  CHECK(near(m.share(0, 3, 0.5), 0.5 / 8));
+  CHECK(m.share(2, 3) == 0.25);  // even where nothing was seen
+  CHECK(near(m.kl(0, 2, 0.0), 0.5 * std::log(2.0) + std::log(2.0 / 3) / 6 + std::log(4.0 / 3) / 3));
+  const double p[] = {3.5 / 8, 1.5 / 8, 2.5 / 8, 0.5 / 8},
+               q[] = {1.0 / 8, 5.0 / 8, 1.0 / 8, 1.0 / 8};
+  double divergence = 0;
+  for (int e = 0; e < 4; ++e) divergence += p[e] * std::log(p[e] / q[e]);
+  CHECK(near(m.kl(0, 1), divergence));
+  CHECK(near(m.divergence(0, 1), (0.5 * std::log(2.0) + std::log((1.0 / 6) / (7.0 / 12)) / 6 +
+                                  std::log(2.0) / 3 + std::log(12.0 / 7)) /
+                                     (2 * std::log(2.0))));
+  CHECK(near(m.preference(0, 0), 3 * 0.5 / 0.75));
+  specialisation_meter one(1, 2);
+  one.add(0, [] {
+    assignment a;
+    a.reset(1, 2, 1);
+    a.ids()[0] = 0;
+    return a;
+  }());
+  CHECK(one.preference(0, 0) == 1.0);
+  CHECK(one.preference(1, 0) == 0.0);
+}

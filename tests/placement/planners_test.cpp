@@ -633,6 +633,18 @@ TEST_CASE("the search leaves no expert twice on a rank where no load says which 
   CHECK(near(search_placement(two, 8, 2, {.distinct = false}).balance.max_load, 1.5));
 }
 
+TEST_CASE("a second copy is exchanged for the expert of the nearest load that its rank lacks") {
+  packing p;
+  p.count = {2, 2, 2, 2};
+  p.of_rank = {{1, 1}, {2, 3}, {0, 2}, {3, 0}};
+  p.load.resize(4);
+  const std::vector<double> load{4, 8, 7, 2};
+  detail::separate(p, load);
+  CHECK(p.of_rank == std::vector<std::vector<expert_id>>{{2, 1}, {1, 3}, {0, 2}, {3, 0}});
+  CHECK(p.load == std::vector<double>{7.5, 5, 5.5, 3});
+  CHECK(p.max_load == 7.5);
+}
+
 TEST_CASE("counts and prices at the ends of their ranges overflow nothing") {
   const std::vector<std::int64_t> most(64, std::int64_t{1} << 40);
   const batch_plan plan = spill(most, 2, {.alpha_num = 1 << 20, .alpha_den = 1, .lambda = 0.0});
@@ -884,4 +896,148 @@ TEST_CASE("what counts, costs or moves a placement refuses by name what does not
         "moeroute::expected_distinct: groups is 5, expected 1 to 4");
   CHECK(said([] { chunked_seconds({}, 0.0, 0); }) ==
         "moeroute::chunked_seconds: n is 0, expected 1 to 1048576");
+}
+
+TEST_CASE("every size and option of a planner is refused by its own name") {
+  using numbers = std::vector<double>;
+  using counts = std::vector<std::int64_t>;
+  using ranks_of = std::vector<std::int32_t>;
+  const numbers good{1, 2, 3, 4}, none;
+  const counts rows{1, 2, 3, 4}, no_rows, limit(4, std::int64_t{1} << 40),
+      beyond{1, 2, 3, (std::int64_t{1} << 40) + 1};
+  const placement two = placement::contiguous(4, 2);
+  const layer_transitions t{.experts = 2, .count = {{1, 2, 3, 4}}};
+  const auto on = [](const ranks_of& offset, const ranks_of& nodes) {
+    std::vector<expert_id> id{0, 1, 2, 3};
+    id.resize(static_cast<std::size_t>(offset.back()));
+    return placement(
+        {.experts = 4, .slot_offset = offset, .expert_of_slot = id, .node_of_rank = nodes});
+  };
+  const std::vector<std::uint8_t> flags(2, 0), no_flags;
+  const auto start = [&](const std::vector<index_t>& from) {
+    return [&good, from] { search_packing(good, 8, 2, {}, from); };
+  };
+  const auto grouped = [&](const grouping_options& o) {
+    return [&good, o] {
+      const std::vector<token_set> sets{{{0, 3}, 1.0}};
+      group_experts(sets, good, ranks_of{0, 0, 1, 1}, o);
+    };
+  };
+  const auto near_by = [&](index_t experts, const affinity_options& o) {
+    return [experts, o] { place_by_affinity({.experts = experts}, o); };
+  };
+  const auto spilled = [&](const spill_options& o) { return [&rows, o] { spill(rows, 2, o); }; };
+  const test::refusals all{
+      {near_by(0, {}), "affinity: experts is 0, expected 1 to 1048576"},
+      {near_by(4, {.ranks = 0}), "affinity: ranks is 0, expected 1 to 4"},
+      {near_by(4, {.ranks = 5}), "affinity: ranks is 5, expected 1 to 4"},
+      {near_by(4, {.ranks = 3}),
+       "affinity: 4 experts on 3 ranks, expected a multiple of the ranks"},
+      {near_by(4, {.ranks = 2, .node_of_rank = {0}}),
+       "affinity: node_of_rank.size() is 1, expected 2"},
+      {near_by(4, {.weight_within = -1.0}),
+       "affinity: weight is -1.000000, expected a finite number >= 0"},
+      {near_by(4, {.weight_across = HUGE_VAL}),
+       "affinity: weight is inf, expected a finite number >= 0"},
+      {[] { place_by_affinity({.experts = 1, .count = {{-1}}}, {}); },
+       "affinity: count is -1.000000, expected a finite number >= 0"},
+      {[&] { affinity_from(t, {.ranks = 2}, ranks_of{0}, true); },
+       "affinity: first.size() is 1, expected 2"},
+      {[&] { affinity_from(t, {.ranks = 2}, ranks_of{0, 2}, true); },
+       "affinity: first is 2, expected 0 to 1"},
+      {[&] { affinity_from(t, {.ranks = 2}, ranks_of{-1, 0}, true); },
+       "affinity: first is -1, expected 0 to 1"},
+      {[] {
+         affinity_from({.experts = 2, .count = {{1, 2, 3}}}, {.ranks = 2}, ranks_of{0, 1}, true);
+       },
+       "affinity: count.size() is 3, expected 4"},
+      {[] { affinity_cost({.experts = 2, .count = {{1, 2, 3}}}, {.ranks = 2}, {{0, 1}, {1, 0}}); },
+       "affinity: count.size() is 3, expected 4"},
+      {[&] { eplb(numbers{1, -2}, 4, 1, 1, 2); },
+       "eplb: the load of expert 1 is -2.000000, expected a finite number >= 0"},
+      {[&] { eplb(good, 8, 1, 0, 2); }, "eplb: nodes is 0, expected 1 to 2"},
+      {[&] { eplb(good, 8, 1, 3, 2); }, "eplb: nodes is 3, expected 1 to 2"},
+      {[&] { eplb(good, 8, 0, 1, 2); }, "eplb: groups is 0, expected 1 to 4"},
+      {[&] { eplb(good, 8, 5, 1, 2); }, "eplb: groups is 5, expected 1 to 4"},
+      {[] { group_experts({}, numbers{1, -2}, ranks_of{0, 0}, {}); },
+       "group_experts: the load of expert 1 is -2.000000, expected a finite number >= 0"},
+      {[] { expected_distinct(0, 1, 1); },
+       "expected_distinct: experts is 0, expected 1 to 1048576"},
+      {[] { expected_distinct(4, 0, 1); }, "expected_distinct: k is 0, expected 1 to 4"},
+      {[] { expected_distinct(4, 2, 0); }, "expected_distinct: groups is 0, expected 1 to 4"},
+      {[&] { balance_exactly(rows, 2, {.min_rows = 0}); },
+       "balance_exactly: min_rows is 0, expected 1 to 1099511627776"},
+      {[&] { balance_exactly(rows, 2, {.lambda = std::nan("")}); },
+       "balance_exactly: lambda is nan, expected >= 0"},
+      {[&] { without(two, std::vector<std::uint8_t>(1, 1)); },
+       "without: alive.size() is 1, expected 2"},
+      {[&] { without(two, std::vector<std::uint8_t>(2, 2)); },
+       "without: alive is 2, expected 0 to 1"},
+      {grouped({.ranks = 0}), "group_experts: ranks is 0, expected 1 to 1048576"},
+      {grouped({.ranks = 2, .node_of_rank = {0}}),
+       "group_experts: node_of_rank.size() is 1, expected 2"},
+      {grouped({.ranks = 2, .node_of_rank = {0, 2}}),
+       "group_experts: node_of_rank is 2, expected 0 to 1"},
+      {grouped({.ranks = 2, .node_of_rank = {-1, 0}}),
+       "group_experts: node_of_rank is -1, expected 0 to 1"},
+      {grouped({.ranks = 2, .weight_node = -1.0}),
+       "group_experts: an option is -1.000000, expected a finite number >= 0"},
+      {grouped({.ranks = 2, .weight_rank = -2.0}),
+       "group_experts: an option is -2.000000, expected a finite number >= 0"},
+      {[&] { search_placement(none, 8, 2); },
+       "search_placement: loads is 0, expected 1 to 1048576"},
+      {[&] { count_moves(two, placement::contiguous(6, 2)); },
+       "count_moves: to.experts() is 6, expected 4"},
+      {[&] { replan(two, numbers{1, 2, 3}); }, "replan: load.size() is 3, expected 4"},
+      {[&] { replan(two, good, {.budget = -1}); },
+       "replan: budget is -1, expected 0 to 2147483647"},
+      {[&] { relabel(two, on({0, 2, 4}, {0, 1})); }, "relabel: made.nodes() is 2, expected 1"},
+      {[&] { relabel(two, on({0, 1, 4}, {})); }, "relabel: made.slots(rank) is 1, expected 2"},
+      {[&] { relabel(on({0, 1, 4}, {}), on({0, 1, 2}, {})); },
+       "relabel: old.slots(rank) is 3, expected 1"},
+      {[&] { relabel(on({0, 1, 2, 3, 4}, {0, 0, 1, 1}), on({0, 1, 2, 3, 4}, {0, 1, 0, 1})); },
+       "relabel: made.node_of_rank is 1, expected 0"},
+      {[&] { search_placement(good, 8, 2, {.candidates = -1}); },
+       "search_placement: candidates is -1, expected 0 to 1048576"},
+      {[&] { search_placement(good, 8, 2, {.kicks = -1}); },
+       "search_placement: kicks is -1, expected 0 to 1048576"},
+      {start({2, 2, 4}), "search_placement: start.size() is 3, expected 4"},
+      {start({2, 2, 3, 1}), "search_placement: start is 3, expected 1 to 2"},
+      {start({2, 2, 2, 0}), "search_placement: start is 0, expected 1 to 2"},
+      {start({2, 2, 2, 1}), "search_placement: the sum of start is 7, expected 8"},
+      {[&] { shadow_latency(rows, 0, flags, {.d = 1}, true); },
+       "shadow_latency: ranks is 0, expected 1 to 1048576"},
+      {[&] { shadow_latency(no_rows, 2, no_flags, {.d = 1}, true); },
+       "shadow_latency: shadowed.size() is 0, expected 1 to 1048576"},
+      {[&] { shadow_exact(rows, 0, {.d = 1}, true); },
+       "shadow_exact: ranks is 0, expected 1 to 1048576"},
+      {[&] { shadow_exact(no_rows, 2, {.d = 1}, true); },
+       "shadow_exact: 0 counts for 2 ranks, expected a multiple"},
+      {[&] { shadow_exact(beyond, 2, {.d = 1}, true); },
+       "shadow_exact: count is 1099511627777, expected 0 to 2^40"},
+      {[&] { shadow_exact(rows, 2, {.d = 1, .ratio = -4}, true); },
+       "shadow_exact: a cost is -4.000000, expected a finite number > 0"},
+      {[&] { shadow_exact(rows, 2, {.d = 1, .bytes = -4}, true); },
+       "shadow_exact: a cost is -4.000000, expected a finite number > 0"},
+      {[&] { shadow_exact(rows, 2, {.d = 1, .bandwidth = HUGE_VAL}, true); },
+       "shadow_exact: a cost is inf, expected a finite number > 0"},
+      {[&] { shadow_exact(rows, 2, {.d = 1, .flops = std::nan("")}, true); },
+       "shadow_exact: a cost is nan, expected a finite number > 0"},
+      {[&] { spill(rows, 0); }, "spill: ranks is 0, expected 1 to 1048576"},
+      {[&] { spill(no_rows, 1); }, "spill: experts is 0, expected 1 to 1048576"},
+      {[&] { spill(beyond, 2); }, "spill: count is 1099511627777, expected 0 to 2^40"},
+      {spilled({.alpha_num = 1, .alpha_den = 0}), "spill: alpha_den is 0, expected 1 to 1048576"},
+      {spilled({.alpha_num = 1 << 21}), "spill: alpha_num is 2097152, expected 1 to 1048576"},
+      {spilled({.lambda = -1.0}), "spill: lambda is -1.000000, expected >= 0"},
+      {[&] { split_even(two, counts{1, 2, 3}); }, "split_even: count.size() is 3, expected 4"},
+      {[&] { split_by_filling(two, beyond); },
+       "split_by_filling: count is 1099511627777, expected 0 to 2^40"},
+      {[] { linear_assignment({1, 2, 3}, 2); }, "linear_assignment: gain.size() is 3, expected 4"}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  // What is at the end of its range is in it.
+  CHECK(split_even(two, limit).max_load == std::int64_t{1} << 41);
+  CHECK(spill(limit, 4).load == limit);
+  CHECK(search_packing(good, 8, 2, {}, std::vector<index_t>{2, 2, 2, 2}).max_load == 5.0);
+  CHECK(place_by_affinity(t, {.ranks = 2, .weight_within = 0.0}).cost == 0.0);
+  CHECK(replan(two, good, {.budget = 0}).moves == 0);
 }

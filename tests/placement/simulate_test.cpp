@@ -135,7 +135,14 @@ TEST_CASE("one rank exchanges nothing, no tokens take no time") {
   CHECK(s.off_rank_rows == 0.0);
   o.machine.ranks = 4;
   layer_simulation none(8, o);
-  CHECK(none.next(std::vector<double>(8, 0.0)).seconds.compute == 0.0);
+  const simulated_step nothing = none.next(std::vector<double>(8, 0.0));
+  CHECK(nothing.seconds.compute == 0.0);
+  CHECK(nothing.seconds.dispatch == 0.0);
+  CHECK(nothing.seconds.results == 0.0);
+  CHECK(nothing.off_rank_rows == 0.0);
+  CHECK(nothing.off_node_rows == 0.0);
+  CHECK(nothing.imbalance == 1.0);
+  CHECK(nothing.seconds.header == 2.0 * o.machine.inside.alpha);
 }
 
 TEST_CASE("two levels pay (N - 1) + (G - 1) messages, a fitted link is the one that was measured") {
@@ -197,4 +204,47 @@ TEST_CASE("simulations refuse by name what does not fit") {
   CHECK(test::refusal([&] {
           layer.next(std::vector<double>(8, -1.0));
         }).find("expected a finite number >= 0") != std::string::npos);
+}
+
+TEST_CASE("every number of a cluster and of a simulation is refused by its own name") {
+  simulation_options good{.planner = planner_kind::contiguous, .k = 2};
+  good.machine.ranks = 4;
+  const auto said = [&](auto&& change, index_t experts = 8) {
+    simulation_options o = good;
+    change(o);
+    return test::refusal([&] { layer_simulation(experts, o); });
+  };
+  CHECK(said([](auto&) {}) == "accepted");
+  CHECK(said([](auto&) {}, 0) == "moeroute::simulate: experts is 0, expected 1 to 1048576");
+  CHECK(said([](auto& o) { o.k = 0; }) == "moeroute::simulate: k is 0, expected 1 to 8");
+  CHECK(said([](auto& o) { o.replan_every = 0; }) ==
+        "moeroute::simulate: replan_every is 0, expected 1 to 1073741824");
+  CHECK(said([](auto& o) { o.memory = -0.5; }) ==
+        "moeroute::simulate: memory is -0.500000, expected 0 to 1");
+  CHECK(said([](auto& o) { o.machine.ranks = 0; }) ==
+        "moeroute::simulate: ranks is 0, expected 1 to 1048576");
+  CHECK(said([](auto& o) { o.machine.nodes = 0; }) ==
+        "moeroute::simulate: nodes is 0, expected 1 to 4");
+  CHECK(said([](auto& o) { o.machine.nodes = 5; }) ==
+        "moeroute::simulate: nodes is 5, expected 1 to 4");
+  CHECK(said([](auto& o) { o.machine.block = 0; }) ==
+        "moeroute::simulate: block is 0, expected 1 to 2147483647");
+  CHECK(said([](auto& o) { o.machine.rows_per_second = std::nan(""); }) ==
+        "moeroute::simulate: rows_per_second is nan, expected > 0");
+  good.planner = planner_kind::exact_balance;
+  layer_simulation exact(8, good);
+  CHECK(test::refusal([&] { exact.next(std::vector<double>(8, 0x1.8p40)); }) ==
+        "moeroute::simulate: count is 1649267441664.000000, expected 0 to 2^40");
+  CHECK(exact.next(std::vector<double>(8, 0x1p40)).imbalance == 1.0);
+  double cluster::* const costs[] = {&cluster::call_seconds, &cluster::row_bytes,
+                                     &cluster::expert_bytes};
+  for (const auto cost : costs) {
+    CHECK(said([&](auto& o) { o.machine.*cost = 0.0; }) == "accepted");
+    CHECK(said([&](auto& o) { o.machine.*cost = -1.0; }) ==
+          "moeroute::simulate: a cost is -1.000000, expected a finite number >= 0");
+  }
+  for (link_cost cluster::* const link : {&cluster::inside, &cluster::outside})
+    for (double link_cost::* const part : {&link_cost::alpha, &link_cost::beta})
+      CHECK(said([&](auto& o) { o.machine.*link.*part = HUGE_VAL; }) ==
+            "moeroute::simulate: a cost is inf, expected a finite number >= 0");
 }

@@ -304,3 +304,45 @@ TEST_CASE("predictors, prefetchers, groups and tables refuse by name") {
   CHECK(test::refusal([&] { pregate(layers, 1, {}); }) ==
         "moeroute::pregate: tokens is 5, expected 4");
 }
+
+TEST_CASE("what looks ahead refuses models without layers, and places where there is nothing") {
+  test::random rng(7);
+  const assignment sets = test::fixed_choices(rng, 4, 8, 2);
+  const assignment layers[] = {sets, test::fixed_choices(rng, 4, 9, 2)};
+  ids out(2);
+  const auto in_order = [&](std::vector<std::int32_t> order, index_t batch = 2) {
+    return [&sets, order, batch] { distinct_experts(sets, order, batch); };
+  };
+  const test::refusals all{
+      {[] { last_predictor(1, 0); }, "last_predictor: experts is 0, expected 1 to 1048576"},
+      {[] { popularity_predictor(0, 4); },
+       "popularity_predictor: layers is 0, expected 1 to 1048576"},
+      {[] { popularity_predictor(1, 0); },
+       "popularity_predictor: experts is 0, expected 1 to 1048576"},
+      {[] { popularity_predictor(1, 4, std::nan("")); },
+       "popularity_predictor: decay is nan, expected 0 to 1"},
+      {[] { transition_predictor(0, 4); },
+       "transition_predictor: layers is 0, expected 1 to 1048576"},
+      {[] { transition_predictor(1, 0); },
+       "transition_predictor: experts is 0, expected 1 to 1048576"},
+      {[] { gate_predictor({}); }, "gate_predictor: gates.size() is 0, expected 1 to 1048576"},
+      {[&] { last_predictor(1, 4).rank(1, out); }, "last_predictor: layer is 1, expected 0 to 0"},
+      {[&] { popularity_predictor(1, 4).rank(-1, out); },
+       "popularity_predictor: layer is -1, expected 0 to 0"},
+      {[&] { transition_predictor(1, 4).rank(1, out); },
+       "transition_predictor: layer is 1, expected 0 to 0"},
+      {[] { last_predictor(2, 4).saw(2, ids{}); }, "last_predictor: layer is 2, expected 0 to 1"},
+      {[] { popularity_predictor(2, 4).saw(2, ids{}); },
+       "popularity_predictor: layer is 2, expected 0 to 1"},
+      {[] { popularity_predictor(2, 4).saw(0, ids{4}); },
+       "popularity_predictor: expert is 4, expected -1 to 3"},
+      {[] { transition_predictor(2, 4).saw(0, ids{-2}); },
+       "transition_predictor: expert is -2, expected -1 to 3"},
+      {[&] { pregate({}, 1, {}); }, "pregate: layers.size() is 0, expected 1 to 1048576"},
+      {[&] { pregate(layers, 0, {}); }, "pregate: batch is 0, expected 1 to 2147483647"},
+      {[&] { pregate(layers, 1, {}); }, "pregate: experts is 9, expected 8"},
+      {in_order({0}, 0), "distinct_experts: batch is 0, expected 1 to 2147483647"},
+      {in_order({0, 4}), "distinct_experts: order is 4, expected 0 to 3"},
+      {in_order({-1}), "distinct_experts: order is -1, expected 0 to 3"}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+}

@@ -254,6 +254,9 @@ TEST_CASE("what does not belong together is not merged, kept or counted, and nam
   swiglu_weights mixed = one.view();
   mixed.up = more.view().up;
   CHECK(aligned(mixed) == "moeroute::align_units: up.rows is 5, expected 4");
+  CHECK(test::refusal([&] { align_units(mixed, mixed); }) ==
+        "moeroute::align_units: up.rows is 5, expected 4");
+  CHECK(merged({mixed}, {1.0}) == "moeroute::merge_experts: up.rows is 5, expected 4");
   mixed.up = wide.view().up;
   CHECK(aligned(mixed) == "moeroute::align_units: up.cols is 6, expected 3");
   mixed.up = one.view().up;
@@ -285,4 +288,43 @@ TEST_CASE("what does not belong together is not merged, kept or counted, and nam
   CHECK(least(1.5, 1.0).starts_with("moeroute::least_experts: mass is 1.5"));
   CHECK(least(0.5, 0.0).starts_with("moeroute::least_experts: share is 0"));
   CHECK(least(0.5, 1.5).starts_with("moeroute::least_experts: share is 1.5"));
+}
+
+TEST_CASE("what is merged, pruned or measured is refused by the size that does not fit") {
+  const double usage[] = {9, 1, 1, 1, 5, 4, 4, 1};
+  const float z[12] = {};
+  const matrix_view<const float> narrow[] = {{z, 3, 4}, {z, 3, 3}};
+  const expert_subset stay({1, 3}, 4);
+  test::random rng(9);
+  const assignment a = test::fixed_choices(rng, 3, 6, 2);
+  dispatch_plan p;
+  plan(a, p);
+  const std::vector<float> numbers(60);
+  const matrix_view<const float> tangled(numbers.data(), p.slots(), 5, 4);
+  const test::refusals all{
+      {[&] { group_experts({usage, 2, 4}, std::span(narrow).first(1), 2); },
+       "group_experts: logits.size() is 1, expected 2"},
+      {[&] { group_experts({usage, 2, 4}, narrow, 2); },
+       "group_experts: logits.cols is 3, expected 4"},
+      {[&] { group_experts({usage, 2, 4}, narrow, 9); },
+       "group_experts: leaders is 9, expected 2 to 8"},
+      {[] { expert_subset({}, 4); }, "expert_subset: kept is 0, expected 1 to 4"},
+      {[] { expert_subset({0}, 0); }, "expert_subset: experts is 0, expected 1 to 1048576"},
+      {[] { expert_subset({0, 4}, 4); }, "expert_subset: expert is 4, expected 1 to 3"},
+      {[] { expert_subset({1, 1}, 4); }, "expert_subset: expert is 1, expected 2 to 3"},
+      {[] { expert_subset({-1}, 4); }, "expert_subset: expert is -1, expected 0 to 3"},
+      {[&] { stay.place(4); }, "expert_subset: expert is 4, expected 0 to 3"},
+      {[&] { stay.place(-1); }, "expert_subset: expert is -1, expected 0 to 3"},
+      {[&] { keep_best(std::vector<double>{1, 2}, 0); }, "keep_best: n is 0, expected 1 to 2"},
+      {[&] { pruned({.experts = 4, .k = 2, .selection = selection_kind::product_keys}, stay); },
+       "pruned: product keys have no column per expert, expected another selection"},
+      {[&] { saliency_meter(6).add(p, a, tangled); },
+       "saliency_meter: out.stride is 4, expected at least 5"},
+      {[] { (void)saliency_meter(6).reap(6); }, "saliency_meter: expert is 6, expected 0 to 5"},
+      {[] { (void)saliency_meter(6).tokens(-1); }, "saliency_meter: expert is -1, expected 0 to 5"},
+      {[&] { (void)least_experts({z, 3, 4, 3}, 0.5, 0.5); },
+       "least_experts: logits.stride is 3, expected at least 4"}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK(group_experts({usage, 2, 4}, std::vector<matrix_view<const float>>(2, narrow[0]), 8)[1] ==
+        std::vector<expert_id>{0, 1, 2, 3});
 }

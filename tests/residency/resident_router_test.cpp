@@ -4,6 +4,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <moeroute/data/expert_cache.hpp>
 #include <moeroute/policy/catalog.hpp>
@@ -615,4 +616,55 @@ TEST_CASE("what does not fit together is refused by name") {
   const double negative[] = {0, -1, 2, 0};
   CHECK(test::refusal([&] { buddy_table({negative, 2, 2}, 1); }) ==
         "moeroute::buddy_table: co_activations is -1.000000, expected >= 0");
+}
+
+TEST_CASE("every number of a rule of memory is refused by its own name") {
+  const resident_set small(16);
+  test::random rng(3);
+  const buddy_table buddies = some_buddies(rng, 32, 4), fewer = some_buddies(rng, 16, 4);
+  const double pairs[] = {0, 1, 1, 1, 0, 1}, unknown[] = {0, NAN, 1, 0};
+  const auto ruled = [&](const residency_rule& rule) { return [rule] { rule.check(32, 4); }; };
+  const auto buddy = [&](residency_rule rule) {
+    rule.kind = kind::buddy;
+    if (rule.buddies == nullptr) rule.buddies = &buddies;
+    return [rule] { rule.check(32, 4); };
+  };
+  const router<softmax, resident_selection<top_k>> bare{
+      .score = {},
+      .selection = {.plain = {.k = 4},
+                    .rule = {.kind = kind::cache_prior, .strength = 0.1f},
+                    .set = small.view()}};
+  const test::refusals all{
+      {[&] { buddy_table({pairs, 2, 3}, 1); }, "buddy_table: co_activations.cols is 3, expected 2"},
+      {[&] { buddy_table({pairs, 0, 0}, 1); }, "buddy_table: experts is 0, expected 1 to 1048576"},
+      {[&] { buddy_table({pairs, 2, 2}, 0); }, "buddy_table: most is 0, expected 1 to 2"},
+      {[&] { buddy_table({pairs, 2, 2}, 3); }, "buddy_table: most is 3, expected 1 to 2"},
+      {[&] { buddy_table({unknown, 2, 2}, 1); },
+       "buddy_table: co_activations is nan, expected >= 0"},
+      {ruled({.kind = kind::cache_prior, .strength = NAN}),
+       "residency_rule: strength is nan, expected a finite number >= 0"},
+      {ruled({.kind = kind::cache_prior, .strength = INFINITY}),
+       "residency_rule: strength is inf, expected a finite number >= 0"},
+      {ruled({.kind = kind::cache_prior, .forced = -1}),
+       "residency_rule: forced is -1, expected 0 to 4"},
+      {ruled({.kind = kind::max_rank, .ranks = 33}),
+       "residency_rule: ranks is 33, expected 4 to 32"},
+      {ruled({.kind = kind::margin_swap, .swaps = -1}),
+       "residency_rule: swaps is -1, expected 0 to 1048576"},
+      {buddy({.buddies = &fewer}), "residency_rule: buddies.experts() is 16, expected 32"},
+      {buddy({.search = -1}), "residency_rule: search is -1, expected 0 to 4"},
+      {buddy({.search = 5}), "residency_rule: search is 5, expected 0 to 4"},
+      {buddy({.least_entropy = -1}), "residency_rule: least_entropy is -1.000000, expected >= 0"},
+      {buddy({.least_entropy = NAN}), "residency_rule: least_entropy is nan, expected >= 0"},
+      {buddy({.most_missing = 1.5f}), "residency_rule: most_missing is 1.500000, expected 0 to 1"},
+      {buddy({.most_missing = -0.5f}),
+       "residency_rule: most_missing is -0.500000, expected 0 to 1"},
+      {[&] { bare.selection.check(32); }, "resident_selection: set.experts is 16, expected 32"}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  const std::vector<std::function<void()>> ends{
+      buddy({.search = 0, .least_entropy = 0, .most_missing = 0}), buddy({.most_missing = 1}),
+      ruled({.kind = kind::mass_threshold, .strength = 1.0f}),
+      ruled({.kind = kind::max_rank, .ranks = 32, .forced = 4}),
+      ruled({.kind = kind::off, .strength = -1.0f})};
+  for (const auto& accepted : ends) CHECK(test::refusal(accepted) == "accepted");
 }

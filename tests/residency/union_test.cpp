@@ -272,6 +272,9 @@ TEST_CASE("union rules that do not fit are refused by name") {
   CHECK(refused({.most_rank = 3}) == "moeroute::union_router: most_rank is 3, expected 4 to 32");
   CHECK(refused({.kind = kind::budget, .budget = 33}) ==
         "moeroute::union_router: budget is 33, expected 1 to 32");
+  for (const index_t groups : {0, 33})
+    CHECK(refused({.kind = kind::vote, .groups = groups}) ==
+          "moeroute::union_router: groups is " + std::to_string(groups) + ", expected 1 to 32");
   CHECK(refused({.kind = kind::vote, .groups = 5}) ==
         "moeroute::union_router: experts % groups is 2, expected 0");
   CHECK(refused({.kind = kind::vote, .groups = 4, .stays = 9}) ==
@@ -282,4 +285,10 @@ TEST_CASE("union rules that do not fit are refused by name") {
         "moeroute::speculation_depth: acceptance.size() is 3, expected 0 to 2");
   CHECK(test::refusal([&] { speculation_depth(sets, std::vector<double>{1.5}, {}); }) ==
         "moeroute::speculation_depth: acceptance is 1.500000, expected 0 to 1");
+  CHECK(test::refusal([&] { speculation_depth(sets, std::vector<double>{-0.5}, {}); }) ==
+        "moeroute::speculation_depth: acceptance is -0.500000, expected 0 to 1");
+  for (const step_time& time :
+       {step_time{.expert = -1.0}, step_time{.token = std::nan("")}, step_time{.fixed = -1.0}})
+    CHECK(test::refusal([&] { speculation_depth(sets, {}, time); }) ==
+          "moeroute::speculation_depth: a time is negative, expected 0 or more");
 }

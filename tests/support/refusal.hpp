@@ -1,8 +1,11 @@
 // The message with which the library refuses.
 #pragma once
 
+#include <functional>
 #include <moeroute/base/error.hpp>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace test {
 
@@ -16,5 +19,8 @@ std::string refusal(F&& f) {
   }
   return "accepted";
 }
+
+/// Calls, and the message with which each is refused.
+using refusals = std::vector<std::pair<std::function<void()>, std::string>>;
 
 }  // namespace test

@@ -31,8 +31,12 @@ class co_activation {
       });
   }
 
-  /// Tokens that use both; of an expert with itself: its own.
-  std::int64_t pairs(index_t i, index_t j) const { return pairs_[at(i, j)]; }
+  /// Tokens that use both; of an expert with itself: its own. Throws: error where one is none.
+  std::int64_t pairs(index_t i, index_t j) const {
+    check_range("co_activation", "expert", i, 0, experts_ - 1);
+    check_range("co_activation", "expert", j, 0, experts_ - 1);
+    return pairs_[at(i, j)];
+  }
   /// Share of i's tokens that use j too; 0 where i has none. Not symmetric.
   double rate(index_t i, index_t j) const {
     const std::int64_t own = pairs(i, i);

@@ -61,6 +61,7 @@ class saliency_meter {
   }
 
   index_t experts() const { return static_cast<index_t>(sums_.size()); }
+  // Each throws where there is no such expert.
   std::int64_t tokens(index_t e) const { return at(e).tokens; }
   double mean_weight(index_t e) const { return mean(e, at(e).weight); }
   double mean_length(index_t e) const { return mean(e, at(e).length); }
@@ -74,7 +75,10 @@ class saliency_meter {
     std::int64_t tokens = 0;
     double weight = 0.0, length = 0.0, both = 0.0;
   };
-  const sums& at(index_t e) const { return sums_[static_cast<std::size_t>(e)]; }
+  const sums& at(index_t e) const {
+    check_range("saliency_meter", "expert", e, 0, experts() - 1);
+    return sums_[static_cast<std::size_t>(e)];
+  }
   double mean(index_t e, double sum) const {
     return at(e).tokens == 0 ? 0.0 : sum / static_cast<double>(at(e).tokens);
   }

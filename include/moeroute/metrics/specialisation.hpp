@@ -41,8 +41,9 @@ class specialisation_meter {
   }
 
   /// Share of a domain's choices that go to the expert, with `smoothing` added to every count; even
-  /// where there are none.
+  /// where there are none. Throws: error where one is out of range.
   double share(index_t domain, index_t expert, double smoothing = 0.0) const {
+    check_range("specialisation_meter", "expert", expert, 0, experts_ - 1);
     double sum = 0.0;
     for (const std::int64_t n : counts(domain)) sum += static_cast<double>(n) + smoothing;
     const double own = static_cast<double>(counts_[at(domain, expert)]) + smoothing;

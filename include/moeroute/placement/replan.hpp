@@ -88,10 +88,6 @@ inline replan_result replan(const placement& old, std::span<const double> load,
   std::vector<std::pair<index_t, double>> change;  // rank, new load
   while (out.imbalance_after > options.target && out.moves < options.budget) {
     const index_t hot = std::max_element(sum.begin(), sum.end()) - sum.begin();
-    // The two greatest loads among ranks that a step leaves alone are all that it needs to know.
-    std::vector<index_t> order(at(ranks));
-    std::iota(order.begin(), order.end(), index_t{0});
-    std::sort(order.begin(), order.end(), greatest_first([&](index_t i) { return sum[at(i)]; }));
     const double max_now = sum[at(hot)];
     double best = 1e-9 * max_now * max_now;
     replan_step step{};
@@ -103,13 +99,8 @@ inline replan_result replan(const placement& old, std::span<const double> load,
         made = std::max(made, v);
       }
       if (drop <= 0.0) return;
-      for (const index_t r : order)
-        if (std::none_of(change.begin(), change.end(),
-                         [&](const auto& c) { return c.first == r; })) {
-          made = std::max(made, sum[at(r)]);
-          break;
-        }
-      // Lower (max, sum of squares): a step off one of several hottest ranks leaves the max.
+      // Lower (max, sum of squares): a step off one of several hottest ranks leaves the max. Ranks
+      // that the step leaves alone are not above it.
       if (made > max_now * (1.0 + 1e-12)) return;
       const double score = drop / static_cast<double>(moves);
       const double margin = 1e-12 * best;

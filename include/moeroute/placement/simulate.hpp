@@ -202,10 +202,12 @@ class layer_simulation {
     s.imbalance = balance_of(load_).imbalance;
     s.time_imbalance = balance_of(seconds).imbalance;
     s.seconds.compute = balance_of(seconds).max_load;
+    s.seconds.header = ranks > 1 ? 2.0 * (c.nodes > 1 ? c.outside.alpha : c.inside.alpha) : 0.0;
+    if (!(all > 0.0)) return;
     // A token reaches a rank with a part q of the choices with probability 1 - (1 - q)^k, near
     // enough for k distinct experts out of many.
     const auto reached = [&](double rows) {
-      return all > 0.0 ? tokens * (1.0 - std::pow(1.0 - std::min(1.0, rows / all), k)) : 0.0;
+      return tokens * (1.0 - std::pow(1.0 - std::min(1.0, rows / all), k));
     };
     const double places = static_cast<double>(c.places());
     double rank_rows = 0.0, node_rows = 0.0;
@@ -213,8 +215,8 @@ class layer_simulation {
     for (const double n : of_node) node_rows += reached(n);
     const double away = 1.0 - 1.0 / static_cast<double>(ranks),
                  across = 1.0 - 1.0 / static_cast<double>(c.nodes);
-    s.off_rank_rows = tokens > 0.0 ? rank_rows / tokens * away : 0.0;
-    s.off_node_rows = tokens > 0.0 ? node_rows / tokens * across : 0.0;
+    s.off_rank_rows = rank_rows / tokens * away;
+    s.off_node_rows = node_rows / tokens * across;
     const double inside_part = (places - 1.0) / static_cast<double>(ranks),
                  outside_part = (static_cast<double>(ranks) - places) / static_cast<double>(ranks);
     double out = 0.0, back = 0.0;
@@ -228,9 +230,8 @@ class layer_simulation {
            k * own * outside_part,     t.peers_inside,        t.peers_outside};
       back = std::max(back, exchange_seconds(c, t));
     }
-    s.seconds.dispatch = tokens > 0.0 ? out : 0.0;
-    s.seconds.results = tokens > 0.0 ? back : 0.0;
-    s.seconds.header = ranks > 1 ? 2.0 * (c.nodes > 1 ? c.outside.alpha : c.inside.alpha) : 0.0;
+    s.seconds.dispatch = out;
+    s.seconds.results = back;
   }
 
   simulation_options options_;
