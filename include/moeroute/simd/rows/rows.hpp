@@ -1,6 +1,7 @@
 // Rows of hidden states: copy, widen, narrow, scale, and the weighted sum of several rows.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -56,8 +57,10 @@ MOEROUTE_OUT_OF_LINE inline void copy_ahead(const std::byte* from, index_t n, st
     }
   };
   far = far && lines >= page;
-  // Beyond the end they go on at `next`.
-  const auto beyond = [&](index_t by) { return next == nullptr ? nullptr : next + by - lines; };
+  // Beyond the end they go on at `next`: of rows shorter than the distance at its begin.
+  const auto beyond = [&](index_t by) {
+    return next == nullptr ? nullptr : next + std::min(by, lines) - lines;
+  };
   if (far) copy(lines - page, to + ahead, to + page);
   copy(lines - ahead, to + ahead, far ? beyond(page) : nullptr);
   copy(lines, beyond(ahead), far ? beyond(page) : nullptr);
