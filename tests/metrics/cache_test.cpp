@@ -76,6 +76,9 @@ TEST_CASE("hand traces: who leaves under each policy") {
   CHECK(hits(u, cache_policy::lru, 2) == 1);
   CHECK(hits(u, cache_policy::lfu, 2) == 2);  // 1 leaves
   CHECK(hits(u, cache_policy::segment, 2, cold_misses::counted, 3) == 2);
+  // The window begins with the token itself: of one token nothing is foreseen.
+  CHECK(hits(u, cache_policy::segment, 2, cold_misses::counted, 2) == 2);
+  CHECK(hits(u, cache_policy::segment, 2, cold_misses::counted, 1) == 1);
 }
 
 TEST_CASE("Belady is the best of all ways to evict, so of every other cache") {

@@ -382,6 +382,18 @@ TEST_CASE(
                        : named + "checks of layer 7: ") == 0);
   CHECK(right() == "");
 
+  // Of several ranks that throw the others hear of the lowest.
+  const bool one_of_two = world_rank() < 2;
+  said = test::refusal([&] {
+    p.forward(own.x, own.choices,
+              one_of_two ? matrix_view<float>(wrong.data(), own.n + 1, s.d) : own.out(s.d),
+              forward_of(experts, p));
+  });
+  CHECK(said.find(one_of_two
+                      ? "moeroute::expert_parallel: y.rows() is "
+                      : "moeroute::expert_parallel: rank 0 failed in checks of layer 7: ") == 0);
+  CHECK(right() == "");
+
   // In the experts.
   said = "accepted";
   try {

@@ -193,6 +193,12 @@ TEST_CASE("merging twins changes nothing, and a permuted copy is aligned back to
   const swiglu_weights pair[] = {a.view(), c.view()};
   const merged_expert one = merge_experts(pair, std::vector<double>{2.0, 0.0});
   CHECK(one.gate == a.gate);
+  // Experts that nobody used count alike.
+  const merged_expert unused = merge_experts(pair, std::vector<double>{0.0, 0.0}),
+                      even = merge_experts(pair, std::vector<double>{2.0, 2.0});
+  CHECK(unused.gate == even.gate);
+  CHECK(unused.up == even.up);
+  CHECK(unused.down == even.down);
 }
 
 TEST_CASE(

@@ -276,14 +276,23 @@ TEST_CASE("a strength of 0 is the router to the bit, for every router of the cat
               resident_any_router(plain, prior, set);
             }).ends_with(" does not choose by rank: drop is what it takes"));
       // The last two tokens come one by one where the router has a way for that.
-      for (const dropped_weight what : {dropped_weight::lost, dropped_weight::shared_out}) {
-        const residency_rule drop{.kind = kind::drop_cold, .strength = 0.9f, .dropped = what};
+      for (const int trial : {0, 1, 2, 3, 4}) {
+        const dropped_weight what = trial < 2 ? dropped_weight::lost : dropped_weight::shared_out;
+        const auto forced = static_cast<std::size_t>(std::min<index_t>(trial % 3, spec.k));
+        const residency_rule drop{.kind = kind::drop_cold,
+                                  .strength = 0.9f,
+                                  .forced = static_cast<index_t>(forced),
+                                  .dropped = what};
         const assignment got =
             test::routed(resident_any_router(plain, drop, set), z, columns, side);
         for (index_t t = 0; t < got.tokens(); ++t) {
-          float before = 0, after = 0;
+          float before = 0, after = 0, most = 0;
+          for (const float w : want.weights(t)) most = std::max(most, w);
           for (std::size_t r = 0; r < static_cast<std::size_t>(got.k()); ++r) {
-            const bool left = got.ids(t)[r] == no_expert && want.ids(t)[r] != no_expert;
+            const expert_id own = want.ids(t)[r];
+            const bool left = got.ids(t)[r] == no_expert && own != no_expert;
+            CHECK(left == (own != no_expert && r >= forced && !set.contains(own) &&
+                           want.weights(t)[r] < 0.9f * most));
             before += want.weights(t)[r];
             after += got.weights(t)[r];
             dropped += left;
@@ -292,7 +301,8 @@ TEST_CASE("a strength of 0 is the router to the bit, for every router of the cat
             if (!left && what == dropped_weight::lost)
               CHECK(got.weights(t)[r] == want.weights(t)[r]);
           }
-          if (what == dropped_weight::shared_out) CHECK(std::abs(after - before) <= 1e-5f);
+          if (what == dropped_weight::shared_out && after > 0.0f)
+            CHECK(std::abs(after - before) <= 1e-5f);
         }
       }
     }

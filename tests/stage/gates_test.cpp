@@ -313,6 +313,11 @@ TEST_CASE("a code moves to the mean of its tokens, and one without tokens stays"
   near(0, 2.0 / 3.0, 2.0 / 3.0);
   near(1, 12.0, 8.0);
   near(2, -50.0, 50.0);
+  // One that nobody took for long has forgotten nothing: n = 0.5 + 0.5, m = 0.5 (-50 - 46, 100).
+  const floats late{-46, 50};
+  const std::vector<std::int32_t> third{2};
+  g.update(as_rows(late, 2), third, 0.5f);
+  near(2, -48.0, 50.0);
   CHECK(test::refusal([&] { g.update(as_rows(x, 2), code, 1.0f); }) ==
         "moeroute::codebook_gate: decay is 1.000000, expected a number from 0 to below 1");
   code[1] = 3;

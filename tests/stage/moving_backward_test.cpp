@@ -31,7 +31,10 @@ struct spread_rows {
   index_t n, d, stride;
   std::vector<T> value;
 
-  spread_rows(index_t count, index_t cols, std::uint64_t seed, index_t gap = 3)
+  // Without a gap of its own: one by seed, so that no two matrices of a call have the same stride.
+  spread_rows(index_t count, index_t cols, std::uint64_t seed)
+      : spread_rows(count, cols, seed, static_cast<index_t>(1 + seed % 9)) {}
+  spread_rows(index_t count, index_t cols, std::uint64_t seed, index_t gap)
       : n(count), d(cols), stride(cols + gap), value(static_cast<std::size_t>(n * stride)) {
     test::random rng(seed);
     for (T& v : value) v = static_cast<T>(rng.normal());
