@@ -347,10 +347,12 @@ TEST_CASE("a step through the compiled library is the sum over the chosen expert
 
     // The arrays that other kernels read name every kept choice once.
     std::vector<std::int32_t> sorted(static_cast<std::size_t>(plan.slots())),
-        of_block(sorted.size() / 8), starts(of_block.size());
-    REQUIRE(moeroute_plan_aligned_blocks(plan.get(), 8, -1, sorted.data(), std::ssize(sorted),
+        of_block(sorted.size() / 8 + 2), starts(of_block.size());
+    REQUIRE(moeroute_plan_aligned_blocks(plan.get(), 8, 77, sorted.data(), std::ssize(sorted),
                                          of_block.data(), starts.data(),
                                          std::ssize(of_block)) == MOEROUTE_OK);
+    CHECK(std::count(of_block.begin(), of_block.end(), 77) == 2);  // behind the last block
+    CHECK((of_block.back() == 77 && *(of_block.end() - 2) == 77));
     std::set<std::int32_t> named;
     for (const std::int32_t c : sorted)
       if (c < tokens * k) CHECK(named.insert(c).second);

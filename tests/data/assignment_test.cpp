@@ -1,5 +1,6 @@
 #include <moeroute/data/assignment.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
 #include <string>
@@ -45,6 +46,27 @@ TEST_CASE("an assignment over the caller's memory writes there, and its copies d
   other = copy;
   other.ids()[0] = 3;
   CHECK((ids[0] == 0 && other.tokens() == 4));
+}
+
+TEST_CASE("a new decision has no drops of the one before, whatever its shape") {
+  assignment a;
+  for (const index_t tokens : {3, 3, 2, 3}) {  // the same shape again, a smaller one, a larger one
+    a.reset(tokens, 8, 2);
+    CHECK_FALSE(a.drops());
+    CHECK((a.kept().empty() && a.kept(1)));
+    a.kept_to_fill()[1] = 0;
+    CHECK((a.drops() && !a.kept(1) && a.kept(0)));
+  }
+  for (int turn = 0; turn < 2; ++turn) {
+    a.reset_ragged(3, 8, 2);
+    CHECK_FALSE(a.drops());
+    std::fill_n(a.to_fill().offsets, 4, 0);
+    a.to_fill().offsets[3] = 2;
+    a.close();
+    a.kept_to_fill()[1] = 0;
+  }
+  a.reset(3, 8, 2);
+  CHECK_FALSE(a.drops());
 }
 
 TEST_CASE("a warm assignment never allocates") {
