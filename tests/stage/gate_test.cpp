@@ -36,7 +36,13 @@ TEST_CASE("a gate of another width is refused") {
   const row_matrix<float> x(3, 7);
   row_matrix<float> logits(3, 4);
   CHECK(test::refusal([&] { gate(x, packed, logits); }) ==
-        "moeroute::gemm: x.cols() is 7, expected 8");
+        "moeroute::gate: x.cols() is 7, expected 8");
+  row_matrix<float> turned(4, 3);
+  const row_matrix<float> fits(3, 8);
+  CHECK(test::refusal([&] { gate(fits, packed, turned); }) ==
+        "moeroute::gate: logits.rows() is 4, expected 3");
+  CHECK(test::refusal([&] { cosine_gate(x, packed, 1.0f, logits); }) ==
+        "moeroute::cosine_gate: x.cols() is 7, expected 8");
 }
 
 TEST_CASE("a cosine gate sees directions only: |logit| <= scale, whatever the lengths") {

@@ -276,4 +276,23 @@ void combine(const X& rows, const assignment& choices, Y&& y,
   combine(rows, choices, y, serial{}, options);
 }
 
+// Calls that would end in a page about templates.
+
+template <class X, class Y, class... Rest>
+  requires(!readable_rows<X> || !writable_rows<Y>)
+void combine(const X&, const dispatch_plan&, const assignment&, Y&&, Rest&&...) {
+  static_assert(readable_rows<X> && writable_rows<Y>,
+                "[moeroute::combine] slots and y are rows, y not const: a pointer is handed in as "
+                "matrix_view(pointer, rows, columns, stride)");
+}
+
+template <class X, class Y, class... Rest>
+  requires(!readable_rows<X> || !writable_rows<Y>)
+void combine(const X&, const assignment&, Y&&, Rest&&...) {
+  static_assert(readable_rows<X> && writable_rows<Y>,
+                "[moeroute::combine] behind the rows come the plan, if any, the choices and y; "
+                "rows and y are rows, y not const: a pointer is handed in as matrix_view(pointer, "
+                "rows, columns, stride)");
+}
+
 }  // namespace moeroute

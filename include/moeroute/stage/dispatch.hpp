@@ -216,6 +216,15 @@ void dispatch(const X& x, const dispatch_plan& plan, Y&& slots, const dispatch_o
   dispatch(x, plan, slots, serial{}, options);
 }
 
+// Calls that would end in a page about templates.
+template <class X, class Y, class... Rest>
+  requires(!readable_rows<X> || !writable_rows<Y>)
+void dispatch(const X&, const dispatch_plan&, Y&&, Rest&&...) {
+  static_assert(readable_rows<X> && writable_rows<Y>,
+                "[moeroute::dispatch] x and slots are rows, the slots not const: a pointer is "
+                "handed in as matrix_view(pointer, rows, columns, stride)");
+}
+
 /// The same for rows of plain bytes: quantised rows with their scales, or anything else.
 ///
 /// Shapes: x [T, row bytes], slots [plan.slots(), row bytes].

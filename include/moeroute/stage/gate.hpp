@@ -14,6 +14,19 @@
 
 namespace moeroute {
 
+namespace detail {
+
+// The sizes alone: the product looks at strides and overlap.
+MOEROUTE_OUT_OF_LINE inline void check_gate_sizes(const char* where, index_t tokens, index_t x_cols,
+                                                  index_t d, index_t logits_rows,
+                                                  index_t logits_cols, index_t experts) {
+  check_size(where, "x.cols()", x_cols, d);
+  check_size(where, "logits.rows()", logits_rows, tokens);
+  check_size(where, "logits.cols()", logits_cols, experts);
+}
+
+}  // namespace detail
+
 /// logits = x W^T + b, in float.
 ///
 /// Shapes: x [T, d] in float, bfloat16 or float16, W [E, d] packed in any of them (with its bias),
@@ -28,7 +41,12 @@ namespace moeroute {
 ///     gate(x, w, logits);
 template <readable_rows X, writable_rows Y, executor Exec = serial, storage W = float,
           class A = simd::default_arch>
-void gate(const X& x, const simd::packed_matrix<W, A>& weight, Y&& logits, const Exec& exec = {}) {
+void gate(const X& x_rows, const simd::packed_matrix<W, A>& weight, Y&& logit_rows,
+          const Exec& exec = {}) {
+  const auto x = const_view(x_rows);
+  const matrix_view<float> logits = view(logit_rows);
+  detail::check_gate_sizes("gate", x.rows, x.cols, weight.cols(), logits.rows, logits.cols,
+                           weight.rows());
   simd::gemm(x, weight, logits, exec);
 }
 
@@ -126,9 +144,7 @@ namespace detail {
 
 template <class T, class G>
 void check_gate(const matrix_view<T>& x, const G& g, const matrix_view<float>& logits) {
-  check_size("gate", "x.cols()", x.cols, g.d());
-  check_size("gate", "logits.rows()", logits.rows, x.rows);
-  check_size("gate", "logits.cols()", logits.cols, g.columns());
+  check_gate_sizes("gate", x.rows, x.cols, g.d(), logits.rows, logits.cols, g.columns());
   check_stride("gate", "x", x);
   check_stride("gate", "logits", logits);
   check_apart("gate", "x", x, "logits", logits);
@@ -159,6 +175,18 @@ void gate(const X& x_rows, const G& g, Y&& logit_rows, workspace& ws, const Exec
   g(x, logits, memory, exec);
 }
 
+// Calls that would end in a page about templates.
+template <class X, class W, class Y, class... Rest>
+  requires(readable_rows<W> || !readable_rows<X> || !writable_rows<Y>)
+void gate(const X&, const W&, Y&&, const Rest&...) {
+  static_assert(readable_rows<X> && writable_rows<Y>,
+                "[moeroute::gate] x and logits are rows, the logits not const: a pointer is handed "
+                "in as matrix_view(pointer, rows, columns, stride)");
+  static_assert(!readable_rows<W>,
+                "[moeroute::gate] the weight is packed once, [E, d]: simd::packed_matrix<>("
+                "view(weight))");
+}
+
 /// logits = scale * cos(x, w_e): rows of x and of W count by their direction only.
 ///
 /// Shapes: as gate(); weight holds rows of norm 1 (unit_rows), A zero row has zero
@@ -169,6 +197,8 @@ void cosine_gate(const X& x_rows, const simd::packed_matrix<W, A>& weight, float
                  Y&& logit_rows, const Exec& exec = {}) {
   const auto x = const_view(x_rows);
   const matrix_view<float> logits = view(logit_rows);
+  detail::check_gate_sizes("cosine_gate", x.rows, x.cols, weight.cols(), logits.rows, logits.cols,
+                           weight.rows());
   simd::gemm(x, weight, logits, exec);
   exec.parallel_for(x.rows, 64, [&](index_t begin, index_t end) {
     for (index_t t = begin; t < end; ++t) {

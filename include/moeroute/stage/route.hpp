@@ -283,6 +283,34 @@ template <class Router, class T, executor Exec>
 void route_plain(const Router& router, const T* logits, index_t tokens, index_t columns,
                  index_t stride, workspace& ws, expert_id* ids, float* weights, const Exec& exec);
 
+// Which kind of router it is shows when it runs.
+template <class R>
+concept router_of_run_time = requires(const R& r) {
+  { r.ragged() } -> std::same_as<bool>;
+  { r.as_token_router() } -> token_router;
+  { r.as_ragged_router() } -> ragged_router;
+};
+
+// What may stand behind the logits, in this order.
+template <class... Rest>
+inline constexpr bool in_place = false;
+template <class W, class A>
+inline constexpr bool in_place<W, A> =
+    std::is_convertible_v<W&, workspace&> && std::is_convertible_v<A&, assignment&>;
+template <class W, class A, class E>
+inline constexpr bool in_place<W, A, E> =
+    (in_place<W, A> && executor<E>) ||
+    (std::is_convertible_v<W&, const side_inputs&> && in_place<A, E>);
+template <class S, class W, class A, class E>
+inline constexpr bool in_place<S, W, A, E> =
+    std::is_convertible_v<S&, const side_inputs&> && in_place<W, A> && executor<E>;
+
+// A workspace or an assignment is there, but not where it belongs.
+template <class... Rest>
+concept misplaced = (... || (std::is_convertible_v<Rest&, workspace&> ||
+                             std::is_convertible_v<Rest&, assignment&>)) &&
+                    !in_place<Rest...>;
+
 }  // namespace detail
 
 /// Decides for every token which experts it goes to, and with which weights.
@@ -340,12 +368,8 @@ void route(const Router& router, const Z& logit_rows, const side_inputs& side, w
 
 /// The same for a router picked at run time. Throws: error also where it is made for another number
 /// of columns.
-template <class Router, readable_rows Z, executor Exec = serial, class A = simd::default_arch>
-  requires requires(const Router& r) {
-    { r.ragged() } -> std::same_as<bool>;
-    { r.as_token_router() } -> token_router;
-    { r.as_ragged_router() } -> ragged_router;
-  }
+template <detail::router_of_run_time Router, readable_rows Z, executor Exec = serial,
+          class A = simd::default_arch>
 void route(const Router& router, const Z& logits, const side_inputs& side, workspace& ws,
            assignment& out, const Exec& exec = {}) {
   if (router.ragged()) {
@@ -359,6 +383,7 @@ void route(const Router& router, const Z& logits, const side_inputs& side, works
 
 /// The same without side inputs.
 template <class Router, readable_rows Z, executor Exec = serial, class A = simd::default_arch>
+  requires(any_kind_of_router<Router> || detail::router_of_run_time<Router>)
 void route(const Router& router, const Z& logits, workspace& ws, assignment& out,
            const Exec& exec = {}) {
   route<Router, Z, Exec, A>(router, logits, no_side_inputs, ws, out, exec);
@@ -408,6 +433,23 @@ void route(const Router&, const Z&, Rest&&...) {
   static_assert(readable_rows<Z>,
                 "[moeroute::route] logits are rows of float, bfloat16 or float16: a matrix_view, "
                 "or what view() makes one of");
+}
+
+template <class Router, readable_rows Z, class... Rest>
+  requires(detail::misplaced<Rest...>)
+void route(const Router&, const Z&, const Rest&...) {
+  static_assert(!detail::misplaced<Rest...>,
+                "[moeroute::route] behind the logits come the side inputs, if any, a workspace, an "
+                "assignment and, if any, an executor");
+}
+
+template <class Router, readable_rows Z, class... Rest>
+  requires(!any_kind_of_router<Router> && !detail::router_of_run_time<Router> &&
+           !detail::misplaced<Rest...>)
+void route(const Router&, const Z&, const Rest&...) {
+  static_assert(any_kind_of_router<Router>,
+                "[moeroute::route] the first argument is no router: router{softmax{}, top_k{.k = "
+                "2}}, what make_router() makes, or a struct as docs/adding-a-router.md has it");
 }
 
 namespace detail {
