@@ -170,6 +170,30 @@ int broken_rows() {
   return broken;
 }
 
+// The text with every path of a file in it a link: to a header, or from the root where it begins
+// so.
+std::string linked(std::string_view text, std::string_view folder) {
+  const auto in_path = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_' || c == '/' || c == '.';
+  };
+  std::string made;
+  for (std::size_t i = 0; i < text.size();) {
+    std::size_t end = i;
+    while (end < text.size() && in_path(text[end])) ++end;
+    const std::string_view word = text.substr(i, end - i);
+    if (word.ends_with(".hpp") || word.ends_with(".cpp")) {
+      const bool root = folder != "tests/" && word.starts_with("examples/");
+      made.append("[").append(word).append("](../").append(root ? "" : folder);
+      made.append(word).append(")");
+    } else {
+      made.append(word);
+    }
+    if (end < text.size()) made += text[end++];
+    i = end;
+  }
+  return made;
+}
+
 std::string page() {
   int count[3] = {};
   for (const system_row& row : rows) ++count[row.is];
@@ -181,8 +205,8 @@ std::string page() {
       << " work (their defining step is in a header or an example, and a test names it), "
       << count[partly] << " partly (the rest is said), " << count[not_here]
       << " are not here. Where the third column is a line of text, `parse_spec` reads it and "
-         "`with_router` makes the router; sizes are examples. [models.md](models.md) has the "
-         "routers of published models.\n";
+         "[`with_router`](../include/moeroute/policy/make_batch_router.hpp) makes the router; "
+         "sizes are examples. [models.md](models.md) has the routers of published models.\n";
   std::string_view kind;
   for (const system_row& row : rows) {
     if (kind != row.kind) {
@@ -198,8 +222,8 @@ std::string page() {
     if (is_spec(row.by))
       out << '`' << row.by << '`';
     else
-      out << row.by;
-    out << " | " << row.test << " | " << row.missing << " |\n";
+      out << linked(row.by, "include/moeroute/");
+    out << " | " << linked(row.test, "tests/") << " | " << row.missing << " |\n";
   }
   return out.str();
 }
