@@ -9,14 +9,12 @@
 //              is `cols`. 16-bit types are storage, widened once. Memory is the caller's.
 //   Sizes      T tokens, E experts, k choices per token, d columns of a hidden state, S slots.
 //   Ids        int32, in [0, E) or -1 where a pick could not be made; weights are finite.
-//   Handles    Made by *_new, given back by *_free (null is allowed). Routers and gates may be
-//   shared
-//              between threads that only run them; assignments and plans are used by one at a time.
+//   Handles    Made by *_new, given back by *_free (null is allowed). Threads that only run routers
+//              and gates may share them; assignments and plans are used by one at a time.
 //   Memory     After *_reserve for the largest T, or once warm, running allocates nothing.
 //   Threads    None of its own: an executor runs loops on a pool of the caller's; null is the
-//   calling
-//              thread. Results have the same bits whatever the executor, and but for matrix
-//              products whatever the instruction set.
+//              calling thread. Results have the same bits whatever the executor, and but for
+//              matrix products whatever the instruction set.
 #pragma once
 
 #include <stddef.h>
@@ -41,9 +39,8 @@ enum {
   MOEROUTE_FAILED = 3      // anything else
 };
 
-// What the last failed call of this thread refused, "moeroute::route: logits.cols is 7, expected
-// 8";
-// "" before the first. Valid until the next call that fails.
+// What the last failed call of this thread refused, as "moeroute::route: logits.cols is 7, expected
+// 8"; "" before the first. Valid until the next call that fails.
 MOEROUTE_API const char* moeroute_last_error(void);
 
 // "0.2.0"
@@ -212,8 +209,8 @@ typedef struct moeroute_router_shape {
   int64_t experts;
   int64_t k;       // choices per token, or the most where it is ragged
   int32_t ragged;  // 1: the number of choices varies from token to token
-  int32_t
-      token_ids;  // 1: they are needed; others refuse them, as every side input they do not read
+  // 1: side.token_ids are needed; other routers refuse them, as every side input they do not read.
+  int32_t token_ids;
 } moeroute_router_shape;
 
 // The plain softmax router: E = 8, k = 2.
@@ -312,7 +309,7 @@ typedef struct moeroute_capacity {
   double factor;
   int64_t count;          // of the formula FIXED
   int64_t minimum;        // at least this many places
-  int64_t multiple;       // rounded up to one; at least 1
+  int64_t multiple;       // rounded up to one; 0: 1
   int32_t renormalize;    // weights divided by their sum: 0 not, 1 before dropping, 2 after
   float eps;              // the sum is at least this
   const float* priority;  // [T] for BATCH_PRIORITY; null: a token's largest weight

@@ -601,7 +601,9 @@ int moeroute_gate_new(moeroute_const_matrix weight, const float* bias, int64_t b
   constexpr const char* where = "gate_new";
   return made(where, gate, [&] {
     check_list(where, "bias", bias, bias_size);
-    if (bias_size != 0) check_size(where, "bias_size", bias_size, weight.rows, weight.rows);
+    if (bias_size != 0 && bias_size != weight.rows)
+      refuse("moeroute::gate_new: bias_size is %lld, expected weight.rows = %lld",
+             static_cast<long long>(bias_size), static_cast<long long>(weight.rows));
     return used().gate_new(checked(where, "weight", weight, MOEROUTE_FLOAT16),
                            bias_size > 0 ? bias : nullptr);
   });

@@ -32,6 +32,7 @@ const char* model_name(std::int32_t i) {
 }
 
 bool spec_of_model(const char* name, moeroute_spec& out) {
+  if (*name != '\0') moeroute::spec_of_model(name);  // refuses what is not there
   const catalog_entry* const entry = find_in_catalog(name);
   if (entry != nullptr && !compiled::can_describe(entry->spec))
     fail("spec_of_model", "'" + std::string(name) +
@@ -91,7 +92,7 @@ capacity_policy policy_of(const moeroute_capacity& c, index_t tokens) {
                    .factor = c.factor,
                    .count = c.count,
                    .minimum = c.minimum,
-                   .multiple = c.multiple},
+                   .multiple = c.multiple == 0 ? 1 : c.multiple},
           .order = enum_of(where, "order", c.order, drop_order::random),
           .renormalize = enum_of(where, "renormalize", c.renormalize, renormalization::after_drop),
           .eps = c.eps,

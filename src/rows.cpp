@@ -51,6 +51,11 @@ void dispatch_rows(const moeroute_plan& plan, const moeroute_const_matrix& x,
                    const moeroute_matrix& slots, const float* scale,
                    const moeroute_executor* with) {
   const pool exec(with);
+  if (plan.slots.tokens() == 0 && x.rows > 0)
+    fail("dispatch", "the plan has no tokens, expected a plan made of the assignment");
+  check_size("dispatch", "x.rows", x.rows, plan.slots.tokens());
+  check_size("dispatch", "slots.rows", slots.rows, plan.slots.slots());
+  check_size("dispatch", "slots.cols", slots.cols, x.cols);
   if (x.type == slots.type && scale == nullptr) {
     // Rows of one type are moved as bytes.
     const index_t size = x.type == MOEROUTE_BYTES ? 1 : x.type == MOEROUTE_FLOAT ? 4 : 2;

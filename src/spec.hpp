@@ -63,12 +63,12 @@ inline router_spec router_spec_of(const moeroute_spec& s) {
 
 inline moeroute_spec c_spec_of(const router_spec& r) {
   moeroute_spec s{};
-  compiled::describe(r, s);
   s.capacity_rounding = 2;
   s.capacity_factor = 2.0;
   s.capacity_multiple = 1;
   s.plan_tolerance = -1.0f;
   s.probability = 1e-3f;
+  compiled::describe(r, s);
   return s;
 }
 

@@ -115,13 +115,109 @@ inline spec spec_of_model(const char* name) {
   return s;
 }
 
+namespace detail {
+
+// A rule over the batch as a description names it; -1: it has no name for the rule.
+template <class RouterSpec>
+std::int32_t batch_selection(const RouterSpec& from) {
+  using kind = decltype(from.selection);
+  switch (from.selection) {
+    case kind::expert_choice: return MOEROUTE_EXPERT_CHOICE;
+    case kind::sinkhorn: return MOEROUTE_SINKHORN;
+    case kind::sinkhorn_expert_choice: return MOEROUTE_SINKHORN_EXPERT_CHOICE;
+    case kind::selective_sinkhorn: return MOEROUTE_SELECTIVE_SINKHORN;
+    case kind::base: return MOEROUTE_BASE;
+    default: return -1;
+  }
+}
+
+// The number of its scaling, whose temperature, tolerance and iterations have fields of their own;
+// -1: it has none.
+template <class RouterSpec>
+std::int32_t plan_scaling(const RouterSpec& from) {
+  using kind = decltype(from.selection);
+  const auto is = [&](auto scaling) {
+    scaling.temperature = from.plan.temperature;
+    scaling.tolerance = from.plan.tolerance;
+    scaling.most_iterations = from.plan.most_iterations;
+    return scaling == from.plan;
+  };
+  const auto megatron = plain_spec(kind::sinkhorn).plan;
+  const auto selective = plain_spec(kind::selective_sinkhorn).plan;
+  auto projection = selective;  // V-MoE's
+  projection.stop = megatron.stop;
+  if (is(from.selection == kind::selective_sinkhorn ? selective : megatron)) return 0;
+  return is(projection) ? 1 : -1;
+}
+
+// Whether the spec says no more of a rule over the batch than a description can.
+template <class RouterSpec>
+bool can_describe_batch(const RouterSpec& from) {
+  using kind = decltype(from.selection);
+  if (batch_selection(from) < 0 || plan_scaling(from) < 0) return false;
+  RouterSpec said = plain_spec(from.selection);
+  said.experts = from.experts;
+  said.k = from.k;
+  said.gate_bias = from.gate_bias;
+  said.plan = from.plan;
+  if (from.selection == kind::expert_choice) {
+    if (static_cast<int>(from.score) > MOEROUTE_SIGMOID ||
+        static_cast<int>(from.normalize) > MOEROUTE_NORMALIZE_SUM)
+      return false;
+    said.score = from.score;
+    said.normalize = from.normalize;
+    said.eps_where = from.eps_where;
+    said.eps = from.eps;
+    said.scale = from.scale;
+    said.sequence = from.sequence;
+    said.max_k = from.max_k;
+  }
+  if (from.selection == kind::expert_choice || from.selection == kind::sinkhorn_expert_choice) {
+    said.take = from.take;
+    said.take.at_least = RouterSpec{}.take.at_least;
+  } else {
+    said.phase = from.phase;
+  }
+  said.plan_weights = from.plan_weights;
+  said.probability = from.probability;
+  said.solver = from.solver;
+  said.rounds = from.rounds;
+  return said == from;
+}
+
+// Writes the fields of a rule over the batch, behind those that all rules have.
+template <class RouterSpec>
+void describe_batch(const RouterSpec& from, spec& to) {
+  to.selection = batch_selection(from);
+  if (to.selection == MOEROUTE_BASE) to.k = 1;
+  if (to.normalize == MOEROUTE_NORMALIZE_NONE) to.eps = 0.0f;
+  to.capacity = from.take.fixed;
+  to.capacity_rounding = static_cast<std::int32_t>(from.take.rounding);
+  to.capacity_factor = from.take.factor;
+  to.capacity_multiple = from.take.multiple_of;
+  to.sequence_length = from.sequence;
+  to.most_experts = from.max_k;
+  to.scaling = plan_scaling(from);
+  to.plan_weights = static_cast<std::int32_t>(from.plan_weights);
+  to.evaluation = from.phase != RouterSpec{}.phase;
+  to.plan_temperature = from.plan.temperature;
+  to.plan_tolerance = from.plan.tolerance;
+  to.plan_iterations = from.plan.most_iterations;
+  to.probability = from.probability;
+  to.optimal = static_cast<std::int32_t>(from.solver);
+  to.rounds = from.rounds;
+}
+
+}  // namespace detail
+
 /// Whether a description has words for all that a moeroute::router_spec says of a choice. It has
-/// none for rare words, for rules over a batch (a description has fields of its own for them), and
-/// for the few that are compared here.
+/// none for rare words, for rules over a batch by fields that moeroute_spec lacks, and for the few
+/// that are compared here.
 template <class RouterSpec>
 bool can_describe(const RouterSpec& from) {
+  if (from.sees_batch()) return !from.has_rare_words() && detail::can_describe_batch(from);
   const RouterSpec plain{};
-  return !from.has_rare_words() && !from.sees_batch() && from.noise == plain.noise &&
+  return !from.has_rare_words() && from.noise == plain.noise &&
          from.lost_weight == plain.lost_weight && from.second == plain.second &&
          from.table_key == plain.table_key &&
          (from.first_keys == plain.first_keys ||
@@ -172,6 +268,7 @@ void describe(const RouterSpec& from, spec& to) {
   to.drop_order = number(from.drop_order);
   to.capacity = from.capacity;
   to.normalize_after_drop = !from.normalize_before_drop;
+  if (from.sees_batch()) detail::describe_batch(from, to);
 }
 
 /// The same as a description of its own. Throws: std::invalid_argument unless can_describe(from).
@@ -283,6 +380,22 @@ inline void route(const router& r, const const_rows& logits, const side_inputs& 
 inline void route(const router& r, const const_rows& logits, assignment& out,
                   const executor& exec = {}) {
   route(r, logits, side_inputs{}, out, exec);
+}
+
+/// The same with copies of the result in memory of the caller's, ids and weights [T, k] with
+/// r.k(); for routers whose k does not vary. Throws also where the lists have other sizes.
+inline void route_to(const router& r, const const_rows& logits, const side_inputs& side,
+                     assignment& out, std::span<std::int32_t> ids, std::span<float> weights,
+                     const executor& exec = {}) {
+  if (std::ssize(ids) != logits.rows * r.k() || ids.size() != weights.size())
+    refuse("moeroute::route_to: ids and weights are not two lists of T * k values");
+  out.refresh_after(
+      moeroute_route_to(r.get(), logits, &side, exec.get(), out.get(), ids.data(), weights.data()));
+}
+inline void route_to(const router& r, const const_rows& logits, assignment& out,
+                     std::span<std::int32_t> ids, std::span<float> weights,
+                     const executor& exec = {}) {
+  route_to(r, logits, side_inputs{}, out, ids, weights, exec);
 }
 
 inline capacity_result apply_capacity(assignment& a, const capacity& policy) {

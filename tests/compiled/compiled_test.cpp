@@ -166,6 +166,16 @@ TEST_CASE("rules that see the batch are those of the headers, bit by bit, on eve
       check_same(choices, expected);
     });
   };
+  // The same by a spec of the headers.
+  using moeroute::selection_kind;
+  const auto check_described = [&](selection_kind rule, auto change) {
+    moeroute::router_spec s = moeroute::plain_spec(rule);
+    s.experts = experts;
+    change(s);
+    check(s);
+    spec = compiled::describe(s);
+    check_on_every_isa();
+  };
   SECTION("expert choice") {
     spec.selection = MOEROUTE_EXPERT_CHOICE;
     spec.sequence_length = 32;
@@ -174,11 +184,35 @@ TEST_CASE("rules that see the batch are those of the headers, bit by bit, on eve
                                               .sequence_length = 32},
                     z, workspace, expected);
     check_on_every_isa();
+    check_described(selection_kind::expert_choice, [](moeroute::router_spec& s) {
+      s.normalize = moeroute::normalization::sum;
+      s.sequence = 32;
+    });
+    moeroute::route(
+        moeroute::expert_choice<>{
+            .capacity = {.factor = 1.3, .multiple_of = 3}, .scale = 2.5f, .most_experts = 2},
+        z, workspace, expected);
+    check_described(selection_kind::expert_choice, [](moeroute::router_spec& s) {
+      s.take.factor = 1.3;
+      s.take.multiple_of = 3;
+      s.scale = 2.5f;
+      s.max_k = 2;
+    });
   }
   SECTION("Sinkhorn") {
     spec.selection = MOEROUTE_SINKHORN;
     moeroute::route(moeroute::sinkhorn{.k = 2}, z, workspace, expected);
     check_on_every_isa();
+    check_described(selection_kind::sinkhorn, [](moeroute::router_spec&) {});
+    moeroute::sinkhorn other{.k = 3, .weights = moeroute::plan_weights::plan};
+    other.scaling.temperature = 0.5f;
+    other.scaling.most_iterations = 7;
+    moeroute::route(other, z, workspace, expected);
+    check_described(selection_kind::sinkhorn, [&](moeroute::router_spec& s) {
+      s.k = 3;
+      s.plan_weights = other.weights;
+      s.plan = other.scaling;
+    });
   }
   SECTION("expert choice on a balanced plan") {
     spec.selection = MOEROUTE_SINKHORN_EXPERT_CHOICE;
@@ -187,6 +221,8 @@ TEST_CASE("rules that see the batch are those of the headers, bit by bit, on eve
     moeroute::route(moeroute::sinkhorn_expert_choice{.scaling = moeroute::kl_projection_scaling}, z,
                     workspace, expected);
     check_on_every_isa();
+    check_described(selection_kind::sinkhorn_expert_choice,
+                    [](moeroute::router_spec& s) { s.plan = moeroute::kl_projection_scaling; });
   }
   SECTION("selective Sinkhorn, on both sides of its coin") {
     spec.selection = MOEROUTE_SELECTIVE_SINKHORN;
@@ -195,6 +231,11 @@ TEST_CASE("rules that see the batch are those of the headers, bit by bit, on eve
       moeroute::route(moeroute::selective_sinkhorn{.k = 2, .probability = probability}, z,
                       workspace, expected);
       check_on_every_isa();
+      check_described(selection_kind::selective_sinkhorn,
+                      [&](moeroute::router_spec& s) { s.probability = probability; });
+      spec = compiled::plain_spec();
+      spec.experts = experts;
+      spec.selection = MOEROUTE_SELECTIVE_SINKHORN;
     }
   }
   SECTION("BASE, trained and evaluated") {
@@ -211,6 +252,14 @@ TEST_CASE("rules that see the batch are those of the headers, bit by bit, on eve
     moeroute::route(moeroute::base_assignment{.phase = moeroute::routing_phase::evaluation}, z,
                     workspace, expected);
     check_on_every_isa();
+    check_described(selection_kind::base, [](moeroute::router_spec& s) {
+      s.phase = moeroute::routing_phase::evaluation;
+    });
+    moeroute::route(moeroute::base_assignment{.solver = moeroute::assignment_solver::optimal}, z,
+                    workspace, expected);
+    check_described(selection_kind::base, [](moeroute::router_spec& s) {
+      s.solver = moeroute::assignment_solver::optimal;
+    });
   }
 }
 
@@ -540,7 +589,12 @@ TEST_CASE("a spec is described whole or not at all") {
   CHECK(compiled::can_describe(moeroute::router_spec{.selection = selection_kind::random}));
   for (const moeroute::router_spec& spec : {
            moeroute::router_spec{.score = moeroute::score_kind::softplus},
-           moeroute::router_spec{.selection = selection_kind::expert_choice},
+           moeroute::router_spec{.selection = selection_kind::sparse_transport},
+           moeroute::router_spec{.selection = selection_kind::sinkhorn, .plan = {.eps = 1e-3f}},
+           moeroute::router_spec{.score = moeroute::score_kind::relu,
+                                 .selection = selection_kind::expert_choice},
+           moeroute::router_spec{.selection = selection_kind::expert_choice,
+                                 .take = {.at_least = 2}},
            moeroute::router_spec{.selection = selection_kind::soft},
            moeroute::router_spec{.groups = 2, .group_score = moeroute::group_score::sum},
            moeroute::router_spec{.groups = 2, .lost_weight = moeroute::lost_weight::zero},
@@ -584,7 +638,6 @@ TEST_CASE("what was reserved runs without an allocation") {
     capacity.formula = MOEROUTE_CAPACITY_FIXED;
     capacity.count = 9;
     capacity.factor = 1.0;
-    capacity.multiple = 1;
     index_t dropped = 0;
     const long before = test::allocations();
     for (const index_t n : {tokens, index_t{1}, index_t{170}}) {
@@ -632,7 +685,29 @@ TEST_CASE("what does not fit is refused by name, and nothing of it is done") {
   CHECK_THROWS_WITH(compiled::route(router, {static_cast<const float*>(nullptr), 4, 8}, choices),
                     ContainsSubstring("logits.data is null, expected 4 rows"));
   CHECK_THROWS_WITH(compiled::spec_of_model("gpt_9"),
-                    ContainsSubstring("'gpt_9' is not in the catalogue"));
+                    ContainsSubstring("'gpt_9' is not in the catalogue: docs/models.md"));
+  CHECK_THROWS_WITH(compiled::spec_of_model("DeepSeek-V3"),
+                    ContainsSubstring("did you mean 'deepseek_v3'?"));
+  CHECK_THROWS_WITH(compiled::gate_weight({z.data(), 8, 8}, std::span(z).first(7)),
+                    ContainsSubstring("gate_new: bias_size is 7, expected weight.rows = 8"));
+  {
+    // What is moved as bytes is counted in what it was given in.
+    compiled::route(router, {z.data(), 4, 8}, choices);
+    compiled::dispatch_plan plan;
+    CHECK_THROWS_WITH(compiled::dispatch({z.data(), 4, 2}, plan, {z.data() + 8, 8, 2}),
+                      ContainsSubstring("dispatch: the plan has no tokens"));
+    compiled::plan(choices, plan);
+    CHECK_THROWS_WITH(compiled::dispatch({z.data(), 4, 2}, plan, {z.data() + 8, 8, 3}),
+                      ContainsSubstring("moeroute::dispatch: slots.cols is 3, expected 2"));
+    std::vector<std::int32_t> ids(8);
+    std::vector<float> weights(8);
+    compiled::route_to(router, {z.data(), 4, 8}, choices, ids, weights);
+    CHECK(std::equal(ids.begin(), ids.end(), choices.ids().begin(), choices.ids().end()));
+    CHECK(std::equal(weights.begin(), weights.end(), choices.weights().begin()));
+    CHECK_THROWS_WITH(
+        compiled::route_to(router, {z.data(), 4, 8}, choices, std::span(ids).first(7), weights),
+        ContainsSubstring("route_to: ids and weights are not two lists of T * k values"));
+  }
   spec.k = 9;
   CHECK_THROWS_WITH(compiled::router(spec), ContainsSubstring("k is 9, expected 1 to 8"));
   spec.k = 2;
@@ -696,7 +771,7 @@ TEST_CASE("what does not fit is refused by name, and nothing of it is done") {
   }
   std::vector<float> small(3);
   CHECK_THROWS_WITH(compiled::dispatch({z.data(), 4, 3}, plan, {small.data(), 1, 3}),
-                    ContainsSubstring("slots.rows() is 1, expected 8"));
+                    ContainsSubstring("slots.rows is 1, expected 8"));
 
   // A pool that leaves pieces out, and one that invents some.
   const compiled::spec wide = [] {

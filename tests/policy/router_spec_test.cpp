@@ -44,6 +44,20 @@ TEST_CASE("names in the catalogue are found, and are different") {
     CHECK(find_in_catalog(entry.name)->spec == entry.spec);
   }
   CHECK(find_in_catalog("no such model") == nullptr);
+  CHECK(&spec_of_model("mixtral") == &find_in_catalog("mixtral")->spec);
+  const auto said = [](std::string_view name) {
+    return test::refusal([&] { spec_of_model(name); });
+  };
+  CHECK(said("no such model") ==
+        "moeroute::spec_of_model: 'no such model' is not in the catalogue: docs/models.md has its "
+        "names");
+  CHECK(said("DeepSeek-V3") ==
+        "moeroute::spec_of_model: 'DeepSeek-V3' is not in the catalogue: did you mean "
+        "'deepseek_v3'?");
+  CHECK(said("qwen3") ==
+        "moeroute::spec_of_model: 'qwen3' is not in the catalogue: did you mean 'qwen3_moe'?");
+  CHECK(said("") ==
+        "moeroute::spec_of_model: '' is not in the catalogue: docs/models.md has its names");
 }
 
 TEST_CASE("sizes outside their range are refused with the field and both values") {

@@ -1,8 +1,11 @@
 // The routers of published models, by name. A new one is one entry here.
 #pragma once
 
+#include <string>
 #include <string_view>
 
+#include <moeroute/base/config.hpp>
+#include <moeroute/base/error.hpp>
 #include <moeroute/policy/router_spec.hpp>
 
 namespace moeroute {
@@ -522,6 +525,51 @@ constexpr const catalog_entry* find_in_catalog(std::string_view name) {
   for (const catalog_entry& entry : newer_catalog)
     if (entry.name == name) return &entry;
   return nullptr;
+}
+
+namespace detail {
+
+// Its letters and digits, all small.
+inline std::string bare_name(std::string_view name) {
+  std::string bare;
+  for (const char c : name)
+    if ((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'))
+      bare += c;
+    else if (c >= 'A' && c <= 'Z')
+      bare += static_cast<char>(c - 'A' + 'a');
+  return bare;
+}
+
+// That a name is not there, and the one that was meant: written otherwise, or with more behind it.
+MOEROUTE_COLD inline std::string unknown_model(std::string_view name) {
+  std::string said = "'" + std::string(name.substr(0, 64)) + "' is not in the catalogue";
+  const std::string bare = bare_name(name);
+  const catalog_entry* meant = nullptr;
+  bool same = false;
+  const auto look = [&](const catalog_entry& entry) {
+    const std::string other = bare_name(entry.name);
+    if (bare.size() < 3 || same || !other.starts_with(bare)) return;
+    same = other == bare;
+    if (same || meant == nullptr) meant = &entry;
+  };
+  for (const catalog_entry& entry : catalog) look(entry);
+  for (const catalog_entry& entry : newer_catalog) look(entry);
+  if (meant == nullptr) return said + ": docs/models.md has its names";
+  return said + ": did you mean '" + std::string(meant->name) + "'?";
+}
+
+}  // namespace detail
+
+/// The router of a published model, in a description that may be changed: find_in_catalog(name)
+/// ->spec, for who knows that the name is there.
+/// Throws: error where it is not, with the name that was meant if one is like it.
+/// Example:
+///
+///     route(make_router(spec_of_model("mixtral")), logits, ws, choices);
+inline const router_spec& spec_of_model(std::string_view name) {
+  const catalog_entry* const entry = find_in_catalog(name);
+  if (entry == nullptr) fail("spec_of_model", detail::unknown_model(name));
+  return entry->spec;
 }
 
 }  // namespace moeroute
