@@ -2,7 +2,6 @@
 // values.
 #pragma once
 
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
@@ -76,7 +75,8 @@ class message_part {
   std::size_t used = 10;
   const auto add = [&](const message_part& part) {
     const std::size_t room = sizeof message - used;
-    used += std::min(static_cast<std::size_t>(part.write(message + used, room)), room - 1);
+    const auto size = static_cast<std::size_t>(part.write(message + used, room));
+    used += size < room ? size : room - 1;  // <algorithm> is a fifth of what describes a router
   };
   add(where);
   add(": ");
