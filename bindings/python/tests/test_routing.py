@@ -193,7 +193,7 @@ def test_the_package_has_stubs():
 
 
 def test_json_configs_and_names_are_not_confused():
-    with pytest.raises(ValueError, match="'no_such_model' is no model of the catalogue"):
+    with pytest.raises(ValueError, match="'no_such_model' is not in the catalogue"):
         moeroute.Router("no_such_model")
     with pytest.raises(ValueError, match="the router is list, expected"):
         moeroute.Router(json.loads("[1]"))

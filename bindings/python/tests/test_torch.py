@@ -100,6 +100,13 @@ def test_what_has_no_derivative_is_refused():
         moe.route(moeroute.Router("phimoe"), numbers(2, 16, dtype=torch.float32))
 
 
+def test_a_layer_names_the_experts_that_it_lacks():
+    router = moeroute.Router("E=6 k=2 score=softmax normalize=sum")
+    z, x = numbers(5, 6, dtype=torch.float32), numbers(5, 4, dtype=torch.float32)
+    with pytest.raises(ValueError, match="moeroute.torch.layer: experts has 5 entries, expected 6"):
+        moe.layer(router, z, x, [torch.nn.Identity()] * 5)
+
+
 def test_a_layer_learns():
     torch.manual_seed(0)
     router = moeroute.Router("E=4 k=2 score=softmax normalize=sum")
