@@ -6,6 +6,7 @@
 //
 // Exit code 1 where what docs/balancing.md advises no longer holds.
 #include "support/chart.hpp"
+#include "support/placed_words.hpp"
 #include "support/traces.hpp"
 
 #include <algorithm>
@@ -376,9 +377,11 @@ std::string cell(const std::optional<summary>& s) {
 }
 
 int run(int argc, char** argv) {
+  if (example::asked_how(argc, argv, 3, "balance [PAGE.html [MODEL [STEPS]]]", std::cout)) return 0;
   const std::string page = argc > 1 ? argv[1] : "build/balance.html";
   const auto traces = example::read_traces(argc > 2 ? argv[2] : "examples/model");
-  const index_t steps = argc > 3 ? std::max(12L, std::stol(argv[3])) : 300;
+  const index_t steps =
+      argc > 3 ? example::number_in_place("STEPS", argv[3], index_t{12}, index_t{100000}) : 300;
   const auto proportional = [](float u) {
     return bias_options{.rule = bias_rule::proportional, .step = u};
   };

@@ -3,6 +3,7 @@
 //
 //   specialisation [PAGE.html [MODEL]]
 #include "support/chart.hpp"
+#include "support/placed_words.hpp"
 #include "support/traces.hpp"
 
 #include <algorithm>
@@ -131,6 +132,7 @@ double hit_rate(const std::vector<layer_view>& layers, cache_policy policy, inde
 }
 
 int run(int argc, char** argv) {
+  if (example::asked_how(argc, argv, 2, "specialisation [PAGE.html [MODEL]]", std::cout)) return 0;
   const std::string page = argc > 1 ? argv[1] : "build/specialisation.html";
   const auto traces = example::read_traces(argc > 2 ? argv[2] : "examples/model");
   const auto domains = static_cast<index_t>(traces.size());

@@ -2,10 +2,10 @@
 // them, on made-up traffic that drifts and switches, or on the router logits of a trace. Writes
 // tables and a picture.
 //
-//   placement [TRACE.npy] [PAGE.html] [MOST RANKS]
-#include "support/arguments.hpp"
+//   placement [TRACE.npy] [PAGE.html] [MOST_RANKS]
 #include "support/chart.hpp"
 #include "support/npy.hpp"
+#include "support/placed_words.hpp"
 #include "support/placement_figures.hpp"
 
 #include <algorithm>
@@ -209,6 +209,9 @@ int run(const std::filesystem::path& trace, const std::filesystem::path& page, i
 
 int main(int argc, char** argv) {
   try {
+    if (example::asked_how(argc, argv, 3, "placement [TRACE.npy] [PAGE.html] [MOST_RANKS]",
+                           std::cout))
+      return 0;
     std::filesystem::path trace, page = "build/placement.html";
     index_t most = 2048;
     for (int i = 1; i < argc; ++i) {
@@ -218,7 +221,7 @@ int main(int argc, char** argv) {
       else if (word.extension() == ".npy")
         trace = word;
       else
-        most = example::detail::parse_number("most ranks", argv[i], index_t{8}, index_t{2048});
+        most = example::number_in_place("MOST_RANKS", argv[i], index_t{8}, index_t{2048});
     }
     return run(trace, page, most);
   } catch (const std::exception& e) {

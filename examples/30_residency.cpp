@@ -4,6 +4,7 @@
 //   residency [PAGE.html [MODEL [TOKENS]]]
 #include "support/decoder.hpp"
 #include "support/generate_app.hpp"
+#include "support/placed_words.hpp"
 #include "support/scatter.hpp"
 #include "support/text_loss.hpp"
 
@@ -247,10 +248,12 @@ void add_point(std::vector<example::scatter_line>& lines, const std::string& lin
 }
 
 int run(int argc, char** argv) {
+  if (example::asked_how(argc, argv, 3, "residency [PAGE.html [MODEL [TOKENS]]]", std::cout))
+    return 0;
   const std::string page = argc > 1 ? argv[1] : "build/residency.html";
   const std::filesystem::path folder = argc > 2 ? argv[2] : "examples/model";
   const std::size_t most =
-      argc > 3 ? example::detail::parse_number<std::size_t>("tokens", argv[3], 64, 1u << 30) : 2048;
+      argc > 3 ? example::number_in_place<std::size_t>("TOKENS", argv[3], 64, 1u << 30) : 2048;
   const example::model_config config = example::read_model_config(folder);
   example::model model = example::load_model(folder, config, [](index_t) {});
   std::vector<text_run> texts;

@@ -5,6 +5,7 @@
 //   prune_merge [PAGE.html [MODEL [TOKENS]]]
 #include "support/decoder.hpp"
 #include "support/generate_app.hpp"
+#include "support/placed_words.hpp"
 #include "support/scatter.hpp"
 #include "support/text_loss.hpp"
 
@@ -206,10 +207,12 @@ double merged_loss(example::model& model, const std::vector<layer_weights>& weig
 }
 
 int run(int argc, char** argv) {
+  if (example::asked_how(argc, argv, 3, "prune_merge [PAGE.html [MODEL [TOKENS]]]", std::cout))
+    return 0;
   const std::string page = argc > 1 ? argv[1] : "build/prune_merge.html";
   const std::filesystem::path folder = argc > 2 ? argv[2] : "examples/model";
   const std::size_t most =
-      argc > 3 ? example::detail::parse_number<std::size_t>("tokens", argv[3], 64, 1u << 30) : 2048;
+      argc > 3 ? example::number_in_place<std::size_t>("TOKENS", argv[3], 64, 1u << 30) : 2048;
   const example::model_config config = example::read_model_config(folder);
   example::model model = example::load_model(folder, config, [](index_t) {});
   std::vector<example::token_ids> first, second;

@@ -54,7 +54,7 @@ td { white-space: nowrap; }
 )css";
 
 struct line_axes {
-  double left = 62, top = 12, width = 640, height = 300;
+  double left = 84, top = 12, width = 618, height = 300;
   double low, high;  // of the values, powers of ten apart
   double steps;
 

@@ -93,9 +93,15 @@ namespace detail {
       refuse(file.name(), ": field '", key, "': expected once in the header");
     }
   }
-  if (!detail::npy_value(header, "descr").starts_with("'<f4'") ||
-      !detail::npy_value(header, "fortran_order").starts_with("False")) {
-    refuse(file.name(), ": expected little-endian float32 values in row-major order");
+  const std::string_view kind = detail::npy_value(header, "descr");
+  if (!kind.starts_with("'<f4'")) {
+    refuse(file.name(), ": values of type ", one_line(std::string(kind.substr(0, kind.find(',')))),
+           ": expected '<f4', little-endian float32: save logits.astype(\"<f4\")");
+  }
+  if (!detail::npy_value(header, "fortran_order").starts_with("False")) {
+    refuse(file.name(),
+           ": columns one after the other (fortran_order): expected rows: save "
+           "numpy.ascontiguousarray(logits)");
   }
   auto shape = detail::npy_shape(detail::npy_value(header, "shape"));
   if (!shape) {

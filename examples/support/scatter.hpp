@@ -31,7 +31,7 @@ inline void write_scatter(std::ostream& out, const std::vector<scatter_line>& li
                           std::string_view title, std::string_view x_name, std::string_view y_name,
                           double right, double low, double high) {
   using detail::fixed;
-  constexpr double left = 62, top = 30, width = 560, height = 290;
+  constexpr double left = 84, top = 30, width = 538, height = 290;
   const auto x_of = [&](double x) { return left + width * x / right; };
   const auto y_of = [&](double y) { return top + height * (high - y) / (high - low); };
   const auto step_of = [](double span) {

@@ -1,4 +1,5 @@
 #include "support/report.hpp"
+#include "support/placed_words.hpp"
 
 #include <cmath>
 #include <cstdint>
@@ -22,6 +23,30 @@ load_profile profile_of(const std::string& name, const std::vector<std::int64_t>
 }
 
 }  // namespace
+
+TEST_CASE("no option and no word too many is taken for the name of a page") {
+  const auto said = [](std::vector<const char*> words) {
+    std::ostringstream out;
+    words.insert(words.begin(), "program");
+    try {
+      const bool help = asked_how(static_cast<int>(words.size()), words.data(), 2,
+                                  "program [PAGE.html [STEPS]]", out);
+      return out.str() + (help ? "help" : "run");
+    } catch (const input_error& e) {
+      return std::string(e.what());
+    }
+  };
+  CHECK(said({}) == "run");
+  CHECK(said({"a.html", "3"}) == "run");
+  CHECK(said({"--help"}) == "usage: program [PAGE.html [STEPS]]\nhelp");
+  CHECK(said({"a.html", "3", "4", "-h"}) == "usage: program [PAGE.html [STEPS]]\nhelp");
+  CHECK(said({"--steps"}) == "command line: expected program [PAGE.html [STEPS]], found '--steps'");
+  CHECK(said({"a.html", "3", "4"}) ==
+        "command line: expected program [PAGE.html [STEPS]], found '4'");
+  CHECK(number_in_place("STEPS", "12", 12, 20) == 12);
+  CHECK_THROWS_WITH(number_in_place("STEPS", "1e3", 12, 20),
+                    "STEPS: expected a number from 12 to 20, found '1e3'");
+}
 
 TEST_CASE("imbalance is the largest load over the mean, less one") {
   CHECK(profile_of("even", {5, 5, 5, 5}).layers[0].max_violation() == 0.0);
