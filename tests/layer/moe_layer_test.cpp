@@ -74,6 +74,23 @@ constexpr index_t batches[] = {0, 1, 3, 16, 17, 512};
 
 }  // namespace
 
+TEST_CASE("a router that was set is that of the next call") {
+  const router<softmax> other{
+      .selection = {.k = 2}, .weight = sum_normalized, .transform = {.temperature = 0.25f}};
+  layer changed = make_layer(),
+        fresh{simd::packed_matrix<>(const_view(gate_weight())), other, fast_experts()};
+  row_matrix<float> x = test::random_rows(17, d, 7), y(17, d), expected(17, d);
+  forward(changed, x, y);
+  changed.set_router(other);
+  forward(changed, x, y);
+  forward(fresh, x, expected);
+  CHECK((y.array() == expected.array()).all());
+  CHECK(changed.choices().k() == 2);
+  CHECK(test::refusal([&] { changed.set_router({.selection = {.k = experts + 1}}); }) ==
+        "moeroute::top_k: k is 11, expected 1 to 10");
+  CHECK(changed.router().k() == 2);
+}
+
 TEST_CASE("a layer is the weighted sum of the chosen experts of every token") {
   layer l = make_layer();
   for (const index_t tokens : batches) {

@@ -141,11 +141,7 @@ class moe_layer {
         experts_(std::move(experts)),
         shared_(std::move(shared)),
         options_(options) {
-    if constexpr (detail::run_time_router<Router>) {
-      check_size("moe_layer", "gate.columns()", gate_.columns(), router_.columns());
-    } else if constexpr (!batch_router<Router>) {
-      router_.check(gate_.columns());
-    }
+    check_router(router_);
     if constexpr (gated) {
       if (options_.d == 0) options_.d = gate_.d();
     } else if constexpr (requires { experts_.d(); }) {
@@ -292,18 +288,17 @@ class moe_layer {
                    const_view(logits).stride};
   }
 
-  index_t experts() const {
-    if constexpr (detail::run_time_router<Router>) {
-      return router_.as_ragged_router().experts(gate_.columns());
-    } else if constexpr (requires { router_.experts(index_t{}); }) {
-      return router_.experts(gate_.columns());
-    } else {
-      return gate_.columns();
-    }
-  }
+  index_t experts() const { return experts_of(router_); }
   index_t d() const { return options_.d; }
   index_t d_out() const { return options_.d_out; }
   const Router& router() const { return router_; }
+  /// Another router for the same gate and experts: after a step of training that moved a number of
+  /// its own, or with another k. Throws: error where it does not fit them.
+  void set_router(Router other) {
+    check_router(other);
+    check_size("moe_layer", "router.experts()", experts_of(other), experts());
+    router_ = std::move(other);
+  }
   const Gate& gate() const { return gate_; }
   /// The gate's weights after a step of training, [columns, d]. Throws: error where the shape
   /// differs.
@@ -329,6 +324,23 @@ class moe_layer {
   const dispatch_plan& plan() const { return plan_; }
 
  private:
+  void check_router(const Router& r) const {
+    if constexpr (detail::run_time_router<Router>) {
+      check_size("moe_layer", "gate.columns()", gate_.columns(), r.columns());
+    } else if constexpr (!batch_router<Router>) {
+      r.check(gate_.columns());
+    }
+  }
+  index_t experts_of(const Router& r) const {
+    if constexpr (detail::run_time_router<Router>) {
+      return r.as_ragged_router().experts(gate_.columns());
+    } else if constexpr (requires { r.experts(index_t{}); }) {
+      return r.experts(gate_.columns());
+    } else {
+      return gate_.columns();
+    }
+  }
+
   static constexpr bool with_scratch = expert_function_with_scratch<Experts, float, float>;
   static_assert(with_scratch || expert_function<Experts, float, float>,
                 "[moeroute::moe_layer] Experts must be callable as f(expert, in, out)");
