@@ -40,18 +40,14 @@ class dispatch_plan {
   ///
   /// Throws: error where `choices` or `slots` exceeds 2^31 - 1.
   void reset(index_t tokens, index_t experts, index_t k, index_t choices, index_t slots) {
-    check_range("plan", "choices", choices, 0, std::int32_t{0x7fffffff});
-    check_range("plan", "slots", slots, 0, std::int32_t{0x7fffffff});
-    tokens_ = experts_ = choices_ = 0;  // until there is room
-    ragged_ = padded_ = false;
-    dropped_ = elsewhere_ = padding_ = 0;
-    offsets_.resize(experts + 1);
-    token_of_slot_.resize(slots);
-    slot_of_choice_.resize(choices);
-    tokens_ = tokens;
-    experts_ = experts;
-    k_ = k;
-    choices_ = choices;
+    // The shape that it has already, as in every step of a decoder, has been checked.
+    if (tokens == tokens_ && experts == experts_ && k == k_ && choices == choices_ && !ragged_ &&
+        !padded_ && choices > 0 && offsets_.size() == experts + 1 &&
+        slot_of_choice_.size() == choices && token_of_slot_.size() == slots) [[likely]] {
+      dropped_ = elsewhere_ = padding_ = 0;
+      return;
+    }
+    make_room(tokens, experts, k, choices, slots);
   }
 
   index_t tokens() const { return tokens_; }
@@ -138,6 +134,22 @@ class dispatch_plan {
   }
 
  private:
+  MOEROUTE_OUT_OF_LINE void make_room(index_t tokens, index_t experts, index_t k, index_t choices,
+                                      index_t slots) {
+    check_range("plan", "choices", choices, 0, std::int32_t{0x7fffffff});
+    check_range("plan", "slots", slots, 0, std::int32_t{0x7fffffff});
+    tokens_ = experts_ = choices_ = 0;  // until there is room
+    ragged_ = padded_ = false;
+    dropped_ = elsewhere_ = padding_ = 0;
+    offsets_.resize(experts + 1);
+    token_of_slot_.resize(slots);
+    slot_of_choice_.resize(choices);
+    tokens_ = tokens;
+    experts_ = experts;
+    k_ = k;
+    choices_ = choices;
+  }
+
   index_t tokens_ = 0;
   index_t experts_ = 0;
   index_t k_ = 0;

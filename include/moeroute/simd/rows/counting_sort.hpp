@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -296,16 +296,42 @@ constexpr bool are_few_keys(index_t n, index_t values) {
 
 namespace detail {
 
+// to[v] = byte v of a word, the lowest first, for v below n, which is 8 at most.
+template <class A>
+MOEROUTE_INLINE void store_bytes(std::uint64_t word, index_t n, std::int32_t* to) {
+#if defined(__AVX2__) && defined(__x86_64__)
+  if constexpr (width<A> >= 8 && !is_portable<A>) {
+    if (n == 8) {
+      const __m128i bytes = _mm_cvtsi64_si128(static_cast<long long>(word));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_cvtepu8_epi32(bytes));
+      return;
+    }
+  }
+#endif
+  for (index_t v = 0; v < n; ++v) to[v] = static_cast<std::int32_t>(word >> 8 * v & 255);
+}
+
 // Up to 255 keys below 8: their counters are the bytes of one word, which is there at once where a
 // counter in memory has to be written before the next equal key can read it.
-inline bool sort_in_bytes(const std::int32_t* key, index_t n, index_t values, groups g,
-                          std::int32_t* start, std::int32_t* place, std::int32_t* group_at) {
+template <class A>
+bool sort_in_bytes(const std::int32_t* key, index_t n, index_t values, groups g,
+                   std::int32_t* start, std::int32_t* place, std::int32_t* group_at) {
   static constexpr std::uint64_t one[8] = {std::uint64_t{1},       std::uint64_t{1} << 8,
                                            std::uint64_t{1} << 16, std::uint64_t{1} << 24,
                                            std::uint64_t{1} << 32, std::uint64_t{1} << 40,
                                            std::uint64_t{1} << 48, std::uint64_t{1} << 56};
-  std::uint64_t count = 0;
-  for (index_t i = 0; i < n; ++i) {
+  std::uint64_t count = 0, odd = 0;
+  index_t i = 0;
+  for (; i + 16 <= n && !any_outside<A>(key + i, static_cast<std::int32_t>(values)); i += 16) {
+    MOEROUTE_UNROLL
+    for (int j = 0; j < 16; j += 2) {
+      const two_keys v = load_two(key + i + j);
+      count += one[v.a];
+      odd += one[v.b];
+    }
+  }
+  count += odd;
+  for (; i < n; ++i) {
     const auto v = static_cast<std::uint32_t>(key[i]);
     if (v < static_cast<std::uint32_t>(values)) [[likely]]
       count += one[v];
@@ -314,21 +340,39 @@ inline bool sort_in_bytes(const std::int32_t* key, index_t n, index_t values, gr
   }
   // Byte v of the product is the sum of all bytes below v; none carries, as the last sum fits.
   std::uint64_t next = count * 0x0101010101010100u;
-  for (index_t v = 0; v < values; ++v) start[v] = static_cast<std::int32_t>(next >> 8 * v & 255);
-  start[values] = static_cast<std::int32_t>(count * 0x0101010101010101u >> 56);
+  store_bytes<A>(next, values, start);
+  const auto total = static_cast<std::int32_t>(count * 0x0101010101010101u >> 56);
+  start[values] = total;
   std::int32_t group = 0;
   index_t end = g.size;
-  for (index_t i = 0; i < n; ++i) {
-    if (i == end) {
+  i = 0;
+  const auto group_of = [&](index_t c) MOEROUTE_INLINE_LAMBDA {
+    if (c == end) {
       ++group;
       end += g.size;
     }
+    return g.list != nullptr ? g.list[c] : group;
+  };
+  const auto place_of = [&](std::uint32_t v) MOEROUTE_INLINE_LAMBDA {
+    const auto at = static_cast<std::uint32_t>(next >> 8 * v & 255);
+    next += one[v];
+    return at;
+  };
+  if (total == n) {  // every key has a place
+    for (; i + 2 <= n; i += 2) {
+      const two_keys v = load_two(key + i);
+      const std::uint32_t a = place_of(v.a), b = place_of(v.b);
+      store_two(a, b, place + i);
+      group_at[a] = group_of(i);
+      group_at[b] = group_of(i + 1);
+    }
+  }
+  for (; i < n; ++i) {
+    const std::int32_t own = group_of(i);
     place[i] = -1;
     if (key[i] < 0) continue;
-    const std::uint32_t byte = 8 * static_cast<std::uint32_t>(key[i]);
-    place[i] = static_cast<std::int32_t>(next >> byte & 255);
-    next += one[key[i]];
-    group_at[place[i]] = g.list != nullptr ? g.list[i] : group;
+    place[i] = static_cast<std::int32_t>(place_of(static_cast<std::uint32_t>(key[i])));
+    group_at[place[i]] = own;
   }
   return true;
 }
@@ -380,7 +424,7 @@ MOEROUTE_OUT_OF_LINE void starts_in_bytes(const std::int32_t* key, index_t n, in
 template <class A = default_arch>
 bool sort_few_keys(const std::int32_t* key, index_t n, index_t values, groups g,
                    std::int32_t* start, std::int32_t* place, std::int32_t* group_at) {
-  if (values <= 8) return detail::sort_in_bytes(key, n, values, g, start, place, group_at);
+  if (values <= 8) return detail::sort_in_bytes<A>(key, n, values, g, start, place, group_at);
 #if defined(__AVX512BW__)
   if constexpr (detail::counts_in_bytes<A>) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
