@@ -155,6 +155,26 @@ TEST_CASE("jitter multiplies every element by a number within eps of 1, and repl
   CHECK(std::adjacent_find(y.begin(), y.end()) == y.end());
 }
 
+TEST_CASE("noise on inputs is that of a row's place, however far apart the rows are stored") {
+  constexpr index_t rows = 6, cols = 10, stride = 13;
+  std::vector<float> x(rows * cols), apart(rows * stride, 9.0f);
+  for (index_t t = 0; t < rows; ++t)
+    for (index_t c = 0; c < cols; ++c)
+      apart[static_cast<std::size_t>(t * stride + c)] = x[static_cast<std::size_t>(t * cols + c)] =
+          static_cast<float>(t - c) * 0.5f;
+  const side_inputs side{.seed = 5, .step = 2};
+  const auto same = [&](auto&& noisy) {
+    std::vector<float> y(x.size()), z(x.size());
+    noisy(matrix_view<const float>(x.data(), rows, cols), matrix_view<float>(y.data(), rows, cols));
+    noisy(matrix_view<const float>(apart.data(), rows, cols, stride),
+          matrix_view<float>(z.data(), rows, cols));
+    CHECK(test::bit_difference(y, z) == "");
+    CHECK(test::bit_difference(y, x) != "");
+  };
+  same([&](auto from, auto to) { jitter_rows(from, 0.125f, side, to); });
+  same([&](auto from, auto to) { gaussian_rows(from, 0.1f, 0.3f, side, to); });
+}
+
 TEST_CASE("Gaussian noise on inputs multiplies and adds as asked, replays, and is off at 0") {
   constexpr index_t rows = 60, cols = 70;
   const std::vector<float> x(rows * cols, 2.0f);

@@ -104,6 +104,23 @@ TEST_CASE(
                    other = routed(router, logits, experts, {.seed = 11, .step = 5});
   CHECK(test::listed(again.ids()) == test::listed(a.ids()));
   CHECK(test::listed(other.ids()) != test::listed(a.ids()));
+  // A draw shares its numbers with none of the step that follows: both agree by chance alone.
+  for (const std::size_t r : {0u, 1u})
+    for (const std::size_t later : {0u, 1u}) {
+      double expected = 0.0;
+      index_t agreed = 0;
+      for (int e = 0; e < 3; ++e) {
+        double mine = 0.0, theirs = 0.0;
+        for (index_t t = 0; t < tokens; ++t) {
+          mine += a.ids(t)[r] == e;
+          theirs += other.ids(t)[later] == e;
+        }
+        expected += mine * theirs / static_cast<double>(tokens);
+      }
+      for (index_t t = 0; t < tokens; ++t) agreed += a.ids(t)[r] == other.ids(t)[later];
+      INFO("choice " << r << " and choice " << later << " of the next step");
+      CHECK(near(agreed, tokens, expected / static_cast<double>(tokens)));
+    }
 }
 
 TEST_CASE("in training, too, NaN and -inf are never drawn, and weights are finite") {

@@ -143,6 +143,20 @@ TEST_CASE("a bigram's row depends on both ids and on nothing else") {
   CHECK_FALSE(others.contains(a.ids(1)[0]));
 }
 
+TEST_CASE("a bigram has the row of its two ids wherever it stands in the batch") {
+  const expert_table table = random_table(64, 1, 1 << 10, 3);
+  constexpr index_t tokens = 50;
+  std::vector<std::int32_t> ids;
+  for (int t = 0; t < tokens; ++t) ids.push_back(t % 3);
+  const table_router<uniform_score> router{.table = &table, .key = table_key::bigram};
+  const assignment a = routed(router, zeros(tokens, 1 << 10), 1 << 10, {.token_ids = ids});
+  CHECK(a.ids(0)[0] != a.ids(3)[0]);  // nothing stands before the first
+  for (index_t t = 4; t < tokens; ++t) {
+    INFO("token " << t);
+    CHECK(a.ids(t)[0] == a.ids(t - 3)[0]);
+  }
+}
+
 TEST_CASE("tables reach the last of a million experts") {
   const expert_table table({(1 << 20) - 1}, 1, 1 << 20);
   const std::vector<std::int32_t> ids = {0};

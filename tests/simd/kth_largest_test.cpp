@@ -100,6 +100,36 @@ TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, f
       }
 }
 
+TEST_CASE("the k-th largest of a column is right where the rows of a sample are its largest") {
+  // Columns of row numbers tell which rows a sample looks at: those are put above all others.
+  constexpr index_t rows = 3000;
+  std::vector<float> panel(static_cast<std::size_t>(simd::panel_size(rows, 16)), -infinity);
+  const auto at = [&](index_t t, int c) -> float& {
+    return panel[static_cast<std::size_t>(simd::panel_shape::lanes(t / 16, c) + t % 16)];
+  };
+  for (index_t t = 0; t < rows; ++t) at(t, 0) = static_cast<float>(t);
+  alignas(64) float sampled[256];
+  simd::sample_column<simd::default_arch>(panel_of{panel.data()}, rows, 0, 256, sampled);
+  std::vector<float> column = values(0, rows, 3);
+  for (const float t : sampled) column[static_cast<std::size_t>(t)] += 100.0f;
+  const std::vector<float> plain = values(0, rows, 4);
+  for (index_t t = 0; t < rows; ++t) {
+    at(t, 0) = plain[static_cast<std::size_t>(t)];
+    at(t, 1) = column[static_cast<std::size_t>(t)];
+  }
+  for (const index_t k : {100, 257, 600})
+    test::for_each_arch<test::widths>([&](auto tag) {
+      using A = decltype(tag);
+      workspace ws;
+      const auto m = ws.carve([&](scratch& t) { return simd::kth_column_buffers::carve(t, rows); });
+      float out[2];
+      simd::kth_largest_of_columns<A>(panel_of{panel.data()}, rows, 2, k, m, out);
+      INFO("k " << k);
+      CHECK(out[0] == slow_kth_largest(plain, k));
+      CHECK(out[1] == slow_kth_largest(column, k));
+    });
+}
+
 TEST_CASE("the k-th largest of a tile is that of its rows with the bias added, on every ISA") {
   for (const index_t cols : {1, 5, 16, 17, 40, 100})
     for (int kind = 0; kind < 5; ++kind) {
