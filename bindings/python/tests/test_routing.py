@@ -151,6 +151,19 @@ def test_a_varying_number_of_choices_comes_as_lists():
     assert a.ids.shape == a.weights.shape == (counts.sum(),)
 
 
+def test_rules_over_the_batch_come_from_a_line():
+    z = rng.standard_normal((12, 4)).astype(np.float32)
+    a = moeroute.Router("E=4 score=softmax selection=expert_choice take=3").route(z)
+    chosen = np.argsort(-softmax(z), axis=0, kind="stable")[:3]  # of each expert, its three best tokens
+    expected = [sorted(e for e in range(4) if t in chosen[:, e]) for t in range(12)]
+    assert [sorted(a.ids[i:j]) for i, j in zip(a.offsets, a.offsets[1:])] == expected
+    ids, weights = moeroute.Router("E=4 k=1 score=softmax selection=sinkhorn").route(z)
+    assert ids.shape == weights.shape == (12, 1) and (ids >= 0).all()
+    # A word that the compiled library has no field for is refused, not left out.
+    with pytest.raises(ValueError, match="has words that the compiled library does not have"):
+        moeroute.Router("E=4 k=1 score=softmax selection=sinkhorn plan_eps=0.5")
+
+
 def test_every_instruction_set_gives_the_same_bits():
     z = rng.standard_normal((64, 60)).astype(np.float32)
     results = []
