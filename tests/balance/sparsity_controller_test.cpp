@@ -121,6 +121,11 @@ TEST_CASE("the first threshold is the batch's own, and batches without a whole t
   th.observe(matrix_view<const float>(s.data(), 1, 2), ws);
   th.update();
   CHECK(th.thresholds()[0] == 0.0f);
+  expert_thresholds best(2, {.k = 1.0f});  // of two tokens one for each: the best
+  best.observe(matrix_view<const float>(s.data(), 2, 2), ws);
+  best.update();
+  CHECK(best.thresholds()[0] == 2.0f);
+  CHECK(best.thresholds()[1] == 6.0f);
   th.observe(matrix_view<const float>(s.data(), 4, 2), ws);
   th.update();
   CHECK(th.thresholds()[0] == 3.0f);

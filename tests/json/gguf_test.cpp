@@ -115,6 +115,12 @@ TEST_CASE("the keys of a published model give the catalogue's spec") {
               {"expert_group_used_count", n(4)}}),
        "ling2");
   same(sized("mimo2", 256, 8, 2, {{"expert_weights_norm", true}}), "mimo_v2_flash");
+  for (const int none : {0, 1})  // groups that are none
+    same(sized("mimo2", 256, 8, 2,
+               {{"expert_weights_norm", true},
+                {"expert_group_count", n(none)},
+                {"expert_group_used_count", n(none)}}),
+         "mimo_v2_flash");
   same(sized("step35", 288, 8, 2, {{"expert_weights_norm", true}, {"expert_weights_scale", 1.0}}),
        "step3p7");
   same(sized("kimi-linear", 256, 8, 2,

@@ -638,10 +638,10 @@ TEST_CASE("a second copy is exchanged for the expert of the nearest load that it
   p.count = {2, 2, 2, 2};
   p.of_rank = {{1, 1}, {2, 3}, {0, 2}, {3, 0}};
   p.load.resize(4);
-  const std::vector<double> load{4, 8, 7, 2};
+  const std::vector<double> load{4, 8, 2, 7};
   detail::separate(p, load);
-  CHECK(p.of_rank == std::vector<std::vector<expert_id>>{{2, 1}, {1, 3}, {0, 2}, {3, 0}});
-  CHECK(p.load == std::vector<double>{7.5, 5, 5.5, 3});
+  CHECK(p.of_rank == std::vector<std::vector<expert_id>>{{3, 1}, {2, 1}, {0, 2}, {3, 0}});
+  CHECK(p.load == std::vector<double>{7.5, 5, 3, 5.5});
   CHECK(p.max_load == 7.5);
 }
 
@@ -703,6 +703,27 @@ TEST_CASE("renaming ranks keeps a plan on the ranks that are alive, and its shar
         std::vector<expert_id>{2, 0, 1, 0});
   CHECK(std::vector<double>(turned.share().begin(), turned.share().end()) ==
         std::vector<double>{1.0, 0.75, 1.0, 0.25});
+}
+
+TEST_CASE("beyond 256 ranks names go by the greatest overlaps, and to nobody for more moves") {
+  constexpr index_t ranks = 260;
+  std::vector<expert_id> from(ranks);
+  std::iota(from.begin(), from.end(), 0);
+  std::vector<expert_id> turned(from.rbegin(), from.rend());
+  const placement old = placement::from_slots(ranks, ranks, from);
+  CHECK(slots_of(relabel(old, placement::from_slots(ranks, ranks, turned))) == from);
+  // Made's rank 0 shares three experts with old's rank 1 and two with old's rank 0, made's rank 1
+  // two with old's rank 1 and none with old's rank 0: the greatest first is 3, as it was is 4.
+  const std::vector<expert_id> before{0, 1, 4, 5, 0, 1, 2, 3}, after{0, 1, 2, 6, 2, 3, 7, 8};
+  std::vector<expert_id> a = before, b = after;
+  for (expert_id e = 9; static_cast<index_t>(a.size()) < 4 * ranks; ++e) {
+    a.push_back(e);
+    b.push_back(e);
+  }
+  const placement was = placement::from_slots(5 * ranks, ranks, a),
+                  made = placement::from_slots(5 * ranks, ranks, b);
+  CHECK(count_moves(was, made) == 4);
+  CHECK(count_moves(was, relabel(was, made)) == 4);
 }
 
 TEST_CASE("against EPLB the excess over 1 is a tenth at the most, and no row is above 1.005") {

@@ -203,6 +203,14 @@ TEST_CASE("regrouped requests read no more experts, topical ones far fewer, and 
   CHECK(regroup(test::fixed_choices(rng, 0, 4, 1), 4).empty());
 }
 
+TEST_CASE("of requests that add as many experts the first is taken") {
+  const expert_id used[] = {0, 1, 2, 3, 4, 5, 1, 0, 6, 7, 8, 9};
+  assignment sets;
+  sets.reset(6, 10, 2);
+  std::copy(used, used + 12, sets.ids().begin());
+  CHECK(regroup(sets, 2) == std::vector<std::int32_t>{0, 3, 1, 2, 4, 5});
+}
+
 TEST_CASE("two choices level a Zipf load; a key has its two places for good") {
   double one[64] = {};
   two_choice_table two(64, 5);
