@@ -52,7 +52,7 @@ void dispatch_rows(const moeroute_plan& plan, const moeroute_const_matrix& x,
                    const moeroute_executor* with) {
   const pool exec(with);
   if (plan.slots.tokens() == 0 && x.rows > 0)
-    fail("dispatch", "the plan has no tokens, expected a plan made of the assignment");
+    fail("dispatch", "the plan has no tokens, x has: make it of the assignment first");
   check_size("dispatch", "x.rows", x.rows, plan.slots.tokens());
   check_size("dispatch", "slots.rows", slots.rows, plan.slots.slots());
   check_size("dispatch", "slots.cols", slots.cols, x.cols);

@@ -188,7 +188,7 @@ bool can_describe_batch(const RouterSpec& from) {
 // Writes the fields of a rule over the batch, behind those that all rules have.
 template <class RouterSpec>
 void describe_batch(const RouterSpec& from, spec& to) {
-  to.selection = batch_selection(from);
+  if (batch_selection(from) >= 0) to.selection = batch_selection(from);
   if (to.selection == MOEROUTE_BASE) to.k = 1;
   if (to.normalize == MOEROUTE_NORMALIZE_NONE) to.eps = 0.0f;
   to.capacity = from.take.fixed;
@@ -228,7 +228,8 @@ bool can_describe(const RouterSpec& from) {
 }
 
 /// Writes the fields of a moeroute::router_spec over those of a description, as far as it has words
-/// for them: whoever has the headers too can hand their specs on.
+/// for them (can_describe says whether it has for all): whoever has the headers too can hand their
+/// specs on.
 template <class RouterSpec>
 void describe(const RouterSpec& from, spec& to) {
   const auto number = [](auto field) { return static_cast<std::int32_t>(field); };
@@ -387,7 +388,8 @@ inline void route(const router& r, const const_rows& logits, assignment& out,
 inline void route_to(const router& r, const const_rows& logits, const side_inputs& side,
                      assignment& out, std::span<std::int32_t> ids, std::span<float> weights,
                      const executor& exec = {}) {
-  if (std::ssize(ids) != logits.rows * r.k() || ids.size() != weights.size())
+  const std::int64_t size = std::ssize(ids), k = r.k();
+  if (k < 1 || size % k != 0 || size / k != logits.rows || ids.size() != weights.size())
     refuse("moeroute::route_to: ids and weights are not two lists of T * k values");
   out.refresh_after(
       moeroute_route_to(r.get(), logits, &side, exec.get(), out.get(), ids.data(), weights.data()));

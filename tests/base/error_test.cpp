@@ -39,6 +39,9 @@ TEST_CASE("a sentence in parts reads as its text and numbers do, and is cut wher
   CHECK(refusal([] {
           fail("plan", {"expert ", -3, std::string_view("xs", 1), index_t{1} << 40, " slots"});
         }) == "moeroute::plan: expert -3x1099511627776 slots");
+  CHECK(refusal([] {
+          fail("plan", {"of ", 0, " to ", std::size_t{7}, std::string_view(), "s"});
+        }) == "moeroute::plan: of 0 to 7s");
   const char* const name = "mask";
   CHECK(refusal([&] { fail("plan", {name, " is missing"}); }) == "moeroute::plan: mask is missing");
   const std::string endless(3000, 'n');

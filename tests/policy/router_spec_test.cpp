@@ -56,6 +56,8 @@ TEST_CASE("names in the catalogue are found, and are different") {
         "'deepseek_v3'?");
   CHECK(said("qwen3") ==
         "moeroute::spec_of_model: 'qwen3' is not in the catalogue: did you mean 'qwen3_moe'?");
+  CHECK(said("Mixtral-8x7B") ==
+        "moeroute::spec_of_model: 'Mixtral-8x7B' is not in the catalogue: did you mean 'mixtral'?");
   CHECK(said("") ==
         "moeroute::spec_of_model: '' is not in the catalogue: docs/models.md has its names");
 }

@@ -259,16 +259,20 @@ TEMPLATE_LIST_TEST_CASE("mixed rows are weighted sums of all rows, each a chain 
 }
 
 TEST_CASE("a copy that fetches ahead writes its bytes and no others") {
-  std::vector<std::byte> from(5000), next(2048);
+  std::vector<std::byte> from(17000), next(2048);
   for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<std::byte>(i % 251);
-  for (const std::size_t n : {0, 1, 63, 64, 65, 960, 1023, 1024, 1025, 1088, 1100, 4096, 4999})
+  for (const std::size_t n :
+       {0, 1, 63, 64, 65, 960, 1023, 1024, 1025, 1088, 1100, 4096, 4999, 8192, 16424})
     for (const std::size_t start : {0, 1, 32})
       for (const std::byte* const other :
            {static_cast<const std::byte*>(nullptr), static_cast<const std::byte*>(next.data())}) {
-        std::vector<std::byte> to(n + 64, std::byte{255}), expected = to;
+        std::vector<std::byte> expected(n + 64, std::byte{255});
         std::copy_n(from.begin(), n, expected.begin() + static_cast<std::ptrdiff_t>(start));
-        simd::copy_ahead(from.data(), static_cast<index_t>(n), to.data() + start, other);
-        CHECK(to == expected);
+        for (const bool far : {false, true}) {
+          std::vector<std::byte> to(n + 64, std::byte{255});
+          simd::copy_ahead(from.data(), static_cast<index_t>(n), to.data() + start, other, far);
+          CHECK(to == expected);
+        }
       }
 }
 

@@ -253,6 +253,25 @@ TEST_CASE("what a plan refuses, it refuses by name") {
   }
 }
 
+TEST_CASE("a plan of every choice knows nothing of what an earlier one of its shape left out") {
+  test::random rng(12);
+  for (const index_t tokens : {1, 16, 300}) {
+    const assignment whole = test::fixed_choices(rng, tokens, 8, 2);
+    assignment lacking = whole;
+    lacking.kept_to_change()[1] = 0;
+    flags owned(8, 1);
+    owned[static_cast<std::size_t>(whole.ids()[0])] = 0;
+    dispatch_plan p;
+    plan(lacking, p, {.owned = owned});
+    CHECK(p.dropped() + p.elsewhere() > 1);
+    plan(whole, p);
+    CHECK(p.dropped() == 0);
+    CHECK(p.elsewhere() == 0);
+    CHECK(p.kept() == 2 * tokens);
+    CHECK(p.slots() == 2 * tokens);
+  }
+}
+
 TEST_CASE("a plan that is refused half-way is empty") {
   test::random rng(9);
   dispatch_plan p;

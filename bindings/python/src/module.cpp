@@ -108,8 +108,8 @@ moeroute::router_spec spec_of(nb::handle what, std::int64_t layer) {
       const std::string text = nb::cast<std::string>(what);
       if (const auto* entry = moeroute::find_in_catalog(text)) return entry->spec;
       if (text.find('=') == text.npos)
-        refuse("moeroute::Router: no words as E=64 k=6, and " +
-               moeroute::detail::unknown_model(text));
+        refuse("moeroute::Router: " + moeroute::detail::unknown_model(text) +
+               "; a router in words reads as E=64 k=6");
       return moeroute::parse_spec(text);
     }
     if (nb::isinstance<nb::dict>(what)) {

@@ -2,6 +2,7 @@
 // values.
 #pragma once
 
+#include <concepts>
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
@@ -47,10 +48,12 @@ namespace detail {
 /// A part of a sentence: text or a whole number.
 class message_part {
  public:
-  constexpr message_part(const char* text) : text_(text) {}
+  constexpr message_part(const char* text) : text_(text == nullptr ? "" : text) {}
   constexpr message_part(std::string_view text)
-      : text_(text.data()), value_(static_cast<index_t>(text.size())) {}
-  constexpr message_part(index_t number) : value_(number) {}
+      : text_(text.data() == nullptr ? "" : text.data()),
+        value_(static_cast<index_t>(text.size())) {}
+  template <std::integral Number>
+  constexpr message_part(Number number) : value_(static_cast<index_t>(number)) {}
 
   /// Writes it over at most `room` characters and a zero; returns how many it has.
   int write(char* to, std::size_t room) const {
@@ -65,7 +68,7 @@ class message_part {
 
 /// Throws error (or calls on_error() under -fno-exceptions) with "moeroute::<where>: <sentence>",
 /// the sentence in parts. It is put together here, once in a program: strings that every caller
-/// joins would be a third of the code of a small one. Past 1000 characters it is cut.
+/// joins would be a third of the code of a small one. A message is cut behind 1023 bytes.
 /// Example:
 ///
 ///     fail("plan", {"expert ", e, " has ", own, " slots, expected at most ", capacity});
@@ -76,7 +79,7 @@ class message_part {
   const auto add = [&](const message_part& part) {
     const std::size_t room = sizeof message - used;
     const auto size = static_cast<std::size_t>(part.write(message + used, room));
-    used += size < room ? size : room - 1;  // <algorithm> is a fifth of what describes a router
+    used += size < room ? size : room - 1;  // <algorithm> would be a fifth of a description's lines
   };
   add(where);
   add(": ");

@@ -90,14 +90,6 @@ concept expert_function_that_keeps = requires(F& f, expert_id e, matrix_view<con
   f(e, in, rows, rows, memory);
 };
 
-// Routers picked at run time, as route() knows them.
-template <class R>
-concept run_time_router = requires(const R& r) {
-  { r.ragged() } -> std::same_as<bool>;
-  { r.as_token_router() } -> token_router;
-  { r.as_ragged_router() } -> ragged_router;
-};
-
 // Where a call's logits come from: rows that the gate reads, outside, or nowhere.
 template <class T>
 struct gated_rows {
@@ -293,7 +285,8 @@ class moe_layer {
   index_t d_out() const { return options_.d_out; }
   const Router& router() const { return router_; }
   /// Another router for the same gate and experts: after a step of training that moved a number of
-  /// its own, or with another k. Throws: error where it does not fit them.
+  /// its own, or with another k. Tapes of earlier calls are run backwards before. With more choices
+  /// the next call may allocate. Throws: error where it does not fit them.
   void set_router(Router other) {
     check_router(other);
     check_size("moe_layer", "router.experts()", experts_of(other), experts());

@@ -61,7 +61,7 @@ class saliency_meter {
   }
 
   index_t experts() const { return static_cast<index_t>(sums_.size()); }
-  // Each throws where there is no such expert.
+  /// Of these each. Throws: error where there is no such expert.
   std::int64_t tokens(index_t e) const { return at(e).tokens; }
   double mean_weight(index_t e) const { return mean(e, at(e).weight); }
   double mean_length(index_t e) const { return mean(e, at(e).length); }

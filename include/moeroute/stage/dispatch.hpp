@@ -1,8 +1,10 @@
 // Dispatch: token rows to expert-major slots.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
 #include <type_traits>
 

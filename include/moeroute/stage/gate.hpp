@@ -16,6 +16,11 @@ namespace moeroute {
 
 namespace detail {
 
+template <class W>
+inline constexpr bool is_packed = false;
+template <storage W, class A>
+inline constexpr bool is_packed<simd::packed_matrix<W, A>> = true;
+
 // The sizes alone: the product looks at strides and overlap.
 MOEROUTE_OUT_OF_LINE inline void check_gate_sizes(const char* where, index_t tokens, index_t x_cols,
                                                   index_t d, index_t logits_rows,
@@ -175,13 +180,20 @@ void gate(const X& x_rows, const G& g, Y&& logit_rows, workspace& ws, const Exec
   g(x, logits, memory, exec);
 }
 
-// Calls that would end in a page about templates.
-template <class X, class W, class Y, class... Rest>
-  requires(readable_rows<W> || !readable_rows<X> || !writable_rows<Y>)
-void gate(const X&, const W&, Y&&, const Rest&...) {
+// Calls that would end in a page about templates. They ask for what is ours, so that a function
+// of the same name elsewhere keeps its calls.
+template <class X, class G, class Y, class... Rest>
+  requires((!readable_rows<X> || !writable_rows<Y>) &&
+           (detail::is_packed<G> || gate_function<G, float> ||
+            gate_function_with_scratch<G, float>))
+void gate(const X&, const G&, Y&&, const Rest&...) {
   static_assert(readable_rows<X> && writable_rows<Y>,
                 "[moeroute::gate] x and logits are rows, the logits not const: a pointer is handed "
                 "in as matrix_view(pointer, rows, columns, stride)");
+}
+
+template <readable_rows X, readable_rows W, writable_rows Y, class... Rest>
+void gate(const X&, const W&, Y&&, const Rest&...) {
   static_assert(!readable_rows<W>,
                 "[moeroute::gate] the weight is packed once, [E, d]: simd::packed_matrix<>("
                 "view(weight))");

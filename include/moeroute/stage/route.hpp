@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include <moeroute/data/assignment.hpp>
@@ -285,7 +287,7 @@ void route_plain(const Router& router, const T* logits, index_t tokens, index_t 
 
 // Which kind of router it is shows when it runs.
 template <class R>
-concept router_of_run_time = requires(const R& r) {
+concept run_time_router = requires(const R& r) {
   { r.ragged() } -> std::same_as<bool>;
   { r.as_token_router() } -> token_router;
   { r.as_ragged_router() } -> ragged_router;
@@ -305,11 +307,14 @@ template <class S, class W, class A, class E>
 inline constexpr bool in_place<S, W, A, E> =
     std::is_convertible_v<S&, const side_inputs&> && in_place<W, A> && executor<E>;
 
-// A workspace or an assignment is there, but not where it belongs.
+// A workspace or an assignment is there: the call is meant for us.
 template <class... Rest>
-concept misplaced = (... || (std::is_convertible_v<Rest&, workspace&> ||
-                             std::is_convertible_v<Rest&, assignment&>)) &&
-                    !in_place<Rest...>;
+concept ours = (... || (std::is_convertible_v<Rest&, workspace&> ||
+                        std::is_convertible_v<Rest&, assignment&>));
+
+// But not where it belongs.
+template <class... Rest>
+concept misplaced = ours<Rest...> && !in_place<Rest...>;
 
 }  // namespace detail
 
@@ -368,7 +373,7 @@ void route(const Router& router, const Z& logit_rows, const side_inputs& side, w
 
 /// The same for a router picked at run time. Throws: error also where it is made for another number
 /// of columns.
-template <detail::router_of_run_time Router, readable_rows Z, executor Exec = serial,
+template <detail::run_time_router Router, readable_rows Z, executor Exec = serial,
           class A = simd::default_arch>
 void route(const Router& router, const Z& logits, const side_inputs& side, workspace& ws,
            assignment& out, const Exec& exec = {}) {
@@ -383,7 +388,7 @@ void route(const Router& router, const Z& logits, const side_inputs& side, works
 
 /// The same without side inputs.
 template <class Router, readable_rows Z, executor Exec = serial, class A = simd::default_arch>
-  requires(any_kind_of_router<Router> || detail::router_of_run_time<Router>)
+  requires(any_kind_of_router<Router> || detail::run_time_router<Router>)
 void route(const Router& router, const Z& logits, workspace& ws, assignment& out,
            const Exec& exec = {}) {
   route<Router, Z, Exec, A>(router, logits, no_side_inputs, ws, out, exec);
@@ -444,8 +449,8 @@ void route(const Router&, const Z&, const Rest&...) {
 }
 
 template <class Router, readable_rows Z, class... Rest>
-  requires(!any_kind_of_router<Router> && !detail::router_of_run_time<Router> &&
-           !detail::misplaced<Rest...>)
+  requires(!any_kind_of_router<Router> && !detail::run_time_router<Router> &&
+           detail::ours<Rest...> && !detail::misplaced<Rest...>)
 void route(const Router&, const Z&, const Rest&...) {
   static_assert(any_kind_of_router<Router>,
                 "[moeroute::route] the first argument is no router: router{softmax{}, top_k{.k = "

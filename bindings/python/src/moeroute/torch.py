@@ -173,7 +173,7 @@ def layer(router, logits, x, experts, **side):
     """A whole layer: experts[e] is called on the rows [n, d] of expert e, where it has some."""
     if _words(router).get("weight_on") == "input":
         raise ValueError("moeroute.torch.layer: this router's weights go on the experts' inputs")
-    if len(experts) < router.experts:
+    if hasattr(experts, "__len__") and len(experts) < router.experts:
         raise ValueError(f"moeroute.torch.layer: experts has {len(experts)} entries, expected {router.experts}")
     ids, weights = route(router, logits, **side)
     plan = Plan(_assignment(ids, weights, router.experts))

@@ -49,21 +49,21 @@ MOEROUTE_OUT_OF_LINE inline void copy_ahead(const std::byte* from, index_t n, st
   constexpr index_t line = alignment, ahead = 16 * line, page = 64 * line;
   const index_t lines = n / line * line;
   index_t i = 0;
-  const auto copy = [&](index_t end, const std::byte* soon, const std::byte* later) {
+  const auto copy = [&](index_t end, const std::byte* soon, index_t soon_by, const std::byte* later,
+                        index_t later_by) {
     for (; i < end; i += line) {
-      if (soon != nullptr) MOEROUTE_PREFETCH_TO_WRITE(soon + i);
-      if (later != nullptr) MOEROUTE_PREFETCH_TO_SECOND(later + i);
+      if (soon != nullptr) MOEROUTE_PREFETCH_TO_WRITE(soon + (i + soon_by));
+      if (later != nullptr) MOEROUTE_PREFETCH_TO_SECOND(later + (i + later_by));
       __builtin_memcpy(to + i, from + i, line);
     }
   };
   far = far && lines >= page;
   // Beyond the end they go on at `next`: of rows shorter than the distance at its begin.
-  const auto beyond = [&](index_t by) {
-    return next == nullptr ? nullptr : next + std::min(by, lines) - lines;
-  };
-  if (far) copy(lines - page, to + ahead, to + page);
-  copy(lines - ahead, to + ahead, far ? beyond(page) : nullptr);
-  copy(lines, beyond(ahead), far ? beyond(page) : nullptr);
+  const index_t soon_beyond = std::min(ahead, lines) - lines, beyond = page - lines;
+  if (far) copy(lines - page, to, ahead, to, page);
+  const std::byte* const later = far ? next : nullptr;
+  copy(lines - ahead, to, ahead, later, beyond);
+  copy(lines, next, soon_beyond, later, beyond);
   if (i < n) std::memcpy(to + i, from + i, static_cast<std::size_t>(n - i));
 }
 

@@ -83,8 +83,8 @@ class codebook_gate {
 
   /// Moves every code towards the mean of the tokens that it is nearest to:
   /// n_c = decay n_c + (1 - decay) count, m_c = decay m_c + (1 - decay) sum, code = m_c / n_c, from
-  /// n_c = 1 and m_c = the first code. A code that no token takes keeps n_c and
-  /// m_c, and stays where it is.
+  /// n_c = 1 and m_c = the first code. A code that no token takes keeps n_c and m_c, and stays
+  /// where it is.
   ///
   /// Shapes: x [T, d], code [T], as nearest() gave. Throws: error where they do not fit, a code is
   /// none, or the decay is not in [0, 1). Cost: T d and, for each code in use, d; no allocation.
