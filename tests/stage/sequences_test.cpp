@@ -106,6 +106,12 @@ TEST_CASE("tokens have the choices of their sequence, in a prompt and decoded on
     CHECK(test::refusal([&] { spread_to_tokens(decisions, of_token, decisions); }) ==
           "moeroute::spread_to_tokens: out is decisions, expected an assignment of its own");
   };
+  std::vector<std::int32_t> of_token(41, -7);
+  sequences_of_tokens(cuts, of_token);
+  for (std::size_t s = 0; s < 5; ++s)
+    for (auto at = static_cast<std::size_t>(cuts[s]); at < static_cast<std::size_t>(cuts[s + 1]);
+         ++at)
+      CHECK(of_token[at] == static_cast<std::int32_t>(s));
   for (const bool drop : {false, true}) {
     check(router<softmax>{.selection = {.k = 2}}, drop);
     check(threshold_router<sigmoid>{.threshold = 0.5f}, drop);
