@@ -159,13 +159,13 @@ class workspace {
   /// Cost: allocates only where the measure exceeds every earlier one.
   template <class Layout>
   auto carve(Layout&& layout) {
-    scratch tape(memory_.data(), memory_.capacity());
-    auto parts = layout(tape);
-    if (tape.used() <= memory_.capacity()) [[likely]]
-      return parts;
-    memory_.resize(tape.used());
-    scratch enough(memory_.data(), memory_.capacity());
-    return layout(enough);
+    for (;;) {
+      scratch tape(memory_.data(), memory_.capacity());
+      auto parts = layout(tape);
+      if (tape.used() <= memory_.capacity()) [[likely]]
+        return parts;
+      memory_.resize(tape.used());
+    }
   }
 
   /// Bytes held.

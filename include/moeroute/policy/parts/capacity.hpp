@@ -40,7 +40,7 @@ struct capacity_rule {
   index_t multiple = 1;  ///< C is rounded up to one (V-MoE: 4; Tutel: its alignment)
 
   /// Throws: error where the factor is outside the formula's domain, or a count is negative.
-  void check() const {
+  MOEROUTE_OUT_OF_LINE void check() const {
     using enum capacity_formula;
     const bool any = formula == unlimited || formula == fixed;
     const bool sign = formula == tutel        ? std::isfinite(factor)

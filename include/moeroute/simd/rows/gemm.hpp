@@ -201,17 +201,20 @@ void multiply_tile(const float* MOEROUTE_RESTRICT x, index_t x_stride, const W* 
       for (int j = 0; j < v; ++j) sum[r][j] = multiply_add<A>(a, column[j], sum[r][j]);
     }
   }
-  MOEROUTE_UNROLL
-  for (int r = 0; r < m; ++r) {
+  // One question for all rows: one for each register would be most of the code.
+  const auto write = [&](const auto& store) MOEROUTE_INLINE_LAMBDA {
     MOEROUTE_UNROLL
-    for (int j = 0; j < v; ++j) {
-      float* out = y + r * y_stride + j * lanes;
-      if (cols >= (j + 1) * lanes) {
-        sum[r][j].store_unaligned(out);
-      } else {
-        store_first<A>(out, std::clamp<index_t>(cols - j * lanes, 0, lanes), sum[r][j]);
-      }
+    for (int r = 0; r < m; ++r) {
+      MOEROUTE_UNROLL
+      for (int j = 0; j < v; ++j) store(y + r * y_stride + j * lanes, j, sum[r][j]);
     }
+  };
+  if (cols >= v * lanes) {
+    write([](float* out, int, vfloat<A> x) MOEROUTE_INLINE_LAMBDA { x.store_unaligned(out); });
+  } else {
+    write([&](float* out, int j, vfloat<A> x) MOEROUTE_INLINE_LAMBDA {
+      store_first<A>(out, std::clamp<index_t>(cols - j * lanes, 0, lanes), x);
+    });
   }
 }
 

@@ -10,6 +10,18 @@
 
 namespace moeroute::simd {
 
+namespace detail {
+
+// `width` rows of as many values, one row per lane: once in the code, for those that are in memory.
+template <class A>
+[[gnu::noinline]] void turn_maxima(const float* group, index_t stride, vfloat<A>* x) {
+  MOEROUTE_UNROLL
+  for (int i = 0; i < width<A>; ++i) x[i] = vfloat<A>::load_aligned(group + i * stride);
+  transpose<A>(x);
+}
+
+}  // namespace detail
+
 /// For each of `width` rows a lower bound of its k-th largest value, one row per lane.
 ///
 /// The columns fall into G groups (c modulo G). The k-th largest of the G group maxima is a bound,
@@ -48,9 +60,13 @@ MOEROUTE_INLINE vfloat<A> column_bound(const float* const* rows, index_t cols, i
   detail::for_each_step<unrolled, chunk, G>(G, [&](int g) MOEROUTE_INLINE_LAMBDA {
     vfloat<A> x[chunk];
     detail::for_each_step<unrolled, w, chunk>(chunk, [&](int h) MOEROUTE_INLINE_LAMBDA {
-      MOEROUTE_UNROLL
-      for (int i = 0; i < w; ++i) x[h + i] = vfloat<A>::load_aligned(group + i * G + g + h);
-      transpose<A>(x + h);
+      if constexpr (unrolled) {
+        MOEROUTE_UNROLL
+        for (int i = 0; i < w; ++i) x[h + i] = vfloat<A>::load_aligned(group + i * G + g + h);
+        transpose<A>(x + h);
+      } else {
+        detail::turn_maxima<A>(group + g + h, G, x + h);
+      }
     });
     MOEROUTE_UNROLL
     for (int h = 0; h < chunk; h += K) {

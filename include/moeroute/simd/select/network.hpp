@@ -100,6 +100,16 @@ MOEROUTE_INLINE void for_each_step(int used, F&& f) {
   }
 }
 
+// f(i) for i in [0, n), n = 2^m: eight times in the code where n registers are in memory anyway.
+template <int n, class F>
+MOEROUTE_INLINE void for_each_of(F&& f) {
+  constexpr int step = n > largest_unrolled ? 8 : n;
+  for (int i = 0; i < n; i += step) {
+    MOEROUTE_UNROLL
+    for (int j = 0; j < step; ++j) f(i + j);
+  }
+}
+
 // Sorts a bitonic run.
 template <int n, class V>
 MOEROUTE_INLINE void clean(V* x) {
@@ -132,8 +142,9 @@ MOEROUTE_INLINE void sort(V* x) {
 /// Merges sorted runs of n = 2^m and r <= n registers; top keeps the n largest, sorted.
 template <int n, int r = n, class V>
 MOEROUTE_INLINE void merge_keep_first(V* top, const V* run) {
-  MOEROUTE_UNROLL
-  for (int i = 0; i < r; ++i) top[n - r + i] = xsimd::max(top[n - r + i], run[r - 1 - i]);
+  detail::for_each_of<r>([&](int i) MOEROUTE_INLINE_LAMBDA {
+    top[n - r + i] = xsimd::max(top[n - r + i], run[r - 1 - i]);
+  });
   detail::clean<n>(top);
 }
 
@@ -141,8 +152,9 @@ MOEROUTE_INLINE void merge_keep_first(V* top, const V* run) {
 template <int n, class V>
 MOEROUTE_INLINE V last_of_merged(const V* first, const V* second) {
   V least = xsimd::max(first[0], second[n - 1]);
-  MOEROUTE_UNROLL
-  for (int i = 1; i < n; ++i) least = xsimd::min(least, xsimd::max(first[i], second[n - 1 - i]));
+  detail::for_each_of<n>([&](int i) MOEROUTE_INLINE_LAMBDA {
+    least = xsimd::min(least, xsimd::max(first[i], second[n - 1 - i]));
+  });
   return least;
 }
 

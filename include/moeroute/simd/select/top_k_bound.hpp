@@ -16,6 +16,17 @@ namespace moeroute::simd {
 
 namespace detail {
 
+// Which columns of [first, end) of n rows reach their row's bound, 64 in a mask.
+template <class A, index_t words>
+[[gnu::noinline]] void mark_columns(const float* const* rows, int n, index_t first, index_t end,
+                                    const float* bound, column_mask (*masks)[words]) {
+  for (int i = 0; i < n; ++i) {
+    const vfloat<A> b(bound[i]);
+    for (index_t c = first; c < end; c += 64)
+      mask_not_below<A>(rows[i] + c, end - c, b, masks[i][(c - first) / 64]);
+  }
+}
+
 // The columns of n rows that reach their row's bound; returns how many the fullest row has, which
 // may be more than slots.
 template <class A, int slots>
@@ -25,11 +36,7 @@ MOEROUTE_INLINE std::int32_t collect(const float* const* rows, int n, index_t co
   column_mask masks[width<A>][panel / 64];
   for (index_t first = 0; first < cols; first += panel) {
     const index_t end = std::min(first + panel, cols);
-    for (int i = 0; i < n; ++i) {
-      const vfloat<A> b(bound[i]);
-      for (index_t c = first; c < end; c += 64)
-        mask_not_below<A>(rows[i] + c, end - c, b, masks[i][(c - first) / 64]);
-    }
+    mark_columns<A>(rows, n, first, end, bound, masks);
     // After all rows: the parts of a mask have reached memory by now and load as one.
     for (int i = 0; i < n; ++i) found[i].append(masks[i], first, end);
   }
@@ -62,42 +69,58 @@ MOEROUTE_INLINE void rank_survivors(const float* const* rows, int n, index_t col
     });
 }
 
+// The ranks of `slots` slots from `rank` on, a row's slots `stride` after another's, as a run of
+// both halves of the rows has them.
+template <class A, int slots>
+MOEROUTE_INLINE void turn_slots(const double* rank, index_t stride, vdouble<A>* first_rows,
+                                vdouble<A>* second_rows) {
+  constexpr int half = width<A> / 2;
+  MOEROUTE_UNROLL
+  for (int j = 0; j < slots; j += half) {
+    MOEROUTE_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      vdouble<A> x[half];
+      MOEROUTE_UNROLL
+      for (int i = 0; i < half; ++i)
+        x[i] = vdouble<A>::load_aligned(rank + ranked<A>::lane(part, i) * stride + j);
+      transpose<A>(x);
+      MOEROUTE_UNROLL
+      for (int i = 0; i < half; ++i) (part == 0 ? first_rows : second_rows)[j + i] = x[i];
+    }
+  }
+}
+
+// The same once in the code, for runs that are in memory.
+template <class A, int slots>
+[[gnu::noinline]] void turn_many_slots(const double* rank, index_t stride, vdouble<A>* first_rows,
+                                       vdouble<A>* second_rows) {
+  turn_slots<A, slots>(rank, stride, first_rows, second_rows);
+}
+
 // The k best of the listed values, none of which are in slots past `used`: sorted runs of slots are
 // merged into the best K so far.
 template <class A, int K, int slots>
 MOEROUTE_INLINE void top_of_survivors(const float* const* rows, index_t cols, int used,
                                       const column_list<A, slots>* found, int k, float* value,
                                       std::int32_t* column) {
-  constexpr int w = width<A>, half = w / 2;
-  constexpr int length = std::min(K, 16), chunk = std::max(length, half);
+  constexpr int w = width<A>, length = std::min(K, 16);
   // More than 8 ranks and a run of as many are more than there are registers.
   constexpr bool unrolled = K <= 8;
   alignas(alignment) double rank_of_slot[w][slots];
   rank_survivors<A, unrolled>(rows, w, cols, used, found, rank_of_slot);
   ranks<A, K> top;
-  for_each_step<unrolled, chunk, slots>(used, [&](int s) {
-    ranks<A, length> run[chunk / length];
-    MOEROUTE_UNROLL
-    for (int j = 0; j < chunk; j += half) {
-      MOEROUTE_UNROLL
-      for (int part = 0; part < 2; ++part) {
-        vdouble<A> x[half];
-        MOEROUTE_UNROLL
-        for (int i = 0; i < half; ++i)
-          x[i] = vdouble<A>::load_aligned(&rank_of_slot[ranked<A>::lane(part, i)][s + j]);
-        transpose<A>(x);
-        MOEROUTE_UNROLL
-        for (int i = 0; i < half; ++i) run[(j + i) / length].part[part][(j + i) % length] = x[i];
-      }
+  for_each_step<unrolled, length, slots>(used, [&](int s) {
+    ranks<A, length> run;
+    if constexpr (unrolled) {
+      turn_slots<A, length>(rank_of_slot[0] + s, slots, run.part[0], run.part[1]);
+    } else {
+      turn_many_slots<A, length>(rank_of_slot[0] + s, slots, run.part[0], run.part[1]);
     }
-    MOEROUTE_UNROLL
-    for (int j = 0; j < chunk / length; ++j) {
-      sort(run[j]);
-      if (s + j > 0) {
-        merge_keep_first(top, run[j]);
-      } else {
-        for (int r = 0; r < K; ++r) top.set(r, r < length ? run[0].get(r) : rank_nothing<A>());
-      }
+    sort(run);
+    if (s > 0) {
+      merge_keep_first(top, run);
+    } else {
+      for (int r = 0; r < K; ++r) top.set(r, r < length ? run.get(r) : rank_nothing<A>());
     }
   });
   store_top(top, k, rows, value, column);

@@ -49,6 +49,30 @@ void top_k_insert(const float* const* rows, index_t cols, int k, float* value,
   }
 }
 
+// The ranks of `width` columns from c on, written to where a run of both halves of the rows has
+// them.
+template <class A>
+MOEROUTE_INLINE void fill_run(const float* const* rows, index_t c, index_t cols,
+                              vdouble<A>* first_rows, vdouble<A>* second_rows) {
+  constexpr int w = width<A>;
+  vfloat<A> x[w];
+  load_transposed<A>(rows, c, cols, minus_infinity, x);
+  MOEROUTE_UNROLL
+  for (int i = 0; i < w; ++i) {
+    const ranked<A> r =
+        rank<A>(nan_to_minus_infinity<A>(x[i]), vint<A>(static_cast<std::int32_t>(c) + i));
+    first_rows[i] = r.part[0];
+    second_rows[i] = r.part[1];
+  }
+}
+
+// The same once in the code, for the long runs, which are in memory.
+template <class A>
+[[gnu::noinline]] void fill_long_run(const float* const* rows, index_t c, index_t cols,
+                                     vdouble<A>* first_rows, vdouble<A>* second_rows) {
+  fill_run<A>(rows, c, cols, first_rows, second_rows);
+}
+
 // Sorted runs of K columns are merged into the best K so far.
 template <class A, int K>
 void top_k_lanes(const float* const* rows, index_t cols, int k, float* value,
@@ -58,16 +82,14 @@ void top_k_lanes(const float* const* rows, index_t cols, int k, float* value,
   ranks<A, K> top;
   for (int r = 0; r < K; ++r) top.set(r, rank_nothing<A>());
   for (index_t c = 0; c < cols; c += chunk) {
-    if constexpr (K > w) {
+    if constexpr (K > w || K >= largest_unrolled) {
       ranks<A, K> run;
-      // A run of so many ranks is in memory: one piece of code fills all of it.
       for (int j = 0; j < K; j += w) {
-        vfloat<A> x[w];
-        load_transposed<A>(rows, c + j, cols, minus_infinity, x);
-        MOEROUTE_UNROLL
-        for (int i = 0; i < w; ++i)
-          run.set(j + i, rank<A>(nan_to_minus_infinity<A>(x[i]),
-                                 vint<A>(static_cast<std::int32_t>(c) + j + i)));
+        if constexpr (K >= largest_unrolled) {
+          fill_long_run<A>(rows, c + j, cols, run.part[0] + j, run.part[1] + j);
+        } else {
+          fill_run<A>(rows, c + j, cols, run.part[0] + j, run.part[1] + j);
+        }
       }
       sort(run);
       merge_keep_first(top, run);
