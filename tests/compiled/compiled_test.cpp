@@ -6,7 +6,12 @@
 #include <catch2/matchers/catch_matchers_exception.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <moeroute/balance/bias_controller.hpp>
+#include <moeroute/balance/loss_count.hpp>
+#include <moeroute/balance/loss_token.hpp>
+#include <moeroute/data/expert_load.hpp>
 #include <moeroute/policy/batch/base_assignment.hpp>
 #include <moeroute/policy/batch/expert_choice.hpp>
 #include <moeroute/policy/batch/sinkhorn.hpp>
@@ -16,10 +21,12 @@
 #include <moeroute/stage/combine.hpp>
 #include <moeroute/stage/dispatch.hpp>
 #include <moeroute/stage/plan.hpp>
+#include <moeroute/stage/plan_layouts.hpp>
 #include <moeroute/stage/route.hpp>
 #include <random>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "properties/hold.hpp"
@@ -92,6 +99,34 @@ void check_same(const compiled::assignment& got, const moeroute::assignment& exp
   CHECK(std::ranges::equal(got.ids(), expected.ids()));
   CHECK(same_bits(got.weights(), expected.weights()));
   CHECK(std::ranges::equal(got.offsets(), expected.offsets()));
+}
+
+// A field of a struct of the C face and how each side says it. What is handed on is seen only where
+// it is not the default, so each has a base that it changes something of.
+template <class There, class Here>
+struct said_field {
+  const char* name;
+  There base;
+  std::function<void(Here&)> here;
+  std::function<void(There&)> there;
+  bool seen = true;  // the result depends on it
+};
+using spec_field = said_field<moeroute::router_spec, compiled::spec>;
+
+template <class T>
+void put(T& field, double value) {
+  field = static_cast<T>(value);
+}
+template <class F>
+spec_field alike(const char* name, const moeroute::router_spec& base, F change) {
+  return {name, base, change, change};
+}
+
+// Gives every matrix of a call a stride of its own.
+std::vector<float> strided(index_t rows, index_t stride, std::mt19937& engine) {
+  std::vector<float> all(static_cast<std::size_t>(rows * stride));
+  for (float& v : all) v = static_cast<float>(engine() % 997) / 331.0f - 1.0f;
+  return all;
 }
 
 }  // namespace
@@ -532,13 +567,696 @@ TEST_CASE("capacity through the face is that of the headers, whatever field says
   agrees({.rule = {.formula = fixed, .count = 9},
           .order = drop_order::batch_priority,
           .priority = priority});
-  agrees({.rule = {.formula = megatron, .factor = 0.4, .minimum = 11, .multiple = 4},
+  agrees({.rule = {.formula = megatron, .factor = 0.4, .minimum = 14, .multiple = 4},
           .order = drop_order::token_major,
           .renormalize = renormalization::after_drop,
           .eps = 0.75f});
   agrees({.rule = {.formula = deepspeed, .factor = 0.5},
           .order = drop_order::by_weight,
           .renormalize = renormalization::before_drop});
+}
+
+TEST_CASE("every field of a description reaches the router of the library") {
+  using moeroute::router_spec;
+  using enum moeroute::selection_kind;
+  using moeroute::normalization;
+  using moeroute::score_kind;
+  const router_spec plain{.experts = 12, .k = 3};
+  const auto with = [&](auto change) {
+    router_spec s = plain;
+    change(s);
+    return s;
+  };
+  const router_spec groups = with([](router_spec& s) { s.groups = 4, s.topk_group = 2; });
+  const router_spec sums = with([](router_spec& s) {
+    s.normalize = normalization::sum;
+    s.eps_where = moeroute::eps_mode::add;
+    s.eps = 0.25f;
+  });
+  const router_spec mass = with([](router_spec& s) { s.selection = top_p, s.top_p = 0.5f; });
+  const router_spec gated = with([](router_spec& s) {
+    s.score = score_kind::sigmoid;
+    s.selection = threshold;
+    s.threshold = 0.25f;
+  });
+  const router_spec bounded = with([](router_spec& s) {
+    s.capacity = 9;
+    s.normalize = normalization::sum;
+  });
+  const spec_field fields[] = {
+      alike("experts", plain, [](auto& s) { put(s.experts, 16); }),
+      alike("k", plain, [](auto& s) { put(s.k, 5); }),
+      alike("score", plain, [](auto& s) { put(s.score, 1); }),
+      {"score_selected", plain, [](auto& s) { s.score_selected = 1; },
+       [](auto& s) { s.domain = moeroute::score_domain::selected; }},
+      alike("selection", plain, [](auto& s) { put(s.selection, MOEROUTE_RANDOM); }),
+      alike("selection_bias", plain, [](auto& s) { put(s.selection_bias, 1); }),
+      alike("group_score", groups, [](auto& s) { put(s.group_score, MOEROUTE_GROUP_MAX); }),
+      alike("groups", plain, [](auto& s) { put(s.groups, 4); }),
+      alike("topk_group", groups, [](auto& s) { put(s.topk_group, 3); }),
+      alike("group_fill", with([](router_spec& s) { s.groups = 4, s.selection_bias = true; }),
+            [](auto& s) { put(s.group_fill, 0); }),
+      alike("normalize", plain, [](auto& s) { put(s.normalize, 1); }),
+      alike("lp_p", with([](router_spec& s) { s.normalize = normalization::lp; }),
+            [](auto& s) { put(s.lp_p, 3); }),
+      {"eps_mode", with([&](router_spec& s) { s = sums, s.eps = 2.0f; }),
+       [](auto& s) { s.eps_mode = MOEROUTE_EPS_CLAMP; },
+       [](auto& s) { s.eps_where = moeroute::eps_mode::clamp; }},
+      alike("eps", sums, [](auto& s) { put(s.eps, 2); }),
+      alike("scale", plain, [](auto& s) { put(s.scale, 3); }),
+      {"scale_on_output", with([](router_spec& s) { s.scale = 3.0f; }),
+       [](auto& s) { s.scale_on_output = 1; },
+       [](auto& s) { s.scale_where = moeroute::scale_place::output; }},
+      alike("divide_by_k", plain, [](auto& s) { put(s.divide_by_k, 1); }),
+      alike("per_expert_scale", plain, [](auto& s) { put(s.per_expert_scale, 1); }),
+      alike("softcap", plain, [](auto& s) { put(s.softcap, 2); }),
+      alike("temperature", plain, [](auto& s) { put(s.temperature, 2); }),
+      alike("jitter", with([](router_spec& s) { s.selection = sparsemixer, s.k = 2; }),
+            [](auto& s) { put(s.jitter, 0.5); }),
+      alike("top_p", mass, [](auto& s) { put(s.top_p, 0.875); }),
+      alike("crossing", mass, [](auto& s) { put(s.crossing, 2); }),
+      alike("min_k", mass, [](auto& s) { put(s.min_k, 4); }),
+      alike("max_k", mass, [](auto& s) { put(s.max_k, 1); }),
+      alike("threshold", gated, [](auto& s) { put(s.threshold, 0.75); }),
+      alike("row_norm: sum", gated, [](auto& s) { put(s.row_norm, 1); }),
+      alike("row_norm: rms", gated, [](auto& s) { put(s.row_norm, 2); }),
+      alike("capacity", plain, [](auto& s) { put(s.capacity, 9); }),
+      alike("drop_order", bounded, [](auto& s) { put(s.drop_order, MOEROUTE_DROP_BY_WEIGHT); }),
+      {"normalize_after_drop", bounded, [](auto& s) { s.normalize_after_drop = 1; },
+       [](auto& s) { s.normalize_before_drop = false; }},
+      // Of what comes before and after a router.
+      {"output_scale", plain, [](auto& s) { s.output_scale = 2.0f; },
+       [](auto& s) { s.output_scale = 2.0f; }, false},
+      {"gate_bias", plain, [](auto& s) { s.gate_bias = 1; }, [](auto& s) { s.gate_bias = true; },
+       false},
+      {"zero_experts", plain, [](auto& s) { s.zero_experts = 2; },
+       [](auto& s) { s.zero_experts = 2; }, false},
+      {"shared_experts", plain, [](auto& s) { s.shared_experts = 2; },
+       [](auto& s) { s.shared_experts = 2; }, false},
+      {"weight_on_input", plain, [](auto& s) { s.weight_on_input = 1; },
+       [](auto& s) { s.weight_on = moeroute::weight_place::input; }, false},
+  };
+  using bits = std::vector<std::uint32_t>;
+  using answer = std::tuple<std::vector<std::int32_t>, bits, std::vector<std::int32_t>, int, int,
+                            std::int64_t, int, float>;
+  const auto answer_of = [](const auto& choices, const auto& c, int formula, std::int64_t count) {
+    bits weights;
+    for (const float w : choices.weights()) weights.push_back(std::bit_cast<std::uint32_t>(w));
+    return answer({choices.ids().begin(), choices.ids().end()}, weights,
+                  {choices.offsets().begin(), choices.offsets().end()}, formula,
+                  static_cast<int>(c.order), count, static_cast<int>(c.renormalize), c.eps);
+  };
+  const index_t tokens = 40;
+  std::vector<float> gamma;
+  for (int e = 0; e < 12; ++e) gamma.push_back(0.5f + static_cast<float>(e) / 4.0f);
+  moeroute::workspace workspace;
+  for (const spec_field& field : fields) {
+    INFO(field.name);
+    router_spec there = field.base;
+    field.there(there);
+    compiled::spec here = compiled::describe(field.base);
+    field.here(here);
+    const compiled::spec described = compiled::describe(there);
+    CHECK(std::ranges::equal(std::as_bytes(std::span(&here, 1)),
+                             std::as_bytes(std::span(&described, 1))));
+    std::mt19937 engine(3);
+    const inputs in(there, tokens, engine);
+    const bool rms = there.row_norm == moeroute::threshold_norm::rms;
+    const auto by_headers = [&](const router_spec& s) {
+      moeroute::assignment choices;
+      const auto lists = [](bool used, const std::vector<float>& list) {
+        return used ? std::span(list) : std::span<const float>();
+      };
+      const auto router =
+          moeroute::make_router(s, {.bias = lists(s.selection_bias, in.bias),
+                                    .per_expert_scale = lists(s.per_expert_scale, in.scale),
+                                    .gamma = lists(rms && s == there, gamma)});
+      moeroute::route(router,
+                      moeroute::matrix_view<const float>(in.logits.data(), tokens, s.columns()),
+                      {.seed = 3}, workspace, choices);
+      const moeroute::capacity_policy c = moeroute::capacity_of(s);
+      return answer_of(choices, c, static_cast<int>(c.rule.formula), c.rule.count);
+    };
+    const answer expected = by_headers(there);
+    if (field.seen) CHECK(expected != by_headers(field.base));
+    const compiled::router router(here, {.bias = in.bias,
+                                         .per_expert_scale = in.scale,
+                                         .gamma = rms ? std::span(gamma) : std::span<float>()});
+    compiled::assignment choices;
+    compiled::side_inputs side{};
+    side.seed = 3;
+    compiled::route(router, {in.logits.data(), tokens, router.columns()}, side, choices);
+    const compiled::capacity c = compiled::capacity_of(here);
+    CHECK(answer_of(choices, c, c.formula, c.count) == expected);
+  }
+  compiled::spec wrong = compiled::plain_spec();
+  wrong.zero_experts = 8;
+  CHECK_THROWS_WITH(compiled::router(wrong), ContainsSubstring("zero_experts is 8"));
+  wrong = compiled::plain_spec();
+  wrong.output_scale = std::numeric_limits<float>::infinity();
+  CHECK_THROWS_WITH(compiled::router(wrong), ContainsSubstring("output_scale is inf"));
+}
+
+TEST_CASE("every field of a rule over the batch, and every side input, reaches the library") {
+  std::mt19937 engine(14);
+  const index_t tokens = 96, experts = 12;
+  const inputs in({.experts = experts}, tokens, engine);
+  std::vector<std::int32_t> own;
+  for (index_t t = 0; t < tokens; ++t) own.push_back(static_cast<std::int32_t>(t % 3));
+  moeroute::workspace workspace;
+  moeroute::side_inputs side_there{};
+  compiled::side_inputs side_here{};
+  const auto agrees = [&](const char* field, const auto& base, const auto& rule, auto change) {
+    INFO(field);
+    const moeroute::matrix_view<const float> z(in.logits.data(), tokens, experts);
+    moeroute::assignment without, expected;
+    moeroute::route(base, z, workspace, without);
+    moeroute::route(rule, z, side_there, workspace, expected);
+    CHECK_FALSE((std::ranges::equal(without.ids(), expected.ids()) &&
+                 same_bits(without.weights(), expected.weights())));
+    compiled::spec spec = compiled::plain_spec();
+    spec.experts = experts;
+    change(spec);
+    compiled::assignment choices;
+    compiled::route(compiled::router(spec), {in.logits.data(), tokens, experts}, side_here,
+                    choices);
+    check_same(choices, expected);
+  };
+
+  const moeroute::expert_choice<> choice{};
+  const auto experts_choose = [&](const char* field, auto there, auto here) {
+    moeroute::expert_choice<> base{.normalize = moeroute::token_renormalization::sum}, rule = base;
+    base.capacity.factor = rule.capacity.factor = 1.3;
+    there(rule);
+    agrees(field, base, rule, [&](compiled::spec& s) {
+      s.selection = MOEROUTE_EXPERT_CHOICE;
+      s.normalize = MOEROUTE_NORMALIZE_SUM;
+      s.capacity_factor = 1.3;
+      here(s);
+    });
+  };
+  agrees("score", choice, moeroute::expert_choice<moeroute::sigmoid>{}, [](compiled::spec& s) {
+    s.selection = MOEROUTE_EXPERT_CHOICE;
+    s.score = MOEROUTE_SIGMOID;
+  });
+  experts_choose(
+      "normalize", [](auto& r) { r.normalize = moeroute::token_renormalization::none; },
+      [](auto& s) { s.normalize = 0; });
+  experts_choose("eps", [](auto& r) { r.eps = 0.5f; }, [](auto& s) { s.eps = 0.5f; });
+  experts_choose("scale", [](auto& r) { r.scale = 3.0f; }, [](auto& s) { s.scale = 3.0f; });
+  experts_choose(
+      "sequence_length", [](auto& r) { r.sequence_length = 24; },
+      [](auto& s) { s.sequence_length = 24; });
+  experts_choose(
+      "most_experts", [](auto& r) { r.most_experts = 1; }, [](auto& s) { s.most_experts = 1; });
+  experts_choose(
+      "capacity", [](auto& r) { r.capacity.fixed = 5; }, [](auto& s) { s.capacity = 5; });
+  experts_choose(
+      "capacity_factor", [](auto& r) { r.capacity.factor = 2.5; },
+      [](auto& s) { s.capacity_factor = 2.5; });
+  experts_choose(
+      "capacity_rounding",
+      [](auto& r) { r.capacity.rounding = moeroute::capacity_rounding::nearest; },
+      [](auto& s) { s.capacity_rounding = 1; });
+  experts_choose(
+      "capacity_multiple", [](auto& r) { r.capacity.multiple_of = 8; },
+      [](auto& s) { s.capacity_multiple = 8; });
+
+  const moeroute::sinkhorn plan{.k = 2};
+  const auto balances = [&](const char* field, auto there, auto here) {
+    moeroute::sinkhorn rule = plan;
+    there(rule);
+    agrees(field, plan, rule, [&](compiled::spec& s) {
+      s.selection = MOEROUTE_SINKHORN;
+      here(s);
+    });
+  };
+  balances("k", [](auto& r) { r.k = 3; }, [](auto& s) { s.k = 3; });
+  balances(
+      "plan_weights", [](auto& r) { r.weights = moeroute::plan_weights::plan; },
+      [](auto& s) { s.plan_weights = 3; });
+  moeroute::sinkhorn megatron = plan;
+  megatron.weights = moeroute::plan_weights::plan;
+  moeroute::sinkhorn projection = megatron;
+  projection.scaling = moeroute::kl_projection_scaling;
+  agrees("scaling", megatron, projection, [](compiled::spec& s) {
+    s.selection = MOEROUTE_SINKHORN;
+    s.plan_weights = 3;
+    s.scaling = 1;
+  });
+  balances(
+      "evaluation", [](auto& r) { r.phase = moeroute::routing_phase::evaluation; },
+      [](auto& s) { s.evaluation = 1; });
+  balances(
+      "plan_temperature", [](auto& r) { r.scaling.temperature = 4.0f; },
+      [](auto& s) { s.plan_temperature = 4.0f; });
+  balances(
+      "plan_tolerance", [](auto& r) { r.scaling.tolerance = 1.0f; },
+      [](auto& s) { s.plan_tolerance = 1.0f; });
+  balances(
+      "plan_iterations", [](auto& r) { r.scaling.most_iterations = 1; },
+      [](auto& s) { s.plan_iterations = 1; });
+
+  const moeroute::selective_sinkhorn coin{.k = 2, .probability = 1.0f};
+  const auto tosses = [&](const char* field, const moeroute::selective_sinkhorn& base, auto there,
+                          auto here) {
+    moeroute::selective_sinkhorn rule = base;
+    there(rule);
+    agrees(field, base, rule, [&](compiled::spec& s) {
+      s.selection = MOEROUTE_SELECTIVE_SINKHORN;
+      s.probability = 1.0f;
+      here(s);
+    });
+  };
+  tosses("k of a coin", coin, [](auto& r) { r.k = 3; }, [](auto& s) { s.k = 3; });
+  tosses(
+      "probability", moeroute::selective_sinkhorn{}, [](auto& r) { r.probability = 1.0f; },
+      [](auto&) {});
+  tosses(
+      "evaluation of a coin", coin, [](auto& r) { r.phase = moeroute::routing_phase::evaluation; },
+      [](auto& s) { s.evaluation = 1; });
+
+  const moeroute::base_assignment auction{};
+  const auto assigns = [&](const char* field, const moeroute::base_assignment& rule, auto here) {
+    agrees(field, auction, rule, [&](compiled::spec& s) {
+      s.selection = MOEROUTE_BASE;
+      s.k = 1;
+      here(s);
+    });
+  };
+  assigns("evaluation of BASE", {.phase = moeroute::routing_phase::evaluation},
+          [](auto& s) { s.evaluation = 1; });
+  assigns("optimal", {.solver = moeroute::assignment_solver::optimal},
+          [](auto& s) { s.optimal = 1; });
+  assigns("rounds", {.most_rounds = 1}, [](auto& s) { s.rounds = 1; });
+
+  // Side inputs, one after the other, at routers that read them.
+  const auto top = moeroute::make_router({.experts = experts, .k = 2});
+  const auto lots = moeroute::make_router(
+      {.experts = experts, .k = 2, .selection = moeroute::selection_kind::random});
+  const auto as_it_is = [](compiled::spec&) {};
+  const auto random = [](compiled::spec& s) { s.selection = MOEROUTE_RANDOM; };
+  const auto alone = [&](auto set_both) {
+    side_there = {};
+    side_here = {};
+    set_both();
+  };
+  alone([&] { side_there.mask = in.mask, side_here.mask = in.mask.data(); });
+  agrees("mask", top, top, as_it_is);
+  alone([&] { side_there.k_of_token = own, side_here.k_of_token = own.data(); });
+  agrees("k_of_token", top, top, as_it_is);
+  alone([&] { side_there.seed = side_here.seed = 5; });
+  agrees("seed", lots, lots, random);
+  alone([&] { side_there.step = side_here.step = 5; });
+  agrees("step", lots, lots, random);
+}
+
+TEST_CASE("every field of plans and of combining reaches the library, and no stride another") {
+  std::mt19937 engine(15);
+  const index_t tokens = 30, experts = 5, k = 2, d = 19;
+  std::vector<std::int32_t> ids;
+  std::vector<float> weights, gates;
+  std::vector<std::uint8_t> owned{0, 1, 0, 1, 1}, mask;
+  for (index_t t = 0; t < tokens; ++t) {
+    const auto first = static_cast<std::int32_t>(engine() % 5);
+    const bool lost = t % 7 == 3;
+    ids.push_back(lost ? -1 : first);
+    ids.push_back(lost ? -1 : (first + 1 + static_cast<std::int32_t>(engine() % 4)) % 5);
+    for (int r = 0; r < 2; ++r) weights.push_back(static_cast<float>(1 + engine() % 100) / 128.0f);
+    gates.push_back(0.25f + static_cast<float>(t) / 8.0f);
+    mask.push_back(t % 4 != 1);
+  }
+  moeroute::assignment there;
+  there.reset(tokens, experts, k);
+  std::ranges::copy(ids, there.ids().begin());
+  std::ranges::copy(weights, there.weights().begin());
+  compiled::assignment here;
+  here.set(ids, weights, experts, k);
+
+  using plan_field = said_field<moeroute::plan_options, compiled::plan_options>;
+  const plan_field plans[] = {
+      {"block", {}, [](auto& o) { o.block = 4; }, [](auto& o) { o.block = 4; }},
+      {"capacity", {}, [](auto& o) { o.capacity = 27; }, [](auto& o) { o.capacity = 27; }},
+      {"spare_tokens",
+       {.block = 8},
+       [](auto& o) { o.block = 8, o.spare_tokens = 1; },
+       [](auto& o) { o.padding = moeroute::slot_padding::spare_tokens; }},
+      {"owned", {}, [&](auto& o) { o.owned = owned.data(); }, [&](auto& o) { o.owned = owned; }},
+      {"mask", {}, [&](auto& o) { o.mask = mask.data(); }, [&](auto& o) { o.mask = mask; }},
+  };
+  for (const plan_field& field : plans) {
+    INFO(field.name);
+    moeroute::plan_options options = field.base;
+    field.there(options);
+    compiled::plan_options said{};
+    field.here(said);
+    moeroute::dispatch_plan without, expected;
+    moeroute::plan(there, without, field.base);
+    moeroute::plan(there, expected, options);
+    CHECK_FALSE((std::ranges::equal(without.token_of_slot(), expected.token_of_slot()) &&
+                 without.elsewhere() == expected.elsewhere()));
+    compiled::dispatch_plan got;
+    compiled::plan(here, got, said);
+    CHECK(std::ranges::equal(got.offsets(), expected.offsets()));
+    CHECK(std::ranges::equal(got.token_of_slot(), expected.token_of_slot()));
+    CHECK(std::ranges::equal(got.slot_of_choice(), expected.slot_of_choice()));
+    const moeroute_plan_view& v = got.counts();
+    CHECK((v.tokens == tokens && v.experts == experts && v.k == k && v.choices == tokens * k));
+    CHECK((v.kept == expected.kept() && v.dropped == expected.dropped()));
+    CHECK((v.elsewhere == expected.elsewhere() && v.unrouted == expected.unrouted()));
+    for (index_t e = 0; e < experts; ++e)
+      CHECK(got.loads()[static_cast<std::size_t>(e)] == expected.load(e));
+    std::vector<std::int32_t> map(static_cast<std::size_t>(tokens * (2 * experts + 1))),
+        map_there = map;
+    moeroute::export_row_id_map(expected, map_there);
+    REQUIRE(moeroute_plan_row_id_map(got.get(), map.data(), std::ssize(map)) == MOEROUTE_OK);
+    CHECK(map == map_there);
+  }
+
+  moeroute::dispatch_plan plan_there;
+  compiled::dispatch_plan plan_here;
+  moeroute::plan(there, plan_there, {.owned = owned});
+  compiled::plan_options ours{};
+  ours.owned = owned.data();
+  compiled::plan(here, plan_here, ours);
+  const index_t n = plan_there.slots();
+  const std::vector<float> x = strided(tokens, d + 3, engine),
+                           shared = strided(tokens, d + 7, engine),
+                           expert_rows = strided(n, d + 1, engine),
+                           before = strided(tokens, d + 5, engine);
+  const moeroute::matrix_view<const float> x_there(x.data(), tokens, d, d + 3),
+      shared_there(shared.data(), tokens, d, d + 7), rows_there(expert_rows.data(), n, d, d + 1);
+  const compiled::const_rows x_here(x.data(), tokens, d, d + 3),
+      shared_here(shared.data(), tokens, d, d + 7), rows_here(expert_rows.data(), n, d, d + 1);
+  using combine_field = said_field<moeroute::combine_options<>, compiled::combine_options>;
+  const combine_field sums[] = {
+      {"strides alone", {}, [](auto&) {}, [](auto&) {}, false},
+      {"weights_applied",
+       {},
+       [](auto& o) { o.weights_applied = 1; },
+       [](auto& o) { o.weight = moeroute::combine_weight::one; }},
+      {"accumulate",
+       {},
+       [](auto& o) { o.accumulate = 1; },
+       [](auto& o) { o.output = moeroute::combine_output::accumulate; }},
+      {"lost_residual, x",
+       {},
+       [&](auto& o) { o.lost_residual = 1, o.x = x_here; },
+       [&](auto& o) { o.lost = moeroute::lost_token::residual, o.x = x_there; }},
+      {"identity_first, identity_end",
+       {},
+       [&](auto& o) { o.identity_first = 2, o.identity_end = 3, o.x = x_here; },
+       [&](auto& o) { o.identity_first = 2, o.identity_end = 3, o.x = x_there; }},
+      {"shared",
+       {},
+       [&](auto& o) { o.shared = shared_here; },
+       [&](auto& o) { o.shared = shared_there; }},
+      {"shared_weight, and x and shared of strides apart",
+       {.shared = shared_there},
+       [&](auto& o) {
+         o.shared = shared_here, o.shared_weight = gates.data();
+         o.lost_residual = 1, o.x = x_here;
+       },
+       [&](auto& o) {
+         o.shared_weight = gates;
+         o.lost = moeroute::lost_token::residual, o.x = x_there;
+       }},
+  };
+  const auto combined = [&](const moeroute::combine_options<>& o) {
+    std::vector<float> y = before;
+    moeroute::combine(rows_there, plan_there, there,
+                      moeroute::matrix_view<float>(y.data(), tokens, d, d + 5), o);
+    return y;
+  };
+  on_every_isa([&] {
+    for (const combine_field& field : sums) {
+      INFO(field.name);
+      moeroute::combine_options<> options = field.base;
+      field.there(options);
+      compiled::combine_options said{};
+      field.here(said);
+      const std::vector<float> expected = combined(options);
+      if (field.seen) CHECK_FALSE(same_bits(expected, combined(field.base)));
+      std::vector<float> y = before;
+      compiled::combine(rows_here, plan_here, here, {y.data(), tokens, d, d + 5}, {}, said);
+      CHECK(same_bits(y, expected));
+    }
+    for (const bool scaled : {false, true}) {
+      INFO("dispatch, scale " << scaled);
+      std::vector<float> slots(expert_rows.size()), expected = slots;
+      moeroute::dispatch(x_there, plan_there,
+                         moeroute::matrix_view<float>(expected.data(), n, d, d + 1),
+                         {.scale = scaled ? std::span(weights) : std::span<float>()});
+      compiled::dispatch(x_here, plan_here, {slots.data(), n, d, d + 1}, {},
+                         scaled ? std::span(weights) : std::span<float>());
+      CHECK(same_bits(slots, expected));
+    }
+  });
+
+  // What is counted of the choices, before and after dropping.
+  const moeroute::capacity_policy tight{
+      .rule = {.formula = moeroute::capacity_formula::fixed, .count = 6}};
+  compiled::capacity tight_here{};
+  tight_here.formula = MOEROUTE_CAPACITY_FIXED;
+  tight_here.count = 6;
+  moeroute::workspace workspace;
+  const auto by = moeroute::apply_capacity(there, tight, workspace);
+  const auto got = compiled::apply_capacity(here, tight_here);
+  CHECK((by.unrouted > 0 && got.unrouted == by.unrouted && got.dropped == by.dropped));
+  CHECK(std::ranges::equal(here.kept(), there.kept()));
+  std::set<std::vector<double>> different;
+  for (int i = 0; i < 8; ++i) {
+    INFO("first_only " << (i & 1) << ", kept_only " << (i & 2) << ", mask " << (i & 4));
+    using moeroute::count_basis;
+    std::vector<double> counts(static_cast<std::size_t>(experts)), expected = counts;
+    moeroute::count_choices(
+        there,
+        {.basis = (i & 1) != 0 ? count_basis::first_choice : count_basis::all_choices,
+         .drops =
+             (i & 2) != 0 ? moeroute::drop_stage::after_drop : moeroute::drop_stage::before_drop,
+         .mask = (i & 4) != 0 ? std::span(mask) : std::span<std::uint8_t>()},
+        std::span(expected));
+    REQUIRE(moeroute_count_choices(here.get(), i & 1, i & 2, (i & 4) != 0 ? mask.data() : nullptr,
+                                   counts.data(), experts) == MOEROUTE_OK);
+    CHECK(counts == expected);
+    different.insert(expected);
+  }
+  CHECK(different.size() == 8);
+
+  // Who sends to whom: four experts on four ranks, two ranks to a node.
+  std::vector<std::int32_t> to(static_cast<std::size_t>(tokens * k));
+  for (std::size_t c = 0; c < to.size(); ++c) to[c] = static_cast<std::int32_t>((c + c / 6) % 4);
+  moeroute::assignment four_there;
+  four_there.reset(tokens, 4, k);
+  std::ranges::copy(to, four_there.ids().begin());
+  std::ranges::copy(weights, four_there.weights().begin());
+  compiled::assignment four;
+  four.set(to, weights, 4, k);
+  struct once {
+    std::vector<std::int32_t> expert, rank, node;
+    std::vector<std::uint8_t> in_rank;
+    bool operator==(const once&) const = default;
+  };
+  const once empty{std::vector<std::int32_t>(4), std::vector<std::int32_t>(4),
+                   std::vector<std::int32_t>(2),
+                   std::vector<std::uint8_t>(static_cast<std::size_t>(tokens * 4))};
+  once a = empty, b = empty;
+  moeroute::export_once_counts(four_there, {.tokens_per_expert = a.expert,
+                                            .tokens_per_rank = a.rank,
+                                            .token_in_rank = a.in_rank,
+                                            .tokens_per_node = a.node,
+                                            .ranks_per_node = 2});
+  REQUIRE(moeroute_once_counts(four.get(), 4, 2, b.expert.data(), b.rank.data(), b.in_rank.data(),
+                               b.node.data()) == MOEROUTE_OK);
+  CHECK(a == b);
+}
+
+TEST_CASE("every field of gates, soft mixtures, losses and biases reaches the library") {
+  std::mt19937 engine(16);
+  const index_t tokens = 24, experts = 6, k = 2, d = 10;
+  const auto at = [](const std::vector<float>& m, index_t stride, index_t r, index_t c) {
+    return static_cast<double>(m[static_cast<std::size_t>(r * stride + c)]);
+  };
+  const std::vector<float> x = strided(tokens, d + 3, engine), w = strided(experts, d + 5, engine),
+                           slots = strided(experts, d + 1, engine),
+                           z = strided(tokens, experts + 2, engine);
+  const compiled::const_rows x_here(x.data(), tokens, d, d + 3),
+      z_here(z.data(), tokens, experts, experts + 2);
+  std::vector<float> bias;
+  for (index_t e = 0; e < experts; ++e) bias.push_back(static_cast<float>(e) / 4.0f);
+  std::vector<std::uint8_t> mask;
+  std::vector<std::int32_t> ids;
+  std::vector<float> weights;
+  for (index_t t = 0; t < tokens; ++t) {
+    mask.push_back(t % 5 != 2);
+    const auto first = static_cast<std::int32_t>(engine() % 3);
+    ids.push_back(first);
+    ids.push_back(first + 1 + static_cast<std::int32_t>(engine() % 2));
+  }
+  weights.assign(ids.size(), 0.5f);
+  moeroute::assignment there;
+  there.reset(tokens, experts, k);
+  std::ranges::copy(ids, there.ids().begin());
+  std::ranges::copy(weights, there.weights().begin());
+
+  using loss_field = said_field<compiled::losses, compiled::losses>;
+  compiled::losses all{};
+  all.switch_coefficient = 0.5;
+  all.sequence_coefficient = 0.25;
+  compiled::losses with_z = all;
+  with_z.z_coefficient = 0.125;
+  const auto loss = [](const char* name, const compiled::losses& base, auto change) {
+    return loss_field{name, base, change, change};
+  };
+  const loss_field losses[] = {
+      loss("switch_coefficient", all, [](auto& l) { l.switch_coefficient = 2.0; }),
+      loss("z_coefficient", all, [](auto& l) { l.z_coefficient = 0.75; }),
+      loss("sequence_coefficient", all, [](auto& l) { l.sequence_coefficient = 3.0; }),
+      loss("sequence_length", all, [](auto& l) { l.sequence_length = 8; }),
+      loss("scores: sigmoid", all, [](auto& l) { l.scores = 1; }),
+      loss("scores: sqrt-softplus", all, [](auto& l) { l.scores = 2; }),
+      loss("accumulate", with_z, [](auto& l) { l.accumulate = 1; }),
+      loss("mask", with_z, [&](auto& l) { l.mask = mask.data(); }),
+  };
+  struct losses_of {
+    double value[3];
+    std::vector<float> gradient;
+  };
+  const std::vector<float> before = strided(tokens, experts + 4, engine);
+  const auto by_headers = [&](const compiled::losses& l) {
+    const std::span<const std::uint8_t> taken(l.mask, l.mask == nullptr ? 0 : mask.size());
+    const index_t length = l.sequence_length > 0 ? l.sequence_length : tokens;
+    std::vector<double> by_expert(static_cast<std::size_t>(experts)),
+        by_sequence(static_cast<std::size_t>(tokens / length * experts));
+    const moeroute::matrix_view<double> sequences(by_sequence.data(), tokens / length, experts);
+    moeroute::count_choices(there, {.mask = taken}, std::span(by_expert));
+    moeroute::count_choices_by_sequence(there, {.mask = taken}, length, sequences);
+    losses_of answer{{}, before};
+    moeroute::workspace ws;
+    moeroute::loss_options how{
+        .scores = static_cast<moeroute::probability>(l.scores),
+        .gradient = l.accumulate != 0 ? moeroute::gradient_to::add : moeroute::gradient_to::write,
+        .mask = taken,
+        .sequence_length = length};
+    const moeroute::matrix_view<const float> logits(z.data(), tokens, experts, experts + 2);
+    const moeroute::matrix_view<float> dz(answer.gradient.data(), tokens, experts, experts + 4);
+    const auto counted = moeroute::balance_loss<float>(
+        how, logits, dz, ws, moeroute::serial{},
+        moeroute::switch_loss::megatron(l.switch_coefficient, std::span<const double>(by_expert),
+                                        k),
+        moeroute::sequence_loss{l.sequence_coefficient, sequences, k});
+    answer.value[0] = counted[0];
+    answer.value[2] = counted[1];
+    if (l.z_coefficient == 0.0) return answer;
+    how.gradient = moeroute::gradient_to::add;
+    answer.value[1] = moeroute::balance_loss<float>(how, logits, dz, ws, moeroute::serial{},
+                                                    moeroute::router_z_loss{l.z_coefficient})[0];
+    return answer;
+  };
+  const auto far = [](const std::vector<float>& a, const std::vector<float>& b) {
+    float most = 0.0f;
+    for (std::size_t i = 0; i < a.size(); ++i) most = std::max(most, std::abs(a[i] - b[i]));
+    return most;
+  };
+
+  on_every_isa([&] {
+    for (const loss_field& field : losses) {
+      INFO(field.name);
+      compiled::losses said = field.base;
+      field.here(said);
+      const losses_of expected = by_headers(said);
+      CHECK(far(expected.gradient, by_headers(field.base).gradient) > 1e-3f);
+      compiled::assignment choices;
+      choices.set(ids, weights, experts, k);
+      std::vector<float> dz = before;
+      const compiled::loss_values got =
+          compiled::balance_loss(said, z_here, choices, {dz.data(), tokens, experts, experts + 4});
+      CHECK(std::abs(got.switch_loss - expected.value[0]) < 1e-6);
+      CHECK(std::abs(got.z_loss - expected.value[1]) < 1e-6);
+      CHECK(std::abs(got.sequence_loss - expected.value[2]) < 1e-6);
+      CHECK(far(dz, expected.gradient) < 1e-5f);
+    }
+
+    const compiled::gate_weight packed({w.data(), experts, d, d + 5}, bias);
+    std::vector<float> plain = before, cosine = before;
+    compiled::gate(x_here, packed, {plain.data(), tokens, experts, experts + 4});
+    const compiled::gate_weight no_bias({w.data(), experts, d, d + 5});
+    compiled::cosine_gate(x_here, no_bias, 4.0f, {cosine.data(), tokens, experts, experts + 4});
+    compiled::soft_plan soft;
+    compiled::plan_soft(z_here, 2, soft);
+    REQUIRE((soft.view().slots == experts && soft.view().slots_per_expert == 2));
+    std::vector<float> in = strided(experts, d + 4, engine), y = strided(tokens, d + 6, engine);
+    compiled::dispatch(x_here, soft, {in.data(), experts, d, d + 4});
+    compiled::combine({slots.data(), experts, d, d + 1}, soft, {y.data(), tokens, d, d + 6});
+    double error = 0.0;
+    for (index_t t = 0; t < tokens; ++t)
+      for (index_t e = 0; e < experts; ++e) {
+        double product = 0.0, square = 0.0;
+        for (index_t c = 0; c < d; ++c) {
+          product += at(x, d + 3, t, c) * at(w, d + 5, e, c);
+          square += at(x, d + 3, t, c) * at(x, d + 3, t, c);
+        }
+        const double b = static_cast<double>(bias[static_cast<std::size_t>(e)]);
+        error =
+            std::max({error, std::abs(product + b - at(plain, experts + 4, t, e)),
+                      std::abs(4.0 * product / std::sqrt(square) - at(cosine, experts + 4, t, e))});
+      }
+    CHECK(error < 1e-4);
+    error = 0.0;
+    for (index_t c = 0; c < d; ++c) {
+      for (index_t s = 0; s < experts; ++s) {
+        double sum = 0.0;
+        for (index_t t = 0; t < tokens; ++t)
+          sum += static_cast<double>(soft.view().dispatch[s * tokens + t]) * at(x, d + 3, t, c);
+        error = std::max(error, std::abs(sum - at(in, d + 4, s, c)));
+      }
+      for (index_t t = 0; t < tokens; ++t) {
+        double sum = 0.0;
+        for (index_t s = 0; s < experts; ++s)
+          sum += static_cast<double>(soft.view().combine[t * experts + s]) * at(slots, d + 1, s, c);
+        error = std::max(error, std::abs(sum - at(y, d + 6, t, c)));
+      }
+    }
+    CHECK(error < 1e-5);
+  });
+
+  using bias_field = said_field<moeroute::bias_options, moeroute_bias_options>;
+  const auto step = [](const char* name, const moeroute::bias_options& base, auto change) {
+    return bias_field{name, base, change, change};
+  };
+  const moeroute::bias_options shares{.rule = moeroute::bias_rule::proportional};
+  const bias_field biases[] = {
+      step("rule: proportional", {}, [](auto& o) { put(o.rule, 1); }),
+      step("rule: multiplicative", {}, [](auto& o) { put(o.rule, 2); }),
+      step("error: total", shares, [](auto& o) { put(o.error, 1); }),
+      step("error: tokens", shares, [](auto& o) { put(o.error, 2); }),
+      step("decay: inverse root", shares, [](auto& o) { put(o.decay, 1); }),
+      step("decay: inverse", shares, [](auto& o) { put(o.decay, 2); }),
+      step("centre", {}, [](auto& o) { put(o.centre, 1); }),
+      step("step", {}, [](auto& o) { o.step = 0.25f; }),
+      step("least_factor", {.rule = moeroute::bias_rule::multiplicative},
+           [](auto& o) { o.least_factor = 0.9995f; }),
+  };
+  const double counts[2][4] = {{9, 1, 5, 1}, {7, 2, 0, 3}};
+  for (const bias_field& field : biases) {
+    INFO(field.name);
+    const auto number = [](auto value) { return static_cast<std::int32_t>(value); };
+    moeroute_bias_options said{number(field.base.rule),  number(field.base.error),
+                               number(field.base.decay), number(field.base.centre),
+                               field.base.step,          field.base.least_factor};
+    moeroute::bias_options options = field.base;
+    field.here(said);
+    field.there(options);
+    moeroute::bias_controller without(4, field.base), expected(4, options);
+    compiled::bias got(4, said);
+    for (const auto& batch : counts) {
+      without.update(std::span<const double>(batch));
+      expected.update(std::span<const double>(batch));
+      got.update(batch);
+    }
+    CHECK_FALSE(same_bits(without.bias(), expected.bias()));
+    CHECK(same_bits(got.values(), expected.bias()));
+  }
 }
 
 TEST_CASE("a description of the headers is the same description here") {
