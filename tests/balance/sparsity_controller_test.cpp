@@ -221,6 +221,21 @@ TEST_CASE("the six layer schedules have their ends, order and symmetry") {
   CHECK(experts_of_layer(layer_schedule::ascending, 0, {.layers = 1, .least = 2, .most = 3}) == 2);
 }
 
+TEST_CASE("a wave has as many waves as it says; capacity factors are those of the phase") {
+  const double pi = std::acos(-1.0);
+  for (const double waves : {0.5, 1.5, 3.0})
+    for (index_t layer = 0; layer < 11; ++layer) {
+      const double share =
+          0.5 * (1.0 + std::sin(2.0 * pi * waves * static_cast<double>(layer) / 10.0));
+      const index_t found = experts_of_layer(
+          layer_schedule::wave, layer, {.layers = 11, .least = 3, .most = 1002, .waves = waves});
+      CHECK(std::abs(static_cast<double>(found) - (3.0 + 999.0 * share)) < 0.5 + 1e-9);
+    }
+  const capacity_factors own{.training = 1.5, .evaluation = 3.0};
+  CHECK(own.at(routing_phase::training) == 1.5);
+  CHECK(own.at(routing_phase::evaluation) == 3.0);
+}
+
 TEST_CASE("controllers of sparsity refuse what makes no sense") {
   CHECK(test::refusal([] {
           lambda_controller({.experts = 2, .k = 3});

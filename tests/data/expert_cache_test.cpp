@@ -213,6 +213,19 @@ TEST_CASE("segmented: who was used twice outlives a stream of who was used once"
   CHECK(cache.would_hit(1));
 }
 
+TEST_CASE("segmented: as many outlive a stream as the protected share says, the last used twice") {
+  for (const double share : {0.0, 0.25, 0.5, 0.8, 0.99}) {
+    expert_cache cache({.experts = 60,
+                        .capacity = 8,
+                        .policy = cache_policy::segmented,
+                        .protected_share = share});
+    for (int twice = 0; twice < 2; ++twice) cache.step(ids{0, 1, 2, 3, 4, 5, 6, 7});
+    for (expert_id e = 10; e < 50; ++e) cache.step(ids{e});
+    const auto most = static_cast<expert_id>(share * 8.0);
+    for (expert_id e = 0; e < 8; ++e) CHECK(cache.would_hit(e) == (e >= 8 - most));
+  }
+}
+
 TEST_CASE(
     "hits and loads are all accesses; a cache for all loads each once; a relabelling relabels") {
   test::random rng(3);

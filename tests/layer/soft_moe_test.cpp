@@ -5,6 +5,7 @@
 #include <limits>
 #include <moeroute/exec/callable.hpp>
 #include <moeroute/matrix/eigen.hpp>
+#include <moeroute/policy/spec_text.hpp>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -157,4 +158,16 @@ TEST_CASE("a soft plan is refused for another number of tokens or slots, and for
         "moeroute::combine: slots and y overlap, expected memory of their own");
   CHECK(test::refusal([&] { dispatch(matrix_view<const float>(slots.data(), 5, d), p, slots); }) ==
         "moeroute::dispatch: x and slots overlap, expected memory of their own");
+}
+
+TEST_CASE("a described soft mixture hands on every option that its line names") {
+  const soft_moe_options plain = soft_options_of(parse_spec("E=4 selection=soft"));
+  CHECK(plain.slots_per_expert == 1);
+  CHECK(plain.logits == soft_logits::normalized);
+  CHECK(plain.scale == 1.0f);
+  const soft_moe_options own = soft_options_of(
+      parse_spec("E=4 selection=soft slots_per_expert=3 slot_logits=product scale=2.5"));
+  CHECK(own.slots_per_expert == 3);
+  CHECK(own.logits == soft_logits::product);
+  CHECK(own.scale == 2.5f);
 }

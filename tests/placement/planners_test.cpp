@@ -327,6 +327,55 @@ TEST_CASE("affinity: greedy and swaps as in the vectors, restarts within 1.05 of
   }
 }
 
+TEST_CASE("a search takes no more steps than it may, and no new starts where it is good enough") {
+  int changed = 0;
+  index_t longest = 0;
+  for (std::uint64_t seed = 1; seed <= 6; ++seed) {
+    const auto load = zipf_loads(48, 1.1, seed);
+    const auto steps = [&](index_t most) {
+      return search_packing(load, 64, 8, {.most_steps = most, .swaps = false, .kicks = 0});
+    };
+    const packing all = steps(200);
+    for (index_t most = 0; most <= all.steps + 1; ++most)
+      CHECK(steps(most).steps == std::min(most, all.steps));
+    longest = std::max(longest, all.steps);
+    // Above the first way down's distance to the bound nothing else is tried.
+    const packing once = search_packing(load, 64, 8, {.kicks = 0}),
+                  easy = search_packing(load, 64, 8, {.good = 1e9}),
+                  strict = search_packing(load, 64, 8, {.good = 1.0});
+    CHECK(easy.of_rank == once.of_rank);
+    CHECK(strict.max_load <= easy.max_load);
+    changed += strict.max_load < easy.max_load;
+  }
+  CHECK(changed > 0);
+  CHECK(longest > 1);
+}
+
+TEST_CASE("affinity without restarts is the way down from layer 0 in order; restarts never cost") {
+  int cheaper = 0;
+  for (std::uint64_t seed = 1; seed <= 8; ++seed) {
+    test::random rng(seed);
+    layer_transitions t{.experts = 12};
+    t.count.assign(2, {});
+    for (auto& layer : t.count)
+      for (int i = 0; i < 144; ++i) layer.push_back(static_cast<double>(rng.below(50)));
+    const auto plan = [&](index_t restarts) {
+      return place_by_affinity(t, {.ranks = 3, .restarts = restarts});
+    };
+    const std::vector<std::int32_t> first{0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2};
+    const affinity_plan none = plan(0);
+    CHECK(none.rank_of_expert == affinity_from(t, {.ranks = 3}, first, true).rank_of_expert);
+    double last = none.cost;
+    for (const index_t restarts : {1, 4, 12, 24}) {
+      const double cost = plan(restarts).cost;
+      CHECK(cost <= last);
+      if (restarts == 24) cheaper += cost < last;
+      last = cost;
+    }
+  }
+  CHECK(cheaper > 0);
+}
+
 TEST_CASE("grouping reaches the vectors' cost within the limit of load") {
   for (const json& one : cases("two_level")) {
     INFO(one["name"].get<std::string>());

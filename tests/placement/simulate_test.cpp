@@ -1,6 +1,8 @@
 #include <moeroute/placement/simulate.hpp>
 //
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
+#include <cmath>
 #include <moeroute/placement/traffic.hpp>
 #include <string>
 #include <vector>
@@ -162,6 +164,164 @@ TEST_CASE("two levels pay (N - 1) + (G - 1) messages, a fitted link is the one t
   CHECK(std::abs(chunked_seconds(even, 0.0, 1) - 3.0) < 1e-12);
   CHECK(std::abs(chunked_seconds(even, 0.0, 10) - 1.2) < 1e-12);
   CHECK(chunked_seconds(even, 0.9, 10) > 3.0);
+}
+
+TEST_CASE("every price of a cluster counts where it should, and in a simulation of it too") {
+  const cluster c{.ranks = 6,
+                  .nodes = 2,
+                  .inside = {1.0, 2.0},
+                  .outside = {16.0, 32.0},
+                  .rows_per_second = 0.5,
+                  .call_seconds = 7.0,
+                  .block = 4,
+                  .row_bytes = 3.0,
+                  .expert_bytes = 5.0};
+  const rank_traffic t{.sent_inside = 2,
+                       .received_inside = 5,
+                       .sent_outside = 4,
+                       .received_outside = 3,
+                       .peers_inside = 2,
+                       .peers_outside = 3};
+  CHECK(exchange_seconds(c, t) == 2 * 1.0 + 5 * 3.0 * 2.0 + 3 * 16.0 + 4 * 3.0 * 32.0);
+  CHECK(two_level_seconds(c, 6, 7, 8) == 16.0 + 7 * 3.0 * 32.0 + 2 * 1.0 + 8 * 3.0 * 2.0);
+  const std::vector<double> rows{0, 1, 4, 5};
+  CHECK(compute_seconds(c, rows) == 3 * 7.0 + (4 + 4 + 8) / 0.5);
+  CHECK(transfer_seconds(c, 2) == 2 * (16.0 + 5.0 * 32.0));
+  cluster near_by = c;
+  near_by.nodes = 1;
+  CHECK(transfer_seconds(near_by, 2) == 2 * (1.0 + 5.0 * 2.0));
+  // Two chunks of 2.5, 4 and 3.5 seconds: out, work, back, and the longest once more.
+  const layer_seconds one{
+      .header = 1.0, .dispatch = 4.0, .compute = 8.0, .results = 6.0, .transfer = 2.0};
+  CHECK(chunked_seconds(one, 1.0, 2) == 1.0 + 2.0 + 2.5 + 4.0 + 3.5 + 4.0);
+
+  layer_simulation layer(6, {.planner = planner_kind::contiguous, .k = 2, .machine = c});
+  const simulated_step s = layer.next(std::vector<double>{1, 1, 1, 1, 1, 9});
+  CHECK(s.seconds.compute == 7.0 + 12 / 0.5);
+  CHECK(s.seconds.header == 2 * 16.0);
+  cluster heavy = c;
+  heavy.expert_bytes = 50.0;
+  heavy.row_bytes = 6.0;
+  const std::vector<double> skewed{1000, 1, 1, 1, 1, 1};
+  double sent[2] = {}, moved[2] = {};
+  for (int i = 0; i < 2; ++i) {
+    layer_simulation spilled(
+        6, {.planner = planner_kind::spill, .k = 2, .machine = i == 0 ? c : heavy});
+    const simulated_step step = spilled.next(skewed);
+    sent[i] = step.seconds.dispatch - 2 * 1.0 - 3 * 16.0;
+    moved[i] = step.seconds.transfer;
+  }
+  CHECK(std::abs(sent[1] - 2 * sent[0]) < 1e-9 * sent[1]);
+  CHECK(moved[0] > 0.0);
+  CHECK(std::abs(moved[1] / moved[0] - (16.0 + 50.0 * 32.0) / (16.0 + 5.0 * 32.0)) < 1e-12);
+}
+
+TEST_CASE("a simulated layer plans with its own options, from loads that fade as it says") {
+  for (const double memory : {0.0, 0.5})
+    for (const planner_kind planner :
+         {planner_kind::eplb, planner_kind::search, planner_kind::incremental}) {
+      INFO(planner_names[static_cast<std::size_t>(planner)] << ", memory " << memory);
+      simulation_options o{.planner = planner,
+                           .slots = 40,
+                           .memory = memory,
+                           .incremental = {.target = 1.001, .budget = 5},
+                           .search = {.most_steps = 1, .swaps = false, .kicks = 0},
+                           .k = 2};
+      o.machine.ranks = 8;
+      layer_simulation layer(32, o);
+      const expert_traffic traffic({.experts = 32, .zipf = 1.3});
+      std::vector<double> count, past(32, 0.0);
+      const std::vector<std::int32_t> node(8, 0);
+      for (std::uint64_t step = 0; step < 4; ++step) {
+        traffic.sample(3000.0, step, count);
+        std::rotate(count.begin(), count.begin() + static_cast<std::ptrdiff_t>(5 * step),
+                    count.end());
+        const placement before = layer.experts();
+        const simulated_step s = layer.next(count);
+        if (step > 0) {
+          placement want = before;
+          if (planner == planner_kind::eplb) {
+            want = eplb_plan(past, 40, 8).experts;
+          } else if (planner == planner_kind::search || step == 1) {
+            want = search_placement(past, 40, 8, o.search, node).experts;
+            if (step > 1) want = relabel(before, want);
+          } else {
+            want = replan(before, past, o.incremental).experts;
+          }
+          const auto a = layer.experts().expert_of_slot(), b = want.expert_of_slot();
+          CHECK(std::vector<expert_id>(a.begin(), a.end()) ==
+                std::vector<expert_id>(b.begin(), b.end()));
+          CHECK(s.moves == static_cast<double>(count_moves(before, want)));
+        }
+        for (std::size_t e = 0; e < 32; ++e) past[e] = memory * past[e] + count[e];
+      }
+    }
+}
+
+TEST_CASE("traffic has the spread, the drift and the batches that its options say") {
+  constexpr index_t experts = 512;
+  for (const double zipf : {0.0, 0.5, 1.7}) {
+    const expert_traffic t({.experts = experts, .zipf = zipf, .noise = 0.0});
+    std::vector<double> p(t.popularity().begin(), t.popularity().end());
+    std::sort(p.rbegin(), p.rend());
+    for (std::size_t i = 0; i < p.size(); ++i)
+      REQUIRE(std::abs(p[i] / p[0] - std::pow(static_cast<double>(i + 1), -zipf)) < 1e-9);
+  }
+  for (const double noise : {0.05, 0.5}) {
+    const expert_traffic t({.experts = experts, .zipf = 0.0, .noise = noise});
+    const auto [low, high] = std::minmax_element(t.popularity().begin(), t.popularity().end());
+    CHECK(*high / *low <= (1.0 + noise) / (1.0 - noise) + 1e-9);
+    CHECK(*high / *low >= 0.95 * (1.0 + noise) / (1.0 - noise));
+  }
+  // Changes of the logarithm, less those of the first expert: the same normal numbers, scaled.
+  const auto changes = [](expert_traffic& t) {
+    const std::vector<double> before(t.popularity().begin(), t.popularity().end());
+    t.advance();
+    std::vector<double> change;
+    for (std::size_t e = 0; e < before.size(); ++e)
+      change.push_back(std::log(t.popularity()[e] / before[e]));
+    double mean = 0.0;
+    for (const double c : change) mean += c / static_cast<double>(change.size());
+    for (double& c : change) c -= mean;
+    return change;
+  };
+  const auto product = [](const std::vector<double>& a, const std::vector<double>& b) {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+    return sum / static_cast<double>(a.size());
+  };
+  expert_traffic slow({.experts = experts, .drift = 0.1}), fast({.experts = experts, .drift = 0.3}),
+      other({.experts = experts, .drift = 0.1, .seed = 2}),
+      above({.experts = experts, .drift = 0.1}, 1);
+  const auto a = changes(slow), b = changes(fast), c = changes(other), d = changes(above),
+             next = changes(slow);
+  for (std::size_t e = 0; e < a.size(); ++e) REQUIRE(std::abs(b[e] - 3.0 * a[e]) < 1e-9);
+  CHECK(std::abs(std::sqrt(product(a, a)) - 0.1) < 0.015);
+  // Another step, seed or layer has numbers of its own: a correlation of 5 / sqrt(512) at most.
+  for (const auto& x : {c, d, next})
+    CHECK(std::abs(product(a, x)) < 0.22 * std::sqrt(product(a, a) * product(x, x)));
+
+  const expert_traffic four({.experts = 4, .noise = 0.0});
+  constexpr double n = 1e4, batches = 400;
+  double sum[4] = {}, squares[4] = {};
+  std::vector<double> count;
+  for (std::uint64_t batch = 0; batch < 400; ++batch) {
+    four.sample(n, batch, count);
+    for (std::size_t e = 0; e < 4; ++e) {
+      const double gap = count[e] - n * four.popularity()[e];
+      sum[e] += gap;
+      squares[e] += gap * gap;
+    }
+  }
+  for (std::size_t e = 0; e < 4; ++e) {
+    const double variance = n * four.popularity()[e] * (1.0 - four.popularity()[e]);
+    CHECK(std::abs(sum[e] / batches) < 5.0 * std::sqrt(variance / batches));
+    CHECK(std::abs(squares[e] / batches / variance - 1.0) < 0.36);  // 5 standard deviations
+  }
+  std::vector<expert_id> first, second;
+  four.draw(64, 2, 1, first);
+  four.draw(64, 2, 2, second);
+  CHECK(first != second);
 }
 
 TEST_CASE("all tokens to all ranks cost what nobody needs, and nothing where everybody needs all") {

@@ -69,12 +69,20 @@ TEST_CASE("the plan is that of the double-precision solver") {
                                            {60, 6, 10},
                                            {64, 16, 20},
                                            {48, 40, 12}})
-    for (const index_t steps : {0, 1, 7}) {
+    for (const auto& [steps, gamma, rate] : {std::tuple<index_t, float, float>{0, 1.0f, 1e-2f},
+                                             {1, 1.0f, 1e-2f},
+                                             {7, 1.0f, 1e-2f},
+                                             {0, 0.5f, 1e-2f},
+                                             {3, 0.5f, 0.1f}}) {
       const auto z = test::make_logits(test::shape::normal, 4, tokens, experts);
-      const auto plan = plan_of({.support = k, .steps = steps}, z, tokens, experts);
-      const auto expected = oracle::sparse_plan(oracle::softmax_rows(z, tokens, experts), tokens,
-                                                experts, k, 1.0, 1e-2, steps);
-      INFO("T=" << tokens << " E=" << experts << " k=" << k << " steps=" << steps);
+      const auto plan =
+          plan_of({.support = k, .gamma = gamma, .learning_rate = rate, .steps = steps}, z, tokens,
+                  experts);
+      const auto expected =
+          oracle::sparse_plan(oracle::softmax_rows(z, tokens, experts), tokens, experts, k,
+                              static_cast<double>(gamma), static_cast<double>(rate), steps);
+      INFO("T=" << tokens << " E=" << experts << " k=" << k << " steps=" << steps
+                << " gamma=" << gamma << " rate=" << rate);
       CHECK(test::difference(plan, expected, 1e-4, 2e-5) == "");
     }
 }

@@ -40,6 +40,18 @@ struct oracle_predictor {
   void saw(index_t, std::span<const expert_id>) { ++at; }
 };
 
+// Knows which one of 48 in turn is next, and then names others that nobody asks for.
+struct cyclic_predictor {
+  index_t ahead;
+  index_t seen = 0, wrong = 0;
+  index_t rank(index_t, std::span<expert_id> out) {
+    out[0] = static_cast<expert_id>((seen - 1 + ahead) % 48);
+    for (std::size_t i = 1; i < 3; ++i) out[i] = static_cast<expert_id>(48 + wrong++ % 16);
+    return 3;
+  }
+  void saw(index_t, std::span<const expert_id>) { ++seen; }
+};
+
 // Is always wrong: what nobody asks for.
 struct wrong_predictor {
   expert_id next = 20;
@@ -114,6 +126,9 @@ TEST_CASE("predictors rank what their name says, best first, the lowest among eq
   recall_meter recall;
   recall.add(ids{1, 2, 3}, ids{3, 4, no_expert});
   CHECK(recall.recall() == 0.5);
+  recall.add(ids{0, 1}, ids{0, 1, 5, 6, 7, 8});  // a share of what was asked for in all
+  CHECK(recall.asked() == 8);
+  CHECK(recall.recall() == 0.375);
 }
 
 TEST_CASE("who knows the future loads nothing on demand; its loads are used and none is wasted") {
@@ -149,6 +164,35 @@ TEST_CASE("a prefetcher prepares the layer that is so many ahead, in the next pa
   two.step(0, ids{1});
   CHECK(std::vector(two.ahead().begin(), two.ahead().end()) ==
         std::vector<std::int32_t>{2 * 8 + 7});
+}
+
+TEST_CASE("a prefetcher stops above its own share of useless loads, after its own trial") {
+  struct row {
+    index_t per_layer, ahead;
+    double most;
+    std::int64_t trial;
+    std::int64_t stops_at;  // 0: never
+  };
+  for (const row& r : {row{3, 1, 3.0, 1, 0}, row{3, 1, 2.9, 30, 30}, row{3, 1, 2.9, 90, 90},
+                       row{2, 1, 1.9, 20, 20}, row{2, 1, 2.0, 20, 0}, row{1, 1, 1.0, 1, 0},
+                       row{1, 2, 2.0, 1, 0}, row{0, 1, 1.0, 0, 0}}) {
+    INFO(r.per_layer << " per layer, " << r.most << " per use, trial " << r.trial);
+    expert_cache cache({.experts = 64, .layers = 3, .capacity = 16});
+    prefetcher ahead(cache, cyclic_predictor{r.ahead}, {r.per_layer, r.ahead, r.most, r.trial});
+    constexpr index_t steps = 200;
+    for (index_t s = 0; s < steps; ++s) ahead.step(s % 3, ids{static_cast<expert_id>(s % 48)});
+    const prefetch_counts& n = ahead.counts();
+    CHECK(ahead.stopped() == (r.stops_at > 0));
+    const std::int64_t brought = r.stops_at > 0 ? r.stops_at : steps * r.per_layer;
+    CHECK(n.prefetched == brought);
+    const std::int64_t useful = r.per_layer == 0 ? 0
+                                : r.stops_at > 0 ? brought / r.per_layer
+                                                 : steps - r.ahead;
+    CHECK(n.useful == useful);
+    CHECK(n.layers_early == r.ahead * useful);
+    CHECK(n.loads == steps - useful);
+    CHECK(n.tokens == 67);
+  }
 }
 
 TEST_CASE("a prefetcher whose loads are for nothing stops, and demand loads go on as without it") {
