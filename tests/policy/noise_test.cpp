@@ -121,13 +121,16 @@ TEST_CASE("a noise gate scales the noise by softplus + floor") {
   const side_inputs plain{.seed = 4};
   side_inputs gated = plain;
   gated.noise_logits = {gate.data(), 1, 5};
-  const logit_noise how{.kind = noise_kind::gaussian, .floor = 0.01f};
-  const auto unit = noise_of(how, 1, 5, plain), scaled = noise_of(how, 1, 5, gated);
-  std::vector<double> expected;
-  for (std::size_t e = 0; e < gate.size(); ++e)
-    expected.push_back(static_cast<double>(unit[e]) *
-                       (std::log1p(std::exp(static_cast<double>(gate[e]))) + 0.01));
-  CHECK(test::difference(scaled, expected, 1e-6) == "");
+  for (const float floor : {0.01f, 0.75f}) {
+    const logit_noise how{.kind = noise_kind::gaussian, .floor = floor};
+    const auto unit = noise_of(how, 1, 5, plain), scaled = noise_of(how, 1, 5, gated);
+    std::vector<double> expected;
+    for (std::size_t e = 0; e < gate.size(); ++e)
+      expected.push_back(
+          static_cast<double>(unit[e]) *
+          (std::log1p(std::exp(static_cast<double>(gate[e]))) + static_cast<double>(floor)));
+    CHECK(test::difference(scaled, expected, 1e-6) == "");
+  }
 }
 
 TEST_CASE("noise leaves masked experts masked") {

@@ -404,10 +404,12 @@ TEST_CASE("selective routing with probability 0 has the bits of a softmax top-k"
 
 TEST_CASE("selective routing takes the plan as often as it says, and the same steps again") {
   const selective_sinkhorn router{.k = 1, .probability = 0.25f};
+  const selective_sinkhorn above{.k = 1, .probability = 0.25f, .stream = 7};
   int balanced = 0;
   for (std::uint64_t step = 0; step < 4000; ++step) {
     const side_inputs side{.seed = 5, .step = step};
     CHECK(router.balances(side) == (random_u01(5, router.stream, step) < 0.25f));
+    CHECK(above.balances(side) == (random_u01(5, 7, step) < 0.25f));
     balanced += router.balances(side);
   }
   CHECK(std::abs(balanced - 1000) < 140);  // 5 standard deviations
