@@ -92,7 +92,10 @@ inline void write_axes(std::ostream& out, const line_axes& at, std::string_view 
 // Eight hues, and other dashes the second time that a hue comes: 32 lines differ. Hues that are
 // four apart look alike to some eyes, and have other dashes too.
 inline std::string line_style(std::size_t i) {
-  return "s" + std::to_string(i % 8) + " d" + std::to_string((i + i / 4 % 2 + i / 8) % 4);
+  return std::string("s")
+      .append(std::to_string(i % 8))
+      .append(" d")
+      .append(std::to_string((i + i / 4 % 2 + i / 8) % 4));
 }
 
 }  // namespace detail

@@ -210,10 +210,11 @@ void multiply_tile(const float* MOEROUTE_RESTRICT x, index_t x_stride, const W* 
     }
   };
   if (cols >= v * lanes) {
-    write([](float* out, int, vfloat<A> x) MOEROUTE_INLINE_LAMBDA { x.store_unaligned(out); });
+    write([](float* out, int, vfloat<A> made)
+              MOEROUTE_INLINE_LAMBDA { made.store_unaligned(out); });
   } else {
-    write([&](float* out, int j, vfloat<A> x) MOEROUTE_INLINE_LAMBDA {
-      store_first<A>(out, std::clamp<index_t>(cols - j * lanes, 0, lanes), x);
+    write([&](float* out, int j, vfloat<A> made) MOEROUTE_INLINE_LAMBDA {
+      store_first<A>(out, std::clamp<index_t>(cols - j * lanes, 0, lanes), made);
     });
   }
 }
