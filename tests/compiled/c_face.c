@@ -136,7 +136,7 @@ static void check_handles(void) {
     float row[8] = {0};
     moeroute_const_matrix x = {row, 1, 8, 0, MOEROUTE_FLOAT};
     moeroute_matrix to = {row, 1, 8, 0, MOEROUTE_FLOAT};
-    REFUSED(moeroute_dispatch(plan, x, to, NULL, NULL), "expected 0");
+    REFUSED(moeroute_dispatch(plan, x, to, NULL, NULL), "the plan has no tokens");
   }
 
   CHECK(moeroute_spec_init(&spec) == MOEROUTE_OK);
@@ -226,7 +226,7 @@ static void check_sizes(void) {
   tensors.bias_size = 8;
   REFUSED(moeroute_router_new(&spec, &tensors, &none), "bias is null");
   tensors.bias_size = 0;
-  REFUSED(moeroute_gate_new(m, z, 3, &gate), "bias_size is 3, expected 4");
+  REFUSED(moeroute_gate_new(m, z, 3, &gate), "bias_size is 3, expected weight.rows = 4");
   REFUSED(moeroute_soft_plan_make(soft, m, 3, NULL), "slots % slots_per_expert");
   REFUSED(moeroute_soft_plan_reserve(soft, -1, 8, 2), "tokens is -1");
   REFUSED(moeroute_bias_new(-8, NULL, &bias), "experts is -8");

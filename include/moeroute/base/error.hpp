@@ -71,7 +71,7 @@ class message_part {
 /// joins would be a third of the code of a small one. A message is cut behind 1023 bytes.
 /// Example:
 ///
-///     fail("plan", {"expert ", e, " has ", own, " slots, expected at most ", capacity});
+///     fail("plan", {"expert ", 3, " has ", 9, " slots, expected at most ", index_t{8}});
 [[noreturn]] MOEROUTE_COLD inline void fail(const char* where,
                                             std::initializer_list<message_part> sentence) {
   char message[1024] = "moeroute::";

@@ -293,7 +293,7 @@ concept run_time_router = requires(const R& r) {
   { r.as_ragged_router() } -> ragged_router;
 };
 
-// What may stand behind the logits, in this order.
+// What may stand behind the logits, in this order; what is no executor says so itself.
 template <class... Rest>
 inline constexpr bool in_place = false;
 template <class W, class A>
@@ -301,11 +301,10 @@ inline constexpr bool in_place<W, A> =
     std::is_convertible_v<W&, workspace&> && std::is_convertible_v<A&, assignment&>;
 template <class W, class A, class E>
 inline constexpr bool in_place<W, A, E> =
-    (in_place<W, A> && executor<E>) ||
-    (std::is_convertible_v<W&, const side_inputs&> && in_place<A, E>);
+    in_place<W, A> || (std::is_convertible_v<W&, const side_inputs&> && in_place<A, E>);
 template <class S, class W, class A, class E>
 inline constexpr bool in_place<S, W, A, E> =
-    std::is_convertible_v<S&, const side_inputs&> && in_place<W, A> && executor<E>;
+    std::is_convertible_v<S&, const side_inputs&> && in_place<W, A>;
 
 // A workspace or an assignment is there: the call is meant for us.
 template <class... Rest>
