@@ -268,9 +268,9 @@ TEST_CASE("a copy that fetches ahead writes its bytes and no others") {
            {static_cast<const std::byte*>(nullptr), static_cast<const std::byte*>(next.data())}) {
         std::vector<std::byte> expected(n + 64, std::byte{255});
         std::copy_n(from.begin(), n, expected.begin() + static_cast<std::ptrdiff_t>(start));
-        for (const bool far : {false, true}) {
+        for (const bool distant : {false, true}) {
           std::vector<std::byte> to(n + 64, std::byte{255});
-          simd::copy_ahead(from.data(), static_cast<index_t>(n), to.data() + start, other, far);
+          simd::copy_ahead(from.data(), static_cast<index_t>(n), to.data() + start, other, distant);
           CHECK(to == expected);
         }
       }

@@ -104,7 +104,7 @@ void dispatch_rows(const dispatch_plan& plan, const matrix_view<To>& slots, stor
     cached = path == store_path::streamed
                  ? 0
                  : slots_in_cache(slots.cols * size, simd::machine_caches());
-  const bool far = all * slots.cols * size > simd::machine_caches().second;
+  const bool distant = all * slots.cols * size > simd::machine_caches().second;
   exec.parallel_for(tokens, row_grain(slots.cols * k), [&](index_t begin, index_t end) {
     alignas(alignment) To memory[chunk];
     const auto bytes_at = [&](index_t choice, index_t c) -> std::byte* {
@@ -134,7 +134,7 @@ void dispatch_rows(const dispatch_plan& plan, const matrix_view<To>& slots, stor
                            : !done    ? bytes_at(first, c + n)
                            : t > ours ? bytes_at(plan.first(t - 1), 0)
                                       : nullptr,
-                           far);
+                           distant);
         }
       }
     }

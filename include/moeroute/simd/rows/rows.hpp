@@ -42,10 +42,10 @@ void scale_row(const From* from, float factor, index_t n, To* to) {
 
 /// Copies n bytes through the caches. The lines that will be written are fetched a little ahead,
 /// and at the end those at `next`, where the next copy of as many bytes goes (null where nobody
-/// knows): written cold, a line is waited for. `far`: most of them are further away than the
+/// knows): written cold, a line is waited for. `distant`: most of them are further away than the
 /// second-level cache, into which they come a page ahead.
 MOEROUTE_OUT_OF_LINE inline void copy_ahead(const std::byte* from, index_t n, std::byte* to,
-                                            const std::byte* next, bool far = false) {
+                                            const std::byte* next, bool distant = false) {
   constexpr index_t line = alignment, ahead = 16 * line, page = 64 * line;
   const index_t lines = n / line * line;
   index_t i = 0;
@@ -57,11 +57,11 @@ MOEROUTE_OUT_OF_LINE inline void copy_ahead(const std::byte* from, index_t n, st
       __builtin_memcpy(to + i, from + i, line);
     }
   };
-  far = far && lines >= page;
+  distant = distant && lines >= page;
   // Beyond the end they go on at `next`: of rows shorter than the distance at its begin.
   const index_t soon_beyond = std::min(ahead, lines) - lines, beyond = page - lines;
-  if (far) copy(lines - page, to, ahead, to, page);
-  const std::byte* const later = far ? next : nullptr;
+  if (distant) copy(lines - page, to, ahead, to, page);
+  const std::byte* const later = distant ? next : nullptr;
   copy(lines - ahead, to, ahead, later, beyond);
   copy(lines, next, soon_beyond, later, beyond);
   if (i < n) std::memcpy(to + i, from + i, static_cast<std::size_t>(n - i));
