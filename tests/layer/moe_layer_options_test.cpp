@@ -1,5 +1,7 @@
 // What a layer does beyond the plain sum: few tokens without copies, executors, kinds of routers
 // and experts, capacity, shared experts, exceptions.
+#include <moeroute/layer/moe_layer_options.hpp>
+
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
