@@ -16,9 +16,9 @@ using test::skewed_scores;
 
 namespace {
 
-using counts = std::vector<std::int64_t>;
+using load_counts = std::vector<std::int64_t>;
 
-std::vector<float> after(const bias_options& options, const counts& n, int updates = 1) {
+std::vector<float> after(const bias_options& options, const load_counts& n, int updates = 1) {
   bias_controller c(static_cast<index_t>(n.size()), options);
   for (int i = 0; i < updates; ++i) c.update(n);
   return {c.bias().begin(), c.bias().end()};
@@ -46,7 +46,7 @@ TEST_CASE("multiplicative factors start at 1 and stay positive") {
   CHECK(after(o, {0, 2, 4}) == std::vector{1.25f, 1.0f, 0.75f});
   CHECK(after(o, {0, 2, 4}, 9) == std::vector{3.25f, 1.0f, 0.125f});
   bias_controller c(3, o);
-  c.update(counts{0, 2, 4});
+  c.update(load_counts{0, 2, 4});
   std::vector<float> logarithm(3);
   c.log_factors(logarithm);
   CHECK(test::difference(logarithm, std::vector{std::log(1.25f), 0.0f, std::log(0.75f)}, 1e-6) ==
@@ -54,7 +54,7 @@ TEST_CASE("multiplicative factors start at 1 and stay positive") {
 }
 
 TEST_CASE("steps decay as u, u / sqrt(n) and u / n") {
-  const counts n{0, 2};
+  const load_counts n{0, 2};
   bias_options o{.step = 1.0f};
   const auto sum = [&](step_decay decay) {
     o.decay = decay;
@@ -185,18 +185,18 @@ TEST_CASE(
 
 TEST_CASE("a controller's update allocates nothing") {
   bias_controller c(64, {.centre = bias_centre::mean});
-  const counts n(64, 3);
+  const load_counts n(64, 3);
   CHECK(test::allocations_during([&] { c.update(n); }) == 0);
 }
 
 TEST_CASE("counts that say nothing move no bias; counts that are wrong are refused") {
   bias_controller c(2);
-  c.update(counts{0, 0});
+  c.update(load_counts{0, 0});
   CHECK(c.updates() == 0);
   CHECK(c.bias()[0] == 0.0f);
-  CHECK(test::refusal([&] { c.update(counts{1}); }) ==
+  CHECK(test::refusal([&] { c.update(load_counts{1}); }) ==
         "moeroute::bias_controller: counts.size() is 1, expected 2");
-  CHECK(test::refusal([&] { c.update(counts{-1, 1}); }) ==
+  CHECK(test::refusal([&] { c.update(load_counts{-1, 1}); }) ==
         "moeroute::bias_controller: counts must be finite and not negative");
   const float nan = std::numeric_limits<float>::quiet_NaN();
   CHECK(test::refusal([&] { c.update(std::vector{nan, 1.0f}); }) ==
@@ -210,7 +210,7 @@ TEST_CASE("counts that say nothing move no bias; counts that are wrong are refus
         "moeroute::real_expert_controller: k is 3, expected 1 to 2");
   // One expert is always balanced.
   bias_controller one(1);
-  one.update(counts{7});
+  one.update(load_counts{7});
   CHECK(one.bias()[0] == 0.0f);
 }
 
@@ -225,7 +225,7 @@ TEST_CASE("experts with shares of their own move towards these; equal shares cha
     bias_options plain{.rule = bias_rule::proportional, .error = error, .step = 0.01f};
     bias_options shared = plain;
     shared.share = equal;
-    const counts n{3, 1, 4, 1, 5, 9, 2, 6};
+    const load_counts n{3, 1, 4, 1, 5, 9, 2, 6};
     CHECK(test::bit_difference(after(plain, n, 5), after(shared, n, 5)) == "");
   }
   const std::vector<float> two(2, 1.0f), none{1.0f, 0.0f, 1.0f};

@@ -28,7 +28,7 @@ std::string differs(const std::vector<double>& actual, const std::vector<double>
 
 // The weights of a file's choices and the gradients of its logits and parameters.
 template <class Router>
-void agrees(const std::string& name, const Router& router, double bound = exact) {
+void weighs_alike(const std::string& name, const Router& router, double bound = exact) {
   INFO("golden/gradients/" << name << ".json");
   const test::gradient_file file(name);
   std::vector<std::size_t> order;
@@ -73,8 +73,8 @@ void agrees(const std::string& name, const Router& router, double bound = exact)
 
 template <class Router>
 void agrees_twice(const std::string& family, const Router& router) {
-  agrees(family + "_T6_E16_k4", router);
-  agrees(family + "_T5_E64_k6", router);
+  weighs_alike(family + "_T6_E16_k4", router);
+  weighs_alike(family + "_T5_E64_k6", router);
 }
 
 }  // namespace
@@ -97,54 +97,56 @@ TEST_CASE("weights and their gradients are autograd's for every score and norm")
   agrees_twice("weights_sqrtsoftplus_norm_bias_scale", router<sqrt_softplus>{.weight = shares});
   agrees_twice("weights_relu_dense", threshold_router<relu>{});
   agrees_twice("expert_choice", expert_choice<>{});
-  agrees("weights_identity_sum_positive_T5_E16_k4", router<identity_score>{});
-  agrees("weights_softplus_sum_T5_E16_k4", router<softplus>{.weight = sum_normalized});
-  agrees("weights_sigmoid_divide_T5_E16_k4",
-         router<sigmoid>{.weight = {.divide = 4.0f, .scale = 4.0f}});
-  agrees("weights_softmax_lp3_T5_E16_k4",
-         router<softmax>{.weight = {.normalize = normalization::lp, .p = 3.0f}});
-  agrees(
+  weighs_alike("weights_identity_sum_positive_T5_E16_k4", router<identity_score>{});
+  weighs_alike("weights_softplus_sum_T5_E16_k4", router<softplus>{.weight = sum_normalized});
+  weighs_alike("weights_sigmoid_divide_T5_E16_k4",
+               router<sigmoid>{.weight = {.divide = 4.0f, .scale = 4.0f}});
+  weighs_alike("weights_softmax_lp3_T5_E16_k4",
+               router<softmax>{.weight = {.normalize = normalization::lp, .p = 3.0f}});
+  weighs_alike(
       "weights_sqrtsoftplus_lp2_T5_E16_k4",
       router<sqrt_softplus>{.weight = {.normalize = normalization::lp, .p = 2.0f, .scale = 1.5f}});
-  agrees("weights_softmax_k1_normalised_T5_E16_k1", router<softmax>{.weight = sum_normalized});
-  agrees("weights_mask_and_missing_T5_E16_k4", router<softmax>{.weight = sum_normalized});
-  agrees("weights_top_p_renorm_T5_E16", top_p{.p = 0.6f, .weight = sum_normalized});
-  agrees("weights_product_keys_selected_T5_n4_m4_k4", product_keys<>{.choices = 4});
-  agrees("weights_product_keys_softmax_T5_n4_m4_k4", product_keys<softmax>{.choices = 4});
+  weighs_alike("weights_softmax_k1_normalised_T5_E16_k1",
+               router<softmax>{.weight = sum_normalized});
+  weighs_alike("weights_mask_and_missing_T5_E16_k4", router<softmax>{.weight = sum_normalized});
+  weighs_alike("weights_top_p_renorm_T5_E16", top_p{.p = 0.6f, .weight = sum_normalized});
+  weighs_alike("weights_product_keys_selected_T5_n4_m4_k4", product_keys<>{.choices = 4});
+  weighs_alike("weights_product_keys_softmax_T5_n4_m4_k4", product_keys<softmax>{.choices = 4});
 }
 
 TEST_CASE("gradients of a router's own parameters are autograd's") {
-  agrees("weights_sigmoid_softcap_T5_E16_k4",
-         router<sigmoid>{.weight = sum_normalized, .transform = {.softcap = 2.0f}});
-  agrees("weights_sigmoid_sum_eps_add_T5_E16_k4",
-         router<sigmoid>{.weight = {.normalize = normalization::sum,
-                                    .eps_where = eps_mode::add,
-                                    .eps = 0.1f,
-                                    .scale = 2.5f}},
-         of_float);
-  agrees("weights_softmax_lp2_eps_add_T5_E16_k4",
-         router<softmax>{.weight = {.normalize = normalization::lp,
-                                    .p = 2.0f,
-                                    .eps_where = eps_mode::add,
-                                    .eps = 0.01f}},
-         of_float);
-  agrees(
+  weighs_alike("weights_sigmoid_softcap_T5_E16_k4",
+               router<sigmoid>{.weight = sum_normalized, .transform = {.softcap = 2.0f}});
+  weighs_alike("weights_sigmoid_sum_eps_add_T5_E16_k4",
+               router<sigmoid>{.weight = {.normalize = normalization::sum,
+                                          .eps_where = eps_mode::add,
+                                          .eps = 0.1f,
+                                          .scale = 2.5f}},
+               of_float);
+  weighs_alike("weights_softmax_lp2_eps_add_T5_E16_k4",
+               router<softmax>{.weight = {.normalize = normalization::lp,
+                                          .p = 2.0f,
+                                          .eps_where = eps_mode::add,
+                                          .eps = 0.01f}},
+               of_float);
+  weighs_alike(
       "weights_softmax_sum_clamp_acts_T5_E16_k4",
       router<softmax>{
           .weight = {.normalize = normalization::sum, .eps_where = eps_mode::clamp, .eps = 0.85f}},
       of_float);
-  agrees("weights_softmax_temperature_learned_T5_E16_k4",
-         router<softmax>{.weight = sum_normalized, .transform = {.temperature = 0.7f}}, of_float);
+  weighs_alike("weights_softmax_temperature_learned_T5_E16_k4",
+               router<softmax>{.weight = sum_normalized, .transform = {.temperature = 0.7f}},
+               of_float);
   const auto gamma = test::gradient_file("weights_relu_rms_gamma_T5_E16").floats("gamma");
-  agrees("weights_relu_rms_gamma_T5_E16",
-         threshold_router<relu>{.norm = threshold_norm::rms, .eps = 1e-5f, .gamma = gamma},
-         of_float);
+  weighs_alike("weights_relu_rms_gamma_T5_E16",
+               threshold_router<relu>{.norm = threshold_norm::rms, .eps = 1e-5f, .gamma = gamma},
+               of_float);
   const auto add = test::gradient_file("weights_softmax_add_learned_T5_E16_k4").floats("add");
-  agrees("weights_softmax_add_learned_T5_E16_k4", router<softmax>{.transform = {.add = add}},
-         of_float);
+  weighs_alike("weights_softmax_add_learned_T5_E16_k4", router<softmax>{.transform = {.add = add}},
+               of_float);
   const auto scale =
       test::gradient_file("weights_softmax_expert_scale_T5_E16_k4").floats("per_expert_scale");
-  agrees("weights_softmax_expert_scale_T5_E16_k4",
-         router<softmax>{.weight = {.normalize = normalization::sum, .expert_scale = scale}},
-         of_float);
+  weighs_alike("weights_softmax_expert_scale_T5_E16_k4",
+               router<softmax>{.weight = {.normalize = normalization::sum, .expert_scale = scale}},
+               of_float);
 }

@@ -37,7 +37,7 @@ using namespace moeroute;
 
 namespace {
 
-constexpr index_t tokens = 40, experts = 20;
+constexpr index_t batch_tokens = 40, batch_experts = 20;
 
 // Side inputs that every router may look at, by value.
 struct side_values {
@@ -47,12 +47,12 @@ struct side_values {
 
   side_values() {
     test::random rng(1);
-    for (index_t t = 0; t < tokens; ++t) {
+    for (index_t t = 0; t < batch_tokens; ++t) {
       token_ids.push_back(static_cast<std::int32_t>(rng.below(9)));
       mask.push_back(rng.below(4) != 0);
       modality.push_back(rng.below(2) != 0);
     }
-    noise = test::numbers(rng, tokens * experts);
+    noise = test::numbers(rng, batch_tokens * batch_experts);
   }
 };
 
@@ -70,7 +70,8 @@ struct any_kind {
     s.step = 3;
     if (needs_modality) s.modality = v.modality;
     if (needs_token_ids) s.token_ids = v.token_ids;
-    if (needs_noise) s.noise_logits = matrix_view<const float>(v.noise.data(), tokens, experts);
+    if (needs_noise)
+      s.noise_logits = matrix_view<const float>(v.noise.data(), batch_tokens, batch_experts);
     return s;
   }
 };
@@ -89,14 +90,15 @@ any_kind kind(std::string name, Router router) {
 }
 
 const expert_table& a_table() {
-  static const expert_table table = random_table(9, 3, experts, 7);
+  static const expert_table table = random_table(9, 3, batch_experts, 7);
   return table;
 }
 
 const routing_record<std::uint8_t>& a_record() {
   static const routing_record<std::uint8_t> record = [] {
     routing_record<std::uint8_t> made;
-    made.record(test::routed(random_choice{3}, test::zeros(tokens, experts), experts));
+    made.record(
+        test::routed(random_choice{3}, test::zeros(batch_tokens, batch_experts), batch_experts));
     return made;
   }();
   return record;
@@ -105,7 +107,7 @@ const routing_record<std::uint8_t>& a_record() {
 const std::vector<float>& a_bias() {
   static const std::vector<float> bias = [] {
     test::random rng(2);
-    std::vector<float> made = test::numbers(rng, experts);
+    std::vector<float> made = test::numbers(rng, batch_experts);
     for (float& b : made) b *= 0.1f;
     return made;
   }();
@@ -113,18 +115,18 @@ const std::vector<float>& a_bias() {
 }
 
 std::vector<any_kind> kinds() {
-  using plain = router<softmax>;
+  using softmax_router = router<softmax>;
   std::vector<any_kind> list;
-  list.push_back(kind("softmax top-k", plain{.selection = {.k = 3}}));
+  list.push_back(kind("softmax top-k", softmax_router{.selection = {.k = 3}}));
   list.push_back(kind("grouped sigmoid with a bias",
                       router{sigmoid{}, top_k{.k = 3, .groups = 4, .topk_group = 2}, sum_normalized,
                              selection_bias(a_bias())}));
   // By name: clang 16 makes a wrong address of a router that is a member of an unnamed one.
   const plain two_best{.selection = {.k = 2}}, three_best{.selection = {.k = 3}};
   const top_p nucleus{.p = 0.6f};
-  list.push_back(kind("two modalities", by_modality<plain>{two_best, two_best, 8}));
+  list.push_back(kind("two modalities", by_modality<softmax_router>{two_best, two_best, 8}));
   list.back().needs_modality = true;
-  list.push_back(kind("with shared experts", with_shared<plain>{two_best, 2}));
+  list.push_back(kind("with shared experts", with_shared<softmax_router>{two_best, 2}));
   list.push_back(kind("product keys", product_keys<>{.choices = 4}));
   list.push_back(kind("random", random_choice{3}));
   list.push_back(kind("GShard's second by sampling", gshard_top2{second_expert::sampling}));
@@ -194,12 +196,14 @@ choices chosen(const any_kind& r, const std::vector<float>& z, const side_inputs
                bool last_to_first = false) {
   workspace ws;
   assignment out;
-  r.route(matrix_view<const float>(z.data(), tokens, experts), side, ws, out, last_to_first);
+  r.route(matrix_view<const float>(z.data(), batch_tokens, batch_experts), side, ws, out,
+          last_to_first);
   return listed(out);
 }
 
 const std::vector<float>& logits() {
-  static const std::vector<float> z = test::make_logits(test::shape::normal, 3, tokens, experts);
+  static const std::vector<float> z =
+      test::make_logits(test::shape::normal, 3, batch_tokens, batch_experts);
   return z;
 }
 
@@ -211,8 +215,8 @@ TEST_CASE("every kind of router reads logits and noise wherever their rows lie")
     INFO(r.name);
     CHECK(test::differs_by_stride([&](test::layout& l) {
             side_inputs side = r.side(values);
-            if (r.needs_noise) side.noise_logits = l.in(values.noise, tokens, experts);
-            const auto z = l.in(logits(), tokens, experts);
+            if (r.needs_noise) side.noise_logits = l.in(values.noise, batch_tokens, batch_experts);
+            const auto z = l.in(logits(), batch_tokens, batch_experts);
             workspace ws;
             assignment out;
             r.route(z, side, ws, out, false);
@@ -234,31 +238,33 @@ TEST_CASE("every kind of router decides the same in whatever order its pieces ru
 TEST_CASE("what a masked token says matters to no kind of router, and it has no choices") {
   const side_values values;
   std::vector<float> shouted = logits();
-  for (index_t t = 0; t < tokens; ++t)
-    for (index_t e = 0; values.mask[static_cast<std::size_t>(t)] == 0 && e < experts; ++e)
-      shouted[static_cast<std::size_t>(t * experts + e)] = e % 3 == 0   ? 900.0f
-                                                           : e % 3 == 1 ? test::not_a_number
-                                                                        : -test::infinity;
+  for (index_t t = 0; t < batch_tokens; ++t)
+    for (index_t e = 0; values.mask[static_cast<std::size_t>(t)] == 0 && e < batch_experts; ++e)
+      shouted[static_cast<std::size_t>(t * batch_experts + e)] = e % 3 == 0   ? 900.0f
+                                                                 : e % 3 == 1 ? test::not_a_number
+                                                                              : -test::infinity;
   for (const any_kind& r : kinds()) {
     INFO(r.name);
     side_inputs side = r.side(values);
     side.mask = values.mask;
     workspace ws;
     assignment out, other;
-    r.route(matrix_view<const float>(logits().data(), tokens, experts), side, ws, out, false);
-    r.route(matrix_view<const float>(shouted.data(), tokens, experts), side, ws, other, false);
+    r.route(matrix_view<const float>(logits().data(), batch_tokens, batch_experts), side, ws, out,
+            false);
+    r.route(matrix_view<const float>(shouted.data(), batch_tokens, batch_experts), side, ws, other,
+            false);
     CHECK(difference(listed(other), listed(out)) == "");
     index_t chosen_by_masked = 0;
-    for (index_t t = 0; t < tokens; ++t)
+    for (index_t t = 0; t < batch_tokens; ++t)
       for (const expert_id e : out.ids(t))
         chosen_by_masked += values.mask[static_cast<std::size_t>(t)] == 0 && e != no_expert;
     CHECK(chosen_by_masked == 0);
     if (r.whole_batch) continue;
     // A token router decides the others as if nobody were masked.
     assignment open;
-    r.route(matrix_view<const float>(logits().data(), tokens, experts), r.side(values), ws, open,
-            false);
-    for (index_t t = 0; t < tokens; ++t) {
+    r.route(matrix_view<const float>(logits().data(), batch_tokens, batch_experts), r.side(values),
+            ws, open, false);
+    for (index_t t = 0; t < batch_tokens; ++t) {
       if (values.mask[static_cast<std::size_t>(t)] == 0) continue;
       REQUIRE(test::bit_difference(out.ids(t), open.ids(t)) == "");
       REQUIRE(test::bit_difference(out.weights(t), open.weights(t)) == "");
@@ -269,7 +275,7 @@ TEST_CASE("what a masked token says matters to no kind of router, and it has no 
 TEST_CASE("an own k is kept by every kind of router, or refused by its name") {
   const side_values values;
   std::vector<std::int32_t> own;
-  for (index_t t = 0; t < tokens; ++t) own.push_back(static_cast<std::int32_t>(t % 3));
+  for (index_t t = 0; t < batch_tokens; ++t) own.push_back(static_cast<std::int32_t>(t % 3));
   for (const any_kind& r : kinds()) {
     INFO(r.name);
     side_inputs side = r.side(values);
@@ -278,7 +284,8 @@ TEST_CASE("an own k is kept by every kind of router, or refused by its name") {
     assignment out;
     std::string refused;
     try {
-      r.route(matrix_view<const float>(logits().data(), tokens, experts), side, ws, out, false);
+      r.route(matrix_view<const float>(logits().data(), batch_tokens, batch_experts), side, ws, out,
+              false);
     } catch (const error& e) {
       refused = e.what();
     }
@@ -287,7 +294,7 @@ TEST_CASE("an own k is kept by every kind of router, or refused by its name") {
       continue;
     }
     const index_t shared = r.name == "with shared experts" ? 2 : 0;
-    for (index_t t = 0; t < tokens; ++t) {
+    for (index_t t = 0; t < batch_tokens; ++t) {
       index_t made = 0;
       for (const expert_id e : out.ids(t)) made += e != no_expert;
       REQUIRE(made <= own[static_cast<std::size_t>(t)] + shared);
@@ -297,17 +304,19 @@ TEST_CASE("an own k is kept by every kind of router, or refused by its name") {
 
 TEST_CASE("no kind of router remembers the batch before") {
   const side_values values;
-  const std::vector<float> before = test::make_logits(test::shape::zipf, 8, tokens, experts);
+  const std::vector<float> before =
+      test::make_logits(test::shape::zipf, 8, batch_tokens, batch_experts);
   for (const any_kind& r : kinds()) {
     INFO(r.name);
     workspace ws;
     assignment out;
     side_inputs masked = r.side(values);
     masked.mask = values.mask;
-    r.route(matrix_view<const float>(before.data(), tokens, experts), masked, ws, out, false);
-    for (std::uint8_t& kept : out.kept_to_change()) kept = 0;  // everything was dropped
-    r.route(matrix_view<const float>(logits().data(), tokens, experts), r.side(values), ws, out,
+    r.route(matrix_view<const float>(before.data(), batch_tokens, batch_experts), masked, ws, out,
             false);
+    for (std::uint8_t& kept : out.kept_to_change()) kept = 0;  // everything was dropped
+    r.route(matrix_view<const float>(logits().data(), batch_tokens, batch_experts), r.side(values),
+            ws, out, false);
     CHECK_FALSE(out.drops());
     CHECK(difference(listed(out), chosen(r, logits(), r.side(values))) == "");
   }
@@ -320,7 +329,7 @@ TEST_CASE("every kind of router takes no tokens") {
     workspace ws;
     assignment out;
     side_inputs side;
-    r.route(matrix_view<const float>(logits().data(), 0, experts), side, ws, out, false);
+    r.route(matrix_view<const float>(logits().data(), 0, batch_experts), side, ws, out, false);
     CHECK(out.tokens() == 0);
     CHECK(out.choices() == 0);
   }

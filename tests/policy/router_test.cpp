@@ -31,14 +31,14 @@ struct near_one {
 };
 static_assert(token_router<router<near_one>>);
 
-struct choices {
+struct block_choices {
   std::vector<expert_id> ids;  ///< [T, k]
   std::vector<float> weights;  ///< [T, k]
 };
 
 /// Routes up to 16 rows on one instruction set.
 template <class A, class Router>
-choices block(const Router& r, const std::vector<float>& z, int tokens, index_t experts) {
+block_choices block(const Router& r, const std::vector<float>& z, int tokens, index_t experts) {
   r.check(experts);
   workspace memory;
   const auto scratch_of_block = memory.carve([&](scratch& tape) { return r.carve(tape, experts); });
@@ -49,7 +49,7 @@ choices block(const Router& r, const std::vector<float>& z, int tokens, index_t 
   choice_block c{static_cast<int>(k), id.data(), value.data()};
   r.template route_block<A>(logit_block{z.data(), experts, tokens, experts, 0, &side},
                             scratch_of_block, c);
-  choices out;
+  block_choices out;
   for (std::size_t i = 0; i < static_cast<std::size_t>(tokens); ++i)
     for (std::size_t rank = 0; rank < k; ++rank) {
       out.ids.push_back(id[rank * block_rows + i]);
@@ -64,8 +64,8 @@ std::string differs(const Router& r) {
     for (const index_t experts : {7, 16, 60, 72, 257}) {
       const int tokens = 1 + static_cast<int>(experts) % block_rows;
       const std::vector<float> z = test::make_logits(s, 8, tokens, experts);
-      const choices a = block<A>(r, z, tokens, experts);
-      const choices b = block<simd::default_arch>(r, z, tokens, experts);
+      const block_choices a = block<A>(r, z, tokens, experts);
+      const block_choices b = block<simd::default_arch>(r, z, tokens, experts);
       std::string broken = test::bit_difference(a.ids, b.ids);
       if (broken.empty()) broken = test::bit_difference(a.weights, b.weights);
       if (!broken.empty())
@@ -91,7 +91,7 @@ TEST_CASE("a score that does not keep the order of logits decides by itself") {
   const std::vector<float> z = test::make_logits(shape::quantised, 9, 16, experts);
   const router<near_one> r{.selection = {.k = 4}};
   REQUIRE_FALSE(r.selects_on_logits());
-  const choices got = block<simd::default_arch>(r, z, 16, experts);
+  const block_choices got = block<simd::default_arch>(r, z, 16, experts);
   std::vector<float> score(z.size());
   near_one::score_row(z.data(), static_cast<index_t>(z.size()), score.data());
   std::vector<expert_id> ids;
@@ -107,7 +107,8 @@ TEST_CASE("a score that does not keep the order of logits decides by itself") {
 
 TEST_CASE("a masked logit is not chosen, whatever its score is") {
   const std::vector<float> z = {-test::infinity, 5.0f, test::not_a_number, 4.0f};
-  const choices got = block<simd::default_arch>(router<near_one>{.selection = {.k = 4}}, z, 1, 4);
+  const block_choices got =
+      block<simd::default_arch>(router<near_one>{.selection = {.k = 4}}, z, 1, 4);
   CHECK(got.ids == std::vector<expert_id>{3, 1, no_expert, no_expert});
   CHECK(test::bit_difference(got.weights, std::vector<float>{1, 0, 0, 0}) == "");
 }
@@ -127,7 +128,7 @@ TEMPLATE_TEST_CASE("a bias moves the choice and never the weight", "", softmax, 
       std::vector<float> bias, score(static_cast<std::size_t>(experts)), choice(score.size());
       for (index_t e = 0; e < experts; ++e) bias.push_back(static_cast<float>(e % 5) - 2.0f);
       const router<TestType> r{.selection = {.k = 4}, .bias = selection_bias(bias)};
-      const choices got = block<simd::default_arch>(r, z, 16, experts);
+      const block_choices got = block<simd::default_arch>(r, z, 16, experts);
       std::vector<expert_id> ids;
       std::vector<float> weights;
       for (index_t t = 0; t < 16; ++t) {

@@ -37,16 +37,16 @@ inline void forbid_page(void* at) {
 inline void unmap_pages(void* at, std::size_t) { VirtualFree(at, 0, 0x8000); }
 #else
 inline std::size_t page_bytes() { return static_cast<std::size_t>(sysconf(_SC_PAGESIZE)); }
-inline void* map_pages(std::size_t bytes) {
+inline void* map_pages(std::size_t size) {
   int kind = MAP_PRIVATE | MAP_ANONYMOUS;
 #if defined(MAP_POPULATE)
   kind |= MAP_POPULATE;
 #endif
-  void* const at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, kind, -1, 0);
+  void* const at = mmap(nullptr, size, PROT_READ | PROT_WRITE, kind, -1, 0);
   return at == MAP_FAILED ? nullptr : at;
 }
 inline void forbid_page(void* at) { mprotect(at, page_bytes(), PROT_NONE); }
-inline void unmap_pages(void* at, std::size_t bytes) { munmap(at, bytes); }
+inline void unmap_pages(void* at, std::size_t size) { munmap(at, size); }
 #endif
 
 }  // namespace detail
