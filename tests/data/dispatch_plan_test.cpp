@@ -60,3 +60,64 @@ TEST_CASE("plans for which there is no room are empty, and are plans again after
   soft.reset(4, 6, 2);
   CHECK((soft.tokens() == 4 && soft.slots() == 6 && soft.experts() == 3));
 }
+
+TEST_CASE("soft plans of no sizes are refused by name, and a second one is as a first one") {
+  soft_plan p;
+  constexpr index_t beyond = index_t{1} << 31;
+  const test::refusals refused{
+      {[&] { p.reset(-1, 4, 2); }, "soft_plan: tokens is -1, expected 0 to 2147483647"},
+      {[&] { p.reset(beyond, 4, 2); }, "soft_plan: tokens is 2147483648, expected 0 to 2147483647"},
+      {[&] { p.reset(3, 0, 1); }, "soft_plan: slots is 0, expected 1 to 2147483647"},
+      {[&] { p.reset(3, beyond, 1); }, "soft_plan: slots is 2147483648, expected 1 to 2147483647"},
+      {[&] { p.reset(3, 4, 0); }, "soft_plan: slots_per_expert is 0, expected 1 to 4"},
+      {[&] { p.reset(3, 4, 5); }, "soft_plan: slots_per_expert is 5, expected 1 to 4"},
+      {[&] { p.reset(3, 4, 3); }, "soft_plan: slots % slots_per_expert is 1, expected 0"},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK(p.experts() == 0);
+  p.reset(5, 6, 3);
+  p.reset(0, 4, 4);
+  CHECK((p.tokens() == 0 && p.slots() == 4 && p.slots_per_expert() == 4 && p.experts() == 1));
+  CHECK((p.dispatch().rows == 4 && p.dispatch().cols == 0));
+  CHECK((p.combine().rows == 0 && p.combine().cols == 4));
+}
+
+TEST_CASE("a plan of a shape knows nothing of the padding and raggedness of the one before") {
+  dispatch_plan p;
+  p.reset(3, 2, 2, 5, 8);
+  std::int32_t* const first = p.first_to_fill();
+  first[0] = 0;
+  first[1] = 2;
+  first[2] = 2;
+  first[3] = 5;
+  std::int32_t* const load = p.loads_to_fill();
+  load[0] = 1;
+  load[1] = 3;
+  dispatch_plan::parts parts = p.writable();
+  parts.offsets[0] = 0;
+  parts.offsets[1] = 4;
+  parts.offsets[2] = 8;
+  p.set_counts(1, 0, 4);
+  CHECK((p.ragged() && p.count(0) == 2 && p.count(1) == 0 && p.first(2) == 2));
+  CHECK((p.load(0) == 1 && p.rows(0) == 4 && p.load(1) == 3 && p.rows(1) == 4));
+  CHECK((p.kept() == 4 && p.padding() == 4 && p.dropped() == 1 && p.unrouted() == 0));
+  // As many tokens, experts and choices, in the fixed form; then fewer choices than room.
+  for (int again = 0; again < 2; ++again) {
+    p.reset(3, 2, 2);
+    parts = p.writable();
+    parts.offsets[0] = 0;
+    parts.offsets[1] = 1;
+    parts.offsets[2] = 4;
+    CHECK((!p.ragged() && p.choices() == 6 && p.first(2) == 4 && p.count(1) == 2));
+    CHECK((p.load(0) == 1 && p.load(1) == 3 && p.padding() == 0 && p.dropped() == 0));
+    CHECK((p.kept() == 4 && p.elsewhere() == 0 && p.unrouted() == 2));
+    p.set_counts(1, 1, 0);
+    CHECK((p.dropped() == 1 && p.elsewhere() == 1 && p.unrouted() == 0));
+  }
+  p.set_choices(5);
+  CHECK((p.choices() == 5 && p.slot_of_choice().size() == 5));
+  CHECK(test::refusal([&] { p.reset(1, 2, 2, index_t{1} << 31, 1); }) ==
+        "moeroute::plan: choices is 2147483648, expected 0 to 2147483647");
+  CHECK(test::refusal([&] { p.reset(1, 2, 2, 2, index_t{1} << 31); }) ==
+        "moeroute::plan: slots is 2147483648, expected 0 to 2147483647");
+}

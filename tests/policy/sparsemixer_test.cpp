@@ -123,6 +123,19 @@ TEST_CASE(
     }
 }
 
+TEST_CASE("in training, too, the larger of |logit| and maximum scales the distance below 0") {
+  std::vector<float> logits;
+  for (index_t t = 0; t < 200; ++t)
+    for (const float z : {-2.0f, -1.0f, -1.03f, -1.015f}) logits.push_back(z);
+  const assignment a = routed(sparsemixer_training{.jitter = 0.01f}, logits, 4, {.seed = 1});
+  index_t drawn[4] = {};
+  for (index_t t = 0; t < 200; ++t) ++drawn[static_cast<std::size_t>(a.ids(t)[0])];
+  CHECK(drawn[0] == 0);
+  CHECK(drawn[1] > 50);
+  CHECK(drawn[2] == 0);  // 0.03 / 1.03 is more than 2 jitter, 0.015 / 1.015 is less
+  CHECK(drawn[3] > 50);
+}
+
 TEST_CASE("in training, too, NaN and -inf are never drawn, and weights are finite") {
   for (const test::shape s : test::all_shapes) {
     const std::vector<float> logits = test::make_logits(s, 2, 40, 17);

@@ -398,3 +398,127 @@ TEST_CASE("what looks ahead refuses models without layers, and places where ther
       {in_order({-1}), "distinct_experts: order is -1, expected 0 to 3"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
 }
+
+TEST_CASE("predictors keep their layers apart: each ranks as counts made by plain loops do") {
+  constexpr index_t layers = 3, experts = 70;
+  constexpr double decay = 0.75;
+  test::random rng(7);
+  last_predictor last(layers, experts);
+  popularity_predictor popular(layers, experts, decay);
+  transition_predictor after(layers, experts);
+  std::vector<std::vector<double>> popularity(layers, std::vector<double>(experts));
+  std::vector<std::vector<std::int64_t>> followed(
+      layers, std::vector<std::int64_t>(static_cast<std::size_t>(experts * experts)));
+  std::vector<ids> seen(layers);
+  // Best first, the lowest among equals, without what counts nothing.
+  const auto ranked = [](const auto& value, std::size_t n) {
+    ids order(value.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](expert_id a, expert_id b) {
+      return value[static_cast<std::size_t>(a)] > value[static_cast<std::size_t>(b)];
+    });
+    while (!order.empty() && !(value[static_cast<std::size_t>(order.back())] > 0)) order.pop_back();
+    if (order.size() > n) order.resize(n);
+    return order;
+  };
+  for (int token = 0; token < 40; ++token)
+    for (index_t l = 0; l < layers; ++l) {
+      const auto layer = static_cast<std::size_t>(l);
+      if (l > 0) {
+        std::vector<std::int64_t> sum(experts);
+        for (const expert_id from : seen[layer - 1])
+          for (std::size_t e = 0; from != no_expert && e < sum.size(); ++e)
+            sum[e] += followed[layer][static_cast<std::size_t>(from) * sum.size() + e];
+        CHECK(guesses(after, l, 5) == ranked(sum, 5));
+      }
+      CHECK(guesses(popular, l, 9) == ranked(popularity[layer], 9));
+      // Among few, so that much is equal; from layer to layer others; now and then nobody.
+      ids now;
+      for (int r = 0; r < 3; ++r)
+        now.push_back(rng.below(6) == 0 ? no_expert
+                                        : static_cast<expert_id>(60 - 20 * l + rng.below(9)));
+      for (index_t from_layer = 0; from_layer < layers; ++from_layer)
+        for (double& v : popularity[static_cast<std::size_t>(from_layer)])
+          if (from_layer == l) v *= decay;
+      for (const expert_id e : now) {
+        if (e == no_expert) continue;
+        popularity[layer][static_cast<std::size_t>(e)] += 1.0;
+        for (std::size_t i = 0; l > 0 && i < seen[layer - 1].size(); ++i)
+          if (const expert_id from = seen[layer - 1][i]; from != no_expert)
+            ++followed[layer][static_cast<std::size_t>(from * experts + e)];
+      }
+      last.saw(l, now);
+      popular.saw(l, now);
+      after.saw(l, now);
+      seen[layer] = now;
+      ids asked = now;
+      std::erase(asked, no_expert);
+      CHECK(guesses(last, l, 8) == asked);
+    }
+  for (index_t l = 0; l + 1 < layers; ++l)
+    for (expert_id from = 0; from < experts; ++from) {
+      const auto counts = after.after(l, from);
+      REQUIRE(counts.size() == static_cast<std::size_t>(experts));
+      for (std::size_t e = 0; e < counts.size(); ++e)
+        REQUIRE(counts[e] == followed[static_cast<std::size_t>(l + 1)]
+                                     [static_cast<std::size_t>(from * experts) + e]);
+    }
+}
+
+TEST_CASE("a gate predictor asks its layer's own gate, and of equal logits the lowest expert") {
+  // Two layers of other widths; rows 1, 2 and 4 of the second one are the same.
+  const std::vector<float> first{1, 0, 0, 1}, second{0, 1, 1, 1, 1, 1, -1, 0, 1, 1};
+  const simd::packed_matrix<> a(matrix_view<const float>(first.data(), 2, 2)),
+      b(matrix_view<const float>(second.data(), 5, 2));
+  const simd::packed_matrix<>* const gates[] = {&a, &b};
+  gate_predictor by_gate(gates);
+  by_gate.hidden(std::vector<float>{-3.0f, -2.0f});
+  CHECK(guesses(by_gate, 0, 2) == ids{1, 0});
+  CHECK(guesses(by_gate, 1, 5) == ids{3, 0, 1, 2, 4});
+  by_gate.hidden(std::vector<float>{3.0f, 2.0f});
+  CHECK(guesses(by_gate, 1, 4) == ids{1, 2, 4, 0});
+  CHECK(guesses(by_gate, 0, 1) == ids{0});
+}
+
+TEST_CASE("what is loaded ahead of each step are its experts that a cache of all has not") {
+  // Room for everything: every expert of a layer is loaded once, at the step that asks first.
+  test::random rng(8);
+  constexpr index_t experts = 9, tokens = 11, batch = 4;
+  std::vector<assignment> layers;
+  for (int l = 0; l < 2; ++l) layers.push_back(test::fixed_choices(rng, tokens, experts, 2, 4));
+  const pregated_loads all = pregate(layers, batch, {.capacity = 2 * experts});
+  REQUIRE(all.first.size() == 7);  // three steps of two layers, the last of three tokens
+  std::set<std::int32_t> held;
+  index_t accesses = 0;
+  for (index_t s = 0; s < 6; ++s) {
+    std::set<std::int32_t> asked;
+    const index_t layer = s % 2, from = s / 2 * batch;
+    for (index_t t = from; t < std::min(tokens, from + batch); ++t)
+      for (const expert_id e : layers[static_cast<std::size_t>(layer)].ids(t))
+        if (e != no_expert) asked.insert(static_cast<std::int32_t>(layer * experts + e));
+    accesses += static_cast<index_t>(asked.size());
+    std::vector<std::int32_t> missing;
+    for (const std::int32_t key : asked)
+      if (held.insert(key).second) missing.push_back(key);
+    const auto loads = all.of_step(s);
+    CHECK(std::vector(loads.begin(), loads.end()) == missing);
+  }
+  CHECK(all.accesses == accesses);
+  CHECK(all.hits == accesses - static_cast<index_t>(held.size()));
+}
+
+TEST_CASE("experts count once in each batch, and choices of nobody not at all") {
+  const expert_id used[] = {0, 69, 69, no_expert, 0, 1, no_expert, no_expert, 1, 0};
+  assignment sets;
+  sets.reset(5, 70, 2);
+  std::copy(used, used + 10, sets.ids().begin());
+  const std::vector<std::int32_t> order{0, 1, 2, 3, 4}, twice{1, 1, 3}, none;
+  CHECK(distinct_experts(sets, order, 1) == 2 + 1 + 2 + 0 + 2);
+  CHECK(distinct_experts(sets, order, 2) == 2 + 2 + 2);
+  CHECK(distinct_experts(sets, order, 5) == 3);
+  CHECK(distinct_experts(sets, twice, 2) == 1);
+  CHECK(distinct_experts(sets, none, 2) == 0);
+  // Nobody adds nothing: such requests come as early as they stand, and the bits of others move up.
+  CHECK(regroup(sets, 2) == order);
+  CHECK(regroup(sets, 3) == std::vector<std::int32_t>{0, 1, 3, 2, 4});
+}

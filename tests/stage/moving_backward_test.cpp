@@ -388,6 +388,111 @@ TEST_CASE("backward stages refuse what does not fit by name") {
         "expected float");
 }
 
+TEST_CASE("backward stages refuse every size and every shared piece of memory by its own name") {
+  test::random rng(44);
+  const scene s(test::fixed_choices(rng, 6, 4, 2)), other(test::fixed_choices(rng, 6, 4, 3));
+  spread_rows<float> out(12, 8, 1), dy(6, 8, 2), dslots(12, 8, 3), x(6, 8, 4), shared(6, 8, 5),
+      narrow(6, 7, 6), dshared(6, 8, 7), dx(6, 8, 8);
+  std::vector<float> dw(12), few(11), gate(6);
+  const auto combined = [&](combine_gradients<float> to, combine_options<> how = {}) {
+    return [&, to, how] {
+      combine_backward(out.view(), s.plan, s.choices, dy.view(), to, serial{}, how);
+    };
+  };
+  const auto by_weights = [&](std::span<const float> w, combine_options<> how,
+                              const assignment* choices = nullptr) {
+    return [&, w, how, choices] {
+      combine_backward(out.view(), s.plan, w, dy.view(), combine_gradients<float>{.weights = dw},
+                       serial{}, how, choices);
+    };
+  };
+  const auto dispatched = [&](matrix_view<float> from, matrix_view<float> to,
+                              dispatch_scale<> how = {}) {
+    return [&, from, to, how] {
+      dispatch_backward(from, s.plan, gradient_to::write, to, serial{}, how);
+    };
+  };
+  const auto cut = [](spread_rows<float>& v, index_t cols) {
+    return matrix_view<float>{v.value.data(), v.n, cols, v.stride};
+  };
+  const combine_options<> identity{.identity_first = 1, .identity_end = 2, .x = x.view()};
+  const std::string own = " overlap, expected memory of their own";
+  const test::refusals refused{
+      {combined({.slots = cut(dslots, 7)}),
+       "combine_backward: gradients.slots.cols() is 7, expected 8"},
+      {combined({.slots = {dy.value.data(), 12, 8, 8}}),
+       "combine_backward: dy and gradients.slots" + own},
+      {[&] {
+         combine_backward(cut(out, 7), s.plan, s.choices, dy.view(),
+                          combine_gradients<float>{.weights = dw});
+       },
+       "combine_backward: slots.cols() is 7, expected 8"},
+      {by_weights(few, {}), "combine_backward: weights.size() is 11, expected 12"},
+      {by_weights(dw, identity),
+       "combine_backward: choices are missing: identity experts are told by their ids"},
+      {by_weights(dw, identity, &other.choices),
+       "combine_backward: choices.choices() is 18, expected 12"},
+      {[&] {
+         combine_backward(out.view(), s.plan, other.choices, dy.view(),
+                          combine_gradients<float>{.weights = dw});
+       },
+       "combine_backward: choices.choices() is 18, expected 12"},
+      {combined({.weights = dw}, {.identity_first = 1, .identity_end = 2}),
+       "combine_backward: x.rows() is 0, expected 6"},
+      {combined({.weights = dw}, {.identity_first = 1, .identity_end = 2, .x = narrow.view()}),
+       "combine_backward: x.cols() is 7, expected 8"},
+      {combined({.weights = dw}, {.lost = lost_token::mix}),
+       "combine_backward: x.rows() is 0, expected 6"},
+      {combined({.weights = dw}, {.lost = lost_token::mix, .x = narrow.view()}),
+       "combine_backward: x.cols() is 7, expected 8"},
+      {combined({.weights = dw}, {.lost = lost_token::mix, .x = {x.value.data(), 6, 8, 7}}),
+       "combine_backward: x.stride is 7, expected at least 8"},
+      {combined({.x = dx.view().middle_rows(0, 5)}),
+       "combine_backward: gradients.x.rows() is 5, expected 6"},
+      {combined({.x = narrow.view()}), "combine_backward: gradients.x.cols() is 7, expected 8"},
+      {combined({.x = dy.view()}), "combine_backward: dy and gradients.x" + own},
+      {combined({.shared = dshared.view().middle_rows(0, 5)}),
+       "combine_backward: gradients.shared.rows() is 5, expected 6"},
+      {combined({.shared = narrow.view()}),
+       "combine_backward: gradients.shared.cols() is 7, expected 8"},
+      {combined({.shared_weight = std::span<float>(gate).first(5)}, {.shared = shared.view()}),
+       "combine_backward: gradients.shared_weight.size() is 5, expected 6"},
+      {combined({.shared_weight = gate}), "combine_backward: shared.rows() is 0, expected 6"},
+      {combined({.shared_weight = gate}, {.shared = narrow.view()}),
+       "combine_backward: shared.cols() is 7, expected 8"},
+      {combined({}, {.shared_weight = std::span<const float>(gate).first(5)}),
+       "combine_backward: shared_weight.size() is 5, expected 6"},
+      {dispatched(dslots.view().middle_rows(0, 11), dx.view()),
+       "dispatch_backward: dslots.rows() is 11, expected 12"},
+      {dispatched(dslots.view(), narrow.view()), "dispatch_backward: dx.cols() is 7, expected 8"},
+      {dispatched(dslots.view(), {dslots.value.data(), 6, 8, 8}),
+       "dispatch_backward: dslots and dx" + own},
+      {dispatched(dslots.view(), dx.view(), {.scale = few}),
+       "dispatch_backward: scale.size() is 11, expected 12"},
+      {dispatched(dslots.view(), dx.view(), {.x = x.view(), .dscale = few}),
+       "dispatch_backward: dscale.size() is 11, expected 12"},
+      {dispatched(dslots.view(), dx.view(), {.x = narrow.view(), .dscale = dw}),
+       "dispatch_backward: x.cols() is 7, expected 8"},
+      {dispatched(dslots.view(), dx.view(), {.x = dx.view(), .dscale = dw}),
+       "dispatch_backward: x and dx" + own},
+      {[&] {
+         std::vector<float> w(12);
+         renormalize_backward<float>({}, s.choices, w, std::span(w));
+       },
+       "renormalize_backward: weights and dweights" + own},
+      {[&] { renormalize_backward<float>({}, s.choices, few, std::span(dw)); },
+       "renormalize_backward: weights.size() is 11, expected 12"},
+      {[&] { renormalize_backward<float>({}, s.choices, dw, std::span(few)); },
+       "renormalize_backward: dweights.size() is 11, expected 12"},
+      {[&] { renormalize<float>({}, s.choices, std::span(few)); },
+       "renormalize: weights.size() is 11, expected 12"},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  // What nobody asks for is not looked at.
+  CHECK(test::refusal(combined({.slots = dslots.view()}, {.lost = lost_token::mix})) == "accepted");
+  CHECK(test::refusal(combined({}, {.shared = narrow.view()})) == "accepted");
+}
+
 TEST_CASE("in double too identity experts and shared rows have the gradients of plain loops") {
   test::random rng(51);
   const scene s(test::fixed_choices(rng, 9, 5, 2, 4),

@@ -176,3 +176,57 @@ TEST_CASE("offsets that do not cut the tokens into sequences are refused") {
   CHECK(refusal({0, 5, 4, 6, 30, 41}) == said("1 is [5, 4)"));
   CHECK(refusal({0, 41}) == "moeroute::pool_rows: pooled.rows() is 5, expected 1");
 }
+
+TEST_CASE("every size of sequences is refused by its own name") {
+  floats x(41 * 3), wide(5 * 4);
+  std::vector<std::int32_t> windows(3), of_token(40), times(3, 1), wild{0, 5}, below{-1};
+  assignment decisions, out;
+  decisions.reset(5, 3, 1);
+  std::fill(decisions.ids().begin(), decisions.ids().end(), 0);
+  const matrix_view<float> rows(x.data(), 41, 3);
+  const auto pooled = [&](matrix_view<float> from, matrix_view<float> to, index_t last = 0) {
+    return [=] { pool_rows(from, cuts, to, {.last = last}); };
+  };
+  const auto repeated = [&](const std::vector<std::int32_t>& offsets,
+                            const std::vector<std::int32_t>& n, matrix_view<float> y) {
+    return [&, y] { repeat_block(decisions, offsets, n, y, [](index_t, matrix_view<float>) {}); };
+  };
+  const std::vector<std::int32_t> four{0, 5, 5, 41}, negative{1, -1, 1};
+  const test::refusals refused{
+      {pooled(rows, {wide.data(), 5, 4, 4}), "pool_rows: pooled.cols() is 4, expected 3"},
+      {pooled(rows, {wide.data(), 5, 3, 4}, -1),
+       "pool_rows: last is -1, expected 0 to 1099511627776"},
+      {pooled({x.data(), 41, 3, 2}, {wide.data(), 5, 3, 4}),
+       "pool_rows: x.stride is 2, expected at least 3"},
+      {pooled(rows, {wide.data(), 5, 3, 2}), "pool_rows: pooled.stride is 2, expected at least 3"},
+      {pooled(rows, {x.data(), 5, 3, 3}),
+       "pool_rows: x and pooled overlap, expected memory of their own"},
+      {[&] { window_offsets(cuts, 0, windows); },
+       "window_offsets: window is 0, expected 1 to 1073741824"},
+      {[&] { window_offsets({}, 1, windows); },
+       "window_offsets: offsets are empty, expected one more than sequences"},
+      {[&] { spread_to_tokens(decisions, of_token, decisions); },
+       "spread_to_tokens: out is decisions, expected an assignment of its own"},
+      {[&] { spread_to_tokens(decisions, wild, out); },
+       "spread_to_tokens: sequence_of_token is 5, expected 0 to 4"},
+      {[&] { spread_to_tokens(decisions, below, out); },
+       "spread_to_tokens: sequence_of_token is -1, expected 0 to 4"},
+      {[&] { sequences_of_tokens(cuts, of_token); },
+       "sequences_of_tokens: sequence 0 is [0, 41), expected offsets that ascend from 0 to T"},
+      {repeated(four, times, rows), "repeat_block: decisions.tokens() is 5, expected 3"},
+      {repeated(cuts, negative, rows), "repeat_block: times is -1, expected 0 to 1048576"},
+      {repeated(cuts, times, {x.data(), 41, 3, 2}),
+       "repeat_block: y.stride is 2, expected at least 3"},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  // Room for all windows and their end, and for one less.
+  index_t needed = 1;
+  for (std::size_t s = 0; s + 1 < cuts.size(); ++s) needed += (cuts[s + 1] - cuts[s] + 6) / 7;
+  windows.assign(static_cast<std::size_t>(needed), -1);
+  CHECK(window_offsets(cuts, 7, windows) == needed - 1);
+  CHECK(windows.back() == 41);
+  windows.pop_back();
+  CHECK(test::refusal([&] { window_offsets(cuts, 7, windows); }) ==
+        "moeroute::window_offsets: windows.size() is " + std::to_string(needed - 1) +
+            ", expected " + std::to_string(needed) + " to 1099511627776");
+}
