@@ -1111,3 +1111,86 @@ TEST_CASE("every size and option of a planner is refused by its own name") {
   CHECK(place_by_affinity(t, {.ranks = 2, .weight_within = 0.0}).cost == 0.0);
   CHECK(replan(two, good, {.budget = 0}).moves == 0);
 }
+
+TEST_CASE(
+    "shadows go to the busiest and, of equals, to the lowest expert, one by one or as a pair") {
+  // A row takes 1 to compute and 1 to move, an expert's weights take 2.
+  const shadow_costs costs{.d = 1, .ratio = 1, .bytes = 1, .bandwidth = 1, .flops = 4};
+  // Two experts of rank 0 that both ranks use alike.
+  const shadow_plan equal =
+      shadow_exact(std::vector<std::int64_t>{8, 8, 0, 0, 8, 8, 0, 0}, 2, costs, false);
+  CHECK(equal.shadowed == std::vector<expert_id>{0, 1});
+  CHECK(equal.trace == std::vector<double>{32 + 2 * 16, 24 + 2 * 8 + 2, 16 + 2 * 2});
+  CHECK(equal.latency == 20);
+  // Each rank uses the other's expert: one shadow alone saves nothing, both save all rows.
+  const shadow_plan pair =
+      shadow_exact(std::vector<std::int64_t>{0, 0, 10, 0, 10, 0, 0, 0}, 2, costs, false);
+  CHECK(pair.shadowed == std::vector<expert_id>{0, 2});
+  CHECK(pair.trace == std::vector<double>{10 + 2 * 10, 10 + 2 * 2});
+  // Only the eight busiest are tried: of nine equal ones the last is not.
+  std::vector<std::int64_t> nine(18, 0);
+  for (std::size_t e = 0; e < 9; ++e) nine[e] = nine[9 + e] = 50;
+  const shadow_plan most = shadow_exact(nine, 2, costs, false);
+  CHECK(std::find(most.shadowed.begin(), most.shadowed.end(), 8) == most.shadowed.end());
+  // Three experts on two ranks: the middle one is rank 0's.
+  const std::vector<std::uint8_t> nobody(3, 0), middle{0, 1, 0};
+  const std::vector<std::int64_t> count{0, 0, 0, 0, 5, 0};
+  CHECK(shadow_latency(count, 2, nobody, costs, false) == 5 + 2 * 5);
+  CHECK(shadow_latency(count, 2, middle, costs, false) == 5 + 2);
+  // As published: what costs as much as it saves is not done, and the trace shows it.
+  const shadow_costs even{.d = 1, .ratio = 3.5, .bytes = 1, .bandwidth = 1, .flops = 14};
+  const shadow_plan none = shadow_published(std::vector<double>{2, 3}, even);
+  CHECK(none.shadowed.empty());
+  CHECK(none.trace == std::vector<double>{21, 21});
+  CHECK(none.latency == 21);
+  const shadow_plan one = shadow_published(std::vector<double>{3, 9, 3}, even);
+  CHECK(one.shadowed == std::vector<expert_id>{1});
+  CHECK(one.trace == std::vector<double>{63, 28, 35});
+  // Everybody: nothing is left to wait for.
+  CHECK(shadow_published(std::vector<double>{9}, even).trace == std::vector<double>{63, 7});
+}
+
+TEST_CASE("what is spilled goes to the lowest of the ranks with least, in pieces of min_rows on") {
+  using ranges = std::vector<rank_range>;
+  using moves = std::vector<expert_move>;
+  const std::vector<std::int64_t> one{8, 0, 0, 0}, two{4, 4, 0, 0}, six{6, 0, 0}, uneven{3, 1};
+  const batch_plan spread = spill(one, 4);
+  CHECK(spread.range[0] == ranges{{0, 0, 2}, {1, 2, 4}, {2, 4, 6}, {3, 6, 8}});
+  CHECK(spread.moves == moves{{0, 0, 1}, {0, 0, 2}, {0, 0, 3}});
+  CHECK(spread.load == std::vector<std::int64_t>{2, 2, 2, 2});
+  CHECK((spread.cap == 2 && spread.forced == 0 && spread.enabled));
+  // Of equally heavy experts the lowest is placed, and so moved, first.
+  const batch_plan first = spill(two, 2);
+  CHECK(first.moves == moves{{0, 0, 1}});
+  CHECK(first.range[0] == ranges{{1, 0, 4}});
+  CHECK(first.range[1] == ranges{{0, 0, 4}});
+  // A piece may be as small as min_rows; smaller, all that is left goes to one rank.
+  CHECK(spill(six, 3, {.min_rows = 2}).forced == 0);
+  const batch_plan forced = spill(six, 3, {.min_rows = 3});
+  CHECK(forced.forced == 1);
+  CHECK(forced.range[0] == ranges{{0, 0, 2}, {1, 2, 6}});
+  CHECK(forced.load == std::vector<std::int64_t>{2, 4, 0});
+  // alpha widens the cap, rounded down.
+  CHECK(spill(six, 3, {.alpha_num = 7, .alpha_den = 4}).cap == 3);
+  // Exactly as uneven as lambda is spilled, below it every rank has its own.
+  CHECK(spill(uneven, 2, {.lambda = 1.5}).enabled);
+  const batch_plan native = spill(uneven, 2, {.lambda = 1.6});
+  CHECK_FALSE(native.enabled);
+  CHECK((native.cap == 0 && native.moves.empty() && native.load == uneven));
+  CHECK(native.range[0] == ranges{{0, 0, 3}});
+  CHECK(native.range[1] == ranges{{1, 0, 1}});
+  // On one rank everything stays.
+  CHECK(spill(one, 1).range[0] == ranges{{0, 0, 8}});
+  // Moved experts lie behind a rank's own.
+  const batch_placement placed = place_batch(spread);
+  const auto slots = placed.experts.expert_of_slot();
+  CHECK(std::vector<expert_id>(slots.begin(), slots.end()) ==
+        std::vector<expert_id>{0, 1, 0, 2, 0, 3, 0});
+  CHECK(placed.ranges.first == std::vector<std::int32_t>{0, 4, 4, 4, 4});
+  const slot_id expected[] = {0, 2, 4, 6};
+  for (std::size_t i = 0; i < 4; ++i) {
+    CHECK(placed.ranges.range[i].slot == expected[i]);
+    CHECK(placed.ranges.range[i].begin == static_cast<std::int64_t>(2 * i));
+    CHECK(placed.ranges.range[i].end == static_cast<std::int64_t>(2 * i + 2));
+  }
+}

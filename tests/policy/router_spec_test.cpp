@@ -1,9 +1,12 @@
 #include <moeroute/policy/router_spec.hpp>
 
 #include <catch2/catch_test_macros.hpp>
+#include <cmath>
 #include <moeroute/policy/catalog.hpp>
 #include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "support/refusal.hpp"
 #include "support/shapes.hpp"
@@ -23,6 +26,16 @@ void clashes(const router_spec& s, const std::string& one, const std::string& ot
   CHECK(sentence.find(" clashes with ") != std::string::npos);
   CHECK(sentence.find(one) != std::string::npos);
   CHECK(sentence.find(other) != std::string::npos);
+}
+
+// The plain spec of a selection that is accepted, with a change.
+router_spec changed(selection_kind selection, void (*change)(router_spec&)) {
+  router_spec s = plain_spec(selection);
+  if (selection == selection_kind::top_p) s.top_p = 0.5f;
+  if (selection == selection_kind::threshold) s.score = score_kind::relu;
+  if (selection == selection_kind::product_keys) s.experts = 16;
+  change(s);
+  return s;
 }
 
 }  // namespace
@@ -176,4 +189,1024 @@ TEST_CASE("a spec's capacity is that of the stage which drops") {
   const capacity_policy before = capacity_of(find_in_catalog("nllb_moe_bpr")->spec);
   CHECK(before.order == drop_order::batch_priority);
   CHECK(before.renormalize == renormalization::none);
+}
+
+TEST_CASE("every check of a description is made, and by its name") {
+  using enum selection_kind;
+  const std::vector<std::pair<router_spec, std::string>> all{
+      {changed(top_p, [](router_spec& s) { s.groups = 2; }),
+       "router_spec: groups=2 clashes with selection=top_p: only top_k and each_group know groups"},
+      {changed(each_group, [](router_spec& s) { s.groups = 0; }),
+       "top_of_each_group: groups is 0, expected 1 to 8"},
+      {changed(each_group, [](router_spec& s) { s.groups = 3; }),
+       "top_of_each_group: groups is 3, expected a divisor of E = 8"},
+      {changed(each_group, [](router_spec& s) { s.groups = 4; }),
+       "top_of_each_group: k is 2, expected 4 to 8"},
+      {changed(each_group,
+               [](router_spec& s) {
+                 s.groups = 2;
+                 s.k = 3;
+               }),
+       "top_of_each_group: k is 3, expected a multiple of groups = 2"},
+      {changed(top_k, [](router_spec& s) { s.groups = 9; }), "top_k: groups is 9, expected 1 to 8"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.groups = 4;
+                 s.topk_group = 0;
+               }),
+       "top_k: topk_group is 0, expected 1 to 4"},
+      {changed(top_k, [](router_spec& s) { s.class_bias = true; }),
+       "router_spec: bias=by_class clashes with bias=none: the second bias stands beside the "
+       "first"},
+      {changed(top_k, [](router_spec& s) { s.eps = -0.5f; }),
+       "router_spec: eps is -0.5, expected >= 0"},
+      {changed(top_p, [](router_spec& s) { s.domain = score_domain::selected; }),
+       "router_spec: selection=top_p clashes with score=softmax: top_p needs probabilities: "
+       "softmax over all experts"},
+      {changed(top_p, [](router_spec& s) { s.top_p = 0.0f; }),
+       "top_p: p is 0.000000, expected more than 0 and at most 1"},
+      {changed(top_p, [](router_spec& s) { s.min_k = 0; }), "top_p: min_k is 0, expected 1 to 8"},
+      {changed(top_p, [](router_spec& s) { s.min_k = 9; }), "top_p: min_k is 9, expected 1 to 8"},
+      {changed(top_p,
+               [](router_spec& s) {
+                 s.min_k = 2;
+                 s.max_k = 1;
+               }),
+       "top_p: max_k is 1, expected 2 to 1048576"},
+      {changed(threshold, [](router_spec& s) { s.score = score_kind::softplus; }),
+       "router_spec: selection=threshold clashes with score=softplus: threshold takes relu, "
+       "sigmoid or identity"},
+      {changed(threshold, [](router_spec& s) { s.normalize = normalization::sum; }),
+       "router_spec: selection=threshold clashes with normalize: threshold routers divide by "
+       "row_norm"},
+      {changed(sparsemixer, [](router_spec& s) { s.k = 1; }),
+       "router_spec: k of sparsemixer is 1, expected 2"},
+      {changed(sparsemixer, [](router_spec& s) { s.normalize = normalization::sum; }),
+       "router_spec: selection=sparsemixer clashes with normalize or scale: its two weights come "
+       "from two softmaxes"},
+      {changed(random, [](router_spec& s) { s.normalize = normalization::sum; }),
+       "router_spec: normalize or scale clashes with selection=random: every choice weighs 1 / k"},
+      {changed(sparsemixer, [](router_spec& s) { s.scale = 2.0f; }),
+       "router_spec: selection=sparsemixer clashes with normalize or scale: its two weights come "
+       "from two softmaxes"},
+      {changed(random, [](router_spec& s) { s.scale = 2.0f; }),
+       "router_spec: normalize or scale clashes with selection=random: every choice weighs 1 / k"},
+      {changed(top2, [](router_spec& s) { s.domain = score_domain::selected; }),
+       "router_spec: selection=top2_second_by_logit clashes with score=softmax: top2 weighs by the "
+       "softmax over all experts"},
+      {changed(product_keys, [](router_spec& s) { s.first_keys = 17; }),
+       "router_spec: first_keys is 17, expected 1 to 16"},
+      {changed(product_keys, [](router_spec& s) { s.first_keys = -1; }),
+       "router_spec: first_keys is -1, expected 1 to 16"},
+      {changed(product_keys, [](router_spec& s) { s.first_keys = 3; }),
+       "router_spec: experts is 16, expected a multiple of first_keys = 3"},
+      {changed(sparsemixer, [](router_spec& s) { s.softcap = 3.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=sparsemixer: it takes "
+       "logits as they are"},
+      {changed(random, [](router_spec& s) { s.softcap = 3.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=random: it takes logits "
+       "as they are"},
+      {changed(top2, [](router_spec& s) { s.softcap = 3.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=top2_second_by_logit: it "
+       "takes logits as they are"},
+      {changed(product_keys, [](router_spec& s) { s.softcap = 3.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=product_keys: it takes "
+       "logits as they are"},
+      {changed(sinkhorn, [](router_spec& s) { s.softcap = 3.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=sinkhorn: it takes logits "
+       "as they are"},
+      {changed(base, [](router_spec& s) { s.softcap = 3.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=base: it takes logits as "
+       "they are"},
+      {changed(soft, [](router_spec& s) { s.softcap = 3.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=soft: it takes logits as "
+       "they are"},
+      {changed(sparsemixer, [](router_spec& s) { s.temperature = 2.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=sparsemixer: it takes "
+       "logits as they are"},
+      {changed(random, [](router_spec& s) { s.temperature = 2.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=random: it takes logits "
+       "as they are"},
+      {changed(top2, [](router_spec& s) { s.temperature = 2.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=top2_second_by_logit: it "
+       "takes logits as they are"},
+      {changed(product_keys, [](router_spec& s) { s.temperature = 2.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=product_keys: it takes "
+       "logits as they are"},
+      {changed(sinkhorn, [](router_spec& s) { s.temperature = 2.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=sinkhorn: it takes logits "
+       "as they are"},
+      {changed(base, [](router_spec& s) { s.temperature = 2.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=base: it takes logits as "
+       "they are"},
+      {changed(soft, [](router_spec& s) { s.temperature = 2.0f; }),
+       "router_spec: logit_softcap or temperature clashes with selection=soft: it takes logits as "
+       "they are"},
+      {changed(sparsemixer, [](router_spec& s) { s.divide_by_k = true; }),
+       "router_spec: post_divide_by_k or per_expert_scale clashes with selection=sparsemixer: it "
+       "has weights of its own"},
+      {changed(threshold, [](router_spec& s) { s.divide_by_k = true; }),
+       "router_spec: post_divide_by_k or per_expert_scale clashes with selection=threshold: it has "
+       "weights of its own"},
+      {changed(random, [](router_spec& s) { s.divide_by_k = true; }),
+       "router_spec: post_divide_by_k or per_expert_scale clashes with selection=random: it has "
+       "weights of its own"},
+      {changed(sinkhorn, [](router_spec& s) { s.divide_by_k = true; }),
+       "router_spec: per_expert_scale or post_divide_by_k clashes with selection=sinkhorn: its "
+       "weights are its own"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.normalize = normalization::sum;
+                 s.capacity = 4;
+                 s.normalize_before_drop = false;
+                 s.divide_by_k = true;
+               }),
+       "router_spec: norm_before_drop=false clashes with scale, per_expert_scale or "
+       "post_divide_by_k: after dropping weights are divided by their sum, which takes a factor "
+       "away"},
+      {changed(sparsemixer, [](router_spec& s) { s.per_expert_scale = true; }),
+       "router_spec: post_divide_by_k or per_expert_scale clashes with selection=sparsemixer: it "
+       "has weights of its own"},
+      {changed(threshold, [](router_spec& s) { s.per_expert_scale = true; }),
+       "router_spec: post_divide_by_k or per_expert_scale clashes with selection=threshold: it has "
+       "weights of its own"},
+      {changed(random, [](router_spec& s) { s.per_expert_scale = true; }),
+       "router_spec: post_divide_by_k or per_expert_scale clashes with selection=random: it has "
+       "weights of its own"},
+      {changed(sinkhorn, [](router_spec& s) { s.per_expert_scale = true; }),
+       "router_spec: per_expert_scale or post_divide_by_k clashes with selection=sinkhorn: its "
+       "weights are its own"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.normalize = normalization::sum;
+                 s.capacity = 4;
+                 s.normalize_before_drop = false;
+                 s.per_expert_scale = true;
+               }),
+       "router_spec: norm_before_drop=false clashes with scale, per_expert_scale or "
+       "post_divide_by_k: after dropping weights are divided by their sum, which takes a factor "
+       "away"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.normalize = normalization::sum;
+                 s.eps_where = eps_mode::add;
+                 s.capacity = 4;
+                 s.normalize_before_drop = false;
+               }),
+       "router_spec: norm_before_drop=false clashes with normalize=lp or eps_mode=add: after "
+       "dropping weights are divided by max(sum, eps)"},
+      {changed(top_k, [](router_spec& s) { s.scale = HUGE_VALF; }),
+       "router_spec: scale is inf, expected a finite number"},
+      {changed(top_k, [](router_spec& s) { s.output_scale = HUGE_VALF; }),
+       "router_spec: output_scale is inf, expected a finite number"},
+      {changed(top_k, [](router_spec& s) { s.eps = HUGE_VALF; }),
+       "router_spec: eps is inf, expected a finite number"},
+      {changed(top_k, [](router_spec& s) { s.softcap = HUGE_VALF; }),
+       "router_spec: logit_softcap is inf, expected a finite number"},
+      {changed(top_k, [](router_spec& s) { s.temperature = HUGE_VALF; }),
+       "router_spec: temperature is inf, expected a finite number"},
+      {changed(top_k, [](router_spec& s) { s.threshold = HUGE_VALF; }),
+       "router_spec: threshold is inf, expected a finite number"},
+      {changed(top_k, [](router_spec& s) { s.jitter = HUGE_VALF; }),
+       "router_spec: jitter_eps is inf, expected a finite number"},
+      {changed(top_k, [](router_spec& s) { s.noise_sigma = HUGE_VALF; }),
+       "router_spec: noise_sigma is inf, expected a finite number"},
+      {changed(top_k, [](router_spec& s) { s.noise_floor = HUGE_VALF; }),
+       "router_spec: noise_floor is inf, expected a finite number"},
+      {changed(top_k, [](router_spec& s) { s.pass_lambda = HUGE_VALF; }),
+       "router_spec: pass_lambda is inf, expected a finite number"},
+      {changed(top_k, [](router_spec& s) { s.noise_sigma = -1.0f; }),
+       "router_spec: noise_sigma is -1, expected >= 0"},
+      {changed(top_k, [](router_spec& s) { s.noise_floor = -1.0f; }),
+       "router_spec: noise_floor is -1, expected >= 0"},
+      {changed(top_k, [](router_spec& s) { s.softcap = -1.0f; }),
+       "router_spec: logit_softcap is -1, expected >= 0"},
+      {changed(top_k, [](router_spec& s) { s.jitter = -1.0f; }),
+       "router_spec: jitter_eps is -1, expected >= 0"},
+      {changed(top_k, [](router_spec& s) { s.standardize = -1.0f; }),
+       "router_spec: standardize is -1, expected >= 0"},
+      {changed(top_k, [](router_spec& s) { s.temperature = -1.0f; }),
+       "router_spec: temperature is -1, expected > 0"},
+      {changed(sparsemixer, [](router_spec& s) { s.noise = noise_kind::gumbel; }),
+       "router_spec: noise=gumbel clashes with selection=sparsemixer: it takes logits as they are"},
+      {changed(top2, [](router_spec& s) { s.noise = noise_kind::gumbel; }),
+       "router_spec: noise=gumbel clashes with selection=top2_second_by_logit: it takes logits as "
+       "they are"},
+      {changed(sinkhorn, [](router_spec& s) { s.noise = noise_kind::gumbel; }),
+       "router_spec: noise=gumbel clashes with selection=sinkhorn: it takes logits as they are"},
+      {changed(expert_choice, [](router_spec& s) { s.noise = noise_kind::gumbel; }),
+       "router_spec: noise=gumbel clashes with selection=expert_choice: it takes logits as they "
+       "are"},
+      {changed(top_k, [](router_spec& s) { s.zero_experts = -1; }),
+       "router_spec: zero_experts is -1, expected 0 to 7"},
+      {changed(top_k, [](router_spec& s) { s.capacity = index_t{1} << 31; }),
+       "router_spec: capacity is 2147483648, expected 0 to 2147483647"},
+      {changed(top_p, [](router_spec& s) { s.explore = 0.5f; }),
+       "router_spec: explore clashes with selection=top_p: only a common top_k explores"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.explore = 0.5f;
+                 s.passes = 2;
+               }),
+       "router_spec: explore clashes with selection=top_k: only a common top_k explores"},
+      {changed(top_k, [](router_spec& s) { s.explore = -0.5f; }),
+       "router_spec: explore is -0.5, expected 0 to 1"},
+      {changed(top_k, [](router_spec& s) { s.explore = 1.5f; }),
+       "router_spec: explore is 1.5, expected 0 to 1"},
+      {changed(top_k, [](router_spec& s) { s.shares = true; }),
+       "router_spec: shares clashes with selection=top_k: only sinkhorn and selective_sinkhorn "
+       "have shares per expert"},
+      {changed(top_p, [](router_spec& s) { s.ties = tie_order::higher_id; }),
+       "router_spec: ties=higher_id clashes with selection=top_p: only top_k and each_group turn "
+       "ties"},
+      {changed(counted, [](router_spec& s) { s.ties = tie_order::higher_id; }),
+       "router_spec: ties=higher_id clashes with selection=counted: only top_k and each_group turn "
+       "ties"},
+      {changed(top_p, [](router_spec& s) { s.weight_apart = true; }),
+       "router_spec: weight_score clashes with selection=top_p: only top_k, each_group and counted "
+       "weigh by another score"},
+      {changed(top_p, [](router_spec& s) { s.second_logits = logit_pairs::sigmoid_sum; }),
+       "router_spec: second_logits=sigmoid_sum clashes with selection=top_p: only top_k, "
+       "each_group and counted take two logits per expert"},
+      {changed(top_p, [](router_spec& s) { s.passes = 2; }),
+       "router_spec: passes clashes with selection=top_p: only top_k, each_group and counted take "
+       "logits of passes"},
+      {changed(top_p, [](router_spec& s) { s.standardize = 1.0f; }),
+       "router_spec: standardize clashes with selection=top_p: only top_k, each_group and counted "
+       "have steps before them"},
+      {changed(top_p, [](router_spec& s) { s.steering = true; }),
+       "router_spec: steering clashes with selection=top_p: only top_k, each_group and counted "
+       "have steps before them"},
+      {changed(top_p, [](router_spec& s) { s.candidates = 4; }),
+       "router_spec: candidates clashes with selection=top_p: only top_k, each_group and counted "
+       "have steps before them"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.second_logits = logit_pairs::sigmoid_sum;
+               }),
+       "router_spec: second_logits=sigmoid_sum clashes with selection=counted: only top_k, "
+       "each_group and counted take two logits per expert"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.passes = 2;
+               }),
+       "router_spec: passes clashes with selection=counted: only top_k, each_group and counted "
+       "take logits of passes"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.standardize = 1.0f;
+               }),
+       "router_spec: standardize clashes with selection=counted: only top_k, each_group and "
+       "counted have steps before them"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.steering = true;
+               }),
+       "router_spec: steering clashes with selection=counted: only top_k, each_group and counted "
+       "have steps before them"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.candidates = 4;
+               }),
+       "router_spec: candidates clashes with selection=counted: only top_k, each_group and counted "
+       "have steps before them"},
+      {changed(counted, [](router_spec& s) { s.second_logits = logit_pairs::weigh; }),
+       "router_spec: second_logits=weigh clashes with selection=counted: only top_k and each_group "
+       "take two logits per expert"},
+      {changed(top_k, [](router_spec& s) { s.second_logits = logit_pairs::sigmoid_sum; }),
+       "router_spec: second_logits=sigmoid_sum clashes with score=softmax: the sum is the score: "
+       "score=identity"},
+      {changed(top_k, [](router_spec& s) { s.standardize = HUGE_VALF; }),
+       "router_spec: standardize is inf, expected >= 0"},
+      {changed(top_k, [](router_spec& s) { s.passes = 0; }),
+       "router_spec: passes is 0, expected 1 to 65536"},
+      {changed(top_k, [](router_spec& s) { s.passes = 65537; }),
+       "router_spec: passes is 65537, expected 1 to 65536"},
+      {changed(top_k, [](router_spec& s) { s.candidates = 1; }),
+       "router_spec: candidates is 1, expected 2 to 8"},
+      {changed(top_k, [](router_spec& s) { s.candidates = 9; }),
+       "router_spec: candidates is 9, expected 2 to 8"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.second_logits = logit_pairs::weigh;
+                 s.passes = 2;
+               }),
+       "router_spec: second_logits=weigh clashes with passes=2: columns are read one way"},
+      {changed(soft, [](router_spec& s) { s.gate.kind = gate_kind::cosine; }),
+       "router_spec: gate=cosine clashes with selection=soft: its slots are its gate"},
+      {changed(top_k, [](router_spec& s) { s.gate.d = -1; }),
+       "router_spec: gate_d is -1, expected 0 to 2147483648"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.gate.kind = gate_kind::mlp;
+                 s.gate.width = 0;
+               }),
+       "router_spec: gate_width is 0, expected 1 to 2147483648"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.gate.kind = gate_kind::low_rank_cosine;
+                 s.gate.width = 0;
+               }),
+       "router_spec: gate_width is 0, expected 1 to 2147483648"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.gate.kind = gate_kind::codebook;
+                 s.gate.width = 7;
+               }),
+       "router_spec: gate_width is 7, expected 8 to 2147483648"},
+      {changed(top_k, [](router_spec& s) { s.gate.temperature = 0.0f; }),
+       "router_spec: gate_temperature is 0, expected > 0"},
+      {changed(top_k, [](router_spec& s) { s.gate.temperature = -1.0f; }),
+       "router_spec: gate_temperature is -1, expected > 0"},
+      {changed(top_k, [](router_spec& s) { s.gate.temperature = HUGE_VALF; }),
+       "router_spec: gate_temperature is inf, expected > 0"},
+      {changed(top_k, [](router_spec& s) { s.gate.scale = HUGE_VALF; }),
+       "router_spec: gate_scale is inf, expected a finite number"},
+      {changed(top_k, [](router_spec& s) { s.gate.eps = -1.0f; }),
+       "router_spec: gate_eps is -1, expected >= 0"},
+      {changed(top_k, [](router_spec& s) { s.gate.eps = HUGE_VALF; }),
+       "router_spec: gate_eps is inf, expected >= 0"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.gate_bias = true;
+                 s.gate.kind = gate_kind::cosine;
+                 s.gate.width = 8;
+               }),
+       "router_spec: gate_bias clashes with gate=cosine: it has none"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.gate_bias = true;
+                 s.gate.kind = gate_kind::low_rank_cosine;
+                 s.gate.width = 8;
+               }),
+       "router_spec: gate_bias clashes with gate=low_rank_cosine: it has none"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.gate_bias = true;
+                 s.gate.kind = gate_kind::codebook;
+                 s.gate.width = 8;
+               }),
+       "router_spec: gate_bias clashes with gate=codebook: it has none"},
+      {changed(top_k,
+               [](router_spec& s) {
+                 s.gate_bias = true;
+                 s.gate.kind = gate_kind::none;
+                 s.gate.width = 8;
+               }),
+       "router_spec: gate_bias clashes with gate=none: it has none"},
+      {changed(top_k, [](router_spec& s) { s.gate.kind = gate_kind::mixing; }),
+       "router_spec: gate=mixing clashes with score=softmax: its columns are probabilities: "
+       "score=identity"},
+      {changed(expert_choice, [](router_spec& s) { s.take.factor = 0.0; }),
+       "expert_choice: capacity.factor is 0.000000, expected > 0"},
+      {changed(expert_choice, [](router_spec& s) { s.take.factor = HUGE_VAL; }),
+       "expert_choice: capacity.factor is inf, expected > 0"},
+      {changed(expert_choice, [](router_spec& s) { s.take.multiple_of = 0; }),
+       "expert_choice: capacity.multiple_of is 0, expected 1 to 1073741824"},
+      {changed(expert_choice, [](router_spec& s) { s.take.at_least = 0; }),
+       "expert_choice: capacity.at_least is 0, expected 1 to 1073741824"},
+      {changed(expert_choice, [](router_spec& s) { s.take.fixed = -1; }),
+       "expert_choice: capacity.fixed is -1, expected 0 to 1073741824"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.take.factor = 0.0; }),
+       "expert_choice: capacity.factor is 0.000000, expected > 0"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.take.factor = HUGE_VAL; }),
+       "expert_choice: capacity.factor is inf, expected > 0"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.take.multiple_of = 0; }),
+       "expert_choice: capacity.multiple_of is 0, expected 1 to 1073741824"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.take.at_least = 0; }),
+       "expert_choice: capacity.at_least is 0, expected 1 to 1073741824"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.take.fixed = -1; }),
+       "expert_choice: capacity.fixed is -1, expected 0 to 1073741824"},
+      {changed(sparse_transport, [](router_spec& s) { s.take.factor = 0.0; }),
+       "expert_choice: capacity.factor is 0.000000, expected > 0"},
+      {changed(sparse_transport, [](router_spec& s) { s.take.factor = HUGE_VAL; }),
+       "expert_choice: capacity.factor is inf, expected > 0"},
+      {changed(sparse_transport, [](router_spec& s) { s.take.multiple_of = 0; }),
+       "expert_choice: capacity.multiple_of is 0, expected 1 to 1073741824"},
+      {changed(sparse_transport, [](router_spec& s) { s.take.at_least = 0; }),
+       "expert_choice: capacity.at_least is 0, expected 1 to 1073741824"},
+      {changed(sparse_transport, [](router_spec& s) { s.take.fixed = -1; }),
+       "expert_choice: capacity.fixed is -1, expected 0 to 1073741824"},
+      {changed(sparse_transport_tokens, [](router_spec& s) { s.take.factor = 0.0; }),
+       "expert_choice: capacity.factor is 0.000000, expected > 0"},
+      {changed(sparse_transport_tokens, [](router_spec& s) { s.take.factor = HUGE_VAL; }),
+       "expert_choice: capacity.factor is inf, expected > 0"},
+      {changed(sparse_transport_tokens, [](router_spec& s) { s.take.multiple_of = 0; }),
+       "expert_choice: capacity.multiple_of is 0, expected 1 to 1073741824"},
+      {changed(sparse_transport_tokens, [](router_spec& s) { s.take.at_least = 0; }),
+       "expert_choice: capacity.at_least is 0, expected 1 to 1073741824"},
+      {changed(sparse_transport_tokens, [](router_spec& s) { s.take.fixed = -1; }),
+       "expert_choice: capacity.fixed is -1, expected 0 to 1073741824"},
+      {changed(sinkhorn, [](router_spec& s) { s.plan.temperature = 0.0f; }),
+       "router_spec: temperature is 0.000000, expected > 0"},
+      {changed(sinkhorn, [](router_spec& s) { s.plan.temperature = HUGE_VALF; }),
+       "router_spec: temperature is inf, expected > 0"},
+      {changed(sinkhorn, [](router_spec& s) { s.plan.eps = -1.0f; }),
+       "router_spec: eps is -1.000000, expected >= 0"},
+      {changed(sinkhorn, [](router_spec& s) { s.plan.eps = HUGE_VALF; }),
+       "router_spec: eps is inf, expected >= 0"},
+      {changed(sinkhorn, [](router_spec& s) { s.plan.tolerance = -1.0f; }),
+       "router_spec: tolerance is -1.000000, expected >= 0"},
+      {changed(sinkhorn, [](router_spec& s) { s.plan.most_iterations = 0; }),
+       "router_spec: most_iterations is 0, expected 1 to 1073741824"},
+      {changed(selective_sinkhorn, [](router_spec& s) { s.plan.temperature = 0.0f; }),
+       "router_spec: temperature is 0.000000, expected > 0"},
+      {changed(selective_sinkhorn, [](router_spec& s) { s.plan.temperature = HUGE_VALF; }),
+       "router_spec: temperature is inf, expected > 0"},
+      {changed(selective_sinkhorn, [](router_spec& s) { s.plan.eps = -1.0f; }),
+       "router_spec: eps is -1.000000, expected >= 0"},
+      {changed(selective_sinkhorn, [](router_spec& s) { s.plan.eps = HUGE_VALF; }),
+       "router_spec: eps is inf, expected >= 0"},
+      {changed(selective_sinkhorn, [](router_spec& s) { s.plan.tolerance = -1.0f; }),
+       "router_spec: tolerance is -1.000000, expected >= 0"},
+      {changed(selective_sinkhorn, [](router_spec& s) { s.plan.most_iterations = 0; }),
+       "router_spec: most_iterations is 0, expected 1 to 1073741824"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.plan.temperature = 0.0f; }),
+       "router_spec: temperature is 0.000000, expected > 0"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.plan.temperature = HUGE_VALF; }),
+       "router_spec: temperature is inf, expected > 0"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.plan.eps = -1.0f; }),
+       "router_spec: eps is -1.000000, expected >= 0"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.plan.eps = HUGE_VALF; }),
+       "router_spec: eps is inf, expected >= 0"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.plan.tolerance = -1.0f; }),
+       "router_spec: tolerance is -1.000000, expected >= 0"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.plan.most_iterations = 0; }),
+       "router_spec: most_iterations is 0, expected 1 to 1073741824"},
+      {changed(expert_choice, [](router_spec& s) { s.domain = score_domain::selected; }),
+       "router_spec: score_domain=selected clashes with selection=expert_choice: it scores every "
+       "expert"},
+      {changed(sinkhorn, [](router_spec& s) { s.domain = score_domain::selected; }),
+       "router_spec: score_domain=selected clashes with selection=sinkhorn: it scores every "
+       "expert"},
+      {changed(base, [](router_spec& s) { s.domain = score_domain::selected; }),
+       "router_spec: score_domain=selected clashes with selection=base: it scores every expert"},
+      {changed(soft, [](router_spec& s) { s.domain = score_domain::selected; }),
+       "router_spec: score_domain=selected clashes with selection=soft: it scores every expert"},
+      {changed(sparse_transport, [](router_spec& s) { s.domain = score_domain::selected; }),
+       "router_spec: score_domain=selected clashes with selection=sparse_transport: it scores "
+       "every expert"},
+      {changed(expert_choice, [](router_spec& s) { s.score = score_kind::uniform; }),
+       "router_spec: score=uniform clashes with selection=expert_choice: equal scores choose "
+       "nothing"},
+      {changed(expert_choice, [](router_spec& s) { s.normalize = normalization::lp; }),
+       "router_spec: normalize=lp or eps_mode=clamp clashes with selection=expert_choice: a "
+       "token's weights are divided by sum + eps"},
+      {changed(expert_choice,
+               [](router_spec& s) {
+                 s.normalize = normalization::sum;
+                 s.eps_where = eps_mode::clamp;
+               }),
+       "router_spec: normalize=lp or eps_mode=clamp clashes with selection=expert_choice: a "
+       "token's weights are divided by sum + eps"},
+      {changed(expert_choice, [](router_spec& s) { s.sequence = -1; }),
+       "router_spec: sequence is -1, expected 0 to 2147483648"},
+      {changed(expert_choice, [](router_spec& s) { s.max_k = -1; }),
+       "router_spec: max_k is -1, expected 0 to 8"},
+      {changed(expert_choice, [](router_spec& s) { s.max_k = 9; }),
+       "router_spec: max_k is 9, expected 0 to 8"},
+      {changed(sinkhorn, [](router_spec& s) { s.score = score_kind::sigmoid; }),
+       "router_spec: score=sigmoid clashes with selection=sinkhorn: its scores are its own"},
+      {changed(sinkhorn, [](router_spec& s) { s.normalize = normalization::sum; }),
+       "router_spec: normalize clashes with selection=sinkhorn: its weights are its own"},
+      {changed(sinkhorn, [](router_spec& s) { s.scale = 2.0f; }),
+       "router_spec: scale=2 clashes with selection=sinkhorn: its weights are its own: "
+       "scale_where=output"},
+      {changed(base, [](router_spec& s) { s.score = score_kind::sigmoid; }),
+       "router_spec: score=sigmoid clashes with selection=base: its scores are its own"},
+      {changed(base, [](router_spec& s) { s.normalize = normalization::sum; }),
+       "router_spec: normalize clashes with selection=base: its weights are its own"},
+      {changed(base, [](router_spec& s) { s.scale = 2.0f; }),
+       "router_spec: scale=2 clashes with selection=base: its weights are its own: "
+       "scale_where=output"},
+      {changed(sparse_transport, [](router_spec& s) { s.score = score_kind::sigmoid; }),
+       "router_spec: score=sigmoid clashes with selection=sparse_transport: its scores are its "
+       "own"},
+      {changed(sparse_transport, [](router_spec& s) { s.normalize = normalization::sum; }),
+       "router_spec: normalize clashes with selection=sparse_transport: its weights are its own"},
+      {changed(sparse_transport, [](router_spec& s) { s.scale = 2.0f; }),
+       "router_spec: scale=2 clashes with selection=sparse_transport: its weights are its own: "
+       "scale_where=output"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.score = score_kind::sigmoid; }),
+       "router_spec: score=sigmoid clashes with selection=sinkhorn_expert_choice: its scores are "
+       "its own"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.normalize = normalization::sum; }),
+       "router_spec: normalize clashes with selection=sinkhorn_expert_choice: its weights are its "
+       "own"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.scale = 2.0f; }),
+       "router_spec: scale=2 clashes with selection=sinkhorn_expert_choice: its weights are its "
+       "own: scale_where=output"},
+      {changed(sinkhorn,
+               [](router_spec& s) {
+                 s.phase = routing_phase::evaluation;
+                 s.plan_weights = plan_weights::plan;
+               }),
+       "router_spec: plan_weights=plan clashes with phase=evaluation: evaluation has no plan"},
+      {changed(sinkhorn_expert_choice, [](router_spec& s) { s.plan_weights = plan_weights::by_k; }),
+       "router_spec: plan_weights=by_k clashes with selection=sinkhorn_expert_choice: it weighs by "
+       "softmax or plan"},
+      {changed(sinkhorn_expert_choice,
+               [](router_spec& s) { s.plan_weights = plan_weights::sigmoid; }),
+       "router_spec: plan_weights=sigmoid clashes with selection=sinkhorn_expert_choice: it weighs "
+       "by softmax or plan"},
+      {changed(sparse_transport, [](router_spec& s) { s.plan_weights = plan_weights::by_k; }),
+       "router_spec: plan_weights=by_k clashes with selection=sparse_transport: it weighs by "
+       "softmax or plan"},
+      {changed(sparse_transport, [](router_spec& s) { s.plan_weights = plan_weights::sigmoid; }),
+       "router_spec: plan_weights=sigmoid clashes with selection=sparse_transport: it weighs by "
+       "softmax or plan"},
+      {changed(sparse_transport_tokens,
+               [](router_spec& s) { s.plan_weights = plan_weights::by_k; }),
+       "router_spec: plan_weights=by_k clashes with selection=sparse_transport_tokens: it weighs "
+       "by softmax or plan"},
+      {changed(sparse_transport_tokens,
+               [](router_spec& s) { s.plan_weights = plan_weights::sigmoid; }),
+       "router_spec: plan_weights=sigmoid clashes with selection=sparse_transport_tokens: it "
+       "weighs by softmax or plan"},
+      {changed(selective_sinkhorn, [](router_spec& s) { s.probability = -0.5f; }),
+       "router_spec: probability is -0.5, expected 0 to 1"},
+      {changed(selective_sinkhorn, [](router_spec& s) { s.probability = 1.5f; }),
+       "router_spec: probability is 1.5, expected 0 to 1"},
+      {changed(sparse_transport, [](router_spec& s) { s.support = -1; }),
+       "router_spec: support is -1, expected 0 to 1073741824"},
+      {changed(sparse_transport, [](router_spec& s) { s.plan.most_iterations = -1; }),
+       "router_spec: plan_iterations is -1, expected 0 to 1073741824"},
+      {changed(sparse_transport, [](router_spec& s) { s.plan_gamma = 0.0f; }),
+       "router_spec: plan_gamma is 0, expected > 0"},
+      {changed(sparse_transport, [](router_spec& s) { s.plan_gamma = HUGE_VALF; }),
+       "router_spec: plan_gamma is inf, expected > 0"},
+      {changed(sparse_transport, [](router_spec& s) { s.plan_rate = 0.0f; }),
+       "router_spec: plan_rate is 0, expected > 0"},
+      {changed(sparse_transport, [](router_spec& s) { s.plan_rate = HUGE_VALF; }),
+       "router_spec: plan_rate is inf, expected > 0"},
+      {changed(sparse_transport_tokens, [](router_spec& s) { s.support = -1; }),
+       "router_spec: support is -1, expected 0 to 1073741824"},
+      {changed(sparse_transport_tokens, [](router_spec& s) { s.plan.most_iterations = -1; }),
+       "router_spec: plan_iterations is -1, expected 0 to 1073741824"},
+      {changed(sparse_transport_tokens, [](router_spec& s) { s.plan_gamma = 0.0f; }),
+       "router_spec: plan_gamma is 0, expected > 0"},
+      {changed(sparse_transport_tokens, [](router_spec& s) { s.plan_gamma = HUGE_VALF; }),
+       "router_spec: plan_gamma is inf, expected > 0"},
+      {changed(sparse_transport_tokens, [](router_spec& s) { s.plan_rate = 0.0f; }),
+       "router_spec: plan_rate is 0, expected > 0"},
+      {changed(sparse_transport_tokens, [](router_spec& s) { s.plan_rate = HUGE_VALF; }),
+       "router_spec: plan_rate is inf, expected > 0"},
+      {changed(base, [](router_spec& s) { s.rounds = 0; }),
+       "router_spec: rounds is 0, expected 1 to 1073741824"},
+      {changed(soft, [](router_spec& s) { s.slots_per_expert = 0; }),
+       "router_spec: slots_per_expert is 0, expected 1 to 1048576"},
+      {changed(counted, [](router_spec& s) { s.min_k = 0; }),
+       "router_spec: min_k is 0, expected 1 to 8"},
+      {changed(counted, [](router_spec& s) { s.min_k = 9; }),
+       "router_spec: min_k is 9, expected 1 to 8"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.min_k = 2;
+                 s.max_k = 1;
+               }),
+       "router_spec: max_k is 1, expected 2 to 1048576"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.score = score_kind::sigmoid;
+               }),
+       "router_spec: count=tsallis clashes with score=sigmoid: it needs probabilities: softmax "
+       "over all experts"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.domain = score_domain::selected;
+               }),
+       "router_spec: count=tsallis clashes with score=softmax: it needs probabilities: softmax "
+       "over all experts"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.weight_apart = true;
+               }),
+       "router_spec: count=tsallis clashes with score=softmax: it needs probabilities: softmax "
+       "over all experts"},
+      {changed(counted, [](router_spec& s) { s.count = count_rule::tsallis; }),
+       "top_p: p is 0.000000, expected more than 0 and at most 1"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.tsallis_q = 0.0f;
+               }),
+       "dense_if: q is 0.000000, expected more than 0 and at most 8"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.tsallis_q = 9.0f;
+               }),
+       "dense_if: q is 9.000000, expected more than 0 and at most 8"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.dense_above = -0.5f;
+               }),
+       "dense_if: threshold is -0.500000, expected 0 to 1"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::tsallis;
+                 s.top_p = 0.5f;
+                 s.dense_above = 1.5f;
+               }),
+       "dense_if: threshold is 1.500000, expected 0 to 1"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::entropy;
+                 s.max_k = 3;
+                 s.entropy_low = -1.0f;
+               }),
+       "counted: entropy_low is -1.000000, expected >= 0"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::entropy;
+                 s.max_k = 3;
+                 s.entropy_high = 0.25f;
+               }),
+       "counted: entropy_high is 0.250000, expected at least entropy_low = 0.500000"},
+      {changed(counted, [](router_spec& s) { s.count = count_rule::entropy; }),
+       "counted: max_k is 0, expected 1 to 1048576"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::entropy;
+                 s.max_k = 3;
+                 s.mid_k = 4;
+               }),
+       "counted: mid_k is 4, expected 1 to 3"},
+      {changed(counted,
+               [](router_spec& s) {
+                 s.count = count_rule::entropy;
+                 s.max_k = 3;
+                 s.min_k = 2;
+                 s.mid_k = 1;
+               }),
+       "counted: mid_k is 1, expected 2 to 3"},
+      {changed(counted, [](router_spec& s) { s.quantile = -0.5f; }),
+       "router_spec: quantile is -0.5, expected 0 to 1"},
+      {changed(counted, [](router_spec& s) { s.quantile = 1.5f; }),
+       "router_spec: quantile is 1.5, expected 0 to 1"},
+      {changed(counted, [](router_spec& s) { s.ratio = -0.5f; }),
+       "router_spec: ratio is -0.5, expected 0 to 1"},
+      {changed(counted, [](router_spec& s) { s.ratio = 1.5f; }),
+       "router_spec: ratio is 1.5, expected 0 to 1"},
+      {changed(counted, [](router_spec& s) { s.count_scope = row_scope::batch; }),
+       "router_spec: count_scope=batch clashes with count=ratio: only a percentile is taken among "
+       "all tokens"},
+      {changed(counted, [](router_spec& s) { s.score = score_kind::uniform; }),
+       "router_spec: score=uniform clashes with selection=counted: equal scores choose nothing"},
+      {changed(top_p, [](router_spec& s) { s.selection_bias = true; }),
+       "router_spec: bias=selection clashes with selection=top_p: only top_k and each_group add a "
+       "selection bias"},
+  };
+  for (const auto& [spec, message] : all) CHECK(refused(spec) == "moeroute::" + message);
+}
+
+TEST_CASE("what lies at the end of a range, or fits another word, is accepted") {
+  using enum selection_kind;
+  const std::vector<router_spec> all{
+      changed(each_group,
+              [](router_spec& s) {
+                s.groups = 2;
+                s.selection_bias = true;
+              }),
+      changed(top_k,
+              [](router_spec& s) {
+                s.groups = 4;
+                s.topk_group = 1;
+                s.group_fill = 0.0f;
+              }),
+      changed(top_p, [](router_spec& s) { s.top_p = 1.0f; }),
+      changed(top_p,
+              [](router_spec& s) {
+                s.min_k = 2;
+                s.max_k = 2;
+              }),
+      changed(threshold, [](router_spec& s) { s.score = score_kind::sigmoid; }),
+      changed(threshold,
+              [](router_spec& s) {
+                s.score = score_kind::identity;
+                s.row_norm = threshold_norm::rms;
+              }),
+      changed(product_keys, [](router_spec& s) { s.first_keys = 2; }),
+      changed(product_keys, [](router_spec& s) { s.first_keys = 16; }),
+      changed(expert_table, [](router_spec& s) { s.score = score_kind::uniform; }),
+      changed(random, [](router_spec& s) { s.score = score_kind::uniform; }),
+      changed(top_k, [](router_spec& s) { s.softcap = 3.0f; }),
+      changed(top_p, [](router_spec& s) { s.softcap = 3.0f; }),
+      changed(threshold, [](router_spec& s) { s.softcap = 3.0f; }),
+      changed(expert_table, [](router_spec& s) { s.softcap = 3.0f; }),
+      changed(each_group, [](router_spec& s) { s.softcap = 3.0f; }),
+      changed(counted, [](router_spec& s) { s.softcap = 3.0f; }),
+      changed(top_k, [](router_spec& s) { s.temperature = 2.0f; }),
+      changed(top_p, [](router_spec& s) { s.temperature = 2.0f; }),
+      changed(threshold, [](router_spec& s) { s.temperature = 2.0f; }),
+      changed(expert_table, [](router_spec& s) { s.temperature = 2.0f; }),
+      changed(each_group, [](router_spec& s) { s.temperature = 2.0f; }),
+      changed(counted, [](router_spec& s) { s.temperature = 2.0f; }),
+      changed(top_k, [](router_spec& s) { s.divide_by_k = true; }),
+      changed(product_keys, [](router_spec& s) { s.divide_by_k = true; }),
+      changed(top2, [](router_spec& s) { s.divide_by_k = true; }),
+      changed(top_p, [](router_spec& s) { s.divide_by_k = true; }),
+      changed(top_k, [](router_spec& s) { s.per_expert_scale = true; }),
+      changed(product_keys, [](router_spec& s) { s.per_expert_scale = true; }),
+      changed(top2, [](router_spec& s) { s.per_expert_scale = true; }),
+      changed(top_p, [](router_spec& s) { s.per_expert_scale = true; }),
+      changed(top_k, [](router_spec& s) { s.noise_sigma = 0.0f; }),
+      changed(top_k, [](router_spec& s) { s.noise_floor = 0.0f; }),
+      changed(top_k, [](router_spec& s) { s.softcap = 0.0f; }),
+      changed(top_k, [](router_spec& s) { s.jitter = 0.0f; }),
+      changed(top_k, [](router_spec& s) { s.standardize = 0.0f; }),
+      changed(top_k, [](router_spec& s) { s.noise = noise_kind::gaussian; }),
+      changed(threshold, [](router_spec& s) { s.noise = noise_kind::gaussian; }),
+      changed(selective_sinkhorn, [](router_spec& s) { s.noise = noise_kind::gumbel; }),
+      changed(top_k, [](router_spec& s) { s.zero_experts = 7; }),
+      changed(top_k, [](router_spec& s) { s.explore = 1.0f; }),
+      changed(sinkhorn, [](router_spec& s) { s.shares = true; }),
+      changed(selective_sinkhorn, [](router_spec& s) { s.shares = true; }),
+      changed(each_group, [](router_spec& s) { s.ties = tie_order::higher_id; }),
+      changed(counted, [](router_spec& s) { s.weight_apart = true; }),
+      changed(each_group, [](router_spec& s) { s.weight_apart = true; }),
+      changed(counted, [](router_spec& s) { s.passes = 2; }),
+      changed(each_group, [](router_spec& s) { s.passes = 2; }),
+      changed(top_k, [](router_spec& s) { s.passes = 2; }),
+      changed(counted, [](router_spec& s) { s.standardize = 1.0f; }),
+      changed(each_group, [](router_spec& s) { s.standardize = 1.0f; }),
+      changed(top_k, [](router_spec& s) { s.standardize = 1.0f; }),
+      changed(counted, [](router_spec& s) { s.steering = true; }),
+      changed(each_group, [](router_spec& s) { s.steering = true; }),
+      changed(top_k, [](router_spec& s) { s.steering = true; }),
+      changed(counted, [](router_spec& s) { s.candidates = 4; }),
+      changed(each_group, [](router_spec& s) { s.candidates = 4; }),
+      changed(top_k, [](router_spec& s) { s.candidates = 4; }),
+      changed(counted,
+              [](router_spec& s) {
+                s.score = score_kind::identity;
+                s.second_logits = logit_pairs::sigmoid_sum;
+              }),
+      changed(each_group,
+              [](router_spec& s) {
+                s.score = score_kind::identity;
+                s.second_logits = logit_pairs::sigmoid_sum;
+              }),
+      changed(top_k,
+              [](router_spec& s) {
+                s.score = score_kind::identity;
+                s.second_logits = logit_pairs::sigmoid_sum;
+              }),
+      changed(each_group, [](router_spec& s) { s.second_logits = logit_pairs::weigh; }),
+      changed(top_k, [](router_spec& s) { s.candidates = 2; }),
+      changed(counted, [](router_spec& s) { s.candidates = 1; }),
+      changed(top_k,
+              [](router_spec& s) {
+                s.gate.kind = gate_kind::mlp;
+                s.gate.width = 1;
+              }),
+      changed(top_k,
+              [](router_spec& s) {
+                s.gate.kind = gate_kind::low_rank_cosine;
+                s.gate.width = 1;
+              }),
+      changed(top_k,
+              [](router_spec& s) {
+                s.gate.kind = gate_kind::codebook;
+                s.gate.width = 8;
+              }),
+      changed(top_k, [](router_spec& s) { s.gate.eps = 0.0f; }),
+      changed(top_k,
+              [](router_spec& s) {
+                s.gate_bias = true;
+                s.gate.kind = gate_kind::linear;
+                s.gate.width = 8;
+              }),
+      changed(top_k,
+              [](router_spec& s) {
+                s.gate_bias = true;
+                s.gate.kind = gate_kind::rms;
+                s.gate.width = 8;
+              }),
+      changed(top_k,
+              [](router_spec& s) {
+                s.gate_bias = true;
+                s.gate.kind = gate_kind::mlp;
+                s.gate.width = 8;
+              }),
+      changed(top_k,
+              [](router_spec& s) {
+                s.gate.kind = gate_kind::mixing;
+                s.score = score_kind::identity;
+                s.gate_bias = true;
+              }),
+      changed(sinkhorn,
+              [](router_spec& s) {
+                s.plan.tolerance = 0.0f;
+                s.plan.eps = 0.0f;
+                s.plan.most_iterations = 1;
+              }),
+      changed(selective_sinkhorn,
+              [](router_spec& s) {
+                s.plan.tolerance = 0.0f;
+                s.plan.eps = 0.0f;
+                s.plan.most_iterations = 1;
+              }),
+      changed(sinkhorn_expert_choice,
+              [](router_spec& s) {
+                s.plan.tolerance = 0.0f;
+                s.plan.eps = 0.0f;
+                s.plan.most_iterations = 1;
+              }),
+      changed(expert_choice,
+              [](router_spec& s) {
+                s.normalize = normalization::sum;
+                s.eps_where = eps_mode::add;
+                s.eps = 1.0f;
+                s.scale = 2.0f;
+                s.score = score_kind::sigmoid;
+              }),
+      changed(expert_choice, [](router_spec& s) { s.max_k = 8; }),
+      changed(sinkhorn,
+              [](router_spec& s) {
+                s.scale = 2.0f;
+                s.scale_where = scale_place::output;
+              }),
+      changed(base,
+              [](router_spec& s) {
+                s.scale = 2.0f;
+                s.scale_where = scale_place::output;
+              }),
+      changed(sparse_transport,
+              [](router_spec& s) {
+                s.scale = 2.0f;
+                s.scale_where = scale_place::output;
+              }),
+      changed(sinkhorn_expert_choice,
+              [](router_spec& s) {
+                s.scale = 2.0f;
+                s.scale_where = scale_place::output;
+              }),
+      changed(soft, [](router_spec& s) { s.scale = 2.0f; }),
+      changed(sinkhorn, [](router_spec& s) { s.phase = routing_phase::evaluation; }),
+      changed(sinkhorn, [](router_spec& s) { s.plan_weights = plan_weights::plan; }),
+      changed(sinkhorn_expert_choice, [](router_spec& s) { s.plan_weights = plan_weights::plan; }),
+      changed(sparse_transport, [](router_spec& s) { s.plan_weights = plan_weights::plan; }),
+      changed(sparse_transport_tokens, [](router_spec& s) { s.plan_weights = plan_weights::plan; }),
+      changed(selective_sinkhorn, [](router_spec& s) { s.probability = 0.0f; }),
+      changed(selective_sinkhorn, [](router_spec& s) { s.probability = 1.0f; }),
+      changed(sparse_transport, [](router_spec& s) { s.plan.most_iterations = 0; }),
+      changed(sparse_transport_tokens, [](router_spec& s) { s.plan.most_iterations = 0; }),
+      changed(counted,
+              [](router_spec& s) {
+                s.min_k = 2;
+                s.max_k = 2;
+              }),
+      changed(counted,
+              [](router_spec& s) {
+                s.count = count_rule::tsallis;
+                s.top_p = 0.5f;
+                s.tsallis_q = 8.0f;
+                s.dense_above = 1.0f;
+              }),
+      changed(counted,
+              [](router_spec& s) {
+                s.count = count_rule::tsallis;
+                s.top_p = 0.5f;
+                s.dense_above = 0.0f;
+              }),
+      changed(counted,
+              [](router_spec& s) {
+                s.count = count_rule::entropy;
+                s.max_k = 3;
+                s.entropy_high = 0.5f;
+              }),
+      changed(counted, [](router_spec& s) { s.quantile = 0.0f; }),
+      changed(counted, [](router_spec& s) { s.quantile = 1.0f; }),
+      changed(counted, [](router_spec& s) { s.ratio = 0.0f; }),
+      changed(counted, [](router_spec& s) { s.ratio = 1.0f; }),
+      changed(counted,
+              [](router_spec& s) {
+                s.count_scope = row_scope::batch;
+                s.count = count_rule::percentile;
+              }),
+  };
+  for (const router_spec& spec : all) {
+    INFO(to_string(spec));
+    CHECK(refused(spec) == "accepted");
+  }
+}
+
+TEST_CASE("each word that is rare is rare alone, and rules of the batch are told apart") {
+  using enum selection_kind;
+  const auto top = [](void (*change)(router_spec&)) { return changed(top_k, change); };
+  for (const router_spec& s : {
+           changed(each_group, [](router_spec&) {}),
+           changed(counted, [](router_spec&) {}),
+           top([](router_spec& s) { s.ties = tie_order::higher_id; }),
+           top([](router_spec& s) { s.class_bias = true; }),
+           top([](router_spec& s) { s.weight_apart = true; }),
+           top([](router_spec& s) { s.second_logits = logit_pairs::weigh; }),
+           top([](router_spec& s) { s.passes = 2; }),
+           top([](router_spec& s) { s.standardize = 1.0f; }),
+           top([](router_spec& s) { s.steering = true; }),
+           top([](router_spec& s) { s.candidates = 4; }),
+           top([](router_spec& s) {
+             s.domain = score_domain::selected;
+             s.score = score_kind::sigmoid;
+             s.selection_bias = true;
+           }),
+           top([](router_spec& s) {
+             s.domain = score_domain::selected;
+             s.score = score_kind::sigmoid;
+             s.groups = 4;
+           }),
+           changed(product_keys, [](router_spec& s) { s.domain = score_domain::all; }),
+       }) {
+    INFO(to_string(s));
+    CHECK(s.has_rare_rule());
+    CHECK(s.has_rare_words());
+    CHECK_FALSE(s.sees_batch());
+  }
+  const router_spec explores = top([](router_spec& s) { s.explore = 0.5f; });
+  CHECK(explores.has_rare_words());
+  CHECK_FALSE(explores.has_rare_rule());
+  for (const router_spec& s : {
+           router_spec{},
+           top([](router_spec& s) {
+             s.domain = score_domain::selected;
+             s.selection_bias = true;
+             s.groups = 4;
+           }),
+           top([](router_spec& s) {
+             s.domain = score_domain::selected;
+             s.score = score_kind::sigmoid;
+           }),
+           changed(product_keys, [](router_spec& s) { s.domain = score_domain::selected; }),
+           changed(counted,
+                   [](router_spec& s) {
+                     s.count = count_rule::percentile;
+                     s.count_scope = row_scope::batch;
+                   }),
+       }) {
+    INFO(to_string(s));
+    CHECK_FALSE(s.has_rare_words());
+  }
+  for (const selection_kind kind :
+       {expert_choice, sinkhorn, selective_sinkhorn, sinkhorn_expert_choice, base, sparse_transport,
+        sparse_transport_tokens})
+    CHECK(plain_spec(kind).sees_batch());
+  for (const selection_kind kind : {top_k, top_p, threshold, random, each_group, counted, soft})
+    CHECK_FALSE(plain_spec(kind).sees_batch());
+  CHECK_FALSE(
+      changed(counted, [](router_spec& s) { s.count_scope = row_scope::batch; }).sees_batch());
+  CHECK_FALSE(
+      changed(counted, [](router_spec& s) { s.count = count_rule::percentile; }).sees_batch());
+}
+
+TEST_CASE("a description says how many columns its logits have") {
+  using enum selection_kind;
+  CHECK(router_spec{}.columns() == 8);
+  CHECK(router_spec{.passes = 3}.columns() == 24);
+  CHECK(router_spec{.second_logits = logit_pairs::weigh}.columns() == 16);
+  CHECK(router_spec{.second_logits = logit_pairs::sigmoid_sum, .passes = 3}.columns() == 16);
+  CHECK(router_spec{.selection = soft, .passes = 3, .slots_per_expert = 5}.columns() == 40);
+  CHECK(router_spec{.experts = 16, .selection = product_keys}.columns() == 8);
+  CHECK(router_spec{.experts = 16, .selection = product_keys, .first_keys = 2}.columns() == 10);
+  CHECK(router_spec{.experts = 1, .selection = product_keys}.columns() == 2);
+  CHECK(router_spec{.experts = 17, .selection = product_keys}.columns() == 10);
+}
+
+TEST_CASE("eps goes to the stage that drops only where it divides there, and clamps") {
+  const auto capacity = [](bool before, normalization n, eps_mode mode) {
+    return capacity_of({.normalize = n,
+                        .eps_where = mode,
+                        .eps = 0.25f,
+                        .capacity = 3,
+                        .normalize_before_drop = before});
+  };
+  using enum normalization;
+  CHECK(capacity(false, sum, eps_mode::clamp).eps == 0.25f);
+  CHECK(capacity(false, sum, eps_mode::none).eps == 0.0f);
+  CHECK(capacity(true, sum, eps_mode::clamp).eps == 0.0f);
+  CHECK(capacity(true, sum, eps_mode::clamp).renormalize == renormalization::none);
+  CHECK(capacity(false, none, eps_mode::clamp).eps == 0.0f);
+  CHECK(capacity(false, none, eps_mode::clamp).renormalize == renormalization::none);
+  CHECK(capacity(false, sum, eps_mode::none).renormalize == renormalization::after_drop);
+  CHECK(capacity(false, sum, eps_mode::none).rule.capacity(100, 8, 2) == 3);
 }
