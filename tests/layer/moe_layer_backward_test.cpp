@@ -497,6 +497,40 @@ TEST_CASE("a tape without a call, or of another shape, is refused by name") {
   CHECK(refused(5, weights) == "moeroute::backward: x.rows() is 5, expected 6");
   CHECK(refused(6, {}) == "moeroute::backward: weights.gate.rows() is 0, expected 8");
   CHECK(refused(6, weights) == "accepted");
+  moe_layer fewer(simd::packed_matrix<>(rows(gate, experts).middle_rows(0, 6)),
+                  router<softmax>{.selection = {.k = 2}}, curves{});
+  const auto sized = [&](const auto& by, matrix_view<const float> states,
+                         matrix_view<const float> dy, const layer_weights<>& with,
+                         const layer_gradients& to) {
+    return [&, states, dy, with, to] {
+      backward(by, states, {}, tape, dy, with, curve_gradients{}, to);
+    };
+  };
+  const auto all = rows(x, 6);
+  const matrix_view<const float> narrow(x.data(), 6, d - 1, d),
+      gate_narrow(gate.data(), experts, d - 1, d);
+  floats logits(6 * experts), dgate(gate.size()), dbias(experts);
+  const std::string less = std::to_string(d - 1) + ", expected " + std::to_string(d);
+  const test::refusals sizes{
+      {sized(fewer, all, all, {rows(gate, experts).middle_rows(0, 6)}, {}),
+       "backward: tape.plan.experts() is 8, expected 6"},
+      {sized(layer, narrow, all, weights, {}), "backward: x.cols() is " + less},
+      {sized(layer, all, all.middle_rows(0, 5), weights, {}),
+       "backward: dy.rows() is 5, expected 6"},
+      {sized(layer, all, narrow, weights, {}), "backward: dy.cols() is " + less},
+      {sized(layer, all, all, {gate_narrow}, {}), "backward: weights.gate.cols() is " + less},
+      {sized(layer, all, all, weights, {.x = into(dx, 6).middle_rows(0, 5)}),
+       "backward: gradients.x.rows() is 5, expected 6"},
+      {sized(layer, all, all, weights, {.x = {dx.data(), 6, d - 1, d}}),
+       "backward: gradients.x.cols() is " + less},
+      {sized(layer, all, all, weights, {.logits = {logits.data(), 6, 7, 8}}),
+       "backward: gradients.logits.cols() is 7, expected 8"},
+      {sized(layer, all, all, weights, {.gate = {dgate.data(), 7, d}}),
+       "gate_backward: gradients.weight.rows() is 7, expected 8"},
+      {sized(layer, all, all, weights, {.gate_bias = std::span<float>(dbias).first(7)}),
+       "gate_backward: gradients.bias.size() is 7, expected 8"},
+  };
+  for (const auto& [call, message] : sizes) CHECK(test::refusal(call) == "moeroute::" + message);
 }
 
 TEST_CASE(

@@ -163,3 +163,81 @@ TEST_CASE("a mass, floor or cap that makes no sense is refused") {
   CHECK(refused({.min_k = 9}) == "moeroute::top_p: min_k is 9, expected 1 to 8");
   CHECK(refused({.min_k = 3, .max_k = 2}).find("max_k is 2, expected 3") != std::string::npos);
 }
+
+TEST_CASE("importance is the attention that a token receives, not that which it pays") {
+  constexpr index_t n = 5, heads = 3, stride = 8;
+  const std::vector<float> memory = test::make_logits(test::shape::normal, 4, heads * n, stride);
+  const matrix_view<const float> attention(memory.data(), heads * n, n, stride);
+  for (const bool causal : {false, true}) {
+    std::vector<float> importance(n, 7.0f);
+    attention_importance(attention, causal, importance);
+    for (index_t j = 0; j < n; ++j) {
+      double sum = 0.0;
+      for (index_t i = 0; i < heads * n; ++i) sum += static_cast<double>(attention(i, j));
+      sum /= static_cast<double>(heads * (causal ? n - j : n));
+      CHECK(std::abs(static_cast<double>(importance[static_cast<std::size_t>(j)]) - sum) < 1e-5);
+    }
+  }
+  std::vector<float> none;
+  attention_importance({memory.data(), 0, 0, 0}, true, none);
+}
+
+TEST_CASE("an own k goes from the least to the most by importance, halves up") {
+  std::vector<std::int32_t> k(3, -1), one(1), empty;
+  k_of_importance(std::vector<float>{-4.0f, 0.0f, 4.0f}, 1, 2, k);
+  CHECK(k == std::vector<std::int32_t>{1, 2, 2});
+  k_of_importance(std::vector<float>{3.0f, 0.0f, 1.0f}, 0, 3, k);
+  CHECK(k == std::vector<std::int32_t>{3, 0, 1});
+  k_of_importance(std::vector<float>{3.0f, 0.0f, 1.0f}, 2, 2, k);
+  CHECK(k == std::vector<std::int32_t>{2, 2, 2});
+  k_of_importance(std::vector<float>{}, 1, 2, empty);
+  const std::vector<float> z(40), three{1, 2, 3}, wild{1, test::infinity, 3};
+  std::vector<float> importance(4);
+  const auto attended = [&](matrix_view<const float> a) {
+    return [&importance, a] { attention_importance(a, false, importance); };
+  };
+  const auto counted_by = [](const row_count& rule) { return [rule] { rule.check(8); }; };
+  using enum count_rule;
+  const test::refusals refused{
+      {[&] { k_of_importance(three, 1, 2, one); }, "k_of_importance: k.size() is 1, expected 3"},
+      {[&] { k_of_importance(three, -1, 2, k); }, "k_of_importance: least is -1, expected 0 to 2"},
+      {[&] { k_of_importance(three, 1, max_experts + 1, k); },
+       "k_of_importance: most is 1048577, expected 1 to 1048576"},
+      {[&] { k_of_importance(wild, 1, 2, k); },
+       "k_of_importance: importance of token 1 is inf, expected a finite number"},
+      {attended({z.data(), 4, 5}), "attention_importance: importance.size() is 4, expected 5"},
+      {attended({z.data(), 4, 4, 3}),
+       "attention_importance: attention.stride is 3, expected at least 4"},
+      {attended({z.data(), 6, 4}),
+       "attention_importance: attention.rows % tokens is 2, expected 0"},
+      {attended({z.data(), 0, 4}), "attention_importance: heads is 0, expected 1 to 1048576"},
+      {counted_by({.rule = tsallis}),
+       "counted: rule is tsallis, expected percentile, ratio or entropy: that is dense_if"},
+      {counted_by({.rule = percentile, .quantile = -0.5f}),
+       "counted: quantile is -0.500000, expected 0 to 1"},
+      {counted_by({.rule = percentile, .quantile = 1.5f}),
+       "counted: quantile is 1.500000, expected 0 to 1"},
+      {counted_by({.rule = ratio, .ratio = -0.5f}), "counted: ratio is -0.500000, expected 0 to 1"},
+      {counted_by({.rule = ratio, .ratio = 1.5f}), "counted: ratio is 1.500000, expected 0 to 1"},
+      {counted_by({.min_k = 0}), "counted: min_k is 0, expected 1 to 8"},
+      {counted_by({.min_k = 9}), "counted: min_k is 9, expected 1 to 8"},
+      {counted_by({.min_k = 3, .max_k = 2}), "counted: max_k is 2, expected 3 to 1048576"},
+      {counted_by({.rule = entropy, .low = -0.5f, .max_k = 3}),
+       "counted: entropy_low is -0.500000, expected >= 0"},
+      {counted_by({.rule = entropy, .low = 1.0f, .high = 0.5f, .max_k = 3}),
+       "counted: entropy_high is 0.500000, expected at least entropy_low = 1.000000"},
+      {counted_by({.rule = entropy}), "counted: max_k is 0, expected 1 to 1048576"},
+      {counted_by({.rule = entropy, .mid_k = 4, .max_k = 3}),
+       "counted: mid_k is 4, expected 1 to 3"},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  // A number of another rule is not looked at; ends of ranges are in them.
+  for (const row_count& fits :
+       {row_count{.rule = ratio, .quantile = 9.0f, .ratio = 0.0f, .low = -1.0f},
+        row_count{.rule = percentile, .quantile = 1.0f, .ratio = 9.0f},
+        row_count{.rule = percentile, .quantile = 0.0f, .min_k = 8, .max_k = 8},
+        row_count{.rule = entropy, .low = 0.0f, .high = 0.0f, .mid_k = 3, .max_k = 3}})
+    CHECK(test::refusal(counted_by(fits)) == "accepted");
+  CHECK((row_count{.max_k = 3}.most(8) == 3 && row_count{.max_k = 9}.most(8) == 8 &&
+         row_count{}.most(8) == 8));
+}
