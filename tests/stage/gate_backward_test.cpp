@@ -83,7 +83,7 @@ TEST_CASE("the gradients of a cosine gate and of a shared expert's gate are deri
   auto dz = random_values<double>(5 * 3, 13);
   for (std::size_t j = 4; j < 8; ++j) x[j] = 0.0;  // a token without a direction
   workspace ws;
-  std::vector<double> dx(20), dw(12);
+  std::vector<double> dx(20, 7.0), dw(12, 7.0);
   double dscale = 0.0;
   cosine_gate_backward(rows(x, 5), rows(w, 3), 2.5, rows(dz, 5),
                        gate_gradients<double>{gradient_to::write, rows(dx, 5), rows(dw, 3)}, ws,
@@ -120,7 +120,7 @@ TEST_CASE("the gradients of a cosine gate and of a shared expert's gate are deri
     }
     return weight;
   };
-  std::vector<double> dgate(4);
+  std::vector<double> dgate(4, 7.0);
   shared_gate_backward(rows(x, 5), rows(gate_row, 1), 0.75, gated(gate_row), up,
                        gate_gradients<double>{gradient_to::write, {}, rows(dgate, 1)}, ws);
   CHECK(test::difference(dgate,
@@ -194,6 +194,121 @@ TEST_CASE("gradients of a gate that do not fit are refused by name") {
   CHECK(refused({both.data(), tokens, experts}, {.weight = {both.data() + 1, experts, d}}) ==
         "moeroute::gate_backward: dlogits and gradients.weight overlap, expected memory of their "
         "own");
+}
+
+TEST_CASE("every gradient of a gate and of directions is refused by its own name") {
+  auto x = random_values<float>(6 * 8, 1), w = random_values<float>(3 * 8, 2),
+       dz = random_values<float>(6 * 3, 3);
+  std::vector<float> a(96), b(96), up(6);
+  workspace ws;
+  const auto of = [](std::vector<float>& v, index_t n, index_t cols, index_t stride = 8) {
+    return matrix_view<float>(v.data(), n, cols, stride);
+  };
+  const auto gated = [&](matrix_view<float> weight, matrix_view<float> z,
+                         gate_gradients<float> to = {}) {
+    return [&, weight, z, to] { gate_backward(of(x, 6, 8), weight, z, to); };
+  };
+  const auto unit = [&](matrix_view<float> v, matrix_view<float> du, matrix_view<float> dv) {
+    return [=] { unit_rows_backward(v, du, gradient_to::write, dv); };
+  };
+  const auto good = rows(dz, 6);
+  const std::string own = " overlap, expected memory of their own";
+  const test::refusals refused{
+      {gated(of(w, 3, 7), good), "gate_backward: weight.cols() is 7, expected 8"},
+      {gated(of(w, 3, 8), of(dz, 6, 2, 3)), "gate_backward: dlogits.cols() is 2, expected 3"},
+      {gated(of(w, 3, 8, 7), good), "gate_backward: weight.stride is 7, expected at least 8"},
+      {gated(of(w, 3, 8), of(dz, 6, 3, 2)),
+       "gate_backward: dlogits.stride is 2, expected at least 3"},
+      {gated(of(w, 3, 8), good, {.x = of(a, 5, 8)}),
+       "gate_backward: gradients.x.rows() is 5, expected 6"},
+      {gated(of(w, 3, 8), good, {.x = of(a, 6, 7)}),
+       "gate_backward: gradients.x.cols() is 7, expected 8"},
+      {gated(of(w, 3, 8), good, {.x = of(a, 6, 8, 7)}),
+       "gate_backward: gradients.x.stride is 7, expected at least 8"},
+      {gated(of(a, 3, 8), good, {.x = of(a, 6, 8)}), "gate_backward: weight and gradients.x" + own},
+      {gated(of(w, 3, 8), good, {.weight = of(a, 3, 7)}),
+       "gate_backward: gradients.weight.cols() is 7, expected 8"},
+      {gated(of(w, 3, 8), good, {.weight = of(a, 3, 8, 7)}),
+       "gate_backward: gradients.weight.stride is 7, expected at least 8"},
+      {gated(of(w, 3, 8), good, {.weight = of(x, 3, 8)}),
+       "gate_backward: x and gradients.weight" + own},
+      {[&] {
+         std::vector<float> bias(3);
+         cosine_gate_backward(of(x, 6, 8), of(w, 3, 8), 1.0f, good,
+                              gate_gradients<float>{.bias = bias}, ws);
+       },
+       "cosine_gate_backward: gradients.bias.size() is 3, expected 0"},
+      {unit(of(x, 6, 8), of(a, 5, 8), of(b, 6, 8)),
+       "unit_rows_backward: du.rows() is 5, expected 6"},
+      {unit(of(x, 6, 8), of(a, 6, 7), of(b, 6, 8)),
+       "unit_rows_backward: du.cols() is 7, expected 8"},
+      {unit(of(x, 6, 8), of(a, 6, 8), of(b, 5, 8)),
+       "unit_rows_backward: dv.rows() is 5, expected 6"},
+      {unit(of(x, 6, 8), of(a, 6, 8), of(b, 6, 7)),
+       "unit_rows_backward: dv.cols() is 7, expected 8"},
+      {unit(of(x, 6, 8, 7), of(a, 6, 8), of(b, 6, 8)),
+       "unit_rows_backward: v.stride is 7, expected at least 8"},
+      {unit(of(x, 6, 8), of(a, 6, 8, 7), of(b, 6, 8)),
+       "unit_rows_backward: du.stride is 7, expected at least 8"},
+      {unit(of(x, 6, 8), of(a, 6, 8), of(b, 6, 8, 7)),
+       "unit_rows_backward: dv.stride is 7, expected at least 8"},
+      {unit(of(x, 6, 8), of(a, 6, 8), of(a, 6, 8, 9)), "unit_rows_backward: du and dv" + own},
+      {unit(of(a, 6, 8), of(b, 6, 8), of(a, 6, 8, 9)), "unit_rows_backward: v and dv" + own},
+      {[&] {
+         shared_gate_backward(of(x, 6, 8), of(w, 2, 8), 1.0f, up, up, gate_gradients<float>{}, ws);
+       },
+       "shared_gate_backward: weight.rows() is 2, expected 1"},
+      {[&] {
+         shared_gate_backward(of(x, 6, 8), of(w, 1, 8), 1.0f, std::span<const float>(up).first(5),
+                              up, gate_gradients<float>{}, ws);
+       },
+       "shared_gate_backward: weights.size() is 5, expected 6"},
+      {[&] {
+         shared_gate_backward(of(x, 6, 8), of(w, 1, 8), 1.0f, up,
+                              std::span<const float>(up).first(5), gate_gradients<float>{}, ws);
+       },
+       "shared_gate_backward: dweights.size() is 5, expected 6"},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  // The direction's gradient may lie in that of the direction, and in what it is of.
+  std::vector<float> du = random_values<float>(6 * 8, 4), expected(48), v = x;
+  unit_rows_backward(of(x, 6, 8), of(du, 6, 8), gradient_to::write, of(expected, 6, 8));
+  unit_rows_backward(of(x, 6, 8), of(du, 6, 8), gradient_to::nowhere, of(a, 6, 8));
+  CHECK(a == std::vector<float>(96, 0.0f));
+  std::vector<float> same = du;
+  unit_rows_backward(of(x, 6, 8), of(same, 6, 8), gradient_to::write, of(same, 6, 8));
+  CHECK(test::bit_difference(same, expected) == "");
+  unit_rows_backward(of(v, 6, 8), of(du, 6, 8), gradient_to::write, of(v, 6, 8));
+  CHECK(test::bit_difference(v, expected) == "");
+}
+
+TEST_CASE("directions pull back row by row, written or added, wherever rows lie") {
+  constexpr index_t n = 19, width = 21;
+  auto v = random_values<double>(n * 24, 5), du = random_values<double>(n * 22, 6);
+  const auto before = random_values<double>(n * 27, 7);
+  for (std::size_t j = 0; j < width; ++j) v[3 * 24 + j] = 0.0;  // a row without a direction
+  for (const double eps : {0.0, 0.5})
+    for (const gradient_to to : {gradient_to::write, gradient_to::add}) {
+      std::vector<double> dv = before, slow = before;
+      unit_rows_backward(matrix_view<double>(v.data(), n, width, 24),
+                         matrix_view<const double>(du.data(), n, width, 22), to,
+                         matrix_view<double>(dv.data(), n, width, 27), serial{}, eps);
+      for (std::size_t r = 0; r < n; ++r) {
+        double square = eps, along = 0.0;
+        for (std::size_t j = 0; j < width; ++j) {
+          square += v[r * 24 + j] * v[r * 24 + j];
+          along += v[r * 24 + j] * du[r * 22 + j];
+        }
+        for (std::size_t j = 0; j < width; ++j) {
+          const double g =
+              square > 0.0 ? (du[r * 22 + j] - along / square * v[r * 24 + j]) / std::sqrt(square)
+                           : 0.0;
+          double& made = slow[r * 27 + j];
+          made = to == gradient_to::write ? g : made + g;
+        }
+      }
+      CHECK(test::difference(dv, slow, 1e-12, 1e-12) == "");
+    }
 }
 
 TEST_CASE("a cosine gate's gradients have the same bits for every executor, and allocate nothing") {
