@@ -3,6 +3,12 @@
 // compiles under any flags, -ffast-math and -fno-exceptions among them.
 #pragma once
 
+#if !defined(__cpp_concepts) || __cpp_concepts < 201907L
+#error \
+    "[moeroute] this face is C++20: compile with -std=c++20 or later, or call moeroute.h, which is C"
+#include <moeroute stops here: the error above says why>
+#endif
+
 #include <cstdint>
 #include <span>
 

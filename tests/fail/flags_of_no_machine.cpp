@@ -1,4 +1,5 @@
 // expect: [moeroute] these -mavx512 flags fit no machine
+// expect: moeroute stops here
 // As -mavx512bw alone defines them.
 #define __AVX512BW__ 1
 #undef __AVX512DQ__

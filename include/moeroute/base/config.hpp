@@ -5,6 +5,12 @@
 
 #include <moeroute/base/version.hpp>
 
+#if !defined(__cpp_concepts) || __cpp_concepts < 201907L
+#error "[moeroute] the headers are C++20; compile with -std=c++20 or later"
+// No compiler stops at a sentence, and thousands of lines about the same would follow.
+#include <moeroute stops here: the error above says why>
+#endif
+
 // NaN and infinities are data here (a NaN logit counts as -inf), so finite-math modes break the
 // promises.
 #if !defined(MOEROUTE_ALLOW_FAST_MATH)

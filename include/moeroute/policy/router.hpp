@@ -268,8 +268,8 @@ struct router {
   }
 
   template <class A>
-  [[gnu::noinline]] void select_on_scores(const float* z, index_t experts, float* scores,
-                                          simd::row_ranks& ranks) const {
+  MOEROUTE_OUT_OF_LINE void select_on_scores(const float* z, index_t experts, float* scores,
+                                             simd::row_ranks& ranks) const {
     alignas(alignment) float choice[most_scores];
     const float* const b = bias.empty() ? nullptr : bias.values().data();
     detail::score_to_choose<A>(score, z, b, experts, scores, choice);

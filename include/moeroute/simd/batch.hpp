@@ -9,17 +9,23 @@
 #include <type_traits>
 
 // Machines have these in one order, and xsimd has no registers for any other.
-#if (defined(__AVX512DQ__) && !defined(__AVX512CD__)) || \
-    (defined(__AVX512BW__) && !defined(__AVX512DQ__)) || \
-    ((defined(__AVX512VNNI__) || defined(__AVX512IFMA__)) && !defined(__AVX512BW__))
+#if (defined(__AVX512DQ__) && !defined(__AVX512CD__)) ||                                \
+    (defined(__AVX512BW__) && !defined(__AVX512DQ__)) ||                                \
+    ((defined(__AVX512VNNI__) || defined(__AVX512IFMA__)) && !defined(__AVX512BW__)) || \
+    (defined(__AVX512VBMI__) && !defined(__AVX512IFMA__)) ||                            \
+    (defined(__AVX512ER__) && !defined(__AVX512CD__)) ||                                \
+    (defined(__AVX512PF__) && !defined(__AVX512ER__))
 #error \
-    "[moeroute] these -mavx512 flags fit no machine (f, then cd, dq, bw); compile with -march=skylake-avx512 or later, -mavx2 -mfma, or -march=native"
+    "[moeroute] these -mavx512 flags fit no machine (f, then cd, dq, bw, ifma, vbmi); compile with -march=skylake-avx512 or later, -mavx2 -mfma, or -march=native"
+// No compiler stops at a sentence, and what follows would be xsimd's page about the same.
+#include <moeroute stops here: the error above says why>
 #endif
 
 #if defined(_WIN32) && defined(__AVX__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(MOEROUTE_UNALIGNED_MOVES)
 #error \
     "[moeroute] on Windows g++ keeps AVX registers on a stack that is not aligned for them; add -Wa,-muse-unaligned-vector-move -DMOEROUTE_UNALIGNED_MOVES, or compile with clang or without -mavx"
+#include <moeroute stops here: the error above says why>
 #endif
 
 // Where xsimd has no registers its arrays stand in for them.
@@ -31,6 +37,7 @@
 #if defined(__AVX__)
 #error \
     "[moeroute] MOEROUTE_NO_SIMD replaces registers by arrays; compile without -mavx and -march=native, or without MOEROUTE_NO_SIMD"
+#include <moeroute stops here: the error above says why>
 #endif
 #if !defined(XSIMD_WITH_EMULATED)
 #if defined(XSIMD_HPP)

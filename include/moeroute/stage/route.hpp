@@ -238,9 +238,9 @@ void route_with(const Router& router, matrix_view<const T> logits, const side_in
 
 // Everything that is not routed row by row. Apart from route(), which needs no view in memory.
 template <class A, class T, class Router, executor Exec>
-[[gnu::noinline]] void route_blocks(const Router& router, matrix_view<const T> logits,
-                                    const side_inputs& side, workspace& ws, assignment& out,
-                                    const Exec& exec) {
+MOEROUTE_OUT_OF_LINE void route_blocks(const Router& router, matrix_view<const T> logits,
+                                       const side_inputs& side, workspace& ws, assignment& out,
+                                       const Exec& exec) {
   const int workers = route_workers(exec, logits.rows, logits.cols);
   const auto* memories = ws.carve([&](scratch& tape) {
     return route_memory<Router, T>::carve(tape, router, logits.cols, workers);

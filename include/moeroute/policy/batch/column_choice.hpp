@@ -74,10 +74,10 @@ inline simd::column_top_k_buffers* carve_column_buffers(scratch& tape, index_t r
 // Hands the picks [i, count) of expert e that are below row `end` to their tokens' rows and returns
 // what is left. Not inlined: its few values stay in registers.
 template <class Weight>
-[[gnu::noinline]] std::int32_t deal_picks(const std::int32_t* row, const std::int32_t* key,
-                                          std::int32_t i, std::int32_t count, index_t end,
-                                          index_t first_token, index_t e, std::int32_t* cursor,
-                                          const assignment::parts& p, const Weight& weight) {
+MOEROUTE_OUT_OF_LINE std::int32_t deal_picks(const std::int32_t* row, const std::int32_t* key,
+                                             std::int32_t i, std::int32_t count, index_t end,
+                                             index_t first_token, index_t e, std::int32_t* cursor,
+                                             const assignment::parts& p, const Weight& weight) {
   expert_id* const ids = p.ids;
   float* const weights = p.weights;
   for (; i < count && row[i] < end; ++i) {

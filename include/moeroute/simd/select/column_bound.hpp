@@ -14,7 +14,7 @@ namespace detail {
 
 // `width` rows of as many values, one row per lane: once in the code, for those that are in memory.
 template <class A>
-[[gnu::noinline]] void turn_maxima(const float* group, index_t stride, vfloat<A>* x) {
+MOEROUTE_OUT_OF_LINE void turn_maxima(const float* group, index_t stride, vfloat<A>* x) {
   MOEROUTE_UNROLL
   for (int i = 0; i < width<A>; ++i) x[i] = vfloat<A>::load_aligned(group + i * stride);
   transpose<A>(x);

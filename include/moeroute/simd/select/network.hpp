@@ -84,7 +84,7 @@ MOEROUTE_INLINE void run_network(V* x) {
 }
 
 template <const auto& network, class V>
-[[gnu::noinline]] void call_network(V* x) {
+MOEROUTE_OUT_OF_LINE void call_network(V* x) {
   run_network<network>(x);
 }
 

@@ -18,8 +18,8 @@ namespace detail {
 
 // Which columns of [first, end) of n rows reach their row's bound, 64 in a mask.
 template <class A, index_t words>
-[[gnu::noinline]] void mark_columns(const float* const* rows, int n, index_t first, index_t end,
-                                    const float* bound, column_mask (*masks)[words]) {
+MOEROUTE_OUT_OF_LINE void mark_columns(const float* const* rows, int n, index_t first, index_t end,
+                                       const float* bound, column_mask (*masks)[words]) {
   for (int i = 0; i < n; ++i) {
     const vfloat<A> b(bound[i]);
     for (index_t c = first; c < end; c += 64)
@@ -92,8 +92,8 @@ MOEROUTE_INLINE void turn_slots(const double* rank, index_t stride, vdouble<A>* 
 
 // The same once in the code, for runs that are in memory.
 template <class A, int slots>
-[[gnu::noinline]] void turn_many_slots(const double* rank, index_t stride, vdouble<A>* first_rows,
-                                       vdouble<A>* second_rows) {
+MOEROUTE_OUT_OF_LINE void turn_many_slots(const double* rank, index_t stride,
+                                          vdouble<A>* first_rows, vdouble<A>* second_rows) {
   turn_slots<A, slots>(rank, stride, first_rows, second_rows);
 }
 
@@ -129,8 +129,8 @@ MOEROUTE_INLINE void top_of_survivors(const float* const* rows, index_t cols, in
 // False where a row has more survivors than slots; nothing has been written then. Rows mostly have
 // no more than `usual`.
 template <class A, int K, int G, int slots, int usual = slots>
-[[gnu::noinline]] bool top_k_bound(const float* const* rows, index_t cols, int k, float* value,
-                                   std::int32_t* column) {
+MOEROUTE_OUT_OF_LINE bool top_k_bound(const float* const* rows, index_t cols, int k, float* value,
+                                      std::int32_t* column) {
   constexpr int w = width<A>;
   alignas(alignment) float bound[w];
   // The largest negative float keeps -inf out where a row has fewer than k values.

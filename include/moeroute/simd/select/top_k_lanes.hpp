@@ -68,8 +68,8 @@ MOEROUTE_INLINE void fill_run(const float* const* rows, index_t c, index_t cols,
 
 // The same once in the code, for the long runs, which are in memory.
 template <class A>
-[[gnu::noinline]] void fill_long_run(const float* const* rows, index_t c, index_t cols,
-                                     vdouble<A>* first_rows, vdouble<A>* second_rows) {
+MOEROUTE_OUT_OF_LINE void fill_long_run(const float* const* rows, index_t c, index_t cols,
+                                        vdouble<A>* first_rows, vdouble<A>* second_rows) {
   fill_run<A>(rows, c, cols, first_rows, second_rows);
 }
 

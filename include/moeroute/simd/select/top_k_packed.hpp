@@ -244,8 +244,9 @@ MOEROUTE_INLINE void top_of_packed(const bfloat16* const* rows, const std::int16
 // False where a row has more survivors than slots; nothing has been written then. Rows mostly have
 // no more than `usual`. order: `width` rows, order_stride(cols) apart.
 template <class A, int K, int slots, int usual = slots>
-[[gnu::noinline]] bool top_k_packed_bound(const bfloat16* const* rows, index_t cols, int k,
-                                          std::int16_t* order, float* value, std::int32_t* column) {
+MOEROUTE_OUT_OF_LINE bool top_k_packed_bound(const bfloat16* const* rows, index_t cols, int k,
+                                             std::int16_t* order, float* value,
+                                             std::int32_t* column) {
   constexpr int w = width<A>;
   const index_t stride = order_stride(cols);
   alignas(alignment) std::int16_t most[w][packed_groups];

@@ -336,7 +336,7 @@ std::int32_t keep_best(float* value, std::int32_t* column, index_t n, index_t k,
 // Any k up to max_row_k and any number of columns that reach the bound: they are listed in memory,
 // panel by panel.
 template <class A>
-[[gnu::noinline]] void top_k_list(const float* row, index_t cols, int k, row_ranks& out) {
+MOEROUTE_OUT_OF_LINE void top_k_list(const float* row, index_t cols, int k, row_ranks& out) {
   constexpr int w = width<A>;
   alignas(alignment) float value[list_room];
   alignas(alignment) std::int32_t column[list_room], key[round_up(max_row_k, block_rows)];
