@@ -234,3 +234,69 @@ TEST_CASE("experts with shares of their own move towards these; equal shares cha
   CHECK(test::refusal([&] { bias_controller(3, {.share = none}); }) ==
         "moeroute::bias_controller: share of expert 1 is 0.000000, expected > 0");
 }
+
+TEST_CASE("every combination of a controller's options is its formula, update after update") {
+  const std::vector<load_counts> batches{
+      {3, 1, 4, 1, 5}, {0, 0, 0, 0, 0}, {2, 2, 2, 2, 2}, {0, 9, 0, 0, 1}, {7, 1, 8, 2, 8}};
+  const std::vector<float> uneven{1.0f, 2.0f, 3.0f, 1.0f, 1.0f};
+  for (int bits = 0; bits < 108; ++bits) {
+    const auto rule = static_cast<bias_rule>(bits % 3);
+    const auto error = static_cast<bias_error>(bits / 3 % 3);
+    const auto decay = static_cast<step_decay>(bits / 9 % 3);
+    const auto centre = static_cast<bias_centre>(bits / 27 % 2);
+    const bool shares = bits / 54 == 1;
+    INFO(bits);
+    bias_options o{.rule = rule,
+                   .error = error,
+                   .decay = decay,
+                   .centre = centre,
+                   .step = 0.25f,
+                   .least_factor = 0.5f};
+    if (shares) o.share = uneven;
+    bias_controller c(5, o);
+    const bool factors = rule == bias_rule::multiplicative;
+    std::vector<double> expected(5, factors ? 1.0 : 0.0);
+    double u = 0.25;
+    int n = 0;
+    for (std::size_t b = 0; b < batches.size(); ++b) {
+      if (b == 3) c.set_step(0.125f), u = 0.125;
+      c.update(batches[b]);
+      double sum = 0.0, all = 0.0;
+      for (const std::int64_t x : batches[b]) sum += static_cast<double>(x);
+      if (sum == 0.0) continue;
+      ++n;
+      const double step = decay == step_decay::none           ? u
+                          : decay == step_decay::inverse_root ? u / std::sqrt(n)
+                                                              : u / n;
+      for (std::size_t e = 0; e < 5; ++e) {
+        const double mean = sum * (shares ? static_cast<double>(uneven[e]) / 8.0 : 0.2);
+        double gap = mean - static_cast<double>(batches[b][e]);
+        if (std::abs(gap) < 1e-12) gap = 0.0;
+        const double moved = rule != bias_rule::proportional   ? (gap > 0) - (gap < 0)
+                             : error == bias_error::over_mean  ? gap / mean
+                             : error == bias_error::over_total ? gap / sum
+                                                               : gap;
+        expected[e] += step * moved;
+        if (factors) expected[e] = std::max(expected[e], 0.5);
+        all += expected[e] / 5.0;
+      }
+      for (double& x : expected)
+        if (centre == bias_centre::mean) x = factors ? x / all : x - all;
+    }
+    CHECK(c.updates() == 4);
+    CHECK(test::difference(c.bias(), expected, 1e-5, 1e-6) == "");
+  }
+}
+
+TEST_CASE("LongCat's rule is its formula: the wanted share of all choices less the seen one") {
+  real_expert_controller c({.experts = 2, .zero_experts = 1, .k = 2, .target = 1.5f, .step = 0.5f});
+  c.update(load_counts{6, 2, 8});
+  c.update(load_counts{0, 0, 0});
+  CHECK(c.bias().size() == 3);
+  CHECK(c.bias()[0] == 0.0f);  // 1.5 / 4 is 6 of 16
+  CHECK(c.bias()[1] == 0.125f);
+  CHECK(c.bias()[2] == 0.0f);
+  c.update(load_counts{0, 4, 0});
+  CHECK(c.bias()[0] == 0.1875f);
+  CHECK(c.bias()[1] == 0.125f - 0.3125f);
+}

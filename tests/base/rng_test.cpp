@@ -55,3 +55,20 @@ TEST_CASE("numbers along counter, stream and seed are uniform and unrelated") {
     CHECK(std::abs(products / n) < 0.0013);
   }
 }
+
+TEST_CASE("bits and uniform numbers are those of the block's words, which replays rest on") {
+  for (const std::uint64_t counter : {std::uint64_t{0}, std::uint64_t{1}, std::uint64_t{1} << 40}) {
+    const random_words r = random_block(7, 8, counter);
+    CHECK(random_bits(7, 8, counter) == (std::uint64_t{r.word[1]} << 32 | r.word[0]));
+    CHECK(random_u01(7, 8, counter) == u01_of(r.word[0]));
+    for (const std::uint32_t n : {1u, 3u, 1000u, 0xffffffffu}) {
+      const std::uint32_t drawn = random_below(n, 7, 8, counter);
+      CHECK(drawn == std::uint64_t{r.word[0]} * n / (std::uint64_t{1} << 32));
+      CHECK(drawn < n);
+    }
+  }
+  STATIC_REQUIRE(u01_of(0x80000000u) == 0.5f);
+  STATIC_REQUIRE(u01_of(0xff) == 0.0f);
+  STATIC_REQUIRE(u01_of(0x100) == 0x1p-24f);
+  STATIC_REQUIRE(open_u01_of(0x200) == 3 * 0x1p-24f);
+}

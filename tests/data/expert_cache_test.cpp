@@ -340,6 +340,18 @@ TEST_CASE("a profile is the uses of a run; the hottest are pinned; text comes ba
         "moeroute::parse_expert_profile: line 2: expected 2 counts");
   CHECK(refused("expert_profile v1 1 2\n1 2\n5\n") ==
         "moeroute::parse_expert_profile: line 3: expected the end");
+  for (const char* sizes : {"0 2", "2 0", "1 1048577", "1 2 3", "1"})
+    CHECK(refused(("expert_profile v1 " + std::string(sizes) + "\n1 2\n").c_str())
+              .starts_with("moeroute::parse_expert_profile: line 1: expected "));
+  for (const char* counts : {"1 -2", "1 99999999999999999999", " 1 2", "1,2", "1"})
+    CHECK(refused(("expert_profile v1 1 2\n" + std::string(counts) + "\n").c_str())
+              .starts_with("moeroute::parse_expert_profile: line 2: expected "));
+  CHECK(refused("expert_profile v1 2 1\n9223372036854775807\n0\n") == "accepted");
+  // The lowest among equals, beyond one layer.
+  const expert_profile even{.layers = 3, .experts = 2, .uses = {1, 5, 5, 1, 5, 0}};
+  CHECK(hot_keys(even, 4) == std::vector<std::int32_t>{1, 2, 4, 0});
+  CHECK(hot_keys(even, 0).empty());
+  CHECK((even.layer(1)[0] == 5 && even.layer(2)[1] == 0 && even.layer(1).size() == 2));
 }
 
 TEST_CASE("a prefetch that is refused brings nobody in, and nobody leaves for who can never fit") {

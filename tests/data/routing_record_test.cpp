@@ -55,3 +55,19 @@ TEST_CASE("a ragged assignment is not recorded") {
   CHECK(test::refusal([&] { record.record(ragged); }) ==
         "moeroute::routing_record: the assignment is ragged, expected the fixed form");
 }
+
+TEST_CASE("a record of a second batch is that batch alone, and what is refused changes nothing") {
+  routing_record<std::uint8_t> record;
+  record.record(made_of(255, {0, 254, no_expert, 17, 3, no_expert}, 2));
+  record.record(made_of(9, {8, no_expert, 0}, 3));
+  CHECK((record.tokens() == 1 && record.experts() == 9 && record.k() == 3));
+  CHECK(record.ids().size() == 3);
+  CHECK((record.id(0) == 8 && record.id(1) == no_expert && record.id(2) == 0));
+  for (const expert_id wild : {9, -2})
+    CHECK(test::refusal([&] {
+            record.record(made_of(9, {wild}, 1));
+          }).starts_with("moeroute::routing_record: "));
+  CHECK((record.tokens() == 1 && record.k() == 3 && record.id(0) == 8));
+  record.record(made_of(4, {}, 2));
+  CHECK((record.tokens() == 0 && record.ids().empty()));
+}

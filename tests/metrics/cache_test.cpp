@@ -181,3 +181,27 @@ TEST_CASE("an empty trace has no hits; a cache below one token's experts is refu
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
   CHECK(trace.tokens() == 3);
 }
+
+TEST_CASE("a simulated cache is the cache that it is named after, with its decay, token by token") {
+  test::random rng(9);
+  expert_trace trace(20);
+  trace.add(test::fixed_choices(rng, 300, 20, 2, 0, 0.8));
+  int differing = 0;
+  for (const double decay : {1.0, 0.6}) {
+    const std::vector<std::int32_t> pins = {19, 3};
+    expert_cache cache({.experts = 20,
+                        .capacity = 7,
+                        .policy = cache_policy::lfu,
+                        .pinned = pins,
+                        .decay = decay});
+    index_t found = 0;
+    for (index_t t = 0; t < trace.tokens(); ++t) found += cache.step(trace.ids(t)).hits;
+    const cache_result r = simulate_cache(
+        trace, {.policy = cache_policy::lfu, .capacity = 7, .pinned = pins, .decay = decay});
+    CHECK(r.hits == found);
+    CHECK(r.lookups == 600);
+    CHECK(r.hit_rate() == static_cast<double>(found) / 600.0);
+    differing += decay == 1.0 ? static_cast<int>(found) : -static_cast<int>(found);
+  }
+  CHECK(differing != 0);
+}

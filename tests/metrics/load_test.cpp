@@ -240,3 +240,31 @@ TEST_CASE("meters allocate nothing per batch and refuse what does not fit") {
   CHECK(masked.batches() == 0);
   CHECK(masked.batch_max_violation() == 0);
 }
+
+TEST_CASE("measures of an uneven load by hand, and of no experts at all") {
+  const std::vector<std::int64_t> n{1, 3, 0, 4}, single{5};
+  const double entropy = std::log(8.0) - (3 * std::log(3.0) + 4 * std::log(4.0)) / 8;
+  CHECK(mean_load(of(n)) == 2);
+  CHECK(balancedness(of(n)) == 0.5);
+  CHECK(near(load_cv(of(n)), std::sqrt(10.0 / 4) / 2));
+  CHECK(near(load_cv(of(n), spread::sample), std::sqrt(10.0 / 3) / 2));
+  CHECK(near(load_entropy(of(n)), entropy));
+  CHECK(near(normalized_load_entropy(of(n)), entropy / std::log(4.0)));
+  CHECK(near(load_kl_to_uniform(of(n)), std::log(4.0) - entropy));
+  CHECK(normalized_load_entropy(of(single)) == 1);
+  CHECK(load_entropy(of(single)) == 0);
+  const std::span<const std::int64_t> none;
+  CHECK(mean_load(none) == 0);
+  CHECK(min_violation(none) == 0);
+  CHECK(load_entropy(none) == 0);
+  CHECK(load_kl_to_uniform(none) == 0);
+  CHECK(normalized_load_entropy(none) == 1);
+  CHECK(balancedness(none) == 1);
+  CHECK(gini(none) == 0);
+  // Scratch that held more before.
+  std::vector<double> sorted(9, 7.0);
+  CHECK(near(gini(of(n), sorted), gini(of(n))));
+  entropy_meter of_one;
+  of_one.add(matrix_view<const float>(std::vector<float>(3, 1.0f).data(), 3, 1));
+  CHECK((of_one.tokens() == 3 && of_one.mean() == 0 && of_one.normalized() == 0));
+}
