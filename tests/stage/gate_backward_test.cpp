@@ -21,7 +21,7 @@ using namespace moeroute;
 
 namespace {
 
-constexpr index_t tokens = 23, experts = 9, d = 21;
+constexpr index_t back_tokens = 23, back_experts = 9, back_width = 21;
 
 template <class T>
 std::vector<T> random_values(index_t n, std::uint64_t seed) {
@@ -45,16 +45,17 @@ double sum_of_products(const std::vector<float>& a, const std::vector<float>& b)
 
 TEST_CASE("the gate's gradients are the adjoints of gate, for 16-bit states and weights too") {
   const auto check = [&]<class X, class W>(X, W) {
-    auto x = random_values<X>(tokens * d, 1);
-    auto w = random_values<W>(experts * d, 2);
-    auto dz = random_values<float>(tokens * experts, 3);
+    auto x = random_values<X>(back_tokens * back_width, 1);
+    auto w = random_values<W>(back_experts * back_width, 2);
+    auto dz = random_values<float>(back_tokens * back_experts, 3);
     const std::vector<float> wide_x(x.begin(), x.end());
     std::vector<float> wide_w(w.begin(), w.end());
-    std::vector<float> dx(x.size(), 7.0f), dw(w.size(), 7.0f), db(experts, 7.0f), z(dz.size());
-    gate(rows(x, tokens), simd::packed_matrix<>(rows(wide_w, experts)), rows(z, tokens));
-    gate_backward(
-        rows(x, tokens), rows(w, experts), rows(dz, tokens),
-        gate_gradients<float>{gradient_to::write, rows(dx, tokens), rows(dw, experts), db});
+    std::vector<float> dx(x.size(), 7.0f), dw(w.size(), 7.0f), db(back_experts, 7.0f), z(dz.size());
+    gate(rows(x, back_tokens), simd::packed_matrix<>(rows(wide_w, back_experts)),
+         rows(z, back_tokens));
+    gate_backward(rows(x, back_tokens), rows(w, back_experts), rows(dz, back_tokens),
+                  gate_gradients<float>{gradient_to::write, rows(dx, back_tokens),
+                                        rows(dw, back_experts), db});
     const double forward = sum_of_products(dz, z);
     CHECK(std::abs(sum_of_products(dx, wide_x) - forward) < 1e-3);
     CHECK(std::abs(sum_of_products(dw, wide_w) - forward) < 1e-3);
@@ -65,8 +66,8 @@ TEST_CASE("the gate's gradients are the adjoints of gate, for 16-bit states and 
     // Added: twice as much.
     const auto once = dw;
     const long made = test::allocations_during([&] {
-      gate_backward(rows(x, tokens), rows(w, experts), rows(dz, tokens),
-                    gate_gradients<float>{gradient_to::add, {}, rows(dw, experts), db});
+      gate_backward(rows(x, back_tokens), rows(w, back_experts), rows(dz, back_tokens),
+                    gate_gradients<float>{gradient_to::add, {}, rows(dw, back_experts), db});
     });
     CHECK(made == 0);
     for (std::size_t i = 0; i < dw.size(); ++i) dw[i] -= once[i];
@@ -170,28 +171,32 @@ TEST_CASE("every expert that has tokens is run backwards once, with its rows") {
 }
 
 TEST_CASE("gradients of a gate that do not fit are refused by name") {
-  auto x = random_values<float>(tokens * d, 1), w = random_values<float>(experts * d, 2);
-  auto dz = random_values<float>(tokens * experts, 3);
+  auto x = random_values<float>(back_tokens * back_width, 1),
+       w = random_values<float>(back_experts * back_width, 2);
+  auto dz = random_values<float>(back_tokens * back_experts, 3);
   std::vector<float> dx(x.size()), dw(w.size());
   const auto refused = [&](matrix_view<float> z, const gate_gradients<float>& g) {
-    return test::refusal([&] { gate_backward(rows(x, tokens), rows(w, experts), z, g); });
+    return test::refusal([&] { gate_backward(rows(x, back_tokens), rows(w, back_experts), z, g); });
   };
-  CHECK(refused(rows(dz, tokens).middle_rows(0, 4), {}) ==
+  CHECK(refused(rows(dz, back_tokens).middle_rows(0, 4), {}) ==
         "moeroute::gate_backward: dlogits.rows() is 4, expected 23");
-  CHECK(refused(rows(dz, tokens), {.weight = rows(dw, experts).middle_rows(0, 3)}) ==
+  CHECK(refused(rows(dz, back_tokens), {.weight = rows(dw, back_experts).middle_rows(0, 3)}) ==
         "moeroute::gate_backward: gradients.weight.rows() is 3, expected 9");
-  CHECK(refused(rows(dz, tokens), {.bias = std::span<float>(dx.data(), 2)}) ==
+  CHECK(refused(rows(dz, back_tokens), {.bias = std::span<float>(dx.data(), 2)}) ==
         "moeroute::gate_backward: gradients.bias.size() is 2, expected 9");
-  CHECK(refused(rows(dz, tokens), {.x = rows(x, tokens)}) ==
+  CHECK(refused(rows(dz, back_tokens), {.x = rows(x, back_tokens)}) ==
         "moeroute::gate_backward: x and gradients.x overlap, expected memory of their own");
   CHECK(
-      refused(rows(dz, tokens), {.weight = rows(w, experts)}) ==
+      refused(rows(dz, back_tokens), {.weight = rows(w, back_experts)}) ==
       "moeroute::gate_backward: weight and gradients.weight overlap, expected memory of their own");
-  const matrix_view<float> in_dx(dx.data(), tokens, experts), in_dw(dw.data(), 12, experts);
-  CHECK(refused(in_dx, {.x = rows(dx, tokens)}) ==
+  const matrix_view<float> in_dx(dx.data(), back_tokens, back_experts),
+      in_dw(dw.data(), 12, back_experts);
+  CHECK(refused(in_dx, {.x = rows(dx, back_tokens)}) ==
         "moeroute::gate_backward: dlogits and gradients.x overlap, expected memory of their own");
-  std::vector<float> both(static_cast<std::size_t>(tokens * experts + experts * d));
-  CHECK(refused({both.data(), tokens, experts}, {.weight = {both.data() + 1, experts, d}}) ==
+  std::vector<float> both(
+      static_cast<std::size_t>(back_tokens * back_experts + back_experts * back_width));
+  CHECK(refused({both.data(), back_tokens, back_experts},
+                {.weight = {both.data() + 1, back_experts, back_width}}) ==
         "moeroute::gate_backward: dlogits and gradients.weight overlap, expected memory of their "
         "own");
 }

@@ -13,18 +13,18 @@
 
 using namespace moeroute;
 using Catch::Approx;
-using oracle::row;
+using doubles = oracle::row;
 
 namespace {
 
-row normals(std::uint64_t seed, index_t n) {
+doubles normals(std::uint64_t seed, index_t n) {
   test::random rng(seed);
-  row x;
+  doubles x;
   for (index_t i = 0; i < n; ++i) x.push_back(static_cast<double>(rng.normal()));
   return x;
 }
 template <class T>
-matrix_view<const T> rows(const std::vector<T>& x, index_t n) {
+matrix_view<const T> read_rows(const std::vector<T>& x, index_t n) {
   return {x.data(), n, static_cast<index_t>(x.size()) / n};
 }
 template <class T>
@@ -32,8 +32,8 @@ matrix_view<T> into(std::vector<T>& x, index_t n) {
   return {x.data(), n, static_cast<index_t>(x.size()) / n};
 }
 
-row softmax_of(const row& z) {
-  row p(z);
+doubles softmax_of(const doubles& z) {
+  doubles p(z);
   double sum = 0.0;
   for (double& v : p) sum += v = std::exp(v);
   for (double& v : p) v /= sum;
@@ -50,22 +50,22 @@ assignment draws_of(index_t tokens, index_t experts, index_t k, std::vector<expe
 constexpr index_t T = 5, E = 6;
 
 // The loss of z towards q and, where there is room, its gradient.
-double distill(const distillation_options& how, const row& z, const row& q, row* dz) {
+double distill(const distillation_options& how, const doubles& z, const doubles& q, doubles* dz) {
   workspace ws;
   distillation_options o = how;
-  row unused(z.size());
+  doubles unused(z.size());
   if (dz == nullptr) o.gradient = gradient_to::nowhere;
-  return router_distillation<double>(o, rows(z, T), rows(q, T),
+  return router_distillation<double>(o, read_rows(z, T), read_rows(q, T),
                                      into(dz != nullptr ? *dz : unused, T), ws);
 }
 
 }  // namespace
 
 TEST_CASE("distillation is its formula, and its gradient the derivative") {
-  const row z = normals(1, T * E);
-  row q;
+  const doubles z = normals(1, T * E);
+  doubles q;
   for (index_t t = 0; t < T; ++t) {
-    const row p = softmax_of(normals(10 + static_cast<std::uint64_t>(t), E));
+    const doubles p = softmax_of(normals(10 + static_cast<std::uint64_t>(t), E));
     q.insert(q.end(), p.begin(), p.end());
   }
   const std::vector<std::uint8_t> mask{1, 0, 1, 1, 1};
@@ -77,10 +77,10 @@ TEST_CASE("distillation is its formula, and its gradient the derivative") {
         double expected = 0.0;
         for (index_t t = 0; t < T; ++t) {
           if (masked && mask[static_cast<std::size_t>(t)] == 0) continue;
-          row own;
+          doubles own;
           for (index_t e = 0; e < E; ++e)
             own.push_back(z[static_cast<std::size_t>(t * E + e)] / temperature);
-          const row p = softmax_of(own);
+          const doubles p = softmax_of(own);
           for (std::size_t e = 0; e < p.size(); ++e) {
             const double target = q[static_cast<std::size_t>(t * E) + e];
             expected += distance == target_distance::squares ? (p[e] - target) * (p[e] - target)
@@ -89,22 +89,22 @@ TEST_CASE("distillation is its formula, and its gradient the derivative") {
         }
         CHECK(distill(how, z, q, nullptr) == Approx(0.7 * expected / (masked ? 4 : 5)));
         CHECK(test::gradient_difference(
-                  z, [&](const row& x, row* g) { return distill(how, x, q, g); }) == "");
+                  z, [&](const doubles& x, doubles* g) { return distill(how, x, q, g); }) == "");
       }
 }
 
 TEST_CASE("a step against its gradient brings a router nearer, and at the target nothing pulls") {
-  row z = normals(1, T * E), q, dz(z.size());
+  doubles z = normals(1, T * E), q, dz(z.size());
   for (index_t t = 0; t < T; ++t) {
-    const row p = softmax_of(normals(10 + static_cast<std::uint64_t>(t), E));
+    const doubles p = softmax_of(normals(10 + static_cast<std::uint64_t>(t), E));
     q.insert(q.end(), p.begin(), p.end());
   }
   for (const auto distance : {target_distance::cross_entropy, target_distance::squares}) {
     const double before = distill({distance}, z, q, &dz);
-    row moved(z);
+    doubles moved(z);
     for (std::size_t i = 0; i < z.size(); ++i) moved[i] -= 0.1 * dz[i];
     CHECK(distill({distance}, moved, q, nullptr) < before);
-    row log_q(q);
+    doubles log_q(q);
     for (double& v : log_q) v = std::log(v);
     distill({distance}, log_q, q, &dz);
     for (const double g : dz) CHECK(std::abs(g) < 1e-15);
@@ -112,28 +112,28 @@ TEST_CASE("a step against its gradient brings a router nearer, and at the target
 }
 
 TEST_CASE("towards another router's first choices a target is one there; float is double") {
-  const row z = normals(3, T * E);
+  const doubles z = normals(3, T * E);
   const assignment chosen = draws_of(T, E, 2, {0, 1, 5, 2, 3, 4, -1, 0, 2, 1});
-  row q(z.size(), 0.0), dz(z.size(), 1.0), expected(z.size(), 1.0);
+  doubles q(z.size(), 0.0), dz(z.size(), 1.0), expected(z.size(), 1.0);
   for (index_t t = 0; t < T; ++t)
     if (chosen.ids(t)[0] >= 0) q[static_cast<std::size_t>(t * E + chosen.ids(t)[0])] = 1.0;
   workspace ws;
   const distillation_options adds{.gradient = gradient_to::add};
-  const double value = router_distillation<double>(adds, rows(z, T), chosen, into(dz, T), ws);
-  CHECK(value ==
-        Approx(router_distillation<double>(adds, rows(z, T), rows(q, T), into(expected, T), ws)));
+  const double value = router_distillation<double>(adds, read_rows(z, T), chosen, into(dz, T), ws);
+  CHECK(value == Approx(router_distillation<double>(adds, read_rows(z, T), read_rows(q, T),
+                                                    into(expected, T), ws)));
   CHECK(test::difference(dz, expected, 1e-14, 1e-14) == "");
 
   const std::vector<float> narrow(z.begin(), z.end()), target(q.begin(), q.end());
   std::vector<float> slope(z.size(), 1.0f);
-  CHECK(router_distillation<float>(adds, rows(narrow, T), rows(target, T), into(slope, T), ws) ==
-        Approx(value).epsilon(1e-5));
+  CHECK(router_distillation<float>(adds, read_rows(narrow, T), read_rows(target, T), into(slope, T),
+                                   ws) == Approx(value).epsilon(1e-5));
   CHECK(test::difference(slope, expected, 1e-6, 1e-6) == "");
 }
 
 TEST_CASE("a logit that is no number is an expert that is not there, whatever its target") {
-  row z = normals(1, T * E), absent(z), dz(z.size()), expected(z.size());
-  const row q(z.size(), 1.0 / static_cast<double>(E));
+  doubles z = normals(1, T * E), absent(z), dz(z.size()), expected(z.size());
+  const doubles q(z.size(), 1.0 / static_cast<double>(E));
   for (const std::size_t i : {3u, 13u}) {
     z[i] = std::numeric_limits<double>::quiet_NaN();
     absent[i] = -std::numeric_limits<double>::infinity();
@@ -148,16 +148,16 @@ TEST_CASE("a logit that is no number is an expert that is not there, whatever it
 
 TEST_CASE("neighbours pull at one another as the graph's Laplacian says") {
   const index_t n = 4, width = 3, m = 2;
-  const row r = normals(5, n * width), w{0.5, 0.2, 0.1, 0.7, 0.3, 0.4, 0.9, 0.6};
+  const doubles r = normals(5, n * width), w{0.5, 0.2, 0.1, 0.7, 0.3, 0.4, 0.9, 0.6};
   const std::vector<std::int32_t> neighbour{1, 2, 0, 3, -1, 1, 2, 0};
-  const auto value = [&](neighbour_gradient moves, const row& x, row* g) {
-    row unused(x.size());
-    return neighbour_loss<double>(0.3, moves, rows(x, n), neighbour, rows(w, n),
+  const auto value = [&](neighbour_gradient moves, const doubles& x, doubles* g) {
+    doubles unused(x.size());
+    return neighbour_loss<double>(0.3, moves, read_rows(x, n), neighbour, read_rows(w, n),
                                   g == nullptr ? gradient_to::nowhere : gradient_to::write,
                                   into(g == nullptr ? unused : *g, n));
   };
   // 2 eta tr(r^T L r) with L = D - A of the symmetrised weights, halved once for both directions.
-  row laplacian(16, 0.0);
+  doubles laplacian(16, 0.0);
   for (index_t i = 0; i < n; ++i)
     for (index_t k = 0; k < m; ++k) {
       const std::int32_t j = neighbour[static_cast<std::size_t>(i * m + k)];
@@ -176,10 +176,11 @@ TEST_CASE("neighbours pull at one another as the graph's Laplacian says") {
                 r[static_cast<std::size_t>(i * width + c)] *
                 r[static_cast<std::size_t>(j * width + c)];
   CHECK(value(neighbour_gradient::both, r, nullptr) == Approx(0.3 * form));
-  CHECK(test::gradient_difference(
-            r, [&](const row& x, row* g) { return value(neighbour_gradient::both, x, g); }) == "");
+  CHECK(test::gradient_difference(r, [&](const doubles& x, doubles* g) {
+          return value(neighbour_gradient::both, x, g);
+        }) == "");
   // Constant neighbours: the derivative where only one row moves as itself.
-  row g(r.size());
+  doubles g(r.size());
   value(neighbour_gradient::constant, r, &g);
   for (index_t c = 0; c < width; ++c) {
     const auto at = [&](index_t i) { return r[static_cast<std::size_t>(i * width + c)]; };
@@ -194,7 +195,7 @@ struct draw {
   std::vector<expert_id> ids;
   double probability;
 };
-std::vector<draw> all_draws(const row& z, index_t k) {
+std::vector<draw> all_draws(const doubles& z, index_t k) {
   std::vector<draw> list{{{}, 1.0}};
   for (index_t r = 0; r < k; ++r) {
     std::vector<draw> longer;
@@ -224,7 +225,7 @@ double reward(const draw& d) {
   for (const expert_id e : d.ids) sum += worth[e];
   return sum * sum / static_cast<double>(d.ids.size());
 }
-double expected_reward(const row& z, index_t k) {
+double expected_reward(const doubles& z, index_t k) {
   double sum = 0.0;
   for (const draw& d : all_draws(z, k)) sum += d.probability * reward(d);
   return sum;
@@ -233,16 +234,16 @@ double expected_reward(const row& z, index_t k) {
 }  // namespace
 
 TEST_CASE("draws with and without putting back: the policy gradient is that of the mean reward") {
-  const row z{0.2, -0.4, 0.9, 0.1};
+  const doubles z{0.2, -0.4, 0.9, 0.1};
   workspace ws;
   for (const index_t k : {1, 2, 3}) {  // RL-R, ReMix
     INFO("k " << k);
-    row mean(z.size(), 0.0), with_others(z.size(), 0.0), dz(z.size());
+    doubles mean(z.size(), 0.0), with_others(z.size(), 0.0), dz(z.size());
     const auto list = all_draws(z, k);
     const auto pull = [&](const draw& d, double advantage) {
-      row log_pi(1);
-      const row a{advantage};
-      const double value = policy_gradient<double>(rows(z, 1), draws_of(1, 4, k, d.ids), a,
+      doubles log_pi(1);
+      const doubles a{advantage};
+      const double value = policy_gradient<double>(read_rows(z, 1), draws_of(1, 4, k, d.ids), a,
                                                    gradient_to::write, into(dz, 1), ws, log_pi);
       CHECK(log_pi[0] == Approx(std::log(d.probability)));
       CHECK(value == Approx(-advantage * std::log(d.probability)));
@@ -251,14 +252,15 @@ TEST_CASE("draws with and without putting back: the policy gradient is that of t
       pull(d, reward(d));
       for (std::size_t e = 0; e < z.size(); ++e) mean[e] -= d.probability * dz[e];
     }
-    const row slope = oracle::derivative(z, [&](const row& x) { return expected_reward(x, k); });
+    const doubles slope =
+        oracle::derivative(z, [&](const doubles& x) { return expected_reward(x, k); });
     CHECK(test::difference(mean, slope, 1e-8, 1e-9) == "");
 
     // Two draws, each with the other's reward as its baseline: the mean over all pairs.
     for (const draw& one : list)
       for (const draw& two : list) {
-        row a(2);
-        leave_one_out<double>(2, row{reward(one), reward(two)}, std::span<double>(a));
+        doubles a(2);
+        leave_one_out<double>(2, doubles{reward(one), reward(two)}, std::span<double>(a));
         for (const auto& [d, advantage] : {std::pair{one, a[0]}, std::pair{two, a[1]}}) {
           pull(d, advantage);
           for (std::size_t e = 0; e < z.size(); ++e)
@@ -270,8 +272,8 @@ TEST_CASE("draws with and without putting back: the policy gradient is that of t
 }
 
 TEST_CASE("advantages of a token sum to 0, and are its rewards' distances from the others'") {
-  const row r{1.0, 5.0, 2.0, 7.0, 6.0, 0.0};  // three draws of two tokens
-  row a(6);
+  const doubles r{1.0, 5.0, 2.0, 7.0, 6.0, 0.0};  // three draws of two tokens
+  doubles a(6);
   leave_one_out<double>(3, r, std::span<double>(a));
   CHECK(a[0] == Approx(1.0 - 4.0));
   CHECK(a[2] == Approx(2.0 - 3.5));
@@ -280,37 +282,39 @@ TEST_CASE("advantages of a token sum to 0, and are its rewards' distances from t
 }
 
 TEST_CASE("policy gradients are added, end with a token's draws, and NaN stays in its row") {
-  const row z = normals(7, 3 * E);
+  const doubles z = normals(7, 3 * E);
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  row dz(z.size(), 1.0);
+  doubles dz(z.size(), 1.0);
   workspace ws;
-  policy_gradient<double>(rows(z, 3), draws_of(3, E, 2, {1, 2, -1, -1, 0, -1}), row{nan, 1.0, 2.0},
-                          gradient_to::add, into(dz, 3), ws);
+  policy_gradient<double>(read_rows(z, 3), draws_of(3, E, 2, {1, 2, -1, -1, 0, -1}),
+                          doubles{nan, 1.0, 2.0}, gradient_to::add, into(dz, 3), ws);
   for (index_t e = 0; e < E; ++e) {
     CHECK(std::isnan(dz[static_cast<std::size_t>(e)]));
     CHECK(dz[static_cast<std::size_t>(E + e)] == 1.0);
-    const row p = softmax_of(row(z.end() - E, z.end()));
+    const doubles p = softmax_of(doubles(z.end() - E, z.end()));
     CHECK(dz[static_cast<std::size_t>(2 * E + e)] ==
           Approx(1.0 - 2.0 / 3.0 * ((e == 0 ? 1.0 : 0.0) - p[static_cast<std::size_t>(e)])));
   }
 }
 
 TEST_CASE("a router's shift is 1 where nothing moved, in (0, 1] elsewhere, and its formula") {
-  const row old_z = normals(1, T * E), new_z = normals(2, T * E);
+  const doubles old_z = normals(1, T * E), new_z = normals(2, T * E);
   const assignment chosen = draws_of(T, E, 2, {0, 1, 5, 2, 3, 4, 2, 0, 2, 1});
-  row shift(T, 0.0), ratio(T);
+  doubles shift(T, 0.0), ratio(T);
   workspace ws;
-  add_router_shift<double>(rows(old_z, T), rows(old_z, T), chosen, std::span<double>(shift), ws);
+  add_router_shift<double>(read_rows(old_z, T), read_rows(old_z, T), chosen,
+                           std::span<double>(shift), ws);
   router_shift_ratio<double>(shift, 1, 0.0, std::span<double>(ratio));
   for (const double g : ratio) CHECK(g == 1.0);
   // A layer that moved and one that did not.
-  add_router_shift<double>(rows(new_z, T), rows(old_z, T), chosen, std::span<double>(shift), ws);
+  add_router_shift<double>(read_rows(new_z, T), read_rows(old_z, T), chosen,
+                           std::span<double>(shift), ws);
   router_shift_ratio<double>(shift, 2, 0.0, std::span<double>(ratio));
   for (index_t t = 0; t < T; ++t) {
-    const auto at = [&](const row& z) {
-      return softmax_of(row(z.begin() + t * E, z.begin() + (t + 1) * E));
+    const auto at = [&](const doubles& z) {
+      return softmax_of(doubles(z.begin() + t * E, z.begin() + (t + 1) * E));
     };
-    const row p = at(old_z), q = at(new_z);
+    const doubles p = at(old_z), q = at(new_z);
     double sum = 0.0;
     for (const expert_id e : chosen.ids(t))
       sum += std::abs(std::log(q[static_cast<std::size_t>(e)] / p[static_cast<std::size_t>(e)]));
@@ -321,26 +325,28 @@ TEST_CASE("a router's shift is 1 where nothing moved, in (0, 1] elsewhere, and i
   router_shift_ratio<double>(shift, 2, 0.9, std::span<double>(shift));
   for (std::size_t t = 0; t < shift.size(); ++t) CHECK(shift[t] == std::max(ratio[t], 0.9));
   // An expert that neither router gives a probability has not moved; one that one of them does has.
-  row none = old_z;
+  doubles none = old_z;
   none[0] = -INFINITY;
   std::fill(shift.begin(), shift.end(), 0.0);
-  add_router_shift<double>(rows(none, T), rows(none, T), chosen, std::span<double>(shift), ws);
+  add_router_shift<double>(read_rows(none, T), read_rows(none, T), chosen, std::span<double>(shift),
+                           ws);
   for (const double s : shift) CHECK(s == 0.0);
-  add_router_shift<double>(rows(none, T), rows(old_z, T), chosen, std::span<double>(shift), ws);
+  add_router_shift<double>(read_rows(none, T), read_rows(old_z, T), chosen,
+                           std::span<double>(shift), ws);
   CHECK(shift[0] == INFINITY);
 }
 
 TEST_CASE("a projected update leaves the logits of what is retained, and moves the others") {
   const index_t d = 16, n = 12;
-  const row x = normals(3, n * d);
+  const doubles x = normals(3, n * d);
   std::vector<float> states(x.begin(), x.end()), delta(E * d), before;
   for (index_t i = 0; i < E * d; ++i)
     delta[static_cast<std::size_t>(i)] =
         static_cast<float>(normals(4, E * d)[static_cast<std::size_t>(i)]);
   before = delta;
   retained_inputs all(d, d);
-  for (index_t t = 0; t < 5; ++t) CHECK(all.retain(rows(states, n).middle_rows(t, 1)));
-  CHECK_FALSE(all.retain(rows(states, n).middle_rows(2, 1)));  // spanned
+  for (index_t t = 0; t < 5; ++t) CHECK(all.retain(read_rows(states, n).middle_rows(t, 1)));
+  CHECK_FALSE(all.retain(read_rows(states, n).middle_rows(2, 1)));  // spanned
   CHECK(all.rank() == 5);
   all.project(into(delta, E));
   const auto logit = [&](const std::vector<float>& rows_of, index_t t, index_t e) {
@@ -357,14 +363,14 @@ TEST_CASE("a projected update leaves the logits of what is retained, and moves t
   // Once more changes nothing.
   const auto once = delta;
   all.project(into(delta, E));
-  CHECK(test::difference(delta, row(once.begin(), once.end()), 1e-5, 1e-6) == "");
+  CHECK(test::difference(delta, doubles(once.begin(), once.end()), 1e-5, 1e-6) == "");
 
   // One expert's own states, the others' row untouched.
   delta = before;
   std::vector<expert_id> ids;
   for (index_t t = 0; t < n; ++t) ids.push_back(static_cast<expert_id>(t % 3));
   retained_inputs of_one(d, d);
-  of_one.retain_choices(rows(states, n), draws_of(n, E, 1, ids), 1);
+  of_one.retain_choices(read_rows(states, n), draws_of(n, E, 1, ids), 1);
   CHECK(of_one.rank() == 4);
   of_one.project(into(delta, E).middle_rows(1, 1));
   for (index_t t = 0; t < n; ++t) {
@@ -376,36 +382,40 @@ TEST_CASE("a projected update leaves the logits of what is retained, and moves t
   for (index_t t = 0; t < d; ++t) {
     std::vector<float> unit(static_cast<std::size_t>(d), 0.0f);
     unit[static_cast<std::size_t>(t)] = 2.0f;
-    full.retain(rows(unit, 1));
+    full.retain(read_rows(unit, 1));
   }
   full.project(into(delta, E));
   for (const float v : delta) CHECK(std::abs(v) < 1e-6f);
 }
 
 TEST_CASE("arguments of the router's training terms are refused by name") {
-  row z(T * E), dz(T * E), other(T * E + E), a(T);
+  doubles z(T * E), dz(T * E), other(T * E + E), a(T);
   workspace ws;
   const assignment chosen = draws_of(T, E, 1, {0, 1, 2, 3, 6});
   CHECK(test::refusal([&] { distill({.temperature = 0.0}, z, z, nullptr); }) ==
         "moeroute::router_distillation: temperature is 0.000000, expected > 0");
-  CHECK(test::refusal(
-            [&] { router_distillation<double>({}, rows(z, T), rows(z, T), into(z, T), ws); }) ==
+  CHECK(test::refusal([&] {
+          router_distillation<double>({}, read_rows(z, T), read_rows(z, T), into(z, T), ws);
+        }) ==
         "moeroute::router_distillation: logits and dlogits overlap, expected memory "
         "of their own");
-  CHECK(test::refusal(
-            [&] { router_distillation<double>({}, rows(z, T), rows(dz, T), into(dz, T), ws); }) ==
+  CHECK(test::refusal([&] {
+          router_distillation<double>({}, read_rows(z, T), read_rows(dz, T), into(dz, T), ws);
+        }) ==
         "moeroute::router_distillation: target and dlogits overlap, expected memory of their own");
   CHECK(test::refusal([&] {
-          router_distillation<double>({}, rows(z, T), rows(other, T + 1), into(dz, T), ws);
+          router_distillation<double>({}, read_rows(z, T), read_rows(other, T + 1), into(dz, T),
+                                      ws);
         }) == "moeroute::router_distillation: target.rows is 6, expected 5");
   CHECK(test::refusal([&] {
-          router_distillation<double>({}, rows(z, T), chosen, into(dz, T), ws);
+          router_distillation<double>({}, read_rows(z, T), chosen, into(dz, T), ws);
         }).starts_with("moeroute::router_distillation: an id is 6"));
   CHECK(test::refusal([&] {
-          policy_gradient<double>(rows(z, T), chosen, a, gradient_to::write, into(dz, T), ws);
+          policy_gradient<double>(read_rows(z, T), chosen, a, gradient_to::write, into(dz, T), ws);
         }).starts_with("moeroute::policy_gradient: an id is 6"));
   CHECK(test::refusal([&] {
-          policy_gradient<double>(rows(z, T), chosen, row(3), gradient_to::write, into(dz, T), ws);
+          policy_gradient<double>(read_rows(z, T), chosen, doubles(3), gradient_to::write,
+                                  into(dz, T), ws);
         }) == "moeroute::policy_gradient: advantage.size() is 3, expected 5");
   CHECK(test::refusal([&] {
           leave_one_out<double>(1, a, std::span<double>(a));
@@ -413,16 +423,16 @@ TEST_CASE("arguments of the router's training terms are refused by name") {
   CHECK(test::refusal([&] { router_shift_ratio<double>(a, 1, 1.5, std::span<double>(a)); }) ==
         "moeroute::router_shift_ratio: least is 1.500000, expected 0 to 1");
   CHECK(test::refusal([&] {
-          add_router_shift<double>(rows(z, T), rows(other, T + 1), chosen, std::span<double>(a),
-                                   ws);
+          add_router_shift<double>(read_rows(z, T), read_rows(other, T + 1), chosen,
+                                   std::span<double>(a), ws);
         }) == "moeroute::add_router_shift: old_logits.rows is 6, expected 5");
   CHECK(test::refusal([&] {
-          neighbour_loss<double>(1.0, neighbour_gradient::both, rows(z, T),
-                                 std::vector<std::int32_t>{0, 1, 2, 3, 5}, rows(a, T),
+          neighbour_loss<double>(1.0, neighbour_gradient::both, read_rows(z, T),
+                                 std::vector<std::int32_t>{0, 1, 2, 3, 5}, read_rows(a, T),
                                  gradient_to::write, into(dz, T));
         }).starts_with("moeroute::neighbour_loss: a neighbour is 5"));
   retained_inputs kept(2, 1);
-  const row unit{1.0, 0.0};
+  const doubles unit{1.0, 0.0};
   CHECK(test::refusal([&] {
           kept.retain(matrix_view<const float>(std::vector<float>{1.0f, 0.0f}.data(), 1, 2));
           kept.retain(matrix_view<const float>(std::vector<float>{0.0f, 1.0f}.data(), 1, 2));
