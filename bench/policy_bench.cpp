@@ -72,6 +72,45 @@ void route_worst(benchmark::State& state, const router_spec& spec, const std::st
   bench::compete(state, logits.bytes(), std::move(list));
 }
 
+// What route() costs around the row itself: a token by the whole call, its workspace and assignment
+// warm, beside the router's own way for one row.
+void route_call(benchmark::State& state, const router_spec& spec) {
+  const bench::logit_rows logits("normal", spec.columns(), "l2", 1);
+  const bench::drawn_tensors tensors(spec, 1);
+  const moeroute::any_router router = moeroute::make_router(spec, tensors.view());
+  const auto rows = router.as_token_router();
+  moeroute::workspace workspace;
+  moeroute::assignment choices;
+  std::vector<moeroute::expert_id> id(static_cast<std::size_t>(spec.k));
+  std::vector<float> weight(id.size());
+  const auto call = [&](index_t first, index_t n) {
+    for (index_t t = first; t < first + n; ++t) {
+      moeroute::route(router, moeroute::matrix_view<const float>(logits.row(t), 1, spec.columns()),
+                      workspace, choices);
+      benchmark::DoNotOptimize(choices.ids().data());
+    }
+  };
+  const auto kernel = [&](index_t first, index_t n) {
+    for (index_t t = first; t < first + n; ++t) {
+      rows.route_row(logits.row(t), spec.columns(), 0, moeroute::no_side_inputs, id.data(),
+                     weight.data());
+      benchmark::DoNotOptimize(id.data());
+    }
+  };
+  call(0, 1);
+  kernel(0, 1);
+  if (!std::ranges::equal(choices.ids(), id) || !std::ranges::equal(choices.weights(), weight)) {
+    state.SkipWithError("differs from the row alone");
+    return;
+  }
+  std::vector<bench::competitor> list;
+  list.push_back({"ours", bench::over(logits.turns, 0.0, call)});
+  list.push_back({"kernel", bench::over(logits.turns, 0.5, kernel)});
+  bench::compete(state, logits.bytes(), std::move(list));
+  state.counters["ns_over_kernel"] =
+      state.counters["ns_per_token"].value - state.counters["kernel_ns_per_token"].value;
+}
+
 // A router that does not take bfloat16 logits as they are: the stage widens them for it.
 struct widened_router {
   moeroute::router<moeroute::softmax> inner;
@@ -161,10 +200,11 @@ const bool registered = [] {
   for (const auto& [name, spec] : eight_models()) {
     seen.push_back(spec);
     for (const index_t tokens : {1, 2, 4, 8, 16, 64, 1024}) add(name, spec, tokens);
-    if (spec.experts < 128 || spec.k == 1) continue;
+    const std::string size =
+        name + "/T:1/E:" + std::to_string(spec.experts) + "/k:" + std::to_string(spec.k);
+    bench::entry("route_call/" + size, [=](benchmark::State& state) { route_call(state, spec); });
     for (const char* shape : {"all_equal", "ascending", "half_nan", "masked", "one_column"})
-      bench::entry("route_worst/" + name + "/T:1/E:" + std::to_string(spec.experts) +
-                       "/k:" + std::to_string(spec.k) + "/shape:" + shape,
+      bench::entry("route_worst/" + size + "/shape:" + shape,
                    [=](benchmark::State& state) { route_worst(state, spec, shape); });
   }
   for (const moeroute::catalog_entry& entry : moeroute::catalog) {
