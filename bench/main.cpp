@@ -25,7 +25,8 @@ int main(int argc, char** argv) {
     };
     if (word == "--quick")
       bench::seconds_per_entry() *= 0.1;
-    else if (!value("--trace=", asked.trace) && !value("--router=", asked.router))
+    else if (!value("--trace=", asked.trace) && !value("--router=", asked.router) &&
+             !value("--step=", asked.steps))
       argv[kept++] = argv[i];
   }
   argc = kept;

@@ -1,9 +1,13 @@
 // trace: somebody's own logits, [T, E] or [layers, T, E], routed by a router of the catalogue or by
 // one that a file describes.
 #include <algorithm>
+#include <charconv>
+#include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <sstream>
 #include <string>
+#include <vector>
 
 #include <moeroute/policy/catalog.hpp>
 
@@ -50,13 +54,56 @@ example::golden_router router_of(const std::string& name, index_t columns, index
     return made;
   }
   if (!std::filesystem::exists(name))
-    example::refuse("--router ", name, ": expected a name of the catalogue or a .json file");
+    example::refuse("--router ", name, ": there is no such file, and ",
+                    moeroute::detail::unknown_model(name));
   auto made =
       example::read_golden_router(example::read_json<example::float_json>(name), name, {}, tokens);
   if (made.spec.columns() != columns)
     example::refuse(name, ": field 'experts': expected ", columns,
                     " columns, as the logits have, found ", made.spec.columns());
   return made;
+}
+
+// Tokens a call: those of --step, or one and few, as an engine decodes, and many.
+std::vector<index_t> steps_of(const std::string& asked, index_t tokens) {
+  std::vector<index_t> steps;
+  if (asked.empty()) {
+    for (const index_t n : {1, 2, 4, 8, 1024}) steps.push_back(std::min(n, tokens));
+  } else {
+    std::istringstream words(asked);
+    for (std::string word; std::getline(words, word, ',');) {
+      index_t n = 0;
+      const auto [end, code] = std::from_chars(word.data(), word.data() + word.size(), n);
+      if (code != std::errc() || end != word.data() + word.size() || n < 1 || n > tokens)
+        example::refuse("--step ", asked, ": expected tokens a call, from 1 to the trace's ",
+                        tokens);
+      steps.push_back(n);
+    }
+  }
+  std::sort(steps.begin(), steps.end());
+  steps.erase(std::unique(steps.begin(), steps.end()), steps.end());
+  return steps;
+}
+
+// Rows of a rotation whose chunks are long beside a look at the clock.
+constexpr index_t fewest_rows = 512;
+
+// Routes all of the rows, `step` a call: where they are not whole calls the last one begins
+// earlier, and where they are not whole chunks, or too few, the first ones follow again.
+void route_rows(benchmark::State& state, const trace& all, const float* rows, index_t count,
+                index_t step) {
+  const auto columns = static_cast<index_t>(all.logits.shape[2]);
+  const index_t calls = (count + step - 1) / step;
+  bench::rotation turns(std::max(calls * step, moeroute::round_up(fewest_rows, step)), columns * 4,
+                        step);
+  turns.units = moeroute::round_up(turns.units, turns.chunk);
+  moeroute::buffer<float> laid(turns.units * columns);
+  float* to = laid.data();
+  for (index_t call = 0; call < turns.units / step; ++call)
+    to = std::copy_n(rows + std::min(call % calls * step, count - step) * columns, step * columns,
+                     to);
+  bench::compete_routing(state, all.router.spec, all.tensors(), all.token_ids(), laid.data(),
+                         turns);
 }
 
 void add(const bench::arguments& asked) {
@@ -70,7 +117,7 @@ void add(const bench::arguments& asked) {
   const auto layers = static_cast<index_t>(logits.shape[0]),
              tokens = static_cast<index_t>(logits.shape[1]);
   const auto columns = static_cast<index_t>(logits.shape[2]);
-  const index_t step = std::min<index_t>(tokens, 1024);
+  const std::vector<index_t> steps = steps_of(asked.steps, tokens);
 
   auto router = router_of(asked.router, columns, tokens);
   bench::drawn_tensors drawn(router.spec, tokens);
@@ -78,17 +125,23 @@ void add(const bench::arguments& asked) {
       std::make_shared<const trace>(trace{std::move(logits), std::move(router), std::move(drawn)});
   const auto& spec = all->router.spec;
   moeroute::make_router(spec, all->tensors());  // refuses here what it would refuse later
+  // Layers of a few tokens are timed together: rows that come again are rows that predictors know.
+  const bool together = layers > 1 && tokens < fewest_rows;
+  const index_t parts = together ? 1 : layers, count = together ? layers * tokens : tokens;
+  if (count < fewest_rows)
+    std::fprintf(stderr, "bench: %s: %lld rows to route are fewer than %lld: they come again\n",
+                 asked.trace.c_str(), static_cast<long long>(count),
+                 static_cast<long long>(fewest_rows));
   const std::string name = std::filesystem::path(asked.router).stem().string();
-  for (index_t layer = 0; layer < layers; ++layer) {
-    bench::entry("trace/" + name + "/layer:" + std::to_string(layer) +
-                     "/T:" + std::to_string(step) + "/E:" + std::to_string(spec.experts) +
-                     "/k:" + std::to_string(spec.k),
-                 [=](benchmark::State& state) {
-                   bench::compete_routing(state, all->router.spec, all->tensors(), all->token_ids(),
-                                          all->logits.values.data() + layer * tokens * columns,
-                                          bench::rotation(tokens / step * step, columns * 4, step));
-                 });
-  }
+  for (index_t part = 0; part < parts; ++part)
+    for (const index_t step : steps)
+      bench::entry("trace/" + name + "/layer:" + (together ? "all" : std::to_string(part)) +
+                       "/T:" + std::to_string(step) + "/E:" + std::to_string(spec.experts) +
+                       "/k:" + std::to_string(spec.k),
+                   [=](benchmark::State& state) {
+                     route_rows(state, *all, all->logits.values.data() + part * count * columns,
+                                count, step);
+                   });
 }
 
 const bool registered = [] {

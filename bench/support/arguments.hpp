@@ -10,6 +10,7 @@ namespace bench {
 struct arguments {
   std::string trace;   ///< .npy file of logits that somebody wants routed
   std::string router;  ///< its router: a name of the catalogue, or a file that describes one
+  std::string steps;   ///< tokens a call, "1,8,64"; empty: few and many
 };
 
 /// Programs whose entries depend on the arguments add them here; main calls these when it knows.
