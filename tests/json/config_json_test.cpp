@@ -1,8 +1,10 @@
 #include <moeroute/json/config_json.hpp>
 
 #include <catch2/catch_test_macros.hpp>
+#include <map>
 #include <optional>
 #include <set>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -595,6 +597,202 @@ TEST_CASE("layers without experts are those of the class") {
   CHECK(of("nemotron_h", R"(, "hybrid_override_pattern": "MEM*E")") == "-s--s");
   CHECK(of("laguna", R"(, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse", "sparse",
                                               "sparse"])") == "-sssss");
+}
+
+TEST_CASE("what a class makes of a file that says no more than its sizes is pinned for each type") {
+  // Type, which of six layers have experts, how weights are normalised, their scale.
+  std::istringstream pinned(R"(
+    mixtral ssssss sum 1
+    minimax ssssss sum 1
+    minimax_m1 ssssss sum 1
+    minimax_text_01 ssssss sum 1
+    qwen2_moe ssssss none 1
+    qwen3_moe ssssss none 1
+    qwen3_next ssssss sum 1
+    qwen3_5_moe ssssss sum 1
+    qwen3_vl_moe ssssss sum 1
+    qwen3_omni_moe_thinker ssssss sum 1
+    qwen3_omni_moe_text ssssss sum 1
+    qwen3_omni_moe_talker ssssss none 1
+    olmoe ssssss none 1
+    flex_olmo ssssss none 1
+    mellum ssssss sum 1
+    hunyuan_v1_moe ssssss sum 1
+    jamba -s-s-s none 1
+    deepseek_v2 ssssss none 1
+    deepseek_ocr2 ssssss none 1
+    deepseek_v3 ---sss sum 2.5
+    kimi_k2 ---sss sum 2.5
+    deepseek_v32 ---sss sum 2.5
+    dots1 ssssss none 1
+    glm4_moe -sssss sum 1
+    glm4_moe_lite -sssss sum 1.8
+    glm4v_moe -sssss sum 1
+    glm_moe_dsa ---sss sum 2.5
+    exaone_moe -sssss sum 2.5
+    solar_open ssssss sum 1
+    nemotron_h ssssss sum 1
+    mistral4 ssssss sum 1
+    deepseek_v4 tttsss sum 1.5
+    gpt_oss ssssss none 1
+    openai_privacy_filter ssssss none 1
+    llama4 ssssss none 1
+    granitemoe ssssss none 1
+    granitemoehybrid ssssss none 1
+    granitemoeshared ssssss none 1
+    jetmoe ssssss none 1
+    aria ssssss none 1
+    cohere2_moe ssssss none 1
+    phimoe ssssss none 1
+    ernie4_5_moe -sssss sum 1
+    ernie4_5_vl_moe -sssss sum 1
+    ernie4_5_moe_vl -sssss sum 1
+    longcat_flash ssssss none 6
+    minimax_m2 ssssss sum 1
+    minimax_m3_vl ssssss sum 2
+    hy_v3 -sssss sum 2.826
+    laguna -sssss sum 1
+    lfm2_moe --ssss sum 1
+    afmoe -sssss sum 1
+    gemma4 ssssss sum 1
+    diffusion_gemma ssssss sum 1
+    switch_transformers . none 1
+    nllb-moe . sum 1
+    doge ssssss none 1
+    axk1 -sssss sum 2.5
+    axk2 -sssss sum 2.5
+    bailing_hybrid --ssss sum 2.5
+    dots3_note -sssss sum 1
+    flint --ssss sum 1
+    glm5_next ---sss sum 2.5
+    granitemoe_swa ssssss none 1
+    hy_v4 -sssss sum 2.827
+    hy_v4_vl -sssss sum 2.827
+    inkling2 ssssss sum 8
+    inkling2_loop ssssss sum 8
+    kimi_linear -sssss sum 2.446
+    kolibri1 ssssss none 1
+    lara_mini ssssss sum 1
+    mimo_v2_flash -sssss sum 1
+    mistral_large4 -sssss sum 1
+    muse_spark ssssss sum 1
+    qwen4_exp ssssss sum 1
+    step3p5 ---sss sum 1
+    step3p7 ---sss sum 1
+    unlimited_ocr -sssss none 1
+    bailing_moe ssssss sum 1
+    bailing_moe_v2 -sssss sum 2.5
+    llada2_moe -sssss sum 2.5
+    grok-1 ssssss sum 1
+    step3 ----ss sum 1
+    nomic_bert ------ none 1
+    smallthinker ssssss sum 1
+    grove_moe ssssss none 1)");
+  std::map<std::string, std::string> defaults;
+  for (std::string type, layers, normalize, scale; pinned >> type >> layers >> normalize >> scale;)
+    defaults[type] = layers + " " + normalize + " " + scale;
+  // These need more than sizes, or other ones: the samples above have them.
+  for (const char* type : {"dbrx", "dots3_note_vision_encoder", "zaya", "PanguProMoE"})
+    defaults[type] = "";
+  for (const moeroute::detail::config_model& m : moeroute::detail::config_models) {
+    INFO(m.type);
+    REQUIRE(defaults.contains(m.type));
+    if (defaults[m.type].empty()) continue;
+    std::string config = R"({"model_type": ")" + std::string(m.type) +
+                         R"(", "num_hidden_layers": 6, ")" + m.experts + "\": 16";
+    if (m.k != nullptr) config += std::string(", \"") + m.k + "\": 2";
+    if (std::string_view(m.type) == "smallthinker")
+      config += R"(, "moe_primary_router_apply_softmax": false)";
+    config += "}";
+    const model_routers all = read_all(config);
+    router_spec last = all.of(40).value_or(router_spec{});
+    for (const auto& layer : all.layers)
+      if (layer) last = *layer;
+    std::ostringstream made;
+    const std::string layers = kinds(config);
+    made << (layers.empty() ? "." : layers) << ' ' << to_string(last.normalize) << ' '
+         << last.scale;
+    CHECK(made.str() == defaults[m.type]);
+  }
+}
+
+TEST_CASE("every field that says which layers have experts is read, alone and at its ends") {
+  const auto of = [](const std::string& type, const std::string& more) {
+    return kinds(R"({"model_type": ")" + type + R"(", "num_experts": 8, "num_experts_per_tok": 2,
+                    "num_hidden_layers": 6)" +
+                 more + "}");
+  };
+  const auto said = [](const std::string& type, const std::string& more) {
+    return refusal(R"({"model_type": ")" + type + R"(", "num_experts": 8,
+                      "num_experts_per_tok": 2, "num_hidden_layers": 6)" +
+                   more + "}");
+  };
+  CHECK(of("qwen3_moe", "") == "ssssss");
+  CHECK(of("qwen3_moe", R"(, "moe_layer_num_skipped": 2)") == "--ssss");
+  CHECK(of("qwen3_moe", R"(, "moe_layer_num_skipped": 0)") == "ssssss");
+  CHECK(of("qwen3_moe", R"(, "moe_layer_freq": 3)") == "s--s--");
+  CHECK(of("qwen3_moe", R"(, "moe_layer_freq": 1)") == "ssssss");
+  CHECK(of("qwen3_moe", R"(, "is_moe_layer": [true, false, 1, 0, null, true])") == "s-s--s");
+  CHECK(of("qwen3_moe", R"(, "mlp_only_layers": [])") == "ssssss");
+  CHECK(of("qwen3_moe", R"(, "mlp_only_layers": [5, 9])") == "sssss-");
+  for (const char* every : {"0", "1"})
+    CHECK(of("qwen3_moe", R"(, "decoder_sparse_step": )" + std::string(every)) == "ssssss");
+  CHECK(of("qwen3_moe", R"(, "decoder_sparse_step": 3, "mlp_only_layers": [5])") == "--s---");
+  CHECK(of("jamba", R"(, "expert_layer_period": 3)") == "-s--s-");
+  CHECK(of("jamba", R"(, "expert_layer_period": 3, "expert_layer_offset": 2)") == "--s--s");
+  CHECK(of("jamba", R"(, "expert_layer_offset": 0)") == "s-s-s-");
+  CHECK(of("jamba", R"(, "expert_layer_period": 1, "expert_layer_offset": 0)") == "ssssss");
+  CHECK(of("llama4_text", R"(, "interleave_moe_layer_step": 1)") == "ssssss");
+  CHECK(of("llama4_text", R"(, "moe_layers": [0, 3], "interleave_moe_layer_step": 2)") == "s--s--");
+  CHECK(of("ernie4_5_moe", "") == "-sssss");
+  CHECK(of("ernie4_5_moe", R"(, "moe_layer_start_index": 0)") == "ssssss");
+  CHECK(of("ernie4_5_moe", R"(, "moe_layer_start_index": 3, "moe_layer_end_index": -1)") ==
+        "---sss");
+  CHECK(of("ernie4_5_moe", R"(, "moe_layer_start_index": 0, "moe_layer_end_index": 0)") ==
+        "s-----");
+  CHECK(of("ernie4_5_moe", R"(, "moe_layer_interval": 2)") == "-s-s-s");
+  CHECK(of("ernie4_5_moe", R"(, "moe_layer_interval": 3)") == "--s--s");
+  CHECK(of("ernie4_5_vl_moe",
+           R"(, "moe_layer_start_index": [2, 0], "moe_layer_end_index": [4, 5])") == "--sss-");
+  CHECK(of("nemotron_h", R"(, "hybrid_override_pattern": "M|EE *-")") == "-ss--");
+  CHECK(of("nemotron_h", R"(, "layers_block_type": ["mamba", "moe", "attention", "mlp"])") ==
+        "-s--");
+  CHECK(of("glm4_moe", R"(, "first_k_dense_replace": 0)") == "ssssss");
+  CHECK(of("glm4_moe", R"(, "first_k_dense_replace": 6)") == "------");
+  CHECK(of("glm4_moe", R"(, "first_k_dense_replace": null)") == "ssssss");
+  for (const char* name : {"num_hidden_layers", "n_layers", "n_layer", "num_layers"})
+    CHECK(kinds(R"({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, ")" +
+                std::string(name) + "\": 2}") == "ss");
+  CHECK(kinds(v4 + std::string(R"(, "num_hash_layers": 0})")) == "sssss");
+  CHECK(kinds(v4 + std::string(R"(, "num_hash_layers": 9})")) == "ttttt");
+  const std::string nomic = R"({"model_type": "nomic_bert", "num_experts": 8, "moe_top_k": 2,
+                                "n_layer": 6, "moe_every_n_layers": )";
+  CHECK(kinds(nomic + "3}") == "-s--s-");
+  CHECK(kinds(nomic + "0}") == "------");
+  const std::string step = R"({"model_type": "step3p5", "moe_num_experts": 8, "moe_top_k": 2,
+                               "num_hidden_layers": 6, "moe_layers_enum": )";
+  CHECK(kinds(step + R"("0,5,6"})") == "s----s");
+  CHECK(kinds(step + R"(""})") == "------");
+  CHECK(kinds(step + R"(",2,,3,"})") == "--ss--");
+  for (const char* wrong : {R"("1,-2")", R"("1 a")", R"([1, "2"])", "[-1]", R"("1.5")"})
+    CHECK(refusal(step + wrong + "}").find("field 'moe_layers_enum': expected numbers of layers") !=
+          std::string::npos);
+  CHECK(said("qwen3_moe", R"(, "is_moe_layer": [1, 0])") ==
+        "config.json: field 'is_moe_layer' lists 2 layers, field 'num_hidden_layers' says 6");
+  CHECK(said("qwen3_moe", R"(, "moe_layer_freq": 0)") ==
+        "config.json: field 'moe_layer_freq': expected an integer from 1 to 65536, found 0");
+  CHECK(said("qwen3_moe", R"(, "decoder_sparse_step": -1)") ==
+        "config.json: field 'decoder_sparse_step': expected an integer from 0 to 65536, found -1");
+  CHECK(said("ernie4_5_moe", R"(, "moe_layer_end_index": -2)") ==
+        "config.json: field 'moe_layer_end_index': expected an integer from -1 to 65536, found -2");
+  CHECK(said("laguna", R"(, "mlp_layer_types": ["dense", "hash_moe", "sparse", "sparse", "sparse",
+                         "sparse"])") ==
+        "config.json: field 'mlp_layer_types': expected dense, sparse or moe, found 'hash_moe'");
+  CHECK(said("laguna", R"(, "mlp_layer_types": ["sparse"])") ==
+        "config.json: field 'mlp_layer_types' lists 1 layers, field 'num_hidden_layers' says 6");
+  CHECK(refusal(R"({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2,
+                    "num_hidden_layers": 65537})") ==
+        "config.json: field 'num_hidden_layers': expected an integer from 0 to 65536, found 65537");
 }
 
 TEST_CASE("a list of k per layer gives each layer its own") {

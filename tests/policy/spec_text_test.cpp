@@ -224,3 +224,62 @@ TEST_CASE(
              sentence.find("before the drop") != std::string::npos));
     }
 }
+
+TEST_CASE("advice is given where its sentence is true, and one step before it is silent") {
+  for (const char* text :
+       {"E=8 k=2 groups=4 topk_group=3",
+        "E=4 k=4 selection=hash_table",
+        "E=8 k=1 selection=hash_table normalize=sum",
+        "E=8 k=2 score=sigmoid groups=4 topk_group=2 group_fill=0",
+        "E=8 k=2 score=sigmoid bias=selection groups=4 topk_group=2",
+        "E=8 k=2 score=sigmoid bias=selection group_fill=0",
+        "E=8 k=2 score=identity",
+        "E=8 k=2 normalize=sum eps=0.0005 eps_mode=add",
+        "E=8 k=2 normalize=sum eps=0.5 eps_mode=clamp",
+        "E=8 k=2 logit_softcap=1",
+        "E=8 k=2 logit_softcap=30",
+        "E=8 k=2 score=sigmoid selection=threshold threshold=0.1",
+        "E=8 k=2 score=relu selection=threshold threshold=-1",
+        "E=8 k=2 selection=top_p p=0.5 max_k=3",
+        "E=8 k=2 capacity=4",
+        "E=8 k=2 normalize=sum capacity=4 norm_before_drop=false",
+        "E=8 k=2 explore=0.5",
+        "E=8 k=2 candidates=3",
+        "E=8 k=2 selection=counted count=ratio max_k=4",
+        "E=8 k=2 selection=counted count=percentile score=identity max_k=4",
+        "E=8 k=2 selection=counted count=tsallis p=0.5",
+        "E=8 k=2 selection=sinkhorn phase=evaluation plan_temperature=0.25",
+        "E=8 k=2 selection=sinkhorn phase=evaluation plan_temperature=0.1 plan_domain=logarithm",
+        "E=8 k=2 selection=sinkhorn phase=evaluation plan_temperature=0.1 plan_similarity=softmax",
+        "E=8 k=2 gate=cosine gate_temperature=0.5",
+        "E=8 k=2 score=sigmoid gate=cosine",
+        "E=8 k=2 gate=low_rank_cosine gate_width=16 gate_temperature=0.1",
+        "E=8 k=2 gate=low_rank_cosine gate_d=17 gate_width=16 gate_temperature=0.1",
+        "E=8 k=2 selection=hash_table score=uniform gate=none",
+        "E=8 k=2 selection=hash_table score=uniform",
+        "E=8 k=2 gate=rms"}) {
+    INFO(text);
+    CHECK(advice(parse_spec(text)).empty());
+  }
+  for (const auto& [text, words] :
+       {std::pair{"E=8 k=1 selection=each_group normalize=sum", "the gate has no gradient"},
+        {"E=8 k=2 normalize=sum eps=0.001 eps_mode=add", "is added to the divisor"},
+        {"E=8 k=2 score=sigmoid selection=threshold threshold=-1", "every expert through"},
+        {"E=8 k=2 score_domain=selected capacity=4", "before the drop"},
+        {"E=8 selection=sinkhorn_expert_choice", "tokens behind it"},
+        {"E=8 selection=sparse_transport", "tokens behind it"},
+        {"E=8 k=1 selection=counted count=percentile count_scope=batch max_k=4",
+         "tokens behind it"},
+        {"E=8 selection=base", "phase=evaluation"},
+        {"E=8 selection=selective_sinkhorn k=2 plan_domain=logarithm", "phase=evaluation"},
+        {"E=8 k=2 gate=cosine gate_temperature=0.625", "nearly equal scores"}}) {
+    INFO(text);
+    CHECK(advises(parse_spec(text), words));
+  }
+  // Without eps the sentence ends before it.
+  const router_spec cold =
+      parse_spec("E=8 k=2 selection=sinkhorn phase=evaluation plan_temperature=0.1 plan_eps=0");
+  CHECK(advises(cold, "counts as 0; plan_domain=logarithm has neither limit"));
+  CHECK_FALSE(advises(cold, "plan_eps"));
+  CHECK(advice(parse_spec("E=8 k=1 weight_score=sigmoid score_domain=selected")).empty());
+}
