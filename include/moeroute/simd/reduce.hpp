@@ -7,7 +7,7 @@
 
 #include <moeroute/simd/batch.hpp>
 #include <moeroute/simd/elementwise.hpp>
-#include <moeroute/simd/rows/rows.hpp>
+#include <moeroute/simd/rows/convert.hpp>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
