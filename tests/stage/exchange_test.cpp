@@ -298,6 +298,74 @@ TEST_CASE("a choice that was dropped goes nowhere, and no rule counts it") {
   }
 }
 
+TEST_CASE("what takes no part goes where a choice without an expert goes, under every rule") {
+  test::random rng(8);
+  constexpr index_t experts = 6, ranks = 2, tokens = 21;
+  const placement p =
+      placement::from_slots(experts, ranks, std::vector<expert_id>{0, 1, 2, 3, 4, 5, 0, 1, 2, 3});
+  const std::vector<std::uint8_t> five{1, 1, 0, 1, 1, 0};
+  for (const bool ragged : {false, true})
+    for (int bits = 0; bits < 8; ++bits)
+      for (const index_t rank : {0, 1}) {
+        INFO(ragged << " " << bits << " " << rank);
+        assignment a = ragged ? test::ragged_choices(rng, tokens, experts, 3)
+                              : test::fixed_choices(rng, tokens, experts, 3, 6);
+        if ((bits & 1) != 0) test::drop_some(rng, a, 4);
+        std::vector<std::uint8_t> mask, owned;
+        for (index_t t = 0; (bits & 2) != 0 && t < tokens; ++t) mask.push_back(rng.below(3) != 0);
+        if ((bits & 4) != 0) owned = five;
+        // The same without what takes no part.
+        assignment b = a;
+        index_t parts = 0;
+        for (index_t t = 0; t < tokens; ++t)
+          for (index_t c = a.first(t); c < a.first(t + 1); ++c) {
+            expert_id& e = b.ids()[at(c)];
+            if (e >= 0 &&
+                ((!mask.empty() && mask[at(t)] == 0) || (!owned.empty() && owned[at(e)] == 0)))
+              e = no_expert;
+            parts += e >= 0 && b.kept(c);
+          }
+        std::vector<std::int32_t> counts(at(ranks * experts), 3), alone(at(experts));
+        const auto own = std::span(counts).subspan(at(rank * experts), at(experts));
+        count_choices(a, own, owned, mask);
+        count_choices(b, std::span(alone));
+        CHECK(std::equal(own.begin(), own.end(), alone.begin()));
+        for (const replica_rule rule : {replica_rule::nearest, replica_rule::round_robin,
+                                        replica_rule::even, replica_rule::shares}) {
+          resolve_counts found, same;
+          const std::vector<slot_id> slot = resolved(
+              a, p, rank, {.rule = rule, .counts = counts, .owned = owned, .mask = mask}, &found);
+          CHECK(slot == resolved(b, p, rank, {.rule = rule, .counts = counts}, &same));
+          CHECK(found.kept == parts);
+          CHECK((same.kept == parts && found.lost == 0));
+          for (index_t c = 0; c < a.choices(); ++c)
+            CHECK((slot[at(c)] != no_slot) == (b.ids()[at(c)] >= 0 && b.kept(c)));
+        }
+      }
+  // Who is not of the ranks is not lost, though it has no slot.
+  const placement without = placement::from_slots(experts, 1, std::vector<expert_id>{0, 1, 3, 4});
+  assignment a = test::fixed_choices(rng, 8, experts, 2);
+  for (const replica_rule rule :
+       {replica_rule::only, replica_rule::nearest, replica_rule::round_robin}) {
+    resolve_counts found;
+    resolved(a, without, 0, {.rule = rule, .owned = five}, &found);
+    CHECK(found.lost == 0);
+  }
+  const std::vector<std::uint8_t> few(5, 1);
+  std::vector<std::int32_t> counts(6), five_counts(5);
+  const test::refusals refused{
+      {[&] { resolved(a, p, 0, {.owned = few}); }, "resolve: owned.size() is 5, expected 6"},
+      {[&] { resolved(a, p, 0, {.mask = few}); }, "resolve: mask.size() is 5, expected 8"},
+      {[&] { count_choices(a, std::span(counts), few); },
+       "count_choices: owned.size() is 5, expected 6"},
+      {[&] { count_choices(a, std::span(counts), {}, few); },
+       "count_choices: mask.size() is 5, expected 8"},
+      {[&] { count_choices(a, std::span(five_counts)); },
+       "count_choices: counts.size() is 5, expected 6"},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+}
+
 TEST_CASE("rows are those of sets: entries >= rows >= rows per node") {
   test::random rng(6);
   for (int draw = 0; draw < 40; ++draw) {
@@ -528,6 +596,76 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
   assignment own = a;
   CHECK(test::refusal([&] { copy_tokens(own, 0, 2, own); }) ==
         "moeroute::copy_tokens: out is all, expected an assignment of its own");
+
+  std::vector<std::int32_t> two(2), one(1), falls{0, 2, 1, 3}, late{1, 1, 2, 3}, short_first{0, 1};
+  std::vector<slot_id> slots(6), five(5);
+  std::vector<float> weights(6), weights_of_entries(6);
+  workspace memory;
+  const auto by_ranges = [&](const std::vector<std::int32_t>& begins, std::size_t n = 3) {
+    return [&, n] {
+      const std::vector<slot_range> r(n, {0, 0, counts[0]});
+      resolved(a, p, 0,
+               {.rule = replica_rule::ranges, .counts = counts, .range_first = begins, .range = r});
+    };
+  };
+  resolve(a, p, 0, {}, memory, slots);
+  plan_exchange(a, slots, p, plan);
+  const placement single = placement::from_slots(3, 1, std::vector<expert_id>{0, 1, 2});
+  std::vector<float> x(12), y(12);
+  const std::vector<slot_id> index{1, 0};
+  const auto gathered = [&](matrix_view<float> from, matrix_view<float> to) {
+    return [&, from, to] { gather_rows(from, index, to); };
+  };
+  const std::vector<std::int32_t> three{2, 1, 0}, four_entries{2, 1, 1, 1}, one_row{2}, all_rows{3};
+  const test::refusals refused{
+      {by_ranges(short_first), "resolve: range_first.size() is 2, expected 4"},
+      {by_ranges(late), "resolve: range_first[0] is 1, expected 0"},
+      {by_ranges(falls), "resolve: range_first falls behind expert 1, expected to ascend"},
+      {by_ranges(first, 2), "resolve: range.size() is 2, expected 3"},
+      {[&] { resolve(a, p, 0, {}, memory, five); }, "resolve: slot.size() is 5, expected 6"},
+      {[&] { count_node_rows(plan, p, memory, two); },
+       "count_node_rows: rows_to_node.size() is 2, expected 1"},
+      {[&] { count_node_rows(plan, single, memory, one); },
+       "count_node_rows: plan.ranks() is 2, expected 1"},
+      {gathered({x.data(), 3, 4, 4}, {y.data(), 3, 4, 4}),
+       "gather_rows: to.rows() is 3, expected 2"},
+      {gathered({x.data(), 3, 4, 4}, {y.data(), 2, 3, 4}),
+       "gather_rows: to.cols() is 3, expected 4"},
+      {gathered({x.data(), 3, 4, 3}, {y.data(), 2, 4, 4}),
+       "gather_rows: from.stride is 3, expected at least 4"},
+      {gathered({x.data(), 3, 4, 4}, {y.data(), 2, 4, 3}),
+       "gather_rows: to.stride is 3, expected at least 4"},
+      {gathered({x.data(), 3, 4, 4}, {x.data() + 4, 2, 4, 4}),
+       "gather_rows: from and to overlap, expected memory of their own"},
+      {[&] { copy_tokens(a, 7, 0, own); }, "copy_tokens: first is 7, expected 0 to 6"},
+      {[&] { copy_tokens(a, 4, 3, own); }, "copy_tokens: count is 3, expected 0 to 2"},
+      {[&] { gather_entry_weights(plan, std::span<const float>(weights).first(5), weights); },
+       "gather_entry_weights: weights.size() is 5, expected 6"},
+      {[&] { gather_entry_weights(plan, weights, std::span<float>(weights_of_entries).first(5)); },
+       "gather_entry_weights: entry_weight.size() is 5, expected 6"},
+      {[&] { plan_received({rows, three, of_row, local}, 2, inner); },
+       "plan_received: entries_from.size() is 3, expected 2"},
+      {[&] { plan_received({rows, entries, one_row, local}, 2, inner); },
+       "plan_received: rows_from is 1, expected 0 to 0"},
+      {[&] { plan_received({all_rows, all_rows, four_entries, local}, 2, inner); },
+       "plan_received: entries_of_row is 1, expected 1 to 0"},
+      {[&] {
+         plan_received({std::span(rows).first(1), std::span(entries).first(1), of_row, local}, 2,
+                       inner);
+       },
+       "plan_received: entries_of_row.size() is 2, expected 1"},
+      {[&] {
+         plan_received({std::span(rows).first(1), std::span(entries).first(1),
+                        std::span(of_row).first(1), local},
+                       2, inner);
+       },
+       "plan_received: local_slot.size() is 3, expected 2"},
+      {[&] { plan_received({rows, entries, of_row, local, one_row}, 2, inner); },
+       "plan_received: order.size() is 1, expected 2"},
+      {[&] { plan_received({rows, entries, of_row, local, entries}, 2, inner); },
+       "plan_received: order is 2, expected 0 to 1"},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
 }
 
 TEST_CASE("tokens that are copied keep their choices, weights and drops") {

@@ -21,6 +21,7 @@
 #include "support/float_rows.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
+#include "support/strided.hpp"
 #include "support/threads.hpp"
 
 using namespace moeroute;
@@ -727,4 +728,148 @@ TEST_CASE(
                                 gate_rows_in(fw, codes), {}, {fw.data(), few_experts, codes - 1}},
                             gate_rows_in(fdz, tokens), mlp_gate_gradients<float>{}, ws);
         }) == "moeroute::mlp_gate_backward: weights.second.cols() is 24, expected 25");
+}
+
+TEST_CASE("gates' gradients do not depend on where any rows lie, written or added") {
+  constexpr index_t tokens = 19, wide_d = 21, hidden = 18, experts = 9, codes = 20;
+  for (const gradient_to to : {gradient_to::write, gradient_to::add})
+    CHECK(test::differs_by_stride([&](test::layout& l) {
+            test::random rng(6);
+            const auto x = l.in(test::numbers(rng, tokens * wide_d), tokens, wide_d);
+            const auto dz = l.in(test::numbers(rng, tokens * experts), tokens, experts);
+            const auto z = l.in(test::numbers(rng, tokens * experts), tokens, experts);
+            const auto w = l.in(test::numbers(rng, experts * wide_d), experts, wide_d);
+            const auto code = l.in(test::numbers(rng, codes * wide_d), codes, wide_d);
+            const auto first = l.in(test::numbers(rng, hidden * wide_d), hidden, wide_d);
+            const auto second = l.in(test::numbers(rng, experts * hidden), experts, hidden);
+            const auto one = l.in(test::numbers(rng, wide_d), 1, wide_d);
+            const floats gamma = test::numbers(rng, wide_d), up = test::numbers(rng, tokens);
+            const auto into = [&](index_t rows, index_t cols) {
+              return l.in_out(test::numbers(rng, rows * cols), rows, cols);
+            };
+            const auto gradients = [&](index_t rows) {
+              const auto dx = into(tokens, wide_d);
+              return gate_gradients<float>{to, dx, into(rows, wide_d), {}};
+            };
+            workspace ws;
+            floats bias(experts, 1.0f), first_bias(hidden, 2.0f), second_bias(experts, 3.0f),
+                dgamma(wide_d, 4.0f), weights(tokens, 0.25f);
+            float dscale = 5.0f;
+            gate_gradients<float> linear = gradients(experts);
+            linear.bias = bias;
+            gate_backward(x, w, dz, linear);
+            cosine_gate_backward(x, w, 2.0f, dz, gradients(experts), ws, serial{}, &dscale);
+            shared_gate_backward(x, one, 0.5f, weights, up, gradients(1), ws);
+            const auto dx = into(tokens, wide_d), dfirst = into(hidden, wide_d),
+                       dsecond = into(experts, hidden);
+            mlp_gate_backward(
+                x, mlp_gate_weights<float>{first, {}, second, gate_activation::tanh}, dz,
+                mlp_gate_gradients<float>{to, dx, dfirst, first_bias, dsecond, second_bias}, ws);
+            rms_gate_backward(x, w, {.gamma = gamma}, dz, gradients(experts), ws, serial{}, dgamma);
+            codebook_gate_backward(x, code, matrix_view<const float>(dz), gradients(codes), ws);
+            const auto dmixed = into(tokens, wide_d), inner = into(tokens, experts);
+            mixing_gate_backward<float>(x, z, 4.0f, dz, to, dmixed, inner, ws);
+            for (floats* list : {&bias, &first_bias, &second_bias, &dgamma})
+              l.result(std::span<const float>(*list));
+            l.result(static_cast<double>(dscale));
+          }) == "");
+}
+
+TEST_CASE("every size of a gate's gradients is refused by its own name") {
+  constexpr index_t n = 6, width = 8, h = 5, e = 3;
+  floats x(n * width), w(e * width), first(h * width), second(e * h), dz(n * e), z(n * e),
+      gamma(width), a(96), b(96);
+  workspace ws;
+  const auto of = [](floats& v, index_t rows, index_t cols, index_t stride = 0) {
+    return matrix_view<float>(v.data(), rows, cols, stride == 0 ? cols : stride);
+  };
+  const auto mlp = [&](mlp_gate_gradients<float> g, std::span<const float> bias = {}) {
+    return [&, g, bias] {
+      mlp_gate_backward(of(x, n, width),
+                        mlp_gate_weights<float>{of(first, h, width), bias, of(second, e, h)},
+                        of(dz, n, e), g, ws);
+    };
+  };
+  const auto rms = [&](std::span<const float> scale, std::span<float> dscale) {
+    return [&, scale, dscale] {
+      rms_gate_backward(of(x, n, width), of(w, e, width), {.gamma = scale}, of(dz, n, e),
+                        gate_gradients<float>{gradient_to::nowhere}, ws, serial{}, dscale);
+    };
+  };
+  const auto coded = [&](matrix_view<float> codes, matrix_view<float> logits,
+                         gate_gradients<float> g = {}) {
+    return [&, codes, logits, g] {
+      codebook_gate_backward(of(x, n, width), codes, matrix_view<const float>(logits), g, ws);
+    };
+  };
+  const auto mixed = [&](matrix_view<float> of_z, matrix_view<float> of_dz, matrix_view<float> to_x,
+                         matrix_view<float> to_z, float heat = 1.0f) {
+    return [&, of_z, of_dz, to_x, to_z, heat] {
+      mixing_gate_backward<float>(of(x, n, width), of_z, heat, of_dz, gradient_to::write, to_x,
+                                  to_z, ws);
+    };
+  };
+  codebook_gate<> g(as_rows(w, width), e);
+  const linear_gate<> inner{simd::packed_matrix<>(as_rows(w, width))};
+  std::vector<std::int32_t> code(n - 1), whole(n);
+  const auto good_z = of(z, n, e), good_dz = of(dz, n, e), dx = of(a, n, width), dzs = of(b, n, e);
+  const std::string own = " overlap, expected memory of their own";
+  const test::refusals refused{
+      {mlp({}, std::span<const float>(a).first(4)),
+       "mlp_gate_backward: weights.first_bias.size() is 4, expected 5"},
+      {rms(gamma, std::span<float>(a).first(7)),
+       "rms_gate_backward: dgamma.size() is 7, expected 8"},
+      {rms(std::span<const float>(gamma).first(7), a),
+       "rms_gate_backward: gamma.size() is 7, expected 8"},
+      {coded(of(w, e, width), of(a, n, 4)),
+       "codebook_gate_backward: dlogits.cols() is 4, expected 1 to 3"},
+      {coded(of(w, e, 7), good_dz), "codebook_gate_backward: codes.cols() is 7, expected 8"},
+      {coded(of(w, e, width), of(dz, 5, e)),
+       "codebook_gate_backward: dlogits.rows() is 5, expected 6"},
+      {coded(of(w, e, width, 7), good_dz),
+       "codebook_gate_backward: codes.stride is 7, expected at least 8"},
+      {coded(of(w, e, width), of(dz, n, e, 2)),
+       "codebook_gate_backward: dlogits.stride is 2, expected at least 3"},
+      {coded(of(w, e, width), good_dz, {.bias = a}),
+       "codebook_gate_backward: gradients.bias.size() is 96, expected 0"},
+      {mixed(of(z, 5, e), good_dz, dx, dzs), "mixing_gate_backward: z.rows() is 5, expected 6"},
+      {mixed(good_z, of(dz, 5, e), dx, dzs),
+       "mixing_gate_backward: dlogits.rows() is 5, expected 6"},
+      {mixed(good_z, of(dz, n, 2, 3), dx, dzs),
+       "mixing_gate_backward: dlogits.cols() is 2, expected 3"},
+      {mixed(of(z, n, e, 2), good_dz, dx, dzs),
+       "mixing_gate_backward: z.stride is 2, expected at least 3"},
+      {mixed(good_z, of(dz, n, e, 2), dx, dzs),
+       "mixing_gate_backward: dlogits.stride is 2, expected at least 3"},
+      {mixed(good_z, good_dz, of(a, 5, width), dzs), "mixing_gate_backward: dx is 5, expected 6"},
+      {mixed(good_z, good_dz, of(a, n, 7), dzs), "mixing_gate_backward: dx is 7, expected 8"},
+      {mixed(good_z, good_dz, dx, of(b, n, 2)), "mixing_gate_backward: dz is 2, expected 3"},
+      {mixed(good_z, good_dz, dx, good_z), "mixing_gate_backward: what is read and dz" + own},
+      {mixed(good_z, good_dz, dx, of(a, n, e)), "mixing_gate_backward: dz and dx" + own},
+      {mixed(good_z, good_dz, dx, dzs, 0.0f),
+       "mixing_gate_backward: temperature is 0.000000, expected a number above 0"},
+      {mixed(good_z, good_dz, dx, dzs, HUGE_VALF),
+       "mixing_gate_backward: temperature is inf, expected a number above 0"},
+      {[&] { g.nearest(as_rows(x, width), code, ws); },
+       "codebook_gate: code.size() is 5, expected 6"},
+      {[&] { g.update(as_rows(x, width), code, 0.5f); },
+       "codebook_gate: code.size() is 5, expected 6"},
+      {[&] { g.update(as_rows(x, width), whole, -0.5f); },
+       "codebook_gate: decay is -0.500000, expected a number from 0 to below 1"},
+      {[&] { mixing_gate(inner, HUGE_VALF); },
+       "mixing_gate: temperature is inf, expected a number above 0"},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+}
+
+TEST_CASE("of codes that are as near the lowest is a token's, and of its experts too") {
+  // Codes 1, 3 and 18 are one; 18 is beyond a register, and of expert 18 % 3 = 0.
+  floats c(20 * 2, 9.0f);
+  for (const std::size_t same : {1u, 3u, 18u}) c[2 * same] = c[2 * same + 1] = 1.0f;
+  const codebook_gate<> g(as_rows(c, 2), 3);
+  const floats x{1, 1, 9, 9, NAN, 1};
+  std::vector<std::int32_t> code(3, -1);
+  workspace ws;
+  g.nearest(as_rows(x, 2), code, ws);
+  CHECK(code == std::vector<std::int32_t>{1, 0, 0});
 }

@@ -211,4 +211,39 @@ TEST_CASE("what an export refuses, it refuses by name") {
         "moeroute::export_once_counts: tokens_per_expert.size() is 3, expected 4");
   CHECK(test::refusal([&] { export_once_counts(a, {four, four, flags, three, 3}); }) ==
         "moeroute::export_once_counts: 4 ranks on nodes of 3, expected a divisor of the ranks");
+  // Exactly as large as needed is large enough.
+  ints sorted(20), blocks(20), starts(20), short_starts(19), none, four2(4), two(2), seventeen(17);
+  CHECK(export_aligned_blocks(p, 1, {sorted, blocks, starts}) == 20);
+  const auto aligned = [&](index_t block, const aligned_blocks& out) {
+    return [&p, block, out] { export_aligned_blocks(p, block, out); };
+  };
+  const auto once = [&](const once_counts& out) {
+    return [&a, out] { export_once_counts(a, out); };
+  };
+  const test::refusals refused{
+      {aligned(0, {sorted, blocks}), "export_aligned_blocks: block is 0, expected 1 to 2147483647"},
+      {aligned(1, {sorted, blocks, short_starts}),
+       "export_aligned_blocks: block_starts.size() is 19, expected 20 to 4611686018427387904"},
+      {once({four, none, flags}),
+       "export_once_counts: tokens_per_rank.size() is 0, expected 1 to 4"},
+      {once({four, seventeen, flags}),
+       "export_once_counts: tokens_per_rank.size() is 17, expected 1 to 4"},
+      {once({four, two, flags}), "export_once_counts: token_in_rank.size() is 40, expected 20"},
+      {once({four, four2, flags, four, 2}),
+       "export_once_counts: tokens_per_node.size() is 4, expected 2"},
+      {once({four, four2, flags, two, 0}),
+       "export_once_counts: ranks_per_node is 0, expected 1 to 4"},
+      {once({four, four2, flags, two, 8}),
+       "export_once_counts: ranks_per_node is 8, expected 1 to 4"},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  // Behind the last block every place says whose it is, and every slot has its choice.
+  ints tail(23, 7), longer(25, 9);
+  for (const std::int32_t behind : {-1, 0}) {
+    CHECK(export_aligned_blocks(p, 1, {longer, tail, {}, behind}) == 20);
+    CHECK(std::equal(blocks.begin(), blocks.end(), tail.begin()));
+    CHECK(std::equal(sorted.begin(), sorted.end(), longer.begin()));
+    for (std::size_t i = 20; i < 23; ++i) CHECK(tail[i] == behind);
+    for (std::size_t i = 20; i < 25; ++i) CHECK(longer[i] == 20);
+  }
 }

@@ -221,4 +221,15 @@ TEST_CASE("lists that do not fit are refused by name") {
   l.capacity = index_t{1} << 30;
   CHECK(refused() ==
         "moeroute::plan: lists.experts * capacity is 4294967296, expected 0 to 2147483647");
+  l.capacity = index_t{1} << 32;
+  CHECK(refused() == "moeroute::plan: lists.capacity is 4294967296, expected 0 to 2147483647");
+  l.capacity = 3;
+  expert_lists none = l.view();
+  none.tokens = -1;
+  CHECK(test::refusal([&] { plan(none, p); }) ==
+        "moeroute::plan: lists.tokens is -1, expected 0 to 2147483647");
+  none.tokens = 10;
+  none.experts = 0;
+  CHECK(test::refusal([&] { plan(none, p); }) ==
+        "moeroute::plan: lists.experts is 0, expected 1 to 1048576");
 }

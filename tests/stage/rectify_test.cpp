@@ -222,4 +222,27 @@ TEST_CASE("what rectification refuses, it refuses by name") {
   CHECK(test::refusal([&] {
           rectify_by_filling(b.choices, b.view(), 3, 4, ws, b.choices);
         }).starts_with("moeroute::rectify_by_filling: choices and filled are the same"));
+  const matrix_view<const float> low(b.scores.data(), 9, 4), tight(b.scores.data(), 10, 4, 3);
+  const std::vector<std::int32_t> below(10, -1);
+  const auto within = [&](matrix_view<const float> scores,
+                          const std::vector<std::int32_t>& rank_of_token, index_t each = 2) {
+    return [&b, scores, &rank_of_token, each] {
+      rectify_within_rank(b.choices, scores, rank_of_token, each);
+    };
+  };
+  const auto filling = [&](matrix_view<const float> scores, index_t rounds = 2) {
+    return [&, scores, rounds] { rectify_by_filling(b.choices, scores, 3, rounds, ws, filled); };
+  };
+  const test::refusals refused{
+      {within(low, rank), "rectify_within_rank: scores.rows() is 9, expected 10"},
+      {within(tight, rank), "rectify_within_rank: scores.stride is 3, expected at least 4"},
+      {within(b.view(), below), "rectify_within_rank: rank_of_token is -1, expected 0 to 1"},
+      {within(b.view(), rank, 0), "rectify_within_rank: experts_per_rank is 0, expected 1 to 4"},
+      {filling(low), "rectify_by_filling: scores.rows() is 9, expected 10"},
+      {filling(narrow), "rectify_by_filling: scores.cols() is 3, expected 4"},
+      {filling(tight), "rectify_by_filling: scores.stride is 3, expected at least 4"},
+      {filling(b.view(), 5), "rectify_by_filling: rounds is 5, expected 0 to 4"},
+      {filling(b.view(), -1), "rectify_by_filling: rounds is -1, expected 0 to 4"},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
 }

@@ -419,7 +419,7 @@ TEST_CASE("arguments of the router's training terms are refused by name") {
         }) == "moeroute::policy_gradient: advantage.size() is 3, expected 5");
   CHECK(test::refusal([&] {
           leave_one_out<double>(1, a, std::span<double>(a));
-        }).starts_with("moeroute::leave_one_out: samples is 1"));
+        }) == "moeroute::leave_one_out: samples is 1, expected 2 to 1099511627776");
   CHECK(test::refusal([&] { router_shift_ratio<double>(a, 1, 1.5, std::span<double>(a)); }) ==
         "moeroute::router_shift_ratio: least is 1.500000, expected 0 to 1");
   CHECK(test::refusal([&] {
@@ -439,4 +439,109 @@ TEST_CASE("arguments of the router's training terms are refused by name") {
         }) == "moeroute::retained_inputs: rank is 1, expected room for another direction");
   CHECK(test::refusal([&] { kept.project(into(z, T)); }) ==
         "moeroute::retained_inputs: delta.cols is 6, expected 2");
+}
+
+TEST_CASE("every size of the router's training terms is refused by its own name") {
+  doubles z(T * E), wide(T * (E + 1)), more(T * E + E), dz(T * E), a(T), few(T - 1);
+  workspace ws;
+  const assignment good = draws_of(T, E, 1, {0, 1, 2, 3, 4}),
+                   longer = draws_of(T + 1, E, 1, {0, 1, 2, 3, 4, 5}),
+                   wider = draws_of(T, E + 1, 1, {0, 1, 2, 3, 4});
+  const auto drawn = [&](const assignment& d, std::span<double> log_probability = {}) {
+    return [&, log_probability] {
+      policy_gradient<double>(read_rows(z, T), d, a, gradient_to::write, into(dz, T), ws,
+                              log_probability);
+    };
+  };
+  const auto gradient = [&](matrix_view<double> to) {
+    return
+        [&, to] { policy_gradient<double>(read_rows(z, T), good, a, gradient_to::write, to, ws); };
+  };
+  const auto shifted = [&](matrix_view<const double> now, matrix_view<const double> then,
+                           const assignment& choices, std::span<double> shift) {
+    return [&ws, now, then, &choices, shift] {
+      add_router_shift<double>(now, then, choices, shift, ws);
+    };
+  };
+  const auto taught = [&](matrix_view<const double> target, matrix_view<double> to) {
+    return [&, target, to] { router_distillation<double>({}, read_rows(z, T), target, to, ws); };
+  };
+  const auto assigned = [&](const assignment& target, const distillation_options& how = {}) {
+    return [&, how] { router_distillation<double>(how, read_rows(z, T), target, into(dz, T), ws); };
+  };
+  const auto near_by = [&](index_t n, matrix_view<const double> weight, matrix_view<double> to) {
+    return [&, n, weight, to] {
+      neighbour_loss<double>(1.0, neighbour_gradient::both, read_rows(z, T),
+                             std::vector<std::int32_t>(static_cast<std::size_t>(n), -1), weight,
+                             gradient_to::write, to);
+    };
+  };
+  const auto tight = [](doubles& v) { return matrix_view<double>(v.data(), T, E, E - 1); };
+  const std::string own = " overlap, expected memory of their own";
+  const test::refusals refused{
+      {drawn(longer), "policy_gradient: draws.tokens() is 6, expected 5"},
+      {drawn(wider), "policy_gradient: draws.experts() is 7, expected 6"},
+      {drawn(good, few), "policy_gradient: log_probability.size() is 4, expected 5"},
+      {gradient(into(more, T + 1)), "policy_gradient: dlogits.rows is 6, expected 5"},
+      {gradient(into(wide, T)), "policy_gradient: dlogits.cols is 7, expected 6"},
+      {gradient(tight(dz)), "policy_gradient: dlogits.stride is 5, expected at least 6"},
+      {gradient(into(z, T)), "policy_gradient: logits and dlogits" + own},
+      {[&] {
+         policy_gradient<double>(matrix_view<const double>(z.data(), T, E, E - 1), good, a,
+                                 gradient_to::nowhere, {}, ws);
+       },
+       "policy_gradient: logits.stride is 5, expected at least 6"},
+      {[&] { leave_one_out<double>(2, a, std::span<double>(a)); },
+       "leave_one_out: reward.size() % samples is 1, expected 0"},
+      {[&] { leave_one_out<double>(5, a, std::span<double>(few)); },
+       "leave_one_out: advantage.size() is 4, expected 5"},
+      {shifted(read_rows(z, T), read_rows(wide, T), good, a),
+       "add_router_shift: old_logits.cols is 7, expected 6"},
+      {shifted(tight(z), read_rows(z, T), good, a),
+       "add_router_shift: new_logits.stride is 5, expected at least 6"},
+      {shifted(read_rows(z, T), tight(z), good, a),
+       "add_router_shift: old_logits.stride is 5, expected at least 6"},
+      {shifted(read_rows(z, T), read_rows(z, T), longer, a),
+       "add_router_shift: old_choices.tokens() is 6, expected 5"},
+      {shifted(read_rows(z, T), read_rows(z, T), wider, a),
+       "add_router_shift: old_choices.experts() is 7, expected 6"},
+      {shifted(read_rows(z, T), read_rows(z, T), good, few),
+       "add_router_shift: shift.size() is 4, expected 5"},
+      {[&] { router_shift_ratio<double>(a, 1, 0.5, std::span<double>(few)); },
+       "router_shift_ratio: ratio.size() is 4, expected 5"},
+      {[&] { router_shift_ratio<double>(a, 0, 0.5, std::span<double>(a)); },
+       "router_shift_ratio: layers is 0, expected 1 to 1099511627776"},
+      {taught(read_rows(wide, T), into(dz, T)),
+       "router_distillation: target.cols is 7, expected 6"},
+      {taught(tight(more), into(dz, T)),
+       "router_distillation: target.stride is 5, expected at least 6"},
+      {taught(read_rows(z, T), into(more, T + 1)),
+       "router_distillation: dlogits.rows is 6, expected 5"},
+      {taught(read_rows(z, T), into(wide, T)),
+       "router_distillation: dlogits.cols is 7, expected 6"},
+      {assigned(longer), "router_distillation: target.tokens() is 6, expected 5"},
+      {assigned(wider), "router_distillation: target.experts() is 7, expected 6"},
+      {assigned(good, {.temperature = -1.0}),
+       "router_distillation: temperature is -1.000000, expected > 0"},
+      {near_by(T, read_rows(more, T + 1), into(dz, T)),
+       "neighbour_loss: weight.rows is 6, expected 5"},
+      {near_by(T + 1, read_rows(a, T), into(dz, T)),
+       "neighbour_loss: neighbour.size() is 6, expected 5"},
+      {near_by(T, read_rows(a, T), into(more, T + 1)), "neighbour_loss: dr.rows is 6, expected 5"},
+      {near_by(T, read_rows(a, T), into(wide, T)), "neighbour_loss: dr.cols is 7, expected 6"},
+      {near_by(T, read_rows(a, T), tight(dz)),
+       "neighbour_loss: dr.stride is 5, expected at least 6"},
+      {near_by(T, read_rows(a, T), into(z, T)), "neighbour_loss: r and dr" + own},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  // The least ratio may be either end of its range.
+  doubles ratio(T, 9.0);
+  router_shift_ratio<double>(doubles{0.0, 1.0, 2.0, 0.5, HUGE_VAL}, 2, 0.0,
+                             std::span<double>(ratio));
+  CHECK(ratio[0] == 1.0);
+  CHECK(ratio[1] == Approx(std::exp(-0.5)));
+  CHECK(ratio[4] == 0.0);
+  router_shift_ratio<double>(doubles{0.0, 1.0, 2.0, 0.5, HUGE_VAL}, 2, 1.0,
+                             std::span<double>(ratio));
+  CHECK(ratio == doubles(T, 1.0));
 }
