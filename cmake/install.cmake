@@ -85,9 +85,9 @@ if(PROJECT_IS_TOP_LEVEL)
   set(CPACK_DEBIAN_PACKAGE_SECTION libdevel)
   set(CPACK_DEBIAN_HEADERS_PACKAGE_NAME libmoeroute-dev)
   set(CPACK_DEBIAN_HEADERS_PACKAGE_ARCHITECTURE all)
-  # xsimd 13 is in Debian from 13 on; before, it comes from elsewhere.
-  set(CPACK_DEBIAN_HEADERS_PACKAGE_DEPENDS "libeigen3-dev (>= 3.4)")
-  set(CPACK_DEBIAN_HEADERS_PACKAGE_RECOMMENDS "libxsimd-dev (>= 13)")
+  # Not depended on: who links the compiled library needs neither, and has its faces and the CMake package
+  # from here. xsimd 13 is in Debian from 13 on; before, it comes from elsewhere.
+  set(CPACK_DEBIAN_HEADERS_PACKAGE_RECOMMENDS "libeigen3-dev (>= 3.4), libxsimd-dev (>= 13)")
   if(MOEROUTE_BUILD_COMPILED)
     list(APPEND CPACK_COMPONENTS_ALL compiled)
     set(CPACK_DEBIAN_COMPILED_PACKAGE_NAME libmoeroute-compiled-dev)

@@ -40,7 +40,7 @@ enum {
 };
 
 // What the last failed call of this thread refused, as "moeroute::route: logits.cols is 7, expected
-// 8"; "" before the first. Valid until the next call that fails.
+// 8", its function first; "" before the first. Valid until the next call that fails.
 MOEROUTE_API const char* moeroute_last_error(void);
 
 // "0.2.0"
@@ -220,7 +220,9 @@ MOEROUTE_API int moeroute_spec_init(moeroute_spec* spec);
 // have rules that a spec has no fields for: refused (MOEROUTE_INVALID), as an unknown name is.
 MOEROUTE_API int moeroute_spec_of_model(const char* name, moeroute_spec* spec);
 
-// The i-th name of the catalogue, or null.
+// The i-th name of moeroute::catalog, whose routers a spec says all, or null.
+// moeroute_spec_of_model() takes those of newer_catalog too, as far as a spec has words for them;
+// docs/models.md lists both.
 MOEROUTE_API const char* moeroute_model_name(int32_t i);
 
 // tensors may be null. *router is null where the spec is refused.
@@ -278,7 +280,9 @@ MOEROUTE_API int moeroute_route_to(const moeroute_router* router, moeroute_const
                                    const moeroute_side* side, const moeroute_executor* executor,
                                    moeroute_assignment* assignment, int32_t* ids, float* weights);
 
-// Choices that somebody else made: ids and weights [T, k], copied. Ids are checked.
+// Choices that somebody else made: ids and weights [T, k], copied. Refused are ids outside [-1, E)
+// and weights that are not finite. A token may name one expert twice: it gets a slot for each, and
+// combine adds both.
 MOEROUTE_API int moeroute_assignment_set(moeroute_assignment* assignment, int64_t tokens,
                                          int64_t experts, int64_t k, const int32_t* ids,
                                          const float* weights);

@@ -120,6 +120,8 @@ const char* name_of(handle_kind kind) {
   return "handle that is none of ours, or was freed";
 }
 
+const char* article_of(handle_kind kind) { return kind == handle_kind::assignment ? "an" : "a"; }
+
 // The handles of the face, and the kind that each has.
 template <class Handle>
 constexpr handle_kind kind_of = handle_kind::none;
@@ -147,7 +149,8 @@ Handle& given(const char* where, Handle* h) {
   constexpr handle_kind wanted = kind_of<std::remove_const_t<Handle>>;
   if (h == nullptr) refuse("moeroute::%s: the %s is null", where, name_of(wanted));
   if (const handle_kind kind = base_of(h).kind; kind != wanted)
-    refuse("moeroute::%s: a %s, expected a %s", where, name_of(kind), name_of(wanted));
+    refuse("moeroute::%s: %s %s, expected %s %s", where, article_of(kind), name_of(kind),
+           article_of(wanted), name_of(wanted));
   return *h;
 }
 
@@ -206,32 +209,42 @@ void check_spec(const char* where, const moeroute_spec* s) {
            s->size, sizeof(moeroute_spec));
 }
 
-int failed(int status, const char* message) {
-  std::snprintf(last_error, sizeof last_error, "%s", message);
+// The sentence begins with the function that was called: a stage of the headers that is part of its
+// name gives way to it (plan to plan_make), any other stands behind it (router_new: top_k).
+int failed(int status, const char* where, const char* message) {
+  constexpr char ours[] = "moeroute::";
+  constexpr std::size_t n = sizeof ours - 1;
+  if (std::strncmp(message, ours, n) == 0) message += n;
+  const std::size_t stage = std::strcspn(message, ": ");
+  const bool part = std::strncmp(message, where, stage) == 0 &&
+                    (where[stage] == '\0' || where[stage] == '_') &&
+                    std::strncmp(message + stage, ": ", 2) == 0;
+  std::snprintf(last_error, sizeof last_error, "%s%s: %s", ours, where,
+                part ? message + stage + 2 : message);
   return status;
 }
 
 // Runs f; what it throws becomes the status and the sentence.
 template <class F>
-int guarded(F&& f) noexcept {
+int guarded(const char* where, F&& f) noexcept {
   try {
     f();
     return MOEROUTE_OK;
   } catch (const std::bad_alloc&) {
-    return failed(MOEROUTE_NO_MEMORY, "moeroute: out of memory");
+    return failed(MOEROUTE_NO_MEMORY, where, "out of memory");
   } catch (const std::invalid_argument& e) {
-    return failed(MOEROUTE_INVALID, e.what());
+    return failed(MOEROUTE_INVALID, where, e.what());
   } catch (const std::exception& e) {
-    return failed(MOEROUTE_FAILED, e.what());
+    return failed(MOEROUTE_FAILED, where, e.what());
   } catch (...) {
-    return failed(MOEROUTE_FAILED, "moeroute: an exception of an unknown type");
+    return failed(MOEROUTE_FAILED, where, "an exception of an unknown type");
   }
 }
 
 // Makes a handle; *out is null where that fails.
 template <class Handle, class F>
 int made(const char* where, Handle** out, F&& f) noexcept {
-  return guarded([&] {
+  return guarded(where, [&] {
     pointed(where, "the place for the handle", out) = nullptr;
     *out = f();
   });
@@ -239,7 +252,7 @@ int made(const char* where, Handle** out, F&& f) noexcept {
 
 template <class Handle, class F>
 int freed(const char* where, Handle* h, F&& free_handle) noexcept {
-  return guarded([&] {
+  return guarded(where, [&] {
     if (h == nullptr) return;
     given(where, h);
     reinterpret_cast<handle*>(h)->kind = handle_kind::none;
@@ -281,7 +294,7 @@ const char* moeroute_isa_name(int32_t i) {
 const char* moeroute_isa(void) { return used().name; }
 
 int moeroute_use_isa(const char* name) {
-  return guarded([&] {
+  return guarded("use_isa", [&] {
     pointed("use_isa", "the name", name);
     if (!sets().use(name))
       refuse("moeroute::use_isa: '%.32s' is no instruction set of this machine", name);
@@ -291,11 +304,12 @@ int moeroute_use_isa(const char* name) {
 // ---- routers ------------------------------------------------------------------------------------
 
 int moeroute_spec_init(moeroute_spec* spec) {
-  return guarded([&] { moeroute_plain.spec_of_model("", pointed("spec_init", "the spec", spec)); });
+  return guarded("spec_init",
+                 [&] { moeroute_plain.spec_of_model("", pointed("spec_init", "the spec", spec)); });
 }
 
 int moeroute_spec_of_model(const char* name, moeroute_spec* spec) {
-  return guarded([&] {
+  return guarded("spec_of_model", [&] {
     pointed("spec_of_model", "the name", name);
     moeroute_spec found;
     if (!moeroute_plain.spec_of_model(name, found))
@@ -326,7 +340,7 @@ int moeroute_router_free(moeroute_router* router) {
 
 int moeroute_router_get_shape(const moeroute_router* router, moeroute_router_shape* shape) {
   constexpr const char* where = "router_get_shape";
-  return guarded([&] {
+  return guarded(where, [&] {
     base_of(&given(where, router)).set->router_shape(*router, pointed(where, "the shape", shape));
   });
 }
@@ -345,7 +359,7 @@ int moeroute_route(const moeroute_router* router, moeroute_const_matrix logits,
                    const moeroute_side* side, const moeroute_executor* executor,
                    moeroute_assignment* assignment) {
   constexpr const char* where = "route";
-  return guarded([&] {
+  return guarded(where, [&] {
     const kernels& set = *base_of(&given(where, router)).set;
     given(where, assignment);
     check_executor(where, executor);
@@ -358,7 +372,7 @@ int moeroute_route_to(const moeroute_router* router, moeroute_const_matrix logit
                       const moeroute_side* side, const moeroute_executor* executor,
                       moeroute_assignment* assignment, int32_t* ids, float* weights) {
   constexpr const char* where = "route_to";
-  return guarded([&] {
+  return guarded(where, [&] {
     moeroute_router_shape shape;
     const kernels& set = *base_of(&given(where, router)).set;
     given(where, assignment);
@@ -381,7 +395,7 @@ int moeroute_route_to(const moeroute_router* router, moeroute_const_matrix logit
 int moeroute_assignment_set(moeroute_assignment* assignment, int64_t tokens, int64_t experts,
                             int64_t k, const int32_t* ids, const float* weights) {
   constexpr const char* where = "assignment_set";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, assignment);
     check_list(where, "ids", ids, tokens);
     check_list(where, "weights", weights, tokens);
@@ -391,7 +405,7 @@ int moeroute_assignment_set(moeroute_assignment* assignment, int64_t tokens, int
 
 int moeroute_assignment_get(const moeroute_assignment* assignment, moeroute_assignment_view* view) {
   constexpr const char* where = "assignment_get";
-  return guarded([&] {
+  return guarded(where, [&] {
     moeroute_plain.assignment_get(given(where, assignment), pointed(where, "the view", view));
   });
 }
@@ -399,7 +413,7 @@ int moeroute_assignment_get(const moeroute_assignment* assignment, moeroute_assi
 int moeroute_assignment_reserve(moeroute_assignment* assignment, const moeroute_router* router,
                                 int64_t tokens, int32_t logits_type, int32_t threads) {
   constexpr const char* where = "assignment_reserve";
-  return guarded([&] {
+  return guarded(where, [&] {
     const kernels& set = *base_of(&given(where, router)).set;
     given(where, assignment);
     check_size(where, "tokens", tokens, 0, most);
@@ -434,7 +448,7 @@ int moeroute_assignment_reserve(moeroute_assignment* assignment, const moeroute_
 
 int moeroute_spec_capacity(const moeroute_spec* spec, moeroute_capacity* capacity) {
   constexpr const char* where = "spec_capacity";
-  return guarded([&] {
+  return guarded(where, [&] {
     check_spec(where, spec);
     moeroute_plain.spec_capacity(*spec, pointed(where, "the capacity", capacity));
   });
@@ -443,7 +457,7 @@ int moeroute_spec_capacity(const moeroute_spec* spec, moeroute_capacity* capacit
 int moeroute_apply_capacity(moeroute_assignment* assignment, const moeroute_capacity* capacity,
                             moeroute_capacity_result* result) {
   constexpr const char* where = "apply_capacity";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, assignment);
     moeroute_capacity_result r;
     moeroute_plain.apply_capacity(*assignment, pointed(where, "the capacity", capacity), r);
@@ -455,7 +469,7 @@ int moeroute_count_choices(const moeroute_assignment* assignment, int32_t first_
                            int32_t kept_only, const uint8_t* mask, double* counts,
                            int64_t counts_size) {
   constexpr const char* where = "count_choices";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, assignment);
     check_list(where, "counts", counts, counts_size);
     moeroute_plain.count_choices(*assignment, first_only != 0, kept_only != 0, mask, counts,
@@ -476,7 +490,7 @@ int moeroute_plan_free(moeroute_plan* plan) {
 int moeroute_plan_make(moeroute_plan* plan, const moeroute_assignment* assignment,
                        const moeroute_plan_options* options) {
   constexpr const char* where = "plan_make";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, plan);
     used().plan_make(given(where, assignment),
                      options == nullptr ? moeroute_plan_options{} : *options, *plan);
@@ -486,7 +500,7 @@ int moeroute_plan_make(moeroute_plan* plan, const moeroute_assignment* assignmen
 int moeroute_plan_make_of_lists(moeroute_plan* plan, const moeroute_expert_lists* lists,
                                 const moeroute_plan_options* options, float* weights) {
   constexpr const char* where = "plan_make_of_lists";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, plan);
     const moeroute_expert_lists& l = pointed(where, "the lists", lists);
     check_size(where, "lists.tokens", l.tokens, 0, most);
@@ -501,7 +515,7 @@ int moeroute_plan_make_of_lists(moeroute_plan* plan, const moeroute_expert_lists
 int moeroute_plan_reserve(moeroute_plan* plan, const moeroute_assignment* assignment,
                           const moeroute_plan_options* options) {
   constexpr const char* where = "plan_reserve";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, plan);
     used().plan_reserve(given(where, assignment),
                         options == nullptr ? moeroute_plan_options{} : *options, *plan);
@@ -510,15 +524,16 @@ int moeroute_plan_reserve(moeroute_plan* plan, const moeroute_assignment* assign
 
 int moeroute_plan_get(const moeroute_plan* plan, moeroute_plan_view* view) {
   constexpr const char* where = "plan_get";
-  return guarded(
-      [&] { moeroute_plain.plan_get(given(where, plan), pointed(where, "the view", view)); });
+  return guarded(where, [&] {
+    moeroute_plain.plan_get(given(where, plan), pointed(where, "the view", view));
+  });
 }
 
 int moeroute_plan_aligned_blocks(const moeroute_plan* plan, int64_t block, int32_t tail_expert,
                                  int32_t* sorted, int64_t sorted_size, int32_t* block_experts,
                                  int32_t* block_starts, int64_t blocks_size) {
   constexpr const char* where = "plan_aligned_blocks";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, plan);
     check_list(where, "sorted", sorted, sorted_size);
     check_list(where, "block_experts", block_experts, blocks_size);
@@ -529,7 +544,7 @@ int moeroute_plan_aligned_blocks(const moeroute_plan* plan, int64_t block, int32
 
 int moeroute_plan_row_id_map(const moeroute_plan* plan, int32_t* map, int64_t map_size) {
   constexpr const char* where = "plan_row_id_map";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, plan);
     check_list(where, "map", map, map_size);
     moeroute_plain.row_id_map(*plan, map, map_size);
@@ -540,7 +555,7 @@ int moeroute_once_counts(const moeroute_assignment* assignment, int64_t ranks,
                          int64_t ranks_per_node, int32_t* per_expert, int32_t* per_rank,
                          uint8_t* in_rank, int32_t* per_node) {
   constexpr const char* where = "once_counts";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, assignment);
     check_list(where, "per_expert", per_expert, 1);
     check_list(where, "per_rank", per_rank, ranks);
@@ -555,7 +570,7 @@ int moeroute_once_counts(const moeroute_assignment* assignment, int64_t ranks,
 int moeroute_dispatch(const moeroute_plan* plan, moeroute_const_matrix x, moeroute_matrix slots,
                       const float* scale, const moeroute_executor* executor) {
   constexpr const char* where = "dispatch";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, plan);
     check_executor(where, executor);
     used().dispatch(*plan, checked(where, "x", x, MOEROUTE_BYTES),
@@ -566,7 +581,7 @@ int moeroute_dispatch(const moeroute_plan* plan, moeroute_const_matrix x, moerou
 int moeroute_combine(moeroute_const_matrix slots, const moeroute_plan* plan,
                      const moeroute_assignment* assignment, moeroute_matrix y,
                      const moeroute_combine_options* options, const moeroute_executor* executor) {
-  return guarded([&] {
+  return guarded("combine", [&] {
     given("combine", plan);
     combine("combine", "slots", slots, plan, &given("combine", assignment), nullptr, 0, y, options,
             executor);
@@ -578,7 +593,7 @@ int moeroute_combine_weights(moeroute_const_matrix slots, const moeroute_plan* p
                              const moeroute_combine_options* options,
                              const moeroute_executor* executor) {
   constexpr const char* where = "combine_weights";
-  return guarded([&] {
+  return guarded(where, [&] {
     check_list(where, "weights", weights, weights_size);
     combine(where, "slots", slots, &given(where, plan), nullptr, weights, weights_size, y, options,
             executor);
@@ -588,7 +603,7 @@ int moeroute_combine_weights(moeroute_const_matrix slots, const moeroute_plan* p
 int moeroute_combine_choices(moeroute_const_matrix rows, const moeroute_assignment* assignment,
                              moeroute_matrix y, const moeroute_combine_options* options,
                              const moeroute_executor* executor) {
-  return guarded([&] {
+  return guarded("combine_choices", [&] {
     combine("combine_choices", "rows", rows, nullptr, &given("combine_choices", assignment),
             nullptr, 0, y, options, executor);
   });
@@ -616,7 +631,7 @@ int moeroute_gate_free(moeroute_gate* gate) {
 int moeroute_gate_run(const moeroute_gate* gate, moeroute_const_matrix x, moeroute_matrix logits,
                       const moeroute_executor* executor) {
   constexpr const char* where = "gate_run";
-  return guarded([&] {
+  return guarded(where, [&] {
     const kernels& set = *base_of(&given(where, gate)).set;
     check_executor(where, executor);
     set.gate_run(*gate, checked(where, "x", x, MOEROUTE_FLOAT16), nullptr,
@@ -627,7 +642,7 @@ int moeroute_gate_run(const moeroute_gate* gate, moeroute_const_matrix x, moerou
 int moeroute_gate_cosine(const moeroute_gate* gate, moeroute_const_matrix x, float scale,
                          moeroute_matrix logits, const moeroute_executor* executor) {
   constexpr const char* where = "gate_cosine";
-  return guarded([&] {
+  return guarded(where, [&] {
     const kernels& set = *base_of(&given(where, gate)).set;
     check_executor(where, executor);
     set.gate_run(*gate, checked(where, "x", x, MOEROUTE_FLOAT16), &scale,
@@ -647,7 +662,7 @@ int moeroute_soft_plan_free(moeroute_soft_plan* plan) {
 
 int moeroute_soft_plan_reserve(moeroute_soft_plan* plan, int64_t tokens, int64_t slots,
                                int64_t slots_per_expert) {
-  return guarded([&] {
+  return guarded("soft_plan_reserve", [&] {
     moeroute_plain.soft_plan_reserve(given("soft_plan_reserve", plan), tokens, slots,
                                      slots_per_expert);
   });
@@ -656,7 +671,7 @@ int moeroute_soft_plan_reserve(moeroute_soft_plan* plan, int64_t tokens, int64_t
 int moeroute_soft_plan_make(moeroute_soft_plan* plan, moeroute_const_matrix logits,
                             int64_t slots_per_expert, const moeroute_executor* executor) {
   constexpr const char* where = "soft_plan_make";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, plan);
     check_executor(where, executor);
     used().soft_plan_make(checked(where, "logits", logits, MOEROUTE_FLOAT16), slots_per_expert,
@@ -666,14 +681,15 @@ int moeroute_soft_plan_make(moeroute_soft_plan* plan, moeroute_const_matrix logi
 
 int moeroute_soft_plan_get(const moeroute_soft_plan* plan, moeroute_soft_plan_view* view) {
   constexpr const char* where = "soft_plan_get";
-  return guarded(
-      [&] { moeroute_plain.soft_plan_get(given(where, plan), pointed(where, "the view", view)); });
+  return guarded(where, [&] {
+    moeroute_plain.soft_plan_get(given(where, plan), pointed(where, "the view", view));
+  });
 }
 
 int moeroute_soft_dispatch(const moeroute_soft_plan* plan, moeroute_const_matrix x,
                            moeroute_matrix slots, const moeroute_executor* executor) {
   constexpr const char* where = "soft_dispatch";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, plan);
     check_executor(where, executor);
     used().soft_dispatch(*plan, checked(where, "x", x, MOEROUTE_FLOAT16),
@@ -684,7 +700,7 @@ int moeroute_soft_dispatch(const moeroute_soft_plan* plan, moeroute_const_matrix
 int moeroute_soft_combine(const moeroute_soft_plan* plan, moeroute_const_matrix slots,
                           moeroute_matrix y, const moeroute_executor* executor) {
   constexpr const char* where = "soft_combine";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, plan);
     check_executor(where, executor);
     used().soft_combine(*plan, checked(where, "slots", slots, MOEROUTE_FLOAT16),
@@ -698,7 +714,7 @@ int moeroute_balance_loss(const moeroute_losses* losses, moeroute_const_matrix l
                           moeroute_assignment* assignment, moeroute_matrix dlogits,
                           const moeroute_executor* executor, double* values) {
   constexpr const char* where = "balance_loss";
-  return guarded([&] {
+  return guarded(where, [&] {
     pointed(where, "the losses", losses);
     pointed(where, "values", values);
     given(where, assignment);
@@ -720,7 +736,7 @@ int moeroute_bias_free(moeroute_bias* bias) {
 
 int moeroute_bias_update(moeroute_bias* bias, const double* counts, int64_t counts_size) {
   constexpr const char* where = "bias_update";
-  return guarded([&] {
+  return guarded(where, [&] {
     given(where, bias);
     check_list(where, "counts", counts, counts_size);
     moeroute_plain.bias_update(*bias, counts, counts_size);
@@ -729,7 +745,7 @@ int moeroute_bias_update(moeroute_bias* bias, const double* counts, int64_t coun
 
 int moeroute_bias_get(moeroute_bias* bias, float** values, int64_t* experts) {
   constexpr const char* where = "bias_get";
-  return guarded([&] {
+  return guarded(where, [&] {
     float* list;
     std::int64_t size;
     moeroute_plain.bias_get(given(where, bias), list, size);

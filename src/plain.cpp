@@ -1,6 +1,10 @@
 // What needs no registers: handles that hold data, descriptions, capacity, layouts, bias updates.
 #include "handles.hpp"
 
+#include <algorithm>
+#include <cmath>
+#include <string>
+
 #include <moeroute/data/expert_load.hpp>
 #include <moeroute/policy/catalog.hpp>
 #include <moeroute/stage/capacity.hpp>
@@ -68,9 +72,14 @@ void assignment_set(moeroute_assignment& a, std::int64_t tokens, std::int64_t ex
     if (given[c] < no_expert || given[c] >= experts)
       fail(where, "ids[" + std::to_string(c) + "] is " + std::to_string(given[c]) +
                       ", expected -1 to " + std::to_string(experts - 1));
+  const auto weighed = span_of(weights, tokens * k);
+  for (std::size_t c = 0; c < weighed.size(); ++c)
+    if (!std::isfinite(weighed[c]))
+      fail(where, "weights[" + std::to_string(c) + "] is " + std::to_string(weighed[c]) +
+                      ", expected a finite number");
   a.choices.reset(tokens, experts, k);
   std::copy(given.begin(), given.end(), a.choices.ids().begin());
-  std::copy_n(weights, given.size(), a.choices.weights().begin());
+  std::copy(weighed.begin(), weighed.end(), a.choices.weights().begin());
 }
 
 void assignment_get(const moeroute_assignment& a, moeroute_assignment_view& v) {

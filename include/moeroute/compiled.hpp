@@ -342,7 +342,8 @@ class assignment {
     refresh_after(moeroute_assignment_reserve(get(), r.get(), tokens, logits_type, threads));
     refresh();
   }
-  /// Choices that somebody else made, k per token; copied.
+  /// Choices that somebody else made, k per token; copied. Refused are ids outside [-1, E) and
+  /// weights that are not finite; an expert named twice by a token gets a slot for each.
   void set(std::span<const std::int32_t> ids, std::span<const float> weights, std::int64_t experts,
            std::int64_t k) {
     if (k < 1 || std::ssize(ids) % k != 0 || ids.size() != weights.size())
@@ -463,7 +464,7 @@ inline void plan(const assignment& a, dispatch_plan& out, const plan_options& op
 inline void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& options = {},
                  std::span<float> weights = {}) {
   if (!weights.empty() && std::ssize(weights) < lists.experts * lists.capacity)
-    refuse("moeroute::plan: weights has less than lists.experts * capacity values");
+    refuse("moeroute::plan_make_of_lists: weights has less than lists.experts * capacity values");
   out.refresh_after(moeroute_plan_make_of_lists(out.get(), &lists, &options,
                                                 weights.empty() ? nullptr : weights.data()));
 }

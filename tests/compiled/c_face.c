@@ -18,10 +18,21 @@ static int failures = 0;
     }                                                                        \
   } while (0)
 
-// The call is refused, and the sentence holds `text`.
+// The sentence begins with the function of this call: moeroute_route(...) says moeroute::route.
+static int named(const char* call) {
+  const char* const said = moeroute_last_error();
+  const size_t n = strcspn(call, "(");
+  const size_t ours = strlen("moeroute_");
+  return strncmp(said, "moeroute::", ours + 1) == 0 &&
+         strncmp(said + ours + 1, call + ours, n - ours) == 0 &&
+         strncmp(said + n + 1, ": ", 2) == 0 && strstr(said + n, "moeroute::") == NULL;
+}
+
+// The call is refused, and the sentence names it and holds `text`.
 #define REFUSED(call, text)                             \
   do {                                                  \
     CHECK((call) == MOEROUTE_INVALID);                  \
+    CHECK(named(#call));                                \
     CHECK(strstr(moeroute_last_error(), text) != NULL); \
   } while (0)
 
@@ -112,10 +123,11 @@ static void check_handles(void) {
   REFUSED(moeroute_route((const moeroute_router*)(const void*)plan, logits, NULL, NULL, choices),
           "a plan, expected a router");
   REFUSED(moeroute_route(router, logits, NULL, NULL, (moeroute_assignment*)(void*)router),
-          "a router, expected a assignment");
+          "a router, expected an assignment");
   REFUSED(moeroute_plan_make((moeroute_plan*)(void*)bias, choices, NULL),
           "a bias, expected a plan");
   REFUSED(moeroute_plan_free((moeroute_plan*)(void*)router), "a router, expected a plan");
+  REFUSED(moeroute_plan_free((moeroute_plan*)(void*)choices), "an assignment, expected a plan");
   {
     moeroute_soft_plan_view soft;
     REFUSED(moeroute_soft_plan_get((const moeroute_soft_plan*)(const void*)plan, &soft),
@@ -161,7 +173,9 @@ static void check_sizes(void) {
   int runs = 0;
   moeroute_executor pool;
   moeroute_const_matrix m = {z, 4, 8, 0, MOEROUTE_FLOAT};
+  moeroute_side side;
 
+  memset(&side, 0, sizeof side);
   CHECK(moeroute_spec_init(&spec) == MOEROUTE_OK);
   CHECK(moeroute_router_new(&spec, NULL, &router) == MOEROUTE_OK);
   CHECK(moeroute_assignment_new(&choices) == MOEROUTE_OK);
@@ -202,6 +216,37 @@ static void check_sizes(void) {
   ids[1] = -2;
   REFUSED(moeroute_assignment_set(choices, 2, 8, 2, ids, z), "ids[1] is -2, expected -1 to 7");
   ids[1] = 3;
+  CHECK(moeroute_assignment_set(choices, 2, 8, 2, ids, z) == MOEROUTE_OK);
+  z[2] = NAN;
+  REFUSED(moeroute_assignment_set(choices, 2, 8, 2, ids, z),
+          "weights[2] is nan, expected a finite");
+  z[2] = -INFINITY;
+  REFUSED(moeroute_assignment_set(choices, 2, 8, 2, ids, z), "weights[2] is -inf");
+  z[2] = 0;
+  {  // what was refused left the choices alone
+    moeroute_assignment_view view;
+    CHECK(moeroute_assignment_get(choices, &view) == MOEROUTE_OK && view.choices == 4);
+  }
+  {  // an expert that a token names twice has a slot for each, and both are added
+    const int32_t twice[4] = {5, 5, 5, 2};
+    const float weights[4] = {0.25f, 0.5f, 1.0f, -1.0f};
+    float rows[4] = {2, 4, 8, 16}, y[2] = {0}; /* slot 0: token 1 of expert 2; then expert 5's */
+    moeroute_plan_view view;
+    const moeroute_const_matrix slots = {rows, 4, 1, 0, MOEROUTE_FLOAT};
+    const moeroute_matrix out = {y, 2, 1, 0, MOEROUTE_FLOAT};
+    CHECK(moeroute_assignment_set(choices, 2, 8, 2, twice, weights) == MOEROUTE_OK);
+    CHECK(moeroute_plan_make(plan, choices, NULL) == MOEROUTE_OK);
+    CHECK(moeroute_plan_get(plan, &view) == MOEROUTE_OK && view.slots == 4);
+    CHECK(moeroute_combine(slots, plan, choices, out, NULL, NULL) == MOEROUTE_OK);
+    CHECK(y[0] == 0.25f * 4 + 0.5f * 8 && y[1] == 16.0f - 2.0f);
+    CHECK(moeroute_assignment_set(choices, 2, 8, 2, ids, z) == MOEROUTE_OK);
+  }
+  side.token_ids = ids;
+  REFUSED(moeroute_route(router, m, &side, NULL, choices), "does not read: leave it out");
+  m.cols = 7;
+  REFUSED(moeroute_route(router, m, NULL, NULL, choices), "logits.cols is 7, expected 8");
+  REFUSED(moeroute_route_to(router, m, NULL, NULL, choices, ids, z), "is 7, expected 8");
+  m.cols = 8;
   CHECK(moeroute_assignment_set(choices, 2, 8, 2, ids, z) == MOEROUTE_OK);
   REFUSED(moeroute_count_choices(choices, 0, 0, NULL, counts, 7), "expected 8");
   REFUSED(moeroute_count_choices(choices, 0, 0, NULL, counts, -8), "counts is -8");

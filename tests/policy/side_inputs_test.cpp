@@ -201,8 +201,7 @@ TEST_CASE("a side input that a router does not read is refused by name, never ig
   CHECK(taken(make_router({.experts = experts, .selection = selection_kind::expert_table},
                           {.table = &table})) == "ik");
   CHECK(test::refusal([&] { routed(plain, logits(), experts, {.token_ids = ids}); }) ==
-        "moeroute::route: token_ids is given, which this router does not read: leave it out, or "
-        "take side.only(side_use_of(router, columns))");
+        "moeroute::route: token_ids is given, which this router does not read: leave it out");
 }
 
 TEST_CASE("the second modality reads its own columns of the noise logits") {

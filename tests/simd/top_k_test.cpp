@@ -152,6 +152,25 @@ TEMPLATE_LIST_TEST_CASE("a row alone is selected as it is in a block", "", test:
     }
 }
 
+// The measured ways are even there: a change of a figure is a decision, with a measurement.
+TEMPLATE_LIST_TEST_CASE("so many rows of a shape are sooner alone, by the width of registers", "",
+                        test::arches) {
+  struct limit {
+    index_t cols, k, rows_by_width[3];  // registers of 4, 8 and 16 floats
+  };
+  constexpr limit limits[] = {{1, 1, {2, 4, 4}},     {8, 2, {2, 4, 4}},    {32, 1, {2, 4, 4}},
+                              {32, 32, {2, 4, 4}},   {33, 1, {2, 10, 10}}, {33, 2, {2, 5, 8}},
+                              {64, 1, {2, 10, 10}},  {64, 10, {2, 5, 8}},  {64, 11, {2, 3, 5}},
+                              {512, 10, {2, 5, 8}},  {512, 11, {2, 3, 5}}, {256, 64, {2, 3, 5}},
+                              {2048, 1, {2, 10, 10}}};
+  constexpr int w = simd::width<TestType>, at = w == 4 ? 0 : w == 8 ? 1 : 2;
+  STATIC_REQUIRE(w == 4 << at);
+  for (const limit& l : limits) {
+    CAPTURE(l.cols, l.k, w);
+    CHECK(simd::rows_sooner_alone<TestType>(l.cols, l.k) == l.rows_by_width[at]);
+  }
+}
+
 TEMPLATE_LIST_TEST_CASE("a row that many columns tie in does not touch the rows before it", "",
                         test::widths) {
   constexpr index_t cols = 64;

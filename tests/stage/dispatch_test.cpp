@@ -104,8 +104,6 @@ TEST_CASE("a dispatch of more than six second-level caches writes every slot, ca
   const dispatch_plan& p = planned.plan;
   REQUIRE(choose_stores(p.slots(), d * 4, caches) ==
           (simd::has_streaming_stores ? store_path::streamed : store_path::cached));
-  CHECK(slots_in_cache(d * 4, caches) == caches.second / (d * 4));
-  CHECK(slots_in_cache(0, caches) == 0);
   buffer<float> x(tokens * d), slots(p.slots() * d);
   for (index_t t = 0; t < tokens; ++t)
     for (index_t c = 0; c < d; ++c) x[t * d + c] = static_cast<float>(t * 7 + c);
@@ -135,4 +133,18 @@ TEST_CASE("whole lines are streamed from six second-level caches on, everything 
   CHECK_FALSE(streamed(1'000'000, 0));
   CHECK(simd::machine_caches().second >= 1 << 14);
   CHECK(&simd::machine_caches() == &simd::machine_caches());
+}
+
+TEST_CASE("of streamed slots as many whole rows as fill one second-level cache go through it") {
+  const auto cached = [](index_t second, index_t row_bytes) {
+    return slots_in_cache(row_bytes, {.second = second});
+  };
+  CHECK(cached(1 << 20, 4096) == 256);
+  CHECK(cached(1 << 20, 4097) == 255);
+  CHECK(cached(1 << 20, 1 << 20) == 1);
+  CHECK(cached(1 << 20, (1 << 20) + 1) == 0);
+  CHECK(cached(64'000, 448) == 142);
+  CHECK(cached(64'000, 1) == 64'000);
+  CHECK(cached(64'000, 0) == 0);
+  CHECK(cached(0, 64) == 0);
 }

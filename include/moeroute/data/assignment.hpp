@@ -74,9 +74,10 @@ class lendable {
 ///
 /// Two forms. Fixed: every token has k choices, best first; one that could not be made has id
 /// no_expert and weight 0. Ragged: token t has the choices [first(t), first(t + 1)), possibly none.
-/// A choice that capacity dropped keeps its id, has weight 0 and kept() false.
-/// Storage is reused: a warm reset() with sizes seen before allocates nothing.
-/// Example:
+/// A choice that capacity dropped keeps its id, has weight 0 and kept() false. Routers choose
+/// distinct experts; whoever writes choices of his own may name one twice for a token in the fixed
+/// form: it gets a slot for each, and combine adds both. Storage is reused: a warm reset() with
+/// sizes seen before allocates nothing. Example:
 ///
 ///     for (index_t t = 0; t < choices.tokens(); ++t)
 ///       for (std::size_t i = 0; i < choices.ids(t).size(); ++i)

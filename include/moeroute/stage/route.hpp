@@ -253,9 +253,7 @@ template <class Z>
 concept has_shape = is_matrix_view<Z> || strided_rows<const Z>;
 
 [[noreturn]] MOEROUTE_COLD inline void fail_unread(const char* name) {
-  fail("route", {name,
-                 " is given, which this router does not read: leave it out, or take "
-                 "side.only(side_use_of(router, columns))"});
+  fail("route", {name, " is given, which this router does not read: leave it out"});
 }
 
 // Every side input fits T, and is one that the router reads: what it does not read it would ignore.
