@@ -790,6 +790,22 @@ TEST_CASE("every field that says which layers have experts is read, alone and at
         "config.json: field 'mlp_layer_types': expected dense, sparse or moe, found 'hash_moe'");
   CHECK(said("laguna", R"(, "mlp_layer_types": ["sparse"])") ==
         "config.json: field 'mlp_layer_types' lists 1 layers, field 'num_hidden_layers' says 6");
+  // What lists its layers says how many there are.
+  const auto count = [](const std::string& more) {
+    return read_all(R"({"model_type": "nemotron_h", "n_routed_experts": 8,
+                        "num_experts_per_tok": 2, )" +
+                    more + "}")
+        .count;
+  };
+  CHECK(count(R"("layers_block_type": ["mamba", "moe", "mlp"])") == 3);
+  CHECK(count(R"("num_hidden_layers": 6, "layers_block_type": ["mamba", "moe"])") == 2);
+  CHECK(count(R"("num_hidden_layers": 6, "hybrid_override_pattern": "ME|*E")") == 4);
+  CHECK(said("qwen3_moe", R"(, "mlp_only_layers": 3)") ==
+        "config.json: field 'mlp_only_layers': expected an array, found 3");
+  CHECK(said("laguna", R"(, "mlp_layer_types": "sparse")") ==
+        "config.json: field 'mlp_layer_types': expected an array, found 'sparse'");
+  CHECK(said("nemotron_h", R"(, "hybrid_override_pattern": 3)") ==
+        "config.json: field 'hybrid_override_pattern': expected a string, found 3");
   CHECK(refusal(R"({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2,
                     "num_hidden_layers": 65537})") ==
         "config.json: field 'num_hidden_layers': expected an integer from 0 to 65536, found 65537");

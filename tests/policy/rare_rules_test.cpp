@@ -322,6 +322,9 @@ TEST_CASE("with the higher id first, equal experts come in reverse and the other
   const std::vector<float> equal(8, 0.25f);
   const router turned{sigmoid{}, ordered_ties<>{{.k = 3}}};
   CHECK(test::listed(routed(turned, equal, 8).ids(0)) == std::vector<expert_id>{7, 6, 5});
+  // Of equal groups the later one is kept.
+  const router grouped{sigmoid{}, ordered_ties<>{{.k = 2, .groups = 4, .topk_group = 1}}};
+  CHECK(test::listed(routed(grouped, equal, 8).ids(0)) == std::vector<expert_id>{7, 6});
   const std::vector<float> z = test::make_logits(test::shape::ascending, 1, 1, 8);
   CHECK(test::listed(routed(turned, z, 8).ids(0)) ==
         test::listed(routed(router{sigmoid{}, top_k{.k = 3}}, z, 8).ids(0)));
@@ -491,6 +494,16 @@ TEST_CASE("what does not fit is refused with the field and its value") {
                         class_bias<>{{.k = 2}, {selection_bias(four), selection_bias(four)}}};
   CHECK(test::refusal([&] { routed(by_class, four, 4); }) ==
         "moeroute::class_bias: side_inputs::modality is missing");
+  const std::vector<float> three(3, 0.5f);
+  const auto of_class = [](std::span<const float> one, std::span<const float> other) {
+    return test::refusal(
+        [&] { class_bias<>{{.k = 2}, {selection_bias(one), selection_bias(other)}}.check(4); });
+  };
+  CHECK(of_class(four, three) == "moeroute::class_bias: second bias.size() is 3, expected 4");
+  CHECK(of_class(three, four) == "moeroute::class_bias: first bias.size() is 3, expected 4");
+  CHECK(of_class(four, {}) == "moeroute::class_bias: second bias.size() is 0, expected 4");
+  CHECK(of_class({}, four) == "moeroute::class_bias: first bias.size() is 0, expected 4");
+  CHECK(of_class({}, {}) == "accepted");
 }
 
 }  // namespace rare_rules_tests

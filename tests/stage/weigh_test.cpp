@@ -530,6 +530,31 @@ TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by n
         "moeroute::weigh: noise_logits.cols is 7, expected 8");
   CHECK(weighed(product_keys<>{.choices = 2}) ==
         "moeroute::weigh: choices.experts() is 8, expected 16");
+  const auto keys = [&](index_t columns, index_t first_keys) {
+    std::vector<double> w(12);
+    return test::refusal([&] {
+      weigh(product_keys<>{.choices = 2, .first_keys = first_keys},
+            matrix_view<const double>(z.data(), tokens, columns, experts), {}, a, std::span(w), ws);
+    });
+  };
+  CHECK(keys(1, 0) == "moeroute::weigh: logits.cols is 1, expected 2 to 2097152");
+  CHECK(keys(7, 0) == "moeroute::weigh: logits.cols % 2 is 1, expected 0");
+  CHECK(keys(8, 8) == "moeroute::weigh: first_keys is 8, expected 1 to 7");
+  CHECK(refused(6, 12, {dz.data(), tokens, 7, experts}) ==
+        "moeroute::weigh_backward: dlogits.cols is 7, expected 8");
+  CHECK(refused(6, 12, {dz.data(), tokens, experts, 7}) ==
+        "moeroute::weigh_backward: dlogits.stride is 7, expected at least 8");
+  CHECK(refused(6, 12, out, {.add = scale}) ==
+        "moeroute::weigh_backward: own.add.size() is 7, expected 8");
+  CHECK(refused(6, 12, out, {.temperature = scale}) ==
+        "moeroute::weigh_backward: own.temperature.size() is 7, expected 1");
+  CHECK(refused(6, 12, out, {.shared_weight = scale}) ==
+        "moeroute::weigh_backward: own.shared_weight.size() is 7, expected 6");
+  std::vector<double> noise(40);
+  CHECK(refused(6, 12, out, {.noise_logits = {noise.data(), 5, experts}}) ==
+        "moeroute::weigh_backward: own.noise_logits.rows is 5, expected 6");
+  CHECK(refused(6, 12, out, {.noise_logits = {noise.data(), 6, 6}}) ==
+        "moeroute::weigh_backward: own.noise_logits.cols is 6, expected 0");
   test::random rng(33);
   assignment ragged = test::ragged_choices(rng, tokens, experts, 3);
   std::vector<double> own(static_cast<std::size_t>(ragged.choices()));
