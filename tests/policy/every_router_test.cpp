@@ -340,6 +340,42 @@ TEST_CASE("an own k is kept by every kind of router, or refused by its name") {
   });
 }
 
+TEST_CASE("to every kind of router a logit that is no number is one of -inf, and is not chosen") {
+  for_each_kind([](const router_batch& b, const any_kind& r) {
+    // Two logits of one expert, or of a pair, are another matter.
+    if (r.name == "two logits for one" || r.name == "product keys" ||
+        r.name == "weights of other logits")
+      return;
+    test::random rng(12);
+    std::vector<float> never = b.logits, none = b.logits;
+    for (std::size_t i = 0; i < never.size(); ++i)
+      if (rng.below(5) == 0) {
+        never[i] = -test::infinity;
+        none[i] = rng.below(2) == 0 ? test::not_a_number : -test::infinity;
+      }
+    const side_inputs side = r.side(b.values, b.tokens);
+    const choices with_infinities =
+        chosen(r, matrix_view<const float>(never.data(), b.tokens, b.experts), side);
+    CHECK(difference(chosen(r, matrix_view<const float>(none.data(), b.tokens, b.experts), side),
+                     with_infinities) == "");
+  });
+}
+
+TEST_CASE("a percentile of the batch is one of the logits that are there") {
+  const batch_percentile<> rule{.max_k = 5};
+  const router_batch& b = small_batch();
+  std::vector<float> wider;
+  for (index_t t = 0; t < b.tokens; ++t) {
+    wider.insert(wider.end(), b.logits.begin() + t * b.experts,
+                 b.logits.begin() + (t + 1) * b.experts);
+    wider.push_back(-test::infinity);
+  }
+  const assignment with = test::routed(rule, wider, b.experts + 1),
+                   without = test::routed(rule, b.logits, b.experts);
+  CHECK(difference(listed(with), listed(without)) == "");
+  CHECK(without.choices() > 0);
+}
+
 TEST_CASE("a token router decides the first tokens as if no others followed, wherever rows lie") {
   for_each_kind([](const router_batch& b, const any_kind& r) {
     if (r.whole_batch) return;
