@@ -1,6 +1,9 @@
 #include <moeroute/policy/make_router.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
+#include <limits>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -79,6 +82,68 @@ TEST_CASE("a router from a spec decides what the same router from templates deci
                                      .lost_weight = lost_weight::own}});
   same({.experts = 16, .selection = selection_kind::sparsemixer}, sparsemixer{});
   same({.experts = 16, .selection = selection_kind::random}, random_choice{2});
+}
+
+TEST_CASE("a token that comes alone has the ids and weights of one among many, to the bit") {
+  // What a single row may be sooner for, and beside each of these what is not.
+  const std::vector<float> scale(200, 0.5f);
+  const std::vector<router_spec> rules = {
+      {},
+      {.normalize = normalization::sum},
+      {.domain = score_domain::selected},
+      {.domain = score_domain::selected, .normalize = normalization::sum},
+      {.score = score_kind::sigmoid},
+      {.score = score_kind::sigmoid, .normalize = normalization::sum},
+      {.score = score_kind::softplus},
+      {.normalize = normalization::sum, .eps_where = eps_mode::add, .eps = 0.5f},
+      {.normalize = normalization::sum, .scale = 2.5f},
+      {.score = score_kind::sigmoid, .per_expert_scale = true},
+      {.normalize = normalization::sum, .divide_by_k = true},
+      {.score = score_kind::relu, .normalize = normalization::lp, .lp_p = 2.0f},
+      {.score = score_kind::sigmoid, .selection_bias = true},
+  };
+  for (const index_t experts : {1, 2, 8, 15, 16, 17, 64, 128, 200})
+    for (const index_t k : {1, 2, 3, 8, 10, 16, 17}) {
+      if (k > experts) continue;
+      std::vector<float> z = test::make_logits(test::shape::quantised, 5, 9, experts);
+      const std::vector<float> smooth = test::make_logits(test::shape::normal, 6, 9, experts);
+      z.insert(z.end(), smooth.begin(), smooth.end());
+      const auto row = [&](index_t t) { return z.data() + t * experts; };
+      std::fill_n(row(0), experts, simd::minus_infinity);
+      std::fill_n(row(1), experts, std::numeric_limits<float>::quiet_NaN());
+      std::fill_n(row(2), experts, -0.0f);
+      row(2)[experts / 2] = 0.0f;
+      std::fill_n(row(3), experts - 1, simd::minus_infinity);
+      row(4)[experts - 1] = row(4)[0] = simd::plus_infinity;
+      for (index_t e = 0; e < experts; ++e) row(5)[e] *= 60.0f;
+      for (router_spec spec : rules) {
+        spec.experts = experts;
+        spec.k = k;
+        const any_router r = make_router(
+            spec,
+            {.bias = spec.selection_bias ? std::span<const float>(smooth.data(), smooth.size() / 9)
+                                         : std::span<const float>(),
+             .per_expert_scale = {scale.data(),
+                                  spec.per_expert_scale ? static_cast<std::size_t>(experts) : 0}});
+        workspace ws;
+        assignment all, one;
+        route(r, matrix_view<const float>(z.data(), 18, experts), ws, all);
+        INFO(to_string(spec));
+        for (index_t t = 0; t < 18; ++t) {
+          route(r, matrix_view<const float>(row(t), 1, experts), ws, one);
+          INFO("token " << t);
+          CHECK(test::bit_difference(all.ids(t), one.ids()) == "");
+          CHECK(test::bit_difference(all.weights(t), one.weights()) == "");
+        }
+      }
+    }
+}
+
+TEST_CASE("a router goes its own way, whatever the description beside it says") {
+  const std::vector<float> z = test::make_logits(test::shape::normal, 7, 1, 16);
+  const any_router r({.experts = 16, .score = score_kind::sigmoid}, router<softmax>{});
+  const assignment a = routed(r, z, 16), b = routed(router<softmax>{}, z, 16);
+  CHECK(test::bit_difference(a.weights(), b.weights()) == "");
 }
 
 TEST_CASE("a tensor that is missing, too many, or of another length is refused by name") {

@@ -15,6 +15,7 @@
 #include <moeroute/policy/parts/row_transform.hpp>
 #include <moeroute/policy/router.hpp>
 #include <moeroute/policy/router_spec.hpp>
+#include <moeroute/policy/row/plain_row.hpp>
 #include <moeroute/policy/row/product_keys.hpp>
 #include <moeroute/policy/row/random_choice.hpp>
 #include <moeroute/policy/row/sparsemixer.hpp>
@@ -66,6 +67,7 @@ template <class Any>
 struct any_token_router {
   const Any& any;
   using any_buffers = typename Any::buffers;
+  static constexpr bool calls_rows = true;  // route_row is a few calls: it may be there twice
 
   index_t k() const;
   index_t columns() const;
@@ -139,6 +141,8 @@ class router_of_kinds {
       else
         choices_ = r.k();
       if constexpr (requires { r.rows_alone(columns_); }) rows_alone_ = r.rows_alone(columns_);
+      if constexpr (std::is_same_v<Kind, router<any_score>>)
+        if (rows_alone_ > 0) plain_ = plain_row_of(r);
     });
   }
 
@@ -171,6 +175,7 @@ class router_of_kinds {
   index_t columns_ = 0, experts_ = 0, choices_ = 0, rows_alone_ = 0;
   side_use use_;
   bool ragged_ = false, reads_logits_ = true;
+  plain_row plain_ = plain_row::none;
 };
 
 template <class Any>
@@ -236,11 +241,9 @@ template <class A>
 MOEROUTE_INLINE void any_token_router<Any>::route_row(const float* row, index_t columns,
                                                       index_t token, const side_inputs& side,
                                                       expert_id* id, float* weight) const {
-  // Most are of the first kind: the others, whose code is long, stay out of the loop over rows.
-  if constexpr (row_router<typename Any::first_kind>) {
-    if (const auto* const ranked = std::get_if<0>(&any.kind_)) [[likely]]
-      return ranked->template route_row<A>(row, columns, token, side, id, weight);
-  }
+  if (any.plain_ != plain_row::none) [[likely]]
+    return route_plain_row<A>(any.plain_, static_cast<int>(any.choices_), row, columns, id, weight);
+  // The others, whose code is long, stay out of the loop over rows.
   this->template route_other_row<A>(row, columns, token, side, id, weight);
 }
 
@@ -250,8 +253,7 @@ void any_token_router<Any>::route_other_row(const float* row, index_t columns, i
                                             const side_inputs& side, expert_id* id,
                                             float* weight) const {
   any.visit([&]<class Kind>(const Kind& r) {
-    if constexpr (row_router<Kind> && !std::is_same_v<Kind, typename Any::first_kind>)
-      r.template route_row<A>(row, columns, token, side, id, weight);
+    if constexpr (row_router<Kind>) r.template route_row<A>(row, columns, token, side, id, weight);
   });
 }
 

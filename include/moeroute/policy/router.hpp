@@ -6,6 +6,7 @@
 
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/parts/any_score.hpp>
+#include <moeroute/policy/parts/given_choice.hpp>
 #include <moeroute/policy/parts/logit_transform.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/policy/parts/selection.hpp>
@@ -242,8 +243,16 @@ struct router {
   MOEROUTE_INLINE void weigh_row(const float* z, index_t experts, const simd::row_ranks& ranks,
                                  const float* scores, expert_id* id, float* weights) const {
     row_choices<A, n> c(ranks, static_cast<int>(k()));
-    const bool chosen_on_scores = scores != nullptr;
-    if (chosen_on_scores && (score.traits.elementwise || !scores_winners())) {
+    const bool chosen_on_scores = scores != nullptr,
+               scored = chosen_on_scores && (score.traits.elementwise || !scores_winners());
+    if constexpr (n == simd::registers_per_block<A> && std::is_same_v<Score, any_score> &&
+                  !requires { selection.template settle<A>(c); }) {
+      // What is no detail::plain_row shares the code of choices by a table.
+      static constexpr any_score as_it_is{identity_score{}};
+      return detail::weigh_given<A>(scored ? as_it_is : score, weight, ranks.column, c.k,
+                                    scored ? scores : z, experts, id, weights);
+    }
+    if (scored) {
       c.take_from(scores);
     } else {
       if (chosen_on_scores) {

@@ -360,9 +360,15 @@ void route(const Router& router, const Z& logit_rows, const side_inputs& side, w
       out.reset(tokens, router.experts(columns), most);
     }
     if constexpr (row_router<Router>) {
-      if (tokens <= detail::rows_alone<A, T>(router, side, columns))
+      if (tokens <= detail::rows_alone<A, T>(router, side, columns)) {
+        // One token, as in every step of a decoder, needs no loop.
+        if constexpr (std::is_same_v<T, float> && requires { Router::calls_rows; })
+          if (tokens == 1 && side.mask.empty()) [[likely]]
+            return detail::route_one<A>(router, logits.data, columns, 0, side, out.ids().data(),
+                                        out.weights().data());
         return detail::route_alone<A, T>(router, logits.data, logits.stride, columns, 0, tokens,
                                          side, out.ids().data(), out.weights().data());
+      }
     }
     detail::route_blocks<A>(router, const_view(logit_rows), side, ws, out, exec);
   }

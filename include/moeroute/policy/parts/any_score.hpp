@@ -43,6 +43,11 @@ class any_score {
 
   score_traits traits = softmax::traits;
 
+  constexpr score_kind kind() const { return kind_; }
+  constexpr score_domain domain() const {
+    return selected_ ? score_domain::selected : score_domain::all;
+  }
+
   /// Whether it is the same for every logit.
   constexpr bool uniform() const { return kind_ == score_kind::uniform; }
 

@@ -78,6 +78,9 @@ struct row_choices {
   F value[n];
   simd::vint<A> id[n];
 
+  /// Nothing yet: whoever chooses writes the registers.
+  MOEROUTE_INLINE explicit row_choices(int choices) : k(choices), has_row_max(true) {}
+
   /// What a top-k chose.
   MOEROUTE_INLINE row_choices(const simd::row_ranks& ranks, int choices)
       : k(choices), has_row_max(true) {
@@ -139,8 +142,8 @@ struct row_choices {
           simd::select<A>(simd::differs<A>(id[r], simd::vint<A>(no_expert)), value[r], F(0.0f));
       f(value[r]).store_aligned(lane + r * simd::width<A>);
     });
-    F total(0.0f);
-    for (int r = 0; r < k; ++r) total += F(lane[r]);
+    F total(lane[0]);
+    for (int r = 1; r < k; ++r) total += F(lane[r]);
     return total;
   }
 

@@ -5,10 +5,10 @@
 
 #include <moeroute/data/routing_record.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/given_choice.hpp>
 #include <moeroute/policy/parts/logit_transform.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/policy/parts/weight.hpp>
-#include <moeroute/policy/row/given_choice.hpp>
 
 namespace moeroute {
 

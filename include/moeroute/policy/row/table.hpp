@@ -11,11 +11,11 @@
 
 #include <moeroute/base/rng.hpp>
 #include <moeroute/policy/concepts.hpp>
+#include <moeroute/policy/parts/given_choice.hpp>
 #include <moeroute/policy/parts/kinds.hpp>
 #include <moeroute/policy/parts/logit_transform.hpp>
 #include <moeroute/policy/parts/score.hpp>
 #include <moeroute/policy/parts/weight.hpp>
-#include <moeroute/policy/row/given_choice.hpp>
 #include <moeroute/simd/random.hpp>
 
 namespace moeroute {

@@ -135,6 +135,22 @@ MOEROUTE_INLINE void count_before(const vfloat<A>* value, int size, vint<A>* bef
   }
 }
 
+#if defined(__AVX512F__)
+// The values of the places before which there are none, and one where k is 2, and their columns.
+template <class A>
+MOEROUTE_INLINE void first_two(vint<A> before, int k, vfloat<A> value, vint<A> column, __m512& v,
+                               __m512i& c) {
+  const __m512 never = _mm512_set1_ps(minus_infinity);
+  const __mmask16 best = _mm512_cmpeq_epi32_mask(before, _mm512_setzero_si512()),
+                  next =
+                      k == 2 ? _mm512_cmpeq_epi32_mask(before, _mm512_set1_epi32(1)) : __mmask16{0};
+  v = _mm512_mask_unpacklo_ps(never, 3, _mm512_mask_compress_ps(never, best, value),
+                              _mm512_mask_compress_ps(never, next, value));
+  c = _mm512_unpacklo_epi32(_mm512_maskz_compress_epi32(best, column),
+                            _mm512_maskz_compress_epi32(next, column));
+}
+#endif
+
 // Writes the k first of `size` values in n registers and their columns, best first. -inf past the
 // first `size`.
 template <class A, int n>
@@ -151,14 +167,7 @@ MOEROUTE_INLINE void write_in_order(const vfloat<A>* value, const vint<A>* colum
     __m512 v;
     __m512i c;
     if (k <= 2) {
-      const auto first_of = [&](int rank) {
-        return _mm512_cmpeq_epi32_mask(before[0], _mm512_set1_epi32(rank));
-      };
-      const __mmask16 best = first_of(0), next = k == 2 ? first_of(1) : __mmask16{0};
-      v = _mm512_mask_unpacklo_ps(never, 3, _mm512_mask_compress_ps(never, best, value[0]),
-                                  _mm512_mask_compress_ps(never, next, value[0]));
-      c = _mm512_unpacklo_epi32(_mm512_maskz_compress_epi32(best, column[0]),
-                                _mm512_maskz_compress_epi32(next, column[0]));
+      first_two<A>(before[0], k, value[0], column[0], v, c);
     } else {
       // Each place writes its number into the lane of its rank.
       alignas(alignment) std::int32_t rank[w], from[w];
@@ -402,10 +411,10 @@ MOEROUTE_INLINE std::int32_t all_columns(const float* row, index_t cols, vfloat<
   return static_cast<std::int32_t>(cols);
 }
 
-// The largest value and the first column that has it.
+// The largest value, in every lane, and the first column that has it; -inf and no_expert where
+// there is none above it. Out of line, but what it returns stays in a register.
 template <class A>
-MOEROUTE_OUT_OF_LINE void top_one(const float* row, index_t cols, row_ranks& out) {
-  constexpr int w = width<A>;
+MOEROUTE_OUT_OF_LINE vfloat<A> best_of_row(const float* row, index_t cols, std::int32_t& found) {
   vfloat<A> group[registers_per_block<A>];
   group_maxima<A, 1>(row, cols, group);
   MOEROUTE_UNROLL
@@ -424,19 +433,26 @@ MOEROUTE_OUT_OF_LINE void top_one(const float* row, index_t cols, row_ranks& out
   };
   if (c < cols) look(cols - c);
   while ((c -= 64) >= 0) look(64);
-  const vmask<A> first = xsimd::batch_bool_cast<float>(lane_numbers<A>() == vint<A>(0)) &
-                         (most > vfloat<A>(minus_infinity));
   // The value does not wait for its column, but for zeros: they keep the sign that the row gives.
-  vfloat<A> value = select<A>(first, most, vfloat<A>(minus_infinity));
-  if (any<A>(value == vfloat<A>(0.0f))) [[unlikely]]
-    value = select<A>(first, vfloat<A>(row[column]), value);
-  value.store_aligned(out.value);
-  select<A>(first, vint<A>(static_cast<std::int32_t>(column)), vint<A>(no_expert))
-      .store_aligned(out.column);
+  found = static_cast<std::int32_t>(column);
+  if (any<A>(most == vfloat<A>(0.0f))) [[unlikely]]
+    return vfloat<A>(row[column]);
+  if (!any<A>(most > vfloat<A>(minus_infinity))) [[unlikely]]
+    found = no_expert;
+  return most;
+}
+
+template <class A>
+MOEROUTE_OUT_OF_LINE void top_one(const float* row, index_t cols, row_ranks& out) {
+  constexpr int w = width<A>;
+  std::int32_t column;
+  const vfloat<A> most = best_of_row<A>(row, cols, column);
+  const vint<A> lane = lane_numbers<A>();
   MOEROUTE_UNROLL
-  for (int r = 1; r < registers_per_block<A>; ++r) {
-    vfloat<A>(minus_infinity).store_aligned(out.value + r * w);
-    vint<A>(no_expert).store_aligned(out.column + r * w);
+  for (int r = 0; r < registers_per_block<A>; ++r) {
+    const vmask<A> first = xsimd::batch_bool_cast<float>(lane == vint<A>(-r * w));
+    select<A>(first, most, vfloat<A>(minus_infinity)).store_aligned(out.value + r * w);
+    select<A>(first, vint<A>(column), vint<A>(no_expert)).store_aligned(out.column + r * w);
   }
 }
 
@@ -476,6 +492,42 @@ MOEROUTE_INLINE void top_k_row(const float* row, index_t cols, int k, row_ranks&
   MOEROUTE_EXPECTS(k >= 1 && k <= cols && k <= most && most <= max_row_k);
   if (k == 1) return detail::top_one<A>(row, cols, out);
   if constexpr (most > 1) detail::top_few<A, most>(row, cols, k, out);
+}
+
+/// The same for k <= 16 in registers, where the lanes from k on mean nothing: one or two of a short
+/// row do not go through memory.
+template <class A = default_arch>
+MOEROUTE_INLINE void top_k_row(const float* row, index_t cols, int k, vfloat<A>* value,
+                               vint<A>* column) {
+  MOEROUTE_EXPECTS(k >= 1 && k <= cols && k <= block_rows);
+  if (k == 1) {
+    std::int32_t best;
+    value[0] = detail::best_of_row<A>(row, cols, best);
+    column[0] = vint<A>(best);
+    return;
+  }
+#if defined(__AVX512F__)
+  if constexpr (width<A> == 16) {
+    if (k == 2 && cols <= block_rows) {
+      vint<A> before;
+      __m512 v;
+      __m512i c;
+      detail::all_columns<A>(row, cols, value, column);
+      detail::count_before<A, 1>(value, static_cast<int>(cols), &before);
+      detail::first_two<A>(before, 2, value[0], column[0], v, c);
+      value[0] = v;
+      column[0] = select<A>(value[0] > vfloat<A>(minus_infinity), vint<A>(c), vint<A>(no_expert));
+      return;
+    }
+  }
+#endif
+  row_ranks ranks;
+  detail::top_few<A, max_row_k>(row, cols, k, ranks);
+  MOEROUTE_UNROLL
+  for (int r = 0; r < registers_per_block<A>; ++r) {
+    value[r] = load<A>(ranks.value + r * width<A>);
+    column[r] = load<A>(ranks.column + r * width<A>);
+  }
 }
 
 /// The values of a row at the columns that were chosen, in place of those that they were chosen by.
