@@ -214,3 +214,42 @@ TEST_CASE("a chosen expert of a lost group weighs what its published class gives
   CHECK(test::listed(a.ids(0)) == std::vector<expert_id>{1, 0});
   CHECK(test::listed(a.weights(0)) == std::vector<float>{0.5f, 0.5f});
 }
+
+TEST_CASE(
+    "of equal groups the lowest stay, and weights know which, under each group score and fill") {
+  // Every group has experts of 0.5 and -0.5: those of lost groups, at 0, come between.
+  const std::vector<float> z(8 * 17, 0.0f), bias{0, -1, 0, -1, 0, -1, 0, -1};
+  for (const group_score by :
+       {group_score::max, group_score::top2_sum, group_score::top_sum, group_score::sum})
+    for (const float fill : {simd::minus_infinity, 0.0f})
+      for (const lost_weight lost :
+           {lost_weight::as_published, lost_weight::zero, lost_weight::own})
+        for (const index_t stay : {1, 2, 3}) {
+          const index_t k = stay + 1;
+          const router r{sigmoid{},
+                         top_k{.k = k,
+                               .groups = 4,
+                               .topk_group = stay,
+                               .group_score = by,
+                               .group_fill = fill,
+                               .lost_weight = lost},
+                         raw_weights, selection_bias(bias)};
+          std::vector<expert_id> ids;
+          for (index_t g = 0; g < stay; ++g) ids.push_back(static_cast<expert_id>(2 * g));
+          ids.push_back(static_cast<expert_id>(fill == 0.0f ? 2 * stay : 1));
+          std::vector<float> weights(static_cast<std::size_t>(k), 0.5f);
+          if (fill == 0.0f && (lost == lost_weight::zero ||
+                               (lost == lost_weight::as_published && by == group_score::max)))
+            weights.back() = 0.0f;
+          INFO("group score " << static_cast<int>(by) << ", fill " << fill << ", lost weight "
+                              << static_cast<int>(lost) << ", " << stay << " groups");
+          for (const index_t tokens : {1, 17}) {
+            const assignment a =
+                test::routed(r, std::vector<float>(z.begin(), z.begin() + 8 * tokens), 8);
+            for (index_t t = 0; t < tokens; ++t) {
+              CHECK(test::listed(a.ids(t)) == ids);
+              CHECK(test::listed(a.weights(t)) == weights);
+            }
+          }
+        }
+}

@@ -49,26 +49,44 @@ TEST_CASE("every expert with tokens is called once, with its own rows") {
     CHECK(calls[static_cast<std::size_t>(e)] == (p.plan.load(e) > 0 ? 1 : 0));
 }
 
-TEST_CASE("slots are cut every so many rows where a call may have no more") {
+TEST_CASE("slots are cut every so many rows where a call may have no more, and padding is none's") {
   const test::planned p(90, 5, 2);
-  const index_t slots = p.plan.slots();
-  const row_matrix<float> in = test::random_rows(slots, 5);
-  row_matrix<float> out(slots, 3);
-  for (const index_t most : {1, 7, 1000}) {
-    std::vector<int> seen(static_cast<std::size_t>(slots), 0);
-    for_each_expert(p.plan, in, out,
+  const auto run = [&](const plan_options& padded, index_t most, const auto& exec) {
+    dispatch_plan plan;
+    moeroute::plan(p.choices, plan, padded);
+    const index_t slots = plan.slots();
+    const row_matrix<float> in = test::random_rows(slots, 5);
+    row_matrix<float> out(slots, 3);
+    std::vector<int> seen(static_cast<std::size_t>(slots), 0), expected = seen;
+    std::vector<char> right(seen.size(), 0);
+    for_each_expert(plan, in, out,
                     [&](expert_id e, matrix_view<const float> x, matrix_view<float> y) {
                       const index_t first = (x.data - in.data()) / 5, last = first + x.rows;
-                      const index_t own = p.plan.offsets()[static_cast<std::size_t>(e)];
-                      CHECK((x.rows >= 1 && x.rows <= most && y.rows == x.rows));
-                      CHECK(y.data == out.data() + first * 3);
-                      CHECK((first == own || first % most == 0));
-                      CHECK((first >= own && last <= own + p.plan.load(e)));
-                      for (index_t s = first; s < last; ++s) ++seen[static_cast<std::size_t>(s)];
+                      const index_t own = plan.offsets()[static_cast<std::size_t>(e)];
+                      right[static_cast<std::size_t>(first)] =
+                          x.rows >= 1 && x.rows <= most && y.rows == x.rows &&
+                          y.data == out.data() + first * 3 && (first == own || first % most == 0) &&
+                          first >= own && last <= own + plan.load(e);
+                      for (index_t s = first; s < last; ++s) {
+                        if (s > first) right[static_cast<std::size_t>(s)] = 1;
+                        ++seen[static_cast<std::size_t>(s)];
+                      }
                     },
-                    serial{}, {.rows_per_call = most});
-    CHECK(seen == std::vector<int>(static_cast<std::size_t>(slots), 1));
-  }
+                    exec, {.rows_per_call = most});
+    for (index_t e = 0; e < 5; ++e)
+      std::fill_n(expected.begin() + plan.offsets()[static_cast<std::size_t>(e)], plan.load(e), 1);
+    INFO("block " << padded.block << ", capacity " << padded.capacity << ", most " << most);
+    CHECK(seen == expected);
+    CHECK(std::equal(right.begin(), right.end(), expected.begin()));
+  };
+  for (const plan_options& padded :
+       {plan_options{}, plan_options{.block = 4}, plan_options{.block = 3, .capacity = 70}})
+    for (const index_t most : {1, 7, 1000}) {
+      run(padded, most, serial{});
+#if defined(_OPENMP)
+      run(padded, most, openmp{3});
+#endif
+    }
 }
 
 TEST_CASE("each running expert has scratch of its own") {

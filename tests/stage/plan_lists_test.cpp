@@ -205,8 +205,9 @@ TEST_CASE("lists that do not fit are refused by name") {
   CHECK(refused({}, twelve) == "accepted");
   CHECK(refused({}, eleven) == "moeroute::plan: weights.size() is 11, expected 12");
   CHECK(refused({.block = 0}) == "moeroute::plan: block is 0, expected 1 to 2147483647");
-  CHECK(refused({.capacity = 2}) ==
-        "moeroute::plan: expert 0 has 3 tokens, expected at most the capacity 2");
+  for (const index_t block : {1, 4})
+    CHECK(refused({.block = block, .capacity = 2}) ==
+          "moeroute::plan: expert 0 has 3 tokens, expected at most the capacity 2");
   // Weights in place would be read after they were written.
   CHECK(refused({}, l.weight).starts_with("moeroute::plan: weights and lists.weight overlap"));
   l.weight.clear();

@@ -244,6 +244,14 @@ TEST_CASE("what a plan refuses, it refuses by name") {
   CHECK(test::refusal([&] { plan(a, p, {.mask = three}); }) ==
         "moeroute::plan: mask.size() is 3, expected 10");
   CHECK(test::refusal([&] { plan(a, p, {.capacity = 0}); }).starts_with("moeroute::plan: expert "));
+  // The capacity is the bound, not the slots that its blocks round up to.
+  assignment crowd;
+  crowd.reset(4, 2, 1);
+  std::fill(crowd.ids().begin(), crowd.ids().end(), 0);
+  for (const index_t block : {1, 2, 4})
+    CHECK(test::refusal([&] { plan(crowd, p, {.block = block, .capacity = 3}); }) ==
+          "moeroute::plan: expert 0 has 4 tokens, expected at most the capacity 3");
+  CHECK(test::refusal([&] { plan(crowd, p, {.block = 3, .capacity = 4}); }) == "accepted");
   CHECK(test::refusal([&] { plan(a, p, {.capacity = index_t{1} << 30}); }) ==
         "moeroute::plan: slots is 4294967296, expected 0 to 2147483647");
   for (const expert_id bad : {4, -2, 1 << 30}) {
