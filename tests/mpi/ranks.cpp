@@ -59,16 +59,25 @@ struct scene {
   assignment choices;
   index_t d;
   rows x, dy, y, dx, dweights, dw;
+  rows shared, shared_weight;      // [T, d] and [T] where tokens have a side of their own
+  std::vector<std::uint8_t> mask;  // [T] likewise
 
-  scene(assignment a, index_t cols)
+  scene(assignment a, index_t cols, bool with_side = false)
       : choices(std::move(a)),
         d(cols),
         x(random_rows(choices.tokens() * d, 1)),
         dy(random_rows(choices.tokens() * d, 2)) {
     const index_t tokens = choices.tokens();
+    if (with_side) {
+      test::random rng(7);
+      shared = random_rows(tokens * d, 5);
+      shared_weight = random_rows(tokens, 6);
+      for (index_t t = 0; t < tokens; ++t)
+        mask.push_back(static_cast<std::uint8_t>(rng.below(4) != 0));
+    }
     column_experts experts(choices.experts(), d);
     dispatch_plan plan;
-    moeroute::plan(choices, plan);
+    moeroute::plan(choices, plan, {.mask = mask});
     rows in(static_cast<std::size_t>(plan.slots() * d)), out = in, din = in, dout = in;
     const auto as = [&](rows& v) { return matrix_view<float>(v.data(), plan.slots(), d); };
     const auto seen = [&](const rows& v, index_t n) {
@@ -82,7 +91,10 @@ struct scene {
     y.resize(x.size());
     dx.resize(x.size());
     dweights.resize(static_cast<std::size_t>(choices.choices()));
-    combine(as(out), plan, choices, matrix_view<float>(y.data(), tokens, d));
+    combine_options<> whole;
+    if (with_side) whole.shared = seen(shared, tokens);
+    whole.shared_weight = shared_weight;
+    combine(as(out), plan, choices, matrix_view<float>(y.data(), tokens, d), whole);
     combine_gradients<float> terms{.slots = as(dout), .weights = dweights};
     combine_backward(as(out), plan, choices, seen(dy, tokens), terms);
     for_each_expert_backward(
@@ -108,7 +120,9 @@ struct own_part {
   index_t first, n;
   assignment choices;
   rows y, dx, dweights;
-  matrix_view<const float> x, dy;
+  matrix_view<const float> x, dy, shared;
+  std::span<const float> shared_weight;
+  std::span<const std::uint8_t> mask;
 
   explicit own_part(const scene& s) {
     std::tie(first, n) = tokens_of_rank(s.choices.tokens(), world_rank());
@@ -118,6 +132,11 @@ struct own_part {
     dweights.resize(static_cast<std::size_t>(choices.choices()));
     x = {s.x.data() + first * s.d, n, s.d};
     dy = {s.dy.data() + first * s.d, n, s.d};
+    if (s.mask.empty()) return;
+    const auto from = static_cast<std::size_t>(first), count = static_cast<std::size_t>(n);
+    shared = {s.shared.data() + first * s.d, n, s.d};
+    shared_weight = std::span(s.shared_weight).subspan(from, count);
+    mask = std::span(s.mask).subspan(from, count);
   }
   matrix_view<float> out(index_t d) { return {y.data(), n, d}; }
 };
@@ -174,7 +193,8 @@ std::string run(const scene& s, const placement& where, const mpi::parallel_opti
   column_experts experts(s.choices.experts(), s.d);
   own_part own(s);
   mpi::expert_parallel<> p(MPI_COMM_WORLD, where, options);
-  p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p));
+  p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p), serial{}, own.mask,
+            own.shared, own.shared_weight);
   if (const std::string d = slice_difference(own.y, s.y, own.first * s.d); !d.empty())
     return "y " + d;
   const std::span<const expert_id> of_slot = where.experts_of_rank(p.rank());
@@ -213,6 +233,9 @@ std::vector<scene> scenes() {
   assignment one = test::fixed_choices(rng, 20, 6, 1);
   std::fill(one.ids().begin(), one.ids().end(), 4);
   list.emplace_back(one, 2);
+  // Tokens with shared rows, weights of these and a mask, each its own.
+  list.emplace_back(test::fixed_choices(rng, 60, 8, 3, 5), 5, true);
+  list.emplace_back(test::ragged_choices(rng, 33, 12, 9), 3, true);
   return list;
 }
 
