@@ -507,6 +507,23 @@ TEST_CASE("what is loaded ahead of each step are its experts that a cache of all
   CHECK(all.hits == accesses - static_cast<index_t>(held.size()));
 }
 
+TEST_CASE("the last batch ends with the tokens, whatever lies behind them") {
+  assignment a;
+  a.reset(4, 4, 1);
+  std::iota(a.ids().begin(), a.ids().end(), 0);
+  a.reset(3, 4, 1);  // in the same memory: the fourth id is still there
+  std::iota(a.ids().begin(), a.ids().end(), 0);
+  for (const index_t batch : {1, 2, 3, 4, 5}) {
+    const pregated_loads all = pregate({&a, 1}, batch, {.capacity = 4});
+    std::vector<std::int32_t> first{0};
+    while (first.back() < 3)
+      first.push_back(static_cast<std::int32_t>(std::min<index_t>(3, first.back() + batch)));
+    CHECK(all.accesses == 3);
+    CHECK(all.keys == std::vector<std::int32_t>{0, 1, 2});
+    CHECK(all.first == first);
+  }
+}
+
 TEST_CASE("experts count once in each batch, and choices of nobody not at all") {
   const expert_id used[] = {0, 69, 69, no_expert, 0, 1, no_expert, no_expert, 1, 0};
   assignment sets;
