@@ -42,7 +42,7 @@ inline moeroute::router_spec any_spec(bytes& in) {
   if (change()) s.selection_bias = in.flag();
   if (change()) s.groups = in.below(17);
   if (change()) s.topk_group = in.below(9);
-  if (change()) s.group_score = in.one_of(group_score::top_sum);
+  if (change()) s.group_score = in.one_of(group_score::sum);
   if (change()) s.group_fill = parameter(in, 0.0f);
   if (change()) s.lost_weight = in.one_of(lost_weight::own);
   if (change()) s.normalize = in.one_of(normalization::lp);
