@@ -220,7 +220,7 @@ MOEROUTE_API int moeroute_spec_init(moeroute_spec* spec);
 // have rules that a spec has no fields for: refused (MOEROUTE_INVALID), as an unknown name is.
 MOEROUTE_API int moeroute_spec_of_model(const char* name, moeroute_spec* spec);
 
-// The i-th name of moeroute::catalog, whose routers a spec says all, or null.
+// The i-th name of moeroute::catalog, whose routers a moeroute_spec can describe whole, or null.
 // moeroute_spec_of_model() takes those of newer_catalog too, as far as a spec has words for them;
 // docs/models.md lists both.
 MOEROUTE_API const char* moeroute_model_name(int32_t i);
@@ -281,8 +281,8 @@ MOEROUTE_API int moeroute_route_to(const moeroute_router* router, moeroute_const
                                    moeroute_assignment* assignment, int32_t* ids, float* weights);
 
 // Choices that somebody else made: ids and weights [T, k], copied. Refused are ids outside [-1, E)
-// and weights that are not finite. A token may name one expert twice: it gets a slot for each, and
-// combine adds both.
+// and weights of experts that are not finite. A token may name one expert twice: it gets a slot for
+// each, and combine adds both.
 MOEROUTE_API int moeroute_assignment_set(moeroute_assignment* assignment, int64_t tokens,
                                          int64_t experts, int64_t k, const int32_t* ids,
                                          const float* weights);

@@ -74,12 +74,13 @@ void assignment_set(moeroute_assignment& a, std::int64_t tokens, std::int64_t ex
                       ", expected -1 to " + std::to_string(experts - 1));
   const auto weighed = span_of(weights, tokens * k);
   for (std::size_t c = 0; c < weighed.size(); ++c)
-    if (!std::isfinite(weighed[c]))
+    if (given[c] != no_expert && !std::isfinite(weighed[c]))
       fail(where, "weights[" + std::to_string(c) + "] is " + std::to_string(weighed[c]) +
                       ", expected a finite number");
   a.choices.reset(tokens, experts, k);
   std::copy(given.begin(), given.end(), a.choices.ids().begin());
-  std::copy(weighed.begin(), weighed.end(), a.choices.weights().begin());
+  for (std::size_t c = 0; c < weighed.size(); ++c)
+    a.choices.weights()[c] = given[c] == no_expert ? 0.0f : weighed[c];
 }
 
 void assignment_get(const moeroute_assignment& a, moeroute_assignment_view& v) {

@@ -222,6 +222,13 @@ static void check_sizes(void) {
           "weights[2] is nan, expected a finite");
   z[2] = -INFINITY;
   REFUSED(moeroute_assignment_set(choices, 2, 8, 2, ids, z), "weights[2] is -inf");
+  ids[2] = -1;  // a pick that could not be made weighs nothing, whatever stands there
+  CHECK(moeroute_assignment_set(choices, 2, 8, 2, ids, z) == MOEROUTE_OK);
+  {
+    moeroute_assignment_view view;
+    CHECK(moeroute_assignment_get(choices, &view) == MOEROUTE_OK && view.weights[2] == 0.0f);
+  }
+  ids[2] = 0;
   z[2] = 0;
   {  // what was refused left the choices alone
     moeroute_assignment_view view;

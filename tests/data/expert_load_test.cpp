@@ -1,5 +1,6 @@
 #include <moeroute/data/expert_load.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <set>
 #include <string>

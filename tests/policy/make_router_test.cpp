@@ -101,6 +101,8 @@ TEST_CASE("a token that comes alone has the ids and weights of one among many, t
       {.normalize = normalization::sum, .divide_by_k = true},
       {.score = score_kind::relu, .normalize = normalization::lp, .lp_p = 2.0f},
       {.score = score_kind::sigmoid, .selection_bias = true},
+      {.selection_bias = true},
+      {.selection_bias = true, .normalize = normalization::sum},
   };
   for (const index_t experts : {1, 2, 8, 15, 16, 17, 64, 128, 200})
     for (const index_t k : {1, 2, 3, 8, 10, 16, 17}) {

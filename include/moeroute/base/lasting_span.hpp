@@ -6,6 +6,8 @@
 #include <span>
 #include <type_traits>
 
+#include <moeroute/base/config.hpp>
+
 namespace moeroute {
 
 /// A std::span that does not compile from a temporary that owns its values: it would dangle at the
