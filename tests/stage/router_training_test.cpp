@@ -417,9 +417,8 @@ TEST_CASE("arguments of the router's training terms are refused by name") {
           policy_gradient<double>(read_rows(z, T), chosen, doubles(3), gradient_to::write,
                                   into(dz, T), ws);
         }) == "moeroute::policy_gradient: advantage.size() is 3, expected 5");
-  CHECK(test::refusal([&] {
-          leave_one_out<double>(1, a, std::span<double>(a));
-        }) == "moeroute::leave_one_out: samples is 1, expected 2 to 1099511627776");
+  CHECK(test::refusal([&] { leave_one_out<double>(1, a, std::span<double>(a)); }) ==
+        "moeroute::leave_one_out: samples is 1, expected 2 to 1099511627776");
   CHECK(test::refusal([&] { router_shift_ratio<double>(a, 1, 1.5, std::span<double>(a)); }) ==
         "moeroute::router_shift_ratio: least is 1.500000, expected 0 to 1");
   CHECK(test::refusal([&] {
