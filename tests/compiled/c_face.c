@@ -52,6 +52,7 @@ static void check_handles(void) {
   moeroute_assignment_view view;
   moeroute_plan_view slots;
   float z[32] = {0};
+  int32_t ids[8] = {0};
   const moeroute_const_matrix logits = {z, 4, 8, 0, MOEROUTE_FLOAT};
 
   CHECK(moeroute_spec_init(&spec) == MOEROUTE_OK);
@@ -73,6 +74,7 @@ static void check_handles(void) {
   REFUSED(moeroute_route(NULL, logits, NULL, NULL, choices), "the router is null");
   REFUSED(moeroute_route(router, logits, NULL, NULL, NULL), "the assignment is null");
   REFUSED(moeroute_route_to(router, logits, NULL, NULL, choices, NULL, z), "ids is null");
+  REFUSED(moeroute_route_to(router, logits, NULL, NULL, choices, ids, NULL), "weights is null");
   REFUSED(moeroute_assignment_get(NULL, &view), "the assignment is null");
   REFUSED(moeroute_assignment_get(choices, NULL), "the view is null");
   REFUSED(moeroute_plan_make(plan, NULL, NULL), "the assignment is null");

@@ -161,11 +161,15 @@ TEST_CASE("a tensor that is missing, too many, or of another length is refused b
                  {.gamma = seven}) == "moeroute::make_router: gamma.size() is 7, expected 8");
 }
 
-TEST_CASE("a bias with NaN is refused with its place") {
-  std::vector<float> bias(8, 0.0f);
-  bias[5] = test::not_a_number;
-  CHECK(not_made({.selection_bias = true}, {.bias = bias}) ==
-        "moeroute::make_router: bias: value 5 is NaN, expected a number");
+TEST_CASE("a bias with NaN is refused with its place, whichever that is") {
+  for (std::size_t i = 0; i < 8; ++i) {
+    std::vector<float> bias(8, 0.0f);
+    bias[i] = test::not_a_number;
+    const std::string said = "bias: value " + std::to_string(i) + " is NaN, expected a number";
+    CHECK(not_made({.selection_bias = true}, {.bias = bias}) == "moeroute::make_router: " + said);
+    CHECK(test::refusal([&] { selection_bias refused(bias); }) ==
+          "moeroute::selection_bias: " + said);
+  }
 }
 
 TEST_CASE("a table that is missing or made for another router is refused") {

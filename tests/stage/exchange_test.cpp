@@ -198,6 +198,18 @@ TEST_CASE("rules cut an expert's tokens as the vectors say") {
   }
 }
 
+TEST_CASE("tokens are cut where shares round to, and halves go to the slot before") {
+  const placement p = placement::from_slots(1, 2, std::vector<expert_id>{0, 0});
+  for (const std::int32_t n : {1, 2, 3, 7, 8}) {
+    assignment a;
+    a.reset(n, 1, 1);
+    std::fill(a.ids().begin(), a.ids().end(), 0);
+    const std::vector<std::int32_t> counts{n, 0};
+    const auto slot = resolved(a, p, 0, {.rule = replica_rule::shares, .counts = counts});
+    CHECK(std::count(slot.begin(), slot.end(), 0) == (n + 1) / 2);
+  }
+}
+
 TEST_CASE("rules with counts partition each expert's tokens, whatever ranks have") {
   test::random rng(4);
   for (const index_t ranks : {1, 2, 3, 7}) {

@@ -388,6 +388,21 @@ TEST_CASE("a projected update leaves the logits of what is retained, and moves t
   for (const float v : delta) CHECK(std::abs(v) < 1e-6f);
 }
 
+TEST_CASE("a state is a direction of its own where the square of its rest is above the tolerance") {
+  for (const double tolerance : {1e-4, 1e-2, 0.25}) {
+    INFO(tolerance);
+    retained_inputs kept(2, 2);
+    const auto retain = [&](double square) {
+      const std::vector<float> state{1.0f, static_cast<float>(std::sqrt(square))};
+      return kept.retain(read_rows(state, 1), tolerance);
+    };
+    CHECK(retain(0.0));
+    CHECK_FALSE(retain(0.8 * tolerance));
+    CHECK(kept.rank() == 1);
+    CHECK(retain(1.25 * tolerance));
+  }
+}
+
 TEST_CASE("arguments of the router's training terms are refused by name") {
   doubles z(T * E), dz(T * E), other(T * E + E), a(T);
   workspace ws;
