@@ -526,9 +526,15 @@ TEST_CASE("two spellings with two values are refused with both names") {
   CHECK(refusal(R"({"model_type": "afmoe", "num_experts": 8, "num_experts_per_tok": 2,
                     "route_scale": 2.0, "routed_scaling_factor": 1.0})")
             .find("'routed_scaling_factor'") != std::string::npos);
-  // The same twice, or once as null, is no conflict.
+  // The same twice, or once as null, is no conflict, whichever of them is null.
   CHECK(read(R"({"model_type": "glm4_moe", "n_routed_experts": 64, "num_experts": 64,
                  "num_local_experts": null, "num_experts_per_tok": 8})")
+            .experts == 64);
+  CHECK(read(R"({"model_type": "glm4_moe", "n_routed_experts": null, "num_experts": 64,
+                 "num_experts_per_tok": 8})")
+            .experts == 64);
+  CHECK(read(R"({"model_type": "glm4_moe", "n_routed_experts": null, "num_experts": null,
+                 "num_local_experts": 64, "num_experts_per_tok": 8})")
             .experts == 64);
   CHECK(refusal(R"({"model_type": "mixtral", "num_local_experts": 8, "num_local_experts": 4,
                     "num_experts_per_tok": 2})") ==

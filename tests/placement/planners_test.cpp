@@ -215,6 +215,17 @@ TEST_CASE("an optimal split is as even as any: what a set of ranks alone can ser
   CHECK(further > 0);  // some need more than filling
 }
 
+TEST_CASE("a split is even where ranks can share evenly, though filling does not find it") {
+  const placement p =
+      placement::from_slots(6, 4, std::vector<expert_id>{0, 1, 2, 3, 4, 5, 1, 2, 3, 3, 5, 5});
+  for (const std::int64_t scale : {1, 2, 1000}) {
+    const std::vector<std::int64_t> count{0,          10 * scale, 6 * scale,
+                                          10 * scale, 8 * scale,  2 * scale};
+    CHECK(split_by_filling(p, count).max_load > 9 * scale);
+    CHECK(split_optimal(p, count).max_load == 9 * scale);
+  }
+}
+
 TEST_CASE("spilling gives the vectors' ranges, moves and loads") {
   for (const json& one : cases("llep")) {
     INFO(one["name"].get<std::string>());

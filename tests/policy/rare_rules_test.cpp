@@ -417,6 +417,25 @@ TEST_CASE("fewer choices of its own than groups weigh as a softmax of what is le
   CHECK(out.weights()[0] <= 1.0f);
 }
 
+TEST_CASE("second logits weigh by their own largest, chosen or not, at every row of a block") {
+  const router<softmax> best{.selection = {.k = 1}};
+  const weighed_by_second<router<softmax>, softmax> second{best};
+  for (const index_t n : {1, 5, 35})
+    for (const index_t largest : {0, 1, 3}) {
+      std::vector<float> z;
+      for (index_t t = 0; t < n; ++t) {
+        std::vector<float> row{2.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+        row[static_cast<std::size_t>(4 + largest)] = 300.0f;
+        z.insert(z.end(), row.begin(), row.end());
+      }
+      const assignment a = routed(second, z, 8);
+      for (index_t t = 0; t < n; ++t) {
+        CHECK(a.ids(t)[0] == 0);
+        CHECK(a.weights(t)[0] == (largest == 0 ? 1.0f : 0.0f));
+      }
+    }
+}
+
 TEST_CASE("passes that agree are one pass, and of equal means the surer expert wins") {
   const std::vector<float> row = test::make_logits(test::shape::quantised, 2, 1, 8);
   std::vector<float> twice(row);

@@ -427,6 +427,22 @@ TEST_CASE("weights of a selective plan sum to 1 and its choices are even") {
   CHECK(std::all_of(a.weights().begin(), a.weights().end(), [](float w) { return w == 1.0f; }));
 }
 
+TEST_CASE("a balanced step of selective routing is the plan's own, shares and all") {
+  constexpr index_t tokens = 64, experts = 4;
+  const auto z = test::make_logits(test::shape::normal, 3, tokens, experts);
+  for (const std::vector<float>& share : {std::vector<float>{}, {1.0f, 1.0f, 1.0f, 5.0f}})
+    for (const index_t k : {1, 2}) {
+      const selective_sinkhorn router{.k = k, .probability = 1.0f, .share = share};
+      const assignment a = routed(router, z, experts);
+      const assignment b = routed(
+          sinkhorn{
+              .k = k, .weights = plan_weights::plan, .scaling = router.scaling, .share = share},
+          z, experts);
+      CHECK(listed(a.ids()) == listed(b.ids()));
+      CHECK(test::bit_difference(a.weights(), b.weights()) == "");
+    }
+}
+
 TEST_CASE("Sinkhorn refuses what does not fit, by name") {
   const auto refusal = [](const sinkhorn& r) { return test::refusal([&] { r.check(10, 4); }); };
   CHECK(refusal({.k = 5}) == "moeroute::sinkhorn: k is 5, expected 1 to 4");
