@@ -39,7 +39,9 @@ struct curve_gradients {
     for (index_t r = 0; r < in.rows; ++r)
       for (index_t c = 0; c < d; ++c) {
         const float y = std::tanh(in(r, c));
-        din(r, c) = dout(r, c) * (1.0f - y * y) * static_cast<float>(e + 1);
+        // Fused by name: left to the compiler it may be fused under one executor and not under
+        // another.
+        din(r, c) = dout(r, c) * std::fma(-y, y, 1.0f) * static_cast<float>(e + 1);
       }
   }
 };

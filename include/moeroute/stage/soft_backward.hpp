@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <concepts>
 #include <type_traits>
 
@@ -58,7 +59,10 @@ void plan_soft_backward(const std::type_identity_t<matrix_view<const F>>& dispat
       const F* const dc = dcombine.data + t * dcombine.stride;
       const F own = simd::row_dot<A>(c, dc, slots);
       for (index_t s = 0; s < slots; ++s) {
-        const F g = c[s] * (dc[s] - own) + dispatch(s, t) * (ddispatch(s, t) - mean[s]);
+        // Left to the compiler one product or the other would be fused, as each executor's loop has
+        // it.
+        const F of_dispatch = dispatch(s, t) * (ddispatch(s, t) - mean[s]);
+        const F g = std::fma(c[s], dc[s] - own, of_dispatch);
         dlogits(t, s) = to == gradient_to::write ? g : dlogits(t, s) + g;
       }
     }
