@@ -2,6 +2,7 @@
 //
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/simd/rows/row_dot.hpp>
 #include <moeroute/stage/gate_backward.hpp>
 #include <string>
 #include <vector>
@@ -50,6 +51,28 @@ TEST_CASE("gradients of soft plans are autograd's") {
     for (double& g : other) g -= 1.0;
     CHECK(test::difference(other, dz, 0.0, 1e-13) == "");
   }
+}
+
+TEST_CASE(
+    "a gradient of a soft plan is one product, fused with the other, whatever a compiler likes") {
+  const test::gradient_file file("soft_moe_weights_T5_E64_k6");
+  const index_t tokens = file.tokens, slots = file.experts;
+  doubles dispatch = turned(file.numbers("dispatch"), tokens), combine = file.numbers("combine");
+  doubles ddispatch = turned(file.numbers("upstream_dispatch"), tokens);
+  doubles dcombine = file.numbers("upstream_combine"), dz(combine.size());
+  workspace ws;
+  plan_soft_backward(rows(dispatch, slots), rows(combine, tokens), rows(ddispatch, slots),
+                     rows(dcombine, tokens), gradient_to::write, rows(dz, tokens), ws);
+  const auto dot = [](const matrix_view<double>& x, const matrix_view<double>& y, index_t r) {
+    return simd::row_dot<simd::default_arch>(x.row(r), y.row(r), x.cols);
+  };
+  const auto d = rows(dispatch, slots), c = rows(combine, tokens), dd = rows(ddispatch, slots),
+             dc = rows(dcombine, tokens), z = rows(dz, tokens);
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t s = 0; s < slots; ++s) {
+      volatile double of_dispatch = d(s, t) * (dd(s, t) - dot(d, dd, s));  // rounded by itself
+      REQUIRE(z(t, s) == std::fma(c(t, s), dc(t, s) - dot(c, dc, t), of_dispatch));
+    }
 }
 
 TEST_CASE("a soft layer's gradients are autograd's, stage by stage") {
