@@ -376,34 +376,43 @@ MOEROUTE_INLINE float fma_by_double(float a, float b, float c) {
 }
 
 #if defined(__SSE2__)
-// Four at a time: rounding to double and then to float goes wrong only where the double lies
-// half-way between two floats, or the float is denormal; both are rare, and seen in the bits.
-MOEROUTE_INLINE __m128 fma_by_double(__m128 a, __m128 b, __m128 c) {
-  const auto half = [](__m128 x, __m128 y, __m128 z) {
-    return _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
-  };
-  const __m128d low = half(a, b, c);
-  const __m128d high = half(_mm_movehl_ps(a, a), _mm_movehl_ps(b, b), _mm_movehl_ps(c, c));
-  const auto suspicious = [](__m128d sum) {
-    const __m128i tail = _mm_and_si128(_mm_castpd_si128(sum), _mm_set1_epi64x(0x1fffffff));
-    const __m128i middle = _mm_cmpeq_epi32(tail, _mm_set1_epi64x(0x10000000));
-    // The upper halves are 0 on both sides, hence always equal: only the lower ones speak.
-    const __m128i lower = _mm_and_si128(middle, _mm_set1_epi64x(0xffffffff));
-    const __m128d size = _mm_andnot_pd(_mm_set1_pd(-0.0), sum);
-    const __m128d denormal =
-        _mm_and_pd(_mm_cmplt_pd(size, _mm_set1_pd(0x1p-126)), _mm_cmpneq_pd(sum, _mm_setzero_pd()));
-    return _mm_or_si128(lower, _mm_castpd_si128(denormal));
-  };
-  const __m128i flags = _mm_or_si128(suspicious(low), suspicious(high));
-  const __m128 sum = _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
-  if (_mm_movemask_epi8(_mm_cmpeq_epi8(flags, _mm_setzero_si128())) == 0xffff) [[likely]]
-    return sum;
+// Out of line, for it is rare and four times as long as what surrounds it. By arch: a function that
+// is not inlined has a name of its own in every instruction set.
+template <class A>
+MOEROUTE_COLD __m128 fma_lane_by_lane(__m128 a, __m128 b, __m128 c) {
   alignas(16) float x[4], y[4], z[4];
   _mm_store_ps(x, a);
   _mm_store_ps(y, b);
   _mm_store_ps(z, c);
   for (int i = 0; i < 4; ++i) z[i] = fma_by_double(x[i], y[i], z[i]);
   return _mm_load_ps(z);
+}
+
+// Four at a time: rounding to double and then to float goes wrong only where the double lies
+// half-way between two floats, or the float is denormal; both are rare, and seen in the bits.
+template <class A>
+MOEROUTE_INLINE __m128 fma_by_double(__m128 a, __m128 b, __m128 c) {
+  const auto half = [](__m128 x, __m128 y, __m128 z) {
+    return _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
+  };
+  const __m128d low = half(a, b, c);
+  const __m128d high = half(_mm_movehl_ps(a, a), _mm_movehl_ps(b, b), _mm_movehl_ps(c, c));
+  const __m128 sum = _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
+  // The lower and the upper words of the four doubles. Half-way is told by the lower alone,
+  // denormal by the upper: what is not 0 is a multiple of 2^-298, far above the denormals of
+  // double.
+  const __m128 l = _mm_castpd_ps(low), h = _mm_castpd_ps(high);
+  const __m128i lower = _mm_castps_si128(_mm_shuffle_ps(l, h, _MM_SHUFFLE(2, 0, 2, 0)));
+  const __m128i upper = _mm_castps_si128(_mm_shuffle_ps(l, h, _MM_SHUFFLE(3, 1, 3, 1)));
+  const __m128i half_way =
+      _mm_cmpeq_epi32(_mm_and_si128(lower, _mm_set1_epi32(0x1fffffff)), _mm_set1_epi32(0x10000000));
+  const __m128i size = _mm_and_si128(upper, _mm_set1_epi32(0x7fffffff));
+  const __m128i denormal =
+      _mm_andnot_si128(_mm_cmpeq_epi32(size, _mm_setzero_si128()),
+                       _mm_cmplt_epi32(size, _mm_set1_epi32(0x38100000)));  // 2^-126
+  if (_mm_movemask_epi8(_mm_or_si128(half_way, denormal)) == 0) [[likely]]
+    return sum;
+  return fma_lane_by_lane<A>(a, b, c);
 }
 #endif
 
@@ -415,6 +424,10 @@ template <class A>
 MOEROUTE_INLINE vfloat<A> fma(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
   if constexpr (detail::has_fma<A>) {
     return xsimd::fma(a, b, c);
+#if defined(__SSE2__)
+  } else if constexpr (std::derived_from<A, xsimd::sse2>) {
+    return detail::fma_by_double<A>(a, b, c);
+#endif
   } else {
     alignas(alignment) float x[width<A>], y[width<A>], z[width<A>];
     a.store_aligned(x);
@@ -422,8 +435,8 @@ MOEROUTE_INLINE vfloat<A> fma(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
     c.store_aligned(z);
 #if defined(__SSE2__)
     for (int i = 0; i < width<A>; i += 4)
-      _mm_store_ps(
-          z + i, detail::fma_by_double(_mm_load_ps(x + i), _mm_load_ps(y + i), _mm_load_ps(z + i)));
+      _mm_store_ps(z + i, detail::fma_by_double<A>(_mm_load_ps(x + i), _mm_load_ps(y + i),
+                                                   _mm_load_ps(z + i)));
 #else
     for (int i = 0; i < width<A>; ++i) z[i] = detail::fma_by_double(x[i], y[i], z[i]);
 #endif
