@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 using moeroute::find_in_catalog;
 using moeroute::model_routers;
@@ -249,6 +250,8 @@ TEST_CASE("what only one of the newer classes can say moves the spec, or is refu
     return line;
   };
   CHECK(layers(step + "}") == "---EEE");
+  CHECK(layers(R"({"model_type": "step3p5", "moe_num_experts": 8, "moe_top_k": 2,
+                   "num_hidden_layers": 150})") == "---" + std::string(147, 'E'));
   CHECK(layers(step + R"(, "moe_layers_enum": "1, 4,7"})") == "-E--E-");
   CHECK(layers(step + R"(, "moe_layers_enum": [0, 5]})") == "E----E");
   CHECK(layers(R"({"model_type": "step3_text", "moe_num_experts": 8, "moe_top_k": 2,
@@ -815,6 +818,367 @@ TEST_CASE("every field that says which layers have experts is read, alone and at
   CHECK(refusal(R"({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2,
                     "num_hidden_layers": 65537})") ==
         "config.json: field 'num_hidden_layers': expected an integer from 0 to 65536, found 65537");
+}
+
+TEST_CASE("every key that a class does not read is compared with what the class does") {
+  const std::string mixtral =
+      R"({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2})";
+  const std::string gpt =
+      R"({"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2})";
+  const std::string v2 =
+      R"({"model_type": "deepseek_v2", "n_routed_experts": 8, "num_experts_per_tok": 2})";
+  const std::string v3 =
+      R"({"model_type": "deepseek_v3", "n_routed_experts": 16, "num_experts_per_tok": 2})";
+  const std::string biased =
+      R"({"model_type": "muse_spark", "num_local_experts": 8, "num_experts_per_tok": 2})";
+  const std::string encoder = R"({"model_type": "switch_transformers", "num_experts": 8})";
+  using texts = std::vector<std::string>;
+  const auto agree = [](const std::string& config, const texts& keys, const texts& values) {
+    for (const std::string& key : keys)
+      for (const std::string& value : values) {
+        INFO(key << ": " << value);
+        CHECK(refusal(with(config, "\"" + key + "\": " + value)) == "accepted");
+      }
+  };
+  const auto differ = [](const std::string& config, const texts& keys, const std::string& value,
+                         const std::string& expected) {
+    for (const std::string& key : keys) {
+      std::string shown = value;
+      for (char& c : shown)
+        if (c == '"') c = '\'';
+      CHECK(refusal(with(config, "\"" + key + "\": " + value)) ==
+            "config.json: field '" + key + "': expected " + expected +
+                ": the class knows nothing else, found " + shown);
+    }
+  };
+  const texts norm{"norm_topk_prob", "route_norm", "moe_renormalize", "norm_expert_weight",
+                   "moe_norm_gate_logits"};
+  agree(mixtral, norm, {"null", "true"});
+  differ(mixtral, norm, "false", "true");
+  agree(gpt, norm, {"null", "true", "false"});  // the softmax of the chosen is either
+  differ(gpt, norm, "1", "false");
+  agree(v2, norm, {"null", "false"});
+  differ(v2, norm, "true", "false");
+
+  const texts score{"scoring_func",          "score_func",
+                    "score_function",        "scoring_function",
+                    "moe_router_activation", "moe_router_activation_func",
+                    "moe_router_score_func", "moe_router_score_function",
+                    "router_score_function", "moe_score_func",
+                    "expert_selection_fn",   "moe_gate_act"};
+  agree(mixtral, score, {"null", R"("softmax")"});
+  differ(mixtral, score, R"("sigmoid")", "softmax");
+  differ(mixtral, score, R"("noaux_tc")", "softmax");
+  agree(v3, score, {"null", R"("sigmoid")"});
+  differ(v3, score, R"("softmax")", "sigmoid");
+  agree(R"({"model_type": "dots1", "n_routed_experts": 8, "num_experts_per_tok": 2})", score,
+        {R"("noaux_tc")", R"("sigmoid")"});
+
+  const texts groups{"n_group", "num_expert_group", "num_expert_groups"};
+  const texts factors{"topk_group",
+                      "num_limited_groups",
+                      "routed_scaling_factor",
+                      "router_scaling_factor",
+                      "moe_routed_scaling_factor",
+                      "route_scale",
+                      "moe_router_scaling_factor"};
+  for (const texts& keys : {groups, factors}) {
+    agree(mixtral, keys, {"null", "false", "0", "1", "1.0"});
+    differ(mixtral, keys, "2", "1 or null");
+  }
+  const texts choices{"num_experts_per_tok", "num_experts_per_token",
+                      "experts_per_token",   "moe_topk",
+                      "moe_top_k",           "moe_k",
+                      "num_selected_experts"};
+  agree(encoder, choices, {"1"});
+  differ(encoder, choices, "2", "1");
+  agree(mixtral, {"topk_method"}, {"null", R"("greedy")"});
+  differ(mixtral, {"topk_method"}, R"("noaux_tc")", "greedy");
+  agree(biased, {"topk_method"}, {"null", R"("noaux_tc")"});
+  differ(biased, {"topk_method"}, R"("greedy")", "noaux_tc");
+  const texts bias{"use_expert_bias",  "use_routing_bias",    "moe_router_enable_expert_bias",
+                   "moe_use_aux_free", "use_moe_router_bias", "e_score_correction_bias"};
+  agree(mixtral, bias, {"null", "false"});
+  differ(mixtral, bias, "true", "false");
+  agree(biased, bias, {"null", "true"});
+  differ(biased, bias, "false", "true");
+  const texts gate{"router_bias", "moe_router_bias", "gate_bias"};
+  agree(mixtral, gate, {"null", "false", "0"});
+  differ(mixtral, gate, "true", "false");
+  agree(gpt, gate, {"true"});
+  differ(gpt, gate, "false", "true");
+  differ(gpt, gate, "null", "true");
+  const texts never{"group_limited_greedy",
+                    "uniform_expert_assignment",
+                    "batch_prioritized_routing",
+                    "moe_apply_router_weight_on_input",
+                    "moe_router_logit_softcapping",
+                    "router_logit_softcapping",
+                    "moe_use_hard_gate",
+                    "zero_expert_num",
+                    "moe_group_experts",
+                    "moe_router_force_load_balancing",
+                    "moe_drop_tokens",
+                    "moe_enable_secondary_experts",
+                    "expert_choice_router",
+                    "moe_normalize_expert_weights",
+                    "moe_reverse_token_drop",
+                    "moe_random_routing_dropped_token",
+                    "moe_use_token_type_bias"};
+  agree(mixtral, never, {"null", "false", "0", "0.0"});
+  differ(mixtral, never, "true", "false, 0 or null");
+  differ(mixtral, never, "2", "false, 0 or null");
+  // Without groups it says nothing; with them it says that they are.
+  agree(mixtral, {"use_grouped_topk"}, {"null", "true", "false"});
+  agree(v3, {"use_grouped_topk"}, {"null", "true"});
+  differ(v3, {"use_grouped_topk"}, "false", "true");
+  agree(mixtral, {"use_moe"}, {"null", "true"});
+  differ(mixtral, {"use_moe"}, "false", "true");
+  agree(mixtral, {"moe_every_n_layer"}, {"null", "0", "1"});
+  differ(mixtral, {"moe_every_n_layer"}, "2", "1");
+  agree(mixtral, {"moe_gate"}, {R"("topk")", R"("top2_fused")"});
+  differ(mixtral, {"moe_gate"}, R"("hash")", "topk");
+
+  // Of one class they mean nothing of routing, of the others nobody knows what.
+  const std::string nllb = R"({"model_type": "nllb-moe", "num_experts": 8})";
+  const std::string ernie = R"({"model_type": "ernie4_5_moe", "moe_num_experts": 8, "moe_k": 2})";
+  const std::string hybrid =
+      R"({"model_type": "nemotron_h", "n_routed_experts": 8, "num_experts_per_tok": 2})";
+  const std::string laguna =
+      R"({"model_type": "laguna", "num_experts": 8, "num_experts_per_tok": 2})";
+  const texts fixed{"router_type", "expert_capacity", "moe_eval_capacity_token_fraction"};
+  agree(encoder, fixed, {"7"});
+  agree(nllb, fixed, {"7"});
+  agree(ernie, {"moe_capacity"}, {"7"});
+  agree(hybrid, {"n_groups"}, {"7"});
+  agree(laguna, {"gating"}, {"7"});
+  const auto unknown = [](const std::string& config, const std::string& key) {
+    CHECK(refusal(with(config, "\"" + key + "\": 7")) ==
+          "config.json: field '" + key + "' speaks of routing and is not known, found 7");
+  };
+  for (const std::string& key : fixed) unknown(mixtral, key);
+  for (const char* key : {"moe_capacity", "n_groups", "gating", "top_k_experts"})
+    unknown(encoder, key);
+}
+
+TEST_CASE("every spelling of a field is read, and what stands twice is one") {
+  const auto sized = [](const std::string& type, const std::string& more) {
+    return R"({"model_type": ")" + type + "\", " + more + "}";
+  };
+  for (const char* name :
+       {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
+    CHECK(read(sized("mixtral", "\"" + std::string(name) + R"(": 12, "num_experts_per_tok": 3)"))
+              .experts == 12);
+  for (const char* name :
+       {"num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk",
+        "moe_top_k", "moe_k", "top_k_experts", "num_selected_experts"})
+    CHECK(read(sized("mixtral", R"("num_local_experts": 12, ")" + std::string(name) + "\": 3")).k ==
+          3);
+  const std::string v3 = R"("n_routed_experts": 16, "num_experts_per_tok": 2, )";
+  for (const char* name : {"routed_scaling_factor", "router_scaling_factor",
+                           "moe_routed_scaling_factor", "route_scale", "moe_router_scaling_factor"})
+    CHECK(read(sized("deepseek_v3", v3 + "\"" + name + "\": 3.5")).scale == 3.5f);
+  for (const char* name : {"norm_topk_prob", "route_norm", "moe_renormalize", "norm_expert_weight"})
+    CHECK(read(sized("deepseek_v3", v3 + "\"" + name + "\": false")).normalize ==
+          moeroute::normalization::none);
+  for (const char* name : {"n_group", "num_expert_group", "num_expert_groups"})
+    CHECK(read(sized("deepseek_v3", v3 + "\"" + name + "\": 4")).groups == 4);
+  for (const char* name : {"topk_group", "num_limited_groups"})
+    CHECK(read(sized("deepseek_v3", v3 + "\"" + name + "\": 3")).topk_group == 3);
+  for (const char* name : {"first_k_dense_replace", "num_dense_layers"})
+    CHECK(kinds(sized("deepseek_v3", v3 + R"("num_hidden_layers": 4, ")" + name + "\": 1")) ==
+          "-sss");
+}
+
+TEST_CASE("every word that only one class knows moves its spec, or is refused in a sentence") {
+  const auto of = [](const std::string& type, const std::string& more) {
+    return R"({"model_type": ")" + type + R"(", "num_experts": 16, "num_experts_per_tok": 2)" +
+           (more.empty() ? "" : ", ") + more + "}";
+  };
+  using moeroute::normalization;
+  const auto said = [&](const std::string& type, const std::string& more) {
+    return refusal(of(type, more));
+  };
+  // groups
+  const router_spec limited = read(
+      of("deepseek_v2", R"("n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy")"));
+  CHECK((limited.groups == 4 && limited.topk_group == 2 && limited.group_fill == 0.0f));
+  CHECK(limited.group_score == moeroute::group_score::max);
+  const router_spec unnamed = read(of("deepseek_v2", R"("n_group": 4, "topk_group": 2)"));
+  CHECK((unnamed.groups == 1 && unnamed.topk_group == 1));
+  CHECK(unnamed.group_score == moeroute::group_score::top2_sum);
+  CHECK(unnamed.group_fill == router_spec{}.group_fill);
+  const router_spec v3 = read(of("deepseek_v3", ""));
+  CHECK((v3.groups == 8 && v3.topk_group == 4 && v3.group_fill == router_spec{}.group_fill));
+  CHECK(v3.group_score == moeroute::group_score::top2_sum);
+  for (const char* type : {"mistral4", "mistral_large4"}) {
+    const router_spec s = read(of(type, R"("n_group": 4, "topk_group": 2)"));
+    CHECK((s.group_fill == 0.0f && s.group_score == moeroute::group_score::top2_sum));
+    CHECK(read(of(type, R"("n_group": 1, "topk_group": 1)")).group_fill ==
+          router_spec{}.group_fill);
+  }
+  CHECK(read(of("kimi_linear", R"("num_expert_group": null, "topk_group": null)")).groups == 1);
+  CHECK(said("deepseek_v3", R"("n_group": null)") ==
+        "config.json: field 'n_group': expected an integer from 1 to 16, found null");
+  CHECK(said("deepseek_v3", R"("n_group": 17)") ==
+        "config.json: field 'n_group': expected an integer from 1 to 16, found 17");
+  CHECK(said("deepseek_v3", R"("topk_group": 9)") ==
+        "config.json: field 'topk_group': expected an integer from 1 to 8, found 9");
+  CHECK(said("deepseek_v3", R"("n_group": 2)") ==
+        "config.json: field 'n_group' is 2, expected at least topk_group, which is 4 by default");
+  CHECK(said("deepseek_v3", R"("n_group": 4)") == "accepted");
+  CHECK(said("deepseek_v3", R"("topk_method": "greedy")") ==
+        "config.json: field 'topk_method': expected noaux_tc, found 'greedy'");
+  CHECK(said("deepseek_v3", R"("topk_method": null)") == "accepted");
+  CHECK(said("deepseek_v2", R"("topk_method": null)") ==
+        "config.json: field 'topk_method': expected a string, found null");
+  // scores
+  const auto cohere = [&](const std::string& more) { return read(of("cohere2_moe", more)); };
+  CHECK(cohere(R"("expert_selection_fn": "sigmoid", "norm_topk_prob": false)").normalize ==
+        normalization::none);
+  CHECK(cohere(R"("expert_selection_fn": "sigmoid")").normalize == normalization::sum);
+  CHECK(cohere(R"("expert_selection_fn": "softmax", "norm_topk_prob": true)") == cohere(""));
+  CHECK(said("cohere2_moe", R"("expert_selection_fn": "relu")") ==
+        "config.json: field 'expert_selection_fn': expected softmax or sigmoid, found 'relu'");
+  CHECK(read(of("deepseek_v4", R"("scoring_func": "sigmoid")")).score ==
+        moeroute::score_kind::sigmoid);
+  CHECK(said("deepseek_v4", R"("scoring_func": "softmax")") ==
+        "config.json: field 'scoring_func': expected sqrtsoftplus or sigmoid, found 'softmax'");
+  // biases, norms, caps
+  for (const auto& [type, field] : {std::pair{"lfm2_moe", "use_expert_bias"},
+                                    {"minimax_m2", "use_routing_bias"},
+                                    {"minimax_m3_vl", "use_routing_bias"},
+                                    {"hy_v3", "moe_router_enable_expert_bias"}}) {
+    const std::string name = "\"" + std::string(field) + "\": ";
+    CHECK(read(of(type, "")).selection_bias);
+    CHECK(read(of(type, name + "true")).selection_bias);
+    CHECK_FALSE(read(of(type, name + "false")).selection_bias);
+    CHECK_FALSE(read(of(type, name + "null")).selection_bias);
+    CHECK(said(type, name + "1") ==
+          "config.json: field '" + std::string(field) + "': expected true or false, found 1");
+  }
+  for (const char* type : {"hy_v3", "laguna"}) {
+    CHECK(said(type, R"("moe_router_use_sigmoid": true)") == "accepted");
+    for (const char* no : {"false", "null"})
+      CHECK(said(type, R"("moe_router_use_sigmoid": )" + std::string(no)) ==
+            "config.json: field 'moe_router_use_sigmoid': expected true: the class knows nothing "
+            "else, found " +
+                std::string(no));
+  }
+  CHECK(read(of("afmoe", R"("route_norm": false)")).normalize == normalization::none);
+  CHECK(read(of("afmoe", R"("route_norm": false)")).eps == 0.0f);
+  CHECK(read(of("afmoe", R"("route_norm": true)")).normalize == normalization::sum);
+  CHECK(said("laguna", R"("moe_router_logit_softcapping": -1)") ==
+        "config.json: field 'moe_router_logit_softcapping': expected a positive number, found -1");
+  CHECK(said("phimoe", R"("router_jitter_noise": -0.5)") ==
+        "config.json: field 'router_jitter_noise': expected a positive number, found -0.5");
+  CHECK(read(of("ernie4_5_moe", R"("moe_norm_min": 0.25)")).eps == 0.25f);
+  CHECK(read(of("ernie4_5_vl_moe", R"("moe_norm_min": 0.25)")).eps == 0.25f);
+  const std::string dbrx = R"({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 12,
+                              "moe_top_k": 3, "moe_normalize_expert_weights": )";
+  CHECK(read(dbrx + "2.0}}").lp_p == 2.0f);
+  // zero experts
+  CHECK(read(of("longcat_flash", R"("zero_expert_num": 5)")).experts == 21);
+  CHECK(said("longcat_flash", R"("zero_expert_num": -1)") ==
+        "config.json: field 'zero_expert_num': expected an integer from 0 to 524288, found -1");
+  CHECK(said("longcat_flash", R"("zero_expert_num": 524289)") ==
+        "config.json: field 'zero_expert_num': expected an integer from 0 to 524288, found 524289");
+  CHECK(said("longcat_flash", R"("zero_expert_type": "identity")") == "accepted");
+  CHECK(said("longcat_flash", R"("zero_expert_type": "copy")") ==
+        "config.json: field 'zero_expert_type': expected identity, found 'copy'");
+  const router_spec skipping = read(R"({"model_type": "zaya", "num_experts": 16,
+                                        "num_experts_per_tok": 1})");
+  CHECK((skipping.experts == 17 && skipping.zero_experts == 1));
+  // the gate's bias
+  for (const char* type : {"longcat_flash", "switch_transformers", "nllb-moe"}) {
+    const std::string start = R"({"model_type": ")" + std::string(type) +
+                              R"(", "num_experts": 16)" +
+                              (type[0] == 'l' ? R"(, "moe_topk": 2)" : "");
+    CHECK_FALSE(read(start + "}").gate_bias);
+    CHECK_FALSE(read(start + R"(, "router_bias": null})").gate_bias);
+    CHECK(read(start + R"(, "router_bias": true})").gate_bias);
+  }
+  // without experts
+  for (const char* name : {"enable_moe_block", "is_moe"}) {
+    CHECK(said("gemma4", "\"" + std::string(name) + "\": true") == "accepted");
+    CHECK(said("gemma4", "\"" + std::string(name) + "\": null") == "accepted");
+    CHECK(said("gemma4", "\"" + std::string(name) + "\": false") ==
+          "config.json: field '" + std::string(name) +
+              "': expected true: without it the model has no router, found false");
+  }
+  // NLLB
+  const std::string nllb = R"({"model_type": "nllb-moe", "num_experts": 16, )";
+  CHECK(read(nllb + R"("normalize_router_prob_before_dropping": true})").normalize_before_drop);
+  CHECK_FALSE(read(nllb + R"("second_expert_policy": "all"})").normalize_before_drop);
+  CHECK(refusal(nllb + R"("second_expert_policy": "sampling"})") ==
+        "config.json: field 'second_expert_policy': expected all: the others draw random numbers, "
+        "found 'sampling'");
+  // a scale that a class leaves out where it is null
+  CHECK(read(of("mimo_v2_flash", R"("routed_scaling_factor": null)")).scale == 1.0f);
+  CHECK(read(of("mimo_v2_flash", R"("routed_scaling_factor": 2.0)")).scale == 2.0f);
+  CHECK(said("glm4_moe", R"("routed_scaling_factor": 0)") ==
+        "config.json: field 'routed_scaling_factor': expected a positive number, found 0");
+}
+
+TEST_CASE("sizes by layer, and what stands beside a wrapped model") {
+  const auto ernie = [](const std::string& experts, const std::string& more) {
+    return R"({"model_type": "ernie4_5_vl_moe", "moe_num_experts": )" + experts +
+           R"(, "moe_k": 2, "num_hidden_layers": 3, "moe_layer_start_index": 0)" + more + "}";
+  };
+  const model_routers own = read_all(ernie("[4, 8, 6]", ""));
+  CHECK((own.of(0)->experts == 4 && own.of(1)->experts == 8 && own.of(2)->experts == 6));
+  CHECK(read(ernie("[8, 8]", "")).experts == 8);
+  CHECK(refusal(ernie("[]", "")) ==
+        "config.json: field 'moe_num_experts': expected a number, found a value of type array");
+  CHECK(refusal(ernie("[8, 0]", "")) ==
+        "config.json: field 'moe_num_experts': expected an integer from 1 to 1048576, found 0");
+  CHECK(refusal(ernie("[8, 4]", "")) ==
+        "config.json: field 'moe_num_experts': expected one number, or one for each of 3 layers, "
+        "found a value of type array");
+  // The k of every layer is at most that of the largest; each layer's own is checked with its E.
+  CHECK(refusal(ernie("[1, 8, 8]", "")) ==
+        "config.json: moeroute::router_spec: k is 2, expected 1 to 1");
+  CHECK(refusal(R"({"model_type": "longcat_flash", "n_routed_experts": 4, "zero_expert_num": 4,
+                    "moe_topk": 6})") == "accepted");
+
+  const auto beside = [](const std::string& more) {
+    return refusal(R"({"model_type": "kimi_k25", )" + more +
+                   R"("text_config": {"model_type": "kimi_k2", "n_routed_experts": 96,
+                      "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1}})");
+  };
+  CHECK(beside("") == "accepted");
+  CHECK(beside(R"("num_experts_per_tok": 6, )") == "accepted");
+  CHECK(beside(R"("moe_intermediate_size": 6, )") == "accepted");
+  CHECK(beside(R"("hidden_size": 6, )") == "accepted");
+  CHECK(beside(R"("moe_dropless": 6, )") ==
+        "config.json: field 'moe_dropless' beside 'text_config' speaks of routing, found 6");
+  CHECK(refusal(R"({"model_type": "deepseek_v3", "text_config": {"model_type": "mixtral",
+                    "num_local_experts": 8, "num_experts_per_tok": 2}})") ==
+        "config.json: field 'text_config': field 'model_type': expected the text model of "
+        "'deepseek_v3', found 'mixtral'");
+}
+
+TEST_CASE("lists of layers have 65536 at most") {
+  const auto listed = [](int n) {
+    std::string words = R"(["moe")";
+    for (int l = 1; l < n; ++l) words += R"(, "moe")";
+    return refusal(R"({"model_type": "nemotron_h", "n_routed_experts": 8, "num_experts_per_tok": 2,
+                       "layers_block_type": )" +
+                   words + "]}");
+  };
+  CHECK(listed(65536) == "accepted");
+  CHECK(listed(65537) ==
+        "config.json: field 'layers_block_type': expected at most 65536 layers, found a value of "
+        "type array");
+  const auto pattern = [](std::size_t n) {
+    return refusal(R"({"model_type": "nemotron_h", "n_routed_experts": 8, "num_experts_per_tok": 2,
+                       "hybrid_override_pattern": ")" +
+                   std::string(n, 'E') + "\"}");
+  };
+  CHECK(pattern(65536) == "accepted");
+  CHECK(pattern(65537) ==
+        "config.json: field 'hybrid_override_pattern': expected at most 65536 layers, found a "
+        "value of type string");
 }
 
 TEST_CASE("a list of k per layer gives each layer its own") {

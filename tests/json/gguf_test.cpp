@@ -3,7 +3,11 @@
 #include <bit>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
+#include <limits>
+#include <map>
+#include <sstream>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <variant>
 #include <vector>
@@ -158,6 +162,219 @@ TEST_CASE("metadata says which layers have experts, and which a table") {
                                     {"hash_layer_count", n(3)}})) == "ttts");
 }
 
+TEST_CASE("what an architecture's keys may say is pinned for each") {
+  // Weights without a word, with expert_weights_norm true and false; a scale of 0, 1 and 2; four
+  // groups of which two are kept. "no": refused.
+  std::istringstream pinned(R"(
+    llama sum sum no 1 1 no no
+    qwen2moe none no none 1 1 no no
+    qwen3moe sum sum no 1 1 no no
+    qwen3next sum sum no 1 1 no no
+    qwen35moe sum sum no 1 1 no no
+    qwen3vlmoe sum sum no 1 1 no no
+    olmoe none no none 1 1 no no
+    jamba none no none 1 1 no no
+    dbrx lp lp no 1 1 no no
+    hunyuan-moe sum sum no 1 1 no no
+    gemma4 sum sum no 1 1 no no
+    mellum sum sum none 1 1 no no
+    mistral4 none sum none 1 1 2 42top20
+    deepseek2 none sum none 1 1 2 42top2
+    deepseek2-ocr none no none 1 1 2 42max0
+    deepseek32 none sum none 1 1 2 42top2
+    deepseek4 sum sum no 1 1 2 no
+    dots1 none sum none 1 1 2 42top2
+    glm4moe none sum none 1 1 2 42top2
+    glm-dsa none sum none 1 1 2 42top2
+    exaone-moe none sum none 1 1 2 42top2
+    nemotron_h_moe none sum none 1 1 2 42top2
+    afmoe none sum none 1 1 2 no
+    laguna sum sum no 1 1 2 no
+    hy_v3 sum sum no 1 1 2 no
+    lfm2moe sum sum no 1 1 no no
+    minimax-m2 sum sum no 1 1 no no
+    minimax-m3 sum sum no 1 1 2 no
+    ernie4_5-moe sum sum no 1 1 no no
+    gpt-oss none none none 1 1 no no
+    granitemoe none none none 1 1 no no
+    granitehybrid none none none 1 1 no no
+    cohere2moe none none none 1 1 no no
+    llama4 none no none 1 1 no no
+    phimoe none no none 1 1 no no
+    bailingmoe none sum none 1 1 no no
+    bailingmoe2 none sum none 1 1 2 42top2
+    mimo2 none sum none 1 1 2 42top2
+    step35 sum sum no 1 1 2 no
+    kimi-linear none sum none 1 1 2 42top2
+    smallthinker sum sum no 1 1 no no
+    grovemoe none no none 1 1 no no
+    grok sum sum no 1 1 no no
+    arctic sum sum no 1 1 no no
+    nomic-bert-moe none no none 1 1 no no)");
+  std::map<std::string, std::string> expected;
+  for (std::string arch, said; pinned >> arch && std::getline(pinned, said);)
+    expected[arch] = arch + said;
+  for (const moeroute::detail::gguf_model& model : moeroute::detail::gguf_models) {
+    const auto answer = [&](const gguf_metadata& more, auto what) {
+      const auto score = find_in_catalog(model.entry)->spec.score;
+      gguf_metadata keys =
+          keys_of(model.arch, {{"expert_count", n(16)}, {"expert_used_count", n(2)}});
+      if (model.arch == std::string("deepseek2") || score != moeroute::score_kind::softmax)
+        keys[std::string(model.arch) + ".expert_gating_func"] =
+            n(score == moeroute::score_kind::sqrt_softplus ? 4
+              : score == moeroute::score_kind::sigmoid     ? 2
+                                                           : 1);
+      for (const auto& [key, value] : more) keys[std::string(model.arch) + "." + key] = value;
+      if (keys_refusal(keys) != "accepted") return std::string("no");
+      std::ostringstream said;
+      said << what(routers_from_gguf(keys, "m.gguf").spec);
+      return said.str();
+    };
+    const auto weights = [](const moeroute::router_spec& s) {
+      return std::string(to_string(s.normalize));
+    };
+    const auto scale = [](const moeroute::router_spec& s) { return s.scale; };
+    std::string line = std::string(model.arch) + " " + answer({}, weights);
+    for (const bool norm : {true, false})
+      line += " " + answer({{"expert_weights_norm", norm}}, weights);
+    for (const double by : {0.0, 1.0, 2.0})
+      line += " " + answer({{"expert_weights_scale", by}}, scale);
+    line += " " + answer({{"expert_group_count", n(4)}, {"expert_group_used_count", n(2)}},
+                         [](const moeroute::router_spec& s) {
+                           return std::to_string(s.groups) + std::to_string(s.topk_group) +
+                                  (s.group_score == moeroute::group_score::max ? "max" : "top2") +
+                                  (s.group_fill == 0.0f ? "0" : "");
+                         });
+    CHECK(line == expected[model.arch]);
+  }
+}
+
+TEST_CASE("every key has its type and its range, and says so whole") {
+  const auto with = [&](const char* arch, const char* key, moeroute::gguf_value value) {
+    gguf_metadata keys = keys_of(arch, {{"expert_count", n(8)}, {"expert_used_count", n(2)}});
+    keys[std::string(arch) + "." + key] = std::move(value);
+    const std::string said = keys_refusal(keys);
+    const std::string begin =
+        "moeroute::gguf: m.gguf: key '" + std::string(arch) + "." + key + "': expected ";
+    return said.starts_with(begin) ? said.substr(begin.size()) : said;
+  };
+  const auto whole = [](std::int64_t low, std::int64_t high, const std::string& found) {
+    return "a whole number from " + std::to_string(low) + " to " + std::to_string(high) +
+           ", found " + found;
+  };
+  struct range {
+    const char* key;
+    std::int64_t low, high;
+  };
+  for (const range& r : {range{"expert_count", 1, 1048576},
+                         {"expert_used_count", 1, 8},
+                         {"expert_gating_func", 0, 4},
+                         {"expert_group_count", 0, 8},
+                         {"expert_group_used_count", 0, 1},
+                         {"block_count", 0, 4096},
+                         {"nextn_predict_layers", 0, 0},
+                         {"leading_dense_block_count", 0, 4096},
+                         {"interleave_moe_layer_step", 0, 4096},
+                         {"moe_every_n_layers", 0, 4096}}) {
+    CHECK(with("llama", r.key, n(r.low - 1)) == whole(r.low, r.high, std::to_string(r.low - 1)));
+    CHECK(with("llama", r.key, n(r.high + 1)) == whole(r.low, r.high, std::to_string(r.high + 1)));
+    CHECK(with("llama", r.key, true) == whole(r.low, r.high, "true"));
+    CHECK(with("llama", r.key, std::string("two\n")) == whole(r.low, r.high, "'two?'"));
+    CHECK(with("llama", r.key, std::vector<std::int64_t>{1}) == whole(r.low, r.high, "an array"));
+  }
+  CHECK(with("llama", "expert_count", n(1048576)) == "accepted");
+  CHECK(with("llama", "expert_used_count", n(8)) == "accepted");
+  CHECK(with("llama", "block_count", n(4096)) == "accepted");
+  gguf_metadata v4 =
+      keys_of("deepseek4",
+              {{"expert_count", n(8)}, {"expert_used_count", n(2)}, {"hash_layer_count", n(4097)}});
+  CHECK(keys_refusal(v4) == "moeroute::gguf: m.gguf: key 'deepseek4.hash_layer_count': expected " +
+                                whole(0, 4096, "4097"));
+  v4["deepseek4.hash_layer_count"] = n(3);
+  CHECK(routers_from_gguf(v4, "m.gguf").layers.size() == 3);
+  CHECK(routers_from_gguf(v4, "m.gguf").count == 0);
+  for (const char* key : {"expert_weights_scale", "router_logit_softcapping"}) {
+    for (const double wrong :
+         {-0.5, std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()})
+      CHECK(with("grok", key, wrong) ==
+            "a number from 0 on, found " +
+                moeroute::detail::gguf_fields::show(moeroute::gguf_value(wrong)));
+    CHECK(with("grok", key, n(1)) == "a number from 0 on, found 1");
+  }
+  CHECK(with("llama", "expert_weights_norm", n(1)) == "true or false, found 1");
+  CHECK(with("llama", "expert_weights_norm", std::string(40, 'a')) ==
+        "true or false, found '" + std::string(40, 'a') + "'");
+  CHECK(with("llama", "expert_weights_norm", std::string(41, 'a')) ==
+        "true or false, found a text");
+  CHECK(with("llama", "expert_weights_norm", false) == "true, found false");
+  CHECK(with("qwen2moe", "expert_weights_norm", true) == "false, found true");
+  CHECK(with("llama", "expert_weights_scale", 2.0) == "0 or 1, found 2");
+  CHECK(with("llama", "router_logit_softcapping", 30.0) == "0, found 30");
+  CHECK(with("llama", "router_logit_softcapping", 0.0) == "accepted");
+  CHECK(with("llama", "expert_group_count", n(4)) == "0 or 1, found 4");
+  CHECK(with("dots1", "expert_gating_func", n(1)) == "that of dots1, sigmoid, found 1");
+  CHECK(with("gpt-oss", "expert_gating_func", n(3)) == "accepted");
+  CHECK(with("llama", "expert_gating_func", n(3)) == "that of mixtral, softmax, found 3");
+  CHECK(with("qwen2moe", "expert_gating_func", n(1)) == "accepted");
+  CHECK(with("qwen2moe", "expert_gating_func", n(3)) == "that of qwen2_moe, softmax, found 3");
+  for (const std::int64_t gating : {1, 2, 3})
+    CHECK(with("cohere2moe", "expert_gating_func", n(gating)) == "accepted");
+  CHECK(with("cohere2moe", "expert_gating_func", n(4)) ==
+        "that of cohere2_moe, " +
+            std::string(to_string(find_in_catalog("cohere2_moe")->spec.score)) + ", found 4");
+  gguf_metadata kept = keys_of("dots1", {{"expert_count", n(8)},
+                                         {"expert_used_count", n(2)},
+                                         {"expert_gating_func", n(2)},
+                                         {"expert_group_count", n(4)}});
+  CHECK(keys_refusal(kept) ==
+        "moeroute::gguf: m.gguf: key 'dots1.expert_group_used_count': expected how many groups are "
+        "kept, found none");
+  CHECK(keys_refusal(keys_of("llama", {{"expert_used_count", n(2)}})) ==
+        "moeroute::gguf: m.gguf: key 'llama.expert_count': expected a whole number, found none");
+  CHECK(keys_refusal({{"general.architecture", n(3)}}) ==
+        "moeroute::gguf: m.gguf: key 'general.architecture': expected a mixture-of-experts model "
+        "of the catalogue, found 3");
+  // Of others than the architecture nothing is asked; what changes no routing is passed over.
+  for (const std::string_view key : moeroute::detail::harmless_gguf_keys)
+    CHECK(with("llama", std::string(key).c_str(), n(1)) == "accepted");
+  gguf_metadata other = keys_of("llama", {{"expert_count", n(8)}, {"expert_used_count", n(2)}});
+  other["grok.expert_router"] = n(1);
+  other["llama.rope.freq_base"] = 1.0;
+  CHECK(keys_refusal(other) == "accepted");
+}
+
+TEST_CASE("layers of metadata: dense ones first, steps, tables and predicted ones") {
+  const auto kinds = [](const char* arch, const gguf_metadata& more) {
+    gguf_metadata keys = keys_of(arch, more);
+    keys[std::string(arch) + ".expert_count"] = n(8);
+    keys[std::string(arch) + ".expert_used_count"] = n(2);
+    std::string text;
+    const auto all = routers_from_gguf(keys, "m.gguf");
+    for (const auto& layer : all.layers)
+      text += !layer ? '-' : layer->selection == moeroute::selection_kind::expert_table ? 't' : 's';
+    return std::to_string(all.count) + text;
+  };
+  CHECK(kinds("llama", {{"block_count", n(3)}}) == "3sss");
+  CHECK(kinds("llama", {{"block_count", n(3)}, {"nextn_predict_layers", n(3)}}) == "0");
+  CHECK(kinds("llama", {{"block_count", n(3)}, {"leading_dense_block_count", n(9)}}) == "3---");
+  for (const std::int64_t step : {0, 1})
+    CHECK(kinds("llama", {{"block_count", n(3)}, {"interleave_moe_layer_step", n(step)}}) ==
+          "3sss");
+  CHECK(kinds("llama", {{"block_count", n(7)},
+                        {"interleave_moe_layer_step", n(3)},
+                        {"moe_every_n_layers", n(2)}}) == "7--s--s-");
+  CHECK(kinds("llama", {{"block_count", n(5)},
+                        {"moe_every_n_layers", n(2)},
+                        {"leading_dense_block_count", n(2)}}) == "5---s-");
+  CHECK(kinds("deepseek4", {{"block_count", n(2)}, {"hash_layer_count", n(3)}}) == "2ttt");
+  const auto v4 = routers_from_gguf(keys_of("deepseek4", {{"expert_count", n(8)},
+                                                          {"expert_used_count", n(2)},
+                                                          {"block_count", n(2)},
+                                                          {"hash_layer_count", n(1)}}),
+                                    "m.gguf");
+  CHECK((!v4.of(0)->selection_bias && v4.of(1)->selection_bias));
+}
+
 TEST_CASE("a key that is missing, wrong or unknown is named") {
   const gguf_metadata good =
       keys_of("llama", {{"expert_count", n(8)}, {"expert_used_count", n(2)}});
@@ -224,6 +441,54 @@ TEST_CASE("metadata is parsed from the bytes of a file") {
   }
 }
 
+TEST_CASE("a value of every type is read with its sign, at its ends") {
+  struct value {
+    std::uint32_t type;
+    std::uint64_t bits;
+    int size;
+    moeroute::gguf_value expected;
+  };
+  const value values[] = {{0, 0xff, 1, n(255)},
+                          {1, 0xff, 1, n(-1)},
+                          {1, 0x80, 1, n(-128)},
+                          {1, 0x7f, 1, n(127)},
+                          {2, 0xfffe, 2, n(65534)},
+                          {3, 0xfffe, 2, n(-2)},
+                          {4, 0xfffffffe, 4, n(4294967294)},
+                          {5, 0xfffffffe, 4, n(-2)},
+                          {6, std::bit_cast<std::uint32_t>(-1.5f), 4, -1.5},
+                          {7, 0, 1, false},
+                          {7, 1, 1, true},
+                          {7, 2, 1, true},
+                          {10, 5, 8, n(5)},
+                          {10, UINT64_MAX, 8, n(INT64_MAX)},
+                          {11, UINT64_MAX - 6, 8, n(-7)},
+                          {12, std::bit_cast<std::uint64_t>(0.1), 8, 0.1}};
+  for (const value& v : values) {
+    INFO(v.type << ' ' << v.bits);
+    const auto put = [&](written& w) {
+      for (int i = 0; i < v.size; ++i) w.add(static_cast<std::uint8_t>(v.bits >> (8 * i)));
+    };
+    written file = head(3);
+    file.key("one", v.type);
+    put(file);
+    file.key("list", 9).add(v.type).add(std::uint64_t{2});
+    put(file);
+    put(file);
+    file.key("behind", 8).add_text("x");
+    const gguf_metadata keys = parse_gguf_metadata(file.bytes, "m.gguf");
+    CHECK(keys.at("one") == v.expected);
+    CHECK(keys.at("behind") == moeroute::gguf_value(std::string("x")));
+    const auto* whole = std::get_if<std::int64_t>(&v.expected);
+    const auto* flag = std::get_if<bool>(&v.expected);
+    if (whole != nullptr || flag != nullptr)
+      CHECK(keys.at("list") ==
+            moeroute::gguf_value(std::vector<std::int64_t>(2, whole != nullptr ? *whole : *flag)));
+    else
+      CHECK(std::holds_alternative<std::monostate>(keys.at("list")));
+  }
+}
+
 TEST_CASE("lists of up to 4096 whole numbers are kept, longer ones passed over") {
   written file = head(3);
   for (const std::uint32_t length : {4096u, 4097u}) {
@@ -251,16 +516,39 @@ TEST_CASE("bytes that are no metadata are refused") {
   written twice = head(2);
   twice.key("a", 7).add(std::uint8_t{1}).key("a", 7).add(std::uint8_t{1});
   CHECK(refused(twice) == "moeroute::gguf: m.gguf: key 'a' stands there twice at offset 52");
-  written strange = head(1);
-  strange.key("a", 13);
-  CHECK(refused(strange).find("expected the type of a value, found 13") != std::string::npos);
-  written nested = head(1);
-  nested.key("a", 9).add(std::uint32_t{9}).add(std::uint64_t{1});
-  CHECK(refused(nested).find("expected an array of numbers or texts") != std::string::npos);
+  for (const std::uint32_t type : {13u, 14u, 255u}) {
+    written strange = head(1);
+    strange.key("a", type);
+    CHECK(refused(strange) == "moeroute::gguf: m.gguf: expected the type of a value, found " +
+                                  std::to_string(type) + " at offset 37");
+  }
+  for (const std::uint32_t of : {9u, 13u}) {
+    written nested = head(1);
+    nested.key("a", 9).add(of).add(std::uint64_t{1});
+    CHECK(refused(nested) ==
+          "moeroute::gguf: m.gguf: expected an array of numbers or texts at offset 49");
+  }
   written longer = head(1);
   longer.key("a", 9).add(std::uint32_t{4}).add(UINT64_MAX);
-  CHECK(refused(longer).find("expected an array of numbers or texts") != std::string::npos);
+  CHECK(refused(longer) ==
+        "moeroute::gguf: m.gguf: expected an array of numbers or texts at offset 49");
+  written most = head(1);
+  most.key("a", 9).add(std::uint32_t{4}).add(UINT64_MAX / 8);
+  CHECK(refused(most) ==
+        "moeroute::gguf: m.gguf: expected 9223372036854775804 bytes at offset 49, there are 0");
   written huge = head(1);
   huge.add(UINT64_MAX);
-  CHECK(refused(huge).find("expected 18446744073709551615 bytes") != std::string::npos);
+  CHECK(refused(huge) ==
+        "moeroute::gguf: m.gguf: expected 18446744073709551615 bytes at offset 32, there are 0");
+  written other;
+  other.add(std::uint32_t{0x46554748}).add(std::uint32_t{3});
+  CHECK(refused(other) == "moeroute::gguf: m.gguf: expected a GGUF file at offset 4");
+  for (const std::uint32_t version : {1u, 2u, 3u, 4u}) {
+    written w;
+    w.add(std::uint32_t{0x46554747}).add(version).add(std::uint64_t{9}).add(std::uint64_t{0});
+    CHECK(refused(w) == (version == 2 || version == 3
+                             ? "accepted"
+                             : "moeroute::gguf: m.gguf: expected version 2 or 3, found " +
+                                   std::to_string(version) + " at offset 8"));
+  }
 }

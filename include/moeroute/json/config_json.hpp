@@ -205,21 +205,21 @@ inline bool agrees(const config_source& from, const std::string& key, const rout
     return must(value.is_null() || value == (s.selection_bias ? "noaux_tc" : "greedy"),
                 s.selection_bias ? "noaux_tc" : "greedy");
   if (among({"use_expert_bias", "use_routing_bias", "moe_router_enable_expert_bias",
-             "moe_use_aux_free", "use_moe_router_bias", "e_score_correction_bias",
-             "use_correction_bias"}))
+             "moe_use_aux_free", "use_moe_router_bias", "e_score_correction_bias"}))
     return must(value.is_null() || value == s.selection_bias, s.selection_bias ? "true" : "false");
   if (among({"router_bias", "moe_router_bias", "gate_bias"}))
     return must(says_nothing(value) ? !s.gate_bias : value == s.gate_bias,
                 s.gate_bias ? "true" : "false");
-  if (among({"group_limited_greedy", "use_grouped_topk", "uniform_expert_assignment",
-             "batch_prioritized_routing", "moe_apply_router_weight_on_input",
-             "moe_router_logit_softcapping", "router_logit_softcapping", "moe_use_hard_gate",
-             "zero_expert_num", "moe_group_experts", "moe_router_force_load_balancing",
-             "moe_drop_tokens", "moe_enable_secondary_experts", "expert_choice_router",
-             "moe_normalize_expert_weights", "moe_reverse_token_drop",
-             "moe_random_routing_dropped_token", "moe_use_token_type_bias"}))
-    return must(says_nothing(value) || (key == "use_grouped_topk" && s.groups == 1),
-                "false, 0 or null");
+  if (key == "use_grouped_topk")
+    return must(s.groups == 1 || value == true || value.is_null(), "true");
+  if (among({"group_limited_greedy", "uniform_expert_assignment", "batch_prioritized_routing",
+             "moe_apply_router_weight_on_input", "moe_router_logit_softcapping",
+             "router_logit_softcapping", "moe_use_hard_gate", "zero_expert_num",
+             "moe_group_experts", "moe_router_force_load_balancing", "moe_drop_tokens",
+             "moe_enable_secondary_experts", "expert_choice_router", "moe_normalize_expert_weights",
+             "moe_reverse_token_drop", "moe_random_routing_dropped_token",
+             "moe_use_token_type_bias"}))
+    return must(says_nothing(value), "false, 0 or null");
   if (key == "use_moe") return must(value == true || value.is_null(), "true");
   if (key == "moe_every_n_layer") return must(says_nothing(value) || value == 1, "1");
   if (key == "moe_gate") return must(value == "topk" || value == "top2_fused", "topk");

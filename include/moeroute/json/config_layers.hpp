@@ -2,13 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <charconv>
 #include <cstddef>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <vector>
 
+#include <moeroute/base/read_number.hpp>
 #include <moeroute/json/config_fields.hpp>
 #include <moeroute/json/model_routers.hpp>
 
@@ -35,9 +34,9 @@ inline std::vector<bool> layers_enum(const json_fields& f, index_t n, index_t de
   std::erase(text, ' ');
   for (std::size_t at = 0; at < text.size();) {
     const std::size_t comma = text.find(',', at);
-    index_t l = -1;
-    const auto [end, failure] = std::from_chars(text.data() + at, text.data() + comma, l);
-    if (comma > at) take(failure == std::errc() && end == text.data() + comma ? l : -1);
+    const std::string_view word = std::string_view(text).substr(at, comma - at);
+    index_t l = 0;
+    if (!word.empty()) take(read_number(word, l) ? l : -1);
     at = comma + 1;
   }
   return there;
@@ -177,7 +176,7 @@ inline std::vector<layer_router> read_layers(const config_source& from, bool by_
       return l < begin || (last >= 0 && l > last) || (step > 0 && (l + 1) % step != 0);
     });
   }
-  for (index_t l = 0; l < tables && l < n; ++l) layers[static_cast<std::size_t>(l)] = table;
+  std::fill_n(layers.begin(), std::min(tables, n), table);
   return layers;
 }
 

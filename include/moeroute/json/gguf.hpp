@@ -221,8 +221,10 @@ class gguf_bytes {
 
 // Bytes of a value by its type in the file; 0: text, array or no type.
 inline int gguf_size(std::uint64_t type) {
-  constexpr int sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-  return type < std::size(sizes) ? sizes[type] : 0;
+  constexpr std::string_view sizes = "1122444100888";
+  const auto known = static_cast<std::size_t>(std::min<std::uint64_t>(type, sizes.size()));
+  const std::string_view from_type = sizes.substr(known);
+  return from_type.empty() ? 0 : from_type.front() - '0';
 }
 
 inline gguf_value gguf_scalar(gguf_bytes& in, std::uint64_t type) {

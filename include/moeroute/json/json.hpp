@@ -43,7 +43,7 @@ inline std::string quoted_numbers(std::string_view text, std::vector<std::size_t
         if (text.substr(i, word.size()) == word && !letter(i + word.size())) length = word.size();
     // A word in a key's place stays one, and is refused.
     const std::size_t next = text.find_first_not_of(" \t\r\n", i + length);
-    if (length == 0 || (next < text.size() && text[next] == ':')) {
+    if (length == 0 || (next != text.npos && text[next] == ':')) {
       copy += text[i++];
       continue;
     }

@@ -19,11 +19,11 @@ inline std::string printable(std::string text) {
 /// The words of a key in small letters: "moe_topK-prob" is moe, top, k, prob.
 inline std::vector<std::string> words_of(std::string_view key) {
   std::vector<std::string> words;
-  bool open = false;
-  for (std::size_t i = 0; i < key.size(); ++i) {
-    const auto c = static_cast<unsigned char>(key[i]);
-    const bool hump =
-        std::isupper(c) && i > 0 && std::islower(static_cast<unsigned char>(key[i - 1]));
+  bool open = false, low = false;
+  for (const char letter : key) {
+    const auto c = static_cast<unsigned char>(letter);
+    const bool hump = std::isupper(c) != 0 && low;
+    low = std::islower(c) != 0;
     if (!std::isalnum(c)) {
       open = false;
       continue;
