@@ -6,7 +6,10 @@ if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set_property(CACHE CMAKE_BUILD_TYPE PROPERTY VALUE Release)
 endif()
 
-find_program(CCACHE ccache)
+# Looked for once: with it every command is another, and a folder that was built without would be built anew.
+if(NOT DEFINED CACHE{CCACHE})
+  find_program(CCACHE ccache)
+endif()
 mark_as_advanced(CCACHE)
 if(CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   set(CMAKE_CXX_COMPILER_LAUNCHER "${CCACHE}")
