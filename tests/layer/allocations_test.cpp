@@ -1,14 +1,16 @@
 // Nothing warm allocates: every stage and the whole layer, in every storage type and under every
 // executor.
-#include <atomic>
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <condition_variable>
 #include <fstream>
 #include <moeroute/exec/callable.hpp>
 #include <moeroute/layer/moe_layer.hpp>
 #include <moeroute/layer/swiglu_experts.hpp>
 #include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/router.hpp>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
@@ -24,24 +26,25 @@ using namespace moeroute;
 
 namespace {
 
-// A second thread that waits for work: what it costs to hand over a loop is no allocation.
+// A second thread that waits for work: what it costs to hand over a loop is no allocation. A mutex
+// and a condition, not std::atomic's wait: where a system has no futex libstdc++ 12 loses wake-ups
+// of that.
 class two_threads {
  public:
   two_threads() : second_([this] { serve(); }) {}
   two_threads(const two_threads&) = delete;
   two_threads& operator=(const two_threads&) = delete;
   ~two_threads() {
-    job_ = nullptr;
-    announce();
+    hand_over(nullptr);
     second_.join();
   }
 
   void operator()(index_t n, index_t grain, loop_body body) {
     const job work{n, grain, body};
-    job_ = &work;
-    announce();
+    hand_over(&work);
     half(work, 0);
-    for (int seen = done_; seen != turn_; seen = done_) done_.wait(seen);
+    std::unique_lock lock(guard_);
+    changed_.wait(lock, [&] { return done_ == turn_; });
   }
 
  private:
@@ -53,23 +56,30 @@ class two_threads {
     for (index_t b = first * work.grain; b < work.n; b += 2 * work.grain)
       work.body(b, std::min(work.n, b + work.grain));
   }
-  void announce() {
+  void hand_over(const job* work) {
+    const std::lock_guard lock(guard_);
+    job_ = work;
     ++turn_;
-    turn_.notify_one();
+    changed_.notify_all();
   }
   void serve() {
-    for (int seen = 0;;) {
-      turn_.wait(seen);
-      seen = turn_;
-      if (job_ == nullptr) return;
-      half(*job_, 1);
-      done_ = seen;
-      done_.notify_one();
+    for (;;) {
+      std::unique_lock lock(guard_);
+      changed_.wait(lock, [&] { return done_ != turn_; });
+      const job* const work = job_;
+      if (work == nullptr) return;
+      lock.unlock();
+      half(*work, 1);
+      lock.lock();
+      done_ = turn_;
+      changed_.notify_all();
     }
   }
 
-  std::atomic<int> turn_{0};
-  std::atomic<int> done_{0};
+  std::mutex guard_;
+  std::condition_variable changed_;
+  int turn_ = 0;
+  int done_ = 0;
   const job* job_ = nullptr;
   std::thread second_;
 };
