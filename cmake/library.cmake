@@ -19,6 +19,9 @@ add_library(moeroute INTERFACE)
 add_library(moeroute::moeroute ALIAS moeroute)
 target_compile_features(moeroute INTERFACE cxx_std_20)
 target_link_libraries(moeroute INTERFACE Eigen3::Eigen xsimd)
+# base/config.hpp says why.
+target_compile_options(
+  moeroute INTERFACE "$<$<AND:$<PLATFORM_ID:Windows>,$<CXX_COMPILER_ID:GNU>>:-fno-ipa-ra;-DMOEROUTE_NO_IPA_RA>")
 target_sources(moeroute INTERFACE FILE_SET HEADERS BASE_DIRS "${base}" FILES ${headers})
 
 add_library(moeroute_openmp INTERFACE)

@@ -11,6 +11,15 @@
 #include <moeroute stops here: the error above says why>
 #endif
 
+// On Windows g++ takes its own copy of an inline function for the one that will be linked, and
+// keeps values in registers that this copy leaves alone; the copy of another file may change them.
+// No macro tells the optimiser's level: what is told is that the flag is there.
+#if defined(_WIN32) && defined(__OPTIMIZE__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(MOEROUTE_NO_IPA_RA)
+#error \
+    "[moeroute] from -O2 on g++ for Windows keeps values in registers that an inline function changes where another file's copy of it is linked; add -fno-ipa-ra -DMOEROUTE_NO_IPA_RA, or compile with clang"
+#endif
+
 // NaN and infinities are data here (a NaN logit counts as -inf), so finite-math modes break the
 // promises.
 #if !defined(MOEROUTE_ALLOW_FAST_MATH)
