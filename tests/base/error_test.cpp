@@ -1,6 +1,8 @@
 #include <moeroute/base/error.hpp>
 
 #include <catch2/catch_test_macros.hpp>
+#include <cstdio>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -29,6 +31,19 @@ TEST_CASE("a value outside its range is refused with both ends, and both ends ar
 TEST_CASE("sizes beyond 32 bits are compared and shown whole") {
   CHECK(refusal([] { check_size("gemm", "x.cols()", 0x100000001, 1); }) ==
         "moeroute::gemm: x.cols() is 4294967297, expected 1");
+}
+
+TEST_CASE("a number is shown whole, however large it is") {
+  using real = std::numeric_limits<double>;
+  for (const double x : {1e15, 1e25, 1e31, 2e63, 1e100, 2e300, real::max(), real::lowest()}) {
+    char number[400];
+    std::snprintf(number, sizeof number, "%f", x);
+    CHECK(refusal([&] { fail_value("stage", "a gain", x, "less"); }) ==
+          "moeroute::stage: a gain is " + std::string(number) + ", expected less");
+  }
+  constexpr index_t least = std::numeric_limits<index_t>::min();
+  CHECK(refusal([] { check_range("stage", "n", least, -1, -(least + 1)); }) ==
+        "moeroute::stage: n is -9223372036854775808, expected -1 to 9223372036854775807");
 }
 
 TEST_CASE("an error can be caught as std::invalid_argument") {

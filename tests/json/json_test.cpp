@@ -72,6 +72,15 @@ TEST_CASE("a key that an object has twice is refused") {
   CHECK(text_refusal(R"([{"a": 1}, {"a": 1}])").empty());
 }
 
+TEST_CASE("a name in a message stays as it is, but for what would end its line") {
+  for (int c = 0; c < 256; ++c) {
+    const std::string name(1, static_cast<char>(c));
+    CHECK(moeroute::detail::printable(name) == (c < 0x20 || c == 0x7f ? "?" : name));
+  }
+  CHECK(text_refusal("{\"größe\": 1, \"größe\": 2}") ==
+        "moeroute::json: a.json: key 'größe' stands there twice");
+}
+
 TEST_CASE("deep nesting is read without deep recursion") {
   const std::string deep = std::string(200000, '[') + std::string(200000, ']');
   CHECK(text_refusal(deep).empty());
