@@ -179,6 +179,30 @@ TEST_CASE("routers with a varying k and routers of the whole batch run through a
   }
 }
 
+TEST_CASE("fewer choices than tokens are made of rows of every type") {
+  // Of 3 experts with one token each: rows that were widened outnumber the slots.
+  const row_matrix<float> w = test::random_rows(3, d, 21);
+  const expert_choice<> one_each{.capacity = {.fixed = 1}};
+  for (const index_t tokens : {4, 8, 9}) {
+    moe_layer layer(simd::packed_matrix<>(const_view(w)), one_each, curves{});
+    const row_matrix<float> drawn = test::random_rows(tokens, d, 22);
+    const auto n = static_cast<std::size_t>(tokens * d);
+    const auto agrees = [&]<class T>(T) {
+      std::vector<T> narrow(drawn.data(), drawn.data() + n);
+      row_matrix<float> wide(tokens, d);
+      std::copy(narrow.begin(), narrow.end(), wide.data());
+      row_matrix<float> y(tokens, d);
+      layer.forward(matrix_view<const T>(narrow.data(), tokens, d),
+                    matrix_view<float>(y.data(), tokens, d));
+      CHECK(layer.choices().choices() == 3);
+      CHECK(differ(y, by_choices(layer, wide, curves{})) == "");
+    };
+    agrees(float{});
+    agrees(bfloat16{});
+    agrees(float16{});
+  }
+}
+
 TEST_CASE("weights on the input scale what an expert gets, not what it gives") {
   moe_layer layer(gate_weights(), mixtral(), curves{}, {.weights = weight_on::input});
   for (const index_t tokens : {1, 8, 40}) {

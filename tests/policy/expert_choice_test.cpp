@@ -219,6 +219,42 @@ TEST_CASE("tokens of one sequence do not compete with those of another") {
   CHECK(test::bit_difference(all.weights(), weights) == "");
 }
 
+TEST_CASE("masks and own k of a sequence are those of its own tokens") {
+  constexpr index_t length = 24, sequences = 3, tokens = length * sequences, experts = 9;
+  const auto z = test::make_logits(test::shape::normal, 16, tokens, experts);
+  std::vector<std::uint8_t> mask;
+  std::vector<std::int32_t> own_k;
+  for (index_t t = 0; t < tokens; ++t) {
+    mask.push_back(t % 5 == 0 || t / length == 1 ? 0 : 1);
+    own_k.push_back(static_cast<std::int32_t>(t * 7 % 4));
+  }
+  const auto agrees = [&](const auto& whole, const auto& alone) {
+    for (const bool capped : {false, true}) {
+      const auto side = [&](index_t first, index_t n) {
+        side_inputs of{.mask = std::span(mask).subspan(std::size_t(first), std::size_t(n))};
+        if (capped) of.k_of_token = std::span(own_k).subspan(std::size_t(first), std::size_t(n));
+        return of;
+      };
+      const assignment all = routed(whole, z, experts, side(0, tokens));
+      std::vector<expert_id> ids;
+      std::vector<float> weights;
+      for (index_t s = 0; s < sequences; ++s) {
+        const index_t first = s * length;
+        const std::vector<float> part(z.begin() + first * experts,
+                                      z.begin() + (first + length) * experts);
+        const assignment one = routed(alone, part, experts, side(first, length));
+        ids.insert(ids.end(), one.ids().begin(), one.ids().end());
+        weights.insert(weights.end(), one.weights().begin(), one.weights().end());
+      }
+      CHECK(!ids.empty());
+      CHECK(listed(all.ids()) == ids);
+      CHECK(test::bit_difference(all.weights(), weights) == "");
+    }
+  };
+  agrees(expert_choice<>{.sequence_length = length}, expert_choice<>{});
+  agrees(expert_choice<sigmoid>{.sequence_length = length}, expert_choice<sigmoid>{});
+}
+
 TEST_CASE(
     "a capped token keeps its best experts, the lowest among equals; the others stay one short") {
   constexpr index_t tokens = 60, experts = 12;
