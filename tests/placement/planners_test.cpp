@@ -635,6 +635,54 @@ TEST_CASE("what planners promise holds for any loads") {
   }
 }
 
+TEST_CASE("re-planning and splits see a rank that is dead as none") {
+  test::random rng(31);
+  index_t moves = 0;
+  for (int draw = 0; draw < 60; ++draw) {
+    const index_t experts = 4, per = 2 + rng.below(2), left = 2 + rng.below(3), ranks = left + 1,
+                  dead = rng.below(ranks), turn = rng.below(experts);
+    std::vector<expert_id> live, all;
+    for (index_t i = 0; i < left * per; ++i)
+      live.push_back(static_cast<expert_id>((i + turn) % experts));
+    all = live;
+    for (index_t i = 0; i < per; ++i)
+      all.insert(all.begin() + dead * per, static_cast<expert_id>(rng.below(experts + 1) - 1));
+    std::vector<std::uint8_t> alive(at(ranks), 1);
+    alive[at(dead)] = 0;
+    const placement whole = placement::from_slots(experts, ranks, all, {}, alive),
+                    without_it = placement::from_slots(experts, left, live);
+    const auto slot = [&](index_t s) { return s < dead * per ? s : s + per; };
+    const std::vector<double> load =
+        draw == 0 ? std::vector<double>(4, 1.0) : zipf_loads(experts, 1.2, 40 + at(draw));
+    const replan_options o{.target = 1.01, .budget = 6};
+    const replan_result a = replan(whole, load, o), b = replan(without_it, load, o);
+    CHECK(near(a.imbalance_before, b.imbalance_before));
+    CHECK(near(a.imbalance_after, b.imbalance_after));
+    CHECK(a.moves == b.moves);
+    REQUIRE(a.steps.size() == b.steps.size());
+    for (std::size_t i = 0; i < a.steps.size(); ++i) {
+      const replan_step& s = b.steps[i];
+      const bool swaps = s.what == replan_step::kind::swap;
+      CHECK(a.steps[i] == replan_step{s.what, static_cast<slot_id>(slot(s.slot)),
+                                      swaps ? static_cast<std::int32_t>(slot(s.other)) : s.other});
+    }
+    for (index_t s = 0; s < without_it.slots(); ++s)
+      CHECK(a.experts.expert_of_slot()[at(slot(s))] == b.experts.expert_of_slot()[at(s)]);
+    moves += a.moves;
+
+    const std::vector<std::int64_t> count = random_counts(rng, experts, draw % 2 == 0);
+    const auto same = [&](const slot_split& with, const slot_split& none) {
+      CHECK(with.max_load == none.max_load);
+      for (index_t s = 0; s < without_it.slots(); ++s)
+        CHECK(with.of_slot[at(slot(s))] == none.of_slot[at(s)]);
+    };
+    same(split_even(whole, count), split_even(without_it, count));
+    same(split_by_filling(whole, count), split_by_filling(without_it, count));
+    CHECK(split_optimal(whole, count).max_load == split_optimal(without_it, count).max_load);
+  }
+  CHECK(moves > 20);
+}
+
 TEST_CASE("no placement is below the mean of ranks nor below the busiest expert's part") {
   const std::vector<double> load{9, 1, 1, 1};
   CHECK(placement_bound(load, 4, 4) == 9.0);

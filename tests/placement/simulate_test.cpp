@@ -127,6 +127,31 @@ TEST_CASE("simulated rows are conserved, time grows with load and with links tha
   }
 }
 
+TEST_CASE("simulated rows leave ranks and nodes as often as their numbers say") {
+  for (const auto& [ranks, nodes] : {std::pair<index_t, index_t>{8, 4}, {8, 2}, {6, 3}, {4, 1}}) {
+    const double r = static_cast<double>(ranks), n = static_cast<double>(nodes);
+    simulation_options o{.planner = planner_kind::contiguous, .k = 1};
+    o.machine.ranks = ranks;
+    o.machine.nodes = nodes;
+    // One choice goes to one rank, wherever the load is; of its own rank and node all know.
+    std::vector<double> skewed;
+    for (index_t e = 0; e < 2 * ranks; ++e) skewed.push_back(static_cast<double>(e * e % 11));
+    const simulated_step one = layer_simulation(2 * ranks, o).next(skewed);
+    CHECK(std::abs(one.off_rank_rows - (1.0 - 1.0 / r)) < 1e-12);
+    CHECK(std::abs(one.off_node_rows - (1.0 - 1.0 / n)) < 1e-12);
+    // Three even ones meet on a rank or a node at times.
+    o.k = 3;
+    const simulated_step three =
+        layer_simulation(2 * ranks, o)
+            .next(std::vector<double>(static_cast<std::size_t>(2 * ranks), 9.0));
+    const auto reached = [](double places) {
+      return places * (1.0 - std::pow(1.0 - 1.0 / places, 3.0));
+    };
+    CHECK(std::abs(three.off_rank_rows - reached(r) * (1.0 - 1.0 / r)) < 1e-12);
+    CHECK(std::abs(three.off_node_rows - reached(n) * (1.0 - 1.0 / n)) < 1e-12);
+  }
+}
+
 TEST_CASE("one rank exchanges nothing, no tokens take no time") {
   simulation_options o{.planner = planner_kind::contiguous, .k = 2};
   layer_simulation one(8, o);
