@@ -36,7 +36,7 @@ struct plain_cache {
   struct line {
     double uses = 0;
     std::int64_t last_step = 0, clock = 0, arrived = 0, pass = 0, promoted = -1;
-    std::int64_t next = expert_cache::never;
+    std::int64_t next = expert_cache::never, ahead = 0;
   };
   std::map<std::int32_t, line> seen;  // of all keys
   std::set<std::int32_t> held;
@@ -83,6 +83,9 @@ struct plain_cache {
       }
       case cache_policy::belady:
         if (x.next != y.next) return x.next > y.next;
+        break;
+      case cache_policy::segment:
+        if (x.ahead != y.ahead) return x.ahead < y.ahead;
         break;
       default: break;
     }
@@ -194,6 +197,32 @@ TEST_CASE("Belady evicts what is needed last") {
       next.push_back(later < tokens ? later : expert_cache::never);
     }
     expect_same(cache, plain, trace[static_cast<std::size_t>(t)], 0, next);
+  }
+}
+
+TEST_CASE("segment evicts what is expected least, and nothing that is pinned, expected or not") {
+  test::random rng(12);
+  for (const index_t layers : {1, 2}) {
+    const std::vector<std::int32_t> pins = {3, 11};
+    const expert_cache_options options{.experts = 14,
+                                       .layers = layers,
+                                       .capacity = 6 * layers,
+                                       .policy = cache_policy::segment,
+                                       .pinned = pins};
+    expert_cache cache(options);
+    plain_cache plain(options);
+    const auto expect = [&](expert_id e, index_t l, int more) {
+      cache.expect(e, l, more);
+      plain.seen[static_cast<std::int32_t>(l * options.experts + e)].ahead += more;
+    };
+    expect(3, 0, 1);  // before anything else is there
+    for (int t = 0; t < 200; ++t)
+      for (index_t l = 0; l < layers; ++l) {
+        for (int i = 0; i < 3; ++i)
+          expect(static_cast<expert_id>(rng.below(14)), l, static_cast<int>(rng.below(4)) - 1);
+        expect_same(cache, plain, step_of(rng, options.experts, 2), l);
+      }
+    for (const std::int32_t key : pins) CHECK(cache.would_hit(key));
   }
 }
 

@@ -2,6 +2,7 @@
 //
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/simd/numbers.hpp>
 #include <moeroute/simd/probability/softmax_row.hpp>
 #include <vector>
 
@@ -46,6 +47,34 @@ TEST_CASE("times their factor the rows are a softmax, with the same bits on ever
         CHECK(test::bit_difference(other, out) == "");
         CHECK(test::bit_difference(other_factor, factor) == "");
       });
+    }
+}
+
+TEST_CASE("a few values become their softmax in place: NaN and -inf are 0, several +inf share") {
+  const auto agrees = [](auto zero, const std::vector<float>& z, index_t n, double error) {
+    using F = decltype(zero);
+    for (index_t row = 0; row < block_rows; ++row) {
+      const float* const from = z.data() + row * n;
+      std::vector<F> x(from, from + n);
+      simd::softmax_in_place(x.data(), n);
+      std::vector<double> expected(static_cast<std::size_t>(n), 0.0);
+      const auto open = oracle::order(from, n);
+      const auto p = oracle::softmax(from, n, open);
+      for (const expert_id e : open)
+        expected[static_cast<std::size_t>(e)] = p[static_cast<std::size_t>(e)];
+      bool close = true;
+      for (std::size_t i = 0; i < expected.size(); ++i)
+        close = close &&
+                std::abs(static_cast<double>(x[i]) - expected[i]) <= error * expected[i] + 1.2e-38;
+      CHECK(close);
+    }
+  };
+  for (const test::shape shape : test::all_shapes)
+    for (const index_t n : {1, 2, 3, 8, 15, 16, 17, 33}) {
+      INFO(test::name(shape) << " n=" << n);
+      const auto z = test::make_logits(shape, 6, block_rows, n);
+      agrees(0.0f, z, n, 4e-6);
+      agrees(0.0, z, n, 1e-12);
     }
 }
 

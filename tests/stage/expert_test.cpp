@@ -156,6 +156,30 @@ TEST_CASE("experts that read tokens where they lie give what they give on copies
       }
 }
 
+TEST_CASE("a token that names an expert twice is two rows, and every view has a legal stride") {
+  constexpr index_t tokens = 8, experts = 4, k = 4, d = 5;
+  test::random rng(9);
+  const row_matrix<float> x = test::random_rows(tokens, d);
+  for (int draw = 0; draw < 20; ++draw) {
+    assignment a;
+    a.reset(tokens, experts, k);
+    for (expert_id& e : a.ids()) e = static_cast<expert_id>(rng.below(experts));
+    dispatch_plan plan;
+    moeroute::plan(a, plan);
+    row_matrix<float> out = row_matrix<float>::Constant(plan.slots(), d, -1.0f);
+    bool apart = true;
+    for_each_expert(plan, a, x, out,
+                    [&](expert_id, matrix_view<const float> rows, matrix_view<float> to) {
+                      apart = apart && (rows.rows <= 1 || rows.stride >= rows.cols);
+                      for (index_t r = 0; r < rows.rows; ++r)
+                        std::copy_n(rows.row(r), d, to.row(r));
+                    });
+    CHECK(apart);
+    for (index_t s = 0; s < plan.slots(); ++s)
+      CHECK(out.row(s) == x.row(plan.token_of_slot()[static_cast<std::size_t>(s)]));
+  }
+}
+
 TEST_CASE(
     "without copies each running expert has scratch of its own too, and other choices are "
     "refused") {
