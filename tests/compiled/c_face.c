@@ -1,5 +1,6 @@
 // The C face seen from C: what is refused is refused by a code, whatever the handle and the
 // pointer.
+#define _POSIX_C_SOURCE 200112L  // setenv
 #include <moeroute.h>
 
 #include <math.h>
@@ -631,10 +632,15 @@ static void check_every_argument(void) {
   bad.stride = (INT64_C(1) << 40) + 1;
   SAID(moeroute_route(router, bad, NULL, NULL, choices),
        "logits.stride is 1099511627777, expected 0 to 1099511627776");
+  bad.rows = 1; /* of one row nobody asks where the next one is */
+  bad.stride = 3;
+  CHECK(moeroute_route(router, bad, NULL, NULL, choices) == MOEROUTE_OK);
+  bad.rows = 4;
   bad.stride = 0;
   bad.cols = INT64_C(1) << 31;
   SAID(moeroute_route(router, bad, NULL, NULL, choices),
        "logits.cols is 2147483648, expected 0 to 2147483647");
+  CHECK(moeroute_assignment_set(choices, 4, 8, 2, ids, z) == MOEROUTE_OK);
   SAID(moeroute_balance_loss(&losses, x, choices, y, NULL, counts), "logits.cols is 3, expected 8");
   bad = logits;
   bad.rows = 3;
@@ -656,6 +662,34 @@ static void check_every_argument(void) {
   SAID(moeroute_gate_new(eight, NULL, 8, &gate), "bias is null, expected 8 values");
   SAID(moeroute_bias_update(bias, counts, -8), "counts is -8, expected 0 to 2147483647");
   SAID(moeroute_bias_update(bias, counts, 7), "bias_controller: counts.size() is 7, expected 8");
+
+  // No rows at all: nothing is read or written, and a loss of nothing is 0.
+  {
+    const moeroute_const_matrix no_x = {NULL, 0, 3, 0, MOEROUTE_FLOAT};
+    const moeroute_const_matrix no_logits = {NULL, 0, 8, 0, MOEROUTE_FLOAT};
+    const moeroute_matrix no_to = {NULL, 0, 3, 0, MOEROUTE_FLOAT};
+    const moeroute_matrix no_dz = {NULL, 0, 8, 0, MOEROUTE_FLOAT};
+    moeroute_assignment* nobody = NULL;
+    CHECK(moeroute_assignment_new(&nobody) == MOEROUTE_OK);
+    CHECK(moeroute_route_to(router, no_logits, NULL, NULL, nobody, NULL, NULL) == MOEROUTE_OK);
+    CHECK(moeroute_plan_make(plan, nobody, NULL) == MOEROUTE_OK);
+    CHECK(moeroute_dispatch(plan, no_x, no_to, NULL, NULL) == MOEROUTE_OK);
+    CHECK(moeroute_combine(no_x, plan, nobody, no_to, NULL, NULL) == MOEROUTE_OK);
+    CHECK(moeroute_combine_choices(no_x, nobody, no_to, NULL, NULL) == MOEROUTE_OK);
+    CHECK(moeroute_gate_new(eight, NULL, 0, &gate) == MOEROUTE_OK);
+    CHECK(moeroute_gate_run(gate, no_x, no_dz, NULL) == MOEROUTE_OK);
+    counts[0] = counts[1] = counts[2] = -1;
+    losses.switch_coefficient = losses.z_coefficient = losses.sequence_coefficient = 1.0;
+    CHECK(moeroute_balance_loss(&losses, no_logits, nobody, no_dz, NULL, counts) == MOEROUTE_OK);
+    CHECK(counts[0] == 0 && counts[1] == 0 && counts[2] == 0);
+    losses.switch_coefficient = losses.z_coefficient = losses.sequence_coefficient = 0.0;
+    counts[0] = counts[1] = counts[2] = -1;
+    CHECK(moeroute_balance_loss(&losses, logits, choices, dz, NULL, counts) == MOEROUTE_OK);
+    CHECK(counts[0] == 0 && counts[1] == 0 && counts[2] == 0);
+    CHECK(moeroute_gate_free(gate) == MOEROUTE_OK);
+    CHECK(moeroute_assignment_free(nobody) == MOEROUTE_OK);
+    gate = NULL;
+  }
 
   // options of a bias: `made` is null where they are refused
   {
@@ -786,8 +820,21 @@ static void check_a_step(void) {
   free(weights);
 }
 
+// What the environment names is used from the first call on, where this library has it.
+static void check_environment(void) {
+  int i, there = 0;
+  CHECK(setenv("MOEROUTE_ISA", "baseline", 1) == 0);
+  for (i = 0; moeroute_isa_name(i) != NULL; ++i)
+    there = there || strcmp(moeroute_isa_name(i), "baseline") == 0;
+  CHECK(i > 0 && i <= 8);
+  CHECK(strcmp(moeroute_isa(), there ? "baseline" : moeroute_isa_name(0)) == 0);
+  CHECK(moeroute_isa_name(-1) == NULL && moeroute_isa_name(8) == NULL);
+  CHECK(moeroute_isa_name(INT32_MAX) == NULL && moeroute_isa_name(INT32_MIN) == NULL);
+}
+
 int main(void) {
   CHECK(moeroute_last_error()[0] == '\0');
+  check_environment();
   check_handles();
   check_sizes();
   check_every_argument();

@@ -11,6 +11,7 @@
 #include <moeroute/balance/bias_controller.hpp>
 #include <moeroute/balance/loss_count.hpp>
 #include <moeroute/balance/loss_token.hpp>
+#include <moeroute/base/version.hpp>
 #include <moeroute/data/expert_load.hpp>
 #include <moeroute/policy/batch/base_assignment.hpp>
 #include <moeroute/policy/batch/expert_choice.hpp>
@@ -23,8 +24,10 @@
 #include <moeroute/stage/plan.hpp>
 #include <moeroute/stage/plan_layouts.hpp>
 #include <moeroute/stage/route.hpp>
+#include <new>
 #include <random>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -359,6 +362,207 @@ TEST_CASE("16-bit logits give what their values give as floats") {
   CHECK(same_bits(a.weights(), b.weights()));
 }
 
+TEST_CASE("what a status becomes in C++, and which version this is") {
+  CHECK_THROWS_AS(compiled::fail(MOEROUTE_NO_MEMORY), std::bad_alloc);
+  CHECK_THROWS_AS(compiled::fail(MOEROUTE_FAILED), std::runtime_error);
+  CHECK_THROWS_AS(compiled::fail(MOEROUTE_INVALID), std::invalid_argument);
+  CHECK_THROWS_AS(compiled::refuse("a sentence"), std::invalid_argument);
+  CHECK_THROWS_WITH(compiled::refuse("a sentence"), "a sentence");
+  CHECK_NOTHROW(compiled::check(MOEROUTE_OK));
+  CHECK(moeroute_version() == std::to_string(MOEROUTE_VERSION_MAJOR) + "." +
+                                  std::to_string(MOEROUTE_VERSION_MINOR) + "." +
+                                  std::to_string(MOEROUTE_VERSION_PATCH));
+}
+
+TEST_CASE("a router says how many columns, experts and choices it has, and what else it needs") {
+  const auto shape = [](compiled::spec spec, const compiled::tensors& tensors = {}) {
+    const compiled::router r(spec, tensors);
+    moeroute_router_shape s;
+    REQUIRE(moeroute_router_get_shape(r.get(), &s) == MOEROUTE_OK);
+    CHECK((r.columns() == s.columns && r.experts() == s.experts && r.k() == s.k));
+    CHECK(r.ragged() == (s.ragged != 0));
+    return std::vector<std::int64_t>{s.columns, s.experts, s.k, s.ragged, s.token_ids};
+  };
+  using numbers = std::vector<std::int64_t>;
+  const auto plain = [](int selection, std::int64_t k = 2) {
+    compiled::spec s = compiled::plain_spec();
+    s.experts = 16;
+    s.k = k;
+    s.selection = selection;
+    return s;
+  };
+  CHECK(shape(plain(MOEROUTE_TOP_K)) == numbers{16, 16, 2, 0, 0});
+  compiled::spec mass = plain(MOEROUTE_TOP_P);
+  mass.top_p = 0.5f;
+  mass.max_k = 5;
+  CHECK(shape(mass) == numbers{16, 16, 5, 1, 0});
+  std::vector<std::int32_t> table;  // of ten token ids
+  for (std::int32_t id = 0; id < 10; ++id) table.insert(table.end(), {id, id + 3});
+  CHECK(shape(plain(MOEROUTE_EXPERT_TABLE), {.table = table}) == numbers{16, 16, 2, 0, 1});
+  CHECK(shape(plain(MOEROUTE_EXPERT_CHOICE)) == numbers{16, 16, 16, 1, 0});
+  compiled::spec capped = plain(MOEROUTE_EXPERT_CHOICE);
+  capped.most_experts = 3;
+  CHECK(shape(capped) == numbers{16, 16, 3, 1, 0});
+  CHECK(shape(plain(MOEROUTE_SINKHORN, 3)) == numbers{16, 16, 3, 0, 0});
+  CHECK(shape(plain(MOEROUTE_SELECTIVE_SINKHORN, 3)) == numbers{16, 16, 3, 0, 0});
+  compiled::spec both = plain(MOEROUTE_SINKHORN_EXPERT_CHOICE);
+  both.most_experts = 3;  // of expert choice alone
+  both.plan_weights = 3;
+  CHECK(shape(both) == numbers{16, 16, 16, 1, 0});
+  CHECK(shape(plain(MOEROUTE_BASE, 1)) == numbers{16, 16, 1, 0, 0});
+
+  // What varies has no table of k columns; what sees the batch takes floats of its own width.
+  std::vector<float> z(64);
+  std::vector<std::int32_t> ids(64);
+  const compiled::router ragged(mass), batch(plain(MOEROUTE_SINKHORN));
+  compiled::assignment choices;
+  CHECK(moeroute_route_to(ragged.get(), compiled::const_rows(z.data(), 4, 16), nullptr, nullptr,
+                          choices.get(), ids.data(), z.data()) == MOEROUTE_INVALID);
+  CHECK(moeroute_last_error() == std::string("moeroute::route_to: the router's k varies, expected "
+                                             "a fixed k: see moeroute_route"));
+  CHECK_THROWS_WITH(compiled::route(batch, {z.data(), 4, 15}, choices),
+                    "moeroute::route: logits.cols is 15, expected 16");
+  CHECK_THROWS_WITH(
+      compiled::route(batch, {z.data(), MOEROUTE_BFLOAT16, 4, 16}, choices),
+      "moeroute::route: logits are of 16 bits, expected float: the rule sees the whole batch");
+  // A table's router is reserved with ids, as it runs with them.
+  const compiled::router by_id(plain(MOEROUTE_EXPERT_TABLE), {.table = table});
+  choices.reserve(by_id, 4);
+  choices.reserve(by_id, 4, MOEROUTE_BFLOAT16, 3);
+  CHECK(choices.tokens() == 4);
+  CHECK((choices.experts() == 16 && choices.k() == 2 && choices.choices() == 8));
+}
+
+TEST_CASE("rows of 16 bits go through gates, plans and mixtures as their values do as floats") {
+  std::mt19937 engine(21);
+  const index_t tokens = 21, experts = 6, k = 2, d = 35;
+  using moeroute::bfloat16;
+  using moeroute::float16;
+  struct rows {
+    std::vector<float> wide;
+    std::vector<bfloat16> brain;
+    std::vector<float16> half;
+    index_t count, cols;
+    // Of values that all three types have.
+    rows(index_t n, index_t c, std::mt19937& from) : count(n), cols(c) {
+      for (index_t i = 0; i < n * c; ++i) {
+        wide.push_back(static_cast<float>(from() % 255) / 64.0f - 2.0f);
+        brain.push_back(bfloat16(wide.back()));
+        half.push_back(float16(wide.back()));
+      }
+    }
+    compiled::const_rows as(int type) const {
+      const auto t = static_cast<moeroute_type>(type);
+      if (t == MOEROUTE_BFLOAT16) return {brain.data(), t, count, cols};
+      if (t == MOEROUTE_FLOAT16) return {half.data(), t, count, cols};
+      return {wide.data(), count, cols};
+    }
+    compiled::rows to(int type) {
+      const auto t = static_cast<moeroute_type>(type);
+      if (t == MOEROUTE_BFLOAT16) return {brain.data(), t, count, cols};
+      if (t == MOEROUTE_FLOAT16) return {half.data(), t, count, cols};
+      return {wide.data(), count, cols};
+    }
+    // What stands in the rows of a type.
+    std::vector<float> values(int type) const {
+      std::vector<float> v = wide;
+      for (std::size_t i = 0; i < v.size() && type != MOEROUTE_FLOAT; ++i)
+        v[i] = static_cast<float>(type == MOEROUTE_BFLOAT16 ? static_cast<float>(brain[i])
+                                                            : static_cast<float>(half[i]));
+      return v;
+    }
+  };
+  const rows x(tokens, d, engine), w(experts, d, engine), z(tokens, experts, engine);
+  const std::vector<float> bias{0.5f, -1.0f, 2.0f, 0.25f, 0.0f, 1.0f};
+  const auto furthest = [](const std::vector<float>& a, const std::vector<float>& b) {
+    float most = a.size() == b.size() ? 0.0f : 1e9f;
+    for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i)
+      most = std::max(most, std::abs(a[i] - b[i]));
+    return most;
+  };
+  // The same rounded as a type has it.
+  const auto rounded = [](std::vector<float> v, int type) {
+    for (float& one : v)
+      one = type == MOEROUTE_BFLOAT16  ? static_cast<float>(bfloat16(one))
+            : type == MOEROUTE_FLOAT16 ? static_cast<float>(float16(one))
+                                       : one;
+    return v;
+  };
+  compiled::spec spec = compiled::plain_spec();
+  spec.experts = experts;
+  on_every_isa([&] {
+    std::vector<float> first_logits, first_cosines;
+    for (int of_w = 0; of_w < 3; ++of_w)
+      for (int of_x = 0; of_x < 3; ++of_x) {
+        INFO("weights of type " << of_w << ", rows of type " << of_x);
+        rows logits(tokens, experts, engine), cosines(tokens, experts, engine);
+        compiled::gate(x.as(of_x), compiled::gate_weight(w.as(of_w), bias), logits.to(0));
+        compiled::cosine_gate(x.as(of_x), compiled::gate_weight(w.as(of_w)), 2.0f, cosines.to(0));
+        if (first_logits.empty()) {
+          first_logits = logits.wide;
+          first_cosines = cosines.wide;
+        }
+        CHECK(furthest(logits.wide, first_logits) < 1e-4f);
+        CHECK(furthest(cosines.wide, first_cosines) < 1e-4f);
+      }
+    const compiled::router router(spec);
+    compiled::assignment choices, again;
+    compiled::dispatch_plan plan;
+    compiled::soft_plan soft, soft_again;
+    compiled::route(router, z.as(0), choices);
+    compiled::plan(choices, plan);
+    compiled::plan_soft(z.as(0), 2, soft);
+    for (int of_z = 1; of_z < 3; ++of_z) {
+      compiled::route(router, z.as(of_z), again);
+      CHECK(std::ranges::equal(again.ids(), choices.ids()));
+      CHECK(same_bits(again.weights(), choices.weights()));
+      compiled::plan_soft(z.as(of_z), 2, soft_again);
+      const auto list = [&](const compiled::soft_plan& p) {
+        CHECK((p.view().tokens == tokens && p.view().slots == experts));
+        return std::span(p.view().dispatch, static_cast<std::size_t>(tokens * experts));
+      };
+      CHECK(same_bits(list(soft_again), list(soft)));
+    }
+    rows slots(plan.slots(), d, engine), soft_slots(experts, d, engine);
+    const rows terms = slots, soft_terms = soft_slots;
+    rows y(tokens, d, engine), of_choices(tokens, d, engine), soft_y(tokens, d, engine);
+    compiled::dispatch(x.as(0), plan, slots.to(0));
+    compiled::dispatch(x.as(0), soft, soft_slots.to(0));
+    compiled::combine(terms.as(0), plan, choices, y.to(0));
+    compiled::combine(terms.as(0), choices, of_choices.to(0));
+    compiled::combine(soft_terms.as(0), soft, soft_y.to(0));
+    for (int from = 0; from < 3; ++from)
+      for (int to = 0; to < 3; ++to) {
+        INFO("from type " << from << " to type " << to);
+        rows s = slots, q = soft_slots, r = y, c = of_choices, t = soft_y;
+        if (from != to && from != 0 && to != 0) {
+          const std::string two =
+              "rows are of two 16-bit types, expected one of them to be float, or both the same";
+          CHECK_THROWS_WITH(compiled::dispatch(x.as(from), plan, s.to(to)),
+                            "moeroute::dispatch: " + two);
+          CHECK_THROWS_WITH(compiled::dispatch(x.as(from), soft, q.to(to)),
+                            "moeroute::soft_dispatch: dispatch: " + two);
+          CHECK_THROWS_WITH(compiled::combine(terms.as(from), plan, choices, r.to(to)),
+                            "moeroute::combine: " + two);
+          CHECK_THROWS_WITH(compiled::combine(soft_terms.as(from), soft, t.to(to)),
+                            "moeroute::soft_combine: combine: " + two);
+          continue;
+        }
+        compiled::dispatch(x.as(from), plan, s.to(to));
+        CHECK(s.values(to) == rounded(slots.wide, to));
+        compiled::dispatch(x.as(from), plan, s.to(to), {}, choices.weights());
+        compiled::combine(terms.as(from), plan, choices, r.to(to));
+        CHECK(r.values(to) == rounded(y.wide, to));
+        compiled::combine(terms.as(from), choices, c.to(to));
+        CHECK(c.values(to) == rounded(of_choices.wide, to));
+        compiled::dispatch(x.as(from), soft, q.to(to));
+        CHECK(furthest(q.values(to), soft_slots.wide) < 0.02f);
+        compiled::combine(soft_terms.as(from), soft, t.to(to));
+        CHECK(furthest(t.values(to), soft_y.wide) < 0.02f);
+      }
+  });
+}
+
 TEST_CASE("a step through the compiled library is the sum over the chosen experts") {
   std::mt19937 engine(7);
   std::normal_distribution<float> normal;
@@ -441,6 +645,17 @@ TEST_CASE("a step through the compiled library is the sum over the chosen expert
     for (const std::int32_t c : sorted)
       if (c < tokens * k) CHECK(named.insert(c).second);
     CHECK(std::ssize(named) == result.kept);
+    // Where each block begins without padding: an expert's tokens before it.
+    const auto filled = static_cast<std::size_t>(plan.slots() / 8);
+    for (std::size_t b = 0, of = 0, before = 0; b < filled; ++b) {
+      const auto e = static_cast<std::size_t>(of_block[b]);
+      if (b == 0 || e != static_cast<std::size_t>(of_block[b - 1])) {
+        for (; of < e; ++of) before += static_cast<std::size_t>(plan.loads()[of]);
+        CHECK(starts[b] == static_cast<std::int32_t>(before));
+      } else {
+        CHECK(starts[b] == starts[b - 1] + 8);
+      }
+    }
 
     // Quantised rows are moved as they are.
     std::vector<std::uint8_t> bytes(static_cast<std::size_t>(tokens * 5)),

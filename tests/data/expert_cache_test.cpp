@@ -436,3 +436,30 @@ TEST_CASE("a cache that cannot be is refused by name") {
   CHECK(test::refusal([&] { foresees.step(ids{0}); }) ==
         "moeroute::expert_cache: next.size() is 0, expected 1");
 }
+
+TEST_CASE("what an earlier prefetch brought gives way to a later one, what was used does not") {
+  for (const cache_policy policy : live_policies) {
+    expert_cache cache({.experts = 6, .capacity = 2, .policy = policy});
+    const std::vector<expert_id> used{0}, early{1}, later{2}, last{3, 4};
+    cache.step(used);
+    CHECK(cache.prefetch(early, 0, 1).loads.size() == 1);
+    const auto found = cache.prefetch(later, 0, 1);
+    CHECK(std::vector(found.loads.begin(), found.loads.end()) == std::vector<std::int32_t>{2});
+    CHECK(std::vector(found.evictions.begin(), found.evictions.end()) ==
+          std::vector<std::int32_t>{1});
+    CHECK(cache.would_hit(0));
+    CHECK(cache.prefetch(last, 0, 2).loads.size() == 1);  // nor one of them for another
+  }
+}
+
+TEST_CASE("a step is refused by the id that is wrong, behind ids of nobody") {
+  expert_cache cache({.experts = 6, .capacity = 2});
+  for (const expert_id wrong : {-2, 6}) {
+    const std::vector<expert_id> list{no_expert, 5, 0, wrong};
+    CHECK(test::refusal([&] { cache.step(list); }) ==
+          "moeroute::expert_cache: expert is " + std::to_string(wrong) + ", expected 0 to 5");
+    CHECK(test::refusal([&] { cache.prefetch(list, 0, 1); }) ==
+          "moeroute::expert_cache: expert is " + std::to_string(wrong) + ", expected 0 to 5");
+  }
+  CHECK(cache.held() == 0);
+}

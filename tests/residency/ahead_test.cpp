@@ -123,6 +123,14 @@ TEST_CASE("predictors rank what their name says, best first, the lowest among eq
   CHECK(test::refusal([&] { guesses(by_gate, 1, 2); }) ==
         "moeroute::gate_predictor: layer is 1, expected 0 to 0");
 
+  transition_predictor single(1, 4);  // of one layer nobody comes before
+  single.saw(0, ids{1});
+  CHECK(guesses(single, 0, 4).empty());
+
+  CHECK(recall_meter{}.recall() == 0.0);
+  CHECK(prefetch_counts{}.per_use() == 0.0);
+  CHECK(prefetch_counts{.prefetched = 6}.per_use() == 6.0);
+  CHECK(prefetch_counts{.prefetched = 6, .useful = 4}.per_use() == 1.5);
   recall_meter recall;
   recall.add(ids{1, 2, 3}, ids{3, 4, no_expert});
   CHECK(recall.recall() == 0.5);
@@ -210,6 +218,7 @@ TEST_CASE("a prefetcher whose loads are for nothing stops, and demand loads go o
   CHECK(ahead.counts().useful == 0);
   CHECK(ahead.counts().wasted == 10);
   CHECK(ahead.counts().loads == with);
+  CHECK(ahead.counts().tokens == 400);
   CHECK(with - without < 30);
 }
 

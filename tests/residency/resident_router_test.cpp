@@ -14,6 +14,7 @@
 #include <moeroute/stage/weigh.hpp>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "oracle/residency.hpp"
@@ -301,8 +302,11 @@ TEST_CASE("a strength of 0 is the router to the bit, for every router of the cat
             if (!left && what == dropped_weight::lost)
               CHECK(got.weights(t)[r] == want.weights(t)[r]);
           }
-          if (what == dropped_weight::shared_out && after > 0.0f)
-            CHECK(std::abs(after - before) <= 1e-5f);
+          float left_over = 0;
+          for (std::size_t r = 0; r < static_cast<std::size_t>(got.k()); ++r)
+            if (got.ids(t)[r] != no_expert) left_over += want.weights(t)[r];
+          if (what == dropped_weight::shared_out)
+            CHECK(std::abs(after - (left_over > 0.0f ? before : 0.0f)) <= 1e-5f);
         }
       }
     }
@@ -349,6 +353,77 @@ TEST_CASE("what is missing and hardly counts is dropped; the row's sum stays, or
     }
   }
   CHECK(dropped > 20);
+}
+
+TEST_CASE("what is as heavy as the bound stays, and where all is dropped all weights are 0") {
+  constexpr index_t experts = 40;
+  const expert_table table({0, 1, 39, 2}, 2, experts);
+  const router<softmax> ranked{.score = {}, .selection = {.k = 2}, .weight = sum_normalized},
+      many{.score = {}, .selection = {.k = 20}, .weight = sum_normalized};
+  const table_router<softmax> by_id{.table = &table, .weight = sum_normalized};
+  // Seventeen rows: a block, and one alone.
+  constexpr index_t tokens = 17;
+  std::vector<float> level(static_cast<std::size_t>(tokens * experts)), falling = level;
+  for (std::size_t i = 0; i < falling.size(); ++i)
+    falling[i] = -0.25f * static_cast<float>(i % static_cast<std::size_t>(experts));
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(tokens));
+  const auto both = [&](const auto& plain, const residency_rule& rule, const resident_set& set,
+                        const std::vector<float>& z, const side_inputs& side) {
+    return test::routed(resident_router(plain, rule, set), z, experts, side);
+  };
+  const auto each = [&](auto&& check) {
+    check(ranked, side_inputs{});
+    check(many, side_inputs{});
+    check(by_id, side_inputs{.token_ids = ids});
+  };
+  const resident_set nobody(experts);
+  resident_set first(experts), second(experts);
+  first.insert(0);
+  second.insert(1);
+  for (const dropped_weight what : {dropped_weight::lost, dropped_weight::shared_out})
+    each([&](const auto& plain, const side_inputs& side) {
+      const auto count = static_cast<std::size_t>(plain.k());
+      const auto rule = [&](float strength, index_t forced) {
+        return residency_rule{
+            .kind = kind::drop_cold, .strength = strength, .forced = forced, .dropped = what};
+      };
+      // Equally heavy ones are as heavy as the heaviest.
+      const assignment equal = both(plain, rule(1.0f, 0), nobody, level, side);
+      for (const float w : equal.weights())
+        CHECK(std::abs(w - 1.0f / static_cast<float>(count)) < 1e-6f);
+      // None is half as heavy again as the heaviest.
+      const assignment none = both(plain, rule(1.5f, 0), nobody, falling, side);
+      for (const expert_id e : none.ids()) CHECK(e == no_expert);
+      for (const float w : none.weights()) CHECK(w == 0.0f);
+      // Who is there stays, expert 0 as any other.
+      for (const resident_set* set : {&first, &second}) {
+        const assignment one = both(plain, rule(1.5f, 0), *set, falling, side);
+        const expert_id there = set == &first ? 0 : 1;
+        for (index_t t = 0; t < tokens; ++t)
+          for (std::size_t r = 0; r < count; ++r)
+            CHECK(one.ids(t)[r] == (static_cast<expert_id>(r) == there ? there : no_expert));
+      }
+      // Of forced ones the first stays.
+      const assignment forced = both(plain, rule(1.5f, 1), nobody, falling, side);
+      for (index_t t = 0; t < tokens; ++t) {
+        CHECK(forced.ids(t)[0] == 0);
+        CHECK(forced.ids(t)[1] == no_expert);
+        if (what == dropped_weight::shared_out)
+          CHECK(std::abs(forced.weights(t)[0] - 1.0f) < 1e-6f);
+        else
+          CHECK(forced.weights(t)[0] < 0.9f);
+      }
+    });
+  // What a row without a softmax loses is not counted as mass.
+  residency_counts counts;
+  std::vector<float> endless(static_cast<std::size_t>(experts));
+  endless[3] = INFINITY;
+  test::routed(
+      resident_router(ranked, {.kind = kind::drop_cold, .strength = 0.9f}, nobody, &counts),
+      endless, experts);
+  CHECK((counts.tokens == 1 && counts.dropped == 1 && counts.mass == 0));
+  CHECK(residency_counts{}.agreement() == 1.0);
+  CHECK((residency_counts{}.misses_per_token() == 0.0 && residency_counts{}.mass_lost() == 0.0));
 }
 
 TEST_CASE("counts are what plain sums over the choices give, and counting changes nothing") {
@@ -546,10 +621,17 @@ TEST_CASE("a running range is the decayed mean of the tokens' own") {
   running_range last(0.0f);
   last.update({z, 2, 4});
   CHECK(last.value() == 8.0f);
-  for (const float decay : {1.0f, -0.5f})
-    CHECK(test::refusal([&] {
-            running_range{decay};
-          }).starts_with("moeroute::running_range: decay is "));
+  for (const auto& [decay, shown] :
+       {std::pair{1.0f, "1.000000"}, {-0.5f, "-0.500000"}, {NAN, "nan"}})
+    CHECK(test::refusal([&, decay = decay] { running_range{decay}; }) ==
+          "moeroute::running_range: decay is " + std::string(shown) + ", expected 0 to below 1");
+  // The last column counts as the first, in more rows than columns and in fewer.
+  const float ends[] = {0, 0, 5, 9, 0, 0, 0, -3, 1, 1, 1, 5};
+  for (const auto& [rows, columns] : {std::pair<index_t, index_t>{3, 4}, {6, 2}, {1, 12}}) {
+    running_range ranges(0.0f);
+    ranges.update({ends, rows, columns});
+    CHECK(ranges.value() == (columns == 12 ? 12.0f : 4.0f));
+  }
   resident_set set(4);
   set.insert(0);
   const residency_rule rule{

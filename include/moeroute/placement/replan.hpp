@@ -103,10 +103,7 @@ inline replan_result replan(const placement& old, std::span<const double> load,
       // that the step leaves alone are not above it.
       if (made > max_now * (1.0 + 1e-12)) return;
       const double score = drop / static_cast<double>(moves);
-      const double margin = 1e-12 * best;
-      const bool wins =
-          score > best + margin || (step_moves > 0 && score > best - margin && moves < step_moves);
-      if (!wins) return;
+      if (score <= best * (1.0 + 1e-12)) return;  // of equals the first: copies come before swaps
       best = score;
       step = candidate;
       step_moves = moves;

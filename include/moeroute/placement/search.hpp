@@ -162,7 +162,7 @@ inline void swap_slots(packing& p, std::span<const double> load, bool distinct) 
       const expert_id e = p.of_rank[at(h)][i];
       const double x = w(e);
       for (index_t k = 0; k < ranks; ++k) {
-        if (k == h || p.load[at(k)] >= best) continue;
+        if (p.load[at(k)] >= best) continue;
         const double gap = hot - p.load[at(k)];
         for (std::size_t j = 0; j < p.of_rank[at(k)].size(); ++j) {
           const expert_id f = p.of_rank[at(k)][j];

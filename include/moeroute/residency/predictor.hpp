@@ -129,7 +129,7 @@ class transition_predictor {
   }
   index_t rank(index_t layer, std::span<expert_id> out) {
     check_range("transition_predictor", "layer", layer, 0, layers_ - 1);
-    if (layer == 0 || last_layer_ != layer - 1) return 0;
+    if (last_layer_ != layer - 1) return 0;  // of the first layer: nobody came before
     std::fill(sum_.begin(), sum_.end(), 0);
     for (const expert_id from : last_) {
       const auto row = counts(layer - 1, from);
@@ -139,7 +139,7 @@ class transition_predictor {
   }
   void saw(index_t layer, std::span<const expert_id> ids) {
     detail::check_seen("transition_predictor", layer, layers_, ids, experts_);
-    if (layer > 0 && last_layer_ == layer - 1)
+    if (last_layer_ == layer - 1)
       for (const expert_id from : last_)
         for (const expert_id to : ids)
           if (to != no_expert) ++counts(layer - 1, from)[static_cast<std::size_t>(to)];

@@ -46,7 +46,6 @@ MOEROUTE_INLINE void drop_cold(const residency_rule& rule, const resident_view& 
   float most[2] = {0.0f, 0.0f}, all = 0.0f, kept = 0.0f;
   for (int r = 0; r < k; ++r) most[r & 1] = std::max(most[r & 1], weight[r * step]);
   const float least = rule.strength * std::max(most[0], most[1]);
-  bool any = false;
   for (int r = 0; r < k; ++r) {
     const expert_id e = id[r * step];
     const float w = weight[r * step];
@@ -56,11 +55,10 @@ MOEROUTE_INLINE void drop_cold(const residency_rule& rule, const resident_view& 
     static_assert(no_expert == -1);
     id[r * step] = e | -static_cast<expert_id>(leaves);
     weight[r * step] = left;
-    any |= leaves;
     all += w;
     kept += left;
   }
-  const bool shares = any & (rule.dropped != dropped_weight::lost) & (kept > 0.0f);
+  const bool shares = (rule.dropped != dropped_weight::lost) & (kept > 0.0f);
   const float one = kept_if(!shares, 1.0f);
   const float factor = (kept_if(shares, all) + one) / (kept_if(shares, kept) + one);
   for (int r = 0; r < k; ++r) weight[r * step] *= factor;

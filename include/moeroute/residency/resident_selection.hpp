@@ -248,7 +248,7 @@ void drop_cold(const residency_rule& rule, const resident_view& set, choice_bloc
       for (int r = 0; r < c.k; ++r)
         f(r, c.id + r * block_rows + lane, c.value + r * block_rows + lane);
     };
-    F largest = zero, all = zero, kept = zero, lost = zero;
+    F largest = zero, all = zero, kept = zero;
     for_each([&](int, const expert_id*, const float* weight) {
       const F w = simd::load<A>(weight);
       largest = simd::select<A>(w > largest, w, largest);
@@ -264,11 +264,10 @@ void drop_cold(const residency_rule& rule, const resident_view& set, choice_bloc
       const F left = simd::select<A>(leaves, zero, w);
       simd::select<A>(leaves, none, e).store_unaligned(id);
       left.store_unaligned(weight);
-      lost = simd::select<A>(leaves, one, lost);
       kept += left;
     });
     if (rule.dropped == dropped_weight::lost) continue;
-    const auto shares = (lost > zero) & (kept > zero);
+    const auto shares = kept > zero;  // a row that lost nothing has all for kept: a factor of 1
     const F factor =
         simd::select<A>(shares, simd::divide<A>(all, simd::select<A>(shares, kept, one)), one);
     for_each([&](int, const expert_id*, float* weight) {
@@ -289,7 +288,7 @@ MOEROUTE_INLINE void drop_cold(const residency_rule& rule, const resident_view& 
   const auto for_each = [&](auto f) MOEROUTE_INLINE_LAMBDA {
     for (int r = 0; r < n && r * w < c.k; ++r) f(r, c.id[r], c.value[r]);
   };
-  F largest = zero, lost = zero;
+  F largest = zero;
   for_each([&](int, I e, F x) MOEROUTE_INLINE_LAMBDA {
     largest = simd::select<A>(simd::differs<A>(e, none) & (x > largest), x, largest);
   });
@@ -303,11 +302,10 @@ MOEROUTE_INLINE void drop_cold(const residency_rule& rule, const resident_view& 
     const auto leaves = may_leave & simd::differs<A>(e, none) & (x < least) & !held;
     e = simd::select<A>(leaves, none, e);
     x = simd::select<A>(leaves, zero, x);
-    lost = simd::select<A>(leaves, one, lost);
   });
   if (!shares_out) return;
   const F kept = c.sum(itself);
-  const auto shares = (simd::largest_lane<A>(lost) > zero) & (kept > zero);
+  const auto shares = kept > zero;
   const F factor =
       simd::select<A>(shares, simd::divide<A>(all, simd::select<A>(shares, kept, one)), one);
   for_each([&](int, I, F& x) MOEROUTE_INLINE_LAMBDA { x *= factor; });
