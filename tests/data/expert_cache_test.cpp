@@ -376,6 +376,11 @@ TEST_CASE("a profile is the uses of a run; the hottest are pinned; text comes ba
     CHECK(refused(("expert_profile v1 1 2\n" + std::string(counts) + "\n").c_str())
               .starts_with("moeroute::parse_expert_profile: line 2: expected "));
   CHECK(refused("expert_profile v1 2 1\n9223372036854775807\n0\n") == "accepted");
+  // Lines that end as on Windows, and one that ends twice.
+  CHECK(parse_expert_profile("expert_profile v1 2 2\r\n1 2\r\n3 4\r\n").uses ==
+        std::vector<std::int64_t>{1, 2, 3, 4});
+  CHECK(refused("expert_profile v1 1 2\n1 2\r\r\n") ==
+        "moeroute::parse_expert_profile: line 2: expected 2 counts");
   // The lowest among equals, beyond one layer.
   const expert_profile even{.layers = 3, .experts = 2, .uses = {1, 5, 5, 1, 5, 0}};
   CHECK(hot_keys(even, 4) == std::vector<std::int32_t>{1, 2, 4, 0});

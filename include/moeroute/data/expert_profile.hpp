@@ -54,7 +54,8 @@ inline std::string to_string(const expert_profile& profile) {
   return text;
 }
 
-/// What to_string() wrote. Throws: error where the text is no profile, with the line that is not.
+/// What to_string() wrote; lines may end as on Windows. Throws: error where the text is no profile,
+/// with the line that is not.
 inline expert_profile parse_expert_profile(std::string_view text) {
   constexpr const char* where = "parse_expert_profile";
   expert_profile made;
@@ -66,8 +67,9 @@ inline expert_profile parse_expert_profile(std::string_view text) {
     ++line;
     const std::size_t end = text.find('\n');
     if (end == std::string_view::npos) wrong("another line that ends");
-    const std::string_view found = text.substr(0, end);
+    std::string_view found = text.substr(0, end);
     text.remove_prefix(end + 1);
+    if (found.ends_with('\r')) found.remove_suffix(1);
     return found;
   };
   const auto next_number = [&](std::string_view& from) {
