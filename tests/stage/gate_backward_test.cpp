@@ -80,37 +80,44 @@ TEST_CASE("the gate's gradients are the adjoints of gate, for 16-bit states and 
 }
 
 TEST_CASE("the gradients of a cosine gate and of a shared expert's gate are derivatives") {
-  auto x = random_values<double>(5 * 4, 11), w = random_values<double>(3 * 4, 12);
-  auto dz = random_values<double>(5 * 3, 13);
-  for (std::size_t j = 4; j < 8; ++j) x[j] = 0.0;  // a token without a direction
   workspace ws;
-  std::vector<double> dx(20, 7.0), dw(12, 7.0);
-  double dscale = 0.0;
-  cosine_gate_backward(rows(x, 5), rows(w, 3), 2.5, rows(dz, 5),
-                       gate_gradients<double>{gradient_to::write, rows(dx, 5), rows(dw, 3)}, ws,
-                       serial{}, &dscale);
-  const auto value = [&](const std::vector<double>& a, const std::vector<double>& b, double scale) {
-    double sum = 0.0;
-    for (std::size_t t = 0; t < 5; ++t)
-      for (std::size_t e = 0; e < 3; ++e) {
-        double ab = 0.0, aa = 0.0, bb = 0.0;
-        for (std::size_t j = 0; j < 4; ++j) {
-          ab += a[t * 4 + j] * b[e * 4 + j];
-          aa += a[t * 4 + j] * a[t * 4 + j];
-          bb += b[e * 4 + j] * b[e * 4 + j];
+  // Arrays that end with a line of memory, and inside of one; a token without a direction.
+  for (const std::size_t n : {5u, 8u}) {
+    constexpr std::size_t d = 4, experts = 3;
+    const auto rows_n = static_cast<index_t>(n);
+    auto x = random_values<double>(rows_n * 4, 11), w = random_values<double>(3 * 4, 12);
+    auto dz = random_values<double>(rows_n * 3, 13);
+    for (std::size_t j = d; j < 2 * d; ++j) x[j] = 0.0;
+    std::vector<double> dx(n * d, 7.0), dw(experts * d, 7.0);
+    double dscale = 0.0;
+    cosine_gate_backward(rows(x, rows_n), rows(w, 3), 2.5, rows(dz, rows_n),
+                         gate_gradients<double>{gradient_to::write, rows(dx, rows_n), rows(dw, 3)},
+                         ws, serial{}, &dscale);
+    const auto value = [&](const std::vector<double>& a, const std::vector<double>& b,
+                           double scale) {
+      double sum = 0.0;
+      for (std::size_t t = 0; t < n; ++t)
+        for (std::size_t e = 0; e < experts; ++e) {
+          double ab = 0.0, aa = 0.0, bb = 0.0;
+          for (std::size_t j = 0; j < d; ++j) {
+            ab += a[t * d + j] * b[e * d + j];
+            aa += a[t * d + j] * a[t * d + j];
+            bb += b[e * d + j] * b[e * d + j];
+          }
+          if (t != 1) sum += dz[t * experts + e] * scale * ab / std::sqrt(aa * bb);
         }
-        if (t != 1) sum += dz[t * 3 + e] * scale * ab / std::sqrt(aa * bb);
-      }
-    return sum;
-  };
-  const auto of_x = [&](const std::vector<double>& a) { return value(a, w, 2.5); };
-  const auto of_w = [&](const std::vector<double>& b) { return value(x, b, 2.5); };
-  CHECK(test::difference(dw, oracle::derivative(w, of_w), 1e-7, 2e-9) == "");
-  std::vector<double> slope = oracle::derivative(x, of_x);
-  for (std::size_t j = 4; j < 8; ++j) slope[j] = 0.0;
-  CHECK(test::difference(dx, slope, 1e-7, 2e-9) == "");
-  CHECK(std::abs(dscale - value(x, w, 1.0)) < 1e-12);
+      return sum;
+    };
+    const auto of_x = [&](const std::vector<double>& a) { return value(a, w, 2.5); };
+    const auto of_w = [&](const std::vector<double>& b) { return value(x, b, 2.5); };
+    CHECK(test::difference(dw, oracle::derivative(w, of_w), 1e-7, 2e-9) == "");
+    std::vector<double> slope = oracle::derivative(x, of_x);
+    for (std::size_t j = d; j < 2 * d; ++j) slope[j] = 0.0;
+    CHECK(test::difference(dx, slope, 1e-7, 2e-9) == "");
+    CHECK(std::abs(dscale - value(x, w, 1.0)) < 1e-12);
+  }
 
+  auto x = random_values<double>(5 * 4, 11);
   auto gate_row = random_values<double>(4, 14), up = random_values<double>(5, 15);
   const auto gated = [&](const std::vector<double>& g) {
     std::vector<double> weight(5);

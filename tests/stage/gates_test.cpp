@@ -637,9 +637,8 @@ TEST_CASE("the gradient of gamma alone is added, and never lies in gamma's memor
   go({gradient_to::nowhere}, alone);
   CHECK(with == alone);
   CHECK(std::any_of(alone.begin(), alone.end(), [](float v) { return v != 0.0f; }));
-  CHECK(test::refusal([&] {
-          go({gradient_to::write, gate_rows_in(dx, tokens)}, gamma);
-        }).ends_with("dgamma lies in the memory of gamma"));
+  CHECK(test::refusal([&] { go({gradient_to::write, gate_rows_in(dx, tokens)}, gamma); }) ==
+        "moeroute::rms_gate_backward: dgamma lies in the memory of gamma");
 }
 
 TEST_CASE(

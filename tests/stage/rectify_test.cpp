@@ -190,6 +190,18 @@ TEST_CASE("one round of filling in gives vacancies to the best of those whose ne
   }
 }
 
+TEST_CASE("what was dropped by hand, with room left, leaves its place to another token") {
+  batch b{{2.0f, 1.0f, 2.0f, 1.0f, 1.0f, 2.0f}, {}, 3, 2, 1};
+  b.choices.reset(3, 2, 1);
+  const expert_id ids[] = {0, 0, 1};
+  std::copy(std::begin(ids), std::end(ids), b.choices.ids().begin());
+  b.choices.kept_to_change()[1] = 0;
+  workspace ws;
+  assignment filled;
+  CHECK(rectify_by_filling(b.choices, b.view(), 2, 1, ws, filled) == 2);
+  CHECK(loads(filled) == std::vector<index_t>{2, 2});
+}
+
 TEST_CASE("a score of -inf or NaN is no reason to go to an expert") {
   batch b = dropped_batch(25, 10, 4, 1, 1, false);
   for (std::size_t i = 0; i < b.scores.size(); ++i)
@@ -216,12 +228,10 @@ TEST_CASE("what rectification refuses, it refuses by name") {
         "moeroute::rectify_within_rank: rank_of_token is 2, expected 0 to 1");
   CHECK(test::refusal([&] { rectify_within_rank(b.choices, b.view(), rank, 5); }) ==
         "moeroute::rectify_within_rank: experts_per_rank is 5, expected 1 to 4");
-  CHECK(test::refusal([&] {
-          rectify_by_filling(b.choices, b.view(), -1, 4, ws, filled);
-        }).starts_with("moeroute::rectify_by_filling: capacity is -1"));
-  CHECK(test::refusal([&] {
-          rectify_by_filling(b.choices, b.view(), 3, 4, ws, b.choices);
-        }).starts_with("moeroute::rectify_by_filling: choices and filled are the same"));
+  CHECK(test::refusal([&] { rectify_by_filling(b.choices, b.view(), -1, 4, ws, filled); }) ==
+        "moeroute::rectify_by_filling: capacity is -1, expected 0 to 2147483647");
+  CHECK(test::refusal([&] { rectify_by_filling(b.choices, b.view(), 3, 4, ws, b.choices); }) ==
+        "moeroute::rectify_by_filling: choices and filled are the same, expected two assignments");
   const matrix_view<const float> low(b.scores.data(), 9, 4), tight(b.scores.data(), 10, 4, 3);
   const std::vector<std::int32_t> below(10, -1);
   const auto within = [&](matrix_view<const float> scores,

@@ -146,6 +146,21 @@ TEST_CASE("a logit that is no number is an expert that is not there, whatever it
   }
 }
 
+TEST_CASE("a row without a finite softmax is no token of a distillation") {
+  doubles z = normals(1, T * E), q(z.size(), 1.0 / static_cast<double>(E)), dz(z.size(), 7.0);
+  const double top = std::numeric_limits<double>::infinity();
+  for (std::size_t i = 0; i < z.size(); ++i)
+    if (i / E == 1) z[i] = -top;
+  doubles absent(z), expected(z.size());
+  z[2 * E + 3] = top;
+  for (std::size_t e = 0; e < E; ++e) absent[2 * E + e] = -top;
+  for (const auto distance : {target_distance::cross_entropy, target_distance::squares}) {
+    CHECK(distill({distance}, z, q, &dz) == distill({distance}, absent, q, &expected));
+    CHECK(dz == expected);
+    CHECK(std::isfinite(distill({distance}, z, q, nullptr)));
+  }
+}
+
 TEST_CASE("neighbours pull at one another as the graph's Laplacian says") {
   const index_t n = 4, width = 3, m = 2;
   const doubles r = normals(5, n * width), w{0.5, 0.2, 0.1, 0.7, 0.3, 0.4, 0.9, 0.6};
@@ -401,6 +416,13 @@ TEST_CASE("a state is a direction of its own where the square of its rest is abo
     CHECK(kept.rank() == 1);
     CHECK(retain(1.25 * tolerance));
   }
+  // What has no length is no direction.
+  for (const float length : {HUGE_VALF, std::nanf("")}) {
+    retained_inputs kept(2, 2);
+    const std::vector<float> state{1.0f, length};
+    CHECK_FALSE(kept.retain(read_rows(state, 1)));
+    CHECK(kept.rank() == 0);
+  }
 }
 
 TEST_CASE("arguments of the router's training terms are refused by name") {
@@ -424,10 +446,10 @@ TEST_CASE("arguments of the router's training terms are refused by name") {
         }) == "moeroute::router_distillation: target.rows is 6, expected 5");
   CHECK(test::refusal([&] {
           router_distillation<double>({}, read_rows(z, T), chosen, into(dz, T), ws);
-        }).starts_with("moeroute::router_distillation: an id is 6"));
+        }) == "moeroute::router_distillation: an id is 6, expected -1 to 5");
   CHECK(test::refusal([&] {
           policy_gradient<double>(read_rows(z, T), chosen, a, gradient_to::write, into(dz, T), ws);
-        }).starts_with("moeroute::policy_gradient: an id is 6"));
+        }) == "moeroute::policy_gradient: an id is 6, expected -1 to 5");
   CHECK(test::refusal([&] {
           policy_gradient<double>(read_rows(z, T), chosen, doubles(3), gradient_to::write,
                                   into(dz, T), ws);
@@ -444,7 +466,7 @@ TEST_CASE("arguments of the router's training terms are refused by name") {
           neighbour_loss<double>(1.0, neighbour_gradient::both, read_rows(z, T),
                                  std::vector<std::int32_t>{0, 1, 2, 3, 5}, read_rows(a, T),
                                  gradient_to::write, into(dz, T));
-        }).starts_with("moeroute::neighbour_loss: a neighbour is 5"));
+        }) == "moeroute::neighbour_loss: a neighbour is 5, expected -1 to 4");
   retained_inputs kept(2, 1);
   const doubles unit{1.0, 0.0};
   CHECK(test::refusal([&] {

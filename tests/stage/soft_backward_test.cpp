@@ -144,10 +144,12 @@ TEST_CASE("gradients of a soft plan that do not fit are refused by name") {
                          at(4, dz, 3), ws);
     });
   };
+  const index_t cols_of[] = {3, 4, 3, 4, 4};
   const char* const names[] = {"dispatch", "combine", "ddispatch", "dcombine", "dlogits"};
   for (std::size_t wrong = 0; wrong < 5; ++wrong)
-    CHECK(narrow(wrong).starts_with("moeroute::plan_soft_backward: " + std::string(names[wrong]) +
-                                    ".stride is "));
+    CHECK(narrow(wrong) == "moeroute::plan_soft_backward: " + std::string(names[wrong]) +
+                               ".stride is " + std::to_string(cols_of[wrong] - 1) +
+                               ", expected at least " + std::to_string(cols_of[wrong]));
   CHECK(narrow(5) == "accepted");
 }
 
@@ -165,11 +167,33 @@ TEST_CASE("gradients of a mixture that do not fit, or share memory, are refused 
                    gradient_to::write, at(4, drows, 4, 5));
     });
   };
+  const index_t cols_of[] = {4, 5, 5, 4, 5};
   const char* const names[] = {"weight", "rows", "dout", "dweight", "drows"};
   for (std::size_t wrong = 0; wrong < 5; ++wrong)
-    CHECK(mixed(wrong).starts_with("moeroute::mix_backward: " + std::string(names[wrong]) +
-                                   ".stride is "));
+    CHECK(mixed(wrong) == "moeroute::mix_backward: " + std::string(names[wrong]) + ".stride is " +
+                              std::to_string(cols_of[wrong] - 1) + ", expected at least " +
+                              std::to_string(cols_of[wrong]));
   CHECK(mixed(5) == "accepted");
+  const auto sized = [&](std::size_t wrong) {
+    const auto rows = [&](std::size_t i, std::size_t memory, index_t n, index_t cols) {
+      return matrix_view<double>(own[memory].data(), n + (wrong == 2 * i),
+                                 cols + (wrong == 2 * i + 1));
+    };
+    return test::refusal([&] {
+      mix_backward(rows(0, 0, 3, 4), matrix_view<double>(own[1].data(), 4, 5), rows(1, 2, 3, 5),
+                   rows(2, 3, 3, 4), gradient_to::write, rows(3, 4, 4, 5));
+    });
+  };
+  const char* const of_sizes[] = {"",
+                                  "weight.cols() is 5, expected 4",
+                                  "dout.rows() is 4, expected 3",
+                                  "dout.cols() is 6, expected 5",
+                                  "dweight.rows() is 4, expected 3",
+                                  "dweight.cols() is 5, expected 4",
+                                  "drows.rows() is 5, expected 4",
+                                  "drows.cols() is 6, expected 5"};
+  for (std::size_t wrong = 1; wrong < 8; ++wrong)
+    CHECK(sized(wrong) == "moeroute::mix_backward: " + std::string(of_sizes[wrong]));
   const std::string apart = " overlap, expected memory of their own";
   CHECK(mixed(5, 0) == "moeroute::mix_backward: weight and drows" + apart);
   CHECK(mixed(5, 2) == "moeroute::mix_backward: dout and drows" + apart);
