@@ -690,8 +690,9 @@ TEST_CASE("controllers and schedules refuse by name the numbers that make no sen
       {[] { target_controller({}).update(1, -1); },
        "target_controller: tokens is -1.000000, expected >= 0 and finite"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
-  CHECK(
-      test::refusal(lambda({.ceiling = 0.0})).starts_with("moeroute::lambda_controller: ceiling"));
+  CHECK(test::refusal(lambda({.ceiling = 0.0})) ==
+        "moeroute::lambda_controller: ceiling is 0.000000, expected 0.000000 to " +
+            std::to_string(1e300));
   // What is at the end of its range is in it.
   for (const auto& accepted : std::vector<std::function<void()>>{
            [] { bip_balancer(2, {.k = 2, .iterations = 0}); },

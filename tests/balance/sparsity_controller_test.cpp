@@ -237,23 +237,18 @@ TEST_CASE("a wave has as many waves as it says; capacity factors are those of th
 }
 
 TEST_CASE("controllers of sparsity refuse what makes no sense") {
-  CHECK(test::refusal([] {
-          lambda_controller({.experts = 2, .k = 3});
-        }).starts_with("moeroute::lambda_controller: k is 3"));
-  CHECK(test::refusal([] {
-          lambda_controller({.factor = 0.5});
-        }).starts_with("moeroute::lambda_controller: factor"));
+  CHECK(test::refusal([] { lambda_controller({.experts = 2, .k = 3}); }) ==
+        "moeroute::lambda_controller: k is 3.000000, expected 0.000000 to 2.000000");
+  CHECK(test::refusal([] { lambda_controller({.factor = 0.5}); }) ==
+        "moeroute::lambda_controller: factor is 0.500000, expected 1.000000 to 1000000.000000");
   CHECK(test::refusal([] { lambda_controller({}).update(3, 2); }) ==
         "moeroute::lambda_controller: active is 3, expected 0 to 2");
-  CHECK(test::refusal([] {
-          target_controller({.start = 2.0f});
-        }).starts_with("moeroute::target_controller: start"));
-  CHECK(test::refusal([] {
-          expert_thresholds(2, {.k = std::nanf("")});
-        }).starts_with("moeroute::expert_thresholds: k is nan"));
-  CHECK(test::refusal([] {
-          expert_thresholds(0, {});
-        }).starts_with("moeroute::expert_thresholds: experts is 0"));
+  CHECK(test::refusal([] { target_controller({.start = 2.0f}); }) ==
+        "moeroute::target_controller: start is 2.000000, expected 0.000000 to 1.000000");
+  CHECK(test::refusal([] { expert_thresholds(2, {.k = std::nanf("")}); }) ==
+        "moeroute::expert_thresholds: k is nan, expected 0.000001 to 2.000000");
+  CHECK(test::refusal([] { expert_thresholds(0, {}); }) ==
+        "moeroute::expert_thresholds: experts is 0, expected 1 to 1048576");
   CHECK(test::refusal([] { experts_of_layer(layer_schedule::wave, 2, {.layers = 2}); }) ==
         "moeroute::experts_of_layer: layer is 2, expected 0 to 1");
 }
