@@ -859,6 +859,25 @@ TEST_CASE("every size of a gate's gradients is refused by its own name") {
        "mixing_gate: temperature is inf, expected a number above 0"},
   };
   for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  // Numbers that are none, infinite or beyond their range.
+  const std::string above = ", expected a number above 0";
+  for (const float bad : {0.0f, -1.0f, HUGE_VALF, -HUGE_VALF, std::nanf("")}) {
+    const std::string is = " is " + std::to_string(bad);
+    CHECK(test::refusal([&] { scaled_cosine_gate<>(as_rows(w, width), bad); }) ==
+          "moeroute::scaled_cosine_gate: temperature" + is + above);
+    CHECK(test::refusal([&] { mixing_gate(inner, bad); }) ==
+          "moeroute::mixing_gate: temperature" + is + above);
+    CHECK(test::refusal(mixed(good_z, good_dz, dx, dzs, bad)) ==
+          "moeroute::mixing_gate_backward: temperature" + is + above);
+    if (bad == 0.0f) continue;
+    CHECK(test::refusal([&] { g.update(as_rows(x, width), whole, bad); }) ==
+          "moeroute::codebook_gate: decay" + is + ", expected a number from 0 to below 1");
+    CHECK(test::refusal([&] { rms_gate<>(as_rows(w, width), {.eps = bad}); }) ==
+          "moeroute::rms_gate: eps" + is + ", expected a number of 0 or more");
+    if (bad == -1.0f) continue;
+    CHECK(test::refusal([&] { rms_gate<>(as_rows(w, width), {.scale = bad}); }) ==
+          "moeroute::rms_gate: scale" + is + ", expected a finite number");
+  }
 }
 
 TEST_CASE("of codes that are as near the lowest is a token's, and of its experts too") {

@@ -607,9 +607,10 @@ TEST_CASE("offsets of choices that do not ascend are refused before they index a
   a.to_fill().offsets[3] = 1 << 20;
   spread_rows<float> rows(static_cast<index_t>(total), 8, 1), y(6, 8, 2);
   std::vector<float> w(total), dw(total);
-  const auto said = [](auto&& call, const std::string& where) {
-    return test::refusal(call).starts_with("moeroute::" + where +
-                                           ": token 2 has the choices from ");
+  const auto said = [&a](auto&& call, const std::string& where) {
+    return test::refusal(call) == "moeroute::" + where + ": token 2 has the choices from " +
+                                      std::to_string(a.offsets()[2]) +
+                                      " to 1048576, expected 0 to k = 3 of them, from 0 on";
   };
   CHECK(said([&] { combine(rows.view(), a, y.view()); }, "combine"));
   CHECK(said([&] { renormalize({}, a, std::span(w)); }, "renormalize"));

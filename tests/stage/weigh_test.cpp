@@ -147,6 +147,9 @@ void for_each_router(F&& f) {
   eight("two modalities, learned noise",
         by_modality<router<softmax>, router<sigmoid>>{noisy, noisy_sigmoids, 5},
         {.modality = modality, .noise_logits = test::rows_of(width, experts), .seed = 9});
+  eight("two modalities, of which the second has learned noise",
+        by_modality<router<softmax>, router<sigmoid>>{two, noisy_sigmoids, 5},
+        {.modality = modality, .noise_logits = test::rows_of(width, experts), .seed = 9});
   eight("shared experts with a gate", with_shared<router<softmax>>{two, 2},
         {.shared_weight = shared});
   eight("shared experts", with_shared<router<softmax>>{two, 1, 0.5f}, plain);
@@ -559,9 +562,9 @@ TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by n
   assignment ragged = test::ragged_choices(rng, tokens, experts, 3);
   std::vector<double> own(static_cast<std::size_t>(ragged.choices()));
   ragged.to_fill().offsets[4] = 99;
-  CHECK(test::refusal([&] {
-          weigh(r, view_of(z, experts), {}, ragged, std::span(own), ws);
-        }).starts_with("moeroute::weigh: token 3 has the choices from "));
+  CHECK(test::refusal([&] { weigh(r, view_of(z, experts), {}, ragged, std::span(own), ws); }) ==
+        "moeroute::weigh: token 3 has the choices from " + std::to_string(ragged.offsets()[3]) +
+            " to 99, expected 0 to k = 3 of them, from 0 on");
   a.ids()[3] = 8;
   CHECK(refused(6, 12, out) == "moeroute::weigh_backward: an id is 8, expected -1 to 7");
   a.ids()[3] = -2;
