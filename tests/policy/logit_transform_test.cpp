@@ -90,8 +90,8 @@ TEST_CASE("a temperature, soft-cap or vector that makes no sense is refused") {
   const std::vector<float> vector(7, 0.0f);
   CHECK(refused({.temperature = 0.0f}) ==
         "moeroute::logit_transform: temperature is 0.000000, expected > 0");
-  CHECK(refused({.temperature = test::not_a_number}).find("temperature is nan") !=
-        std::string::npos);
+  CHECK(refused({.temperature = test::not_a_number}) ==
+        "moeroute::logit_transform: temperature is nan, expected > 0");
   CHECK(refused({.softcap = -1.0f}) ==
         "moeroute::logit_transform: softcap is -1.000000, expected >= 0");
   CHECK(refused({.add = vector}) == "moeroute::logit_transform: add.size() is 7, expected 8");

@@ -175,7 +175,8 @@ TEST_CASE("a bias with NaN is refused with its place, whichever that is") {
 TEST_CASE("a table that is missing or made for another router is refused") {
   const expert_table table({0, 1, 2, 3}, 2, 8);
   router_spec spec{.score = score_kind::sigmoid, .selection = selection_kind::expert_table};
-  CHECK(not_made(spec).find("table is missing") != std::string::npos);
+  CHECK(not_made(spec) ==
+        "moeroute::make_router: table is missing, expected one of k ids per token");
   CHECK(not_made(spec, {.table = &table}) == "accepted");
   spec.k = 1;
   CHECK(not_made(spec, {.table = &table}) == "moeroute::make_router: table k is 2, expected 1");
@@ -183,6 +184,14 @@ TEST_CASE("a table that is missing or made for another router is refused") {
   spec.experts = 9;
   CHECK(not_made(spec, {.table = &table}) ==
         "moeroute::make_router: table experts is 8, expected 9");
+  spec.experts = 8;
+  for (const score_kind score : {score_kind::relu, score_kind::identity}) {
+    spec.score = score;
+    CHECK(not_made(spec, {.table = &table}) ==
+          "moeroute::router_spec: selection=hash_table clashes with score=" +
+              std::string(to_string(score)) +
+              ": tables are weighted by softmax, sigmoid, sqrtsoftplus or uniform");
+  }
 }
 
 TEST_CASE("logits of another number of columns than the spec's E are refused") {

@@ -200,10 +200,9 @@ TEST_CASE("a selective step that is not balanced has the noise of a noisy softma
 
 TEST_CASE("choices on plans refuse what does not fit, by name") {
   const auto z = test::make_logits(test::shape::normal, 1, 8, 4);
-  CHECK(test::refusal([&] {
-          routed(sinkhorn_expert_choice{.weights = plan_weights::by_k}, z, 4);
-        }).find("weights is by_k") != std::string::npos);
-  CHECK(test::refusal([&] {
-          routed(sparse_transport_token_choice{.k = 5}, z, 4);
-        }).find("k is 5, expected 1 to 4") != std::string::npos);
+  CHECK(
+      test::refusal([&] { routed(sinkhorn_expert_choice{.weights = plan_weights::by_k}, z, 4); }) ==
+      "moeroute::sinkhorn_expert_choice: weights is by_k or sigmoid, expected softmax or plan");
+  CHECK(test::refusal([&] { routed(sparse_transport_token_choice{.k = 5}, z, 4); }) ==
+        "moeroute::sparse_transport_token_choice: k is 5, expected 1 to 4");
 }

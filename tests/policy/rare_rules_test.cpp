@@ -224,6 +224,12 @@ TEST_CASE("counts from the row decide the same by template and by description") 
        dynmole_excluded);
 }
 
+TEST_CASE("a percentile that is one of the scores does not hear of an infinite one above it") {
+  const counted<identity_score> rule{.count = {.rule = count_rule::percentile, .quantile = 0.5f}};
+  CHECK(routed(rule, {0.0f, 1.0f, test::infinity}, 3).count(0) == 2);
+  CHECK(routed(rule, {1.0f, test::infinity, test::infinity}, 3).count(0) == 2);
+}
+
 TEST_CASE("a share of the best, a percentile and an entropy count what double counts") {
   for (const float ratio : {0.05f, 0.5f, 1.0f})
     counts_agree({.ratio = ratio, .max_k = 12}, false, [&](const auto& score, const auto& order) {
@@ -494,11 +500,12 @@ TEST_CASE("what does not fit is refused with the field and its value") {
         "moeroute::router_spec: quantile is 2, expected 0 to 1");
   CHECK(refused("E=8 k=1 selection=counted count=percentile quantile=-0.5") ==
         "moeroute::router_spec: quantile is -0.5, expected 0 to 1");
-  CHECK(refused("E=8 k=1 selection=counted count=entropy entropy_low=2 entropy_high=1 max_k=4")
-            .find("expected at least entropy_low") != std::string::npos);
-  CHECK(refused("E=8 k=1 selection=counted count=tsallis p=0.5 tsallis_q=9").find("q is 9") !=
-        std::string::npos);
-  CHECK(refused("E=8 k=2 steering").find("the spec says steering") != std::string::npos);
+  CHECK(refused("E=8 k=1 selection=counted count=entropy entropy_low=2 entropy_high=1 max_k=4") ==
+        "moeroute::counted: entropy_high is 1.000000, expected at least entropy_low = 2.000000");
+  CHECK(refused("E=8 k=1 selection=counted count=tsallis p=0.5 tsallis_q=9") ==
+        "moeroute::dense_if: q is 9.000000, expected more than 0 and at most 8");
+  CHECK(refused("E=8 k=2 steering") ==
+        "moeroute::make_router: steer has no expert, expected some: the spec says steering");
   const std::vector<expert_id> all{0, 1, 2, 3, 4, 5, 6}, twice{1, 1}, far{8};
   CHECK(refused("E=8 k=2 steering", {.steer = {.suppress = all}}) ==
         "moeroute::steering: experts that are not suppressed is 1, expected 2 to 8");

@@ -87,11 +87,12 @@ TEST_CASE("sizes outside their range are refused with the field and both values"
         "moeroute::top_k: topk_group is 5, expected 1 to 4");
   CHECK(refused({.k = 3, .groups = 4, .topk_group = 1}) ==
         "moeroute::top_k: topk_group is 1 groups of 2 experts, expected room for k = 3");
-  CHECK(refused({.groups = 4, .topk_group = 1, .group_fill = 1.0f}).find("expected -inf or 0") !=
-        std::string::npos);
+  CHECK(refused({.groups = 4, .topk_group = 1, .group_fill = 1.0f}) ==
+        "moeroute::top_k: group_fill is 1.000000, expected -inf or 0");
   CHECK(refused({.zero_experts = 8}) ==
         "moeroute::router_spec: zero_experts is 8, expected 0 to 7");
-  CHECK(refused({.capacity = -1}).find("capacity is -1, expected 0") != std::string::npos);
+  CHECK(refused({.capacity = -1}) ==
+        "moeroute::router_spec: capacity is -1, expected 0 to 2147483647");
 }
 
 TEST_CASE("numbers outside their domain are refused by name") {
@@ -99,8 +100,8 @@ TEST_CASE("numbers outside their domain are refused by name") {
         "moeroute::router_spec: eps is -0.00100000005, expected >= 0");
   CHECK(refused({.softcap = -2.0f}) == "moeroute::router_spec: logit_softcap is -2, expected >= 0");
   CHECK(refused({.temperature = 0.0f}) == "moeroute::router_spec: temperature is 0, expected > 0");
-  CHECK(refused({.temperature = test::not_a_number}).find("temperature is nan") !=
-        std::string::npos);
+  CHECK(refused({.temperature = test::not_a_number}) ==
+        "moeroute::router_spec: temperature is nan, expected a finite number");
   CHECK(refused({.selection = selection_kind::top_p, .top_p = 1.5f}) ==
         "moeroute::top_p: p is 1.500000, expected more than 0 and at most 1");
   CHECK(refused({.experts = 10,

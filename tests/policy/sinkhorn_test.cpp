@@ -457,4 +457,15 @@ TEST_CASE("Sinkhorn refuses what does not fit, by name") {
         "moeroute::selective_sinkhorn: probability is 1.500000, expected 0 to 1");
   CHECK(test::refusal([] { selective_sinkhorn{.noise = {.sigma = -1.0f}}.check(10, 4); }) ==
         "moeroute::logit_noise: sigma is -1.000000, expected >= 0");
+  const auto z = test::make_logits(test::shape::normal, 3, 4, 3);
+  std::vector<float> dense(20);
+  workspace ws;
+  const auto planned = [&](index_t rows, index_t cols) {
+    return test::refusal([&] {
+      sinkhorn_plan({}, rows_of(z, 3), {}, ws, matrix_view<float>(dense.data(), rows, cols));
+    });
+  };
+  CHECK(planned(3, 3) == "moeroute::sinkhorn_plan: plan.rows is 3, expected 4");
+  CHECK(planned(4, 4) == "moeroute::sinkhorn_plan: plan.cols is 4, expected 3");
+  CHECK(planned(4, 3) == "accepted");
 }

@@ -1,6 +1,8 @@
 #include <moeroute/policy/spec_text.hpp>
 
 #include <catch2/catch_test_macros.hpp>
+#include <cstddef>
+#include <iterator>
 #include <moeroute/policy/catalog.hpp>
 #include <string>
 #include <vector>
@@ -19,6 +21,76 @@ bool advises(const router_spec& s, const std::string& words) {
   for (const std::string& sentence : advice(s))
     if (sentence.find(words) != std::string::npos) return true;
   return false;
+}
+
+// Every field that is read beside another one only is set; the words that switch them on are not.
+router_spec dependent_fields(selection_kind selection) {
+  router_spec s = plain_spec(selection);
+  s.topk_group = 2;
+  s.group_score = group_score::sum;
+  s.group_fill = 0.0f;
+  s.lost_weight = lost_weight::own;
+  s.lp_p = 3.0f;
+  s.eps_where = eps_mode::add;
+  s.eps = 0.5f;
+  s.scale_where = scale_place::output;
+  s.gate.width = 7;
+  s.gate.activation = gate_activation::tanh;
+  s.gate.temperature = 2.0f;
+  s.gate.scale = 3.0f;
+  s.gate.eps = 0.25f;
+  s.pass_rule = pass_rule::ratio;
+  s.pass_lambda = 4.0f;
+  s.candidate_scope = row_scope::batch;
+  s.explore_scope = row_scope::batch;
+  s.noise_sigma = 5.0f;
+  s.noise_floor = 6.0f;
+  s.weight_domain = score_domain::selected;
+  s.jitter = 0.125f;
+  s.second = second_expert::random;
+  s.table_key = table_key::bigram;
+  s.first_keys = 9;
+  s.count = count_rule::percentile;
+  s.quantile = 0.75f;
+  s.count_scope = row_scope::batch;
+  s.ratio = 0.25f;
+  s.entropy_low = 1.0f;
+  s.entropy_high = 2.0f;
+  s.mid_k = 3;
+  s.tsallis_q = 2.0f;
+  s.dense_above = 0.5f;
+  s.top_p = 0.625f;
+  s.crossing = crossing::exclude;
+  s.min_k = 4;
+  s.max_k = 5;
+  s.threshold = 0.375f;
+  s.take = {1.5, capacity_rounding::down, 2, 3, 0};
+  s.sequence = 10;
+  s.phase = routing_phase::evaluation;
+  s.probability = 0.0625f;
+  s.plan_weights = plan_weights::plan;
+  s.plan.mass = s.plan.mass == plan_mass::one ? plan_mass::tokens : plan_mass::one;
+  s.plan.order = s.plan.order == scaling_order::rows_then_columns
+                     ? scaling_order::columns_then_rows
+                     : scaling_order::rows_then_columns;
+  s.plan.stop = s.plan.stop == sinkhorn_stop::mean_change ? sinkhorn_stop::column_error
+                                                          : sinkhorn_stop::mean_change;
+  s.plan.domain = sinkhorn_domain::logarithm;
+  s.plan.similarity = plan_similarity::softmax;
+  s.plan.temperature = 1.25f;
+  s.plan.eps = 0.5f;
+  s.plan.tolerance = 0.75f;
+  s.plan.most_iterations = 11;
+  s.support = 12;
+  s.plan_gamma = 13.0f;
+  s.plan_rate = 14.0f;
+  s.solver = assignment_solver::optimal;
+  s.rounds = 15;
+  s.slots_per_expert = 16;
+  s.slot_logits = soft_logits::product;
+  s.drop_order = drop_order::token_major;
+  s.normalize_before_drop = false;
+  return s;
 }
 
 }  // namespace
@@ -116,6 +188,117 @@ TEST_CASE("a word that says what is so anyway is not printed, another is") {
     INFO(printed);
     CHECK(printed.find(std::string(text).substr(std::string(text).rfind(' '))) !=
           std::string::npos);
+  }
+}
+
+TEST_CASE("a field that nothing reads is not printed, and one that is read is") {
+  // Of every selection in turn.
+  const char* const alone[] = {
+      "k=2 score=softmax",
+      "k=2 score=softmax selection=top_p p=0.625 crossing=exclude min_k=4 max_k=5",
+      "k=2 score=softmax selection=threshold threshold=0.375",
+      "k=2 score=softmax selection=hash_table table_key=bigram",
+      "k=2 score=softmax selection=product_keys first_keys=9",
+      "k=2 score=softmax selection=sparsemixer jitter_eps=0.125",
+      "k=2 score=softmax selection=top2_second_by_logit second=random",
+      "k=2 score=softmax selection=random",
+      "k=2 score=softmax selection=each_group",
+      "k=2 score=softmax selection=counted count=percentile quantile=0.75 count_scope=batch "
+      "min_k=4 max_k=5",
+      "score=softmax selection=expert_choice max_k=5 take_factor=1.5 take_rounding=down "
+      "take_multiple=2 take_at_least=3 sequence=10",
+      "k=2 score=softmax selection=sinkhorn phase=evaluation plan_weights=plan plan_mass=tokens "
+      "plan_order=columns_then_rows plan_domain=logarithm plan_stop=column_error "
+      "plan_similarity=softmax plan_temperature=1.25 plan_eps=0.5 plan_tolerance=0.75 "
+      "plan_iterations=11",
+      "k=2 score=softmax selection=selective_sinkhorn phase=evaluation probability=0.0625 "
+      "plan_mass=one plan_order=rows_then_columns plan_domain=logarithm plan_stop=mean_change "
+      "plan_similarity=softmax plan_temperature=1.25 plan_eps=0.5 plan_tolerance=0.75 "
+      "plan_iterations=11",
+      "score=softmax selection=sinkhorn_expert_choice take_factor=1.5 take_rounding=down "
+      "take_multiple=2 take_at_least=3 plan_weights=plan plan_mass=tokens "
+      "plan_order=columns_then_rows plan_domain=logarithm plan_stop=column_error "
+      "plan_similarity=softmax plan_temperature=1.25 plan_eps=0.5 plan_tolerance=0.75 "
+      "plan_iterations=11",
+      "score=softmax selection=base phase=evaluation solver=optimal rounds=15",
+      "score=softmax selection=sparse_transport take_factor=1.5 take_rounding=down take_multiple=2 "
+      "take_at_least=3 plan_weights=plan plan_iterations=11 support=12 plan_gamma=13 plan_rate=14",
+      "k=2 score=softmax selection=sparse_transport_tokens take_factor=1.5 take_rounding=down "
+      "take_multiple=2 take_at_least=3 plan_weights=plan plan_iterations=11 support=12 "
+      "plan_gamma=13 plan_rate=14",
+      "score=softmax selection=soft slots_per_expert=16 slot_logits=product",
+  };
+  for (std::size_t i = 0; i < std::size(alone); ++i)
+    CHECK(to_string(dependent_fields(static_cast<selection_kind>(i))) ==
+          "E=8 " + std::string(alone[i]));
+  CHECK(std::size(alone) == static_cast<std::size_t>(selection_kind::soft) + 1);
+  // And beside each word that switches some of them on.
+  using enum selection_kind;
+  struct switched {
+    selection_kind selection;
+    void (*on)(router_spec&);
+    const char* printed;
+  };
+  const switched beside[] = {
+      {top_k, [](router_spec& s) { s.groups = 4; },
+       "k=2 score=softmax groups=4 topk_group=2 group_score=sum group_fill=0 lost_weight=own"},
+      {each_group, [](router_spec& s) { s.groups = 4; },
+       "k=2 score=softmax selection=each_group groups=4"},
+      {top_k, [](router_spec& s) { s.normalize = normalization::sum; },
+       "k=2 score=softmax normalize=sum eps=0.5 eps_mode=add"},
+      {top_k, [](router_spec& s) { s.normalize = normalization::lp; },
+       "k=2 score=softmax normalize=lp lp_p=3 eps=0.5 eps_mode=add"},
+      {threshold, [](router_spec& s) { s.row_norm = threshold_norm::sum; },
+       "k=2 score=softmax selection=threshold eps=0.5 threshold=0.375 row_norm=sum"},
+      {expert_choice, [](router_spec& s) { s.normalize = normalization::sum, s.take.fixed = 17; },
+       "score=softmax selection=expert_choice normalize=sum eps=0.5 max_k=5 take=17 sequence=10"},
+      {top_k, [](router_spec& s) { s.scale = 18.0f; },
+       "k=2 score=softmax scale=18 scale_where=output"},
+      {top_k, [](router_spec& s) { s.gate.kind = gate_kind::cosine; },
+       "k=2 score=softmax gate=cosine gate_temperature=2"},
+      {top_k, [](router_spec& s) { s.gate.kind = gate_kind::low_rank_cosine; },
+       "k=2 score=softmax gate=low_rank_cosine gate_width=7 gate_temperature=2"},
+      {top_k, [](router_spec& s) { s.gate.kind = gate_kind::rms; },
+       "k=2 score=softmax gate=rms gate_scale=3 gate_eps=0.25"},
+      {top_k, [](router_spec& s) { s.gate.kind = gate_kind::mlp; },
+       "k=2 score=softmax gate=mlp gate_width=7 gate_activation=tanh"},
+      {top_k, [](router_spec& s) { s.gate.kind = gate_kind::codebook; },
+       "k=2 score=softmax gate=codebook gate_width=7"},
+      {top_k, [](router_spec& s) { s.gate.kind = gate_kind::mixing; },
+       "k=2 score=softmax gate=mixing gate_temperature=2"},
+      {top_k, [](router_spec& s) { s.passes = 3; }, "k=2 score=softmax passes=3 pass_rule=ratio"},
+      {top_k, [](router_spec& s) { s.passes = 3, s.pass_rule = pass_rule::bound; },
+       "k=2 score=softmax passes=3 pass_lambda=4"},
+      {top_k, [](router_spec& s) { s.candidates = 6; },
+       "k=2 score=softmax candidates=6 candidate_scope=batch"},
+      {top_k, [](router_spec& s) { s.explore = 0.5f; },
+       "k=2 score=softmax explore=0.5 explore_scope=batch"},
+      {top_k, [](router_spec& s) { s.noise = noise_kind::gumbel; },
+       "k=2 score=softmax noise=gumbel noise_sigma=5 noise_floor=6"},
+      {top_k, [](router_spec& s) { s.weight_apart = true; },
+       "k=2 score=softmax weight_score=softmax weight_domain=selected"},
+      {top_k, [](router_spec& s) { s.capacity = 19; },
+       "k=2 score=softmax capacity=19 drop_order=token_major norm_before_drop=false"},
+      {top_k, [](router_spec& s) { s.capacity = 19, s.normalize_before_drop = true; },
+       "k=2 score=softmax capacity=19 drop_order=token_major"},
+      {counted, [](router_spec& s) { s.count = count_rule::ratio; },
+       "k=2 score=softmax selection=counted count=ratio ratio=0.25 min_k=4 max_k=5"},
+      {counted, [](router_spec& s) { s.count = count_rule::entropy; },
+       "k=2 score=softmax selection=counted count=entropy entropy_low=1 entropy_high=2 min_k=4 "
+       "mid_k=3 max_k=5"},
+      {counted, [](router_spec& s) { s.count = count_rule::tsallis; },
+       "k=2 score=softmax selection=counted count=tsallis tsallis_q=2 dense_above=0.5 p=0.625 "
+       "crossing=exclude min_k=4 max_k=5"},
+      {sinkhorn_expert_choice, [](router_spec& s) { s.take.fixed = 17; },
+       "score=softmax selection=sinkhorn_expert_choice take=17 plan_weights=plan plan_mass=tokens "
+       "plan_order=columns_then_rows plan_domain=logarithm plan_stop=column_error "
+       "plan_similarity=softmax plan_temperature=1.25 plan_eps=0.5 plan_tolerance=0.75 "
+       "plan_iterations=11"},
+  };
+  for (const switched& one : beside) {
+    router_spec s = dependent_fields(one.selection);
+    one.on(s);
+    CHECK(to_string(s) == "E=8 " + std::string(one.printed));
   }
 }
 

@@ -182,13 +182,12 @@ TEST_CASE("tables with wrong sizes, experts out of range or twice in a token are
   CHECK(refused({}, 1, 0) == "moeroute::expert_table: experts is 0, expected 1 to 1048576");
   CHECK(test::refusal([] { clustered_table(std::vector<std::int32_t>{1, -1}, 4); }) ==
         "moeroute::clustered_table: cluster of token id 1 is -1, expected >= 0");
-  CHECK(test::refusal([] {
-          clustered_table(std::vector<std::int32_t>{1}, 0);
-        }).find("experts is 0") != std::string::npos);
-  CHECK(test::refusal([] { random_table(4, 5, 4, 1); }).find("k is 5") != std::string::npos);
-  CHECK(test::refusal([] {
-          balanced_table(std::vector<std::int64_t>{1, -1}, 4);
-        }).find("frequency of token id 1 is -1") != std::string::npos);
+  CHECK(test::refusal([] { clustered_table(std::vector<std::int32_t>{1}, 0); }) ==
+        "moeroute::clustered_table: experts is 0, expected 1 to 1048576");
+  CHECK(test::refusal([] { random_table(4, 5, 4, 1); }) ==
+        "moeroute::random_table: k is 5, expected 1 to 4");
+  CHECK(test::refusal([] { balanced_table(std::vector<std::int64_t>{1, -1}, 4); }) ==
+        "moeroute::balanced_table: frequency of token id 1 is -1, expected >= 0");
 }
 
 TEST_CASE("a router without its table or token ids, or with ids outside the table, is refused") {
@@ -205,8 +204,8 @@ TEST_CASE("a router without its table or token ids, or with ids outside the tabl
   CHECK(refused({.table = &table}, {-1}) ==
         "moeroute::table_router: token id is -1, expected 0 to 1");
   const expert_table empty({}, 1, 4);
-  CHECK(refused({.table = &empty, .key = table_key::bigram}, {0})
-            .starts_with("moeroute::table_router: table rows is 0, expected 1 to "));
+  CHECK(refused({.table = &empty, .key = table_key::bigram}, {0}) ==
+        "moeroute::table_router: table rows is 0, expected 1 to 1099511627776");
   CHECK(test::refusal([&] {
           const std::vector<std::int32_t> ids = {0};
           routed(table_router<uniform_score>{.table = &table}, zeros(1, 5), 5, {.token_ids = ids});

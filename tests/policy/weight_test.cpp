@@ -2,7 +2,15 @@
 
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <moeroute/policy/batch/expert_choice.hpp>
+#include <moeroute/policy/batch/sinkhorn.hpp>
+#include <moeroute/policy/parts/noise.hpp>
+#include <moeroute/policy/parts/row_transform.hpp>
+#include <moeroute/policy/row/counted.hpp>
+#include <moeroute/policy/row/sparsemixer.hpp>
+#include <moeroute/policy/row/top_p.hpp>
 #include <string>
 #include <vector>
 
@@ -124,7 +132,7 @@ TEST_CASE("rules that cannot be carried out are refused") {
   };
   CHECK(refusal({.eps = -1.0f}) == "moeroute::weight_rule: eps is -1.000000, expected >= 0");
   CHECK(refusal({.p = 0.5f}) == "moeroute::weight_rule: p is 0.500000, expected >= 1");
-  CHECK(refusal({.p = test::not_a_number}).starts_with("moeroute::weight_rule: p is "));
+  CHECK(refusal({.p = test::not_a_number}) == "moeroute::weight_rule: p is nan, expected >= 1");
   CHECK(refusal({.p = test::infinity}) == "moeroute::weight_rule: p is inf, expected >= 1");
   CHECK(refusal({.divide = 0.0f}) == "moeroute::weight_rule: divide is 0.000000, expected > 0");
   CHECK(refusal({.scale = test::infinity}) ==
@@ -133,4 +141,158 @@ TEST_CASE("rules that cannot be carried out are refused") {
   CHECK(refusal({.expert_scale = three}) ==
         "moeroute::weight_rule: expert_scale.size() is 3, expected 4");
   CHECK(refusal({.scale = -2.0f}) == "accepted");
+}
+
+TEST_CASE("every number of a rule is refused where it is none, infinite or out of its range") {
+  constexpr float endless = test::infinity;
+  struct numbers {
+    const char* of;
+    const char* expected;
+    std::function<void(float)> check;
+    std::vector<float> refused, accepted;
+  };
+  const auto rule = [](float weight_rule::* number) {
+    return [number](float x) {
+      weight_rule r;
+      r.*number = x;
+      r.check(4);
+    };
+  };
+  const auto noise = [](float logit_noise::* number) {
+    return [number](float x) {
+      logit_noise n;
+      n.*number = x;
+      n.check();
+    };
+  };
+  const auto transform = [](float logit_transform::* number) {
+    return [number](float x) {
+      logit_transform t;
+      t.*number = x;
+      t.check(4);
+    };
+  };
+  const auto plan = [](float sinkhorn_scaling::* number) {
+    return [number](float x) {
+      sinkhorn_scaling s;
+      s.*number = x;
+      s.check("plan");
+    };
+  };
+  std::vector<float> x(4, 1.0f), y(4);
+  const matrix_view<const float> rows(x.data(), 2, 2);
+  const matrix_view<float> out(y.data(), 2, 2);
+  const numbers all[] = {
+      {"weight_rule: eps", ">= 0", rule(&weight_rule::eps), {-1e-9f, endless}, {0.0f}},
+      {"weight_rule: p", ">= 1", rule(&weight_rule::p), {0.9999f, endless}, {1.0f}},
+      {"weight_rule: divide", "> 0", rule(&weight_rule::divide), {0.0f, endless}, {1e-9f}},
+      {"weight_rule: scale", "a finite number", rule(&weight_rule::scale), {endless}, {-1.0f}},
+      {"logit_noise: sigma", ">= 0", noise(&logit_noise::sigma), {-1e-9f}, {0.0f}},
+      {"logit_noise: floor", ">= 0", noise(&logit_noise::floor), {-1e-9f}, {0.0f}},
+      {"logit_transform: temperature",
+       "> 0",
+       transform(&logit_transform::temperature),
+       {0.0f, endless},
+       {1e-9f}},
+      {"logit_transform: softcap",
+       ">= 0",
+       transform(&logit_transform::softcap),
+       {-1e-9f, endless},
+       {0.0f}},
+      {"plan: temperature", "> 0", plan(&sinkhorn_scaling::temperature), {0.0f, endless}, {1e-9f}},
+      {"plan: eps", ">= 0", plan(&sinkhorn_scaling::eps), {-1e-9f, endless}, {0.0f}},
+      {"plan: tolerance", ">= 0", plan(&sinkhorn_scaling::tolerance), {-1e-9f}, {0.0f, endless}},
+      {"expert_choice: capacity.factor",
+       "> 0",
+       [](float v) { tokens_per_expert{.factor = static_cast<double>(v)}.check(); },
+       {0.0f, endless},
+       {1e-9f}},
+      {"expert_choice: eps",
+       ">= 0",
+       [](float v) { expert_choice<>{.eps = v}.check(4, 4); },
+       {-1e-9f, endless},
+       {0.0f}},
+      {"expert_choice: scale",
+       "a finite number",
+       [](float v) { expert_choice<>{.scale = v}.check(4, 4); },
+       {endless},
+       {-1.0f}},
+      {"selective_sinkhorn: probability",
+       "0 to 1",
+       [](float v) { selective_sinkhorn{.probability = v}.check(4, 4); },
+       {-1e-9f, 1.0001f},
+       {0.0f, 1.0f}},
+      {"counted: quantile",
+       "0 to 1",
+       [](float v) { row_count{.rule = count_rule::percentile, .quantile = v}.check(4); },
+       {-1e-9f, 1.0001f},
+       {0.0f, 1.0f}},
+      {"counted: ratio",
+       "0 to 1",
+       [](float v) { row_count{.ratio = v}.check(4); },
+       {-1e-9f, 1.0001f},
+       {0.0f, 1.0f}},
+      {"counted: entropy_low",
+       ">= 0",
+       [](float v) {
+         row_count{.rule = count_rule::entropy, .low = v, .high = endless, .max_k = 4}.check(4);
+       },
+       {-1e-9f},
+       {0.0f}},
+      {"dense_if: q",
+       "more than 0 and at most 8",
+       [](float v) { dense_if{.rule = {.p = 0.5f}, .q = v}.check(4); },
+       {0.0f, 8.0001f},
+       {1e-9f, 8.0f}},
+      {"dense_if: threshold",
+       "0 to 1",
+       [](float v) { dense_if{.rule = {.p = 0.5f}, .threshold = v}.check(4); },
+       {-1e-9f, 1.0001f},
+       {0.0f, 1.0f}},
+      {"top_p: p",
+       "more than 0 and at most 1",
+       [](float v) { top_p{.p = v}.check(4); },
+       {0.0f, 1.0001f},
+       {1e-9f, 1.0f}},
+      {"pass_logits: lambda",
+       "a finite number",
+       [](float v) { pass_logits{.passes = 2, .lambda = v}.check(4, 1); },
+       {endless},
+       {-1.0f}},
+      {"steering: lambda",
+       "a finite number",
+       [](float v) { steering{.lambda = v}.check(4, 1); },
+       {endless},
+       {-1.0f}},
+      {"standardized: lambda",
+       "> 0",
+       [](float v) { standardized{v}.check(4, 1); },
+       {0.0f, endless},
+       {1e-9f}},
+      {"sparsemixer: jitter", ">= 0", [](float v) { sparsemixer{v}.check(4); }, {-1e-9f}, {0.0f}},
+      {"jitter_rows: eps",
+       ">= 0",
+       [&](float v) { jitter_rows(rows, v, {}, out); },
+       {-1e-9f, endless},
+       {0.0f}},
+      {"gaussian_rows: factor",
+       ">= 0",
+       [&](float v) { gaussian_rows(rows, v, 0.0f, {}, out); },
+       {-1e-9f, endless},
+       {0.0f}},
+      {"gaussian_rows: addend",
+       ">= 0",
+       [&](float v) { gaussian_rows(rows, 0.0f, v, {}, out); },
+       {-1e-9f, endless},
+       {0.0f}}};
+  for (const numbers& one : all) {
+    INFO(one.of);
+    std::vector<float> refused = one.refused;
+    refused.insert(refused.end(), {test::not_a_number, -endless});
+    for (const float v : refused)
+      CHECK(test::refusal([&] { one.check(v); }) == "moeroute::" + std::string(one.of) + " is " +
+                                                        std::to_string(v) + ", expected " +
+                                                        one.expected);
+    for (const float v : one.accepted) CHECK(test::refusal([&] { one.check(v); }) == "accepted");
+  }
 }
