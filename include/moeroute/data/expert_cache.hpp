@@ -176,7 +176,7 @@ class expert_cache {
     check_ids(ids);
     begin(layer);
     const bool ranked = by_rank();
-    const bool by_use = policy_ == cache_policy::lru || policy_ == cache_policy::least_stale;
+    const bool by_use = lists_use();
     // What the step uses leaves the order at once, where all of it fits: who leaves is the first.
     const bool apart =
         by_use && bytes_.empty() && static_cast<index_t>(ids.size()) <= capacity_ - pinned_;
@@ -264,7 +264,7 @@ class expert_cache {
 
   struct entry {
     double uses = 0.0;
-    std::int64_t last = 0, clock = 0, total = 0, pass = 0;
+    std::int64_t last = -1, clock = 0, total = 0, pass = 0;
     std::int32_t place = 0;  // in the heap, or the list that it is in
     expert_id expert = 0;    // the key in its parts: dividing it takes as long as all the rest
     std::int32_t layer = 0;
@@ -327,6 +327,11 @@ class expert_cache {
            policy_ == cache_policy::segment || policy_ == cache_policy::belady;
   }
 
+  // Lists in the order of use, which a step's own take when it is over.
+  bool lists_use() const {
+    return policy_ == cache_policy::lru || policy_ == cache_policy::least_stale;
+  }
+
   // Use never makes a rank less: it is looked up again when a key is about to leave, not before.
   bool rises() const { return policy_ == cache_policy::lfu || policy_ == cache_policy::cost_aware; }
 
@@ -348,8 +353,8 @@ class expert_cache {
   // Decayed uses as they compare with those of others at any one time.
   double worth(const entry& e) const {
     if (decay_ == 1.0) return e.uses;
-    const double uses = std::max(e.uses, 1e-300);  // 0: brought in ahead of its first use
-    return std::log(uses) - static_cast<double>(e.last) * std::log(decay_);
+    // -inf, whatever the size: brought in ahead of its first use.
+    return std::log(e.uses) - static_cast<double>(e.last) * std::log(decay_);
   }
 
   link& links(std::int32_t key) { return links_[static_cast<std::size_t>(key)]; }
@@ -438,7 +443,12 @@ class expert_cache {
     const std::int32_t end = ends(list);
     std::int32_t key = links(end).after;
     while (key != end && !may_leave(key, who)) key = links(key).after;
-    return key == end ? -1 : key;
+    if (key == end) return -1;
+    // Nobody is left but the step's own.
+    if (who == leaving::any && lists_use())
+      for (std::int32_t next = key; (next = links(next).after) != end;)
+        if (at(next).clock < at(key).clock) key = next;
+    return key;
   }
 
   std::int32_t victim(leaving who) {
