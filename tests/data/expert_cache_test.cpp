@@ -467,246 +467,246 @@ TEST_CASE("a step is refused by the id that is wrong, behind ids of nobody") {
           "moeroute::expert_cache: expert is " + std::to_string(wrong) + ", expected 0 to 5");
   }
   CHECK(cache.held() == 0);
+}
 
-  namespace {
+namespace {
 
-  // The same scans for every call and every option: what is named twice or not at all, steps that
-  // exceed the cache, experts brought in ahead.
-  struct cache_by_scans {
-    expert_cache_options options;
-    struct line {
-      double uses = 0.0;
-      std::int64_t last_step = -1, used_at = 0, placed_at = 0, pass = 0, next = expert_cache::never;
-      std::int64_t ahead = 0, total = 0;
-      bool held = false, pinned = false, safe = false;  // safe: in the protected part
-    };
-    std::vector<line> lines;
-    std::int64_t now = 0, step_number = 0, pass = 0, early = expert_cache::never;
-    index_t layer = -1;
-    index_t hits = 0;
-    std::vector<std::int32_t> loads, evictions;
-
-    explicit cache_by_scans(const expert_cache_options& o)
-        : options(o), lines(static_cast<std::size_t>(o.experts * o.layers)) {
-      for (const std::int32_t key : o.pinned) at(key).held = at(key).pinned = true;
-    }
-    line& at(std::int32_t key) { return lines[static_cast<std::size_t>(key)]; }
-    std::int32_t keys() const { return static_cast<std::int32_t>(lines.size()); }
-    std::int64_t size(std::int32_t key) const {
-      return options.bytes.empty() ? 1 : options.bytes[static_cast<std::size_t>(key)];
-    }
-    template <class P>
-    std::int64_t sum_of(P&& which) {
-      std::int64_t sum = 0;
-      for (std::int32_t key = 0; key < keys(); ++key) sum += which(at(key)) ? size(key) : 0;
-      return sum;
-    }
-    std::int64_t used() {
-      return sum_of([](const line& l) { return l.held; });
-    }
-    double worth(const line& l) const {
-      return l.uses * std::pow(options.decay, double(step_number - l.last_step));
-    }
-    bool leaves_before(std::int32_t a, std::int32_t b) {
-      const line &x = at(a), &y = at(b);
-      double p = worth(x), q = worth(y);
-      switch (options.policy) {
-        case cache_policy::cost_aware: p *= double(size(a)), q *= double(size(b)); [[fallthrough]];
-        case cache_policy::lfu:
-          if (std::abs(p - q) > 1e-9 * std::max(p, q)) return p < q;
-          break;
-        case cache_policy::fifo: return x.placed_at < y.placed_at;
-        case cache_policy::segmented: return x.safe != y.safe ? y.safe : x.placed_at < y.placed_at;
-        case cache_policy::least_stale: {
-          const auto stale = [&](std::int32_t key) {
-            return key / options.experts <= layer && at(key).pass < pass;
-          };
-          if (stale(a) != stale(b)) return stale(a);
-          break;
-        }
-        case cache_policy::belady:
-          if (x.next != y.next) return x.next > y.next;
-          break;
-        case cache_policy::segment:
-          if (x.ahead != y.ahead) return x.ahead < y.ahead;
-          break;
-        default: break;
-      }
-      return x.used_at < y.used_at;
-    }
-    std::int32_t who_leaves(bool others) {
-      std::int32_t out = -1;
-      for (std::int32_t key = 0; key < keys(); ++key) {
-        const line& l = at(key);
-        if (!l.held || l.pinned) continue;
-        if (others && (l.last_step == step_number || l.used_at > early)) continue;
-        if (out < 0 || leaves_before(key, out)) out = key;
-      }
-      return out;
-    }
-    bool bring(std::int32_t key, bool others_only) {
-      if (size(key) > options.capacity - sum_of([](const line& l) { return l.pinned; }))
-        return false;
-      while (used() + size(key) > options.capacity) {
-        std::int32_t old = who_leaves(true);
-        if (old < 0 && !others_only) old = who_leaves(false);
-        if (old < 0) return false;
-        at(old).held = at(old).safe = false;
-        evictions.push_back(old);
-      }
-      at(key).held = true;
-      at(key).placed_at = ++now;
-      return true;
-    }
-    void step(const ids& list, index_t at_layer, const std::vector<std::int64_t>& next) {
-      loads.clear();
-      evictions.clear();
-      hits = 0;
-      early = expert_cache::never;
-      ++step_number;
-      if (at_layer <= layer) ++pass;
-      layer = at_layer;
-      for (std::size_t i = 0; i < list.size(); ++i) {
-        if (list[i] == no_expert) continue;
-        const auto key = static_cast<std::int32_t>(at_layer * options.experts + list[i]);
-        line& l = at(key);
-        const bool there = l.held || l.last_step == step_number;
-        hits += there;
-        if (!there) loads.push_back(key);
-        l.uses = worth(l) + 1.0;
-        l.last_step = step_number;
-        l.used_at = ++now;
-        l.pass = pass;
-        ++l.total;
-        if (!next.empty()) l.next = next[i];
-        if (options.policy != cache_policy::segmented || !l.held || l.pinned) continue;
-        l.safe = true;
-        l.placed_at = ++now;
-        const auto most =
-            static_cast<std::int64_t>(options.protected_share * double(options.capacity));
-        while (sum_of([](const line& s) { return s.safe; }) > most) {
-          line* oldest = nullptr;
-          for (line& s : lines)
-            if (s.safe && (oldest == nullptr || s.placed_at < oldest->placed_at)) oldest = &s;
-          oldest->safe = false;
-          oldest->placed_at = ++now;
-        }
-      }
-      for (const std::int32_t key : loads) bring(key, false);
-    }
-    void prefetch(const ids& list, index_t at_layer, index_t most) {
-      loads.clear();
-      evictions.clear();
-      hits = 0;
-      early = now;
-      for (const expert_id e : list) {
-        if (static_cast<index_t>(loads.size()) >= most) break;
-        if (e == no_expert) continue;
-        const auto key = static_cast<std::int32_t>(at_layer * options.experts + e);
-        if (at(key).held) {
-          ++hits;
-          continue;
-        }
-        at(key).used_at = ++now;
-        at(key).pass = pass;
-        if (bring(key, true)) loads.push_back(key);
-      }
-    }
+// The same scans for every call and every option: what is named twice or not at all, steps that
+// exceed the cache, experts brought in ahead.
+struct cache_by_scans {
+  expert_cache_options options;
+  struct line {
+    double uses = 0.0;
+    std::int64_t last_step = -1, used_at = 0, placed_at = 0, pass = 0, next = expert_cache::never;
+    std::int64_t ahead = 0, total = 0;
+    bool held = false, pinned = false, safe = false;  // safe: in the protected part
   };
+  std::vector<line> lines;
+  std::int64_t now = 0, step_number = 0, pass = 0, early = expert_cache::never;
+  index_t layer = -1;
+  index_t hits = 0;
+  std::vector<std::int32_t> loads, evictions;
 
-  }  // namespace
-
-  TEST_CASE("a cache of any options is its scans, whatever is asked of it in whatever order") {
-    test::random rng(77);
-    const cache_policy policies[] = {cache_policy::lru,         cache_policy::lfu,
-                                     cache_policy::fifo,        cache_policy::segmented,
-                                     cache_policy::least_stale, cache_policy::cost_aware,
-                                     cache_policy::segment,     cache_policy::belady};
-    const double decays[] = {1.0, 0.9, 0.5}, shares[] = {0.0, 0.3, 0.5, 0.9};
-    for (const cache_policy policy : policies)
-      for (int draw = 0; draw < 60; ++draw) {
-        const index_t experts = 2 + rng.below(9), layers = 1 + rng.below(3);
-        std::vector<std::int64_t> bytes;
-        if (rng.below(2) == 0)
-          for (index_t i = 0; i < layers * experts; ++i) bytes.push_back(1 + rng.below(5));
-        const auto size = [&](std::size_t key) { return bytes.empty() ? 1 : bytes[key]; };
-        std::int64_t all = 0, largest = 1;
-        for (std::size_t key = 0; key < static_cast<std::size_t>(layers * experts); ++key) {
-          all += size(key);
-          largest = std::max(largest, size(key));
-        }
-        std::vector<std::int32_t> pins;
-        std::int64_t pinned = 0;
-        for (index_t n = rng.below(4); n > 0 && policy != cache_policy::belady; --n) {
-          const auto key = static_cast<std::int32_t>(rng.below(layers * experts));
-          if (std::find(pins.begin(), pins.end(), key) == pins.end())
-            pinned += size(static_cast<std::size_t>(key));
-          pins.push_back(key);
-        }
-        const std::int64_t least = std::max(largest, pinned);
-        const expert_cache_options options{.experts = experts,
-                                           .layers = layers,
-                                           .capacity = least + rng.below((all - least) / 2 + 1),
-                                           .policy = policy,
-                                           .pinned = pins,
-                                           .bytes = bytes,
-                                           .decay = decays[rng.below(3)],
-                                           .protected_share = shares[rng.below(4)]};
-        INFO(to_string(policy) << ", draw " << draw);
-        expert_cache cache(options);
-        cache_by_scans scans(options);
-        const auto agrees = [&](const expert_cache::step_result& got) {
-          REQUIRE(got.hits == scans.hits);
-          REQUIRE(std::vector<std::int32_t>(got.loads.begin(), got.loads.end()) == scans.loads);
-          REQUIRE(std::vector<std::int32_t>(got.evictions.begin(), got.evictions.end()) ==
-                  scans.evictions);
-          REQUIRE(cache.held() == scans.used());
-          for (std::int32_t key = 0; key < scans.keys(); ++key) {
-            const index_t l = key / experts;
-            const auto e = static_cast<expert_id>(key % experts);
-            REQUIRE(cache.resident(l).contains(e) == scans.at(key).held);
-            REQUIRE(cache.would_hit(e, l) == scans.at(key).held);
-          }
-        };
-        index_t layer = 0;
-        for (int call = 0; call < 80; ++call) {
-          INFO("call " << call);
-          layer = rng.below(4) == 0 ? rng.below(layers) : (layer + 1) % layers;
-          ids list;
-          for (index_t n = rng.below(rng.below(3) == 0 ? experts + 3 : 4); n > 0; --n)
-            list.push_back(static_cast<expert_id>(rng.below(9) == 0 ? -1 : rng.below(experts)));
-          const index_t what = rng.below(10);
-          if (what < 6) {
-            std::vector<std::int64_t> next;
-            for (std::size_t i = 0; i < list.size(); ++i)
-              next.push_back(rng.below(4) == 0 ? expert_cache::never : call + rng.below(9));
-            if (policy != cache_policy::belady) next.clear();
-            const auto got = cache.step(list, layer, next);
-            scans.step(list, layer, next);
-            agrees(got);
-          } else if (what < 8) {
-            const index_t most = rng.below(4);
-            const auto got = cache.prefetch(list, layer, most);
-            scans.prefetch(list, layer, most);
-            agrees(got);
-          } else if (what == 8) {
-            for (const expert_id e : list) {
-              if (e == no_expert) continue;
-              const int more = static_cast<int>(rng.below(5)) - 2;
-              cache.expect(e, layer, more);
-              scans.at(static_cast<std::int32_t>(layer * experts + e)).ahead += more;
-            }
-          } else {
-            // A copy goes on as the cache itself, and without it.
-            const expert_cache copy(cache);
-            CHECK_THROWS(cache.step(ids{static_cast<expert_id>(experts)}, layer));
-            CHECK_THROWS(cache.prefetch(ids{0, -2}, layer, 2));
-            if (rng.below(2) == 0) cache = copy;
-          }
-        }
-        std::vector<std::int64_t> uses(scans.lines.size());
-        cache.uses(uses);
-        for (std::size_t key = 0; key < uses.size(); ++key)
-          CHECK(uses[key] == scans.lines[key].total);
-      }
+  explicit cache_by_scans(const expert_cache_options& o)
+      : options(o), lines(static_cast<std::size_t>(o.experts * o.layers)) {
+    for (const std::int32_t key : o.pinned) at(key).held = at(key).pinned = true;
   }
+  line& at(std::int32_t key) { return lines[static_cast<std::size_t>(key)]; }
+  std::int32_t keys() const { return static_cast<std::int32_t>(lines.size()); }
+  std::int64_t size(std::int32_t key) const {
+    return options.bytes.empty() ? 1 : options.bytes[static_cast<std::size_t>(key)];
+  }
+  template <class P>
+  std::int64_t sum_of(P&& which) {
+    std::int64_t sum = 0;
+    for (std::int32_t key = 0; key < keys(); ++key) sum += which(at(key)) ? size(key) : 0;
+    return sum;
+  }
+  std::int64_t used() {
+    return sum_of([](const line& l) { return l.held; });
+  }
+  double worth(const line& l) const {
+    return l.uses * std::pow(options.decay, double(step_number - l.last_step));
+  }
+  bool leaves_before(std::int32_t a, std::int32_t b) {
+    const line &x = at(a), &y = at(b);
+    double p = worth(x), q = worth(y);
+    switch (options.policy) {
+      case cache_policy::cost_aware: p *= double(size(a)), q *= double(size(b)); [[fallthrough]];
+      case cache_policy::lfu:
+        if (std::abs(p - q) > 1e-9 * std::max(p, q)) return p < q;
+        break;
+      case cache_policy::fifo: return x.placed_at < y.placed_at;
+      case cache_policy::segmented: return x.safe != y.safe ? y.safe : x.placed_at < y.placed_at;
+      case cache_policy::least_stale: {
+        const auto stale = [&](std::int32_t key) {
+          return key / options.experts <= layer && at(key).pass < pass;
+        };
+        if (stale(a) != stale(b)) return stale(a);
+        break;
+      }
+      case cache_policy::belady:
+        if (x.next != y.next) return x.next > y.next;
+        break;
+      case cache_policy::segment:
+        if (x.ahead != y.ahead) return x.ahead < y.ahead;
+        break;
+      default: break;
+    }
+    return x.used_at < y.used_at;
+  }
+  std::int32_t who_leaves(bool others) {
+    std::int32_t out = -1;
+    for (std::int32_t key = 0; key < keys(); ++key) {
+      const line& l = at(key);
+      if (!l.held || l.pinned) continue;
+      if (others && (l.last_step == step_number || l.used_at > early)) continue;
+      if (out < 0 || leaves_before(key, out)) out = key;
+    }
+    return out;
+  }
+  bool bring(std::int32_t key, bool others_only) {
+    if (size(key) > options.capacity - sum_of([](const line& l) { return l.pinned; })) return false;
+    while (used() + size(key) > options.capacity) {
+      std::int32_t old = who_leaves(true);
+      if (old < 0 && !others_only) old = who_leaves(false);
+      if (old < 0) return false;
+      at(old).held = at(old).safe = false;
+      evictions.push_back(old);
+    }
+    at(key).held = true;
+    at(key).placed_at = ++now;
+    return true;
+  }
+  void step(const ids& list, index_t at_layer, const std::vector<std::int64_t>& next) {
+    loads.clear();
+    evictions.clear();
+    hits = 0;
+    early = expert_cache::never;
+    ++step_number;
+    if (at_layer <= layer) ++pass;
+    layer = at_layer;
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      if (list[i] == no_expert) continue;
+      const auto key = static_cast<std::int32_t>(at_layer * options.experts + list[i]);
+      line& l = at(key);
+      const bool there = l.held || l.last_step == step_number;
+      hits += there;
+      if (!there) loads.push_back(key);
+      l.uses = worth(l) + 1.0;
+      l.last_step = step_number;
+      l.used_at = ++now;
+      l.pass = pass;
+      ++l.total;
+      if (!next.empty()) l.next = next[i];
+      if (options.policy != cache_policy::segmented || !l.held || l.pinned) continue;
+      l.safe = true;
+      l.placed_at = ++now;
+      const auto most =
+          static_cast<std::int64_t>(options.protected_share * double(options.capacity));
+      while (sum_of([](const line& s) { return s.safe; }) > most) {
+        line* oldest = nullptr;
+        for (line& s : lines)
+          if (s.safe && (oldest == nullptr || s.placed_at < oldest->placed_at)) oldest = &s;
+        oldest->safe = false;
+        oldest->placed_at = ++now;
+      }
+    }
+    for (const std::int32_t key : loads) bring(key, false);
+  }
+  void prefetch(const ids& list, index_t at_layer, index_t most) {
+    loads.clear();
+    evictions.clear();
+    hits = 0;
+    early = now;
+    for (const expert_id e : list) {
+      if (static_cast<index_t>(loads.size()) >= most) break;
+      if (e == no_expert) continue;
+      const auto key = static_cast<std::int32_t>(at_layer * options.experts + e);
+      if (at(key).held) {
+        ++hits;
+        continue;
+      }
+      at(key).used_at = ++now;
+      at(key).pass = pass;
+      if (bring(key, true)) loads.push_back(key);
+    }
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a cache of any options is its scans, whatever is asked of it in whatever order") {
+  test::random rng(77);
+  const cache_policy policies[] = {cache_policy::lru,         cache_policy::lfu,
+                                   cache_policy::fifo,        cache_policy::segmented,
+                                   cache_policy::least_stale, cache_policy::cost_aware,
+                                   cache_policy::segment,     cache_policy::belady};
+  const double decays[] = {1.0, 0.9, 0.5}, shares[] = {0.0, 0.3, 0.5, 0.9};
+  for (const cache_policy policy : policies)
+    for (int draw = 0; draw < 60; ++draw) {
+      const index_t experts = 2 + rng.below(9), layers = 1 + rng.below(3);
+      std::vector<std::int64_t> bytes;
+      if (rng.below(2) == 0)
+        for (index_t i = 0; i < layers * experts; ++i) bytes.push_back(1 + rng.below(5));
+      const auto size = [&](std::size_t key) { return bytes.empty() ? 1 : bytes[key]; };
+      std::int64_t all = 0, largest = 1;
+      for (std::size_t key = 0; key < static_cast<std::size_t>(layers * experts); ++key) {
+        all += size(key);
+        largest = std::max(largest, size(key));
+      }
+      std::vector<std::int32_t> pins;
+      std::int64_t pinned = 0;
+      for (index_t n = rng.below(4); n > 0 && policy != cache_policy::belady; --n) {
+        const auto key = static_cast<std::int32_t>(rng.below(layers * experts));
+        if (std::find(pins.begin(), pins.end(), key) == pins.end())
+          pinned += size(static_cast<std::size_t>(key));
+        pins.push_back(key);
+      }
+      const std::int64_t least = std::max(largest, pinned);
+      const expert_cache_options options{.experts = experts,
+                                         .layers = layers,
+                                         .capacity = least + rng.below((all - least) / 2 + 1),
+                                         .policy = policy,
+                                         .pinned = pins,
+                                         .bytes = bytes,
+                                         .decay = decays[rng.below(3)],
+                                         .protected_share = shares[rng.below(4)]};
+      INFO(to_string(policy) << ", draw " << draw);
+      expert_cache cache(options);
+      cache_by_scans scans(options);
+      const auto agrees = [&](const expert_cache::step_result& got) {
+        REQUIRE(got.hits == scans.hits);
+        REQUIRE(std::vector<std::int32_t>(got.loads.begin(), got.loads.end()) == scans.loads);
+        REQUIRE(std::vector<std::int32_t>(got.evictions.begin(), got.evictions.end()) ==
+                scans.evictions);
+        REQUIRE(cache.held() == scans.used());
+        for (std::int32_t key = 0; key < scans.keys(); ++key) {
+          const index_t l = key / experts;
+          const auto e = static_cast<expert_id>(key % experts);
+          REQUIRE(cache.resident(l).contains(e) == scans.at(key).held);
+          REQUIRE(cache.would_hit(e, l) == scans.at(key).held);
+        }
+      };
+      index_t layer = 0;
+      for (int call = 0; call < 80; ++call) {
+        INFO("call " << call);
+        layer = rng.below(4) == 0 ? rng.below(layers) : (layer + 1) % layers;
+        ids list;
+        for (index_t n = rng.below(rng.below(3) == 0 ? experts + 3 : 4); n > 0; --n)
+          list.push_back(static_cast<expert_id>(rng.below(9) == 0 ? -1 : rng.below(experts)));
+        const index_t what = rng.below(10);
+        if (what < 6) {
+          std::vector<std::int64_t> next;
+          for (std::size_t i = 0; i < list.size(); ++i)
+            next.push_back(rng.below(4) == 0 ? expert_cache::never : call + rng.below(9));
+          if (policy != cache_policy::belady) next.clear();
+          const auto got = cache.step(list, layer, next);
+          scans.step(list, layer, next);
+          agrees(got);
+        } else if (what < 8) {
+          const index_t most = rng.below(4);
+          const auto got = cache.prefetch(list, layer, most);
+          scans.prefetch(list, layer, most);
+          agrees(got);
+        } else if (what == 8) {
+          for (const expert_id e : list) {
+            if (e == no_expert) continue;
+            const int more = static_cast<int>(rng.below(5)) - 2;
+            cache.expect(e, layer, more);
+            scans.at(static_cast<std::int32_t>(layer * experts + e)).ahead += more;
+          }
+        } else {
+          // A copy goes on as the cache itself, and without it.
+          const expert_cache copy(cache);
+          CHECK_THROWS(cache.step(ids{static_cast<expert_id>(experts)}, layer));
+          CHECK_THROWS(cache.prefetch(ids{0, -2}, layer, 2));
+          if (rng.below(2) == 0) cache = copy;
+        }
+      }
+      std::vector<std::int64_t> uses(scans.lines.size());
+      cache.uses(uses);
+      for (std::size_t key = 0; key < uses.size(); ++key)
+        CHECK(uses[key] == scans.lines[key].total);
+    }
+}
