@@ -5,6 +5,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <moeroute/balance/bias_controller.hpp>
 #include <moeroute/balance/bip.hpp>
@@ -177,31 +178,33 @@ TEST_CASE("the coupling of experts and router does not depend on where their row
 }
 
 TEST_CASE("controllers that see scores read them wherever rows lie") {
-  for (const index_t experts : {9, 32})
-    CHECK(test::differs_by_stride([&](test::layout& l) {
-            const inputs in(40, experts, gradient_to::nowhere);
-            const auto scores = l.in(in.logits, 40, experts);
-            workspace ws;
-            bip_balancer bip(experts, {.k = 2});
-            bip.update(scores, in.mask, ws);
-            l.result(bip.bias());
-            expert_thresholds thresholds(experts, {.k = 2});
-            thresholds.observe(scores, in.mask, ws);
-            thresholds.update();
-            l.result(thresholds.bias());
-            quantile_balancer exact(experts, {.k = 2});
-            exact.observe(scores, in.mask, ws);
-            exact.update();
-            l.result(exact.bias());
-            for (const index_t k : {2, 8}) {
-              quantile_histogram counted(
-                  experts, {.k = k, .buckets = 50, .least_score = -6.0f, .most_score = 6.0f});
-              counted.observe(scores, in.mask, ws);
-              l.result(std::span<const std::int32_t>(counted.counts()));
-              counted.update();
-              l.result(counted.bias());
-            }
-          }) == "");
+  for (const index_t experts : {9, 16, 32, -9, -16})  // below 0: without a mask
+    CHECK(test::differs_by_stride(
+              [experts = std::abs(experts), masked = experts > 0](test::layout& l) {
+                inputs in(40, experts, gradient_to::nowhere);
+                const auto scores = l.in(in.logits, 40, experts);
+                if (!masked) in.mask.clear();
+                workspace ws;
+                bip_balancer bip(experts, {.k = 2});
+                bip.update(scores, in.mask, ws);
+                l.result(bip.bias());
+                expert_thresholds thresholds(experts, {.k = 2});
+                thresholds.observe(scores, in.mask, ws);
+                thresholds.update();
+                l.result(thresholds.bias());
+                quantile_balancer exact(experts, {.k = 2});
+                exact.observe(scores, in.mask, ws);
+                exact.update();
+                l.result(exact.bias());
+                for (const index_t k : {2, 8}) {
+                  quantile_histogram counted(
+                      experts, {.k = k, .buckets = 50, .least_score = -6.0f, .most_score = 6.0f});
+                  counted.observe(scores, in.mask, ws);
+                  l.result(std::span<const std::int32_t>(counted.counts()));
+                  counted.update();
+                  l.result(counted.bias());
+                }
+              }) == "");
 }
 
 namespace {

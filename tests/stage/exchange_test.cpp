@@ -1,5 +1,6 @@
 #include <moeroute/stage/exchange.hpp>
 //
+#include <algorithm>
 #include <array>
 #include <catch2/catch_test_macros.hpp>
 #include <moeroute/stage/combine.hpp>

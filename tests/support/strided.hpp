@@ -20,7 +20,8 @@ using moeroute::index_t;
 enum class spacing { none, gaps, cache_lines };
 
 /// The matrices of one call. Gaps and what no call has written are poisoned: every byte is 0xff, a
-/// NaN as a float. Behind the last element of a matrix lies a page that nobody may touch.
+/// NaN as a float; 0x7f in the gaps between cache lines, a large number: there are kernels to which
+/// NaN is nothing. Behind the last element of a matrix lies a page that nobody may touch.
 class layout {
  public:
   explicit layout(spacing how) : how_(how) {}
@@ -68,6 +69,8 @@ class layout {
              stride * size,
              bytes};
     m.data = m.memory->window(bytes, guarded_end::back);
+    for (index_t b = 0; b < bytes; ++b)
+      if (b % m.stride >= m.width) m.data[b] = poison();
     kept_.push_back(m);
     return {reinterpret_cast<T*>(m.data), rows, cols, stride};
   }
@@ -94,11 +97,13 @@ class layout {
     for (const matrix& m : kept_)
       for (index_t r = 0; r < m.rows; ++r)
         for (index_t b = r * m.stride + m.width; b < std::min((r + 1) * m.stride, m.bytes); ++b)
-          if (m.data[b] != std::byte{0xff}) return false;
+          if (m.data[b] != poison()) return false;
     return true;
   }
 
  private:
+  std::byte poison() const { return std::byte(how_ == spacing::cache_lines ? 0x7f : 0xff); }
+
   struct matrix {
     std::shared_ptr<guarded<std::byte>> memory;
     std::byte* data;

@@ -169,7 +169,7 @@ double dirichlet_prior(const dirichlet_prior_loss& loss, const token_options& ho
   });
   const auto probability_of = [&](index_t t, index_t e) {
     const double x = static_cast<double>(z(t, e));
-    return x < infinity && m.lse[t] < infinity ? std::exp(x - m.lse[t]) : 0.0;
+    return x < infinity ? std::exp(x - m.lse[t]) : 0.0;  // 0 as well where lse is infinite
   };
   const double n = static_cast<double>(live);
   const double factor = loss.coefficient / (n * static_cast<double>(experts));
