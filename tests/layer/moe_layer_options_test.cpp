@@ -474,3 +474,153 @@ TEST_CASE("options that do not fit the gate are refused by name") {
   CHECK(test::refusal([&] { layer.forward(ten, close_rows(y.data(), 10)); }) ==
         "moeroute::moe_layer: y.stride is 39, expected at least 40");
 }
+
+namespace {
+
+// Sums in double, from the choices alone, of what a layer with these options adds up for a token.
+std::vector<double> sums_by_options(const moe_layer_options& o, const assignment& a,
+                                    const row_matrix<float>& x, const row_matrix<float>& before,
+                                    bool with_shared, std::span<const float> shared_gate) {
+  std::vector<double> sums;
+  for (index_t t = 0; t < x.rows(); ++t) {
+    double gate = 0.0, rest = 1.0;
+    for (index_t i = 0; i < d && !shared_gate.empty(); ++i)
+      gate += double{x(t, i)} * double{shared_gate[static_cast<std::size_t>(i)]};
+    const double shared =
+        !with_shared
+            ? 0.0
+            : double{o.shared.scale} * (shared_gate.empty() ? 1.0 : 1.0 / (1.0 + std::exp(-gate)));
+    bool lost = true;
+    std::vector<double> row(d, 0.0);
+    for (index_t i = 0; i < d && o.output == combine_output::accumulate; ++i)
+      row[static_cast<std::size_t>(i)] = double{before(t, i)};
+    for (index_t c = a.first(t); c < a.first(t + 1); ++c) {
+      const expert_id e = a.ids()[static_cast<std::size_t>(c)];
+      const double w = double{a.weights()[static_cast<std::size_t>(c)]};
+      if (e < 0 || !a.kept(c) || (e >= o.special.zero_first && e < o.special.zero_end)) continue;
+      lost = false;
+      rest -= w;
+      const bool identity = e >= o.special.identity_first && e < o.special.identity_end;
+      for (index_t i = 0; i < d; ++i) {
+        const double in = double{x(t, i)};
+        row[static_cast<std::size_t>(i)] += identity ? w * in
+                                            : o.weights == weight_on::input
+                                                ? std::tanh(w * in) * (e + 1) + e
+                                                : w * (std::tanh(in) * (e + 1) + e);
+      }
+    }
+    const double own = lost                        ? (o.lost == lost_token::zero ? 0.0 : 1.0)
+                       : o.lost == lost_token::mix ? rest
+                                                   : 0.0;
+    for (index_t i = 0; i < d; ++i)
+      sums.push_back(row[static_cast<std::size_t>(i)] + own * double{x(t, i)} +
+                     shared * std::tanh(double{x(t, i)}));
+  }
+  return sums;
+}
+
+moe_layer_options drawn_layer_options(test::random& rng) {
+  moe_layer_options o;
+  if (rng.below(2) == 0) {
+    const auto first = static_cast<expert_id>(rng.below(6));
+    o.special.identity_first = first;
+    o.special.identity_end = first + static_cast<expert_id>(rng.below(4));
+    o.special.zero_first = o.special.identity_end;
+    o.special.zero_end = o.special.zero_first + static_cast<expert_id>(rng.below(4));
+  }
+  if (rng.below(2) == 0) {
+    const drop_order orders[] = {drop_order::choice_major, drop_order::token_major,
+                                 drop_order::by_weight, drop_order::batch_priority,
+                                 drop_order::random};
+    const renormalization sums[] = {renormalization::none, renormalization::before_drop,
+                                    renormalization::after_drop};
+    o.capacity =
+        capacity_policy{.rule = {.formula = capacity_formula::fixed, .count = rng.below(4)},
+                        .order = orders[rng.below(5)],
+                        .renormalize = sums[rng.below(3)],
+                        .seed = 5,
+                        .step = static_cast<std::uint64_t>(rng.below(9))};
+  }
+  const lost_token lost[] = {lost_token::zero, lost_token::residual, lost_token::mix};
+  o.weights = rng.below(3) == 0 ? weight_on::input : weight_on::output;
+  o.lost = lost[rng.below(o.weights == weight_on::input ? 2 : 3)];
+  o.output = rng.below(3) == 0 ? combine_output::accumulate : combine_output::overwrite;
+  o.rows_per_call = rng.below(4);
+  return o;
+}
+
+// A layer's calls of changing sizes: in place, of 16 bits, with rows apart, on threads, masked.
+template <bool with_shared, class Layer>
+void expect_sums_by_options(Layer& layer, std::span<const float> shared_gate, test::random& rng) {
+  const moe_layer_options& o = layer.options();
+  for (int call = 0; call < 4; ++call) {
+    const index_t tokens = rng.below(3) == 0 ? 9 + rng.below(30) : rng.below(9);
+    std::vector<std::uint8_t> mask;
+    std::vector<std::int32_t> own;
+    for (index_t t = 0, masked = rng.below(2), fewer = rng.below(2); t < tokens; ++t) {
+      if (masked != 0) mask.push_back(rng.below(3) != 0);
+      if (with_shared && fewer != 0) own.push_back(static_cast<std::int32_t>(rng.below(k + 1)));
+    }
+    const side_inputs side{.mask = mask, .k_of_token = own};
+    const index_t stride = d + (rng.below(2) == 0 ? 0 : 5);
+    row_matrix<float> x = test::random_rows(tokens, stride, rng.bits());
+    if (rng.below(4) == 0 && tokens > 1) x.row(tokens - 1) = x.row(0);
+    const int way = static_cast<int>(rng.below(4));
+    const row_matrix<bfloat16> narrow = x.cast<bfloat16>();
+    if (way == 0) x = narrow.cast<float>();
+    row_matrix<float> y = test::random_rows(tokens, stride, rng.bits());
+    if (way == 1) y = x;
+    const row_matrix<float> given = x.leftCols(d), before = y.leftCols(d);
+    matrix_view<float> out(y.data(), tokens, d);
+    out.stride = stride;
+    matrix_view<const float> in(way == 1 ? y.data() : x.data(), tokens, d);
+    in.stride = stride;
+    if (way == 0) {
+      matrix_view<const bfloat16> rows(narrow.data(), tokens, d);
+      rows.stride = stride;
+      layer.forward(rows, out, side);
+    } else if (with_shared && way == 2) {
+      layer.forward(in, out, side, threads());
+    } else {
+      layer.forward(in, out, side);
+    }
+    if constexpr (with_shared) {
+      assignment choices;
+      workspace ws;
+      route(layer.router(), layer.logits(), side, ws, choices);
+      if (o.capacity) apply_capacity(choices, *o.capacity, ws);
+      REQUIRE(std::ranges::equal(choices.ids(), layer.choices().ids()));
+      REQUIRE(std::ranges::equal(choices.weights(), layer.choices().weights()));
+      REQUIRE(choices.drops() == layer.choices().drops());
+      REQUIRE(std::ranges::equal(choices.kept(), layer.choices().kept()));
+    }
+    const row_matrix<float> got = y.leftCols(d);
+    INFO("call " << call << ", way " << way << ", tokens " << tokens << ", stride " << stride);
+    REQUIRE(test::difference(
+                test::values(got),
+                sums_by_options(o, layer.choices(), given, before, with_shared, shared_gate), 1e-4,
+                1e-4) == "");
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a layer of any options adds up what its choices say, in every call and every way") {
+  test::random rng(91);
+  const row_matrix<float> gate = 0.2f * test::random_rows(1, d, 17);
+  const std::span<const float> row(gate.data(), static_cast<std::size_t>(d));
+  for (int draw = 0; draw < 150; ++draw) {
+    INFO("draw " << draw);
+    moe_layer_options o = drawn_layer_options(rng);
+    const expert_choice<softmax> few{.capacity = {.fixed = 1 + rng.below(3)}};
+    moe_layer ragged(gate_weights(), top_p{.p = 0.7f, .max_k = 6}, curves{}, o);
+    moe_layer batch(gate_weights(), few, curves{}, o);
+    expect_sums_by_options<false>(ragged, {}, rng);
+    expect_sums_by_options<false>(batch, {}, rng);
+    o.shared.scale = rng.below(2) == 0 ? 1.0f : -0.75f;
+    const std::span<const float> gated = rng.below(2) == 0 ? row : row.first(0);
+    o.shared.gate = gated;
+    moe_layer shared(gate_weights(), mixtral(), curves{}, o, curves{});
+    expect_sums_by_options<true>(shared, gated, rng);
+  }
+}
