@@ -401,6 +401,33 @@ TEST_CASE("activations that are kept give the bits of those that are computed ag
               }) ==
               "moeroute::swiglu_backward: weights.up and a gradient overlap, expected memory "
               "of their own");
+        // Each of the six matrices has its own rows and columns.
+        for (int wrong = 0; wrong < 12; ++wrong) {
+          const auto sized = [&](auto* data, int which, index_t all, index_t columns) {
+            const index_t less_rows = wrong == 2 * which, less_columns = wrong == 2 * which + 1;
+            return matrix_view(data, all - less_rows, columns - less_columns, columns);
+          };
+          const index_t up = experts * ff, down = experts * d;
+          if (!gated && wrong % 6 < 2) continue;
+          const char* const names[] = {"weights.gate",   "weights.up",   "weights.down",
+                                       "gradients.gate", "gradients.up", "gradients.down"};
+          const auto which = static_cast<std::size_t>(wrong / 2);
+          const index_t of_rows = which % 3 == 2   ? down
+                                  : which % 3 == 1 ? up
+                                                   : of_gate,
+                        of_columns = which % 3 == 2 ? ff : d,
+                        found = wrong % 2 == 0 ? of_rows : of_columns;
+          const float* const read = w.data();
+          CHECK(test::refusal([&] {
+                  swiglu_backward<>(
+                      own,
+                      {sized(read, 0, of_gate, d), sized(read, 1, up, d), sized(read, 2, down, ff)},
+                      {sized(d1.data(), 3, of_gate, d), sized(d3.data(), 4, up, d),
+                       sized(d2.data(), 5, down, ff)});
+                }) == "moeroute::swiglu_backward: " + std::string(names[which]) +
+                          (wrong % 2 == 0 ? ".rows() is " : ".cols() is ") +
+                          std::to_string(found - 1) + ", expected " + std::to_string(found));
+        }
         floats memory(static_cast<std::size_t>(back.scratch_floats()));
         for (const expert_id e : {-1, static_cast<int>(experts)})
           CHECK(test::refusal([&] {

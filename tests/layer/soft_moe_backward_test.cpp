@@ -114,6 +114,22 @@ TEST_CASE("a soft tape without a call, or of another shape, is refused by name")
   CHECK(refused(tokens) == "moeroute::backward: the tape is empty: it comes from forward()");
   layer.forward(rows(x, tokens), into(y, tokens), serial{}, tape);
   CHECK(refused(4) == "moeroute::backward: x.rows() is 4, expected 9");
+  const auto said = [&](const matrix_view<const float>& states, const matrix_view<const float>& dy,
+                        const matrix_view<const float>& vectors) {
+    return test::refusal([&] {
+      backward(layer, states, tape, dy, vectors, curve_gradients{}, {.x = into(dx, tokens)});
+    });
+  };
+  const auto all = rows(x, tokens), own = rows(mu, slots);
+  const matrix_view<const float> narrow(x.data(), tokens, d - 1, d);
+  const std::string less = std::to_string(d - 1) + ", expected " + std::to_string(d);
+  CHECK(said(narrow, all, own) == "moeroute::backward: x.cols() is " + less);
+  CHECK(said(all, all.middle_rows(0, 4), own) == "moeroute::backward: dy.rows() is 4, expected 9");
+  CHECK(said(all, narrow, own) == "moeroute::backward: dy.cols() is " + less);
+  CHECK(said(all, all, own.middle_rows(0, slots - 1)) == "moeroute::backward: mu.rows() is " +
+                                                             std::to_string(slots - 1) +
+                                                             ", expected " + std::to_string(slots));
+  CHECK(said(all, all, {mu.data(), slots, d - 1, d}) == "moeroute::backward: mu.cols() is " + less);
   CHECK(refused(tokens) == "accepted");
 }
 

@@ -1,5 +1,6 @@
 #include <moeroute/layer/soft_moe.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <limits>
@@ -91,6 +92,36 @@ TEST_CASE("a soft layer is two weighted means with the experts between them") {
   }
 }
 
+TEST_CASE("a soft layer's rows may lie apart, and its experts may have memory") {
+  struct through_memory {
+    index_t scratch_floats() const { return d; }
+    void operator()(expert_id e, matrix_view<const float> in, matrix_view<float> out,
+                    float* memory) const {
+      for (index_t r = 0; r < in.rows; ++r) {
+        std::copy_n(in.row(r), d, memory);
+        for (index_t c = 0; c < d; ++c) out(r, c) = static_cast<float>(e + 2) * memory[c];
+      }
+    }
+  };
+  const row_matrix<float> mu = test::random_rows(6, d, 3), x = test::random_rows(10, d, 4);
+  soft_moe<doubling> layer(const_view(mu), doubling{}, {.slots_per_expert = 2});
+  const row_matrix<float> y = run(layer, x);
+  row_matrix<float> apart = row_matrix<float>::Constant(10, d + 3, 7.0f),
+                    to = row_matrix<float>::Constant(10, d + 5, 9.0f),
+                    mu_apart = row_matrix<float>::Constant(6, d + 2, 5.0f);
+  apart.leftCols(d) = x;
+  mu_apart.leftCols(d) = mu;
+  const matrix_view<const float> from(apart.data(), 10, d, d + 3);
+  soft_moe<doubling> same(matrix_view<const float>(mu_apart.data(), 6, d, d + 2), doubling{},
+                          {.slots_per_expert = 2});
+  same.forward(from, matrix_view<float>(to.data(), 10, d, d + 5));
+  CHECK(to.leftCols(d) == y);
+  CHECK(to.rightCols(5) == row_matrix<float>::Constant(10, 5, 9.0f));
+  soft_moe<through_memory> remembers(const_view(mu), through_memory{}, {.slots_per_expert = 2});
+  remembers.forward(from, matrix_view<float>(to.data(), 10, d, d + 5));
+  CHECK(to.leftCols(d) == y);
+}
+
 TEST_CASE("without a scale all tokens get the same mean") {
   const row_matrix<float> mu = test::random_rows(6, d, 5), x = test::random_rows(9, d, 6);
   soft_moe<doubling> layer(const_view(mu), doubling{}, {.scale = 0.0f});
@@ -137,6 +168,29 @@ TEST_CASE("shapes that do not fit a soft layer are refused by name") {
   row_matrix<float> x(3, d), y(4, d);
   CHECK(test::refusal([&] { layer.forward(x, y); }) ==
         "moeroute::soft_moe: y.rows() is 4, expected 3");
+  CHECK(test::refusal([&] {
+          soft_moe<doubling>(const_view(mu), doubling{},
+                             {.scale = std::numeric_limits<float>::infinity()});
+        }) == "moeroute::soft_moe: scale is inf, expected a finite number");
+  for (const index_t own : {0, 7})
+    CHECK(test::refusal(
+              [&] { soft_moe<doubling>(const_view(mu), doubling{}, {.slots_per_expert = own}); }) ==
+          "moeroute::soft_moe: slots_per_expert is " + std::to_string(own) + ", expected 1 to 6");
+  CHECK(test::refusal([&] {
+          soft_moe<doubling>(matrix_view<const float>(mu.data(), 6, d, d - 1), doubling{});
+        }) == "moeroute::soft_moe: mu.stride is 20, expected at least 21");
+  const auto refused = [&](const matrix_view<const float>& from, const matrix_view<float>& to) {
+    return test::refusal([&] { layer.forward(from, to); });
+  };
+  row_matrix<float> wide(4, d + 1);
+  CHECK(refused({x.data(), 3, d - 1}, {y.data(), 3, d}) ==
+        "moeroute::soft_moe: x.cols() is 20, expected 21");
+  CHECK(refused({x.data(), 3, d}, {wide.data(), 3, d + 1}) ==
+        "moeroute::soft_moe: y.cols() is 22, expected 21");
+  CHECK(refused({x.data(), 3, d, d - 1}, {y.data(), 3, d}) ==
+        "moeroute::soft_moe: x.stride is 20, expected at least 21");
+  CHECK(refused({x.data(), 3, d}, {y.data(), 3, d, d - 1}) ==
+        "moeroute::soft_moe: y.stride is 20, expected at least 21");
   row_matrix<float> both(6, d);
   CHECK(test::refusal([&] {
           layer.forward(matrix_view<const float>(both.data(), 3, d),

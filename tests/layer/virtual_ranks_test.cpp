@@ -1,11 +1,16 @@
 #include <moeroute/layer/virtual_ranks.hpp>
 //
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <moeroute/layer/joined_backward.hpp>
 #include <moeroute/layer/swiglu_experts.hpp>
 #include <moeroute/policy/catalog.hpp>
 #include <moeroute/policy/make_router.hpp>
 #include <moeroute/stage/plan.hpp>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "support/assignments.hpp"
@@ -119,8 +124,23 @@ std::string difference(const scene& s, const placement& p, const exchange_option
   const std::vector<index_t> edge =
       cut_tokens(s.choices.tokens(), ranks, 5 + static_cast<std::uint64_t>(ranks));
   std::vector<assignment> own(static_cast<std::size_t>(ranks));
-  rows y(s.x.size(), 9.0f), dx(s.x.size(), 9.0f),
-      dweights(static_cast<std::size_t>(s.choices.choices()), 9.0f);
+  // Rows apart, each kind by its own distance.
+  const index_t of_x = s.d + 1, of_y = s.d + 2, of_dy = s.d + 3, of_dx = s.d + 4;
+  const auto apart = [&](const rows& from, index_t stride) {
+    rows to(static_cast<std::size_t>(s.choices.tokens() * stride), 9.0f);
+    for (index_t t = 0; t < s.choices.tokens(); ++t)
+      std::copy_n(from.begin() + t * s.d, s.d, to.begin() + t * stride);
+    return to;
+  };
+  const auto together = [&](const rows& from, index_t stride) {
+    rows to(s.x.size());
+    for (index_t t = 0; t < s.choices.tokens(); ++t)
+      std::copy_n(from.begin() + t * stride, s.d, to.begin() + t * s.d);
+    return to;
+  };
+  const rows x = apart(s.x, of_x), dy = apart(s.dy, of_dy);
+  rows y = apart(rows(s.x.size(), 9.0f), of_y), dx = apart(rows(s.x.size(), 9.0f), of_dx),
+       dweights(static_cast<std::size_t>(s.choices.choices()), 9.0f);
   std::vector<rank_tokens<>> tokens;
   std::vector<rank_gradients> gradients;
   for (index_t r = 0; r < ranks; ++r) {
@@ -130,14 +150,14 @@ std::string difference(const scene& s, const placement& p, const exchange_option
     std::span<const std::uint8_t> mask = s.mask;
     if (!mask.empty())
       mask = mask.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n));
-    tokens.push_back({{s.x.data() + first * s.d, n, s.d},
+    tokens.push_back({{x.data() + first * of_x, n, s.d, of_x},
                       own[static_cast<std::size_t>(r)],
-                      {y.data() + first * s.d, n, s.d},
+                      {y.data() + first * of_y, n, s.d, of_y},
                       mask});
     const index_t c = s.choices.first(first);
     gradients.push_back(
-        {{s.dy.data() + first * s.d, n, s.d},
-         {dx.data() + first * s.d, n, s.d},
+        {{dy.data() + first * of_dy, n, s.d, of_dy},
+         {dx.data() + first * of_dx, n, s.d, of_dx},
          std::span(dweights).subspan(static_cast<std::size_t>(c),
                                      static_cast<std::size_t>(s.choices.first(first + n) - c))});
   }
@@ -154,16 +174,19 @@ std::string difference(const scene& s, const placement& p, const exchange_option
           experts.forward(expert_at(rank, slot), in, out);
         },
         exec);
-  if (const std::string diff = test::bit_difference(y, expected.y); !diff.empty())
+  if (const std::string diff = test::bit_difference(together(y, of_y), expected.y); !diff.empty())
     return s.name + " y " + diff;
+  if (y != apart(together(y, of_y), of_y)) return s.name + " y between its rows";
   if (!backward) return "";
   all.backward(
       tokens, gradients,
       [&](index_t rank, expert_id slot, matrix_view<const float> in, matrix_view<const float> dout,
           matrix_view<float> din) { experts.backward(expert_at(rank, slot), in, dout, din); },
       exec);
-  if (const std::string diff = test::bit_difference(dx, expected.dx); !diff.empty())
+  if (const std::string diff = test::bit_difference(together(dx, of_dx), expected.dx);
+      !diff.empty())
     return s.name + " dx " + diff;
+  if (dx != apart(together(dx, of_dx), of_dx)) return s.name + " dx between its rows";
   if (const std::string diff = test::bit_difference(dweights, expected.dweights); !diff.empty())
     return s.name + " dweights " + diff;
   // A replicated expert's gradient is a sum of its slots' own.
@@ -336,6 +359,169 @@ TEST_CASE("two levels give the bits of one") {
       INFO(nodes << " nodes of " << places);
       CHECK(difference(s, p, {.rule = replica_rule::even}, exchange_path::two_level) == "");
     }
+}
+
+TEST_CASE("chunks of tokens that are joined add up gradients as one chunk does") {
+  test::random rng(12);
+  constexpr index_t experts = 6, ranks = 2, d = 5, tokens = 24, per = experts / ranks;
+  scene s = scene_of("chunks", test::fixed_choices(rng, tokens, experts, 2, 5), d, 3);
+  const placement p = placement::contiguous(experts, ranks);
+  // Tokens of rank 0, then of rank 1, each in three chunks; some are empty.
+  const std::vector<index_t> edge{0, 5, 5, 12, 13, 20, 24};
+  constexpr std::size_t chunks = 3;
+  for (const weight_on weights : {weight_on::output, weight_on::input})
+    for (const bool scratch : {false, true}) {
+      INFO("weights on inputs " << (weights == weight_on::input) << ", scratch " << scratch);
+      const exchange_options o{.weights = weights};
+      column_experts of(experts, d);
+      const one_rank expected(s.x, s.dy, s.choices, of, o, {});
+      std::vector<exchange_sender<>> senders(ranks * chunks);
+      std::vector<std::vector<exchange_receiver<>>> receivers(ranks);
+      for (auto& list : receivers) list = std::vector<exchange_receiver<>>(chunks);
+      std::vector<assignment> own(ranks * chunks);
+      rows y(s.x.size()), dx(s.x.size(), 9.0f),
+          dweights(static_cast<std::size_t>(s.choices.choices()), 9.0f);
+      const auto copy = [](auto from, auto to) {
+        REQUIRE(from.size() == to.size());
+        std::copy(from.begin(), from.end(), to.begin());
+      };
+      const auto part = [&](auto& all, std::size_t i) {
+        using value = std::remove_reference_t<decltype(*all.data())>;
+        return matrix_view<value>(all.data() + edge[i] * d, edge[i + 1] - edge[i], d);
+      };
+      for (std::size_t i = 0; i < senders.size(); ++i) {
+        copy_tokens(s.choices, edge[i], edge[i + 1] - edge[i], own[i]);
+        senders[i].pack(part(std::as_const(s.x), i), own[i], p, static_cast<index_t>(i / chunks), o,
+                        {});
+      }
+      for (std::size_t r = 0; r < ranks; ++r)
+        for (std::size_t c = 0; c < chunks; ++c) {
+          std::vector<std::int32_t> rows_from, entries_from;
+          const auto from = [&](std::size_t source) -> exchange_sender<>& {
+            return senders[source * chunks + c];
+          };
+          const auto to_rank = static_cast<index_t>(r);
+          for (std::size_t q = 0; q < ranks; ++q) {
+            rows_from.push_back(static_cast<std::int32_t>(from(q).plan().rows_to(to_rank)));
+            entries_from.push_back(static_cast<std::int32_t>(from(q).plan().entries_to(to_rank)));
+          }
+          exchange_receiver<>& to = receivers[r][c];
+          to.expect(rows_from, entries_from, d, o);
+          for (std::size_t q = 0; q < ranks; ++q) {
+            const auto source = static_cast<index_t>(q);
+            copy(from(q).rows_to(to_rank), to.rows_from(source));
+            copy(from(q).entries_of_row_to(to_rank), to.entries_of_row_from(source));
+            copy(from(q).local_slot_to(to_rank), to.local_slot_from(source));
+            if (weights == weight_on::input)
+              copy(from(q).weight_to(to_rank), to.weight_from(source));
+          }
+          to.run(
+              per,
+              [&](expert_id slot, matrix_view<const float> in, matrix_view<float> out) {
+                of.forward(to_rank * per + slot, in, out);
+              },
+              o);
+        }
+      const auto home = [&](std::size_t i) {
+        return std::pair(static_cast<index_t>(i / chunks), i % chunks);
+      };
+      for (std::size_t i = 0; i < senders.size(); ++i) {
+        const auto [source, c] = home(i);
+        senders[i].expect_results(o.result);
+        for (std::size_t r = 0; r < ranks; ++r)
+          copy(receivers[r][c].results_to(source),
+               senders[i].results_from(static_cast<index_t>(r)));
+        senders[i].finish(part(std::as_const(s.x), i), own[i], o, part(y, i));
+      }
+      CHECK(test::bit_difference(y, expected.y) == "");
+      const auto weights_of = [&](std::size_t i) {
+        const index_t first = s.choices.first(edge[i]), end = s.choices.first(edge[i + 1]);
+        return std::span(dweights).subspan(static_cast<std::size_t>(first),
+                                           static_cast<std::size_t>(end - first));
+      };
+      for (std::size_t i = 0; i < senders.size(); ++i)
+        senders[i].pack_backward(part(std::as_const(s.x), i), part(std::as_const(s.dy), i), own[i],
+                                 o, weights_of(i), part(dx, i));
+      for (std::size_t r = 0; r < ranks; ++r) {
+        for (std::size_t c = 0; c < chunks; ++c) {
+          receivers[r][c].expect_backward();
+          for (std::size_t q = 0; q < ranks; ++q) {
+            const exchange_sender<>& from = senders[q * chunks + c];
+            const auto source = static_cast<index_t>(q), to = static_cast<index_t>(r);
+            copy(from.gradient_rows_to(to), receivers[r][c].gradient_rows_from(source));
+            copy(from.weight_to(to), receivers[r][c].weight_from(source));
+          }
+          receivers[r][c].begin_backward();
+        }
+        joined_backward<> join;
+        const auto plain = [&](expert_id slot, matrix_view<const float> in,
+                               matrix_view<const float> dout, matrix_view<float> din) {
+          of.backward(static_cast<index_t>(r) * per + slot, in, dout, din);
+        };
+        struct with_memory {
+          decltype(plain)& f;
+          index_t scratch_floats() const { return 3; }
+          void operator()(expert_id slot, matrix_view<const float> in,
+                          matrix_view<const float> dout, matrix_view<float> din,
+                          float* memory) const {
+            std::fill_n(memory, 3, 1.0f);
+            f(slot, in, dout, din);
+          }
+        };
+        if (scratch)
+          join.run(receivers[r], per, with_memory{plain});
+        else
+          join.run(receivers[r], per, plain);
+        for (exchange_receiver<>& to : receivers[r]) to.end_backward();
+        // The same rows, joined, for who makes the weights' gradients apart.
+        struct in_two {
+          std::vector<std::pair<expert_id, index_t>> seen;
+          double sum = 0.0;
+          void weights(expert_id slot, matrix_view<const float> in, matrix_view<const float> dout) {
+            seen.push_back({slot, in.rows});
+            for (index_t i = 0; i < in.rows; ++i)
+              for (index_t j = 0; j < in.cols; ++j)
+                sum += static_cast<double>(in(i, j)) * static_cast<double>(dout(i, j));
+          }
+        } apart;
+        join.run_weights(receivers[r], per, apart);
+        double wanted = 0.0;
+        std::vector<std::pair<expert_id, index_t>> slots;
+        for (expert_id slot = 0; slot < per; ++slot) {
+          const auto e = static_cast<expert_id>(static_cast<index_t>(r) * per + slot);
+          const auto n = std::count(s.choices.ids().begin(), s.choices.ids().end(), e);
+          if (n > 0) slots.push_back({slot, n});
+          for (index_t j = 0; j < d; ++j)
+            wanted += static_cast<double>(expected.dw[static_cast<std::size_t>(e * d + j)]);
+        }
+        CHECK(apart.seen == slots);
+        CHECK(std::abs(apart.sum - wanted) < 1e-4 * (1.0 + std::abs(wanted)));
+      }
+      CHECK(test::bit_difference(of.gradient, expected.dw) == "");
+      for (std::size_t i = 0; i < senders.size(); ++i) {
+        const auto [source, c] = home(i);
+        for (std::size_t r = 0; r < ranks; ++r)
+          copy(receivers[r][c].gradients_to(source),
+               senders[i].gradients_from(static_cast<index_t>(r)));
+        senders[i].finish_backward(part(std::as_const(s.x), i), own[i], o, weights_of(i),
+                                   part(dx, i));
+      }
+      CHECK(test::bit_difference(dx, expected.dx) == "");
+      CHECK(test::bit_difference(dweights, expected.dweights) == "");
+      // What is held: of a receiver its rows, and six times its entries' or rows'; of a sender its
+      // rows, and what comes back.
+      for (const auto& list : receivers)
+        for (const exchange_receiver<>& to : list)
+          CHECK(to.capacity() >=
+                (to.rows() * 2 + to.entries() * 5) * d * static_cast<index_t>(sizeof(float)));
+      for (const exchange_sender<>& from : senders)
+        CHECK(from.capacity() >= (from.plan().rows() * 2 + from.plan().entries() * 2) * d *
+                                     static_cast<index_t>(sizeof(float)));
+    }
+  joined_backward<> nothing;
+  nothing.run(std::span<exchange_receiver<>>(), 3,
+              [](expert_id, matrix_view<const float>, matrix_view<const float>,
+                 matrix_view<float>) { FAIL("nobody has rows"); });
 }
 
 TEST_CASE("ranks that all get all tokens pick what one rank would have sent them") {
