@@ -42,7 +42,11 @@ inline void* allocate(std::size_t n, std::align_val_t alignment) {
 }
 
 inline void* or_throw(void* p) {
+#if defined(__cpp_exceptions)
   if (p == nullptr) throw std::bad_alloc();
+#else
+  if (p == nullptr) std::abort();
+#endif
   return p;
 }
 
