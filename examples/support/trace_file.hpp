@@ -344,7 +344,7 @@ inline void read_npy_trace(const std::filesystem::path& path, const trace_sink& 
   std::optional<std::uint64_t> bytes = narrow ? 2 : 4;
   for (const std::uint64_t extent : s) bytes = bytes ? checked_product(*bytes, extent) : bytes;
   if (bytes != file.size() - 10 - length)
-    refuse(file.name(), ": shape ", to_string(s), ": found ", file.size() - 10 - length,
+    refuse(file.name(), ": shape ", example::to_string(s), ": found ", file.size() - 10 - length,
            " bytes of values, expected ",
            bytes ? std::to_string(*bytes) : std::string("more than 64 bits can count"));
   const auto extent = [&](std::size_t i) { return static_cast<index_t>(s[i]); };

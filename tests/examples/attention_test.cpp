@@ -15,6 +15,8 @@
 #include <moeroute/exec/openmp.hpp>
 #endif
 
+namespace attention_test {
+
 using namespace example;
 
 namespace {
@@ -134,3 +136,5 @@ TEST_CASE("scores far apart leave no infinity behind") {
   CHECK(out[0] == 0.0F);
   CHECK(out[1] == 1.0F);
 }
+
+}  // namespace attention_test

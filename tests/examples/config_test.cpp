@@ -7,8 +7,10 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
 
+namespace config_test {
+
 using namespace example;
-using namespace example::test;
+using namespace example::fixture;
 using Catch::Matchers::ContainsSubstring;
 using Catch::Matchers::EndsWith;
 
@@ -143,3 +145,5 @@ TEST_CASE("a file that is no JSON object is refused") {
   CHECK_THAT(read_text("{\"vocab_size\": 1e999}"),
              ContainsSubstring("expected numbers that fit their type"));
 }
+
+}  // namespace config_test

@@ -9,8 +9,10 @@
 
 #include <catch2/catch_test_macros.hpp>
 
+namespace decoder_test {
+
 using namespace example;
-using namespace example::test;
+using namespace example::fixture;
 
 namespace {
 
@@ -95,3 +97,5 @@ TEST_CASE("clipping bounds queries, keys and values before anything else sees th
   CHECK(logits(wide) == logits(plain));
   CHECK(logits(narrow) != logits(plain));
 }
+
+}  // namespace decoder_test

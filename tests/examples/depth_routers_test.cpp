@@ -14,6 +14,8 @@
 #include "support/float_rows.hpp"
 #include "support/random.hpp"
 
+namespace depth_routers_test {
+
 using namespace example;
 using test::as_rows;
 using test::floats;
@@ -216,3 +218,5 @@ TEST_CASE("an oracle's path is the best of all that fit, and a larger budget is 
   CHECK(oracle_path(3, first_is_dear, 1.0, even).first.empty());
   CHECK(oracle_path(3, {}, 1.0, even).first.empty());
 }
+
+}  // namespace depth_routers_test

@@ -9,6 +9,8 @@
 
 #include "support/random.hpp"
 
+namespace field_routers_test {
+
 using namespace example;
 
 namespace {
@@ -254,3 +256,5 @@ TEST_CASE("the mean quality over budgets is the area under the hull of cost and 
   CHECK(std::abs(mean_quality({{0.0, 0.2}, {0.5, 0.8}, {1.0, 0.6}}) - 0.65) < 1e-12);
   CHECK(std::abs(mean_quality({{0.0, 0.2}, {0.5, 0.7}, {1.0, 0.8}}) - 0.6) < 1e-12);
 }
+
+}  // namespace field_routers_test

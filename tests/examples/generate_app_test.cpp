@@ -13,8 +13,10 @@
 #include <moeroute/exec/openmp.hpp>
 #endif
 
+namespace generate_app_test {
+
 using namespace example;
-using namespace example::test;
+using namespace example::fixture;
 using Catch::Matchers::ContainsSubstring;
 using Catch::Matchers::EndsWith;
 using Catch::Matchers::StartsWith;
@@ -450,3 +452,5 @@ TEST_CASE("budgets, rules and policies that there are not are refused by name") 
       "--cache: expected one of lru, lfu, fifo, segmented, least_stale, cost_aware, found 'mru'");
   refused({"--memory-budget", "0.5", "--profile", "no/such"}, "no/such: no such file");
 }
+
+}  // namespace generate_app_test

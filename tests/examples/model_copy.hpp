@@ -14,7 +14,7 @@
 
 #include <moeroute/exec/executor.hpp>
 
-namespace example::test {
+namespace example::fixture {
 
 struct outcome {
   int code = 0;
@@ -89,4 +89,4 @@ class model_copy {
   scratch_folder folder_;
 };
 
-}  // namespace example::test
+}  // namespace example::fixture

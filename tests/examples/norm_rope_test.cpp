@@ -7,6 +7,8 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/generators/catch_generators.hpp>
 
+namespace norm_rope_test {
+
 using namespace example;
 
 TEST_CASE("a normed row is x / sqrt(mean of squares + eps) times the weight, for any width") {
@@ -45,3 +47,5 @@ TEST_CASE("the first position is not rotated, and the first pair turns by one ra
   CHECK(std::abs(turned[2] - (3 * std::cos(2.0F) + std::sin(2.0F))) < 1e-6F);
   CHECK(std::abs(turned[1] - (2 * std::cos(0.02F) - 4 * std::sin(0.02F))) < 1e-6F);
 }
+
+}  // namespace norm_rope_test

@@ -8,8 +8,10 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
 
+namespace npy_test {
+
 using namespace example;
-using namespace example::test;
+using namespace example::fixture;
 using Catch::Matchers::ContainsSubstring;
 using Catch::Matchers::EndsWith;
 
@@ -83,3 +85,5 @@ TEST_CASE("a header that says a thing twice, or has a NUL in it, is refused") {
   CHECK_THAT(npy_refusal(npy_bytes(twice(std::string("\0", 1)), {7})),
              EndsWith("expected a header of text, found a NUL"));
 }
+
+}  // namespace npy_test

@@ -10,6 +10,8 @@
 #include "support/compare.hpp"
 #include "support/random.hpp"
 
+namespace own_gates_test {
+
 using namespace example;
 using moeroute::serial;
 using test::as_rows;
@@ -310,3 +312,5 @@ TEST_CASE("in competition the experts with the largest outputs win, and the gate
   }
   CHECK(last < 0.1 * loss);
 }
+
+}  // namespace own_gates_test

@@ -7,6 +7,8 @@
 #include <sstream>
 #include <string>
 
+namespace placement_file_test {
+
 using example::json;
 
 namespace {
@@ -97,3 +99,5 @@ TEST_CASE("placement_file names file, case and field of bad input, and writes no
   CHECK(out.str().empty());
   CHECK(err.str().find("placement_file: /nonexistent/in.json") == 0);
 }
+
+}  // namespace placement_file_test

@@ -7,6 +7,8 @@
 
 #include "support/random.hpp"
 
+namespace query_routing_test {
+
 using namespace example;
 
 namespace {
@@ -134,3 +136,5 @@ TEST_CASE(
     CHECK(found < 1.002 * dual_prices_of_models::value(first, cost, t.budget, 0.1, 1.0, other));
   }
 }
+
+}  // namespace query_routing_test

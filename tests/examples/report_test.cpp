@@ -10,6 +10,8 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
 
+namespace report_test {
+
 using namespace example;
 using Catch::Matchers::ContainsSubstring;
 
@@ -104,3 +106,5 @@ TEST_CASE("heat classes grow with the load and hold their lower bound") {
   CHECK(detail::heat_class(1.0) == 3);
   CHECK(detail::heat_class(100.0) == detail::heat_bounds.size());
 }
+
+}  // namespace report_test

@@ -16,6 +16,8 @@
 #include "support/golden.hpp"
 #include "support/golden_config.hpp"
 
+namespace route_file_test {
+
 using example::float_json;
 
 namespace {
@@ -269,3 +271,5 @@ TEST_CASE("files that are none, and words that make no command line, are refused
   refuses(run(file + "--spec x.json"), "--spec: expected with .npy logits only");
   refuses(run("'" + written("in.npy", npy({1, 2, 3, 4}, 2, 2)) + "'"), "--spec: expected");
 }
+
+}  // namespace route_file_test

@@ -14,8 +14,10 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
 
+namespace safetensors_test {
+
 using namespace example;
-using namespace example::test;
+using namespace example::fixture;
 using Catch::Matchers::ContainsSubstring;
 using Catch::Matchers::EndsWith;
 
@@ -211,3 +213,5 @@ TEST_CASE("a sharded checkpoint finds each tensor in the file that its index nam
   index("[]");
   CHECK_THAT(refusal(open), ContainsSubstring("field 'weight_map': expected an object"));
 }
+
+}  // namespace safetensors_test

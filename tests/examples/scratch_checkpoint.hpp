@@ -14,7 +14,7 @@
 
 #include <unistd.h>
 
-namespace example::test {
+namespace example::fixture {
 
 class scratch_folder {
  public:
@@ -73,4 +73,4 @@ template <class F>
   return {};
 }
 
-}  // namespace example::test
+}  // namespace example::fixture

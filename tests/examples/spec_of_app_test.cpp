@@ -9,6 +9,8 @@
 
 #include <catch2/catch_test_macros.hpp>
 
+namespace spec_of_app_test {
+
 namespace {
 
 struct run_result {
@@ -29,7 +31,7 @@ std::string seed(const std::string& name) { return MOEROUTE_TEST_DATA "/fuzz/cor
 }  // namespace
 
 TEST_CASE("spec_of prints one line where layers are alike, one for each kind where they differ") {
-  CHECK(run({example::test::bundled_model().string() + "/config.json"}).out ==
+  CHECK(run({example::fixture::bundled_model().string() + "/config.json"}).out ==
         "E=32 k=4 score=softmax normalize=sum\n");
   const std::string hashed =
       "score=sqrtsoftplus selection=hash_table normalize=sum "
@@ -47,7 +49,7 @@ TEST_CASE("spec_of prints one line where layers are alike, one for each kind whe
 }
 
 TEST_CASE("spec_of ends with 2 and one line that names file and key") {
-  const example::test::scratch_folder folder;
+  const example::fixture::scratch_folder folder;
   const auto refused = [](const run_result& r, const std::string& words) {
     INFO(r.err);
     CHECK(r.code == 2);
@@ -69,3 +71,5 @@ TEST_CASE("spec_of ends with 2 and one line that names file and key") {
   refused(run({}), "found no file");
   refused(run({"--what"}), "unknown option '--what'");
 }
+
+}  // namespace spec_of_app_test

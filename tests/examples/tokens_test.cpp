@@ -11,8 +11,10 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
 
+namespace tokens_test {
+
 using namespace example;
-using namespace example::test;
+using namespace example::fixture;
 using Catch::Matchers::EndsWith;
 
 namespace {
@@ -92,3 +94,5 @@ TEST_CASE("draws follow the softmax of the logits over the temperature") {
     CHECK(std::abs(share[i] - expected) < 5 * std::sqrt(expected / draws));
   }
 }
+
+}  // namespace tokens_test

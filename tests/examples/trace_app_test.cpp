@@ -15,6 +15,8 @@
 
 #include "support/random.hpp"
 
+namespace trace_app_test {
+
 using namespace example;
 using Catch::Matchers::ContainsSubstring;
 
@@ -60,7 +62,7 @@ std::vector<trace_step> some_steps(index_t experts) {
 }  // namespace
 
 TEST_CASE("a trace that is written in any form and read again is the same steps") {
-  const example::test::scratch_folder folder;
+  const example::fixture::scratch_folder folder;
   for (const index_t experts : {8, 300, 70000})
     for (const auto& [name, format] : trace_formats) {
       INFO(name << " " << experts);
@@ -81,7 +83,7 @@ TEST_CASE("a trace that is written in any form and read again is the same steps"
 }
 
 TEST_CASE("the program converts, and says the same of every form of a trace") {
-  const example::test::scratch_folder folder;
+  const example::fixture::scratch_folder folder;
   const auto path = folder.path() / "in.jsonl";
   trace_writer writer(path, trace_format::jsonl);
   for (const trace_step& s : some_steps(24)) writer.write(s);
@@ -121,7 +123,7 @@ TEST_CASE("the program converts, and says the same of every form of a trace") {
 }
 
 TEST_CASE("optional columns may be missing; comments and their order do not matter") {
-  const example::test::scratch_folder folder;
+  const example::fixture::scratch_folder folder;
   const auto path = folder.write(
       "t",
       "# route_trace v1 of some server\n# more\nexpert,layer,step\n3,0,7\n5,0,7\n1,1,7\n2,0,8\n");
@@ -134,7 +136,7 @@ TEST_CASE("optional columns may be missing; comments and their order do not matt
 }
 
 TEST_CASE("a trace that is wrong is refused by file, line and column") {
-  const example::test::scratch_folder folder;
+  const example::fixture::scratch_folder folder;
   const auto refused = [&](std::string_view text, const std::string& what) {
     const auto path = folder.write("bad", text);
     const trace_run found = run_trace_with({path.string()});
@@ -197,7 +199,7 @@ TEST_CASE("a trace that is wrong is refused by file, line and column") {
 }
 
 TEST_CASE("a wrong call of trace is refused by name") {
-  const example::test::scratch_folder folder;
+  const example::fixture::scratch_folder folder;
   const auto path = folder.write("t", "layer,expert\n0,1\n").string();
   const auto refused = [&](std::vector<std::string> words, const std::string& what) {
     const trace_run found = run_trace_with(std::move(words));
@@ -217,3 +219,5 @@ TEST_CASE("a wrong call of trace is refused by name") {
   refused({path, "--colour"}, "unknown option '--colour'");
   refused({"no/such/file"}, "no/such/file: no such file");
 }
+
+}  // namespace trace_app_test

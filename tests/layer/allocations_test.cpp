@@ -22,6 +22,8 @@
 #include <moeroute/exec/openmp.hpp>
 #endif
 
+namespace allocations_test {
+
 using namespace moeroute;
 
 namespace {
@@ -182,3 +184,5 @@ TEST_CASE("a layer that sees more tokens than ever before allocates, and the cou
   CHECK(test::allocations_during([&] { run(64); }) == 0);
   CHECK(test::allocations_during([&] { run(65); }) > 0);
 }
+
+}  // namespace allocations_test

@@ -21,6 +21,8 @@
 #include "support/resident.hpp"
 #include "support/threads.hpp"
 
+namespace layer_soak_test {
+
 using namespace moeroute;
 
 namespace {
@@ -141,3 +143,5 @@ TEST_CASE(
               static_cast<long long>(tokens), static_cast<unsigned long long>(calls), kinds,
               static_cast<long long>(grown));
 }
+
+}  // namespace layer_soak_test

@@ -12,6 +12,8 @@
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 
+namespace lora_experts_test {
+
 using namespace moeroute;
 
 namespace {
@@ -363,3 +365,5 @@ TEST_CASE("adapters refuse by name every size and number that does not fit") {
        "lora_backward: gradients.a and gradients.b" + own}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
 }
+
+}  // namespace lora_experts_test

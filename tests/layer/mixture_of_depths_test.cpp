@@ -10,6 +10,8 @@
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 
+namespace mixture_of_depths_test {
+
 using namespace moeroute;
 using floats = std::vector<float>;
 
@@ -97,3 +99,5 @@ TEST_CASE("a mixture of depths refuses shares, gates and lengths that do not fit
                                 matrix_view<float>(x.data(), 10, 1));
         }) == "moeroute::expert_choice: tokens is 10, expected a multiple of sequence_length = 4");
 }
+
+}  // namespace mixture_of_depths_test

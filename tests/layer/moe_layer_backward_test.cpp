@@ -25,6 +25,8 @@
 #include "support/refusal.hpp"
 #include "support/threads.hpp"
 
+namespace moe_layer_backward_test {
+
 using namespace moeroute;
 using floats = std::vector<float>;
 
@@ -848,3 +850,5 @@ TEST_CASE("gradients that are added are those that are written, on top of what w
          {.capacity = capacity_policy{.rule = {.formula = capacity_formula::fixed, .count = 2}},
           .lost = lost_token::residual});
 }
+
+}  // namespace moe_layer_backward_test

@@ -19,6 +19,8 @@
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 
+namespace moe_layer_gates_test {
+
 using namespace moeroute;
 using test::as_rows;
 using test::floats;
@@ -374,3 +376,5 @@ TEST_CASE("gradients end at the logits where these were not the gate's of x") {
         "moeroute::backward: a gradient of the gate is wanted, but the logits were not the gate's "
         "of x, or it offers no gate_backward: take gradients.logits to what made them");
 }
+
+}  // namespace moe_layer_gates_test

@@ -29,6 +29,8 @@
 #include <moeroute/exec/tbb.hpp>
 #endif
 
+namespace moe_layer_options_test {
+
 using namespace moeroute;
 
 namespace {
@@ -624,3 +626,5 @@ TEST_CASE("a layer of any options adds up what its choices say, in every call an
     expect_sums_by_options<true>(shared, gated, rng);
   }
 }
+
+}  // namespace moe_layer_options_test

@@ -21,6 +21,8 @@
 #include <moeroute/exec/openmp.hpp>
 #endif
 
+namespace moe_layer_test {
+
 using namespace moeroute;
 
 namespace {
@@ -242,3 +244,5 @@ TEST_CASE("a probe hears of every step in order") {
                                          layer_step::dispatch, layer_step::experts,
                                          layer_step::combine, layer_step::done});
 }
+
+}  // namespace moe_layer_test

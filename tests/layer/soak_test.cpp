@@ -21,6 +21,8 @@
 #include "support/resident.hpp"
 #include "support/threads.hpp"
 
+namespace soak_test {
+
 using namespace moeroute;
 
 namespace {
@@ -260,3 +262,5 @@ TEST_CASE(
               static_cast<long long>(tokens), static_cast<unsigned long long>(calls), run.size(),
               seconds, static_cast<long long>(grown));
 }
+
+}  // namespace soak_test

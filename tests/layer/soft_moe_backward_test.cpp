@@ -11,6 +11,8 @@
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 
+namespace soft_moe_backward_test {
+
 using namespace moeroute;
 using floats = std::vector<float>;
 
@@ -162,3 +164,5 @@ TEST_CASE("a warm soft layer goes backwards without an allocation") {
     });
   CHECK(made == 0);
 }
+
+}  // namespace soft_moe_backward_test

@@ -16,6 +16,8 @@
 #include "support/planned.hpp"
 #include "support/refusal.hpp"
 
+namespace soft_moe_test {
+
 using namespace moeroute;
 
 namespace {
@@ -225,3 +227,5 @@ TEST_CASE("a described soft mixture hands on every option that its line names") 
   CHECK(own.logits == soft_logits::product);
   CHECK(own.scale == 2.5f);
 }
+
+}  // namespace soft_moe_test

@@ -9,6 +9,8 @@
 #include "support/planned.hpp"
 #include "support/refusal.hpp"
 
+namespace swiglu_experts_test {
+
 using namespace moeroute;
 
 TEST_CASE("an expert is down(silu(gate x) * up x), for any number of rows") {
@@ -67,3 +69,5 @@ TEST_CASE("weights of another shape, and experts that are not there, are refused
   CHECK(test::refusal([] { swiglu_experts<>(0, 5, 7); }) ==
         "moeroute::swiglu_experts: experts is 0, expected 1 to 1048576");
 }
+
+}  // namespace swiglu_experts_test

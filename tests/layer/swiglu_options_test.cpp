@@ -12,6 +12,8 @@
 #include "support/planned.hpp"
 #include "support/refusal.hpp"
 
+namespace swiglu_options_test {
+
 using namespace moeroute;
 
 namespace {
@@ -136,3 +138,5 @@ TEST_CASE("options and weights that do not fit are refused by name") {
   CHECK(test::refusal([&] { gated.set_up_bias(0, six); }) ==
         "moeroute::swiglu_experts: bias.size() is 6, expected 7");
 }
+
+}  // namespace swiglu_options_test

@@ -20,6 +20,8 @@
 #include "support/refusal.hpp"
 #include "support/threads.hpp"
 
+namespace virtual_ranks_test {
+
 using namespace moeroute;
 
 namespace {
@@ -711,3 +713,5 @@ TEST_CASE("virtual ranks refuse by name what does not fit") {
           std::string::npos);
   }
 }
+
+}  // namespace virtual_ranks_test

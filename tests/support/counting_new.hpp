@@ -13,18 +13,18 @@
 
 namespace test::detail {
 
-inline std::atomic<long> count{0};
-inline std::atomic<long> bytes{0};
+inline std::atomic<long> blocks_allocated{0};
+inline std::atomic<long> all_bytes{0};
 
 inline void* allocate(std::size_t n) {
-  ++count;
-  bytes += static_cast<long>(n);
+  ++blocks_allocated;
+  all_bytes += static_cast<long>(n);
   return std::malloc(n > 0 ? n : 1);
 }
 
 inline void* allocate(std::size_t n, std::align_val_t alignment) {
-  ++count;
-  bytes += static_cast<long>(n);
+  ++blocks_allocated;
+  all_bytes += static_cast<long>(n);
   // By malloc, since not every system has std::aligned_alloc: in front of it stands what to free.
   const std::size_t a = std::max(static_cast<std::size_t>(alignment), alignof(std::max_align_t));
   void* const whole = std::malloc(n + 2 * a);
@@ -52,8 +52,8 @@ inline void* or_throw(void* p) {
 
 }  // namespace test::detail
 
-long test::allocations() { return test::detail::count; }
-long test::allocated_bytes() { return test::detail::bytes; }
+long test::allocations() { return test::detail::blocks_allocated; }
+long test::allocated_bytes() { return test::detail::all_bytes; }
 
 using test::detail::allocate;
 using test::detail::or_throw;

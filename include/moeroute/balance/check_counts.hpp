@@ -13,8 +13,7 @@
 namespace moeroute::detail {
 
 inline void check_nonnegative(const char* where, const char* what, double value) {
-  if (!(value >= 0.0) || !std::isfinite(value))
-    fail(where, std::string(what) + " is " + std::to_string(value) + ", expected >= 0 and finite");
+  if (!(value >= 0.0) || !std::isfinite(value)) fail_value(where, what, value, ">= 0 and finite");
 }
 
 inline void check_between(const char* where, const char* what, double value, double low,
