@@ -41,7 +41,9 @@ inline std::vector<expert_id> choose(const moeroute::residency_rule& rule,
       rule.kind != residency_kind::mass_threshold &&
       !(rule.kind == residency_kind::within && rule.ranks > 0))
     return plain;
-  const float range = at(order.front()) - at(order.back());
+  const float range = rule.range == moeroute::score_range::running
+                          ? rule.running->value()
+                          : at(order.front()) - at(order.back());
   const std::vector<expert_id> forced = cut(order, rule.forced);
   const auto is_in = [](const std::vector<expert_id>& list, expert_id e) {
     return std::find(list.begin(), list.end(), e) != list.end();

@@ -623,7 +623,7 @@ TEST_CASE("a running range is the decayed mean of the tokens' own") {
   CHECK(last.value() == 8.0f);
   for (const auto& [decay, shown] :
        {std::pair{1.0f, "1.000000"}, {-0.5f, "-0.500000"}, {NAN, "nan"}})
-    CHECK(test::refusal([&, decay = decay] { running_range{decay}; }) ==
+    CHECK(test::refusal([&, of = decay] { running_range{of}; }) ==
           "moeroute::running_range: decay is " + std::string(shown) + ", expected 0 to below 1");
   // The last column counts as the first, in more rows than columns and in fewer.
   const float ends[] = {0, 0, 5, 9, 0, 0, 0, -3, 1, 1, 1, 5};
@@ -759,4 +759,190 @@ TEST_CASE("every number of a rule of memory is refused by its own name") {
       ruled({.kind = kind::max_rank, .ranks = 32, .forced = 4}),
       ruled({.kind = kind::off, .strength = -1.0f})};
   for (const auto& accepted : ends) CHECK(test::refusal(accepted) == "accepted");
+}
+
+namespace {
+
+residency_rule drawn_rule(test::random& rng, index_t experts, index_t k, const buddy_table& buddies,
+                          const running_range& running) {
+  const kind kinds[] = {kind::off,         kind::cache_prior, kind::max_rank, kind::mass_threshold,
+                        kind::margin_swap, kind::drop_cold,   kind::buddy,    kind::within};
+  residency_rule rule{.kind = kinds[rng.below(8)]};
+  rule.strength = rng.below(8) == 0 ? 0.0f : rng.uniform();
+  rule.ranks = rng.below(2) == 0 ? 0 : k + rng.below(std::min<index_t>(experts - k, 12) + 1);
+  rule.forced = rng.below(std::min<index_t>(k, 3) + 1);
+  if (rng.below(8) == 0) rule.forced = k;
+  rule.swaps = rng.below(4);
+  rule.range = rng.below(2) == 0 ? score_range::own : score_range::running;
+  rule.running = &running;
+  rule.dropped = rng.below(2) == 0 ? dropped_weight::lost : dropped_weight::shared_out;
+  rule.buddies = &buddies;
+  rule.search = rng.below(buddies.most() + 1);
+  rule.least_entropy = rng.below(2) == 0 ? 0.0f : 2.0f * rng.uniform();
+  rule.most_missing = rng.below(2) == 0 ? 1.0f : rng.uniform();
+  return rule;
+}
+
+// What a router does under a rule to tokens that are masked, have a k of their own, or are alone.
+// scores: what it chooses by. weight: of an expert by its logit, before weights are normalised.
+template <class Router, class Weight>
+void expect_rule_in_full(const Router& plain, const std::vector<float>& z,
+                         const std::vector<float>& scores, index_t experts, test::random& rng,
+                         Weight&& weight) {
+  const index_t k = plain.k(), tokens = static_cast<index_t>(z.size()) / experts;
+  const resident_set set = some_experts(rng, experts, 0.25f * static_cast<float>(rng.below(5)));
+  std::set<expert_id> held;
+  for_each_resident(set, [&](expert_id e) { held.insert(e); });
+  const buddy_table buddies = some_buddies(rng, experts, std::min<index_t>(experts, 5));
+  running_range running(0.5f);
+  if (rng.below(4) > 0) running.update({z.data(), std::min<index_t>(tokens, 3), experts});
+  residency_rule rule = drawn_rule(rng, experts, k, buddies, running);
+  if (!std::isfinite(running.value())) rule.range = score_range::own;
+  INFO(to_string(rule.kind) << " strength " << rule.strength << " ranks " << rule.ranks
+                            << " forced " << rule.forced << " swaps " << rule.swaps << " running "
+                            << (rule.range == score_range::running) << " held " << held.size()
+                            << " E " << experts << " k " << k << " groups "
+                            << plain.selection.groups);
+  std::vector<std::uint8_t> mask;
+  std::vector<std::int32_t> own;
+  for (index_t t = 0, some = rng.below(2), fewer = rng.below(2); t < tokens; ++t) {
+    if (some != 0) mask.push_back(rng.below(4) != 0);
+    if (fewer != 0) own.push_back(static_cast<std::int32_t>(rng.below(k + 1)));
+  }
+  residency_counts counts, want;
+  const assignment a = test::routed(resident_router(plain, rule, set), z, experts,
+                                    {.mask = mask, .k_of_token = own});
+  const assignment counted = test::routed(resident_router(plain, rule, set, &counts), z, experts,
+                                          {.mask = mask, .k_of_token = own});
+  REQUIRE(test::listed(counted.ids()) == test::listed(a.ids()));
+  // Experts of the groups that stay: all that a router of as many choices takes.
+  Router wide = plain;
+  wide.selection.k = experts / plain.selection.groups * plain.selection.topk_group;
+  const assignment allowed = test::routed(wide, z, experts);
+  for (index_t t = 0; t < tokens; ++t) {
+    const auto at = static_cast<std::size_t>(t);
+    INFO("token " << t << " own k " << (own.empty() ? -1 : own[at]));
+    if (!mask.empty() && mask[at] == 0) {
+      for (const expert_id e : a.ids(t)) REQUIRE(e == no_expert);
+      for (const float w : a.weights(t)) REQUIRE(w == 0.0f);
+      continue;
+    }
+    const std::vector<float> row(z.begin() + t * experts, z.begin() + (t + 1) * experts);
+    const assignment alone = test::routed(
+        resident_router(plain, rule, set), row, experts,
+        {.k_of_token = std::span(own).subspan(own.empty() ? 0 : at, own.empty() ? 0 : 1)});
+    REQUIRE(test::listed(alone.ids()) == test::listed(a.ids(t)));
+    REQUIRE(std::ranges::equal(alone.weights(), a.weights(t),
+                               [](float x, float y) { return x == y || (x != x && y != y); }));
+    std::vector<float> s(row.size(), -INFINITY);
+    for (const expert_id e : chosen(allowed, t))
+      s[static_cast<std::size_t>(e)] = scores[static_cast<std::size_t>(t * experts + e)];
+    const auto most = own.empty() ? static_cast<std::size_t>(k) : static_cast<std::size_t>(own[at]);
+    const auto cut = [&](std::vector<expert_id> list) {
+      if (list.size() > most) list.resize(most);
+      return list;
+    };
+    const std::vector<expert_id> before = cut(oracle::choose({}, held, s, k));
+    residency_rule moves = rule;
+    if (rule.kind == kind::drop_cold) moves.kind = kind::off;
+    std::vector<expert_id> ids = cut(oracle::choose(moves, held, s, k));
+    std::vector<double> weights;
+    double sum = 0.0;
+    for (const expert_id e : ids) sum += weights.emplace_back(weight(row, e));
+    for (double& w : weights) w /= sum;
+    const bool sure = std::isfinite(sum) && sum > 0.0;
+    if (rule.kind == kind::drop_cold && rule.active() && sure) {
+      const double largest =
+          weights.empty() ? 0.0 : *std::max_element(weights.begin(), weights.end());
+      double kept = 0.0;
+      for (std::size_t r = 0; r < ids.size(); ++r) {
+        const bool leaves = static_cast<index_t>(r) >= rule.forced && !held.contains(ids[r]) &&
+                            weights[r] < double{rule.strength} * largest;
+        if (leaves) ids[r] = no_expert, weights[r] = 0.0;
+        kept += weights[r];
+      }
+      for (double& w : weights) w *= rule.dropped == dropped_weight::lost ? 1.0 : 1.0 / kept;
+    }
+    if (rule.kind != kind::drop_cold || sure) {
+      std::vector<expert_id> all = ids;
+      all.resize(static_cast<std::size_t>(k), no_expert);
+      REQUIRE(test::listed(a.ids(t)) == all);
+    }
+    for (std::size_t r = 0; sure && r < ids.size(); ++r)
+      REQUIRE(std::abs(double{a.weights(t)[r]} - weights[r]) <= 2e-5);
+    ++want.tokens;
+    want.plain_choices += static_cast<std::int64_t>(before.size());
+    std::int64_t made = 0;
+    for (const expert_id e : a.ids(t)) {
+      if (e == no_expert) continue;
+      ++made;
+      want.misses += !held.contains(e);
+      const bool of_its_own = std::find(before.begin(), before.end(), e) != before.end();
+      want.agreed += of_its_own;
+      want.substitutions += !of_its_own;
+    }
+    want.choices += made;
+    want.dropped += std::max<std::int64_t>(0, static_cast<std::int64_t>(before.size()) - made);
+  }
+  CHECK(counts.tokens == want.tokens);
+  CHECK(counts.plain_choices == want.plain_choices);
+  CHECK(counts.choices == want.choices);
+  CHECK(counts.misses == want.misses);
+  CHECK(counts.agreed == want.agreed);
+  CHECK(counts.substitutions == want.substitutions);
+  CHECK(counts.dropped == want.dropped);
+}
+
+}  // namespace
+
+TEST_CASE("a rule of any fields does to a masked token, a k of its own and a group what loops do") {
+  test::random rng(93);
+  const test::shape shapes[] = {test::shape::normal, test::shape::quantised, test::shape::masked,
+                                test::shape::half_nan, test::shape::plus_infs};
+  for (int draw = 0; draw < 1200; ++draw) {
+    INFO("draw " << draw);
+    const index_t groups = rng.below(3) == 0 ? 2 + rng.below(4) : 1;
+    const index_t size = 1 + rng.below(groups > 1 ? 20 : rng.below(6) == 0 ? 300 : 70);
+    const index_t experts = groups * size, stay = groups == 1 ? 1 : 1 + rng.below(groups);
+    const index_t most = size * stay;
+    const top_k selection{
+        .k = 1 + rng.below(std::min<index_t>(most, rng.below(8) == 0 ? 70 : 12)),
+        .groups = groups,
+        .topk_group = stay,
+        .group_score = rng.below(2) == 0 ? group_score::max : group_score::top2_sum};
+    const bool biased = rng.below(2) == 0;
+    const index_t tokens = 1 + rng.below(20);
+    const auto z =
+        test::make_logits(shapes[rng.below(biased ? 3 : 5)], rng.bits(), tokens, experts);
+    std::vector<float> s(z.size());
+    if (!biased) {
+      const router<softmax> plain{.score = {}, .selection = selection, .weight = sum_normalized};
+      // Groups are weighed by sums of scores, which are what is chosen by then.
+      for (index_t t = 0; t < tokens; ++t)
+        softmax::score_row(z.data() + t * experts, experts, s.data() + t * experts);
+      expect_rule_in_full(plain, z, plain.selects_on_logits() ? z : s, experts, rng,
+                          [](const std::vector<float>& row, expert_id e) {
+                            float top = -INFINITY;
+                            for (const float x : row) top = x > top ? x : top;
+                            return std::exp(double{row[static_cast<std::size_t>(e)]} - double{top});
+                          });
+      continue;
+    }
+    std::vector<float> bias(static_cast<std::size_t>(experts));
+    for (float& b : bias) b = 0.3f * rng.normal();
+    for (index_t t = 0; t < tokens; ++t) {
+      sigmoid::score_row(z.data() + t * experts, experts, s.data() + t * experts);
+      for (index_t e = 0; e < experts; ++e) {
+        const auto at = static_cast<std::size_t>(t * experts + e);
+        s[at] = z[at] > -INFINITY ? s[at] + bias[static_cast<std::size_t>(e)] : -INFINITY;
+      }
+    }
+    expect_rule_in_full(router<sigmoid>{.score = {},
+                                        .selection = selection,
+                                        .weight = sum_normalized,
+                                        .bias = selection_bias(bias)},
+                        z, s, experts, rng, [](const std::vector<float>& row, expert_id e) {
+                          return 1.0 / (1.0 + std::exp(-double{row[static_cast<std::size_t>(e)]}));
+                        });
+  }
 }
