@@ -1507,3 +1507,257 @@ TEST_CASE("what is lost is listed, sixteen of it at the most") {
         "moeroute::here: 17 experts have no live slot: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, "
         "14, 15, 16, ...");
 }
+
+TEST_CASE("dead ranks get and give nothing, and are renamed to each other's names alone") {
+  test::random rng(34);
+  index_t renamed = 0, sent = 0;
+  for (int draw = 0; draw < 500; ++draw) {
+    const index_t nodes = 1 + rng.below(2), places = nodes == 1 ? 2 + rng.below(3) : 2,
+                  ranks = nodes * places, per = 1 + rng.below(3), experts = per + 1 + rng.below(4);
+    std::vector<std::int32_t> node;
+    for (index_t r = 0; r < ranks; ++r) node.push_back(static_cast<std::int32_t>(r / places));
+    const auto drawn = [&](index_t dead) {
+      std::vector<expert_id> of;
+      for (index_t r = 0; r < ranks; ++r) {
+        std::vector<expert_id> own;  // each once
+        for (index_t e = 0; e < experts; ++e) own.push_back(static_cast<expert_id>(e));
+        for (index_t e = experts - 1; e > 0; --e) std::swap(own[at(e)], own[at(rng.below(e + 1))]);
+        if (rng.below(4) == 0) own[0] = no_expert;
+        of.insert(of.end(), own.begin(), own.begin() + per);
+      }
+      std::vector<std::uint8_t> alive(at(ranks), 1);
+      for (; dead > 0; --dead) alive[at(rng.below(ranks))] = 0;
+      const placement even = placement::from_slots(experts, ranks, of, node, alive);
+      std::vector<double> share(even.share().begin(), even.share().end());
+      for (index_t e = 0; e < experts; ++e)  // the first live slot takes more
+        if (const auto s = even.slots_of_expert(e); s.size() > 1) {
+          share[at(s[0])] += share[at(s[1])] / 2;
+          share[at(s[1])] /= 2;
+        }
+      return placement({.experts = experts,
+                        .slot_offset = even.slot_offset(),
+                        .expert_of_slot = of,
+                        .node_of_rank = node,
+                        .alive = alive,
+                        .share = share});
+    };
+    const placement old = drawn(rng.below(3)), made = drawn(rng.below(4));
+    const auto moves = [&](const std::vector<index_t>& name) {
+      index_t n = 0;
+      for (index_t r = 0; r < ranks; ++r) {
+        const index_t to = name[at(r)];
+        if (made.alive()[at(r)] == 0) continue;
+        for (const expert_id e : made.experts_of_rank(r)) {
+          const auto here = old.experts_of_rank(to);
+          const bool there =
+              old.alive()[at(to)] != 0 && std::find(here.begin(), here.end(), e) != here.end();
+          n += e >= 0 && !there;
+        }
+      }
+      return n;
+    };
+    std::vector<index_t> name(at(ranks)), as_it_is;
+    std::iota(name.begin(), name.end(), index_t{0});
+    as_it_is = name;
+    CHECK(count_moves(old, made) == moves(as_it_is));
+    index_t fewest = moves(as_it_is);
+    do {
+      bool allowed = true;
+      for (index_t a = 0; a < ranks; ++a) {
+        allowed = allowed && made.alive()[at(a)] == made.alive()[at(name[at(a)])];
+        for (index_t b = 0; b < ranks; ++b)
+          allowed = allowed && (node[at(a)] == node[at(b)]) ==
+                                   (node[at(name[at(a)])] == node[at(name[at(b)])]);
+      }
+      if (allowed) fewest = std::min(fewest, moves(name));
+    } while (std::next_permutation(name.begin(), name.end()));
+    const placement named = relabel(old, made);
+    CHECK(count_moves(old, named) == fewest);
+    renamed += fewest < moves(as_it_is);
+    CHECK(std::ranges::equal(named.alive(), made.alive()));
+    // Ranks with all that they hold, and with which part of each.
+    const auto contents = [&](const placement& p) {
+      std::vector<std::vector<std::pair<expert_id, double>>> list;
+      for (index_t r = 0; r < ranks; ++r) {
+        list.emplace_back();
+        for (index_t s = p.first_slot(r); s < p.first_slot(r) + p.slots(r); ++s)
+          list.back().push_back({p.expert_of_slot()[at(s)], p.share()[at(s)]});
+        std::sort(list.back().begin(), list.back().end());
+      }
+      std::sort(list.begin(), list.end());
+      return list;
+    };
+    CHECK(contents(named) == contents(made));
+    // What stays on its rank stays in its slot.
+    for (index_t s = 0; s < old.slots(); ++s) {
+      const index_t r = old.rank_of_slot()[at(s)];
+      const expert_id e = old.expert_of_slot()[at(s)];
+      const auto now = named.experts_of_rank(r);
+      if (e >= 0 && std::find(now.begin(), now.end(), e) != now.end())
+        CHECK(named.expert_of_slot()[at(s)] == e);
+    }
+
+    bool all_there = true;
+    for (const expert_id e : old.lost()) all_there = all_there && named.replicas(e) == 0;
+    if (!all_there) {
+      CHECK(test::refusal([&] { transfers(old, named); }).ends_with("to be copied from"));
+      continue;
+    }
+    std::vector<expert_transfer> want;
+    std::vector<std::size_t> turn(at(experts), 0);
+    for (index_t s = 0; s < named.slots(); ++s) {
+      const index_t r = named.rank_of_slot()[at(s)];
+      const expert_id e = named.expert_of_slot()[at(s)];
+      const auto here = old.experts_of_rank(r);
+      if (e < 0 || named.alive()[at(r)] == 0) continue;
+      if (old.alive()[at(r)] != 0 && std::find(here.begin(), here.end(), e) != here.end()) continue;
+      const auto from = old.slots_of_expert(e);
+      want.push_back({e, old.rank_of_slot()[at(from[turn[at(e)]++ % from.size()])],
+                      static_cast<std::int32_t>(r), static_cast<slot_id>(s)});
+    }
+    const std::vector<expert_transfer> got = transfers(old, named);
+    REQUIRE(got.size() == want.size());
+    CHECK(static_cast<index_t>(got.size()) == fewest);
+    for (std::size_t i = 0; i < got.size(); ++i)
+      CHECK((got[i].expert == want[i].expert && got[i].from == want[i].from &&
+             got[i].to == want[i].to && got[i].slot == want[i].slot));
+    sent += fewest;
+  }
+  CHECK(renamed > 10);
+  CHECK(sent > 20);
+}
+
+TEST_CASE(
+    "what plans of affinity, groups and shadows cost is summed again, and no swap costs less") {
+  test::random rng(35);
+  for (int draw = 0; draw < 40; ++draw) {
+    const index_t ranks = 2 + rng.below(3), own = 1 + rng.below(3), experts = ranks * own;
+    std::vector<std::int32_t> node;
+    for (index_t r = 0; r < ranks && draw % 3 > 0; ++r)
+      node.push_back(static_cast<std::int32_t>(rng.below(2)));
+    const auto across = [&](std::int32_t a, std::int32_t b) {
+      return !node.empty() && node[at(a)] != node[at(b)];
+    };
+    layer_transitions t{.experts = experts};
+    for (index_t l = rng.below(3); l > 0; --l) {
+      t.count.emplace_back();
+      for (index_t i = 0; i < experts * experts; ++i)
+        t.count.back().push_back(static_cast<double>(rng.below(4) * rng.below(9)));
+    }
+    const affinity_options o{.ranks = ranks,
+                             .node_of_rank = node,
+                             .weight_within = static_cast<double>(rng.below(3)),
+                             .weight_across = static_cast<double>(1 + rng.below(5)),
+                             .restarts = rng.below(4)};
+    const auto cost = [&](const std::vector<std::vector<std::int32_t>>& rank) {
+      double sum = 0.0;
+      for (std::size_t l = 0; l < t.count.size(); ++l)
+        for (index_t i = 0; i < experts; ++i)
+          for (index_t j = 0; j < experts; ++j) {
+            const std::int32_t a = rank[l][at(i)], b = rank[l + 1][at(j)];
+            if (a == b) continue;
+            sum += t.count[l][at(i * experts + j)] *
+                   (across(a, b) ? o.weight_across : o.weight_within);
+          }
+      return sum;
+    };
+    affinity_plan plan = place_by_affinity(t, o);
+    CHECK(plan.rank_of_expert.size() == t.count.size() + 1);
+    CHECK(near(plan.cost, cost(plan.rank_of_expert)));
+    CHECK(near(plan.cost, affinity_cost(t, o, plan.rank_of_expert)));
+    for (auto& layer : plan.rank_of_expert)
+      for (std::int32_t& a : layer)
+        for (std::int32_t& b : layer) {
+          std::swap(a, b);
+          CHECK(cost(plan.rank_of_expert) >= plan.cost - 1e-6);
+          std::swap(a, b);
+        }
+
+    std::vector<token_set> sets;
+    for (index_t i = rng.below(20); i > 0; --i) {
+      sets.push_back({{}, 0.25 * static_cast<double>(rng.below(9))});
+      for (index_t n = rng.below(4); n > 0; --n)
+        sets.back().experts.push_back(static_cast<expert_id>(rng.below(experts)));
+    }
+    std::vector<double> load;
+    std::vector<std::int32_t> start;
+    for (index_t e = 0; e < experts; ++e) {
+      load.push_back(static_cast<double>(1 + rng.below(9)));
+      start.push_back(static_cast<std::int32_t>(e % ranks));
+    }
+    const grouping_options g{.ranks = ranks,
+                             .node_of_rank = node,
+                             .weight_node = static_cast<double>(rng.below(5)),
+                             .weight_rank = static_cast<double>(rng.below(3)),
+                             .slack = 1.0 + 0.25 * static_cast<double>(rng.below(4))};
+    const auto reached = [&](const std::vector<std::int32_t>& rank) {
+      double sum = 0.0;
+      for (const token_set& s : sets) {
+        std::vector<std::uint8_t> there(at(ranks), 0), near_to(at(ranks), 0);
+        for (const expert_id e : s.experts) {
+          const std::int32_t r = rank[at(e)];
+          there[at(r)] = near_to[at(node.empty() ? 0 : node[at(r)])] = 1;
+        }
+        for (index_t r = 0; r < ranks; ++r)
+          sum += s.count * (g.weight_rank * there[at(r)] + g.weight_node * near_to[at(r)]);
+      }
+      return sum;
+    };
+    const auto greatest = [&](const std::vector<std::int32_t>& rank) {
+      std::vector<double> of(at(ranks), 0.0);
+      for (index_t e = 0; e < experts; ++e) of[at(rank[at(e)])] += load[at(e)];
+      return *std::max_element(of.begin(), of.end());
+    };
+    grouping_plan made = group_experts(sets, load, start, g);
+    CHECK(near(made.start_cost, reached(start)));
+    CHECK(near(made.cost, reached(made.rank_of_expert)));
+    CHECK(near(made.max_load, greatest(made.rank_of_expert)));
+    const double mean = std::accumulate(load.begin(), load.end(), 0.0) / double(ranks),
+                 limit = std::max(g.slack * mean, greatest(start)) + 1e-9;
+    CHECK(made.max_load <= limit);
+    for (std::int32_t& a : made.rank_of_expert)
+      for (std::int32_t& b : made.rank_of_expert) {
+        std::swap(a, b);
+        if (greatest(made.rank_of_expert) <= limit - 2e-9)
+          CHECK(reached(made.rank_of_expert) >= made.cost - 1e-6);
+        std::swap(a, b);
+      }
+
+    // A batch with shadows: every row of every pair of ranks.
+    std::vector<std::int64_t> count;
+    for (index_t i = 0; i < ranks * experts; ++i) count.push_back(rng.below(3) * rng.below(30));
+    std::vector<std::uint8_t> shadowed;
+    for (index_t e = 0; e < experts; ++e) shadowed.push_back(rng.below(3) == 0);
+    const shadow_costs price{static_cast<double>(1 + rng.below(4)), 0.5 * double(1 + rng.below(4)),
+                             static_cast<double>(1 + rng.below(4)), 8.0, 64.0};
+    for (const bool training : {false, true}) {
+      std::vector<double> rows(at(ranks), 0.0), in = rows, out = rows;
+      double shadows = 0.0;
+      for (index_t e = 0; e < experts; ++e) shadows += shadowed[at(e)];
+      for (index_t r = 0; r < ranks; ++r)
+        for (index_t e = 0; e < experts; ++e) {
+          const auto n = static_cast<double>(count[at(r * experts + e)]);
+          const index_t by = shadowed[at(e)] != 0 ? r : e / own;
+          rows[at(by)] += n;
+          if (by == r) continue;
+          out[at(r)] += n;
+          in[at(by)] += n;
+        }
+      const auto most = [](const std::vector<double>& v) {
+        return *std::max_element(v.begin(), v.end());
+      };
+      const double d = price.d, r = price.ratio,
+                   want =
+                       (training ? 3 : 1) * most(rows) * 4 * r * d * d / 64.0 +
+                       (training ? 4 : 2) * std::max(most(in), most(out)) * d * price.bytes / 8.0 +
+                       (training ? 2 : 1) * shadows * 2 * r * d * d * price.bytes / 8.0;
+      CHECK(near(shadow_latency(count, ranks, shadowed, price, training), want));
+      const shadow_plan best = shadow_exact(count, ranks, price, training);
+      std::vector<std::uint8_t> flags(at(experts), 0);
+      CHECK(near(best.trace.front(), shadow_latency(count, ranks, flags, price, training)));
+      for (const expert_id e : best.shadowed) flags[at(e)] = 1;
+      CHECK(near(best.latency, shadow_latency(count, ranks, flags, price, training)));
+      CHECK(best.latency == best.trace.back());
+    }
+  }
+}

@@ -93,14 +93,16 @@ inline placement_plan plan_of(placement p, std::span<const double> load, double 
 
 /// Experts newly held by a rank, over all ranks: what a change of placement has to move.
 ///
-/// By content, not by slot: an expert that changes its slot on its rank is not moved. Throws: error
-/// where experts or ranks differ. Cost: O(P log P).
+/// By content, not by slot: an expert that changes its slot on its rank is not moved. A dead rank
+/// gets nothing, and what it once held counts for nothing. Throws: error where experts or ranks
+/// differ. Cost: O(P log P).
 inline index_t count_moves(const placement& from, const placement& to) {
   check_size("count_moves", "to.ranks()", to.ranks(), from.ranks());
   check_size("count_moves", "to.experts()", to.experts(), from.experts());
   index_t moves = 0;
   std::vector<expert_id> before, after;
   for (index_t r = 0; r < from.ranks(); ++r) {
+    if (to.alive()[detail::at(r)] == 0) continue;
     const auto sorted = [](std::span<const expert_id> list, std::vector<expert_id>& out) {
       out.assign(list.begin(), list.end());
       std::sort(out.begin(), out.end());
@@ -108,6 +110,7 @@ inline index_t count_moves(const placement& from, const placement& to) {
       if (!out.empty() && out.front() == no_expert) out.erase(out.begin());
     };
     sorted(from.experts_of_rank(r), before);
+    if (from.alive()[detail::at(r)] == 0) before.clear();
     sorted(to.experts_of_rank(r), after);
     for (const expert_id e : after)
       moves += std::binary_search(before.begin(), before.end(), e) ? 0 : 1;

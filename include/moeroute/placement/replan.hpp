@@ -293,7 +293,7 @@ inline placement relabel(const placement& old, const placement& made) {
   const auto shared = [&](index_t a, index_t b) {  // experts of made's rank a on old's rank b
     if (made.alive()[at(a)] != made.alive()[at(b)]) return -1e18;
     double n = 0.0;
-    if (old.alive()[at(b)] == 0) return n;
+    if (old.alive()[at(b)] == 0 || made.alive()[at(a)] == 0) return n;
     const std::span<const expert_id> here = old.experts_of_rank(b);
     for (const expert_id e : made.experts_of_rank(a))
       n += e >= 0 && std::find(here.begin(), here.end(), e) != here.end() ? 1.0 : 0.0;
@@ -373,7 +373,8 @@ struct expert_transfer {
 /// What has to be sent so that `to` can be adopted: for each slot whose rank lacks its expert, from
 /// the live ranks that hold it in turn.
 ///
-/// Throws: error where sizes differ, or nobody alive holds an expert. Cost: O(P S).
+/// A dead rank gets nothing; one that comes back alive has nothing of what it once held. Throws:
+/// error where sizes differ, or nobody alive holds an expert. Cost: O(P S).
 inline std::vector<expert_transfer> transfers(const placement& from, const placement& to) {
   using detail::at;
   check_size("transfers", "to.ranks()", to.ranks(), from.ranks());
@@ -383,9 +384,9 @@ inline std::vector<expert_transfer> transfers(const placement& from, const place
   for (index_t s = 0; s < to.slots(); ++s) {
     const expert_id e = to.expert_of_slot()[at(s)];
     const std::int32_t r = to.rank_of_slot()[at(s)];
-    if (e < 0) continue;
+    if (e < 0 || to.alive()[at(r)] == 0) continue;
     const auto here = from.experts_of_rank(r);
-    if (std::find(here.begin(), here.end(), e) != here.end()) continue;
+    if (from.alive()[at(r)] != 0 && std::find(here.begin(), here.end(), e) != here.end()) continue;
     const std::span<const slot_id> holders = from.slots_of_expert(e);
     if (holders.empty())
       fail("transfers", "expert " + std::to_string(e) + " has no live slot to be copied from");
