@@ -93,7 +93,8 @@ inline transport sinkhorn(const std::vector<double>& z, index_t tokens, index_t 
 }
 
 /// Sparsity-constrained transport in the orientation of expert choice: softmax similarities, rows
-/// 1, columns T / E, at most k entries per column, `steps` steps of Adam on the semi-dual.
+/// 1, columns T / E, at most k entries per column, none at -inf, `steps` steps of Adam on the
+/// semi-dual.
 inline std::vector<double> sparse_plan(const std::vector<double>& similarity, index_t tokens,
                                        index_t experts, index_t k, double gamma, double rate,
                                        index_t steps) {
@@ -106,7 +107,7 @@ inline std::vector<double> sparse_plan(const std::vector<double>& similarity, in
       std::vector<double> x(T);
       for (std::size_t t = 0; t < T; ++t) x[t] = (similarity[t * E + e] + a[t]) / (gamma * b);
       auto order = column_order(x, tokens, 1, 0);
-      order.resize(static_cast<std::size_t>(k));
+      order.resize(std::min(order.size(), static_cast<std::size_t>(k)));
       // The last i at which the i-th largest exceeds (sum of the i largest - 1) / i.
       double sum = 0, theta = 0;
       for (std::size_t i = 0; i < order.size(); ++i) {

@@ -238,3 +238,82 @@ TEST_CASE("BASE refuses a batch that cannot be shared evenly, by name") {
   CHECK(test::refusal([] { base_assignment{.phase = routing_phase::evaluation}.check(10, 4); }) ==
         "accepted");
 }
+
+TEST_CASE("beside masks and forbidden places the optimum is that of all balanced assignments") {
+  test::random rng(47);
+  for (index_t round = 0; round < test::sized(300, 40); ++round) {
+    const index_t experts = 1 + rng.below(3), jobs = 1 + rng.below(experts == 3 ? 2 : 3);
+    const index_t tokens = experts * jobs;
+    auto z = test::make_logits(test::shape::normal, rng.bits() % 1000, tokens, experts);
+    for (float& x : z)
+      if (const auto odd = rng.below(12); odd < 3)
+        x = odd == 0 ? -test::infinity : odd == 1 ? test::not_a_number : test::infinity;
+    std::vector<std::uint8_t> mask(static_cast<std::size_t>(tokens), 1);
+    for (std::uint8_t& m : mask) m = rng.below(4) != 0;
+    side_inputs side;
+    if (rng.below(2) == 0) side.mask = mask;
+    float least = 0.0f, most = 0.0f;
+    bool any = false;
+    for (index_t i = 0; i < tokens * experts; ++i) {
+      const float x = z[static_cast<std::size_t>(i)];
+      if (side.masked(i / experts) || !std::isfinite(x)) continue;
+      least = any ? std::min(least, x) : x;
+      most = any ? std::max(most, x) : x;
+      any = true;
+    }
+    // What may not be, and +inf, outweigh all the rest; a masked token is worth nothing anywhere.
+    const auto worth = [&](index_t t, index_t e) {
+      const float x = z[static_cast<std::size_t>(t * experts + e)];
+      const double beyond = 1e3;
+      if (side.masked(t)) return 0.0;
+      if (!(x > -test::infinity)) return static_cast<double>(least) - beyond;
+      return x > most ? static_cast<double>(most) + beyond : static_cast<double>(x);
+    };
+    std::vector<index_t> of;
+    for (index_t t = 0; t < tokens; ++t) of.push_back(t / jobs);
+    double best = -HUGE_VAL;
+    do {
+      double sum = 0.0;
+      for (index_t t = 0; t < tokens; ++t) sum += worth(t, of[static_cast<std::size_t>(t)]);
+      best = std::max(best, sum);
+    } while (std::next_permutation(of.begin(), of.end()));
+
+    const assignment a = routed(optimal, z, experts, side);
+    // A place that became none is one that may not be.
+    double sum = 0.0;
+    bool sound = true;
+    for (index_t t = 0; t < tokens; ++t) {
+      const expert_id e = a.ids(t)[0];
+      const float w = a.weights(t)[0];
+      if (e == no_expert) {
+        sum += side.masked(t) ? 0.0 : static_cast<double>(least) - 1e3;
+        sound = sound && w == 0.0f;
+        continue;
+      }
+      const auto x = static_cast<double>(z[static_cast<std::size_t>(t * experts + e)]);
+      sum += worth(t, e);
+      sound = sound && !side.masked(t) && x > -HUGE_VAL &&
+              std::abs(static_cast<double>(w) - 1.0 / (1.0 + std::exp(-x))) < 1e-6;
+    }
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " masked "
+                  << !side.mask.empty());
+    CHECK(sound);
+    CHECK(std::abs(sum - best) < 1e-3);
+    const auto load = loads(a.ids(), experts);
+    CHECK(*std::max_element(load.begin(), load.end()) <= jobs);
+
+    const base_assignment evaluation{
+        .phase = routing_phase::evaluation,
+        .solver = rng.below(2) == 0 ? assignment_solver::auction : assignment_solver::optimal};
+    const assignment own = routed(evaluation, z, experts, side);
+    for (index_t t = 0; t < tokens; ++t) {
+      const expert_id e =
+          side.masked(t) ? no_expert : oracle::top_k(z.data() + t * experts, experts, 1)[0];
+      REQUIRE(own.ids(t)[0] == e);
+      const double x = e == no_expert
+                           ? -HUGE_VAL
+                           : static_cast<double>(z[static_cast<std::size_t>(t * experts + e)]);
+      REQUIRE(std::abs(static_cast<double>(own.weights(t)[0]) - 1.0 / (1.0 + std::exp(-x))) < 1e-6);
+    }
+  }
+}

@@ -28,6 +28,7 @@
 #include <string>
 #include <vector>
 
+#include "oracle/routing.hpp"
 #include "support/backwards.hpp"
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
@@ -434,4 +435,85 @@ TEST_CASE("every kind of router takes no tokens") {
     CHECK(out.tokens() == 0);
     CHECK(out.choices() == 0);
   });
+}
+
+TEST_CASE("a percentile of the batch with every option at once counts what double counts") {
+  test::random rng(53);
+  const router_batch& b = small_batch();
+  for (index_t round = 0; round < 200; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 1 + rng.below(b.experts), tokens = 1 + rng.below(30);
+    std::vector<float> z = test::make_logits(coin() ? test::shape::normal : test::shape::quantised,
+                                             rng.bits() % 1000, tokens, experts);
+    for (float& x : z)
+      if (const auto odd = rng.below(20); odd < 2)
+        x = odd == 0 ? -test::infinity : test::not_a_number;
+    batch_percentile<> rule{.quantile = rng.below(9) == 0 ? 1.0f : rng.uniform()};
+    rule.min_k = 1 + rng.below(experts);
+    rule.max_k = coin() ? 0 : rule.min_k + rng.below(experts - rule.min_k + 1);
+    if (coin()) rule.weight = sum_normalized;
+    if (coin()) rule.weight.scale = 2.5f;
+    const index_t most = rule.max_k > 0 ? rule.max_k : experts;
+    std::vector<std::uint8_t> mask;
+    std::vector<std::int32_t> own;
+    for (index_t t = 0; t < tokens; ++t) {
+      mask.push_back(rng.below(4) != 0);
+      own.push_back(static_cast<std::int32_t>(rng.below(most + 1)));
+    }
+    side_inputs side;
+    if (coin()) side.mask = mask;
+    if (coin()) side.k_of_token = own;
+
+    std::vector<double> there;
+    std::vector<std::vector<double>> score;
+    for (index_t t = 0; t < tokens; ++t) {
+      const float* const row = z.data() + t * experts;
+      const std::vector<expert_id> order = oracle::order(row, experts);
+      score.push_back(oracle::softmax(row, experts, order));
+      for (const expert_id e : order)
+        if (!side.masked(t)) there.push_back(score.back()[static_cast<std::size_t>(e)]);
+    }
+    std::sort(there.begin(), there.end());
+    double least = 0.0;
+    if (!there.empty()) {
+      const double place =
+          static_cast<double>(there.size() - 1) * static_cast<double>(rule.quantile);
+      const auto low = static_cast<std::size_t>(place);
+      const double above = there[std::min(low + 1, there.size() - 1)];
+      least = there[low] + (place - static_cast<double>(low)) * (above - there[low]);
+    }
+    const assignment out = test::routed(rule, z, experts, side);
+    std::string broken;
+    for (index_t t = 0; t < tokens; ++t) {
+      const std::vector<expert_id> order = oracle::order(z.data() + t * experts, experts);
+      const auto& s = score[static_cast<std::size_t>(t)];
+      // What rounding may take for the percentile, or not.
+      std::int64_t sure = 0, perhaps = 0;
+      for (const expert_id e : order) {
+        sure += s[static_cast<std::size_t>(e)] > least * (1.0 + 1e-5);
+        perhaps += s[static_cast<std::size_t>(e)] > least * (1.0 - 1e-5);
+      }
+      const auto bounded = [&](std::int64_t n) {
+        n = std::clamp<std::int64_t>(n, std::min(rule.min_k, most), most);
+        if (!side.k_of_token.empty()) n = std::min<std::int64_t>(n, own[std::size_t(t)]);
+        return side.masked(t) ? 0 : std::min<std::int64_t>(n, std::int64_t(order.size()));
+      };
+      const auto n = static_cast<std::int64_t>(out.ids(t).size());
+      if (n < bounded(sure) || n > bounded(perhaps)) broken = "count of " + std::to_string(t);
+      double sum = 0.0;
+      for (std::size_t r = 0; r < std::min(out.ids(t).size(), order.size()); ++r)
+        sum += s[static_cast<std::size_t>(order[r])];
+      for (std::size_t r = 0; r < std::min(out.ids(t).size(), order.size()); ++r) {
+        if (out.ids(t)[r] != order[r]) broken = "id of " + std::to_string(t);
+        const double w = s[static_cast<std::size_t>(order[r])] *
+                         static_cast<double>(rule.weight.scale) /
+                         (rule.weight.normalize == normalization::sum ? sum : 1.0);
+        if (std::abs(static_cast<double>(out.weights(t)[r]) - w) > 1e-5 * w)
+          broken = "weight of " + std::to_string(t);
+      }
+    }
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " quantile " << rule.quantile
+                  << " min " << rule.min_k << " max " << rule.max_k);
+    CHECK(broken == "");
+  }
 }

@@ -346,3 +346,102 @@ TEST_CASE("expert choice refuses what does not fit, by name") {
         "moeroute::expert_choice: eps is -1.000000, expected >= 0");
   CHECK(refusal({}) == "accepted");
 }
+
+TEST_CASE("with every option at once experts take what a sort of their columns says") {
+  test::random rng(29);
+  const auto agrees = [&]<class Score>(const expert_choice<Score>& drawn) {
+    expert_choice<Score> router = drawn;
+    const auto upto = [&](index_t n) { return 1 + rng.below(n); };
+    const index_t experts = upto(40), length = upto(40), sequences = upto(3);
+    const index_t tokens = length * sequences;
+    router.capacity = {.factor = 0.25 + 4.0 * static_cast<double>(rng.uniform()),
+                       .rounding = static_cast<capacity_rounding>(rng.below(3)),
+                       .multiple_of = upto(4),
+                       .at_least = upto(5),
+                       .fixed = rng.below(2) * rng.below(length + 3)};
+    router.normalize = static_cast<token_renormalization>(rng.below(2));
+    router.eps = rng.below(2) == 0 ? 0.0f : 0.125f;
+    router.scale = rng.below(2) == 0 ? 1.0f : 2.7f;
+    router.sequence_length = sequences > 1 || rng.below(2) == 0 ? length : 0;
+    router.most_experts = rng.below(2) * rng.below(experts + 1);
+    auto z = test::make_logits(rng.below(2) == 0 ? test::shape::normal : test::shape::quantised,
+                               rng.bits() % 1000, tokens, experts);
+    for (float& x : z)
+      if (const auto odd = rng.below(24); odd < 3)
+        x = odd == 0 ? -test::infinity : odd == 1 ? test::not_a_number : test::infinity;
+    std::vector<std::uint8_t> mask;
+    std::vector<std::int32_t> own_k;
+    for (index_t t = 0; t < tokens; ++t) {
+      mask.push_back(rng.below(4) != 0);
+      own_k.push_back(static_cast<std::int32_t>(rng.below(experts + 1)));
+    }
+    side_inputs side;
+    if (rng.below(2) == 0) side.mask = mask;
+    if (rng.below(2) == 0) side.k_of_token = own_k;
+
+    // Scores are the weights where every expert takes every token.
+    std::vector<float> score(z.size(), -test::infinity);
+    const assignment everything =
+        routed(expert_choice<Score>{.capacity = {.fixed = tokens}}, z, experts);
+    for (index_t t = 0; t < tokens; ++t)
+      for (std::size_t i = 0; i < everything.ids(t).size(); ++i)
+        if (!side.masked(t))
+          score[static_cast<std::size_t>(t * experts + everything.ids(t)[i])] =
+              everything.weights(t)[i];
+
+    const double share =
+        static_cast<double>(length) * router.capacity.factor / static_cast<double>(experts);
+    const auto rounded = static_cast<index_t>(
+        router.capacity.rounding == capacity_rounding::down ? std::floor(share)
+        : router.capacity.rounding == capacity_rounding::up ? std::ceil(share)
+                                                            : std::nearbyint(share));
+    index_t capacity = std::max(rounded, router.capacity.at_least);
+    while (capacity % router.capacity.multiple_of != 0) ++capacity;
+    if (router.capacity.fixed > 0) capacity = router.capacity.fixed;
+    std::vector<std::vector<expert_id>> takers(static_cast<std::size_t>(tokens));
+    for (index_t s = 0; s < sequences; ++s) {
+      const std::vector<float> own(score.begin() + s * length * experts,
+                                   score.begin() + (s + 1) * length * experts);
+      for (index_t e = 0; e < experts; ++e) {
+        auto order = oracle::column_order(own, length, experts, e);
+        order.resize(std::min(order.size(), static_cast<std::size_t>(capacity)));
+        for (const index_t t : order)
+          takers[static_cast<std::size_t>(s * length + t)].push_back(static_cast<expert_id>(e));
+      }
+    }
+    const index_t most = router.most_experts > 0 ? router.most_experts : experts;
+    std::vector<expert_id> ids;
+    std::vector<float> weights;
+    for (index_t t = 0; t < tokens; ++t) {
+      const float* const row = score.data() + t * experts;
+      auto& takes = takers[static_cast<std::size_t>(t)];
+      std::stable_sort(takes.begin(), takes.end(),
+                       [&](expert_id a, expert_id b) { return row[a] > row[b]; });
+      index_t keep = most;
+      if (!side.k_of_token.empty())
+        keep = std::min<index_t>(keep, own_k[static_cast<std::size_t>(t)]);
+      takes.resize(std::min(takes.size(), static_cast<std::size_t>(keep)));
+      std::sort(takes.begin(), takes.end());
+      double sum = static_cast<double>(router.eps);
+      for (const expert_id e : takes) sum += static_cast<double>(row[e]);
+      const bool shared = router.normalize == token_renormalization::sum;
+      for (const expert_id e : takes) {
+        const auto w = static_cast<double>(row[e]), by = static_cast<double>(router.scale);
+        ids.push_back(e);
+        weights.push_back(static_cast<float>(!shared ? w * by : sum > 0.0 ? w / sum * by : 0.0));
+      }
+    }
+    const assignment out = routed(router, z, experts, side);
+    INFO("T=" << tokens << " E=" << experts << " C=" << capacity << " most " << most << " mask "
+              << !side.mask.empty() << " own k " << !side.k_of_token.empty());
+    CHECK(out.k() == most);
+    CHECK(listed(out.ids()) == ids);
+    CHECK(test::difference(out.weights(), weights, 2e-7) == "");
+    for (index_t t = 0; t < tokens; ++t)
+      REQUIRE(out.ids(t).size() == takers[static_cast<std::size_t>(t)].size());
+  };
+  for (index_t i = 0; i < test::sized(150, 20); ++i) {
+    agrees(expert_choice<>{});
+    agrees(expert_choice<sigmoid>{});
+  }
+}

@@ -14,6 +14,7 @@
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
+#include "support/sized.hpp"
 
 using namespace moeroute;
 using test::routed;
@@ -205,4 +206,122 @@ TEST_CASE("choices on plans refuse what does not fit, by name") {
       "moeroute::sinkhorn_expert_choice: weights is by_k or sigmoid, expected softmax or plan");
   CHECK(test::refusal([&] { routed(sparse_transport_token_choice{.k = 5}, z, 4); }) ==
         "moeroute::sparse_transport_token_choice: k is 5, expected 1 to 4");
+}
+
+TEST_CASE("with every option at once experts take from a plan what a sort of its columns says") {
+  test::random rng(41);
+  for (index_t round = 0; round < test::sized(200, 30); ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 1 + rng.below(20), tokens = 1 + rng.below(70);
+    const sinkhorn_expert_choice router{
+        .capacity = {.factor = 0.5 + 2.0 * static_cast<double>(rng.uniform()),
+                     .multiple_of = 1 + rng.below(3),
+                     .fixed = rng.below(2) * rng.below(tokens + 2)},
+        .weights = coin() ? plan_weights::softmax : plan_weights::plan,
+        .scaling = {
+            .mass = coin() ? plan_mass::one : plan_mass::tokens,
+            .order = coin() ? scaling_order::rows_then_columns : scaling_order::columns_then_rows,
+            .domain = coin() ? sinkhorn_domain::exponential : sinkhorn_domain::logarithm,
+            .similarity = coin() ? plan_similarity::logits : plan_similarity::softmax,
+            .temperature = coin() ? 1.0f : 0.25f + rng.uniform(),
+            .most_iterations = 1 + rng.below(6)}};
+    auto z = test::make_logits(coin() ? test::shape::normal : test::shape::quantised,
+                               rng.bits() % 1000, tokens, experts);
+    for (float& x : z)
+      if (const auto odd = rng.below(20); odd < 2)
+        x = odd == 0 ? -test::infinity : test::not_a_number;
+    std::vector<std::uint8_t> mask;
+    std::vector<std::int32_t> own_k;
+    for (index_t t = 0; t < tokens; ++t) {
+      mask.push_back(rng.below(4) != 0);
+      own_k.push_back(static_cast<std::int32_t>(rng.below(experts + 1)));
+    }
+    side_inputs side;
+    if (coin()) side.mask = mask;
+    std::vector<float> plan(z.size());
+    workspace ws;
+    sinkhorn_plan(router.scaling, rows_of(z, experts), side, ws,
+                  matrix_view<float>(plan.data(), tokens, experts));
+    if (coin()) side.k_of_token = own_k;
+    std::vector<float> open = z;
+    for (index_t t = 0; t < tokens; ++t)
+      if (side.masked(t)) std::fill_n(open.begin() + t * experts, experts, -test::infinity);
+    auto takers = column_choice(plan, open, experts, router.capacity(tokens, experts));
+    std::vector<expert_id> ids;
+    std::vector<double> weights;
+    for (index_t t = 0; t < tokens; ++t) {
+      auto& takes = takers[static_cast<std::size_t>(t)];
+      const float* const row = plan.data() + t * experts;
+      std::stable_sort(takes.begin(), takes.end(),
+                       [&](expert_id a, expert_id b) { return row[a] > row[b]; });
+      if (!side.k_of_token.empty())
+        takes.resize(std::min<std::size_t>(
+            takes.size(), static_cast<std::size_t>(own_k[static_cast<std::size_t>(t)])));
+      std::sort(takes.begin(), takes.end());
+      const float* const logits = z.data() + t * experts;
+      const auto p = oracle::softmax(logits, experts, oracle::order(logits, experts));
+      for (const expert_id e : takes) {
+        ids.push_back(e);
+        weights.push_back(router.weights == plan_weights::plan ? static_cast<double>(row[e])
+                                                               : p[static_cast<std::size_t>(e)]);
+      }
+    }
+    const assignment out = routed(router, z, experts, side);
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " masked "
+                  << !side.mask.empty() << " own k " << !side.k_of_token.empty());
+    CHECK(test::listed(out.ids()) == ids);
+    CHECK(test::difference(out.weights(), weights, 3e-6, 1e-30) == "");
+    for (index_t t = 0; t < tokens; ++t)
+      REQUIRE(out.ids(t).size() == takers[static_cast<std::size_t>(t)].size());
+  }
+}
+
+TEST_CASE("a selective step with every option at once is the rule that its coin falls for") {
+  test::random rng(43);
+  index_t balanced = 0;
+  for (index_t round = 0; round < test::sized(120, 20); ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 2 + rng.below(20), tokens = 1 + rng.below(40);
+    selective_sinkhorn router{.k = 1 + rng.below(experts), .probability = 0.5f};
+    router.phase = rng.below(3) == 0 ? routing_phase::evaluation : routing_phase::training;
+    router.scaling.temperature = coin() ? 0.05f : 1.0f;
+    router.scaling.domain = coin() ? sinkhorn_domain::exponential : sinkhorn_domain::logarithm;
+    router.stream = rng.bits();
+    if (coin()) router.noise = {.kind = noise_kind::gaussian, .sigma = 0.5f};
+    std::vector<float> share, gate;
+    if (coin())
+      for (index_t e = 0; e < experts; ++e) share.push_back(0.5f + rng.uniform());
+    router.share = share;
+    auto z = test::make_logits(test::shape::normal, rng.bits() % 1000, tokens, experts);
+    std::vector<std::uint8_t> mask;
+    std::vector<std::int32_t> own_k;
+    for (index_t t = 0; t < tokens; ++t) {
+      mask.push_back(rng.below(4) != 0);
+      own_k.push_back(static_cast<std::int32_t>(rng.below(router.k + 1)));
+    }
+    for (std::size_t i = 0; i < z.size(); ++i) gate.push_back(rng.normal());
+    side_inputs side{.seed = rng.bits(), .step = static_cast<std::uint64_t>(round)};
+    if (coin()) side.mask = mask;
+    if (coin()) side.k_of_token = own_k;
+    if (router.noise.active() && coin()) side.noise_logits = rows_of(gate, experts);
+    const bool balances = router.phase == routing_phase::training &&
+                          random_u01(side.seed, router.stream, side.step) < 0.5f;
+    balanced += balances;
+    CHECK(router.balances(side) == balances);
+    const assignment out = routed(router, z, experts, side);
+    moeroute::router<softmax> plain{.selection = {.k = router.k}, .weight = sum_normalized};
+    if (router.phase == routing_phase::training) plain.transform.noise = router.noise;
+    side_inputs read = side;
+    if (balances || !plain.transform.noise.active()) read.noise_logits = {};
+    const assignment expected = balances ? routed(sinkhorn{.k = router.k,
+                                                           .weights = plan_weights::plan,
+                                                           .scaling = router.scaling,
+                                                           .share = share},
+                                                  z, experts, read)
+                                         : routed(plain, z, experts, read);
+    INFO("round " << round << " balanced " << balances);
+    CHECK(test::listed(out.ids()) == test::listed(expected.ids()));
+    CHECK(test::bit_difference(out.weights(), expected.weights()) == "");
+  }
+  CHECK(balanced > 0);
 }

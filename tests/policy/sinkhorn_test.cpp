@@ -469,3 +469,172 @@ TEST_CASE("Sinkhorn refuses what does not fit, by name") {
   CHECK(planned(4, 4) == "moeroute::sinkhorn_plan: plan.cols is 4, expected 3");
   CHECK(planned(4, 3) == "accepted");
 }
+
+namespace {
+
+// The plan in double, as the comments of sinkhorn_scaling say.
+struct slow_plan {
+  std::vector<double> values;
+  index_t iterations = 0;
+
+  slow_plan(const sinkhorn_scaling& how, const std::vector<float>& z, index_t tokens,
+            index_t experts, const side_inputs& side, const std::vector<float>& share)
+      : values(z.size(), 0.0) {
+    const auto E = static_cast<std::size_t>(experts), T = static_cast<std::size_t>(tokens);
+    std::vector<double> kernel(z.size(), 0.0), u(T, 1.0), v(E, 1.0), column_mass(E), sum(E);
+    double live = 0.0;
+    const std::vector<double> softmax = oracle::softmax_rows(z, tokens, experts);
+    for (std::size_t t = 0; t < T; ++t) {
+      std::vector<double> row(E, -HUGE_VAL);
+      for (std::size_t e = 0; e < E; ++e)
+        if (!side.masked(static_cast<index_t>(t)) && z[t * E + e] > -test::infinity)
+          row[e] = how.similarity == plan_similarity::softmax ? softmax[t * E + e]
+                                                              : double{z[t * E + e]};
+      const double most = *std::max_element(row.begin(), row.end());
+      if (most == -HUGE_VAL) continue;
+      live += 1.0;
+      for (std::size_t e = 0; e < E; ++e)
+        kernel[t * E + e] = std::exp((row[e] - most) / static_cast<double>(how.temperature));
+    }
+    if (live == 0.0) return;
+    const double all = how.mass == plan_mass::one ? 1.0 : live, row_mass = all / live;
+    const double eps =
+        how.domain == sinkhorn_domain::exponential ? static_cast<double>(how.eps) : 0.0;
+    const double shares = std::accumulate(share.begin(), share.end(), 0.0);
+    for (std::size_t e = 0; e < E; ++e)
+      column_mass[e] = all * (share.empty() ? 1.0 / static_cast<double>(experts)
+                                            : static_cast<double>(share[e]) / shares);
+    double change = 0.0, error = 0.0;
+    const auto add_columns = [&] {
+      std::fill(sum.begin(), sum.end(), 0.0);
+      for (std::size_t i = 0; i < kernel.size(); ++i) sum[i % E] += kernel[i] * u[i / E];
+    };
+    const auto columns = [&] {
+      change = 0.0;
+      for (std::size_t e = 0; e < E; ++e) {
+        const double next = sum[e] > 0.0 ? column_mass[e] / (sum[e] + eps) : 0.0;
+        change += std::abs(next - v[e]) / static_cast<double>(experts);
+        v[e] = next;
+      }
+    };
+    const auto rows = [&] {
+      for (std::size_t t = 0; t < T; ++t) {
+        double dot = 0.0;
+        for (std::size_t e = 0; e < E; ++e) dot += kernel[t * E + e] * v[e];
+        u[t] = dot > 0.0 ? row_mass / (dot + eps) : 0.0;
+      }
+      add_columns();
+      error = 0.0;
+      for (std::size_t e = 0; e < E; ++e)
+        if (sum[e] > 0.0) error = std::max(error, std::abs(v[e] * sum[e] / column_mass[e] - 1.0));
+    };
+    const bool columns_first = how.order == scaling_order::columns_then_rows;
+    add_columns();
+    do {
+      if (columns_first) columns();
+      rows();
+      if (!columns_first) columns();
+      ++iterations;
+    } while ((how.stop == sinkhorn_stop::column_error ? error : change) >
+                 static_cast<double>(how.tolerance) &&
+             iterations < how.most_iterations);
+    for (std::size_t i = 0; i < kernel.size(); ++i) values[i] = u[i / E] * kernel[i] * v[i % E];
+  }
+};
+
+}  // namespace
+
+TEST_CASE("with every option at once the plan and its choices are those of a slow iteration") {
+  test::random rng(31);
+  for (index_t round = 0; round < test::sized(250, 30); ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    // Several pieces of 32 tokens and more.
+    const index_t experts = 1 + rng.below(20),
+                  tokens = 1 + (rng.below(8) == 0 ? 2048 + rng.below(300) : rng.below(90));
+    sinkhorn router{.k = 1 + rng.below(experts)};
+    router.weights = static_cast<plan_weights>(rng.below(4));
+    router.scaling = {
+        .mass = coin() ? plan_mass::one : plan_mass::tokens,
+        .order = coin() ? scaling_order::rows_then_columns : scaling_order::columns_then_rows,
+        .domain = both_domains[rng.below(2)],
+        .stop = coin() ? sinkhorn_stop::mean_change : sinkhorn_stop::column_error,
+        .similarity = coin() ? plan_similarity::logits : plan_similarity::softmax,
+        .temperature = coin() ? 1.0f : 0.25f + rng.uniform(),
+        .eps = coin() ? 0.0f : 1e-3f,
+        .tolerance = coin() ? 0.0f : 0.05f,
+        .most_iterations = 1 + rng.below(6)};
+    std::vector<float> z = test::make_logits(test::shape::normal, rng.bits() % 1000, tokens,
+                                             experts),
+                       share;
+    for (float& x : z)
+      if (const auto odd = rng.below(24); odd < 2)
+        x = odd == 0 ? -test::infinity : test::not_a_number;
+    if (coin())
+      for (index_t e = 0; e < experts; ++e) share.push_back(0.5f + rng.uniform());
+    router.share = share;
+    std::vector<std::uint8_t> mask;
+    std::vector<std::int32_t> own_k;
+    for (index_t t = 0; t < tokens; ++t) {
+      mask.push_back(rng.below(4) != 0);
+      own_k.push_back(static_cast<std::int32_t>(rng.below(router.k + 1)));
+    }
+    side_inputs side;
+    if (coin()) side.mask = mask;
+    const slow_plan expected(router.scaling, z, tokens, experts, side, share);
+    std::vector<float> plan(z.size(), 5.0f);
+    workspace ws;
+    const auto to = matrix_view<float>(plan.data(), tokens, experts);
+    const index_t iterations =
+        coin() ? sinkhorn_plan(router.scaling, rows_of(z, experts), side, ws, to, serial{}, share)
+               : sinkhorn_plan(router.scaling, rows_of(z, experts), side, ws, to,
+                               test::several_threads{3}, share);
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " k=" << router.k
+                  << " weights " << int(router.weights) << " domain " << int(router.scaling.domain)
+                  << " order " << int(router.scaling.order) << " stop "
+                  << int(router.scaling.stop));
+    // Whether an error is 0 is decided by rounding.
+    if (router.scaling.tolerance > 0.0f) CHECK(iterations == expected.iterations);
+    CHECK(iterations <= router.scaling.most_iterations);
+    CHECK(test::difference(plan, expected.values, 3e-5, 1e-9) == "");
+
+    if (coin()) side.k_of_token = own_k;
+    const assignment out = routed(router, z, experts, side);
+    const auto p = oracle::softmax_rows(z, tokens, experts);
+    const auto rule = router.weights != plan_weights::by_k ? router.weights
+                      : router.k == 1                      ? plan_weights::sigmoid
+                                                           : plan_weights::softmax;
+    std::string broken;
+    for (index_t t = 0; t < tokens; ++t) {
+      const auto row = [&](const auto& list, expert_id e) {
+        return static_cast<double>(list[static_cast<std::size_t>(t * experts + e)]);
+      };
+      std::vector<expert_id> best;
+      for (expert_id e = 0; e < experts; ++e)
+        if (!side.masked(t) && row(z, e) > -HUGE_VAL) best.push_back(e);
+      std::stable_sort(best.begin(), best.end(), [&](expert_id a, expert_id b) {
+        return row(expected.values, a) > row(expected.values, b);
+      });
+      auto n = static_cast<std::size_t>(router.k);
+      if (!side.k_of_token.empty()) n = static_cast<std::size_t>(own_k[std::size_t(t)]);
+      best.resize(std::min(n, best.size()));
+      double sum = 0.0;
+      for (const expert_id e : best) sum += row(expected.values, e);
+      for (std::size_t r = 0; r < static_cast<std::size_t>(router.k); ++r) {
+        const expert_id e = out.ids(t)[r];
+        const auto w = static_cast<double>(out.weights(t)[r]);
+        if ((e == no_expert) != (r >= best.size())) broken = "count";
+        if (e == no_expert && w != 0.0) broken = "weight of none";
+        if (e == no_expert || r >= best.size()) continue;
+        // Entries that only rounding tells apart may change places.
+        if (std::abs(row(expected.values, e) / row(expected.values, best[r]) - 1.0) > 1e-4)
+          broken = "another entry";
+        const double value = rule == plan_weights::sigmoid   ? 1.0 / (1.0 + std::exp(-row(z, e)))
+                             : rule == plan_weights::softmax ? row(p, e)
+                                                             : row(expected.values, e) / sum;
+        if (std::abs(w - value) > 1e-4 * value) broken = "weight";
+        if (std::count(out.ids(t).begin(), out.ids(t).end(), e) != 1) broken = "twice";
+      }
+    }
+    CHECK(broken == "");
+  }
+}

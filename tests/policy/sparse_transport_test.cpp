@@ -351,3 +351,103 @@ TEST_CASE("sizes that do not fit a sparse plan's gradient are refused by name; n
                                   {dz.data(), 0, 3}, ws);
   how.potentials({z.data(), 0, 3}, {}, ws, {});
 }
+
+TEST_CASE("with every option at once a sparse plan and its choices are those of a slow descent") {
+  test::random rng(37);
+  for (index_t round = 0; round < test::sized(250, 30); ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 1 + rng.below(20), tokens = 1 + rng.below(60);
+    const sparse_transport router{
+        .capacity = {.factor = 0.5 + 2.0 * static_cast<double>(rng.uniform()),
+                     .at_least = 2,
+                     .fixed = rng.below(2) * (2 + rng.below(tokens))},
+        .support = rng.below(2) * (2 + rng.below(tokens)),
+        .weights = coin() ? transport_weights::softmax : transport_weights::plan,
+        .gamma = coin() ? 1.0f : 0.25f + rng.uniform(),
+        .learning_rate = coin() ? 1e-2f : 0.1f,
+        // Of two experts' similarities one says all: gradients of 0 have the sign of their
+        // rounding.
+        .steps = experts < 3 ? 0 : rng.below(6)};
+    auto z = test::make_logits(test::shape::normal, rng.bits() % 1000, tokens, experts);
+    for (float& x : z)
+      if (const auto odd = rng.below(20); odd < 2)
+        x = odd == 0 ? -test::infinity : test::not_a_number;
+    std::vector<std::uint8_t> mask;
+    for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+    side_inputs side;
+    if (coin()) side.mask = mask;
+    // Tokens that take part, without the others.
+    const auto p = oracle::softmax_rows(z, tokens, experts);
+    std::vector<index_t> live;
+    std::vector<double> similarity;
+    for (index_t t = 0; t < tokens; ++t) {
+      const auto open = [&](index_t e) {
+        return z[static_cast<std::size_t>(t * experts + e)] > -test::infinity;
+      };
+      bool any = false;
+      for (index_t e = 0; e < experts; ++e) any = any || open(e);
+      if (!any || side.masked(t)) continue;
+      live.push_back(t);
+      for (index_t e = 0; e < experts; ++e)
+        similarity.push_back(open(e) ? p[static_cast<std::size_t>(t * experts + e)] : -HUGE_VAL);
+    }
+    const index_t capacity = router.capacity(tokens, experts),
+                  support = router.support > 0 ? router.support : capacity;
+    std::vector<double> expected(z.size(), 0.0);
+    if (!live.empty()) {
+      const auto n = static_cast<index_t>(live.size());
+      const auto rows =
+          oracle::sparse_plan(similarity, n, experts, support, static_cast<double>(router.gamma),
+                              static_cast<double>(router.learning_rate), router.steps);
+      for (index_t i = 0; i < n; ++i)
+        std::copy_n(rows.begin() + i * experts, experts,
+                    expected.begin() + live[static_cast<std::size_t>(i)] * experts);
+    }
+    // A gradient of 0 has the sign of its rounding, and Adam steps by signs: of one token or two
+    // experts all sums are known.
+    if (router.steps > 0 && (experts < 3 || live.size() < 3)) continue;
+    std::vector<float> plan(z.size(), 5.0f), potential(static_cast<std::size_t>(tokens));
+    workspace ws;
+    router.plan(rows_of(z, experts), side, ws, matrix_view<float>(plan.data(), tokens, experts));
+    router.potentials(rows_of(z, experts), side, ws, potential);
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " support " << router.support
+                  << " C=" << capacity << " masked " << !side.mask.empty() << " live "
+                  << live.size() << " steps " << router.steps);
+    CHECK(test::difference(plan, expected, 1e-4, 2e-4) == "");
+
+    const assignment out = routed(router, z, experts, side);
+    std::vector<std::vector<float>> taken(static_cast<std::size_t>(experts)), left = taken;
+    std::string broken;
+    const auto weight_of = [&](index_t t, expert_id e) {
+      const auto at = static_cast<std::size_t>(t * experts + e);
+      return router.weights == transport_weights::plan ? static_cast<double>(plan[at]) : p[at];
+    };
+    for (const index_t t : live) {
+      std::size_t i = 0;
+      for (expert_id e = 0; e < experts; ++e) {
+        const auto at = static_cast<std::size_t>(t * experts + e);
+        if (!(z[at] > -test::infinity)) continue;
+        const bool takes = i < out.ids(t).size() && out.ids(t)[i] == e;
+        (takes ? taken : left)[static_cast<std::size_t>(e)].push_back(
+            static_cast<float>(p[at]) + potential[static_cast<std::size_t>(t)]);
+        if (!takes) continue;
+        if (std::abs(static_cast<double>(out.weights(t)[i]) - weight_of(t, e)) > 1e-6)
+          broken = "weight";
+        ++i;
+      }
+      if (i != out.ids(t).size()) broken = "an expert that may not be";
+    }
+    std::size_t all = 0;
+    for (std::size_t e = 0; e < taken.size(); ++e) {
+      all += taken[e].size();
+      const std::size_t most = static_cast<std::size_t>(std::min(capacity, tokens));
+      if (taken[e].size() != std::min(most, taken[e].size() + left[e].size())) broken = "count";
+      if (taken[e].empty() || left[e].empty()) continue;
+      if (*std::min_element(taken[e].begin(), taken[e].end()) <
+          *std::max_element(left[e].begin(), left[e].end()) - 1e-6f)
+        broken = "a lesser token";
+    }
+    if (static_cast<std::size_t>(out.choices()) != all) broken = "a token that may not be";
+    CHECK(broken == "");
+  }
+}
