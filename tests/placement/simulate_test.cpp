@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "support/placement_figures.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 
 using namespace moeroute;
@@ -431,4 +432,130 @@ TEST_CASE("every number of a cluster and of a simulation is refused by its own n
     for (double link_cost::* const part : {&link_cost::alpha, &link_cost::beta})
       CHECK(said([&](auto& o) { o.machine.*link.*part = HUGE_VAL; }) ==
             "moeroute::simulate: a cost is inf, expected a finite number >= 0");
+}
+
+TEST_CASE("a simulated step of any planner and cluster is what its formulas make of its plan") {
+  test::random rng(61);
+  const auto at = [](index_t i) { return static_cast<std::size_t>(i); };
+  const auto same = [](double a, double b) {
+    return std::abs(a - b) <= 1e-9 * std::max(std::abs(a), std::abs(b)) + 1e-12;
+  };
+  for (int draw = 0; draw < 84; ++draw) {
+    const auto planner = static_cast<planner_kind>(draw % 7);
+    const index_t nodes = 1 + rng.below(3), places = 1 + rng.below(3), ranks = nodes * places,
+                  own = 1 + rng.below(3), experts = ranks * own;
+    const auto price = [&](index_t most) { return 0.25 * static_cast<double>(rng.below(most)); };
+    simulation_options o{.planner = planner,
+                         .slots = experts + ranks * rng.below(3),
+                         .replan_every = 1 + rng.below(2),
+                         .memory = rng.below(2) == 0 ? 0.0 : 0.5,
+                         .search = {.most_steps = 2, .kicks = 0},
+                         .k = 1 + rng.below(std::min<index_t>(experts, 4))};
+    if (o.slots > experts * ranks) o.slots = experts;  // no expert is on a rank twice
+    o.machine = {.ranks = ranks,
+                 .nodes = nodes,
+                 .inside = {price(5), price(5)},
+                 .outside = {price(9), price(9)},
+                 .rows_per_second = 0.5 + price(9),
+                 .call_seconds = price(5),
+                 .block = 1 + rng.below(4),
+                 .row_bytes = price(9),
+                 .expert_bytes = price(9)};
+    const cluster& c = o.machine;
+    layer_simulation layer(experts, o);
+    for (int step = 0; step < 4; ++step) {
+      INFO(planner_names[at(draw % 7)] << ", draw " << draw << ", step " << step);
+      std::vector<double> count;
+      std::vector<std::int64_t> whole;
+      for (index_t e = 0; e < experts; ++e) {
+        whole.push_back(step == 3 && draw % 5 == 0 ? 0 : rng.below(4) * rng.below(50));
+        count.push_back(static_cast<double>(whole.back()));
+      }
+      const placement before = layer.experts();
+      const simulated_step s = layer.next(count);
+      const placement& p = layer.experts();
+      for (index_t r = 0; r < ranks; ++r) CHECK(p.node_of_rank()[at(r)] == r / places);
+      CHECK((step > 0 && (step - 1) % o.replan_every == 0) >= (p != before));
+      // Rows of each expert that a rank has.
+      std::vector<std::vector<double>> rows(at(ranks));
+      double moves = static_cast<double>(count_moves(before, p)), most_moved = 0.0;
+      if (planner == planner_kind::spill || planner == planner_kind::exact_balance) {
+        const batch_plan plan = planner == planner_kind::spill
+                                    ? spill(whole, ranks)
+                                    : balance_exactly(whole, ranks).batch;
+        for (const auto& ranges : plan.range) {
+          std::vector<double> of(at(ranks), 0.0);
+          for (const rank_range& r : ranges) of[at(r.rank)] += double(r.end - r.begin);
+          for (index_t r = 0; r < ranks; ++r) rows[at(r)].push_back(of[at(r)]);
+        }
+        moves += static_cast<double>(plan.moves.size());
+        for (index_t r = 0; r < ranks; ++r) {
+          double to = 0.0, from = 0.0;
+          for (const expert_move& m : plan.moves) to += m.to == r, from += m.from == r;
+          most_moved = std::max({most_moved, to, from});
+        }
+      } else {
+        const slot_split split = split_optimal(p, whole);
+        for (index_t i = 0; i < p.slots(); ++i) {
+          const expert_id e = p.expert_of_slot()[at(i)];
+          rows[at(p.rank_of_slot()[at(i)])].push_back(
+              planner == planner_kind::batch_split
+                  ? static_cast<double>(split.of_slot[at(i)])
+                  : count[at(e)] / static_cast<double>(p.replicas(e)));
+        }
+      }
+      CHECK(s.moves == moves);
+      double all = 0.0;
+      for (const double n : count) all += n;
+      const double r = static_cast<double>(ranks), k = static_cast<double>(o.k), tokens = all / k,
+                   inside = static_cast<double>(places - 1) / r,
+                   outside = static_cast<double>(ranks - places) / r;
+      const auto reached = [&](double n) {
+        return all > 0.0 ? tokens * (1.0 - std::pow(1.0 - std::min(1.0, n / all), k)) : 0.0;
+      };
+      double most = 0.0, slowest = 0.0, seconds = 0.0, on_ranks = 0.0, on_nodes = 0.0;
+      std::vector<double> load;
+      for (const auto& list : rows) {
+        double sum = 0.0, time = 0.0;
+        for (const double n : list) {
+          sum += n;
+          if (n > 0.0)
+            time += c.call_seconds +
+                    std::ceil(n / double(c.block)) * double(c.block) / c.rows_per_second;
+        }
+        load.push_back(sum);
+        on_ranks += reached(sum);
+        most = std::max(most, sum);
+        slowest = std::max(slowest, time);
+        seconds += time;
+      }
+      for (index_t n = 0; n < nodes; ++n) {
+        double sum = 0.0;
+        for (index_t i = n * places; i < (n + 1) * places; ++i) sum += load[at(i)];
+        on_nodes += reached(sum);
+      }
+      CHECK(same(s.imbalance, all > 0.0 ? most * r / all : 1.0));
+      CHECK(same(s.time_imbalance, seconds > 0.0 ? slowest * r / seconds : 1.0));
+      CHECK(same(s.seconds.compute, slowest));
+      CHECK(same(s.seconds.header,
+                 ranks == 1 ? 0.0 : 2.0 * (nodes > 1 ? c.outside.alpha : c.inside.alpha)));
+      const link_cost& link = nodes > 1 ? c.outside : c.inside;
+      CHECK(same(s.seconds.transfer, most_moved * (link.alpha + c.expert_bytes * link.beta)));
+      CHECK(same(s.off_rank_rows, all > 0.0 ? on_ranks / tokens * (1.0 - 1.0 / r) : 0.0));
+      CHECK(
+          same(s.off_node_rows, all > 0.0 ? on_nodes / tokens * (1.0 - 1.0 / double(nodes)) : 0.0));
+      // The slowest rank: its messages, and the busier direction of each kind of link.
+      double out = 0.0, back = 0.0;
+      for (const double n : load) {
+        const double alphas = static_cast<double>(places - 1) * c.inside.alpha +
+                              static_cast<double>(ranks - places) * c.outside.alpha;
+        const double there = std::max(on_ranks / r, reached(n)), home = std::max(n, all / r),
+                     per_row = c.row_bytes * (inside * c.inside.beta + outside * c.outside.beta);
+        out = std::max(out, alphas + there * per_row);
+        back = std::max(back, alphas + home * per_row);
+      }
+      CHECK(same(s.seconds.dispatch, all > 0.0 ? out : 0.0));
+      CHECK(same(s.seconds.results, all > 0.0 ? back : 0.0));
+    }
+  }
 }
