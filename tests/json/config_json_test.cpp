@@ -1,5 +1,6 @@
 #include <moeroute/json/config_json.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <map>
 #include <optional>
@@ -9,6 +10,8 @@
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "support/random.hpp"
 
 using moeroute::find_in_catalog;
 using moeroute::model_routers;
@@ -1199,4 +1202,170 @@ TEST_CASE("numbers as Python writes them are read") {
   CHECK(refusal(R"({"model_type": "hy_v3", "num_experts": 8, "num_experts_per_tok": 2,
                     "router_scaling_factor": Infinity})") ==
         "config.json: field 'router_scaling_factor': expected a positive number, found 'Infinity'");
+}
+
+TEST_CASE("a layer has experts where none of all fields that stand together takes them away") {
+  test::random rng(71);
+  using moeroute::index_t;
+  const auto has = [](const nlohmann::json& list, index_t l) {
+    return std::find(list.begin(), list.end(), nlohmann::json(l)) != list.end();
+  };
+  std::set<std::string> types;
+  for (const auto& model : moeroute::detail::config_models) {
+    const std::string type = model.type, entry = model.entry;
+    // These have no list of layers, other sizes, or a document within.
+    if (entry == "switch_transformers" || entry == "nllb_moe" || entry == "dbrx" ||
+        entry == "dots3_note_vision")
+      continue;
+    types.insert(type);
+    for (int draw = 0; draw < 25; ++draw) {
+      const index_t n = 1 + rng.below(12);
+      nlohmann::json file{{"model_type", type}, {"num_hidden_layers", n}};
+      const auto number = [&](index_t most) { return static_cast<int>(rng.below(most)); };
+      const auto flags = [&] {
+        nlohmann::json list = nlohmann::json::array();
+        for (index_t l = 0; l < n; ++l)
+          list.push_back(rng.below(2) == 0 ? nlohmann::json(rng.below(3) > 0)
+                                           : nlohmann::json(number(2)));
+        return list;
+      };
+      const auto numbers = [&] {
+        nlohmann::json list = nlohmann::json::array();
+        for (index_t i = rng.below(4); i > 0; --i) list.push_back(number(n + 2));
+        return list;
+      };
+      // Sizes: one, or one for each layer.
+      const auto sizes = [&](const char* name, auto&& one) {
+        std::vector<int> of(static_cast<std::size_t>(n), one());
+        if (rng.below(2) == 0)
+          for (int& size : of) size = one();
+        if (rng.below(2) == 0)
+          file[name] = of;
+        else
+          std::fill(of.begin(), of.end(), of[0]), file[name] = of[0];
+        return of;
+      };
+      const std::vector<int> experts = sizes(model.experts, [&] {
+        return entry == "doge" ? (number(2) == 0 ? 16 : 64) : 16 + 8 * number(4);
+      });
+      const std::vector<int> k = sizes(model.k, [&] {
+        return entry == "phimoe"      ? 2
+               : entry == "zaya"      ? 1
+               : entry == "pangu_pro" ? 8 + 8 * number(2)
+                                      : 1 + number(4);
+      });
+      if (model.groups) file["n_group"] = file["topk_group"] = 1;
+      const auto maybe = [&](const char* name, auto&& value) {
+        if (rng.below(2) == 0) file[name] = value();
+        return file.contains(name);
+      };
+      file[rng.below(2) == 0 ? "first_k_dense_replace" : "num_dense_layers"] = number(4);
+      const index_t dense = file.contains("num_dense_layers")
+                                ? file["num_dense_layers"].get<index_t>()
+                                : file["first_k_dense_replace"].get<index_t>();
+      maybe("moe_layer_num_skipped", [&] { return number(3); });
+      for (const char* name : {"moe_layer_freq", "is_moe_layer"})
+        if (rng.below(3) == 0)
+          file[name] = rng.below(2) == 0 ? nlohmann::json(1 + number(3)) : flags();
+      maybe("mlp_only_layers", numbers);
+      if (rng.below(3) == 0) file["decoder_sparse_step"] = number(4);
+      if (rng.below(3) == 0) file["moe_layer_layout"] = flags();
+      const bool step3 = entry == "step3" || entry == "step3p7",
+                 ernie = entry == "ernie4_5_moe" || entry == "ernie4_5_vl_moe",
+                 by_table = type == "deepseek_v4";
+      if (step3)
+        maybe("moe_layers_enum", [&]() -> nlohmann::json {
+          const nlohmann::json list = numbers();
+          if (rng.below(2) == 0) return list;
+          std::string text;
+          for (const auto& one : list) text += (text.empty() ? "" : ", ") + one.dump();
+          return text;
+        });
+      if (entry == "nomic_bert_moe") maybe("moe_every_n_layers", [&] { return number(4); });
+      if (entry == "jamba") {
+        maybe("expert_layer_period", [&] { return number(4); });
+        maybe("expert_layer_offset", [&] { return number(3); });
+      }
+      if (entry == "llama4_scout") {
+        maybe("interleave_moe_layer_step", [&] { return number(4); });
+        maybe("moe_layers", numbers);
+      }
+      if (ernie) {
+        maybe("moe_layer_start_index", [&] { return number(4); });
+        maybe("moe_layer_end_index", [&] { return number(12) - 1; });
+        maybe("moe_layer_interval", [&] { return number(4); });
+      }
+      if (by_table) maybe("num_hash_layers", [&] { return number(5); });
+      const auto value = [&](const char* name, index_t absent) {
+        return file.contains(name) ? file[name].get<index_t>() : absent;
+      };
+      const auto there = [&](index_t l) {
+        const auto at = static_cast<std::size_t>(l);
+        bool out = l >= dense && l >= value("moe_layer_num_skipped", 0);
+        for (const char* name : {"moe_layer_freq", "is_moe_layer", "moe_layer_layout"}) {
+          if (!file.contains(name)) continue;
+          const nlohmann::json& said = file[name];
+          if (said.is_array())
+            out = out && (said[at] == true || said[at] == 1);
+          else
+            out = out && l % said.get<index_t>() == 0;
+        }
+        if (file.contains("mlp_only_layers")) out = out && !has(file["mlp_only_layers"], l);
+        const index_t sparse = value("decoder_sparse_step", 1);
+        out = out && (sparse == 0 || (l + 1) % sparse == 0);
+        if (step3 && !file.contains("moe_layers_enum"))
+          out = out && l >= (entry == "step3" ? 4 : 3);
+        if (step3 && file.contains("moe_layers_enum")) {
+          nlohmann::json list = file["moe_layers_enum"];
+          if (list.is_string()) list = nlohmann::json::parse("[" + list.get<std::string>() + "]");
+          out = out && has(list, l);
+        }
+        if (entry == "nomic_bert_moe") {
+          const index_t every = value("moe_every_n_layers", 0);
+          out = out && every > 0 && l % every == 1;
+        }
+        if (entry == "jamba") {
+          const index_t period = value("expert_layer_period", 2);
+          out = out && (period == 0 || l % period == value("expert_layer_offset", 1));
+        }
+        if (entry == "llama4_scout") {
+          const index_t step = value("interleave_moe_layer_step", 1);
+          if (file.contains("moe_layers"))
+            out = out && has(file["moe_layers"], l);
+          else
+            out = out && (step == 0 || (l + 1) % step == 0);
+        }
+        if (ernie) {
+          const index_t last = value("moe_layer_end_index", -1),
+                        step = value("moe_layer_interval", 1);
+          out = out && l >= value("moe_layer_start_index", 1) && (last < 0 || l <= last) &&
+                (step == 0 || (l + 1) % step == 0);
+        }
+        return out;
+      };
+      INFO(file.dump());
+      const model_routers made = moeroute::routers_from_config(file, "config.json");
+      REQUIRE(made.count == n);
+      REQUIRE(made.layers.size() == static_cast<std::size_t>(n));
+      const index_t more = made.spec.zero_experts;
+      CHECK(made.spec.experts == experts[0] + more);
+      CHECK(made.spec.k == k[0]);
+      for (index_t l = 0; l < n; ++l) {
+        INFO("layer " << l);
+        const auto at = static_cast<std::size_t>(l);
+        const bool table = by_table && l < value("num_hash_layers", 3);
+        REQUIRE(made.layers[at].has_value() == (table || there(l)));
+        if (!made.layers[at]) continue;
+        router_spec want = made.spec;
+        want.experts = experts[at] + more;
+        want.k = k[at];
+        if (table) {
+          want.selection = moeroute::selection_kind::expert_table;
+          want.selection_bias = false;
+        }
+        CHECK(*made.layers[at] == want);
+      }
+    }
+  }
+  CHECK(types.size() > 80);
 }
