@@ -61,10 +61,12 @@ struct scene {
   rows x, dy, y, dx, dweights, dw;
   rows shared, shared_weight;      // [T, d] and [T] where tokens have a side of their own
   std::vector<std::uint8_t> mask;  // [T] likewise
+  exchange_options how;
 
-  scene(assignment a, index_t cols, bool with_side = false)
+  scene(assignment a, index_t cols, bool with_side = false, const exchange_options& o = {})
       : choices(std::move(a)),
         d(cols),
+        how(o),
         x(random_rows(choices.tokens() * d, 1)),
         dy(random_rows(choices.tokens() * d, 2)) {
     const index_t tokens = choices.tokens();
@@ -77,13 +79,18 @@ struct scene {
     }
     column_experts experts(choices.experts(), d);
     dispatch_plan plan;
-    moeroute::plan(choices, plan, {.mask = mask});
+    std::vector<std::uint8_t> owned;
+    for (index_t e = 0; e < choices.experts(); ++e) owned.push_back(o.special.contains(e) ? 0 : 1);
+    moeroute::plan(choices, plan, {.owned = owned, .mask = mask});
     rows in(static_cast<std::size_t>(plan.slots() * d)), out = in, din = in, dout = in;
     const auto as = [&](rows& v) { return matrix_view<float>(v.data(), plan.slots(), d); };
     const auto seen = [&](const rows& v, index_t n) {
       return matrix_view<const float>(v.data(), n, d);
     };
-    dispatch(seen(x, tokens), plan, as(in));
+    const bool on_input = o.weights == weight_on::input;
+    dispatch_options moving;
+    if (on_input) moving.scale = choices.weights();
+    dispatch(seen(x, tokens), plan, as(in), moving);
     for_each_expert(plan, as(in), as(out),
                     [&](expert_id e, matrix_view<const float> p, matrix_view<float> q) {
                       experts.forward(e, p, q);
@@ -91,17 +98,33 @@ struct scene {
     y.resize(x.size());
     dx.resize(x.size());
     dweights.resize(static_cast<std::size_t>(choices.choices()));
-    combine_options<> whole;
+    combine_options<float> whole;
+    if (on_input) whole.weight = combine_weight::one;
+    whole.lost = o.lost_token_gets;
+    whole.identity_first = o.special.identity_first;
+    whole.identity_end = o.special.identity_end;
+    whole.x = seen(x, tokens);
+    combine_options<float> own = whole;
     if (with_side) whole.shared = seen(shared, tokens);
     whole.shared_weight = shared_weight;
     combine(as(out), plan, choices, matrix_view<float>(y.data(), tokens, d), whole);
-    combine_gradients<float> terms{.slots = as(dout), .weights = dweights};
-    combine_backward(as(out), plan, choices, seen(dy, tokens), terms);
+    const bool identity = o.special.identity_first < o.special.identity_end;
+    rows identities(dweights.size());
+    combine_gradients<float> terms{.slots = as(dout),
+                                   .weights = on_input ? identities : dweights,
+                                   .x = {dx.data(), tokens, d}};
+    combine_backward(as(out), plan, choices, seen(dy, tokens), terms, serial{}, own);
     for_each_expert_backward(
         plan, seen(in, plan.slots()), seen(dout, plan.slots()), as(din),
         [&](expert_id e, matrix_view<const float> p, matrix_view<const float> q,
             matrix_view<float> o) { experts.backward(e, p, q, o); });
-    dispatch_backward(as(din), plan, gradient_to::write, matrix_view<float>(dx.data(), tokens, d));
+    dispatch_scale<float> scale;
+    if (on_input) scale = {.scale = choices.weights(), .x = seen(x, tokens), .dscale = dweights};
+    const bool first = identity || o.lost_token_gets == lost_token::residual;
+    dispatch_backward(as(din), plan, first ? gradient_to::add : gradient_to::write,
+                      matrix_view<float>(dx.data(), tokens, d), serial{}, scale);
+    for (std::size_t c = 0; on_input && identity && c < dweights.size(); ++c)
+      dweights[c] += identities[c];
     dw = experts.gradient;
   }
 };
@@ -120,6 +143,7 @@ struct own_part {
   index_t first, n;
   assignment choices;
   rows y, dx, dweights;
+  rows apart[3];  // x, dy and shared, whose rows lie apart
   matrix_view<const float> x, dy, shared;
   std::span<const float> shared_weight;
   std::span<const std::uint8_t> mask;
@@ -130,11 +154,18 @@ struct own_part {
     y.resize(static_cast<std::size_t>(n * s.d));
     dx.resize(y.size());
     dweights.resize(static_cast<std::size_t>(choices.choices()));
-    x = {s.x.data() + first * s.d, n, s.d};
-    dy = {s.dy.data() + first * s.d, n, s.d};
+    const auto spread = [&](const rows& all, std::size_t which) {
+      const index_t stride = s.d + 1 + static_cast<index_t>(which);
+      apart[which].assign(static_cast<std::size_t>(n * stride), 9.0f);
+      for (index_t t = 0; t < n; ++t)
+        std::copy_n(all.begin() + (first + t) * s.d, s.d, apart[which].begin() + t * stride);
+      return matrix_view<const float>(apart[which].data(), n, s.d, stride);
+    };
+    x = spread(s.x, 0);
+    dy = spread(s.dy, 1);
     if (s.mask.empty()) return;
     const auto from = static_cast<std::size_t>(first), count = static_cast<std::size_t>(n);
-    shared = {s.shared.data() + first * s.d, n, s.d};
+    shared = spread(s.shared, 2);
     shared_weight = std::span(s.shared_weight).subspan(from, count);
     mask = std::span(s.mask).subspan(from, count);
   }
@@ -188,17 +219,37 @@ struct gradient_in_two {
 };
 
 // What differs from one rank, "" where nothing does.
-std::string run(const scene& s, const placement& where, const mpi::parallel_options& options,
+std::string run(const scene& s, const placement& where, mpi::parallel_options options,
                 bool in_two = false) {
   column_experts experts(s.choices.experts(), s.d);
   own_part own(s);
+  const replica_rule rule = options.exchange.rule;
+  options.exchange = s.how;
+  options.exchange.rule = rule;
   mpi::expert_parallel<> p(MPI_COMM_WORLD, where, options);
-  p.forward(own.x, own.choices, own.out(s.d), forward_of(experts, p), serial{}, own.mask,
-            own.shared, own.shared_weight);
+  // Of the results the rows lie apart too.
+  const index_t stride = s.d + 2;
+  rows y_apart(static_cast<std::size_t>(own.n * stride), 9.0f), dx_apart = y_apart;
+  const auto together = [&](const rows& from, rows& to) {
+    for (index_t t = 0; t < own.n; ++t) {
+      std::copy_n(from.begin() + t * stride, s.d, to.begin() + t * s.d);
+      for (index_t j = s.d; j < stride; ++j)
+        if (from[static_cast<std::size_t>(t * stride + j)] != 9.0f) to[0] = NAN;
+    }
+  };
+  p.forward(own.x, own.choices, matrix_view<float>(y_apart.data(), own.n, s.d, stride),
+            forward_of(experts, p), serial{}, own.mask, own.shared, own.shared_weight);
+  together(y_apart, own.y);
   if (const std::string d = slice_difference(own.y, s.y, own.first * s.d); !d.empty())
     return "y " + d;
+  const mpi::parallel_counts& n = p.counts();
+  if (n.tokens != own.n || n.lost != 0) return "counts of tokens";
+  if (options.chunks == 1 &&
+      (n.rows_sent != p.plan().rows() || n.entries_sent != p.plan().entries() ||
+       n.entries_received != p.received().slots()))
+    return "counts of rows";
   const std::span<const expert_id> of_slot = where.experts_of_rank(p.rank());
-  const matrix_view<float> dx(own.dx.data(), own.n, s.d);
+  const matrix_view<float> dx(dx_apart.data(), own.n, s.d, stride);
   if (in_two)
     p.backward(own.x, own.choices, own.dy, dx, own.dweights, gradient_in_two{experts, of_slot});
   else
@@ -207,6 +258,7 @@ std::string run(const scene& s, const placement& where, const mpi::parallel_opti
                    matrix_view<float> din) {
                  experts.backward(of_slot[static_cast<std::size_t>(slot)], in, dout, din);
                });
+  together(dx_apart, own.dx);
   if (const std::string d = slice_difference(own.dx, s.dx, own.first * s.d); !d.empty())
     return "dx " + d;
   if (const std::string d = slice_difference(own.dweights, s.dweights, s.choices.first(own.first));
@@ -220,6 +272,20 @@ std::string run(const scene& s, const placement& where, const mpi::parallel_opti
           !d.empty())
         return "dw " + d;
     }
+  // Gradients that are not wanted: the others are the same.
+  const auto again = [&](const matrix_view<float>& to, std::span<float> weights) {
+    p.backward(own.x, own.choices, own.dy, to, weights, gradient_in_two{experts, of_slot});
+  };
+  std::fill(own.dweights.begin(), own.dweights.end(), 9.0f);
+  again({}, own.dweights);
+  if (const std::string d = slice_difference(own.dweights, s.dweights, s.choices.first(own.first));
+      !d.empty())
+    return "dweights alone " + d;
+  std::fill(dx_apart.begin(), dx_apart.end(), 9.0f);
+  again(dx, {});
+  together(dx_apart, own.dx);
+  if (const std::string d = slice_difference(own.dx, s.dx, own.first * s.d); !d.empty())
+    return "dx alone " + d;
   return "";
 }
 
@@ -236,6 +302,15 @@ std::vector<scene> scenes() {
   // Tokens with shared rows, weights of these and a mask, each its own.
   list.emplace_back(test::fixed_choices(rng, 60, 8, 3, 5), 5, true);
   list.emplace_back(test::ragged_choices(rng, 33, 12, 9), 3, true);
+  // Identity and zero experts, tokens that lost every choice, weights on inputs.
+  for (const weight_on weights : {weight_on::output, weight_on::input}) {
+    const exchange_options special{
+        .weights = weights,
+        .special = {.identity_first = 4, .identity_end = 6, .zero_first = 6, .zero_end = 8},
+        .lost_token_gets = lost_token::residual};
+    list.emplace_back(test::fixed_choices(rng, 50, 8, 2, 2), 4, false, special);
+    list.emplace_back(test::fixed_choices(rng, 50, 8, 2, 2), 4, true, special);
+  }
   return list;
 }
 
