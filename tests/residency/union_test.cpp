@@ -53,11 +53,11 @@ std::set<expert_id> agreed(const union_rule& rule, const assignment& plain) {
   const bool vote = rule.kind == kind::vote;
   const index_t groups = vote ? rule.groups : 1, size = plain.experts() / groups;
   for (index_t g = 0; g < groups; ++g) {
-    std::vector<std::pair<float, expert_id>> worth;
+    std::vector<std::pair<double, expert_id>> worth;
     for (expert_id e = static_cast<expert_id>(g * size); e < (g + 1) * size; ++e) {
-      float sum = 0;
+      double sum = 0;
       for (std::size_t c = 0; c < plain.ids().size(); ++c)
-        if (plain.ids()[c] == e) sum += vote ? 1.0f : plain.weights()[c];
+        if (plain.ids()[c] == e) sum += vote ? 1.0 : double{plain.weights()[c]};
       if (sum > 0) worth.emplace_back(-sum, e);
     }
     std::sort(worth.begin(), worth.end());
@@ -291,4 +291,85 @@ TEST_CASE("union rules that do not fit are refused by name") {
        {step_time{.expert = -1.0}, step_time{.token = std::nan("")}, step_time{.fixed = -1.0}})
     CHECK(test::refusal([&] { speculation_depth(sets, {}, time); }) ==
           "moeroute::speculation_depth: a time is negative, expected 0 or more");
+}
+
+TEST_CASE("a union of any fields is that of its tokens that are not masked, each with its own k") {
+  test::random rng(95);
+  const test::shape shapes[] = {test::shape::normal, test::shape::quantised, test::shape::masked,
+                                test::shape::half_nan};
+  for (int draw = 0; draw < 400; ++draw) {
+    const index_t groups = 1 + rng.below(4), experts = groups * (1 + rng.below(18)),
+                  k = 1 + rng.below(std::min<index_t>(experts, 7));
+    union_rule rule{.kind = static_cast<kind>(rng.below(3)),
+                    .k0 = 1 + rng.below(k),
+                    .mass = rng.below(2) == 0 ? 0.0f : rng.uniform(),
+                    .budget = 1 + rng.below(experts),
+                    .groups = groups,
+                    .stays = 1 + rng.below(experts / groups)};
+    if (rng.below(2) == 0) rule.most_rank = k + rng.below(experts - k + 1);
+    INFO("draw " << draw << ", kind " << int(rule.kind) << ", k0 " << rule.k0 << ", mass "
+                 << rule.mass << ", most_rank " << rule.most_rank << ", E " << experts << ", k "
+                 << k);
+    union_counts counts, want;
+    const union_router router(plain_of(k), rule, &counts);
+    for (int call = 0; call < 2; ++call) {
+      const index_t tokens = rng.below(20);
+      const auto z = test::make_logits(shapes[rng.below(4)], rng.bits(), tokens, experts);
+      std::vector<std::uint8_t> mask;
+      std::vector<std::int32_t> own;
+      for (index_t t = 0, some = rng.below(2), fewer = rng.below(2); t < tokens; ++t) {
+        if (some != 0) mask.push_back(rng.below(3) != 0);
+        if (fewer != 0) own.push_back(static_cast<std::int32_t>(rng.below(k + 1)));
+      }
+      const side_inputs side{.mask = mask, .k_of_token = own};
+      const assignment plain = test::routed(plain_of(k), z, experts, side),
+                       a = test::routed(router, z, experts, side);
+      const std::set<expert_id> in = agreed(rule, plain);
+      std::set<expert_id> read, before;
+      for (index_t t = 0; t < tokens; ++t) {
+        const auto at = static_cast<std::size_t>(t);
+        INFO("call " << call << ", token " << t);
+        if (!mask.empty() && mask[at] == 0) {
+          REQUIRE(chosen(a, t).empty());
+          for (const float w : a.weights(t)) REQUIRE(w == 0.0f);
+          continue;
+        }
+        ++want.tokens;
+        std::vector<float> row(z.begin() + t * experts, z.begin() + (t + 1) * experts);
+        for (float& x : row)
+          if (x != x) x = -INFINITY;
+        auto ids =
+            oracle::choose({.kind = residency_kind::within, .ranks = rule.most_rank}, in, row, k);
+        if (!own.empty() && ids.size() > static_cast<std::size_t>(own[at]))
+          ids.resize(static_cast<std::size_t>(own[at]));
+        REQUIRE(chosen(a, t) == ids);
+        double sum = 0.0;
+        for (const expert_id e : ids)
+          sum += std::exp(double{row[static_cast<std::size_t>(e)]} -
+                          double{row[static_cast<std::size_t>(ids[0])]});
+        for (std::size_t r = 0; r < ids.size(); ++r)
+          REQUIRE(std::abs(double{a.weights(t)[r]} -
+                           std::exp(double{row[static_cast<std::size_t>(ids[r])]} -
+                                    double{row[static_cast<std::size_t>(ids[0])]}) /
+                               sum) < 2e-5);
+        read.insert(ids.begin(), ids.end());
+        for (const expert_id e : chosen(plain, t)) before.insert(e);
+        want.choices += static_cast<std::int64_t>(ids.size());
+      }
+      ++want.batches;
+      want.plain_experts += static_cast<std::int64_t>(before.size());
+      want.agreed_on += static_cast<std::int64_t>(in.size());
+      want.experts += static_cast<std::int64_t>(read.size());
+      for (const expert_id e : read) want.forced += !in.contains(e);
+    }
+    CHECK(counts.batches == want.batches);
+    CHECK(counts.tokens == want.tokens);
+    CHECK(counts.plain_experts == want.plain_experts);
+    CHECK(counts.agreed_on == want.agreed_on);
+    CHECK(counts.experts == want.experts);
+    CHECK(counts.forced == want.forced);
+    CHECK(counts.choices == want.choices);
+    CHECK(counts.experts_per_batch() == static_cast<double>(want.experts) / 2.0);
+    CHECK(counts.plain_experts_per_batch() == static_cast<double>(want.plain_experts) / 2.0);
+  }
 }

@@ -40,7 +40,7 @@ struct union_rule {
 /// What a union was, over the calls since it was empty.
 struct union_counts {
   std::int64_t batches = 0;
-  std::int64_t tokens = 0;
+  std::int64_t tokens = 0;         ///< that are not masked
   std::int64_t plain_experts = 0;  ///< distinct ones that the router alone would have read
   std::int64_t agreed_on = 0;      ///< experts that the batch agreed on
   std::int64_t experts = 0;        ///< distinct ones that it reads
@@ -135,7 +135,7 @@ class union_router {
     }
     if (counts_ == nullptr) return;
     ++counts_->batches;
-    counts_->tokens += z.rows;
+    for (index_t t = 0; t < z.rows; ++t) counts_->tokens += !side.masked(t);
     counts_->agreed_on += agreed.count();
     counts_->experts += distinct(out, words, m.read);
     for (index_t w = 0; w < words; ++w) counts_->forced += std::popcount(m.read[w] & ~m.agreed[w]);
