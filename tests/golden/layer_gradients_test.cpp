@@ -19,22 +19,22 @@
 #include "support/gradient_file.hpp"
 
 using namespace moeroute;
-using doubles = std::vector<double>;
+using layer_doubles = std::vector<double>;
 
 namespace {
 
-matrix_view<double> rows(doubles& x, index_t n) {
+matrix_view<double> rows(layer_doubles& x, index_t n) {
   return {x.data(), n, n > 0 ? static_cast<index_t>(x.size()) / n : 0};
 }
 
-std::string differs(const doubles& actual, const doubles& expected) {
+std::string differs(const layer_doubles& actual, const layer_doubles& expected) {
   return test::difference(actual, expected, 1e-9, 1e-12);
 }
 
 // experts [E, d, d]: out = A_e in, or the tanh of it.
 struct linear_gradients {
-  const doubles& weight;
-  doubles& dweight;
+  const layer_doubles& weight;
+  layer_doubles& dweight;
   bool curved;
 
   void operator()(expert_id e, matrix_view<const double> in, matrix_view<const double> dout,
@@ -63,15 +63,16 @@ void layer_agrees(const std::string& name, const Router& router, bool on_input =
   INFO("golden/gradients/layer_" << name << ".json");
   const test::gradient_file file("layer_" + name);
   const index_t tokens = file.tokens, experts = file.experts, d = file.json["d"];
-  doubles x = file.numbers("X"), gate = file.numbers("gate_weight"), z = file.numbers("logits");
-  doubles dy = file.numbers("upstream");
-  const doubles expert = file.numbers("expert_weight");
+  layer_doubles x = file.numbers("X"), gate = file.numbers("gate_weight"),
+                z = file.numbers("logits");
+  layer_doubles dy = file.numbers("upstream");
+  const layer_doubles expert = file.numbers("expert_weight");
   std::vector<std::size_t> order;
   const assignment choices = file.choices(order);
   dispatch_plan p;
   plan(choices, p);
   const auto slot_count = static_cast<std::size_t>(p.slots() * d);
-  doubles w(order.size()), in(slot_count), out(slot_count), y(x.size());
+  layer_doubles w(order.size()), in(slot_count), out(slot_count), y(x.size());
   workspace ws;
   weigh(router, rows(z, tokens), {}, choices, std::span(w), ws);
   for (index_t t = 0; t < tokens; ++t)
@@ -94,7 +95,7 @@ void layer_agrees(const std::string& name, const Router& router, bool on_input =
     }
   CHECK(differs(y, file.numbers("Y")) == "");
 
-  doubles dout(slot_count), din(slot_count), dw(w.size()), dz(z.size()), dx(x.size()),
+  layer_doubles dout(slot_count), din(slot_count), dw(w.size()), dz(z.size()), dx(x.size()),
       dgate(gate.size()), dexpert(expert.size());
   combine_gradients<double> wanted{rows(dout, p.slots()), dw};
   combine_options<> combining;
@@ -149,12 +150,13 @@ TEST_CASE("weights that are renormalised after a drop have autograd's gradient")
   const auto& kept = file.json["params"]["kept"];
   for (std::size_t c = 0; c < order.size(); ++c)
     if (!kept[c / 4][c % 4].get<bool>()) choices.kept_to_change()[c] = 0;
-  doubles z = file.numbers("logits"), w(order.size()), dw = file.numbers("upstream"), dz(z.size());
+  layer_doubles z = file.numbers("logits"), w(order.size()), dw = file.numbers("upstream"),
+                dz(z.size());
   const router<softmax> router{};
   const capacity_policy policy{.renormalize = renormalization::after_drop};
   workspace ws;
   weigh(router, rows(z, 5), {}, choices, std::span(w), ws);
-  doubles after = w;
+  layer_doubles after = w;
   renormalize(policy, choices, std::span(after));
   CHECK(differs(after, file.numbers("weights")) == "");
   renormalize_backward(policy, choices, w, std::span(dw));
@@ -166,14 +168,14 @@ TEST_CASE("a low-rank cosine gate has autograd's gradients, its scale too") {
   const test::gradient_file file("gate_cosine_lowrank_T5_E16");
   const index_t tokens = file.tokens, experts = file.experts, d = file.json["d"],
                 r = file.json["r"];
-  doubles x = file.numbers("X"), down = file.numbers("P"),
-          embedding = file.numbers("expert_embedding");
-  doubles dz = file.numbers("upstream"), low(static_cast<std::size_t>(tokens * r));
+  layer_doubles x = file.numbers("X"), down = file.numbers("P"),
+                embedding = file.numbers("expert_embedding");
+  layer_doubles dz = file.numbers("upstream"), low(static_cast<std::size_t>(tokens * r));
   for (index_t t = 0; t < tokens; ++t)
     for (index_t i = 0; i < r; ++i)
       for (index_t j = 0; j < d; ++j)
         rows(low, tokens)(t, i) += rows(down, r)(i, j) * rows(x, tokens)(t, j);
-  doubles dlow(low.size()), dembedding(embedding.size()), ddown(down.size()), dx(x.size());
+  layer_doubles dlow(low.size()), dembedding(embedding.size()), ddown(down.size()), dx(x.size());
   double dscale = 0.0;
   workspace ws;
   cosine_gate_backward(

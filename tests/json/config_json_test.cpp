@@ -416,7 +416,7 @@ std::string with(const std::string& config, const std::string& more) {
   return text;
 }
 
-constexpr const char* v4 = R"({"model_type": "deepseek_v4", "n_routed_experts": 64,
+constexpr const char* deepseek_v4 = R"({"model_type": "deepseek_v4", "n_routed_experts": 64,
     "num_experts_per_tok": 6, "scoring_func": "sqrtsoftplus", "num_hidden_layers": 5)";
 
 // 't' where a layer routes by token id, 's' by score, '-' without experts.
@@ -573,18 +573,20 @@ TEST_CASE("a wrapper is read where the type of its text model is known") {
 }
 
 TEST_CASE("layers that route by token id are those that the file lists, or the class's three") {
-  CHECK(kinds(v4 + std::string("}")) == "tttss");
-  CHECK(kinds(v4 + std::string(R"(, "num_hash_layers": 1})")) == "tssss");
+  CHECK(kinds(deepseek_v4 + std::string("}")) == "tttss");
+  CHECK(kinds(deepseek_v4 + std::string(R"(, "num_hash_layers": 1})")) == "tssss");
   const std::string listed =
-      v4 + std::string(R"(, "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe", "moe"])");
+      deepseek_v4 +
+      std::string(R"(, "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe", "moe"])");
   CHECK(kinds(listed + "}") == "ttsss");
   CHECK(kinds(listed + R"(, "num_hash_layers": 2})") == "ttsss");
   CHECK(refusal(listed + R"(, "num_hash_layers": 3})") ==
         "config.json: field 'num_hash_layers': expected as many as field 'mlp_layer_types' lists "
         "first, found 3");
-  CHECK(refusal(v4 + std::string(R"(, "mlp_layer_types": ["moe"]})")) ==
+  CHECK(refusal(deepseek_v4 + std::string(R"(, "mlp_layer_types": ["moe"]})")) ==
         "config.json: field 'mlp_layer_types' lists 1 layers, field 'num_hidden_layers' says 5");
-  CHECK(refusal(v4 + std::string(R"(, "mlp_layer_types": ["a", "moe", "moe", "moe", "moe"]})"))
+  CHECK(refusal(deepseek_v4 +
+                std::string(R"(, "mlp_layer_types": ["a", "moe", "moe", "moe", "moe"]})"))
             .find("expected hash_moe or moe, found 'a'") != std::string::npos);
 }
 
@@ -775,8 +777,8 @@ TEST_CASE("every field that says which layers have experts is read, alone and at
   for (const char* name : {"num_hidden_layers", "n_layers", "n_layer", "num_layers"})
     CHECK(kinds(R"({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, ")" +
                 std::string(name) + "\": 2}") == "ss");
-  CHECK(kinds(v4 + std::string(R"(, "num_hash_layers": 0})")) == "sssss");
-  CHECK(kinds(v4 + std::string(R"(, "num_hash_layers": 9})")) == "ttttt");
+  CHECK(kinds(deepseek_v4 + std::string(R"(, "num_hash_layers": 0})")) == "sssss");
+  CHECK(kinds(deepseek_v4 + std::string(R"(, "num_hash_layers": 9})")) == "ttttt");
   const std::string nomic = R"({"model_type": "nomic_bert", "num_experts": 8, "moe_top_k": 2,
                                 "n_layer": 6, "moe_every_n_layers": )";
   CHECK(kinds(nomic + "3}") == "-s--s-");

@@ -405,9 +405,9 @@ TEST_CASE("activations that are kept give the bits of those that are computed ag
               "of their own");
         // Each of the six matrices has its own rows and columns.
         for (int wrong = 0; wrong < 12; ++wrong) {
-          const auto sized = [&](auto* data, int which, index_t all, index_t columns) {
+          const auto sized = [&](auto* data, int which, index_t high, index_t columns) {
             const index_t less_rows = wrong == 2 * which, less_columns = wrong == 2 * which + 1;
-            return matrix_view(data, all - less_rows, columns - less_columns, columns);
+            return matrix_view(data, high - less_rows, columns - less_columns, columns);
           };
           const index_t up = experts * ff, down = experts * d;
           if (!gated && wrong % 6 < 2) continue;

@@ -93,15 +93,15 @@ TEST_CASE("16 joined sums have the bits of sum_of") {
 
 TEST_CASE(
     "the softmax of one row is all 0 without a logit above -inf, +inf share it, in place too") {
-  const auto check = []<class F>(F infinity) {
+  const auto check = []<class F>(F above) {
     const F nan = std::numeric_limits<F>::quiet_NaN();
     for (const std::vector<F>& nothing :
-         {std::vector<F>(21, -infinity), std::vector<F>(21, nan), std::vector<F>{}}) {
+         {std::vector<F>(21, -above), std::vector<F>(21, nan), std::vector<F>{}}) {
       std::vector<F> p(nothing.size(), F(7));
-      CHECK(simd::softmax_row(nothing.data(), std::ssize(nothing), p.data()) == -infinity);
+      CHECK(simd::softmax_row(nothing.data(), std::ssize(nothing), p.data()) == -above);
       CHECK(p == std::vector<F>(nothing.size(), F(0)));
     }
-    std::vector<F> z{1, infinity, nan, -infinity, infinity};
+    std::vector<F> z{1, above, nan, -above, above};
     simd::softmax_row(z.data(), std::ssize(z), z.data());
     CHECK(z == std::vector<F>{0, F(0.5), 0, 0, F(0.5)});
     std::vector<F> two{0, std::log(F(3))};
