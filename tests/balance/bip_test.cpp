@@ -179,3 +179,127 @@ TEST_CASE("experts are priced for the places that their share gives them; equal 
   shared.update(even.view(), ws);
   CHECK(test::bit_difference(plain.bias(), shared.bias()) == "");
 }
+
+TEST_CASE("with every option at once prices are their formula, batch after batch") {
+  test::random rng(61);
+  for (int round = 0; round < 150; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 2 + rng.below(19), k = 1 + rng.below(experts);
+    std::vector<float> share;
+    double whole = 0.0;
+    if (coin())
+      for (index_t e = 0; e < experts; ++e) {
+        share.push_back(0.25f + rng.uniform());
+        whole += static_cast<double>(share.back());
+      }
+    const int iterations = static_cast<int>(rng.below(4));
+    const price_start start = coin() ? price_start::previous : price_start::zero;
+    bip_balancer b(experts, {.k = k, .iterations = iterations, .start = start, .share = share});
+    workspace ws;
+    std::vector<double> q(static_cast<std::size_t>(experts), 0.0);
+    for (int batch = 0; batch < 4; ++batch) {
+      const index_t tokens = rng.below(40);
+      std::vector<float> s;
+      std::vector<std::uint8_t> mask;
+      for (index_t i = 0; i < tokens * experts; ++i) {
+        const auto odd = rng.below(30);
+        s.push_back(odd == 0   ? std::numeric_limits<float>::quiet_NaN()
+                    : odd == 1 ? HUGE_VALF
+                    : odd == 2 ? -HUGE_VALF
+                               : rng.uniform());
+      }
+      const bool nobody = rng.below(5) == 0;
+      for (index_t t = 0; t < tokens; ++t) mask.push_back(!nobody && rng.below(4) != 0);
+      const bool masked = coin();
+      const matrix_view<const float> view(s.data(), tokens, experts);
+      const std::span<const std::uint8_t> of =
+          masked ? std::span<const std::uint8_t>(mask) : std::span<const std::uint8_t>();
+      if (coin())
+        b.update(view, of, ws);
+      else
+        b.update(view, of, ws, test::backwards{});
+
+      index_t live = 0;
+      for (index_t t = 0; t < tokens; ++t) live += !masked || mask[static_cast<std::size_t>(t)];
+      std::vector<double> p(static_cast<std::size_t>(tokens), 0.0);
+      const auto there = [&](index_t t, index_t e) {
+        return (!masked || mask[static_cast<std::size_t>(t)] != 0) &&
+               std::isfinite(s[static_cast<std::size_t>(t * experts + e)]);
+      };
+      const auto score = [&](index_t t, index_t e) {
+        return static_cast<double>(s[static_cast<std::size_t>(t * experts + e)]);
+      };
+      if (live > 0 && start == price_start::zero) std::fill(q.begin(), q.end(), 0.0);
+      for (int i = 0; live > 0 && i < iterations; ++i) {
+        for (index_t t = 0; t < tokens; ++t) {
+          std::vector<double> row;
+          for (index_t e = 0; e < experts; ++e)
+            if (there(t, e)) row.push_back(score(t, e) - q[static_cast<std::size_t>(e)]);
+          p[static_cast<std::size_t>(t)] = std::max(0.0, test::nth_largest(row, k + 1));
+        }
+        for (index_t e = 0; e < experts; ++e) {
+          std::vector<double> column;
+          for (index_t t = 0; t < tokens; ++t)
+            if (there(t, e)) column.push_back(score(t, e) - p[static_cast<std::size_t>(t)]);
+          const auto at = static_cast<std::size_t>(e);
+          const index_t places =
+              share.empty() ? k * live / experts
+                            : static_cast<index_t>(static_cast<double>(k * live) *
+                                                       (static_cast<double>(share[at]) / whole) +
+                                                   1e-9);
+          q[at] = std::max(0.0, test::nth_largest(column, places + 1));
+        }
+      }
+      INFO("round " << round << " batch " << batch << " T=" << tokens << " E=" << experts
+                    << " k=" << k << " iterations " << iterations << " shares " << !share.empty());
+      CHECK(test::difference(b.token_prices(), p, 1e-5, 1e-6) == "");
+      CHECK(test::difference(b.prices(), q, 1e-5, 1e-6) == "");
+      for (std::size_t e = 0; e < q.size(); ++e) REQUIRE(b.bias()[e] == 0.0f - b.prices()[e]);
+    }
+  }
+}
+
+TEST_CASE("with shares and windows the online price is what is left of a sorted list") {
+  test::random rng(67);
+  for (int round = 0; round < 60; ++round) {
+    const index_t experts = 1 + rng.below(6), k = 1 + rng.below(experts),
+                  window = 1 + rng.below(12);
+    std::vector<float> share;
+    double whole = 0.0;
+    if (rng.below(2) == 0)
+      for (index_t e = 0; e < experts; ++e) {
+        share.push_back(0.25f + rng.uniform());
+        whole += static_cast<double>(share.back());
+      }
+    bip_online b(experts, k, window, share);
+    std::vector<std::vector<double>> seen(static_cast<std::size_t>(experts));
+    std::vector<double> price(static_cast<std::size_t>(experts), 0.0);
+    for (int token = 0; token < 40; ++token) {
+      if (rng.below(12) == 0) {
+        b.next_window();
+        for (auto& list : seen) list.clear();
+      }
+      std::vector<float> s;
+      std::vector<double> row;
+      for (std::size_t e = 0; e < price.size(); ++e) {
+        s.push_back(rng.below(9) == 0 ? std::numeric_limits<float>::quiet_NaN() : rng.uniform());
+        if (std::isfinite(s[e])) row.push_back(static_cast<double>(s[e]) - price[e]);
+      }
+      b.update(s);
+      const double p = std::max(0.0, test::nth_largest(row, k + 1));
+      for (std::size_t e = 0; e < price.size(); ++e) {
+        if (!std::isfinite(s[e])) continue;
+        seen[e].push_back(static_cast<double>(s[e]) - p);
+        const index_t room =
+            1 + (share.empty() ? k * window / experts
+                               : static_cast<index_t>(static_cast<double>(k * window) *
+                                                          (static_cast<double>(share[e]) / whole) +
+                                                      1e-9));
+        if (static_cast<index_t>(seen[e].size()) >= room)
+          price[e] = std::max(0.0, test::nth_largest(seen[e], room));
+      }
+      for (std::size_t e = 0; e < price.size(); ++e)
+        REQUIRE(std::abs(static_cast<double>(b.bias()[e]) + price[e]) < 1e-5);
+    }
+  }
+}

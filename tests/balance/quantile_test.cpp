@@ -408,3 +408,116 @@ TEST_CASE("an expert whose share is every token's has the bias that the most tok
   CHECK(detail::whole_places(49.0, 1.0 / 49.0) == 1);
   CHECK(detail::whole_places(49.0, 0.9 / 49.0) == 0);
 }
+
+TEST_CASE("with every option at once biases are their formula, observation after observation") {
+  test::random rng(71);
+  for (int round = 0; round < 120; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 2 + rng.below(19), k = 1 + rng.below(experts - 1);
+    const auto E = static_cast<std::size_t>(experts);
+    const float ema = coin() ? 0.0f : rng.uniform();
+    std::vector<float> share;
+    double whole = 0.0;
+    if (coin())
+      for (std::size_t e = 0; e < E; ++e) {
+        share.push_back(0.25f + rng.uniform());
+        whole += static_cast<double>(share.back());
+      }
+    quantile_balancer exact(experts, {.k = k, .ema = ema, .share = share});
+    quantile_histogram counted(experts, {.k = k, .ema = ema, .buckets = 3000, .share = share});
+    const auto width = static_cast<double>(counted.bucket_width());
+    workspace ws;
+    std::vector<double> bias(E, 0.0);
+    // What a half makes of tokens: [E] estimates of s - alpha, of rows that decide.
+    const auto estimates = [&](const std::vector<std::vector<double>>& rows) {
+      std::vector<double> of(E, -HUGE_VAL);
+      const auto tokens = static_cast<index_t>(rows.size());
+      for (std::size_t e = 0; e < E && tokens > 0; ++e) {
+        std::vector<double> column;
+        for (const auto& row : rows)
+          if (std::isfinite(row[e])) column.push_back(row[e]);
+        const index_t q =
+            share.empty()
+                ? k * tokens / experts
+                : std::min(tokens - 1,
+                           static_cast<index_t>(static_cast<double>(k * tokens) *
+                                                    (static_cast<double>(share[e]) / whole) +
+                                                1e-9));
+        of[e] = test::nth_largest(column, q + 1);
+      }
+      return of;
+    };
+    const bool odd_scores = coin();
+    std::vector<std::vector<double>> all;
+    for (int step = 0; step < 3; ++step) {
+      std::vector<double> sum(E, 0.0), n(E, 0.0);
+      for (std::int64_t batch = rng.below(3); batch >= 0; --batch) {
+        const index_t tokens = rng.below(30);
+        std::vector<float> s;
+        std::vector<std::uint8_t> mask;
+        for (index_t i = 0; i < tokens * experts; ++i) {
+          const auto odd = odd_scores ? rng.below(30) : 9;
+          s.push_back(odd == 0   ? std::numeric_limits<float>::quiet_NaN()
+                      : odd == 1 ? HUGE_VALF
+                      : odd == 2 ? -HUGE_VALF
+                                 : rng.uniform());
+        }
+        for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+        const bool masked = coin();
+        const matrix_view<const float> view(s.data(), tokens, experts);
+        const std::span<const std::uint8_t> of =
+            masked ? std::span<const std::uint8_t>(mask) : std::span<const std::uint8_t>();
+        if (coin())
+          exact.observe(view, of, ws);
+        else
+          exact.observe(view, of, ws, test::backwards{});
+        if (step == 0 && !odd_scores) counted.observe(view, of, ws);
+        std::vector<std::vector<double>> rows;
+        for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); ++t) {
+          if (masked && mask[t] == 0) continue;
+          std::vector<double> row, finite;
+          for (std::size_t e = 0; e < E; ++e) {
+            const auto x = static_cast<double>(s[t * E + e]);
+            row.push_back(std::isfinite(x) ? x : -HUGE_VAL);
+            if (std::isfinite(x)) finite.push_back(x + bias[e]);
+          }
+          const double alpha = test::nth_largest(finite, k + 1);
+          if (alpha == -HUGE_VAL) continue;
+          for (double& x : row) x -= alpha;
+          rows.push_back(row);
+          if (step == 0) all.push_back(row);
+        }
+        const std::vector<double> seen = estimates(rows);
+        for (std::size_t e = 0; e < E; ++e) {
+          if (!std::isfinite(seen[e])) continue;
+          sum[e] -= seen[e];
+          n[e] += 1.0;
+        }
+      }
+      INFO("round " << round << " step " << step << " E=" << experts << " k=" << k << " ema " << ema
+                    << " shares " << !share.empty());
+      const auto next = [&](std::vector<double> b, const auto& fresh) {
+        double mean = 0.0;
+        for (std::size_t e = 0; e < E; ++e) {
+          const double f = fresh(e), keep = static_cast<double>(ema);
+          if (std::isfinite(f)) b[e] = keep * b[e] + (1.0 - keep) * f;
+          mean += b[e] / static_cast<double>(experts);
+        }
+        for (double& x : b) x -= mean;
+        return b;
+      };
+      if (step == 0 && !odd_scores) {
+        CHECK(counted.tokens() == static_cast<std::int64_t>(all.size()));
+        const std::vector<double> seen = estimates(all);
+        const auto of = next(bias, [&](std::size_t e) { return -seen[e]; });
+        counted.update();
+        CHECK(counted.tokens() == 0);
+        CHECK(test::difference(counted.bias(), of, 0.0, 2.0 * width + 1e-6) == "");
+      }
+      exact.update();
+      bias = next(bias, [&](std::size_t e) { return n[e] > 0.0 ? sum[e] / n[e] : HUGE_VAL; });
+      CHECK(test::difference(exact.bias(), bias, 1e-5, 2e-6) == "");
+      for (std::size_t e = 0; e < E; ++e) bias[e] = static_cast<double>(exact.bias()[e]);
+    }
+  }
+}

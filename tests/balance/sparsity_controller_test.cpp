@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "support/compare.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/skewed.hpp"
@@ -251,4 +252,62 @@ TEST_CASE("controllers of sparsity refuse what makes no sense") {
         "moeroute::expert_thresholds: experts is 0, expected 1 to 1048576");
   CHECK(test::refusal([] { experts_of_layer(layer_schedule::wave, 2, {.layers = 2}); }) ==
         "moeroute::experts_of_layer: layer is 2, expected 0 to 1");
+}
+
+TEST_CASE("with every option at once thresholds are their formula, observation after observation") {
+  test::random rng(73);
+  for (int round = 0; round < 100; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 1 + rng.below(20);
+    const auto E = static_cast<std::size_t>(experts);
+    const expert_threshold_options o{
+        .k = std::max(0.125f, static_cast<float>(experts) * rng.uniform()),
+        .ema = coin() ? 0.75f : rng.uniform()};
+    expert_thresholds th(experts, o);
+    workspace ws;
+    std::vector<double> expected(E, 0.0);
+    bool first = true;
+    for (int step = 0; step < 4; ++step) {
+      std::vector<double> sum(E, 0.0), n(E, 0.0);
+      for (std::int64_t batch = rng.below(3); batch > 0; --batch) {
+        const index_t tokens = rng.below(30);
+        std::vector<float> s;
+        std::vector<std::uint8_t> mask;
+        for (index_t i = 0; i < tokens * experts; ++i)
+          s.push_back(rng.below(20) == 0 ? std::nanf("") : rng.normal());
+        for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+        const bool masked = coin();
+        th.observe(matrix_view<const float>(s.data(), tokens, experts),
+                   masked ? std::span<const std::uint8_t>(mask) : std::span<const std::uint8_t>(),
+                   ws);
+        double live = 0.0;
+        for (std::size_t t = 0; t < mask.size(); ++t) live += !masked || mask[t] != 0;
+        const auto rank =
+            static_cast<index_t>(static_cast<double>(o.k) * live / static_cast<double>(experts));
+        for (std::size_t e = 0; e < E && rank > 0; ++e) {
+          std::vector<double> column;
+          for (std::size_t t = 0; t < mask.size(); ++t)
+            if ((!masked || mask[t] != 0) && std::isfinite(s[t * E + e]))
+              column.push_back(static_cast<double>(s[t * E + e]));
+          const double estimate = test::nth_largest(column, rank);
+          if (!std::isfinite(estimate)) continue;
+          sum[e] += estimate;
+          n[e] += 1.0;
+        }
+      }
+      CHECK(test::difference(th.sums().first(E), sum, 1e-9, 1e-9) == "");
+      th.update();
+      bool any = false;
+      for (std::size_t e = 0; e < E; ++e) {
+        if (n[e] == 0.0) continue;
+        const double keep = first ? 0.0 : static_cast<double>(o.ema);
+        expected[e] = keep * expected[e] + (1.0 - keep) * (sum[e] / n[e]);
+        any = true;
+      }
+      if (any) first = false;
+      INFO("round " << round << " step " << step << " E=" << experts << " k=" << o.k);
+      CHECK(test::difference(th.thresholds(), expected, 1e-5, 1e-6) == "");
+      for (std::size_t e = 0; e < E; ++e) REQUIRE(th.bias()[e] == -th.thresholds()[e]);
+    }
+  }
 }

@@ -56,7 +56,6 @@ class bip_balancer {
               const Exec& exec = {}) {
     const auto experts = static_cast<index_t>(price_.size());
     detail::check_scores("bip_balancer", scores, mask, experts);
-    if (options_.start == price_start::zero) set_prices([](std::size_t) { return 0.0f; });
     token_price_.resize(scores.rows);
     if (scores.rows == 0) return;
     const int workers = worker_slots::count(exec.concurrency());
@@ -67,6 +66,7 @@ class bip_balancer {
     const index_t tokens = prices.tokens();
     std::fill_n(token_price_.data(), scores.rows, 0.0f);
     if (tokens == 0) return;
+    if (options_.start == price_start::zero) set_prices([](std::size_t) { return 0.0f; });
     for (int i = 0; i < options_.iterations; ++i) {
       prices.price_tokens(bias_.data(), options_.k + 1, [](float x) { return std::max(0.0f, x); });
       if (part_.empty())

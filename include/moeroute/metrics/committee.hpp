@@ -100,8 +100,8 @@ class committee_meter {
       }
       // A hair of room: 0.8 of five domains is four.
       if (present + 1e-9 < options.presence * domains) continue;
-      const double mean = sum / domains;
-      candidates.push_back({static_cast<expert_id>(e), mean, squares / domains - mean * mean});
+      // D times the mean and D^2 times the variance: whole numbers, so that equal ones are equal.
+      candidates.push_back({static_cast<expert_id>(e), sum, squares * domains - sum * sum});
     }
     standing_committee out;
     for (const seat& a : candidates)
