@@ -86,7 +86,7 @@ output run(const Router& router, const moe_layer_options& options, const floats&
   layer.forward(rows(x, tokens), into(o.y, tokens), side);
   o.ids.assign(layer.choices().ids().begin(), layer.choices().ids().end());
   for (index_t c = 0; c < layer.choices().choices(); ++c)
-    if (!layer.choices().kept(c)) o.ids[static_cast<std::size_t>(c)] = -7;
+    if (!layer.choices().kept(c)) o.ids[static_cast<std::size_t>(c)] -= 100;
   return o;
 }
 
@@ -165,6 +165,53 @@ TEST_CASE("a layer changes as its gradients say, whatever router and options") {
                   {.special = {.identity_first = 4, .identity_end = 5}, .lost = lost_token::mix});
   gradients_agree("what the weights leave goes to x, masked", two, {.lost = lost_token::mix},
                   {.mask = mask});
+}
+
+TEST_CASE("a layer of any options together changes as its gradients say") {
+  test::random rng(97);
+  for (int draw = 0; draw < 60; ++draw) {
+    moe_layer_options o{.weights = rng.below(3) == 0 ? weight_on::input : weight_on::output};
+    const lost_token lost[] = {lost_token::zero, lost_token::residual, lost_token::mix};
+    o.lost = lost[rng.below(o.weights == weight_on::input ? 2 : 3)];
+    if (rng.below(2) == 0) o.output = combine_output::accumulate;
+    o.rows_per_call = rng.below(3);
+    if (rng.below(2) == 0) {
+      o.special.identity_first = static_cast<expert_id>(rng.below(3));
+      o.special.identity_end = o.special.identity_first + static_cast<expert_id>(rng.below(3));
+      o.special.zero_first = o.special.identity_end;
+      o.special.zero_end = o.special.zero_first + static_cast<expert_id>(rng.below(3));
+    }
+    if (rng.below(2) == 0) {
+      const drop_order orders[] = {drop_order::choice_major, drop_order::token_major,
+                                   drop_order::by_weight, drop_order::batch_priority,
+                                   drop_order::random};
+      const renormalization sums[] = {renormalization::none, renormalization::before_drop,
+                                      renormalization::after_drop};
+      o.capacity =
+          capacity_policy{.rule = {.formula = capacity_formula::fixed, .count = 1 + rng.below(6)},
+                          .order = orders[rng.below(5)],
+                          .renormalize = sums[rng.below(3)],
+                          .seed = 3};
+    }
+    std::vector<std::uint8_t> mask;
+    const index_t k = 2 + rng.below(2);
+    for (index_t t = 0, some = rng.below(2); t < 40 && some != 0; ++t)
+      mask.push_back(rng.below(4) != 0);
+    const router<softmax> drawn{.selection = {.k = k},
+                                .weight = rng.below(2) == 0 ? raw_weights : sum_normalized};
+    std::string name = "draw " + std::to_string(draw) + ", k " + std::to_string(k);
+    if (o.weights == weight_on::input) name += ", on the input";
+    if (o.lost != lost_token::zero) name += o.lost == lost_token::mix ? ", mix" : ", residual";
+    if (o.capacity)
+      name += ", capacity " + std::to_string(o.capacity->rule.count) + ", order " +
+              std::to_string(static_cast<int>(o.capacity->order)) + ", sums " +
+              std::to_string(static_cast<int>(o.capacity->renormalize));
+    name += ", identity " + std::to_string(o.special.identity_end - o.special.identity_first) +
+            ", zero " + std::to_string(o.special.zero_end - o.special.zero_first);
+    if (drawn.weight.normalize != normalization::none) name += ", normalised";
+    if (!mask.empty()) name += ", masked";
+    gradients_agree(name, drawn, o, {.mask = mask});
+  }
 }
 
 TEST_CASE("a SwiGLU layer with a gated shared expert has autograd's gradients") {
