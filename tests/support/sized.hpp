@@ -1,4 +1,5 @@
-// Sizes of the slow tests. A sanitizer makes them twenty times slower, and gets the smaller one.
+// Sizes of the slow tests. A sanitizer and an emulator make them twenty times slower, and get the
+// smaller one.
 #pragma once
 
 #include <moeroute/base/index.hpp>
