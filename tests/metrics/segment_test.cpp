@@ -1,5 +1,6 @@
 #include <moeroute/metrics/segment.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <moeroute/metrics/committee.hpp>
@@ -216,6 +217,74 @@ TEST_CASE("a share of the domains is as many as it says, whatever its product ro
   CHECK(everyone.members == std::vector<expert_id>{0, 1, 2});
   CHECK(everyone.ratio == 0.0);  // nobody is left to compare with
   CHECK(m.audit({.k = 1, .presence = 0.3}).members == std::vector<expert_id>{1, 2});
+}
+
+TEST_CASE("a committee's figures are those of plain loops, ties among them") {
+  test::random rng(10);
+  constexpr index_t domains = 4, experts = 6;
+  for (int draw = 0; draw < 40; ++draw) {
+    INFO(draw);
+    const auto k = static_cast<index_t>(1 + rng.below(experts));
+    committee_meter m(domains, experts);
+    for (index_t d = 0; d < domains; ++d) {
+      float row[experts];
+      for (float& z : row) z = static_cast<float>(rng.below(3));  // equals in most domains
+      m.add(d, matrix_view<const float>(row, 1, experts));
+    }
+    const standing_committee found = m.audit({.k = k, .presence = 0.5});
+    // Who has more, and of equals who is lower, comes before; k + 1 is all that is behind.
+    const auto rank = [&](index_t d, index_t e) {
+      index_t before = 0;
+      for (index_t o = 0; o < experts; ++o)
+        before += m.contribution(d, o) > m.contribution(d, e) ||
+                  (m.contribution(d, o) == m.contribution(d, e) && o < e);
+      return std::min(before, k) + 1;
+    };
+    double coverage = 0.0, jaccard = 0.0;
+    for (const expert_id e : found.members)
+      for (index_t d = 0; d < domains; ++d) coverage += m.contribution(d, e) / domains;
+    for (index_t a = 0; a < domains; ++a)
+      for (index_t b = a + 1; b < domains; ++b) {
+        int both = 0, either = 0;
+        for (index_t e = 0; e < experts; ++e) {
+          both += rank(a, e) <= k && rank(b, e) <= k;
+          either += rank(a, e) <= k || rank(b, e) <= k;
+        }
+        jaccard += both / static_cast<double>(either) / 6.0;
+      }
+    CHECK(near(found.coverage, coverage));
+    CHECK(near(found.jaccard, jaccard));
+    // Moments in whole numbers: domains times the mean, domains squared times the variance.
+    struct standing {
+      index_t sum = 0, spread = 0;
+      bool candidate = false;
+    };
+    std::vector<standing> of(experts);
+    for (index_t e = 0; e < experts; ++e) {
+      index_t present = 0, squares = 0;
+      standing& s = of[static_cast<std::size_t>(e)];
+      for (index_t d = 0; d < domains; ++d) {
+        present += rank(d, e) <= k;
+        s.sum += rank(d, e);
+        squares += rank(d, e) * rank(d, e);
+      }
+      s.spread = domains * squares - s.sum * s.sum;
+      s.candidate = 2 * present >= domains;
+    }
+    std::vector<expert_id> members;
+    for (index_t e = 0; e < experts; ++e) {
+      const standing& a = of[static_cast<std::size_t>(e)];
+      const bool beaten = std::any_of(of.begin(), of.end(), [&](const standing& b) {
+        return b.candidate && b.sum <= a.sum && b.spread <= a.spread &&
+               (b.sum < a.sum || b.spread < a.spread);
+      });
+      if (a.candidate && !beaten) members.push_back(static_cast<expert_id>(e));
+    }
+    CHECK(found.members == members);
+  }
+  const standing_committee alone = committee_meter(1, 1).audit({});
+  CHECK(alone.coverage == 1.0);
+  CHECK(alone.ratio == 0.0);
 }
 
 TEST_CASE("the committee fed in batches is one shot's; rows without a logit do not count") {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
+#include <functional>
 #include <set>
 #include <string>
 #include <vector>
@@ -116,6 +117,16 @@ TEST_CASE(
     all += frequency[t];
   }
   CHECK(*std::ranges::max_element(load) <= all / 24 + *std::ranges::max_element(frequency));
+  // The most frequent first, each to the lowest of the experts with the least so far.
+  std::vector<std::size_t> order(frequency.size());
+  for (std::size_t t = 0; t < order.size(); ++t) order[t] = t;
+  std::ranges::stable_sort(order, std::greater<>(), [&](std::size_t t) { return frequency[t]; });
+  std::vector<std::int64_t> so_far(24, 0);
+  for (const std::size_t t : order) {
+    const auto least = std::ranges::min_element(so_far);
+    *least += frequency[t];
+    REQUIRE(table.of(static_cast<index_t>(t))[0] == least - so_far.begin());
+  }
   // Below the random table's, on a popularity law.
   std::vector<std::int64_t> chance(24, 0);
   const expert_table random = random_table(3000, 1, 24, 1);
