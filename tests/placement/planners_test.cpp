@@ -1324,7 +1324,7 @@ TEST_CASE("what a re-plan does next depends on where it is, not on how it came t
     for (index_t i = 0; i < ranks * per; ++i)
       of.push_back(static_cast<expert_id>(i < experts ? i : rng.below(experts)));
     for (index_t i = ranks * per - 1; i > 0; --i) std::swap(of[at(i)], of[at(rng.below(i + 1))]);
-    if (draw % 3 == 0)  // a slot of nobody, and a rank that is dead
+    if (draw % 3 == 0)  // a slot of nobody
       for (expert_id& e : of)
         if (std::count(of.begin(), of.end(), e) > 1) {
           e = no_expert;
