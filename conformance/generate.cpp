@@ -16,6 +16,7 @@
 #include <moeroute/compiled.hpp>
 #include <moeroute/policy/catalog.hpp>
 #include <moeroute/policy/router_spec.hpp>
+#include <numeric>
 #include <random>
 #include <set>
 #include <sstream>

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <numeric>
@@ -458,4 +459,121 @@ TEST_CASE("masked tokens count in a capacity's T unless it is told how many ther
   CHECK(capacity(20) == 10);
   CHECK(test::refusal([&] { capacity(41); }) ==
         "moeroute::apply_capacity: tokens is 41, expected -1 to 40");
+}
+
+TEST_CASE(
+    "with every option at once who stays, the weights and the counts are those of plain loops") {
+  test::random rng(89);
+  workspace ws;
+  for (int round = 0; round < 400; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 1 + rng.below(8), k = 1 + rng.below(std::min<index_t>(experts, 3)),
+                  tokens = rng.below(30);
+    const auto form = rng.below(3);
+    assignment a = form == 0   ? test::fixed_choices(rng, tokens, experts, k, 7, 1.0)
+                   : form == 1 ? test::ragged_choices(rng, tokens, experts, k)
+                               : tied(rng, tokens, experts, k);
+    if (coin()) test::drop_some(rng, a, 4);
+    floats priority;
+    if (coin())
+      for (index_t t = 0; t < tokens; ++t)
+        priority.push_back(rng.below(6) == 0 ? std::numeric_limits<float>::quiet_NaN()
+                                             : static_cast<float>(rng.below(5)) - 2.0f);
+    capacity_policy policy{.order = all_orders[rng.below(5)],
+                           .renormalize = static_cast<renormalization>(rng.below(3)),
+                           .eps = coin() ? 0.0f : 0.5f,
+                           .priority = priority,
+                           .seed = rng.bits(),
+                           .step = static_cast<std::uint64_t>(rng.below(9)),
+                           .tokens = coin() ? capacity_policy::all_tokens : rng.below(tokens + 1)};
+    const index_t counted = policy.tokens < 0 ? tokens : policy.tokens;
+    const double factor = 0.25 + static_cast<double>(rng.below(8)) / 4.0;
+    // The load of the fullest expert, of what was kept so far.
+    index_t greatest = 0;
+    for (expert_id e = 0; e < experts; ++e) {
+      index_t load = 0;
+      for (index_t c = 0; c < a.choices(); ++c)
+        load += a.kept(c) && a.ids()[static_cast<std::size_t>(c)] == e;
+      greatest = std::max(greatest, load);
+    }
+    const auto per_expert = static_cast<double>(ceil_div(counted, experts));
+    double wanted = 0.0;
+    switch (rng.below(5)) {
+      case 0:
+        policy.rule = {.formula = capacity_formula::fixed, .count = rng.below(6)};
+        wanted = static_cast<double>(policy.rule.count);
+        break;
+      case 1:
+        policy.rule = {.formula = capacity_formula::megatron, .factor = factor};
+        wanted =
+            std::ceil(static_cast<double>(counted * k) / static_cast<double>(experts) * factor);
+        break;
+      case 2:
+        policy.rule = {.formula = capacity_formula::tutel, .factor = -factor};
+        wanted = std::min(static_cast<double>(k) * std::floor(factor * per_expert),
+                          static_cast<double>(greatest));
+        break;
+      case 3:
+        policy.rule = {.formula = capacity_formula::megablocks, .factor = 0.0};
+        wanted = static_cast<double>(greatest);
+        break;
+      default:
+        policy.rule = {.formula = capacity_formula::nllb_eval, .factor = factor / 8.0};
+        wanted = std::ceil(factor / 8.0 * static_cast<double>(counted));
+    }
+    policy.rule.minimum = rng.below(3) * rng.below(3);
+    policy.rule.multiple = 1 + rng.below(3);
+    index_t capacity = std::max(static_cast<index_t>(wanted), policy.rule.minimum);
+    while (capacity % policy.rule.multiple != 0) ++capacity;
+
+    // Who was dropped before is nobody's rival: without an expert.
+    assignment rivals = a;
+    for (index_t c = 0; c < a.choices(); ++c)
+      if (!a.kept(c)) rivals.ids()[static_cast<std::size_t>(c)] = no_expert;
+    floats first = priority;
+    for (float& x : first)
+      if (x != x) x = -std::numeric_limits<float>::infinity();
+    if (priority.empty())
+      for (index_t t = 0; t < tokens; ++t) {
+        first.push_back(-std::numeric_limits<float>::infinity());
+        for (const float w : a.weights(t)) first.back() = std::max(first.back(), w);
+      }
+    flags kept = by_brute_force(rivals, policy.order, capacity, first, policy);
+    std::vector<double> weights;
+    index_t dropped = 0, unrouted = 0;
+    for (index_t t = 0; t < tokens; ++t) {
+      double sum = 0.0;
+      for (index_t c = a.first(t); c < a.first(t + 1); ++c) {
+        const auto at = static_cast<std::size_t>(c);
+        if (!a.kept(c)) kept[at] = 0;
+        unrouted += a.ids()[at] < 0;
+        dropped += a.ids()[at] >= 0 && kept[at] == 0;
+        if (policy.renormalize == renormalization::before_drop || kept[at] != 0)
+          sum += static_cast<double>(a.weights()[at]);
+      }
+      const double divisor = std::max(sum, static_cast<double>(policy.eps));
+      for (index_t c = a.first(t); c < a.first(t + 1); ++c) {
+        const auto at = static_cast<std::size_t>(c);
+        const auto w = static_cast<double>(a.weights()[at]);
+        weights.push_back(kept[at] == 0                                 ? 0.0
+                          : policy.renormalize == renormalization::none ? w
+                          : divisor > 0.0                               ? w / divisor
+                                                                        : 0.0);
+      }
+    }
+    const std::vector<expert_id> ids(a.ids().begin(), a.ids().end());
+    const capacity_result found = apply_capacity(a, policy, ws);
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " k=" << k << " C=" << capacity
+                  << " order " << int(policy.order) << " formula " << int(policy.rule.formula));
+    CHECK(found.capacity == capacity);
+    CHECK(kept_of(a) == kept);
+    CHECK(std::equal(ids.begin(), ids.end(), a.ids().begin()));
+    bool same = true;
+    for (std::size_t c = 0; c < weights.size(); ++c)
+      same = same && std::abs(static_cast<double>(a.weights()[c]) - weights[c]) < 1e-6;
+    CHECK(same);
+    CHECK(found.dropped == dropped);
+    CHECK(found.unrouted == unrouted);
+    CHECK(found.kept == a.choices() - dropped - unrouted);
+  }
 }

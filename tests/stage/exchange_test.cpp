@@ -738,3 +738,129 @@ TEST_CASE("a warm exchange allocates nothing") {
   run();
   CHECK(test::allocations_during(run) == 0);
 }
+
+TEST_CASE("with dead ranks, nodes and drops at once every choice goes where its rule's words say") {
+  test::random rng(101);
+  for (int round = 0; round < 250; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t ranks = 1 + rng.below(6), experts = 1 + rng.below(7), each = 1 + rng.below(4);
+    std::vector<expert_id> expert_of;
+    for (index_t s = 0; s < ranks * each; ++s)
+      expert_of.push_back(static_cast<expert_id>(rng.below(experts + 1) - 1));
+    std::vector<std::int32_t> node;
+    std::vector<std::uint8_t> alive;
+    for (index_t r = 0; r < ranks; ++r) {
+      node.push_back(static_cast<std::int32_t>(r / 2));
+      alive.push_back(rng.below(4) != 0);
+    }
+    const placement p = placement::from_slots(experts, ranks, expert_of, node, alive);
+    std::vector<std::uint8_t> owned, mask;
+    std::vector<assignment> all;
+    std::vector<std::vector<std::uint8_t>> masks;
+    for (index_t e = 0; e < experts; ++e) owned.push_back(rng.below(5) != 0);
+    const bool some_owned = coin(), masked = coin();
+    std::vector<std::int32_t> counts;
+    // Who takes part, rank after rank: {choice, expert}.
+    std::vector<std::vector<std::pair<index_t, expert_id>>> part(at(ranks));
+    for (index_t r = 0; r < ranks; ++r) {
+      const index_t tokens = rng.below(20), k = 1 + rng.below(std::min<index_t>(experts, 3));
+      assignment a = coin() ? test::ragged_choices(rng, tokens, experts, k)
+                            : test::fixed_choices(rng, tokens, experts, k, 5);
+      if (coin()) test::drop_some(rng, a, 4);
+      mask.clear();
+      for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+      std::vector<std::int32_t> row(at(experts), 0);
+      for (index_t t = 0; t < tokens; ++t)
+        for (index_t c = a.first(t); c < a.first(t + 1); ++c) {
+          const expert_id e = a.ids()[at(c)];
+          if (e < 0 || !a.kept(c) || (masked && mask[at(t)] == 0) ||
+              (some_owned && owned[at(e)] == 0))
+            continue;
+          part[at(r)].push_back({c, e});
+          ++row[at(e)];
+        }
+      counts.insert(counts.end(), row.begin(), row.end());
+      all.push_back(a);
+      masks.push_back(mask);
+    }
+    // Live slots of an expert for which f holds, in order.
+    const auto live = [&](expert_id e, const auto& f) {
+      std::vector<slot_id> slots;
+      for (index_t s = 0; s < ranks * each; ++s)
+        if (expert_of[at(s)] == e && alive[at(s / each)] != 0 && f(s / each))
+          slots.push_back(static_cast<slot_id>(s));
+      return slots;
+    };
+    for (const replica_rule rule :
+         {replica_rule::nearest, replica_rule::round_robin, replica_rule::even}) {
+      std::vector<index_t> before(at(experts), 0);
+      for (index_t r = 0; r < ranks; ++r) {
+        std::vector<slot_id> expected(at(all[at(r)].choices()), no_slot);
+        std::vector<index_t> seen(at(experts), 0);
+        index_t kept = 0, lost = 0;
+        for (const auto& [c, e] : part[at(r)]) {
+          auto slots = live(e, [](index_t) { return true; });
+          const auto m = static_cast<index_t>(slots.size());
+          if (m == 0) {
+            ++lost;
+            continue;
+          }
+          ++kept;
+          const index_t mine = seen[at(e)]++;
+          if (rule == replica_rule::round_robin) {
+            expected[at(c)] = slots[at(mine % m)];
+          } else if (rule == replica_rule::nearest) {
+            const auto here = live(e, [&](index_t other) { return other == r; });
+            const auto near_by =
+                live(e, [&](index_t other) { return node[at(other)] == node[at(r)]; });
+            if (!near_by.empty()) slots = near_by;
+            if (!here.empty()) slots = here;
+            expected[at(c)] = slots[at(r % static_cast<index_t>(slots.size()))];
+          } else {
+            index_t total = 0;
+            for (index_t other = 0; other < ranks; ++other)
+              total += counts[at(other * experts + e)];
+            const index_t number = before[at(e)] + mine;
+            index_t j = 0;
+            while (number >= total * (j + 1) / m) ++j;
+            expected[at(c)] = slots[at(j)];
+          }
+        }
+        resolve_options o{.rule = rule, .lost = lost_expert::drop, .counts = counts};
+        if (some_owned) o.owned = owned;
+        if (masked) o.mask = masks[at(r)];
+        resolve_counts found;
+        INFO("round " << round << " rule " << int(rule) << " rank " << r << " of " << ranks);
+        CHECK(resolved(all[at(r)], p, r, o, &found) == expected);
+        CHECK(found.kept == kept);
+        CHECK(found.lost == lost);
+        o.lost = lost_expert::error;
+        CHECK((test::refusal([&] { resolved(all[at(r)], p, r, o); }) == "accepted") == (lost == 0));
+
+        // Rows to a rank are its tokens, each once, and entries come token by token.
+        exchange_plan out;
+        plan_exchange(all[at(r)], expected, p, out);
+        std::vector<std::int32_t> row_token, row_offset{0}, entries, local;
+        for (index_t to = 0; to < ranks; ++to) {
+          for (index_t t = 0; t < all[at(r)].tokens(); ++t) {
+            std::int32_t n = 0;
+            for (index_t c = all[at(r)].first(t); c < all[at(r)].first(t + 1); ++c) {
+              if (expected[at(c)] < 0 || expected[at(c)] / each != to) continue;
+              local.push_back(static_cast<std::int32_t>(expected[at(c)] % each));
+              ++n;
+            }
+            if (n == 0) continue;
+            row_token.push_back(static_cast<std::int32_t>(t));
+            entries.push_back(n);
+          }
+          row_offset.push_back(static_cast<std::int32_t>(row_token.size()));
+        }
+        CHECK(copy_of(out.row_token()) == row_token);
+        CHECK(copy_of(out.row_offset()) == row_offset);
+        CHECK(copy_of(out.entries_of_row()) == entries);
+        CHECK(copy_of(out.local_slot()) == local);
+        for (std::size_t e = 0; e < before.size(); ++e) before[e] += counts[at(r * experts) + e];
+      }
+    }
+  }
+}

@@ -316,3 +316,42 @@ TEST_CASE("a plan that is refused half-way is empty") {
     CHECK(emptied(a, [&] { plan({.tokens = 2, .experts = 1, .capacity = 4, .token = lists}, p); }));
   }
 }
+
+TEST_CASE(
+    "with every option at once a plan is that of all choices of every expert, also of repeated "
+    "ones") {
+  dispatch_plan p;
+  test::random rng(97);
+  for (int round = 0; round < 500; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 1 + rng.below(coin() ? 8 : 150),
+                  k = 1 + rng.below(std::min<index_t>(experts, 6)), tokens = rng.below(40);
+    const bool ragged = coin();
+    assignment a = ragged ? test::ragged_choices(rng, tokens, experts, k)
+                          : test::fixed_choices(rng, tokens, experts, k, 5);
+    // In the fixed form a token may have an expert twice.
+    for (std::size_t c = 1; !ragged && c < a.ids().size(); ++c)
+      if (rng.below(5) == 0) a.ids()[c] = a.ids()[c - 1];
+    if (coin()) test::drop_some(rng, a, 3);
+    flags owned, mask;
+    for (index_t e = 0; e < experts; ++e) owned.push_back(rng.below(4) != 0);
+    for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+    plan_options o{.block = coin() ? 1 : 1 + rng.below(9),
+                   .padding = coin() ? slot_padding::empty : slot_padding::spare_tokens};
+    if (coin()) o.owned = owned;
+    if (coin()) o.mask = mask;
+    if (coin()) {
+      const expectation needed = by_brute_force(a, o);
+      o.capacity = *std::max_element(needed.load.begin(), needed.load.end()) + rng.below(3);
+    }
+    plan(a, p, o);
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " k=" << k << " ragged "
+                  << ragged << " block " << o.block << " capacity " << o.capacity);
+    CHECK(difference(p, by_brute_force(a, o)) == "");
+    CHECK(p.tokens() == tokens);
+    CHECK(p.experts() == experts);
+    CHECK(p.choices() == a.choices());
+    for (index_t t = 0; t < tokens; ++t)
+      REQUIRE((p.first(t) == a.first(t) && p.count(t) == a.count(t)));
+  }
+}

@@ -5,7 +5,6 @@
 #include <bit>
 #include <cstdint>
 #include <limits>
-#include <numeric>
 #include <span>
 
 #include <moeroute/base/error.hpp>
@@ -197,7 +196,9 @@ capacity_result apply_capacity(assignment& choices, const capacity_policy& polic
   if (greatest > result.capacity) {
     std::uint8_t* kept = choices.kept_to_change().data();
     detail::drop_excess<A>(choices, policy, result.capacity, m, kept);
-    result.dropped = n - std::accumulate(kept, kept + n, index_t{0});
+    // A choice without an expert is unrouted, whatever its flag says.
+    result.dropped = 0;
+    for (index_t c = 0; c < n; ++c) result.dropped += index_t{id[c] >= 0} & index_t{kept[c] == 0};
   }
   if (policy.renormalize != renormalization::none)
     detail::divide_by_sums<A>(choices, policy.renormalize == renormalization::after_drop,
