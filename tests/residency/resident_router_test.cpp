@@ -946,3 +946,20 @@ TEST_CASE("a rule of any fields does to a masked token, a k of its own and a gro
                         });
   }
 }
+
+TEST_CASE("experts that are all there keep their weights, of infinite logits too") {
+  resident_set set(8);
+  for (expert_id e = 0; e < 8; ++e) set.insert(e);
+  const router<identity_score, top_k> plain{.selection = {.k = 3}};
+  const resident_router rule(plain, residency_rule{.kind = kind::drop_cold, .strength = 0.1f}, set);
+  // One row goes another way than a block of them.
+  for (const index_t tokens : {1, 20}) {
+    std::vector<float> z;
+    for (index_t t = 0; t < tokens; ++t)
+      for (const float x : {test::infinity, test::infinity, 2.0f, 1.0f, 0.0f, 0.0f, 0.0f, 0.0f})
+        z.push_back(x);
+    const assignment a = test::routed(rule, z, 8), b = test::routed(plain, z, 8);
+    CHECK(std::ranges::equal(a.ids(), b.ids()));
+    CHECK(std::ranges::equal(a.weights(), b.weights()));
+  }
+}

@@ -58,7 +58,7 @@ MOEROUTE_INLINE void drop_cold(const residency_rule& rule, const resident_view& 
     all += w;
     kept += left;
   }
-  const bool shares = (rule.dropped != dropped_weight::lost) & (kept > 0.0f);
+  const bool shares = (rule.dropped != dropped_weight::lost) & (kept > 0.0f) & (kept != all);
   const float one = kept_if(!shares, 1.0f);
   const float factor = (kept_if(shares, all) + one) / (kept_if(shares, kept) + one);
   for (int r = 0; r < k; ++r) weight[r * step] *= factor;

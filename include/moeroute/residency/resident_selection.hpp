@@ -267,7 +267,8 @@ void drop_cold(const residency_rule& rule, const resident_view& set, choice_bloc
       kept += left;
     });
     if (rule.dropped == dropped_weight::lost) continue;
-    const auto shares = kept > zero;  // a row that lost nothing has all for kept: a factor of 1
+    // What lost nothing has all for kept; of infinite ones the quotient is no number.
+    const auto shares = (kept > zero) & (kept != all);
     const F factor =
         simd::select<A>(shares, simd::divide<A>(all, simd::select<A>(shares, kept, one)), one);
     for_each([&](int, const expert_id*, float* weight) {
@@ -305,7 +306,7 @@ MOEROUTE_INLINE void drop_cold(const residency_rule& rule, const resident_view& 
   });
   if (!shares_out) return;
   const F kept = c.sum(itself);
-  const auto shares = kept > zero;
+  const auto shares = (kept > zero) & (kept != all);
   const F factor =
       simd::select<A>(shares, simd::divide<A>(all, simd::select<A>(shares, kept, one)), one);
   for_each([&](int, I, F& x) MOEROUTE_INLINE_LAMBDA { x *= factor; });
