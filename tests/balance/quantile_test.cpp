@@ -429,13 +429,13 @@ TEST_CASE("with every option at once biases are their formula, observation after
     workspace ws;
     std::vector<double> bias(E, 0.0);
     // What a half makes of tokens: [E] estimates of s - alpha, of rows that decide.
-    const auto estimates = [&](const std::vector<std::vector<double>>& rows) {
+    const auto estimates = [&](const std::vector<std::vector<double>>& decided) {
       std::vector<double> of(E, -HUGE_VAL);
-      const auto tokens = static_cast<index_t>(rows.size());
+      const auto tokens = static_cast<index_t>(decided.size());
       for (std::size_t e = 0; e < E && tokens > 0; ++e) {
         std::vector<double> column;
-        for (const auto& row : rows)
-          if (std::isfinite(row[e])) column.push_back(row[e]);
+        for (const auto& above : decided)
+          if (std::isfinite(above[e])) column.push_back(above[e]);
         const index_t q =
             share.empty()
                 ? k * tokens / experts
@@ -472,22 +472,22 @@ TEST_CASE("with every option at once biases are their formula, observation after
         else
           exact.observe(view, of, ws, test::backwards{});
         if (step == 0 && !odd_scores) counted.observe(view, of, ws);
-        std::vector<std::vector<double>> rows;
+        std::vector<std::vector<double>> decided;
         for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); ++t) {
           if (masked && mask[t] == 0) continue;
-          std::vector<double> row, finite;
+          std::vector<double> above, finite;
           for (std::size_t e = 0; e < E; ++e) {
             const auto x = static_cast<double>(s[t * E + e]);
-            row.push_back(std::isfinite(x) ? x : -HUGE_VAL);
+            above.push_back(std::isfinite(x) ? x : -HUGE_VAL);
             if (std::isfinite(x)) finite.push_back(x + bias[e]);
           }
           const double alpha = test::nth_largest(finite, k + 1);
           if (alpha == -HUGE_VAL) continue;
-          for (double& x : row) x -= alpha;
-          rows.push_back(row);
-          if (step == 0) all.push_back(row);
+          for (double& x : above) x -= alpha;
+          decided.push_back(above);
+          if (step == 0) all.push_back(above);
         }
-        const std::vector<double> seen = estimates(rows);
+        const std::vector<double> seen = estimates(decided);
         for (std::size_t e = 0; e < E; ++e) {
           if (!std::isfinite(seen[e])) continue;
           sum[e] -= seen[e];
