@@ -417,6 +417,9 @@ TEST_CASE("a gate from a line of text has the bits of the one by type") {
   };
   CHECK(refusal("gate=none", {}) == "moeroute::make_gate: gate is none, expected one with weights");
   CHECK(refusal("", {}) == "moeroute::make_gate: weight.rows is 0, expected 11");
+  CHECK(refusal("gate=mlp gate_width=19",
+                {.weight = rows_of_second, .first = rows_of_first, .first_bias = b}) ==
+        "moeroute::make_gate: first_bias.size() is 11, expected 19");
   CHECK(refusal("gate_d=36", {.weight = rows_of_w}) ==
         "moeroute::make_gate: weight.cols is 37, expected 36");
   CHECK(refusal("", {.weight = rows_of_w, .bias = b}) ==
@@ -890,4 +893,11 @@ TEST_CASE("of codes that are as near the lowest is a token's, and of its experts
   workspace ws;
   g.nearest(as_rows(x, 2), code, ws);
   CHECK(code == std::vector<std::int32_t>{1, 0, 0});
+  // So is its gradient: codes 0 and 18 are one to expert 0.
+  c[0] = c[1] = 1.0f;
+  floats at{2, 2}, dz{1, 0, 0}, dcodes(c.size(), 7.0f);
+  codebook_gate_backward(matrix_view<float>(at.data(), 1, 2), matrix_view<float>(c.data(), 20, 2),
+                         matrix_view<const float>(dz.data(), 1, 3),
+                         gate_gradients<float>{gradient_to::write, {}, {dcodes.data(), 20, 2}}, ws);
+  for (std::size_t i = 0; i < dcodes.size(); ++i) CHECK(dcodes[i] == (i < 2 ? 1.0f : 0.0f));
 }

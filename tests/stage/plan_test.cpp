@@ -312,6 +312,9 @@ TEST_CASE("a plan that is refused half-way is empty") {
     twice.ids()[static_cast<std::size_t>(twice.first(t))] =
         twice.ids()[static_cast<std::size_t>(twice.first(t)) + 1];
     CHECK(emptied(a, [&] { plan(twice, p); }));
+    CHECK(test::refusal([&] { plan(twice, p); }) ==
+          "moeroute::plan: token " + std::to_string(t) + " has expert " +
+              std::to_string(twice.ids(t)[0]) + " twice, expected distinct experts");
     const ints lists = {0, 1, 1, 0};
     CHECK(emptied(a, [&] { plan({.tokens = 2, .experts = 1, .capacity = 4, .token = lists}, p); }));
   }
