@@ -543,6 +543,7 @@ static void check_every_argument(void) {
   SAID(moeroute_combine_weights(bad, plan, z, 8, y, NULL, NULL),
        "slots.data is null, expected 4 rows");
   SAID(moeroute_combine_choices(bad, choices, y, NULL, NULL), "rows.data is null, expected 4 rows");
+  CHECK(moeroute_gate_free(gate) == MOEROUTE_OK);
   SAID(moeroute_gate_new(bad, NULL, 0, &gate), "weight.data is null, expected 4 rows");
   CHECK(gate == NULL);
   CHECK(moeroute_gate_new(eight, NULL, 0, &gate) == MOEROUTE_OK);
@@ -601,6 +602,7 @@ static void check_every_argument(void) {
   SAID(moeroute_combine_weights(bad, plan, z, 8, y, NULL, NULL),
        "slots.type is 3, expected 0 to 2");
   SAID(moeroute_combine_choices(bad, choices, y, NULL, NULL), "rows.type is 3, expected 0 to 2");
+  CHECK(moeroute_gate_free(gate) == MOEROUTE_OK);
   SAID(moeroute_gate_new(bad, NULL, 0, &gate), "weight.type is 3, expected 0 to 2");
   CHECK(moeroute_gate_new(eight, NULL, 0, &gate) == MOEROUTE_OK);
   SAID(moeroute_gate_run(gate, bad, dz, NULL), "x.type is 3, expected 0 to 2");
@@ -658,6 +660,7 @@ static void check_every_argument(void) {
   SAID(moeroute_balance_loss(&losses, logits, choices, dz, NULL, counts),
        "z_coefficient is not 0 and scores are divided by their sum, expected the softmax");
   losses.scores = 0;
+  CHECK(moeroute_gate_free(gate) == MOEROUTE_OK);
   SAID(moeroute_gate_new(eight, z, -8, &gate), "bias is -8, expected 0 to 2147483647");
   SAID(moeroute_gate_new(eight, NULL, 8, &gate), "bias is null, expected 8 values");
   SAID(moeroute_bias_update(bias, counts, -8), "counts is -8, expected 0 to 2147483647");
