@@ -694,6 +694,18 @@ TEST_CASE("virtual ranks refuse by name what does not fit") {
           virtual_ranks<>(placement::from_slots(4, 1, std::vector<expert_id>{0, 1, 2}))
               .forward(one, identity);
         }).find("which has no live slot") != std::string::npos);
+  // Sums that ranks made have neither special experts nor what a lost token gets.
+  for (const exchange_options& how :
+       {exchange_options{.result = exchange_result::reduced,
+                         .lost_token_gets = lost_token::residual},
+        exchange_options{.result = exchange_result::reduced,
+                         .special = {.identity_first = 3, .identity_end = 4}},
+        exchange_options{.result = exchange_result::reduced,
+                         .special = {.zero_first = 3, .zero_end = 4}}})
+    CHECK(test::refusal(
+              [&] { virtual_ranks<>(placement::contiguous(4, 1), how).forward(one, identity); }) ==
+          "moeroute::exchange: reduced results with special experts or a lost token's "
+          "residual: expected exact");
   const std::vector<std::int32_t> node{0, 1, 0};
   CHECK(test::refusal([&] {
           virtual_ranks<>(placement::from_slots(3, 3, std::vector<expert_id>{0, 1, 2}, node), {},

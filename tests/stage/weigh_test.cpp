@@ -709,6 +709,15 @@ TEST_CASE("gradients through a transform of logits are derivatives, for every tr
           transform_rows_backward(sigmoid_sum{}, view_of(z, n), {}, view_of(z, n),
                                   gradient_to::write, matrix_view<float>(out.data(), tokens, n));
         }) == "moeroute::transform_rows_backward: dout.cols() is 8, expected 4");
+  // The largest logit is looked for behind a NaN, wherever it stands.
+  const expert_id last[] = {2};
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<float> behind{nan, 3.0f, 1.0f}, third{0.0f, 0.0f, 1.0f};
+  std::vector<float> moved(3, 9.0f);
+  transform_rows_backward(steering{.promote = last, .how = promotion::hard}, view_of(behind, 3), {},
+                          view_of(third, 3), gradient_to::write,
+                          matrix_view<float>(moved.data(), 1, 3));
+  CHECK(moved == std::vector<float>{0.0f, 1.0f, 0.0f});
 }
 
 TEST_CASE("rows of equal logits have no gradient through what they deviate by") {
