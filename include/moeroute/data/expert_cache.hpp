@@ -62,8 +62,9 @@ struct expert_cache_options {
 /// overwritten.
 ///
 /// Cost: O(1) per access under lru, fifo and segmented, O(layers) per load under least_stale,
-/// O(log capacity) under the others; no allocation warm. Memory: E / 8 bytes per layer for the set,
-/// about 64 per key for the order. Determinism: exact; use is ordered, so that nothing ties.
+/// O(log capacity) under the others; of a step larger than the cache O(capacity) per load under lru
+/// and least_stale; no allocation warm. Memory: E / 8 bytes per layer for the set, about 64 per key
+/// for the order. Determinism: exact; use is ordered, so that nothing ties.
 /// Source: segment: arXiv 2505.16056; least-stale: arXiv 2602.03921; Belady 1966.
 ///
 ///     expert_cache cache({.experts = 64, .layers = 32, .capacity = 800});
