@@ -41,11 +41,13 @@ struct one_rank {
   rows y, dx, dweights, dw;
 
   one_rank(const rows& x, const rows& dy, const assignment& choices, column_experts experts,
-           const exchange_options& o, std::span<const std::uint8_t> mask) {
+           const exchange_options& o, std::span<const std::uint8_t> mask,
+           std::span<const expert_id> lost = {}) {
     const index_t d = experts.d, tokens = choices.tokens();
     dispatch_plan plan;
     std::vector<std::uint8_t> owned;
     for (index_t e = 0; e < choices.experts(); ++e) owned.push_back(o.special.contains(e) ? 0 : 1);
+    for (const expert_id e : lost) owned[static_cast<std::size_t>(e)] = 0;
     moeroute::plan(choices, plan, {.owned = owned, .mask = mask});
     rows in(static_cast<std::size_t>(plan.slots() * d)), out = in, din = in, dout = in;
     const auto as = [&](rows& v) { return matrix_view<float>(v.data(), plan.slots(), d); };
@@ -108,6 +110,7 @@ struct scene {
   rows x, dy;
   index_t d;
   std::vector<std::uint8_t> mask{};
+  std::uint64_t cut = 5;  ///< seed of which rank has which tokens
 };
 
 scene scene_of(std::string name, assignment a, index_t d, std::uint64_t seed) {
@@ -119,12 +122,13 @@ scene scene_of(std::string name, assignment a, index_t d, std::uint64_t seed) {
 template <class Exec = serial>
 std::string difference(const scene& s, const placement& p, const exchange_options& options,
                        exchange_path path = exchange_path::flat, const Exec& exec = {},
-                       const slot_ranges* ranges = nullptr, bool backward = true) {
+                       const slot_ranges* ranges = nullptr) {
   column_experts experts(s.choices.experts(), s.d);
-  const one_rank expected(s.x, s.dy, s.choices, experts, options, s.mask);
+  const std::vector<expert_id> lost = p.lost();
+  const one_rank expected(s.x, s.dy, s.choices, experts, options, s.mask, lost);
   const index_t ranks = p.ranks();
   const std::vector<index_t> edge =
-      cut_tokens(s.choices.tokens(), ranks, 5 + static_cast<std::uint64_t>(ranks));
+      cut_tokens(s.choices.tokens(), ranks, s.cut + static_cast<std::uint64_t>(ranks));
   std::vector<assignment> own(static_cast<std::size_t>(ranks));
   // Rows apart, each kind by its own distance.
   const index_t of_x = s.d + 1, of_y = s.d + 2, of_dy = s.d + 3, of_dx = s.d + 4;
@@ -176,15 +180,28 @@ std::string difference(const scene& s, const placement& p, const exchange_option
           experts.forward(expert_at(rank, slot), in, out);
         },
         exec);
-  if (const std::string diff = test::bit_difference(together(y, of_y), expected.y); !diff.empty())
+  const bool reduced = options.result == exchange_result::reduced;
+  const rows made = together(y, of_y);
+  for (std::size_t i = 0; reduced && i < made.size(); ++i)
+    if (!(std::abs(made[i] - expected.y[i]) <= 1e-4f)) return s.name + " reduced y";
+  if (const std::string diff = test::bit_difference(made, expected.y); !reduced && !diff.empty())
     return s.name + " y " + diff;
   if (y != apart(together(y, of_y), of_y)) return s.name + " y between its rows";
-  if (!backward) return "";
-  all.backward(
-      tokens, gradients,
-      [&](index_t rank, expert_id slot, matrix_view<const float> in, matrix_view<const float> dout,
-          matrix_view<float> din) { experts.backward(expert_at(rank, slot), in, dout, din); },
-      exec);
+  const auto backward = [&] {
+    all.backward(
+        tokens, gradients,
+        [&](index_t rank, expert_id slot, matrix_view<const float> in,
+            matrix_view<const float> dout,
+            matrix_view<float> din) { experts.backward(expert_at(rank, slot), in, dout, din); },
+        exec);
+  };
+  if (reduced) {
+    const std::string said = test::refusal(backward);
+    return said == "moeroute::exchange: reduced results have no backward pass: expected exact"
+               ? ""
+               : said;
+  }
+  backward();
   if (const std::string diff = test::bit_difference(together(dx, of_dx), expected.dx);
       !diff.empty())
     return s.name + " dx " + diff;
@@ -200,25 +217,28 @@ std::string difference(const scene& s, const placement& p, const exchange_option
         !diff.empty())
       return s.name + " dw of expert " + std::to_string(e) + " " + diff;
   }
-  // The gradients of weights alone are the same.
+  // The gradients of weights alone, and of tokens alone, are the same.
   std::fill(dweights.begin(), dweights.end(), 9.0f);
+  std::vector<rank_gradients> both = gradients;
   for (rank_gradients& g : gradients) g.dx = {};
-  const auto again = [&] {
-    all.backward(
-        tokens, gradients,
-        [&](index_t rank, expert_id slot, matrix_view<const float> in,
-            matrix_view<const float> dout,
-            matrix_view<float> din) { experts.backward(expert_at(rank, slot), in, dout, din); },
-        exec);
-  };
-  again();
+  backward();
   if (const std::string diff = test::bit_difference(dweights, expected.dweights); !diff.empty())
     return s.name + " dweights without dx " + diff;
-  if (gradients[0].dweights.empty()) return "";
-  gradients[0].dweights = gradients[0].dweights.first(gradients[0].dweights.size() - 1);
-  return gradients[0].dweights.empty() || test::refusal(again) != "accepted"
+  std::swap(gradients, both);
+  for (rank_gradients& g : gradients) g.dweights = {};
+  std::fill(dx.begin(), dx.end(), 9.0f);
+  backward();
+  if (const std::string diff = test::bit_difference(together(dx, of_dx), expected.dx);
+      !diff.empty())
+    return s.name + " dx without dweights " + diff;
+  gradients = both;
+  const auto n = static_cast<index_t>(gradients[0].dweights.size());
+  if (n < 2) return "";
+  gradients[0].dweights = gradients[0].dweights.first(static_cast<std::size_t>(n - 1));
+  const std::string said = test::refusal(backward);
+  return said.ends_with("is " + std::to_string(n - 1) + ", expected " + std::to_string(n))
              ? ""
-             : s.name + ": dweights that are too short are taken";
+             : s.name + ": dweights that are too short: " + said;
 }
 
 std::vector<scene> scenes() {
@@ -337,6 +357,118 @@ TEST_CASE("weights on inputs, identity experts and residuals are added where one
         INFO(static_cast<int>(weights) << identity << ranks);
         CHECK(difference(s, replicated(12, ranks, 3), o) == "");
       }
+}
+
+// Slots of random ranks, some empty and some ranks dead or without one; experts that `without` says
+// have none. Where nodes are more than 1 they are runs of equally many ranks.
+placement any_placement(test::random& rng, index_t experts, index_t ranks, index_t nodes,
+                        bool several, const std::vector<std::uint8_t>& without) {
+  std::vector<std::vector<expert_id>> of(static_cast<std::size_t>(ranks));
+  std::vector<std::uint8_t> alive;
+  for (index_t r = 0; r < ranks; ++r) alive.push_back(r == 0 || rng.below(5) > 0 ? 1 : 0);
+  const auto put = [&](index_t e, bool live) {
+    auto r = static_cast<std::size_t>(rng.below(ranks));
+    if (live && alive[r] == 0) r = 0;
+    const auto at = rng.below(static_cast<index_t>(of[r].size()) + 1);
+    of[r].insert(of[r].begin() + at, static_cast<expert_id>(e));
+  };
+  for (index_t e = 0; e < experts; ++e)
+    if (without[static_cast<std::size_t>(e)] == 0) put(e, true);
+  for (index_t i = rng.below(6); several && i > 0; --i) {
+    const index_t e = rng.below(experts);
+    if (without[static_cast<std::size_t>(e)] == 0) put(e, false);
+  }
+  for (index_t i = rng.below(3); i > 0; --i) put(no_expert, false);
+  std::vector<std::int32_t> offset{0}, node;
+  std::vector<expert_id> slots;
+  for (index_t r = 0; r < ranks; ++r) {
+    const auto& own = of[static_cast<std::size_t>(r)];
+    slots.insert(slots.end(), own.begin(), own.end());
+    offset.push_back(static_cast<std::int32_t>(slots.size()));
+    node.push_back(static_cast<std::int32_t>(r / (ranks / nodes)));
+  }
+  return placement({.experts = experts,
+                    .slot_offset = offset,
+                    .expert_of_slot = slots,
+                    .node_of_rank = node,
+                    .alive = alive});
+}
+
+// Every expert's tokens, cut at random between its live slots.
+slot_ranges any_ranges(test::random& rng, const placement& p, const scene& s,
+                       const special_experts& special) {
+  std::vector<std::int32_t> count(static_cast<std::size_t>(p.experts())), of_expert(count);
+  for (index_t t = 0; t < s.choices.tokens(); ++t)
+    for (index_t c = s.choices.first(t); c < s.choices.first(t + 1); ++c) {
+      const expert_id e = s.choices.ids()[static_cast<std::size_t>(c)];
+      if (e >= 0 && s.choices.kept(c) && !special.contains(e) &&
+          (s.mask.empty() || s.mask[static_cast<std::size_t>(t)] != 0))
+        ++count[static_cast<std::size_t>(e)];
+    }
+  slot_ranges cut{.first = {0}, .range = {}};
+  for (index_t e = 0; e < p.experts(); ++e) {
+    const std::span<const slot_id> own = p.slots_of_expert(e);
+    const std::int64_t all = count[static_cast<std::size_t>(e)];
+    for (std::int64_t at = 0; !own.empty() && at < all;) {
+      const std::int64_t end = at + 1 + rng.below(static_cast<index_t>(all - at));
+      const index_t i = rng.below(static_cast<index_t>(own.size()));
+      cut.range.push_back({own[static_cast<std::size_t>(i)], at, end});
+      at = end;
+    }
+    cut.first.push_back(static_cast<std::int32_t>(cut.range.size()));
+  }
+  return cut;
+}
+
+TEST_CASE(
+    "whatever options, rules, paths and placements come together, R ranks give the bits of one") {
+  test::random rng(21);
+  for (int round = 0; round < 400; ++round) {
+    const index_t experts = 1 + rng.below(10), most = 1 + rng.below(std::min<index_t>(experts, 4)),
+                  tokens = rng.below(26), d = 1 + rng.below(6);
+    const int none = static_cast<int>(rng.below(2)) * 4;
+    assignment choices = rng.below(3) == 0 ? test::ragged_choices(rng, tokens, experts, most)
+                                           : test::fixed_choices(rng, tokens, experts, most, none);
+    if (rng.below(3) == 0) test::drop_some(rng, choices, 3);
+    const std::uint64_t seed = 100 + static_cast<std::uint64_t>(round);
+    scene s = scene_of("round " + std::to_string(round), std::move(choices), d, seed);
+    s.cut = seed;
+    const bool masked = rng.below(3) == 0;
+    for (index_t t = 0; masked && t < tokens; ++t) s.mask.push_back(rng.below(4) > 0 ? 1 : 0);
+
+    exchange_options o{.rule = static_cast<replica_rule>(rng.below(6)),
+                       .lost = static_cast<lost_expert>(rng.below(2)),
+                       .rows_per_call = rng.below(4)};
+    const bool reduced = rng.below(5) == 0;
+    if (reduced) o.result = exchange_result::reduced;
+    if (rng.below(2) == 0) o.weights = weight_on::input;
+    if (!reduced && rng.below(2) == 0) {
+      o.special.identity_first = static_cast<expert_id>(rng.below(experts + 1));
+      const index_t after = experts - o.special.identity_first;
+      o.special.identity_end =
+          o.special.identity_first + static_cast<expert_id>(rng.below(after + 1));
+      o.special.zero_end = static_cast<expert_id>(rng.below(o.special.identity_first + 1));
+    }
+    if (!reduced && rng.below(2) == 0) o.lost_token_gets = lost_token::residual;
+    std::vector<std::uint8_t> without;
+    for (expert_id e = 0; e < experts; ++e) {
+      const bool nowhere = o.lost == lost_expert::drop && rng.below(4) == 0;
+      without.push_back(nowhere || (o.special.contains(e) && rng.below(2) == 0) ? 1 : 0);
+    }
+    const index_t nodes = 1 + rng.below(3), ranks = nodes * (1 + rng.below(3));
+    const placement p =
+        any_placement(rng, experts, ranks, nodes, o.rule != replica_rule::only, without);
+    const slot_ranges ranges = any_ranges(rng, p, s, o.special);
+    auto path = static_cast<exchange_path>(rng.below(3));
+    if (path == exchange_path::two_level && (reduced || o.weights == weight_on::input))
+      path = exchange_path::flat;
+    INFO(ranks << " ranks on " << nodes << " nodes, path " << static_cast<int>(path) << ", rule "
+               << static_cast<int>(o.rule));
+    if (rng.below(4) == 0)
+      CHECK(difference(s, p, o, path, test::several_threads{3}, &ranges) == "");
+    else
+      CHECK(difference(s, p, o, path, serial{}, &ranges) == "");
+  }
 }
 
 TEST_CASE("any executor gives the bits of the serial one") {
@@ -560,16 +692,49 @@ TEST_CASE("a message of gathered tokens that is not what was announced is refuse
   };
   const auto same = [](std::vector<std::byte>&) {};
   const index_t n = sender.plan().rows_to(1), m = sender.plan().entries_to(1);
+  const auto number = [](index_t i) { return std::to_string(i); };
+  const std::string exchange = "moeroute::exchange: ";
   CHECK(said(n, m, 3, same) == "accepted");
-  CHECK(said(n - 1, m, 3, same).find("a message's rows is ") != std::string::npos);
-  CHECK(said(n, m + 1, 3, same).find("a message's entries is ") != std::string::npos);
-  CHECK(said(n - 1, m - 1, 3, same).find("a message's entries is ") != std::string::npos);
-  CHECK(said(n, m, 4, same).find("d of a message is 3, expected 4") != std::string::npos);
-  CHECK(said(n, m, 3, [](auto& bytes) { bytes.pop_back(); }).find("message.size() is ") !=
-        std::string::npos);
-  CHECK(said(n, m, 3, [](auto& bytes) {
-          bytes[7] = std::byte{0x7f};
-        }).find("a message's choices is ") != std::string::npos);
+  CHECK(said(n - 1, m, 3, same) ==
+        exchange + "a message's rows is " + number(n - 1) + ", expected 0 to " + number(n - 2));
+  CHECK(said(n, m + 1, 3, same) ==
+        exchange + "a message's entries is " + number(m) + ", expected " + number(m + 1));
+  CHECK(said(n, m - 1, 3, same) ==
+        exchange + "a message's entries is " + number(m - 1) + ", expected 0 to " + number(m - 2));
+  CHECK(said(n + 1, std::max(m, n + 1), 3, same) ==
+        exchange + "a message's rows is " + number(n) + ", expected " + number(n + 1));
+  CHECK(said(n, m, 4, same) == exchange + "d of a message is 3, expected 4");
+  const auto bytes = static_cast<index_t>(sender.gathered().size());
+  CHECK(said(n, m, 3, [](auto& list) { list.pop_back(); }) ==
+        "moeroute::gathered_reader: message.size() is " + number(bytes - 1) + ", expected " +
+            number(bytes));
+  CHECK(said(n, m, 3, [](auto& list) { list[0] = std::byte{1}; }) ==
+        exchange + "a message's first choice is 1, expected 0");
+  // Of token 1 and of token 2, by the byte that weighs most.
+  CHECK(said(n, m, 3, [](auto& list) { list[7] = std::byte{0x7f}; }) ==
+        exchange + "a message's choices is " + number(0x7f000002) + ", expected 0 to 12");
+  CHECK(said(n, m, 3, [](auto& list) { list[11] = std::byte{0x80}; }) ==
+        exchange + "a message's choices is " + number(4 - (index_t{1} << 31)) +
+            ", expected 2 to 12");
+}
+
+TEST_CASE("counts that no message can have are refused before there is room for them") {
+  using counts = std::vector<std::int32_t>;
+  constexpr std::int32_t most = 0x7fffffff;
+  const auto said = [](const counts& rows_from, const counts& entries_from, index_t most_rows) {
+    exchange_receiver<> to;
+    return test::refusal([&] { to.expect(rows_from, entries_from, 3, {.most_rows = most_rows}); });
+  };
+  const std::string exchange = "moeroute::exchange: ";
+  CHECK(said({2, 1}, {2, 3}, 3) == "accepted");
+  CHECK(said({2, 1}, {2, 3}, 2) == exchange + "received rows is 3, expected 0 to 2");
+  CHECK(said({2, 1}, {2}, 0) == exchange + "entries_from.size() is 1, expected 2");
+  CHECK(said({-1}, {0}, 0) == exchange + "rows_from is -1, expected 0 to 2147483647");
+  CHECK(said({0, 2}, {0, 1}, 0) == exchange + "entries_from is 1, expected 2 to 2147483647");
+  CHECK(said({most, most}, {most, most}, 0) ==
+        exchange + "received rows is 4294967294, expected 0 to 2147483647");
+  CHECK(said({1, 1}, {most, 1}, 0) ==
+        exchange + "received entries is 2147483648, expected 0 to 2147483647");
 }
 
 TEST_CASE("reduced results are within their bound and the same every time") {
@@ -690,10 +855,13 @@ TEST_CASE("virtual ranks refuse by name what does not fit") {
   CHECK(test::refusal([&] {
           virtual_ranks<>(placement::contiguous(4, 1), {.most_rows = 3}).forward(one, identity);
         }) == "moeroute::exchange: received rows is 4, expected 0 to 3");
+  const auto first_of_3 =
+      std::find(choices.ids().begin(), choices.ids().end(), 3) - choices.ids().begin();
   CHECK(test::refusal([&] {
           virtual_ranks<>(placement::from_slots(4, 1, std::vector<expert_id>{0, 1, 2}))
               .forward(one, identity);
-        }).find("which has no live slot") != std::string::npos);
+        }) == "moeroute::resolve: choice " + std::to_string(first_of_3) +
+                  " is of expert 3, which has no live slot");
   // Sums that ranks made have neither special experts nor what a lost token gets.
   for (const exchange_options& how :
        {exchange_options{.result = exchange_result::reduced,
@@ -706,11 +874,28 @@ TEST_CASE("virtual ranks refuse by name what does not fit") {
               [&] { virtual_ranks<>(placement::contiguous(4, 1), how).forward(one, identity); }) ==
           "moeroute::exchange: reduced results with special experts or a lost token's "
           "residual: expected exact");
-  const std::vector<std::int32_t> node{0, 1, 0};
   CHECK(test::refusal([&] {
-          virtual_ranks<>(placement::from_slots(3, 3, std::vector<expert_id>{0, 1, 2}, node), {},
-                          exchange_path::two_level);
-        }).find("expected nodes that are runs of equally many ranks") != std::string::npos);
+          virtual_ranks<>(placement::contiguous(4, 1), {.lost_token_gets = lost_token::mix})
+              .forward(one, identity);
+        }) ==
+        "moeroute::rank_exchange: lost_token::mix needs the weights, which reduced rows "
+        "have lost");
+  const auto two_level = [](const std::vector<std::int32_t>& node, const exchange_options& how) {
+    return test::refusal([&] {
+      virtual_ranks<>(placement::from_slots(3, 3, std::vector<expert_id>{0, 1, 2}, node), how,
+                      exchange_path::two_level);
+    });
+  };
+  CHECK(two_level({0, 1, 0}, {}) ==
+        "moeroute::virtual_ranks: rank 0 is on node 0, expected nodes that are runs of equally "
+        "many ranks for two levels");
+  CHECK(two_level({0, 2, 1}, {}) ==
+        "moeroute::virtual_ranks: rank 1 is on node 2, expected nodes that are runs of equally "
+        "many ranks for two levels");
+  for (const exchange_options& how : {exchange_options{.result = exchange_result::reduced},
+                                      exchange_options{.weights = weight_on::input}})
+    CHECK(two_level({0, 0, 0}, how) ==
+          "moeroute::virtual_ranks: two levels take exact results and weights on outputs only");
   // Fewer rows than tokens are not read past their end, by one level or by two.
   const std::vector<std::int32_t> nodes{0, 0, 1, 1};
   for (const bool two : {false, true}) {
@@ -721,8 +906,8 @@ TEST_CASE("virtual ranks refuse by name what does not fit") {
       ranks.push_back({{x.data(), 0, 4}, none[r], {y.data(), 0, 4}});
     virtual_ranks<> all(placement::from_slots(4, 4, std::vector<expert_id>{0, 1, 2, 3}, nodes), {},
                         two ? exchange_path::two_level : exchange_path::flat);
-    CHECK(test::refusal([&] { all.forward(ranks, identity); }).find("is 2, expected 4") !=
-          std::string::npos);
+    CHECK(test::refusal([&] { all.forward(ranks, identity); }) ==
+          "moeroute::exchange: x.rows() is 2, expected 4");
   }
 }
 
