@@ -456,8 +456,8 @@ MOEROUTE_OUT_OF_LINE void top_one(const float* row, index_t cols, row_ranks& out
   }
 }
 
-// The same for k > 1.
-template <class A, int most>
+// The same for k > 1. Compiled once for all k up to 8 and once for all others.
+template <class A, bool beyond_8>
 MOEROUTE_OUT_OF_LINE void top_few(const float* row, index_t cols, int k, row_ranks& out) {
   constexpr int registers = registers_per_block<A>;
   vfloat<A> value[registers];
@@ -467,7 +467,7 @@ MOEROUTE_OUT_OF_LINE void top_few(const float* row, index_t cols, int k, row_ran
     size = all_columns<A>(row, cols, value, column);
   else if (k <= 8)
     size = columns_by_bound<A, 1>(row, cols, k, value, column);
-  else if (most > 8 && k <= 10 && cols > 32)
+  else if (beyond_8 && k <= 10 && cols > 32)
     size = columns_by_bound<A, 2>(row, cols, k, value, column);
   if (size > block_rows) return top_k_list<A>(row, cols, k, out);
   if (width<A> == 8 && size <= width<A>)
@@ -491,7 +491,7 @@ template <class A = default_arch, int most = max_row_k>
 MOEROUTE_INLINE void top_k_row(const float* row, index_t cols, int k, row_ranks& out) {
   MOEROUTE_EXPECTS(k >= 1 && k <= cols && k <= most && most <= max_row_k);
   if (k == 1) return detail::top_one<A>(row, cols, out);
-  if constexpr (most > 1) detail::top_few<A, most>(row, cols, k, out);
+  if constexpr (most > 1) detail::top_few<A, (most > 8)>(row, cols, k, out);
 }
 
 /// The same for k <= 16 in registers, where the lanes from k on mean nothing: one or two of a short
@@ -522,7 +522,7 @@ MOEROUTE_INLINE void top_k_row(const float* row, index_t cols, int k, vfloat<A>*
   }
 #endif
   row_ranks ranks;
-  detail::top_few<A, max_row_k>(row, cols, k, ranks);
+  detail::top_few<A, true>(row, cols, k, ranks);
   MOEROUTE_UNROLL
   for (int r = 0; r < registers_per_block<A>; ++r) {
     value[r] = load<A>(ranks.value + r * width<A>);
