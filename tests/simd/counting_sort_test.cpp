@@ -20,7 +20,7 @@ TEST_CASE("keys are counted and ranked among their equals, -1 aside") {
 
 TEST_CASE("the scan begins at 0, ends at the total, and may be done in place") {
   test::for_each_arch<test::arches>([]<class A>(A) {
-    for (const index_t values : {0, 1, 5, 15, 16, 17, 32, 100}) {
+    for (index_t values = 0; values <= 130; ++values) {
       std::vector<std::int32_t> count, expected = {0};
       for (std::int32_t v = 0; v < values; ++v) {
         count.push_back(v * v % 7);

@@ -19,7 +19,7 @@ namespace {
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
 // Kinds of values: spread, tied, all equal, both signs of zero, mostly masked, NaN among them, of
-// many magnitudes.
+// many magnitudes, +inf among them.
 std::vector<float> values(int kind, index_t n, std::uint64_t seed) {
   test::random rng(seed);
   std::vector<float> x(static_cast<std::size_t>(n));
@@ -30,6 +30,7 @@ std::vector<float> values(int kind, index_t n, std::uint64_t seed) {
     if (kind == 3) v = rng.below(2) == 0 ? 0.0f : -0.0f;
     if (kind == 4 && rng.below(5) != 0) v = -infinity;
     if (kind == 5 && rng.below(3) == 0) v = std::nanf("");
+    if (kind == 7 && rng.below(9) == 0) v = infinity;
     if (kind == 6) v *= std::ldexp(1.0f, static_cast<int>(rng.below(200)) - 100);
   }
   return x;
@@ -54,7 +55,7 @@ struct panel_of {
 
 TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, for every kind") {
   for (const index_t rows : {1, 15, 100, 700, 3000})
-    for (int kind = 0; kind < 7; ++kind) {
+    for (int kind = 0; kind < 8; ++kind) {
       std::vector<std::vector<float>> columns;
       std::vector<float> panel(static_cast<std::size_t>(simd::panel_size(rows, 16)), -infinity);
       for (int c = 0; c < 5; ++c) {
@@ -81,7 +82,7 @@ TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, f
       }
     }
   for (const index_t cols : {1, 7, 16, 90, 300})
-    for (int kind = 0; kind < 7; ++kind)
+    for (int kind = 0; kind < 8; ++kind)
       for (const index_t k : {1, 2, 9, 64, 65, 90, 301}) {
         const std::vector<float> rows = values(kind, 16 * cols, 9);
         test::for_each_arch<test::widths>([&](auto tag) {

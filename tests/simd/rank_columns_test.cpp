@@ -13,7 +13,7 @@ using namespace moeroute;
 TEST_CASE("ranks of a row: value descending, column ascending, NaN and -inf last") {
   test::for_each_arch<test::widths>([](auto tag) {
     for (const test::shape shape : test::all_shapes)
-      for (const index_t cols : {1, 3, 7, 16, 17, 60, 64, 100, 256}) {
+      for (index_t cols = 1; cols <= 130; cols += cols < 34 ? 1 : 5) {
         const std::vector<float> row = test::make_logits(shape, 5, 1, cols);
         const std::vector<expert_id> expected = oracle::order(row.data(), cols);
         std::vector<std::int32_t> key(static_cast<std::size_t>(simd::rank_columns_scratch(cols)));

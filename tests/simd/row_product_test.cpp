@@ -12,6 +12,7 @@
 
 #include "support/backwards.hpp"
 #include "support/compare.hpp"
+#include "support/guarded.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/threads.hpp"
@@ -32,10 +33,21 @@ std::vector<T> random_values(index_t n, std::uint64_t seed) {
 template <class T>
 void products_agree(index_t r, index_t n, index_t d) {
   INFO(r << " x " << n << " x " << d);
-  const index_t gap = 5;
+  constexpr index_t gap = 5;
   const auto a = random_values<float>(r * (n + gap), 1),
              turned = random_values<float>(n * (r + gap), 2);
   const auto x = random_values<T>(n * (d + gap), 3);
+  // The last rows end where memory does.
+  const auto at_the_end = [](const auto& from, index_t rows, index_t cols, auto& memory) {
+    const index_t size = rows == 0 ? 0 : (rows - 1) * (cols + gap) + cols;
+    auto* const to = memory.window(size, test::guarded_end::back);
+    std::copy_n(from.data(), size, to);
+    return to;
+  };
+  test::guarded<float> a_memory(r * (n + gap)), turned_memory(n * (r + gap));
+  test::guarded<T> x_memory(n * (d + gap));
+  const float* const a_rows = at_the_end(a, r, n, a_memory);
+  const float* const turned_rows = at_the_end(turned, n, r, turned_memory);
   for (const auto start : {simd::sum_start::zero, simd::sum_start::output})
     for (const bool transposed : {false, true}) {
       auto out = random_values<float>(r * (d + gap), 4);
@@ -54,14 +66,14 @@ void products_agree(index_t r, index_t n, index_t d) {
                 static_cast<double>(x[static_cast<std::size_t>(j * (d + gap) + c)]);
           expected[static_cast<std::size_t>(i * (d + gap) + c)] = sum;
         }
-      const matrix_view<const T> rows(x.data(), n, d, d + gap);
+      const matrix_view<const T> rows(at_the_end(x, n, d, x_memory), n, d, d + gap);
       const auto run = [&](const auto& exec, std::vector<float>& into) {
         const matrix_view<float> o(into.data(), r, d, d + gap);
         if (transposed)
-          simd::multiply_transposed(matrix_view<const float>(turned.data(), n, r, r + gap), rows, o,
+          simd::multiply_transposed(matrix_view<const float>(turned_rows, n, r, r + gap), rows, o,
                                     start, exec);
         else
-          simd::multiply_rows(matrix_view<const float>(a.data(), r, n, n + gap), rows, o, start,
+          simd::multiply_rows(matrix_view<const float>(a_rows, r, n, n + gap), rows, o, start,
                               exec);
       };
       run(serial{}, out);

@@ -172,13 +172,13 @@ TEST_CASE("a conversion between float types keeps a row's bits where the types a
 
 TEMPLATE_LIST_TEST_CASE("a weighted sum is a chain of fused multiply-adds in rank order", "",
                         test::widths) {
-  for (const index_t n : {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 63, 64, 65, 129, 200}) {
+  for (index_t n = 0; n <= 200; n += n < 130 ? 1 : 35) {
     INFO("n = " << n);
     CHECK(weighted_sum<TestType, float, bfloat16>(n, {3, -1, 0, 4, 3}) == "");
     CHECK(weighted_sum<TestType, bfloat16, float16>(n, {3, -1, 0, 4, 3}) == "");
     for (const bool missing : {false, true}) {
       std::vector<std::int32_t> row;
-      for (int r = 0; r < 20; ++r) {
+      for (int r = 0; r < 12; ++r) {
         CHECK(weighted_sum<TestType, float, float>(n, row) == "");
         row.push_back(missing && r % 3 == 1 ? -1 : r % 5);
       }

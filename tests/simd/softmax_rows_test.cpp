@@ -15,7 +15,7 @@ using namespace moeroute;
 
 TEST_CASE("times their factor the rows are a softmax, with the same bits on every arch") {
   for (const test::shape shape : test::all_shapes)
-    for (const index_t cols : {1, 5, 16, 17, 64, 100}) {
+    for (index_t cols = 1; cols <= 130; cols += cols < 34 ? 1 : 5) {
       const auto z = test::make_logits(shape, 4, block_rows, cols);
       const index_t stride = round_up(cols, block_rows);
       const float* row[block_rows];
@@ -70,7 +70,7 @@ TEST_CASE("a few values become their softmax in place: NaN and -inf are 0, sever
     }
   };
   for (const test::shape shape : test::all_shapes)
-    for (const index_t n : {1, 2, 3, 8, 15, 16, 17, 33}) {
+    for (index_t n = 1; n <= 130; n += n < 34 ? 1 : 7) {
       INFO(test::name(shape) << " n=" << n);
       const auto z = test::make_logits(shape, 6, block_rows, n);
       agrees(0.0f, z, n, 4e-6);

@@ -11,6 +11,7 @@
 
 #include "oracle/routing.hpp"
 #include "support/arches.hpp"
+#include "support/guarded.hpp"
 #include "support/random.hpp"
 #include "support/shapes.hpp"
 #include "support/sized.hpp"
@@ -43,8 +44,7 @@ struct packed_block {
 };
 
 template <class A>
-const packed_block& select(const std::vector<bfloat16>& rows, index_t stride, int n, index_t cols,
-                           int k) {
+const packed_block& select(const bfloat16* rows, index_t stride, int n, index_t cols, int k) {
   static packed_block b;
   static buffer<float> wide;
   static std::vector<std::uint64_t> key;
@@ -52,8 +52,8 @@ const packed_block& select(const std::vector<bfloat16>& rows, index_t stride, in
   b.column.assign(static_cast<std::size_t>(k * block_rows), -7);
   wide.resize(simd::widened_block(cols));
   key.resize(static_cast<std::size_t>(simd::top_k_scratch(cols, k)));
-  simd::top_k_block<A>(rows.data(), stride, n, cols, k, b.value.data(), b.column.data(),
-                       wide.data(), key.data());
+  simd::top_k_block<A>(rows, stride, n, cols, k, b.value.data(), b.column.data(), wide.data(),
+                       key.data());
   return b;
 }
 
@@ -81,7 +81,8 @@ std::string wrong(const packed_block& b, const float* rows, index_t stride, int 
 
 template <class A>
 std::string wrong_selection(const narrow_rows& rows, index_t stride, int n, index_t cols, int k) {
-  return wrong(select<A>(rows.narrow, stride, n, cols, k), rows.wide.data(), stride, n, cols, k);
+  return wrong(select<A>(rows.narrow.data(), stride, n, cols, k), rows.wide.data(), stride, n, cols,
+               k);
 }
 
 }  // namespace
@@ -152,6 +153,35 @@ TEMPLATE_LIST_TEST_CASE("columns between cols and stride of bfloat16 rows are no
   }
 }
 
+TEMPLATE_LIST_TEST_CASE(
+    "any number of bfloat16 rows of any length, each of a kind of its own, give their k best", "",
+    test::widths) {
+  // The last row ends where memory does, and what lies between two rows is above everything.
+  test::guarded<bfloat16> memory(block_rows * 140);
+  test::random draw(62);
+  for (index_t cols = 1; cols <= 130; ++cols) {
+    const index_t stride = cols + draw.below(4), size = (block_rows - 1) * stride + cols;
+    bfloat16* const rows = memory.window(size, test::guarded_end::back);
+    std::vector<float> all(static_cast<std::size_t>(size), test::infinity);
+    for (index_t i = 0; i < block_rows; ++i) {
+      const auto s = test::all_shapes[draw.below(std::ssize(test::all_shapes))];
+      const auto row = test::make_logits(s, static_cast<std::uint64_t>(16 * cols + i), 1, cols);
+      std::copy(row.begin(), row.end(), all.begin() + i * stride);
+    }
+    const narrow_rows both(all);
+    std::copy(both.narrow.begin(), both.narrow.end(), rows);
+    for (int trial = 0; trial < test::sized(12, 5); ++trial) {
+      const auto most = std::min<std::int64_t>(cols, trial % 3 == 0 ? 66 : 17);
+      const int n = 1 + static_cast<int>(draw.below(block_rows)),
+                k = 1 + static_cast<int>(draw.below(most));
+      const index_t first = (block_rows - n) * stride;
+      INFO(n << " rows of " << cols << " columns, k " << k);
+      CHECK(wrong(select<TestType>(rows + first, stride, n, cols, k), both.wide.data() + first,
+                  stride, n, cols, k) == "");
+    }
+  }
+}
+
 TEMPLATE_LIST_TEST_CASE("every column of a bfloat16 row can come first, in every kernel", "",
                         test::widths) {
   for (const index_t cols : {60, 140, 1090}) {
@@ -161,7 +191,7 @@ TEMPLATE_LIST_TEST_CASE("every column of a bfloat16 row can come first, in every
     for (index_t c = 0; c < cols; c += cols > 1000 ? 13 : 1) {
       rows[static_cast<std::size_t>(5 * cols + c)] = bfloat16(1.0f);
       for (const int k : {1, 2, 4, 8, 16, 20})
-        missed += select<TestType>(rows, cols, 6, cols, k).column[5] != c;
+        missed += select<TestType>(rows.data(), cols, 6, cols, k).column[5] != c;
       rows[static_cast<std::size_t>(5 * cols + c)] = bfloat16(-1.0f);
     }
     CHECK(missed == 0);
@@ -176,7 +206,7 @@ TEMPLATE_LIST_TEST_CASE("the last columns that a key can number, and more than i
     rows[static_cast<std::size_t>(5 * cols + 77)] = bfloat16(1.0f);
     for (const int k : {1, 3, 16}) {
       if (cols == max_experts && k != 3) continue;
-      const auto& got = select<TestType>(rows, cols, 6, cols, k);
+      const auto& got = select<TestType>(rows.data(), cols, 6, cols, k);
       CHECK(got.column[5] == cols - 1);
       if (k > 1) CHECK(got.column[block_rows + 5] == 77);
       if (k > 2) CHECK(got.column[2 * block_rows + 5] == 0);

@@ -6,6 +6,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -33,28 +34,26 @@ struct block {
 };
 
 template <class A>
-const block& select(const std::vector<float>& rows, index_t stride, int n, index_t cols, int k) {
+const block& select(const float* rows, index_t stride, int n, index_t cols, int k) {
   static block b;
   b.value.assign(static_cast<std::size_t>(k * block_rows), 0.0f);
   b.column.assign(static_cast<std::size_t>(k * block_rows), -7);
   b.key.resize(static_cast<std::size_t>(simd::top_k_scratch(cols, k)));
-  simd::top_k_block<A>(rows.data(), stride, n, cols, k, b.value.data(), b.column.data(),
-                       b.key.data());
+  simd::top_k_block<A>(rows, stride, n, cols, k, b.value.data(), b.column.data(), b.key.data());
   return b;
 }
 
 // Ids by the oracle's order, values the rows' own to the bit, (-inf, no_expert) for what is
 // missing.
-std::string wrong(const block& b, const std::vector<float>& rows, index_t stride,
-                  const std::vector<std::vector<expert_id>>& order, int k) {
+std::string wrong(const block& b, const float* rows, index_t stride,
+                  std::span<const std::vector<expert_id>> order, int k) {
   for (std::size_t i = 0; i < order.size(); ++i)
     for (int r = 0; r < k; ++r) {
       const auto rank = static_cast<std::size_t>(r);
       const bool there = rank < order[i].size();
       const expert_id id = there ? order[i][rank] : no_expert;
       const float value =
-          there ? rows[i * static_cast<std::size_t>(stride) + static_cast<std::size_t>(id)]
-                : simd::minus_infinity;
+          there ? rows[static_cast<index_t>(i) * stride + id] : simd::minus_infinity;
       const auto at = rank * block_rows + i;
       if (b.column[at] != id)
         return "row " + std::to_string(i) + " rank " + std::to_string(r) + ": column " +
@@ -81,9 +80,9 @@ TEMPLATE_LIST_TEST_CASE("top-k is value descending, then column ascending; NaN a
         if (k < cols) ks.push_back(k);
       ks.push_back(cols);
       for (const index_t k : ks) {
-        const auto& got = select<TestType>(rows, cols, n, cols, static_cast<int>(k));
+        const auto& got = select<TestType>(rows.data(), cols, n, cols, static_cast<int>(k));
         INFO(to_string(test::reproducer{s, 5, n, cols, k}));
-        CHECK(wrong(got, rows, cols, order, static_cast<int>(k)) == "");
+        CHECK(wrong(got, rows.data(), cols, order, static_cast<int>(k)) == "");
       }
     }
 }
@@ -121,7 +120,8 @@ TEMPLATE_LIST_TEST_CASE("every number of rows in a block is selected, row by row
       std::vector<std::vector<expert_id>> order;
       for (int i = 0; i < n; ++i) order.push_back(oracle::order(rows.data() + i * cols, cols));
       INFO("n=" << n << " k=" << k);
-      CHECK(wrong(select<TestType>(rows, cols, n, cols, k), rows, cols, order, k) == "");
+      CHECK(wrong(select<TestType>(rows.data(), cols, n, cols, k), rows.data(), cols, order, k) ==
+            "");
     }
 }
 
@@ -134,10 +134,10 @@ TEMPLATE_LIST_TEST_CASE("a row alone is selected as it is in a block", "", test:
       const std::vector<float> rows = test::make_logits(s, 9, block_rows, cols);
       for (const int k : {1, 2, 3, 8, 9, 10, 12, 17, 40, 64}) {
         if (k > cols) continue;
-        const block all = select<TestType>(rows, cols, block_rows, cols, k);
+        const block all = select<TestType>(rows.data(), cols, block_rows, cols, k);
         for (int i = 0; i < block_rows; ++i) {
           const std::vector<float> row(rows.begin() + i * cols, rows.begin() + (i + 1) * cols);
-          const block& one = select<TestType>(row, cols, 1, cols, k);
+          const block& one = select<TestType>(row.data(), cols, 1, cols, k);
           bool same = true;
           for (std::size_t r = 0; r < static_cast<std::size_t>(k); ++r) {
             const std::size_t here = r * block_rows, there = here + static_cast<std::size_t>(i);
@@ -181,7 +181,8 @@ TEMPLATE_LIST_TEST_CASE("a row that many columns tie in does not touch the rows 
       std::vector<std::vector<expert_id>> order;
       for (int i = 0; i < n; ++i) order.push_back(oracle::order(rows.data() + i * cols, cols));
       INFO(n << " rows, k " << k);
-      CHECK(wrong(select<TestType>(rows, cols, n, cols, k), rows, cols, order, k) == "");
+      CHECK(wrong(select<TestType>(rows.data(), cols, n, cols, k), rows.data(), cols, order, k) ==
+            "");
     }
 }
 
@@ -199,7 +200,8 @@ TEMPLATE_LIST_TEST_CASE("however the largest values of a row alone lie, the best
       const std::vector<std::vector<expert_id>> order{oracle::order(row.data(), cols)};
       for (const int k : {1, 2, 4, 8, 10, 11, 16, 20, 32, 33, 64}) {
         INFO("every " << step << "th column, ascending " << ascending << ", k " << k);
-        CHECK(wrong(select<TestType>(row, cols, 1, cols, k), row, cols, order, k) == "");
+        CHECK(wrong(select<TestType>(row.data(), cols, 1, cols, k), row.data(), cols, order, k) ==
+              "");
       }
     }
 }
@@ -244,7 +246,8 @@ TEMPLATE_LIST_TEST_CASE("columns between cols and stride are not looked at", "",
   std::vector<std::vector<expert_id>> order;
   for (int i = 0; i < 16; ++i) order.push_back(oracle::order(rows.data() + i * stride, cols));
   for (const int k : {1, 4, 13})
-    CHECK(wrong(select<TestType>(rows, stride, 16, cols, k), rows, stride, order, k) == "");
+    CHECK(wrong(select<TestType>(rows.data(), stride, 16, cols, k), rows.data(), stride, order,
+                k) == "");
 }
 
 TEMPLATE_LIST_TEST_CASE("every column can come first, in every kernel", "", test::widths) {
@@ -253,7 +256,7 @@ TEMPLATE_LIST_TEST_CASE("every column can come first, in every kernel", "", test
   for (index_t c = 0; c < cols; ++c) {
     row[static_cast<std::size_t>(c)] = 1.0f;
     for (const int k : {1, 2, 4, 8, 16, 32, 64, 70})
-      CHECK(select<TestType>(row, cols, 1, cols, k).column[0] == c);
+      CHECK(select<TestType>(row.data(), cols, 1, cols, k).column[0] == c);
     row[static_cast<std::size_t>(c)] = -1.0f;
   }
 }
@@ -264,7 +267,7 @@ TEST_CASE("the whole range of E: 2^20 columns") {
   row[static_cast<std::size_t>(cols - 1)] = 2.0f;
   row[77] = 1.0f;
   for (const int k : {1, 3, 65}) {
-    const auto& got = select<simd::default_arch>(row, cols, 1, cols, k);
+    const auto& got = select<simd::default_arch>(row.data(), cols, 1, cols, k);
     CHECK(got.column[0] == cols - 1);
     if (k > 1) CHECK(got.column[block_rows] == 77);
     if (k > 2) CHECK(got.column[2 * block_rows] == 0);
@@ -295,14 +298,38 @@ TEMPLATE_LIST_TEST_CASE("a row alone is read from its first column to its last a
         std::copy(row.begin(), row.end(), at);
         for (const int k : {1, 2, 3, 8, 9, 10, 16}) {
           if (k > cols) continue;
-          block b;
-          b.value.assign(static_cast<std::size_t>(k * block_rows), 0.0f);
-          b.column.assign(static_cast<std::size_t>(k * block_rows), -7);
-          b.key.resize(static_cast<std::size_t>(simd::top_k_scratch(cols, k)));
-          simd::top_k_block<TestType>(at, cols, 1, cols, k, b.value.data(), b.column.data(),
-                                      b.key.data());
           INFO(to_string(test::reproducer{s, 14, 1, cols, k}));
-          CHECK(wrong(b, row, cols, order, k) == "");
+          CHECK(wrong(select<TestType>(at, cols, 1, cols, k), row.data(), cols, order, k) == "");
         }
       }
+}
+
+TEMPLATE_LIST_TEST_CASE(
+    "any number of rows of any length, each of a kind of its own, give their k best", "",
+    test::widths) {
+  // The last row ends where memory does, and what lies between two rows is above everything.
+  test::guarded<float> memory(block_rows * 140);
+  test::random draw(61);
+  for (index_t cols = 1; cols <= 130; ++cols) {
+    const index_t stride = cols + draw.below(4), size = (block_rows - 1) * stride + cols;
+    float* const rows = memory.window(size, test::guarded_end::back);
+    std::fill_n(rows, size, test::infinity);
+    std::vector<std::vector<expert_id>> order;
+    for (index_t i = 0; i < block_rows; ++i) {
+      const auto s = test::all_shapes[draw.below(std::ssize(test::all_shapes))];
+      const auto row = test::make_logits(s, static_cast<std::uint64_t>(16 * cols + i), 1, cols);
+      std::copy(row.begin(), row.end(), rows + i * stride);
+      order.push_back(oracle::order(row.data(), cols));
+    }
+    for (index_t k = 1; k <= std::min<index_t>(cols, test::sized(66, 20)); ++k) {
+      const index_t n = 1 + draw.below(block_rows), first = block_rows - n;
+      const float* const from = rows + first * stride;
+      const block& got =
+          select<TestType>(from, stride, static_cast<int>(n), cols, static_cast<int>(k));
+      const auto expected =
+          std::span<const std::vector<expert_id>>(order).last(static_cast<std::size_t>(n));
+      INFO(n << " rows of " << cols << " columns, k " << k);
+      CHECK(wrong(got, from, stride, expected, static_cast<int>(k)) == "");
+    }
+  }
 }

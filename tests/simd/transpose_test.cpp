@@ -1,5 +1,6 @@
 #include <moeroute/simd/transpose.hpp>
 
+#include <algorithm>
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <vector>
@@ -35,14 +36,15 @@ TEMPLATE_LIST_TEST_CASE("a transposed load holds column c + j in register j, pad
 
 TEMPLATE_LIST_TEST_CASE("store_ranks lays the ranks of a row side by side and writes nothing else",
                         "", test::arches) {
-  for (const int k : {1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 33})
-    for (const int n : {1, 2, 7, 15, 16}) {
+  for (int k = 1; k <= 40; ++k)
+    for (int n = 1; n <= block_rows; ++n) {
       std::vector<float> ranks(static_cast<std::size_t>(k * block_rows));
       for (std::size_t i = 0; i < ranks.size(); ++i) ranks[i] = static_cast<float>(i);
       const auto size = static_cast<std::size_t>(n * k);
-      std::vector<float> out(size + 1, -1.0f);
+      // What a register writes too many may be more than one.
+      std::vector<float> out(size + 16, -1.0f);
       simd::store_ranks<TestType>(ranks.data(), k, n, out.data());
-      bool right = out[size] == -1.0f;
+      bool right = std::count(out.begin() + n * k, out.end(), -1.0f) == 16;
       for (int i = 0; i < n; ++i)
         for (int r = 0; r < k; ++r)
           right &=

@@ -526,6 +526,37 @@ TEST_CASE("gradients of a gate with a hidden layer are derivatives") {
         });
 }
 
+TEST_CASE("relu at 0 has no gradient, nor has a logit of -inf that neighbours share") {
+  workspace ws;
+  gate_doubles x = random_gate_doubles(few_tokens * few_d, 1),
+               dz = random_gate_doubles(few_tokens * few_experts, 9);
+  // Every hidden value is 0.
+  constexpr index_t hidden = 3;
+  gate_doubles w(hidden * few_d, 0.0), b(hidden, 0.0),
+      w2 = random_gate_doubles(few_experts * hidden, 4);
+  gate_doubles dx(x.size(), 7.0), dw(w.size(), 7.0), db(hidden, 7.0), dw2(w2.size(), 7.0),
+      db2(few_experts, 7.0);
+  mlp_gate_backward(
+      gate_rows_in(x, few_tokens),
+      mlp_gate_weights<double, double>{gate_rows_in(w, hidden), b, gate_rows_in(w2, few_experts),
+                                       gate_activation::relu},
+      gate_rows_in(dz, few_tokens),
+      mlp_gate_gradients<double>{gradient_to::write, gate_rows_in(dx, few_tokens),
+                                 gate_rows_in(dw, hidden), db, gate_rows_in(dw2, few_experts), db2},
+      ws);
+  CHECK(dx == gate_doubles(x.size(), 0.0));
+  CHECK(dw == gate_doubles(w.size(), 0.0));
+  CHECK(db == gate_doubles(hidden, 0.0));
+
+  gate_doubles z = random_gate_doubles(few_tokens * few_experts, 2), dlogits(z.size(), 7.0);
+  z[0] = -HUGE_VAL;
+  std::fill_n(z.begin() + few_experts, few_experts, -HUGE_VAL);
+  mixing_gate_backward<double>(gate_rows_in(x, few_tokens), gate_rows_in(z, few_tokens), 1.5f,
+                               gate_rows_in(dz, few_tokens), gradient_to::write,
+                               gate_rows_in(dx, few_tokens), gate_rows_in(dlogits, few_tokens), ws);
+  for (std::size_t i = 0; i < z.size(); ++i) CHECK((dlogits[i] == 0.0) == (z[i] == -HUGE_VAL));
+}
+
 TEST_CASE("gradients of a gate of normalised input are derivatives, gamma's among them") {
   gate_doubles dz = random_gate_doubles(few_tokens * few_experts, 9);
   const floats gamma = random_floats(few_d, 4);
