@@ -1,5 +1,6 @@
 #include <moeroute/json/gguf.hpp>
 
+#include <algorithm>
 #include <bit>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
@@ -11,6 +12,8 @@
 #include <type_traits>
 #include <variant>
 #include <vector>
+
+#include "support/random.hpp"
 
 using moeroute::find_in_catalog;
 using moeroute::gguf_metadata;
@@ -160,6 +163,52 @@ TEST_CASE("metadata says which layers have experts, and which a table") {
                                     {"expert_weights_scale", 1.5},
                                     {"block_count", n(4)},
                                     {"hash_layer_count", n(3)}})) == "ttts");
+}
+
+TEST_CASE("whatever keys of layers come together, every layer is what they say of its number") {
+  test::random rng(5);
+  for (int round = 0; round < 300; ++round) {
+    const bool tables = round % 3 == 0;
+    gguf_metadata keys{{"expert_count", n(8)}, {"expert_used_count", n(2)}};
+    if (tables) {
+      keys["expert_gating_func"] = n(4);
+      keys["expert_weights_scale"] = 1.5;
+    }
+    std::map<std::string, std::int64_t> said;
+    const auto draw = [&](const char* name, std::int64_t most) {
+      if (rng.below(3) == 0) return;
+      said[name] = rng.below(most + 1);
+      keys[name] = said[name];
+    };
+    const auto of = [&](const char* name) { return said.contains(name) ? said[name] : 0; };
+    draw("block_count", 12);
+    draw("nextn_predict_layers", of("block_count"));
+    draw("leading_dense_block_count", 5);
+    draw("interleave_moe_layer_step", 4);
+    draw("moe_every_n_layers", 4);
+    if (tables) draw("hash_layer_count", 14);
+    const auto made = routers_from_gguf(keys_of(tables ? "deepseek4" : "glm4moe", keys), "m.gguf");
+    INFO("round " << round);
+    const std::int64_t count = of("block_count") - of("nextn_predict_layers");
+    const std::int64_t every =
+        of(said.contains("interleave_moe_layer_step") ? "interleave_moe_layer_step"
+                                                      : "moe_every_n_layers");
+    REQUIRE(made.count == count);
+    REQUIRE(std::int64_t(made.layers.size()) == std::max(count, of("hash_layer_count")));
+    std::int64_t wrong = 0;
+    for (std::int64_t l = 0; l < std::int64_t(made.layers.size()); ++l) {
+      const bool sparse =
+          l >= of("leading_dense_block_count") && (every < 2 || l % every == every - 1);
+      moeroute::router_spec own = made.spec;
+      if (l < of("hash_layer_count")) {
+        own.selection = moeroute::selection_kind::expert_table;
+        own.selection_bias = false;
+      }
+      const auto& layer = made.layers[static_cast<std::size_t>(l)];
+      if (layer.has_value() != sparse || (sparse && !(*layer == own))) ++wrong;
+    }
+    CHECK(wrong == 0);
+  }
 }
 
 TEST_CASE("what an architecture's keys may say is pinned for each") {
@@ -391,30 +440,28 @@ TEST_CASE("a key that is missing, wrong or unknown is named") {
   CHECK(keys_refusal(keys_of("llama", {{"expert_count", n(8)}})) ==
         "moeroute::gguf: m.gguf: key 'llama.expert_used_count': expected a whole number, found "
         "none");
-  CHECK(with("expert_used_count", n(9)).find("expected a whole number from 1 to 8, found 9") !=
-        std::string::npos);
-  CHECK(with("expert_count", 8.0).find("found 8") != std::string::npos);
+  const std::string key = "moeroute::gguf: m.gguf: key 'llama.";
+  CHECK(with("expert_used_count", n(9)) ==
+        key + "expert_used_count': expected a whole number from 1 to 8, found 9");
+  CHECK(with("expert_count", 8.0) ==
+        key + "expert_count': expected a whole number from 1 to 1048576, found 8");
+  CHECK(with("expert_gating_func", n(2)) ==
+        key + "expert_gating_func': expected that of mixtral, softmax, found 2");
+  CHECK(with("expert_weights_norm", false) ==
+        key + "expert_weights_norm': expected true, found false");
+  CHECK(with("expert_weights_scale", 2.0) ==
+        key + "expert_weights_scale': expected 0 or 1, found 2");
+  CHECK(with("expert_group_count", n(4)) == key + "expert_group_count': expected 0 or 1, found 4");
   // What each key allows and all together do not.
-  const std::string uneven = keys_refusal(keys_of("deepseek2", {{"expert_count", n(160)},
-                                                                {"expert_used_count", n(6)},
-                                                                {"expert_weights_scale", 16.0},
-                                                                {"expert_group_count", n(7)},
-                                                                {"expert_group_used_count", n(3)},
-                                                                {"expert_weights_norm", false}}));
-  CHECK(uneven.find("groups is 7, expected a divisor of E = 160") != std::string::npos);
-  const std::string kept = keys_refusal(keys_of("deepseek2", {{"expert_count", n(160)},
-                                                              {"expert_used_count", n(6)},
-                                                              {"expert_weights_scale", 16.0},
-                                                              {"expert_group_count", n(8)},
-                                                              {"expert_weights_norm", false}}));
-  CHECK(kept.find("how many groups are kept") != std::string::npos);
-  CHECK(with("expert_gating_func", n(2))
-            .find("'llama.expert_gating_func': expected that of "
-                  "mixtral, softmax, found 2") != std::string::npos);
-  CHECK(with("expert_weights_norm", false).find("'llama.expert_weights_norm'") !=
-        std::string::npos);
-  CHECK(with("expert_weights_scale", 2.0).find("expected 0 or 1, found 2") != std::string::npos);
-  CHECK(with("expert_group_count", n(4)).find("'llama.expert_group_count'") != std::string::npos);
+  gguf_metadata grouped{{"expert_count", n(160)},          {"expert_used_count", n(6)},
+                        {"expert_weights_scale", 16.0},    {"expert_group_count", n(7)},
+                        {"expert_group_used_count", n(3)}, {"expert_weights_norm", false}};
+  CHECK(keys_refusal(keys_of("deepseek2", grouped)) ==
+        "moeroute::json: m.gguf: moeroute::top_k: groups is 7, expected a divisor of E = 160");
+  grouped.erase("expert_group_used_count");
+  CHECK(keys_refusal(keys_of("deepseek2", grouped)) ==
+        "moeroute::gguf: m.gguf: key 'deepseek2.expert_group_used_count': expected how many groups "
+        "are kept, found none");
   CHECK(with("router_temperature", 2.0) ==
         "moeroute::gguf: m.gguf: key 'llama.router_temperature' speaks of routing and is not "
         "known");

@@ -29,47 +29,58 @@ std::vector<float> some(test::random& rng, index_t n) {
 TEST_CASE(
     "an adapter is B times what a mask leaves of A x, in plain loops, alone or added to a base") {
   test::random rng(1);
-  constexpr index_t d = 24, d_out = 10, rank = 6;
-  const std::vector<float> bias = some(rng, rank);
-  for (const index_t rows : {0, 1, 7, 70})
-    for (const index_t keep : {0, 2, 6}) {
-      lora_experts<> lora(2, d, d_out, rank, 3.0f, {.keep = keep, .bias = bias});
-      std::vector<float> a[2], b[2];
-      for (expert_id e = 0; e < 2; ++e) {
-        a[e] = some(rng, rank * d);
-        b[e] = some(rng, d_out * rank);
-        lora.set_a(e, {a[e].data(), rank, d});
-        lora.set_b(e, {b[e].data(), d_out, rank});
-      }
-      const std::vector<float> x = some(rng, rows * d), base = some(rng, rows * d_out);
-      std::vector<float> y(base.size()), sum = base,
-                                         memory(static_cast<std::size_t>(lora.scratch_floats()));
-      const matrix_view<const float> in(x.data(), rows, d);
-      lora(1, in, {y.data(), rows, d_out}, memory.data());
-      lora.add_to(1, in, {sum.data(), rows, d_out}, memory.data());
-      for (index_t t = 0; t < rows; ++t) {
-        std::vector<double> low(rank);
-        for (index_t i = 0; i < rank; ++i)
-          for (index_t c = 0; c < d; ++c)
-            low[static_cast<std::size_t>(i)] +=
-                double(a[1][static_cast<std::size_t>(i * d + c)]) * double(in(t, c));
-        std::vector<std::size_t> order(rank);
-        for (std::size_t i = 0; i < rank; ++i) order[i] = i;
-        std::sort(order.begin(), order.end(), [&](std::size_t i, std::size_t j) {
-          return std::abs(low[i] + double(bias[i])) > std::abs(low[j] + double(bias[j]));
-        });
-        for (std::size_t i = keep == 0 ? rank : std::size_t(keep); i < rank; ++i) low[order[i]] = 0;
-        for (index_t c = 0; c < d_out; ++c) {
-          double want = 0;
-          for (std::size_t i = 0; i < rank; ++i)
-            want += double(b[1][static_cast<std::size_t>(c) * rank + i]) * low[i];
-          want *= 3.0 / rank;
-          const auto at = static_cast<std::size_t>(t * d_out + c);
-          REQUIRE(std::abs(double(y[at]) - want) < 1e-4);
-          REQUIRE(std::abs(double(sum[at]) - (want + double(base[at]))) < 1e-4);
-        }
+  for (int round = 0; round < 60; ++round) {
+    const index_t d = 1 + rng.below(24), d_out = 1 + rng.below(12), rank = 1 + rng.below(7),
+                  rows = rng.below(round % 4 == 0 ? 70 : 4), keep = rng.below(rank + 1),
+                  of_x = d + rng.below(3), of_y = d_out + rng.below(3);
+    const auto e = static_cast<expert_id>(rng.below(2));
+    const float alpha = 3.0f * rng.normal();
+    const std::vector<float> bias = some(rng, round % 3 == 0 ? 0 : rank);
+    INFO(rows << " rows, " << keep << " of " << rank << " ranks kept, bias " << bias.size());
+    lora_experts<> lora(2, d, d_out, rank, alpha, {.keep = keep, .bias = bias});
+    CHECK(lora.masks() == (keep > 0 && keep < rank));
+    CHECK(lora.scale() == alpha / static_cast<float>(rank));
+    std::vector<float> a[2], b[2];
+    for (expert_id i = 0; i < 2; ++i) {
+      a[i] = some(rng, rank * d);
+      b[i] = some(rng, d_out * rank);
+      lora.set_a(i, {a[i].data(), rank, d});
+      lora.set_b(i, {b[i].data(), d_out, rank});
+    }
+    const std::vector<float> x = some(rng, rows * of_x), base = some(rng, rows * of_y);
+    std::vector<float> y = base, sum = base,
+                       memory(static_cast<std::size_t>(lora.scratch_floats()));
+    const matrix_view<const float> in(x.data(), rows, d, of_x);
+    lora(e, in, {y.data(), rows, d_out, of_y}, memory.data());
+    lora.add_to(e, in, {sum.data(), rows, d_out, of_y}, memory.data());
+    index_t wrong = 0;
+    for (index_t t = 0; t < rows; ++t) {
+      std::vector<double> low(static_cast<std::size_t>(rank));
+      for (index_t i = 0; i < rank; ++i)
+        for (index_t c = 0; c < d; ++c)
+          low[static_cast<std::size_t>(i)] +=
+              double(a[e][static_cast<std::size_t>(i * d + c)]) * double(in(t, c));
+      std::vector<std::size_t> order(low.size());
+      for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+      const auto size = [&](std::size_t i) {
+        return std::abs(low[i] + (bias.empty() ? 0.0 : double(bias[i])));
+      };
+      std::sort(order.begin(), order.end(),
+                [&](std::size_t i, std::size_t j) { return size(i) > size(j); });
+      for (auto i = static_cast<std::size_t>(keep == 0 ? rank : keep); i < order.size(); ++i)
+        low[order[i]] = 0;
+      for (index_t c = 0; c < of_y; ++c) {
+        const auto at = static_cast<std::size_t>(t * of_y + c);
+        double want = 0;  // of what is between rows: nothing, and it stays
+        for (std::size_t i = 0; c < d_out && i < low.size(); ++i)
+          want += double(b[e][static_cast<std::size_t>(c) * low.size() + i]) * low[i] *
+                  double(alpha) / double(rank);
+        wrong += !(std::abs(double(y[at]) - (c < d_out ? want : double(base[at]))) < 1e-3);
+        wrong += !(std::abs(double(sum[at]) - (want + double(base[at]))) < 1e-3);
       }
     }
+    CHECK(wrong == 0);
+  }
 }
 
 TEST_CASE("tokens of one adapter and expert stand together in the plan of virtual experts") {
@@ -130,6 +141,21 @@ TEST_CASE("each row of a FlyLoRA projection has as many entries as it keeps; its
   for (index_t i = 0; i < 8; ++i)
     CHECK(std::count_if(a.begin() + i * 40, a.begin() + (i + 1) * 40,
                         [](float x) { return x != 0; }) == 10);
+  // The numbers of a seed are the same on every machine.
+  CHECK(fly_projection(3, 6, 1, 7) ==
+        std::vector<float>{0, 0, -0x1.3e4dd6p-6f, 0, 0, -0x1.35c88ap-3f,  //
+                           0, 0, 0x1.6db4bap-4f, 0, 0, 0x1.6aea3p-2f,     //
+                           0, 0, 0, 0x1.2a2e3ap-2f, 0, 0x1.c5d546p-4f});
+  // Twelve uniforms that add up to 6 would be an entry of 0, which there is none of.
+  CHECK(fly_projection(1, 1, 1, 42631824) == std::vector<float>{1.0f});
+  double sum = 0.0, squares = 0.0;
+  const auto many = fly_projection(4, 3000, 2, 9);
+  for (const float x : many) {
+    sum += double(x);
+    squares += double(x) * double(x);
+  }
+  CHECK(std::abs(sum / 6000) < 4 * 0.25 / std::sqrt(6000.0));
+  CHECK(std::abs(squares / 6000 - 0.0625) < 0.0625 * 0.08);
   std::vector<float> bias = {0, 0, 0};
   update_rank_bias(std::vector<std::int64_t>{1, 2, 3}, 0.5f, bias);
   CHECK(bias == std::vector<float>{0.5f, 0, -0.5f});
@@ -183,9 +209,9 @@ TEST_CASE("gradients of an adapter that is not there, or of other shapes, are re
   CHECK(refused(2, 3) == "moeroute::lora_backward: expert is 2, expected 0 to 1");
   CHECK(refused(-1, 3) == "moeroute::lora_backward: expert is -1, expected 0 to 1");
   CHECK(refused(1, 2) == "moeroute::lora_backward: dout.cols() is 2, expected 3");
-  CHECK(test::refusal([&] {
-          lora_backward<>(lora, factors, {{da.data(), 4, 4}, {a.data(), 6, 2}});
-        }).ends_with("overlap, expected memory of their own"));
+  CHECK(test::refusal(
+            [&] { lora_backward<>(lora, factors, {{da.data(), 4, 4}, {a.data(), 6, 2}}); }) ==
+        "moeroute::lora_backward: factors.a and gradients.b overlap, expected memory of their own");
 }
 
 TEST_CASE("gradients of an adapter are those of plain loops, of what its mask leaves") {

@@ -441,9 +441,12 @@ TEST_CASE("options that do not fit the gate are refused by name") {
   CHECK(
       made({.special = {.identity_first = 3, .identity_end = 6, .zero_first = 6, .zero_end = 8}}) ==
       "accepted");
-  CHECK(made({.capacity =
-                  capacity_policy{.rule = {.formula = capacity_formula::megatron, .factor = -1.0}}})
-            .starts_with("moeroute::capacity_rule: factor is -1"));
+  CHECK(made({.capacity = capacity_policy{.rule = {.formula = capacity_formula::megatron,
+                                                   .factor = -1.0}}}) ==
+        "moeroute::capacity_rule: factor is -1.000000, expected > 0");
+  CHECK(made({.d_out = -1}) == "moeroute::moe_layer: d_out is -1, expected 1 to 1099511627776");
+  CHECK(made({.d_out = (index_t{1} << 40) + 1}) ==
+        "moeroute::moe_layer: d_out is 1099511627777, expected 1 to 1099511627776");
   const std::vector<float> three(3);
   CHECK(made({.shared = {.scale = 2.0f}}) ==
         "moeroute::moe_layer: shared experts have a weight, but there are none");
@@ -458,6 +461,14 @@ TEST_CASE("options that do not fit the gate are refused by name") {
         "moeroute::moe_layer: shared.scale is inf, expected a finite number");
   CHECK(test::refusal([] { moe_layer(gate_weights(), mixtral(), networks(11, 8)); }) ==
         "moeroute::moe_layer: experts.experts() is 11, expected 12");
+  // Beside special experts networks are as many as the last that is none of them, or more.
+  const moe_layer_options special{
+      .special = {.identity_first = 8, .identity_end = 10, .zero_first = 11, .zero_end = 12}};
+  for (const index_t n : {10, 11, 12, 13})
+    CHECK(test::refusal([&] { moe_layer(gate_weights(), mixtral(), networks(n, 8), special); }) ==
+          (n == 11 || n == 12 ? "accepted"
+                              : "moeroute::moe_layer: experts.experts() is " + std::to_string(n) +
+                                    ", expected 11 to 12"));
   moe_layer layer(gate_weights(), mixtral(), curves{});
   row_matrix<float> x = test::random_rows(20, d, 16);
   CHECK(test::refusal([&] {

@@ -56,35 +56,54 @@ oracle::matrix slow(const parts& p, const oracle::matrix& x, const swiglu_option
 
 }  // namespace
 
-TEST_CASE("limit, alpha, offset, biases and relu squared are what they say, for every width") {
-  const swiglu_options variants[] = {
-      {},
-      {.limit = 2.0f},
-      {.limit = 7.0f, .alpha = 1.702f, .up_offset = 1.0f},
-      {.activation = expert_activation::relu_squared},
-      {.activation = expert_activation::relu_squared, .limit = 3.0f},
-  };
-  for (const index_t ff : {1, 16, 33})
-    for (const swiglu_options& o : variants) {
-      const parts p{ff};
-      swiglu_experts<> experts(2, d, ff, o);
-      if (o.activation == expert_activation::silu_gated) {
-        experts.set_gate(1, const_view(p.gate));
-        experts.set_gate_bias(1, p.gate_bias);
-      }
-      experts.set_up(1, const_view(p.up));
+TEST_CASE("limit, alpha, offset, biases and relu squared are what they say, all at once") {
+  test::random rng(3);
+  for (int round = 0; round < 60; ++round) {
+    const index_t ff = 1 + rng.below(40), n = round % 10 == 0 ? 190 + rng.below(8) : rng.below(6),
+                  of_x = d + rng.below(3), of_y = d + rng.below(3);
+    swiglu_options o;
+    if (rng.below(3) == 0) o.activation = expert_activation::relu_squared;
+    if (rng.below(2) == 0) o.limit = 0.5f + 4.0f * rng.uniform();
+    if (rng.below(2) == 0) o.alpha = rng.normal();
+    if (rng.below(2) == 0) o.up_offset = rng.normal();
+    const bool gated = o.activation == expert_activation::silu_gated;
+    INFO("round " << round << ", gated " << gated << ", ff " << ff << ", rows " << n);
+    parts p{ff};
+    swiglu_experts<> experts(2, d, ff, o);
+    CHECK(experts.kept_floats() == (gated ? 2 * ff : ff));
+    if (gated) experts.set_gate(1, const_view(p.gate));
+    experts.set_up(1, const_view(p.up));
+    experts.set_down(1, const_view(p.down));
+    if (rng.below(2) == 0) {
+      if (gated) experts.set_gate_bias(1, p.gate_bias);
       experts.set_up_bias(1, p.up_bias);
-      experts.set_down(1, const_view(p.down));
       experts.set_down_bias(1, p.down_bias);
-      const row_matrix<float> x = test::random_rows(11, d, 7);
-      row_matrix<float> y(11, d);
-      std::vector<float> memory(static_cast<std::size_t>(experts.scratch_floats()));
-      experts(1, const_view(x), view(y), memory.data());
-      const oracle::matrix expected = slow(p, parts::copy(x), o);
-      double largest = 0;
-      for (const double v : expected.value) largest = std::max(largest, std::abs(v));
-      CHECK(test::difference(test::values(y), expected.value, 1e-5, 1e-5 * largest) == "");
+    } else {
+      for (auto* bias : {&p.gate_bias, &p.up_bias, &p.down_bias})
+        std::fill(bias->begin(), bias->end(), 0.0f);
     }
+    const row_matrix<float> x = test::random_rows(n, of_x, 7), dense = x.leftCols(d);
+    row_matrix<float> y = row_matrix<float>::Constant(n, of_y, 9.0f);
+    std::vector<float> memory(static_cast<std::size_t>(experts.scratch_floats()));
+    const index_t width = experts.kept_floats(), of_kept = width + rng.below(3);
+    row_matrix<float> kept = row_matrix<float>::Constant(n, of_kept, 9.0f), between(n, width);
+    const matrix_view<const float> in(x.data(), n, d, of_x);
+    const matrix_view<float> out(y.data(), n, d, of_y);
+    if (rng.below(2) == 0) {
+      experts(1, in, out, {kept.data(), n, width, of_kept}, memory.data());
+      experts.activation_input(1, in, view(between));
+      CHECK(kept.leftCols(width) == between);
+      CHECK((kept.rightCols(of_kept - width).array() == 9.0f).all());
+    } else {
+      experts(1, in, out, memory.data());
+    }
+    CHECK((y.rightCols(of_y - d).array() == 9.0f).all());
+    const row_matrix<float> made = y.leftCols(d);
+    const oracle::matrix expected = slow(p, parts::copy(dense), o);
+    double largest = 0;
+    for (const double v : expected.value) largest = std::max(largest, std::abs(v));
+    CHECK(test::difference(test::values(made), expected.value, 1e-5, 1e-5 * largest) == "");
+  }
 }
 
 TEST_CASE("fused checkpoints of either layout give the bits of separate matrices") {
@@ -124,9 +143,14 @@ TEST_CASE("fused checkpoints of either layout give the bits of separate matrices
 }
 
 TEST_CASE("options and weights that do not fit are refused by name") {
-  CHECK(test::refusal([] {
-          swiglu_experts<>(1, 5, 7, {.limit = -1.0f});
-        }).starts_with("moeroute::swiglu_experts: limit is -1"));
+  CHECK(test::refusal([] { swiglu_experts<>(1, 5, 7, {.limit = -1.0f}); }) ==
+        "moeroute::swiglu_experts: limit is -1.000000, expected >= 0");
+  CHECK(test::refusal([] { swiglu_experts<>(1, 5, 7, {.limit = INFINITY}); }) ==
+        "moeroute::swiglu_experts: limit is inf, expected >= 0");
+  for (const swiglu_options& o : {swiglu_options{.alpha = NAN}, swiglu_options{.alpha = INFINITY},
+                                  swiglu_options{.up_offset = -INFINITY}})
+    CHECK(test::refusal([&] { swiglu_experts<>(1, 5, 7, o); }) ==
+          "moeroute::swiglu_experts: alpha or up_offset is not a finite number");
   const row_matrix<float> w = row_matrix<float>::Zero(7, 5);
   swiglu_experts<> gateless(2, 5, 7, {.activation = expert_activation::relu_squared});
   CHECK(test::refusal([&] { gateless.set_gate(0, const_view(w)); }) ==
