@@ -144,6 +144,7 @@ TEST_CASE("one pass gives what an LRU cache of every size gives") {
   std::copy_n(named, 9, twice.ids().begin());
   expert_trace again(4);
   again.add(twice);
+  CHECK(lru_hits(again) == std::vector<index_t>{0, 5, 6, 6, 6});
   for (index_t c = 3; c <= 4; ++c)
     CHECK(lru_hits(again)[static_cast<std::size_t>(c)] == hits(again, cache_policy::lru, c));
 }

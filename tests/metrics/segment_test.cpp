@@ -146,9 +146,14 @@ TEST_CASE("fluctuation: the last checkpoint with another target, never rising, 0
   fluctuation_meter m;
   const expert_id targets[4][3] = {{0, 0, 0}, {0, 1, 1}, {0, 1, 0}, {0, 1, 2}};
   for (const auto& row : targets) {
+    // Second choices may change as they like.
     assignment a;
-    a.reset(3, 4, 1);
-    std::copy(row, row + 3, a.ids().begin());
+    a.reset(3, 4, 2);
+    for (std::size_t t = 0; t < 3; ++t) {
+      a.ids()[2 * t] = row[t];
+      a.ids()[2 * t + 1] = static_cast<expert_id>(3 - m.checkpoints() % 2 * 3);
+      if (a.ids()[2 * t + 1] == row[t]) a.ids()[2 * t + 1] = no_expert;
+    }
     m.add(a);
   }
   CHECK(near(m.still_changing_after(1), 2.0 / 3));

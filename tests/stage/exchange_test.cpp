@@ -211,6 +211,20 @@ TEST_CASE("tokens are cut where shares round to, and halves go to the slot befor
   }
 }
 
+TEST_CASE("tokens of all ranks are more than 32 bits hold, and are cut where they should be") {
+  const placement p = placement::from_slots(1, 4, std::vector<expert_id>{0, 0, 0, no_expert});
+  constexpr std::int32_t most = 0x7fffffff;
+  assignment a;
+  a.reset(5, 1, 1);
+  std::fill(a.ids().begin(), a.ids().end(), 0);
+  const std::vector<std::int32_t> counts{most, 5, most, most};
+  // A third of the tokens is 2^31 and two thirds of one: this rank's first is the one below 2^31.
+  CHECK(resolved(a, p, 1, {.rule = replica_rule::even, .counts = counts}) ==
+        std::vector<slot_id>{0, 1, 1, 1, 1});
+  CHECK(resolved(a, p, 1, {.rule = replica_rule::shares, .counts = counts}) ==
+        std::vector<slot_id>{0, 0, 1, 1, 1});
+}
+
 TEST_CASE("rules with counts partition each expert's tokens, whatever ranks have") {
   test::random rng(4);
   for (const index_t ranks : {1, 2, 3, 7}) {
