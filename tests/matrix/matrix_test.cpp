@@ -193,8 +193,21 @@ TEST_CASE("the limits of 16-bit types are those of their fields") {
           std::ldexp(1.0f, 1 - ours::digits));  // of half, Eigen's is an eighth
     CHECK(float{ours::infinity()} == static_cast<float>(theirs::infinity()));
     CHECK(float{ours::denorm_min()} == static_cast<float>(theirs::denorm_min()));
-    CHECK(std::isnan(float{ours::quiet_NaN()}));
     CHECK(ours::digits == theirs::digits);
+    // A quiet NaN has the first bit of the fraction, one that signals has another.
+    constexpr auto quiet = static_cast<std::uint16_t>(1u << (ours::digits - 2));
+    CHECK((std::isnan(float{ours::quiet_NaN()}) && (ours::quiet_NaN().bits & quiet) != 0));
+    CHECK((std::isnan(float{ours::signaling_NaN()}) && (ours::signaling_NaN().bits & quiet) == 0));
+    CHECK(float{ours::round_error()} == 0.5f);
+    CHECK(float{ours::min()} == std::ldexp(1.0f, ours::min_exponent - 1));
+    CHECK(float{ours::max()} ==
+          std::ldexp(1.0f - std::ldexp(1.0f, -ours::digits), ours::max_exponent));
+    const auto decimals = [](double binary) { return binary * std::log10(2.0); };
+    CHECK(ours::digits10 == static_cast<int>(decimals(ours::digits - 1)));
+    CHECK(ours::max_digits10 == static_cast<int>(std::ceil(1 + decimals(ours::digits))));
+    CHECK(ours::min_exponent10 == static_cast<int>(std::ceil(decimals(ours::min_exponent - 1))));
+    CHECK(ours::max_exponent10 ==
+          static_cast<int>(std::log10(static_cast<double>(float{ours::max()}))));
   };
   compare(bfloat16{}, Eigen::bfloat16{});
   compare(float16{}, Eigen::half{});

@@ -73,6 +73,18 @@ TEST_CASE("names in the catalogue are found, and are different") {
         "moeroute::spec_of_model: 'Mixtral-8x7B' is not in the catalogue: did you mean 'mixtral'?");
   CHECK(said("") ==
         "moeroute::spec_of_model: '' is not in the catalogue: docs/models.md has its names");
+  // Whatever letters and digits a name has, it is known in capitals and with other marks between.
+  std::string not_known;
+  const auto in_capitals = [&](const catalog_entry& entry) {
+    std::string name;
+    for (const char c : entry.name)
+      name += c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c == '_' ? '-' : c;
+    const std::string mark = "did you mean '" + std::string(entry.name) + "'?";
+    if (!said(name).ends_with(mark)) not_known += name + " ";
+  };
+  for (const catalog_entry& entry : catalog) in_capitals(entry);
+  for (const catalog_entry& entry : newer_catalog) in_capitals(entry);
+  CHECK(not_known == "");
 }
 
 TEST_CASE("sizes outside their range are refused with the field and both values") {

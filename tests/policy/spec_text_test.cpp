@@ -363,8 +363,10 @@ TEST_CASE(
   CHECK(advises({.k = 1, .normalize = normalization::sum}, "the gate has no gradient"));
   CHECK(advises({.k = 1, .domain = score_domain::selected}, "the gate has no gradient"));
   CHECK_FALSE(advises({.k = 1}, "the gate has no gradient"));
-  CHECK(advises({.experts = 4, .k = 4}, "nothing is chosen"));
-  CHECK(advises({.groups = 4, .topk_group = 4}, "the limit does nothing"));
+  CHECK(advises({.experts = 4, .k = 4},
+                "k=4 is E: every token takes every expert, nothing is chosen"));
+  CHECK(advises({.groups = 4, .topk_group = 4},
+                "topk_group=4 keeps every group: the limit does nothing"));
   CHECK(advises({.score = score_kind::sigmoid,
                  .selection_bias = true,
                  .groups = 4,
@@ -373,12 +375,16 @@ TEST_CASE(
                 "an expert of a lost group"));
   CHECK(advises({.experts = 256, .selection_bias = true}, "0.00390625"));
   CHECK(advises({.score = score_kind::identity, .normalize = normalization::sum}, "may vanish"));
-  CHECK(advises({.normalize = normalization::sum, .eps_where = eps_mode::add, .eps = 0.01f},
-                "is added to the divisor"));
-  CHECK(advises({.softcap = 0.5f}, "nearly equal scores"));
+  CHECK(advises({.normalize = normalization::sum, .eps_where = eps_mode::add, .eps = 0.0625f},
+                "eps=0.0625 is added to the divisor"));
+  CHECK(advises({.softcap = 0.5f}, "logit_softcap=0.5: logits within +-0.5 make nearly"));
+  CHECK(advises(
+      {.score = score_kind::sigmoid, .selection = selection_kind::threshold, .threshold = -0.25f},
+      "threshold=-0.25 on sigmoids lets every expert through"));
   CHECK(advises({.score = score_kind::sigmoid, .selection = selection_kind::threshold},
-                "every expert through"));
-  CHECK(advises({.selection = selection_kind::top_p, .top_p = 0.7f}, "without max_k"));
+                "threshold=0 on sigmoids"));
+  CHECK(advises({.selection = selection_kind::top_p, .top_p = 0.75f},
+                "p=0.75 without max_k: a token that is undecided takes up to E = "));
   CHECK(advises({.normalize = normalization::sum, .capacity = 4}, "before the drop"));
   const auto of = [](const std::string& text, const std::string& words) {
     INFO(text);
@@ -387,17 +393,23 @@ TEST_CASE(
   of("E=8 k=1 weight_score=softmax weight_domain=selected score=sigmoid",
      "the gate has no gradient");
   of("E=8 k=2 explore=1", "the router chooses nothing");
-  of("E=8 k=2 candidates=2", "the lot decides");
-  of("E=8 k=2 noise=gumbel", "in every call");
+  of("E=8 k=2 candidates=2", "candidates=2 is k: every candidate is taken, the lot decides");
+  of("E=8 k=2 noise=gumbel", "noise=gumbel is drawn in every call");
   of("E=8 k=2 selection=counted count=ratio score=identity max_k=4", "below 0");
-  of("E=8 k=2 selection=counted count=percentile", "without max_k");
-  of("E=8 selection=expert_choice", "tokens behind it");
+  of("E=8 k=2 selection=counted count=percentile",
+     "count=percentile without max_k: a token that is undecided takes up to E = 8 experts");
+  of("E=8 selection=expert_choice", "selection=expert_choice decides by the whole batch");
   of("E=8 k=2 selection=sinkhorn", "phase=evaluation");
+  of("E=8 k=2 selection=sinkhorn plan_temperature=0.125", "plan_temperature=0.125 on logits: ");
   of("E=8 k=2 selection=sinkhorn plan_temperature=0.1", "plan_eps outweighs");
-  of("E=8 k=2 gate=cosine", "nearly equal scores");
+  of("E=8 k=2 gate=cosine gate_temperature=2",
+     "gate_temperature=2 on cosines: logits within +-0.5 make nearly equal scores");
   of("E=8 k=2 gate=low_rank_cosine gate_d=16 gate_width=16 gate_temperature=0.1", "no lower rank");
+  of("E=8 k=2 gate=low_rank_cosine gate_d=16 gate_width=17 gate_temperature=0.1",
+     "gate_width=17 is no lower rank than gate_d=16");
   of("E=8 k=2 gate=mixing score=identity", "tokens behind it");
-  of("E=8 k=2 selection=hash_table score=uniform gate=rms", "nobody reads");
+  of("E=8 k=2 selection=hash_table score=uniform gate=rms",
+     "gate=rms on score=uniform: nobody reads");
   CHECK(advice(parse_spec("E=8 k=2 gate=cosine gate_temperature=0.07 explore=0.1")).empty());
   CHECK(advice(parse_spec("E=8 k=2 selection=sinkhorn phase=evaluation")).empty());
   for (const catalog_entry& entry : catalog)

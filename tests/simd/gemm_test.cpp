@@ -2,6 +2,7 @@
 
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -204,6 +205,27 @@ TEST_CASE("a product never allocates") {
           multiply(matrix_view<const float>(x.data(), 50, 600), packed, out);
           multiply(matrix_view<const bfloat16>(narrow.data(), 50, 600), packed, out);
         }) == 0);
+}
+
+TEST_CASE("outputs that nobody set are zeros, whatever lay in the memory before") {
+  for (const auto& [rows, cols] : {std::pair<index_t, index_t>{3, 4}, {35, 7}, {64, 16}}) {
+    const std::vector<float> never(static_cast<std::size_t>(rows * cols), NAN),
+        x(static_cast<std::size_t>(cols), 1.0f);
+    const matrix_view<const float> all(never.data(), rows, cols), one(x.data(), 1, cols);
+    {
+      simd::packed_matrix<> before[4];  // what is made next may lie where one of these was
+      for (auto& m : before) {
+        m = simd::packed_matrix<>(all);
+        for (index_t r = 0; r < rows; ++r) m.bias(r) = NAN;
+      }
+    }
+    simd::packed_matrix<> w(rows, cols);
+    w.set_rows(1, one);
+    std::vector<float> y(static_cast<std::size_t>(rows), 9.0f), want(y.size(), 0.0f);
+    want[1] = static_cast<float>(cols);
+    multiply(one, w, matrix_view<float>(y.data(), 1, rows));
+    CHECK(y == want);
+  }
 }
 
 TEST_CASE("a product refuses shapes that do not fit") {
