@@ -173,6 +173,13 @@ TEST_CASE("one rank exchanges nothing, no tokens take no time") {
   CHECK(nothing.seconds.header == 2.0 * o.machine.inside.alpha);
 }
 
+TEST_CASE("no load is balanced, whether ranks have none or there are no ranks") {
+  for (const std::vector<double>& load : {std::vector<double>{}, std::vector<double>{0.0, 0.0}}) {
+    const rank_balance b = balance_of(load);
+    CHECK((b.imbalance == 1.0 && b.max_load == 0.0 && b.mean_load == 0.0));
+  }
+}
+
 TEST_CASE("two levels pay (N - 1) + (G - 1) messages, a fitted link is the one that was measured") {
   cluster c{.ranks = 32, .nodes = 4};
   c.inside = {1e-6, 0.0};
