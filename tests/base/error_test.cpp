@@ -1,12 +1,15 @@
 #include <moeroute/base/error.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdio>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 
+#include "support/guarded.hpp"
 #include "support/refusal.hpp"
 
 using namespace moeroute;
@@ -60,7 +63,43 @@ TEST_CASE("a sentence in parts reads as its text and numbers do, and is cut wher
   const char* const name = "mask";
   CHECK(refusal([&] { fail("plan", {name, " is missing"}); }) == "moeroute::plan: mask is missing");
   const std::string endless(3000, 'n');
-  const std::string cut = refusal([&] { fail("plan", {"see ", endless.c_str(), "never"}); });
+  const std::string cut = refusal([&] { fail("plan", {"see ", endless.c_str(), "Never"}); });
   CHECK(cut == "moeroute::plan: see " + endless.substr(0, 1023 - 20));
   CHECK(refusal([&] { fail("plan", endless); }) == "moeroute::plan: " + endless);
+}
+
+TEST_CASE("a message is its first 1023 bytes, whichever part the end lies in") {
+  std::string text;
+  for (int i = 0; i < 1100; ++i) text += static_cast<char>('a' + i % 23);  // no byte as the next
+  std::string wrong;
+  for (std::size_t size = 980; size < 1030; ++size) {
+    const std::string first = text.substr(0, size);
+    const auto said = [&](const message_part& second) {
+      return refusal([&] { fail("plan", {first.c_str(), second, "!?"}); });
+    };
+    const auto whole = [&](const char* second) {
+      return ("moeroute::plan: " + first + second + "!?").substr(0, 1023);
+    };
+    if (said("NEVER") != whole("NEVER") || said(-40961) != whole("-40961") || said("") != whole(""))
+      wrong += " " + std::to_string(size);
+    const std::string where = text.substr(0, size);
+    if (refusal([&] { fail(where.c_str(), {"k is ", 7}); }) !=
+        ("moeroute::" + where + ": k is 7").substr(0, 1023))
+      wrong += " where " + std::to_string(size);
+  }
+  CHECK(wrong == "");
+}
+
+TEST_CASE("a part is written over the room that it is given and no byte more, from its own bytes") {
+  test::guarded<char> room(32), bytes(4);
+  char* const own = bytes.window(4, test::guarded_end::back);  // no zero follows
+  std::copy_n("mask", 4, own);
+  const std::pair<message_part, std::string> parts[] = {
+      {"shared", "shared"}, {std::string_view(own, 4), "mask"}, {index_t{-1024}, "-1024"}};
+  for (const auto& [part, text] : parts)
+    for (std::size_t size = 1; size <= 8; ++size) {
+      char* const to = room.window(static_cast<index_t>(size), test::guarded_end::back);
+      CHECK(part.write(to, size) == static_cast<int>(text.size()));
+      CHECK(std::string(to) == text.substr(0, size - 1));
+    }
 }

@@ -68,9 +68,9 @@ TEST_CASE("a thread that holds a number may hold another, and an endless wait is
     const worker_slots::held inner(slots);
     CHECK(inner == 1);
     // Both are this thread's own, suspended: nobody can give one back.
-    CHECK(test::refusal([&] {
-            const worker_slots::held third(slots);
-          }).starts_with("moeroute::worker_slots: every thread waits inside a piece"));
+    CHECK(test::refusal([&] { const worker_slots::held third(slots); }) ==
+          "moeroute::worker_slots: every thread waits inside a piece for scratch that only these "
+          "pieces give back: the pool runs pieces inside suspended ones; isolate them");
     worker_slots others(2);
     const worker_slots::held other(others);  // of another loop: no wait
     CHECK(other == 0);

@@ -55,7 +55,7 @@ class message_part {
   template <std::integral Number>
   constexpr message_part(Number number) : value_(static_cast<index_t>(number)) {}
 
-  /// Writes it over at most `room` characters and a zero; returns how many it has.
+  /// Writes what of it fits into `room` bytes, the last of them a zero; returns how many it has.
   int write(char* to, std::size_t room) const {
     if (text_ == nullptr) return std::snprintf(to, room, "%lld", static_cast<long long>(value_));
     return std::snprintf(to, room, "%.*s", static_cast<int>(value_), text_);
