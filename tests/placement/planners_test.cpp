@@ -360,6 +360,25 @@ TEST_CASE("a search takes no more steps than it may, and no new starts where it 
   }
   CHECK(changed > 0);
   CHECK(longest > 1);
+  // The busiest expert's part bounds it too, whoever it is: what is as good as asked for stays.
+  test::random rng(36);
+  int bettered = 0;
+  for (int draw = 0; draw < 60; ++draw) {
+    const index_t ranks = 3 + rng.below(3), slots = 3 * ranks, experts = slots - 1 - rng.below(4);
+    std::vector<double> load(at(experts));
+    for (double& w : load) w = 0.1 + static_cast<double>(rng.uniform());
+    const auto busiest = at(rng.below(2) * (experts - 1));
+    load[busiest] = 4.0 * static_cast<double>(experts);
+    const double bound = load[busiest] / static_cast<double>(ranks);
+    const auto asked = [&](double good) {
+      return search_packing(load, slots, ranks, {.kicks = 24, .good = good});
+    };
+    const packing once = search_packing(load, slots, ranks, {.kicks = 0});
+    if (once.count[busiest] < ranks || detail::has_twice(once)) continue;
+    CHECK(asked(once.max_load / bound * (1.0 + 1e-9)).of_rank == once.of_rank);
+    bettered += asked(1.0).of_rank != once.of_rank;
+  }
+  CHECK(bettered > 0);
 }
 
 TEST_CASE("affinity without restarts is the way down from layer 0 in order; restarts never cost") {
@@ -683,6 +702,20 @@ TEST_CASE("re-planning and splits see a rank that is dead as none") {
   CHECK(moves > 20);
 }
 
+TEST_CASE("the mean of ranks is that of who is alive, and without a load all is even") {
+  const std::vector<std::uint8_t> alive{1, 0, 1, 0};
+  const placement p = placement::from_slots(2, 4, std::vector<expert_id>{0, 0, 1, 1}, {}, alive);
+  const rank_balance of_two = plan_of(p, std::vector<double>{6, 2}, 0.0).balance;
+  CHECK((of_two.max_load == 6 && of_two.mean_load == 4 && of_two.imbalance == 1.5));
+  CHECK(replan(p, std::vector<double>{6, 2}, {.budget = 0}).imbalance_after == 1.5);
+  const std::vector<double> nothing{0, 0};
+  CHECK(plan_of(p, nothing, 0.0).balance.imbalance == 1.0);
+  CHECK(replan(p, nothing).imbalance_before == 1.0);
+  CHECK(balance_of({}).imbalance == 1.0);
+  CHECK(test::refusal([&] { balance_of(nothing, alive); }) ==
+        "moeroute::balance_of: alive.size() is 4, expected 2");
+}
+
 TEST_CASE("no placement is below the mean of ranks nor below the busiest expert's part") {
   const std::vector<double> load{9, 1, 1, 1};
   CHECK(placement_bound(load, 4, 4) == 9.0);
@@ -747,10 +780,14 @@ TEST_CASE("a second copy is exchanged for the expert of the nearest load that it
   p.of_rank = {{1, 1}, {2, 3}, {0, 2}, {3, 0}};
   p.load.resize(4);
   const std::vector<double> load{4, 8, 2, 7};
+  CHECK(detail::has_twice(p));
   detail::separate(p, load);
+  CHECK_FALSE(detail::has_twice(p));
   CHECK(p.of_rank == std::vector<std::vector<expert_id>>{{3, 1}, {2, 1}, {0, 2}, {3, 0}});
   CHECK(p.load == std::vector<double>{7.5, 5, 3, 5.5});
   CHECK(p.max_load == 7.5);
+  p.of_rank = {{0, 1, 0}};  // not side by side
+  CHECK(detail::has_twice(p));
 }
 
 TEST_CASE("counts and prices at the ends of their ranges overflow nothing") {
@@ -1424,6 +1461,16 @@ TEST_CASE("slots are swapped as plain loops over every pair swap them") {
     }
   }
   CHECK(made > 20);
+  // A hundred swaps for each rank at the most: all of one rank weigh 2, all of the other 1.
+  packing wide;
+  wide.of_rank.resize(2);
+  for (expert_id e = 0; e < 900; ++e) wide.of_rank[at(e % 2)].push_back(e);
+  wide.count.assign(900, 1);
+  wide.load = {900, 450};
+  std::vector<double> two_or_one;
+  for (int e = 0; e < 900; ++e) two_or_one.push_back(2.0 - e % 2);
+  detail::swap_slots(wide, two_or_one, false);
+  CHECK(wide.load == std::vector<double>{700, 650});
 }
 
 TEST_CASE("searches end where they always ended: loads whose quotients are whole numbers") {
@@ -1644,11 +1691,10 @@ TEST_CASE(
       for (index_t i = 0; i < experts * experts; ++i)
         t.count.back().push_back(static_cast<double>(rng.below(4) * rng.below(9)));
     }
-    const affinity_options o{.ranks = ranks,
-                             .node_of_rank = node,
-                             .weight_within = static_cast<double>(rng.below(3)),
-                             .weight_across = static_cast<double>(1 + rng.below(5)),
-                             .restarts = rng.below(4)};
+    affinity_options o{.ranks = ranks, .node_of_rank = node};
+    o.weight_within = static_cast<double>(rng.below(3));
+    o.weight_across = static_cast<double>(1 + rng.below(5));
+    o.restarts = rng.below(4);
     const auto cost = [&](const std::vector<std::vector<std::int32_t>>& rank) {
       double sum = 0.0;
       for (std::size_t l = 0; l < t.count.size(); ++l)
@@ -1673,6 +1719,40 @@ TEST_CASE(
           std::swap(a, b);
         }
 
+    // From a layer 0 of any order: the expert whose second choice costs most more than its first.
+    std::vector<std::int32_t> layer;
+    for (index_t e = 0; e < experts; ++e) layer.push_back(static_cast<std::int32_t>(e % ranks));
+    for (index_t e = experts - 1; e > 0; --e) std::swap(layer[at(e)], layer[at(rng.below(e + 1))]);
+    std::vector<std::vector<std::int32_t>> greedy{layer};
+    for (const auto& n : t.count) {
+      std::vector<std::int32_t> next(at(experts), -1);
+      for (index_t placed = 0; placed < experts; ++placed) {
+        double regret = -1.0;
+        std::size_t who = 0;
+        std::int32_t where = 0;
+        for (std::size_t e = 0; e < next.size(); ++e) {
+          std::vector<std::pair<double, std::int32_t>> price;
+          for (std::int32_t r = 0; r < ranks; ++r) {
+            if (std::count(next.begin(), next.end(), r) == own) continue;
+            price.emplace_back(0.0, r);
+            for (std::size_t i = 0; i < next.size(); ++i)
+              if (const std::int32_t from = greedy.back()[i]; from != r)
+                price.back().first +=
+                    n[i * next.size() + e] * (across(from, r) ? o.weight_across : o.weight_within);
+          }
+          std::sort(price.begin(), price.end());
+          const double more = price.size() > 1 ? price[1].first - price[0].first : 1e300;
+          if (next[e] >= 0 || more <= regret) continue;
+          regret = more;
+          who = e;
+          where = price[0].second;
+        }
+        next[who] = where;
+      }
+      greedy.push_back(next);
+    }
+    CHECK(affinity_from(t, o, layer, false).rank_of_expert == greedy);
+
     std::vector<token_set> sets;
     for (index_t i = rng.below(20); i > 0; --i) {
       sets.push_back({{}, 0.25 * static_cast<double>(rng.below(9))});
@@ -1685,11 +1765,10 @@ TEST_CASE(
       load.push_back(static_cast<double>(1 + rng.below(9)));
       start.push_back(static_cast<std::int32_t>(e % ranks));
     }
-    const grouping_options g{.ranks = ranks,
-                             .node_of_rank = node,
-                             .weight_node = static_cast<double>(rng.below(5)),
-                             .weight_rank = static_cast<double>(rng.below(3)),
-                             .slack = 1.0 + 0.25 * static_cast<double>(rng.below(4))};
+    grouping_options g{.ranks = ranks, .node_of_rank = node};
+    g.weight_node = static_cast<double>(rng.below(5));
+    g.weight_rank = static_cast<double>(rng.below(3));
+    g.slack = 1.0 + 0.25 * static_cast<double>(rng.below(4));
     const auto reached = [&](const std::vector<std::int32_t>& rank) {
       double sum = 0.0;
       for (const token_set& s : sets) {
@@ -1728,8 +1807,9 @@ TEST_CASE(
     for (index_t i = 0; i < ranks * experts; ++i) count.push_back(rng.below(3) * rng.below(30));
     std::vector<std::uint8_t> shadowed;
     for (index_t e = 0; e < experts; ++e) shadowed.push_back(rng.below(3) == 0);
-    const shadow_costs price{static_cast<double>(1 + rng.below(4)), 0.5 * double(1 + rng.below(4)),
-                             static_cast<double>(1 + rng.below(4)), 8.0, 64.0};
+    const auto some = [&] { return static_cast<double>(1 + rng.below(4)); };
+    const double d0 = some(), ratio = 0.5 * some(), bytes = some();
+    const shadow_costs price{d0, ratio, bytes, 8.0, 64.0};
     for (const bool training : {false, true}) {
       std::vector<double> rows(at(ranks), 0.0), in = rows, out = rows;
       double shadows = 0.0;

@@ -79,6 +79,13 @@ TEST_CASE("traffic drifts, switches, and sums to one") {
     CHECK((change > 0.3) == (step == 3));
     before.assign(t.popularity().begin(), t.popularity().end());
   }
+  // Of two experts each is the popular one as often as the other.
+  int first = 0;
+  for (std::uint64_t seed = 0; seed < 400; ++seed) {
+    const expert_traffic two({.experts = 2, .zipf = 1.0, .noise = 0.0, .seed = seed});
+    first += two.popularity()[0] > two.popularity()[1];
+  }
+  CHECK(std::abs(first - 200) < 60);
 }
 
 TEST_CASE("a simulated layer plans by what it saw, from its second step on, every so many steps") {
@@ -452,22 +459,22 @@ TEST_CASE("a simulated step of any planner and cluster is what its formulas make
     const index_t nodes = 1 + rng.below(3), places = 1 + rng.below(3), ranks = nodes * places,
                   own = 1 + rng.below(3), experts = ranks * own;
     const auto price = [&](index_t most) { return 0.25 * static_cast<double>(rng.below(most)); };
-    simulation_options o{.planner = planner,
-                         .slots = experts + ranks * rng.below(3),
-                         .replan_every = 1 + rng.below(2),
-                         .memory = rng.below(2) == 0 ? 0.0 : 0.5,
-                         .search = {.most_steps = 2, .kicks = 0},
-                         .k = 1 + rng.below(std::min<index_t>(experts, 4))};
+    simulation_options o{.planner = planner, .search = {.most_steps = 2, .kicks = 0}};
+    o.slots = experts + ranks * rng.below(3);
     if (o.slots > experts * ranks) o.slots = experts;  // no expert is on a rank twice
-    o.machine = {.ranks = ranks,
-                 .nodes = nodes,
-                 .inside = {price(5), price(5)},
-                 .outside = {price(9), price(9)},
-                 .rows_per_second = 0.5 + price(9),
-                 .call_seconds = price(5),
-                 .block = 1 + rng.below(4),
-                 .row_bytes = price(9),
-                 .expert_bytes = price(9)};
+    o.replan_every = 1 + rng.below(2);
+    o.memory = rng.below(2) == 0 ? 0.0 : 0.5;
+    o.k = 1 + rng.below(std::min<index_t>(experts, 4));
+    o.machine = {.ranks = ranks, .nodes = nodes};
+    for (link_cost* link : {&o.machine.inside, &o.machine.outside}) {
+      link->alpha = price(9);
+      link->beta = price(9);
+    }
+    o.machine.rows_per_second = 0.5 + price(9);
+    o.machine.call_seconds = price(5);
+    o.machine.block = 1 + rng.below(4);
+    o.machine.row_bytes = price(9);
+    o.machine.expert_bytes = price(9);
     const cluster& c = o.machine;
     layer_simulation layer(experts, o);
     for (int step = 0; step < 4; ++step) {

@@ -58,13 +58,20 @@ inline std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
 
 }  // namespace detail
 
-/// Loads of ranks with unequal speed are compared as load / rate: rank_balance of those.
-inline rank_balance balance_of(std::span<const double> rank_load) {
+/// Loads of ranks with unequal speed are compared as load / rate: rank_balance of those. Ranks that
+/// are not alive have no load, and no part in the mean. Shapes: alive [R], or empty: all are.
+inline rank_balance balance_of(std::span<const double> rank_load,
+                               std::span<const std::uint8_t> alive = {}) {
   rank_balance b;
+  if (!alive.empty())
+    check_size("balance_of", "alive.size()", static_cast<index_t>(alive.size()),
+               static_cast<index_t>(rank_load.size()));
   if (rank_load.empty()) return b;
+  const auto dead = std::count(alive.begin(), alive.end(), std::uint8_t{0});
   b.max_load = *std::max_element(rank_load.begin(), rank_load.end());
-  b.mean_load = std::accumulate(rank_load.begin(), rank_load.end(), 0.0) /
-                static_cast<double>(rank_load.size());
+  b.mean_load =
+      std::accumulate(rank_load.begin(), rank_load.end(), 0.0) /
+      static_cast<double>(std::max<index_t>(static_cast<index_t>(rank_load.size()) - dead, 1));
   b.imbalance = b.mean_load > 0.0 ? b.max_load / b.mean_load : 1.0;
   return b;
 }
@@ -87,7 +94,7 @@ inline std::vector<double> rank_loads(const placement& p, std::span<const double
 inline placement_plan plan_of(placement p, std::span<const double> load, double lower_bound) {
   placement_plan plan{std::move(p), {}, {}, lower_bound};
   plan.rank_load = rank_loads(plan.experts, load);
-  plan.balance = balance_of(plan.rank_load);
+  plan.balance = balance_of(plan.rank_load, plan.experts.alive());
   return plan;
 }
 

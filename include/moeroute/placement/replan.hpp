@@ -69,14 +69,7 @@ inline replan_result replan(const placement& old, std::span<const double> load,
     for (index_t s = 0; s < slots; ++s)
       if (of[at(s)] >= 0 && live(s)) sum[at(rank_of[at(s)])] += w(of[at(s)]);
   };
-  index_t alive = 0;
-  for (const std::uint8_t a : old.alive()) alive += a;
-  const auto imbalance = [&] {
-    const rank_balance b = balance_of(sum);
-    return b.mean_load > 0.0 ? b.max_load / (b.mean_load * static_cast<double>(ranks) /
-                                             static_cast<double>(std::max<index_t>(alive, 1)))
-                             : 1.0;
-  };
+  const auto imbalance = [&] { return balance_of(sum, old.alive()).imbalance; };
   const auto holds = [&](index_t r, expert_id e) {
     for (const slot_id s : held[at(e)])
       if (rank_of[at(s)] == r) return true;

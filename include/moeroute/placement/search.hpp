@@ -163,11 +163,9 @@ inline void swap_slots(packing& p, std::span<const double> load, bool distinct) 
       const double x = w(e);
       for (index_t k = 0; k < ranks; ++k) {
         if (p.load[at(k)] >= best) continue;
-        const double gap = hot - p.load[at(k)];
         for (std::size_t j = 0; j < p.of_rank[at(k)].size(); ++j) {
           const expert_id f = p.of_rank[at(k)][j];
           const double d = x - w(f);
-          if (d <= 0.0 || d >= gap) continue;
           const double made = std::max(hot - d, p.load[at(k)] + d);
           if (made >= best || (distinct && (holds(k, e) || holds(h, f)))) continue;
           best = made;
