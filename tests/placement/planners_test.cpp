@@ -1491,6 +1491,18 @@ TEST_CASE("searches end where they always ended: loads whose quotients are whole
     for (const search_options& o : options) {
       const packing p = search_packing(load, 42, 6, o);
       REQUIRE(*std::max_element(p.count.begin(), p.count.end()) <= 10);
+      // What is said of the ranks is what lies on them: of whole numbers, to the bit.
+      double most = 0.0, squares = 0.0;
+      for (std::size_t r = 0; r < p.of_rank.size(); ++r) {
+        double sum = 0.0;
+        for (const expert_id e : p.of_rank[r])
+          sum += load[static_cast<std::size_t>(e)] /
+                 static_cast<double>(p.count[static_cast<std::size_t>(e)]);
+        CHECK(p.load[r] == sum);
+        most = std::max(most, sum);
+        squares += sum * sum;
+      }
+      CHECK((p.max_load == most && p.squares == squares));
       std::uint64_t hash = 0xcbf29ce484222325;
       for (const auto& rank : p.of_rank)
         for (const expert_id e : rank)

@@ -93,8 +93,8 @@ struct layer_seconds {
   double total() const { return header + dispatch + compute + results + transfer; }
 };
 
-/// The same cut into n chunks of tokens that overlap: first + (n - 1) longest + last. The alphas of
-/// `messages` are paid in each chunk.
+/// The same cut into n chunks of tokens that overlap: first + (n - 1) longest + last. The `alphas`
+/// of a step's messages are paid in each chunk.
 inline double chunked_seconds(const layer_seconds& one, double alphas, index_t n) {
   check_range("chunked_seconds", "n", n, 1, 1 << 20);
   const auto part = [&](double whole) {

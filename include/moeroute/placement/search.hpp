@@ -37,8 +37,8 @@ struct packing {
   std::vector<std::vector<expert_id>> of_rank;  ///< [R][S]
   std::vector<double> load;                     ///< [R]
   double max_load = 0.0;
-  double squares = 0.0;
-  index_t steps = 0;  ///< changes of counts on the way there
+  double squares = 0.0;  ///< the sum of those of load
+  index_t steps = 0;     ///< changes of counts on the way there
 };
 
 namespace detail {
@@ -144,6 +144,12 @@ class packer {
   std::vector<open_rank> heap_, taken_;
 };
 
+// What packings are compared by, from the loads of ranks that have changed.
+inline void settle(packing& p) {
+  p.max_load = *std::max_element(p.load.begin(), p.load.end());
+  p.squares = std::inner_product(p.load.begin(), p.load.end(), p.load.begin(), 0.0);
+}
+
 // Swaps slots of the hottest rank with lighter ones elsewhere while the hotter of the two ranks
 // gets cooler.
 inline void swap_slots(packing& p, std::span<const double> load, bool distinct) {
@@ -182,7 +188,7 @@ inline void swap_slots(packing& p, std::span<const double> load, bool distinct) 
       for (const expert_id e : p.of_rank[at(r)]) p.load[at(r)] += w(e);
     }
   }
-  p.max_load = *std::max_element(p.load.begin(), p.load.end());
+  settle(p);
 }
 
 }  // namespace detail
@@ -306,7 +312,7 @@ inline void separate(packing& p, std::span<const double> load) {
     p.load[at(r)] = 0.0;
     for (const expert_id e : p.of_rank[at(r)]) p.load[at(r)] += w(e);
   }
-  p.max_load = *std::max_element(p.load.begin(), p.load.end());
+  settle(p);
 }
 
 }  // namespace detail
