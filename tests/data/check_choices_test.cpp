@@ -210,6 +210,15 @@ TEST_CASE("a token of a ragged assignment, or a list, that names an expert twice
     CHECK(test::refusal([&] {
             plan({.tokens = 3, .experts = 2, .capacity = 2, .token = once}, p, how);
           }) == "accepted");
+    // Who has no slot has none twice.
+    const std::uint8_t masked[] = {1, 0, 1}, owned[] = {1, 0};
+    for (const bool by_mask : {true, false}) {
+      plan_options aside = how;
+      (by_mask ? aside.mask : aside.owned) =
+          by_mask ? std::span<const std::uint8_t>(masked) : std::span<const std::uint8_t>(owned);
+      plan({.tokens = 3, .experts = 2, .capacity = 2, .token = twice}, p, aside);
+      CHECK((p.choices() == 4 && p.load(0) == 2 && p.load(1) == 0));
+    }
   }
 }
 

@@ -492,8 +492,18 @@ TEST_CASE("counts are what plain sums over the choices give, and counting change
   const product_keys<softmax> keys{.choices = k};
   const resident_set some = some_experts(rng, 16 * 16, 0.2f);
   const residency_rule drop{.kind = kind::drop_cold, .strength = 0.9f};
-  test::routed(resident_router(keys, drop, some, &keyed), z, experts);
+  // Such a router drops by itself: a block of counted rows as one that is not.
+  const assignment own = test::routed(keys, z, experts),
+                   left = test::routed(resident_router(keys, drop, some), z, experts),
+                   counted = test::routed(resident_router(keys, drop, some, &keyed), z, experts);
+  CHECK(test::listed(counted.ids()) == test::listed(left.ids()));
+  CHECK(test::listed(counted.weights()) == test::listed(left.weights()));
+  const auto made = [](const assignment& a) {
+    return std::count_if(a.ids().begin(), a.ids().end(), [](expert_id e) { return e >= 0; });
+  };
   CHECK(keyed.dropped > 0);
+  CHECK(keyed.dropped == made(own) - made(left));
+  CHECK(keyed.agreed == made(left));
   CHECK(keyed.mass == 0);
 }
 
@@ -644,11 +654,12 @@ TEST_CASE("a running range is the decayed mean of the tokens' own") {
 
 TEST_CASE(
     "buddies are who served with an expert most, the lowest id among equals, none by chance") {
-  const double together[] = {9, 2, 2, 0,  5,   //
-                             7, 9, 0, 0,  0,   //
-                             2, 0, 9, 1,  1,   //
-                             0, 0, 0, 99, 0,   //
-                             1, 1, 1, 1,  0};  // by rows, whatever the columns say
+  const double self = std::nan("");               // what nobody reads
+  const double together[] = {self, 2, 2, 0,  5,   //
+                             7,    9, 0, 0,  0,   //
+                             2,    0, 9, 1,  1,   //
+                             0,    0, 0, 99, 0,   //
+                             1,    1, 1, 1,  0};  // by rows, whatever the columns say
   const buddy_table table({together, 5, 5}, 3);
   const expert_id expected[5][3] = {{4, 1, 2},
                                     {0, no_expert, no_expert},

@@ -63,9 +63,10 @@ class buddy_table {
     for (expert_id e = 0; e < n; ++e) {
       order.clear();
       for (expert_id f = 0; f < n; ++f) {
+        if (f == e) continue;
         if (!(co_activations(e, f) >= 0.0))
           fail_value("buddy_table", "co_activations", co_activations(e, f), ">= 0");
-        if (f != e && co_activations(e, f) > 0.0) order.push_back(f);
+        if (co_activations(e, f) > 0.0) order.push_back(f);
       }
       std::sort(order.begin(), order.end(),
                 greatest_first([&](expert_id f) { return co_activations(e, f); }));

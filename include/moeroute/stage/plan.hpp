@@ -274,8 +274,9 @@ void plan(const assignment& choices, dispatch_plan& out, const plan_options& opt
 /// weights, if given, become those of the lists in the order of the plan's choices, for combine.
 /// Shapes: weights [E * C], of which out.choices() are written; or empty.
 /// Throws: error where a list or an option has the wrong size, a token is outside [-1, T) or twice
-/// in an expert's list, or as above. Cost: O(E C + T), O(C log C) on top for each list that does
-/// not ascend; no allocation once the plan is warm. Determinism: exact.
+/// among an expert's slots (masked tokens and experts of others have none), or as above. Cost: O(E
+/// C + T), O(C log C) on top for each list that does not ascend; no allocation once the plan is
+/// warm. Determinism: exact.
 template <class A = simd::default_arch>
 void plan(const expert_lists& lists, dispatch_plan& out, const plan_options& options = {},
           std::span<float> weights = {}) {
