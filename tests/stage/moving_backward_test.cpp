@@ -179,7 +179,8 @@ TEST_CASE("identity experts, lost tokens and shared rows pull back what combine 
   test::random rng(12);
   assignment a = test::fixed_choices(rng, 30, 8, 2, 4);
   test::drop_some(rng, a, 4);
-  std::vector<std::uint8_t> owned = {1, 1, 1, 1, 1, 1, 0, 0};
+  // On both sides of the identity expert are others without a slot.
+  std::vector<std::uint8_t> owned = {1, 1, 0, 1, 1, 1, 0, 0};
   const scene s(a, {.owned = owned});
   const index_t d = 20;
   const spread_rows<float> in(s.plan.slots(), d, 1), x(30, d, 2), shared(30, d, 3), dy(30, d, 4);

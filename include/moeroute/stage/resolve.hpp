@@ -182,7 +182,6 @@ inline void next_piece(const placement& p, const resolve_options& o, index_t ran
 // Every expert's slot from here.
 inline slot_id nearest_slot(const placement& p, index_t rank, index_t e) {
   const std::span<const slot_id> slots = p.slots_of_expert(e);
-  if (slots.empty()) return no_slot;
   const auto first_slot = [&](auto&& here) {
     index_t n = 0;
     for (const slot_id s : slots) n += here(s) ? 1 : 0;
