@@ -11,7 +11,7 @@ namespace test {
 
 using moeroute::index_t;
 
-/// Normal logits, every third token masked where asked for.
+/// Normal logits, every third token masked where asked for; the others have any number but 0.
 inline oracle::batch random_batch(std::uint64_t seed, index_t tokens, index_t experts,
                                   bool with_mask = false) {
   random rng(seed);
@@ -19,7 +19,7 @@ inline oracle::batch random_batch(std::uint64_t seed, index_t tokens, index_t ex
   for (index_t i = 0; i < tokens * experts; ++i)
     b.logits.push_back(1.5 * static_cast<double>(rng.normal()));
   for (index_t t = 0; with_mask && t < tokens; ++t)
-    b.mask.push_back(static_cast<std::uint8_t>(t % 3 != 1));
+    b.mask.push_back(static_cast<std::uint8_t>(t % 3 == 1 ? 0 : 1 + t % 255));
   return b;
 }
 
