@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <moeroute/data/dispatch_plan.hpp>
+#include <numeric>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "support/allocations.hpp"
 #include "support/counting_new.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 
 using namespace moeroute;
@@ -101,6 +104,96 @@ TEST_CASE("a refused reset leaves the assignment as it was") {
   a.reset(3, 8, 2);
   CHECK_THROWS_AS(a.reset(1, 8, 9), error);
   CHECK((a.tokens() == 3 && a.k() == 2 && a.ids().size() == 6));
+}
+
+TEST_CASE(
+    "an assignment of any history is that of its last reset, and of no tokens without memory") {
+  test::random rng(21);
+  std::vector<expert_id> ids(16);
+  std::vector<float> weights(16);
+  constexpr index_t own_memory = 1000;
+  index_t room[2] = {own_memory, own_memory};  // of ids and of weights
+  index_t tokens = 0, experts = 0, k = 0;
+  std::vector<std::int32_t> first{0};
+  bool ragged = false, drops = false;
+  assignment a;
+  for (int step = 0; step < 3000; ++step) {
+    switch (rng.below(10)) {
+      case 0:  // memory of the caller's
+        for (index_t& n : room) n = rng.below(16);
+        a = assignment::over(std::span(ids).first(static_cast<std::size_t>(room[0])),
+                             std::span(weights).first(static_cast<std::size_t>(room[1])));
+        tokens = experts = k = 0, first = {0}, ragged = drops = false;
+        break;
+      case 1: {  // moved away and back
+        assignment other = std::move(a);
+        a = std::move(other);
+        break;
+      }
+      case 2: {  // a copy has memory of its own
+        const assignment copy(a);
+        a = copy;
+        room[0] = room[1] = own_memory;
+        break;
+      }
+      default: break;
+    }
+    const index_t t = rng.below(8) == 0 ? tokens : rng.below(5) - (rng.below(20) == 0);
+    const index_t e = rng.below(3) > 0 ? experts : rng.below(4), m = rng.below(4);
+    const bool fixed = rng.below(3) > 0, gone = rng.below(8) == 0;
+    INFO("step " << step << ": from " << tokens << ", " << experts << ", " << k << " to " << t
+                 << ", " << e << ", " << m << (fixed ? "" : ", ragged"));
+    if (gone) {  // who was moved away is as good as new
+      const assignment other = std::move(a);
+      room[0] = room[1] = own_memory;
+    }
+    const std::string said =
+        test::refusal([&] { fixed ? a.reset(t, e, m) : a.reset_ragged(t, e, m); });
+    const bool shape = t >= 0 && e > 0 && m > 0 && m <= e;
+    const auto expected = [&]() -> std::string {
+      if (t < 0) return "tokens is -1, expected 0 to 2147483647";
+      if (e == 0) return "experts is 0, expected 1 to 1048576";
+      if (!shape) return "k is " + std::to_string(m) + ", expected 1 to " + std::to_string(e);
+      for (const int i : {0, 1})
+        if (t * m > room[i])
+          return std::string(i == 0 ? "ids" : "weights") + ".size() is " + std::to_string(room[i]) +
+                 ", expected room for " + std::to_string(t * m);
+      return {};
+    }();
+    REQUIRE(said == (expected.empty() ? "accepted" : "moeroute::assignment: " + expected));
+    if (said == "accepted") {
+      tokens = t, experts = e, k = m, ragged = !fixed, drops = false;
+      first.assign(1, 0);
+      for (index_t i = 0; i < t; ++i)
+        first.push_back(first.back() + static_cast<std::int32_t>(fixed ? m : rng.below(m + 1)));
+      if (ragged) {
+        std::copy(first.begin(), first.end(), a.to_fill().offsets);
+        a.close();
+      }
+      REQUIRE(a.room() == t * m);
+      REQUIRE_FALSE(a.drops());
+      std::iota(a.ids().begin(), a.ids().end(), 0);
+      std::iota(a.weights().begin(), a.weights().end(), 1.0f);
+      if (rng.below(3) == 0) {
+        std::ranges::fill(a.kept_to_change(), std::uint8_t{0});
+        drops = true;
+      }
+    } else if (shape || gone) {  // of no tokens
+      tokens = 0, first = {0}, ragged = drops = false;
+      if (gone && !shape) a = {}, experts = k = 0;
+    }
+    REQUIRE((a.tokens() == tokens && a.choices() == first.back() && a.ragged() == ragged));
+    if (tokens > 0) REQUIRE((a.experts() == experts && a.k() == k));
+    experts = a.experts(), k = a.k();
+    std::vector<expert_id> in_order(static_cast<std::size_t>(first.back()));
+    std::iota(in_order.begin(), in_order.end(), 0);
+    REQUIRE(std::ranges::equal(a.ids(), in_order));
+    REQUIRE(
+        std::ranges::equal(a.weights(), in_order, {}, {}, [](expert_id i) { return i + 1.0f; }));
+    REQUIRE(std::ranges::equal(a.offsets(), ragged ? first : std::vector<std::int32_t>{}));
+    REQUIRE(a.drops() == drops);
+    REQUIRE(a.kept().size() == (drops ? in_order.size() : 0));
+  }
 }
 
 TEST_CASE("sizes whose product is no number of 64 bits are refused by their own name") {

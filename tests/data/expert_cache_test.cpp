@@ -30,55 +30,58 @@ ids step_of(test::random& rng, index_t experts, index_t k) {
   return list;
 }
 
-// A cache in plain loops: a map of what is held, a scan for who leaves.
-struct plain_cache {
+// A cache in plain scans, for every call and every option: what is named twice or not at all, steps
+// that exceed the cache, experts brought in ahead.
+struct cache_by_scans {
   expert_cache_options options;
   struct line {
-    double uses = 0;
-    std::int64_t last_step = 0, clock = 0, arrived = 0, pass = 0, promoted = -1;
-    std::int64_t next = expert_cache::never, ahead = 0;
+    double uses = 0.0;
+    std::int64_t last_step = -1, used_at = 0, placed_at = 0, pass = 0, next = expert_cache::never;
+    std::int64_t ahead = 0, total = 0;
+    bool held = false, pinned = false, safe = false;  // safe: in the protected part
   };
-  std::map<std::int32_t, line> seen;  // of all keys
-  std::set<std::int32_t> held;
-  std::int64_t clock = 0, step_number = 0, pass = 0;
+  std::vector<line> lines;
+  std::int64_t now = 0, step_number = 0, pass = 0, early = expert_cache::never;
   index_t layer = -1;
+  index_t hits = 0;
   std::vector<std::int32_t> loads, evictions;
 
-  explicit plain_cache(const expert_cache_options& o) : options(o) {
-    for (const std::int32_t key : o.pinned) held.insert(key);
+  explicit cache_by_scans(const expert_cache_options& o)
+      : options(o), lines(static_cast<std::size_t>(o.experts * o.layers)) {
+    for (const std::int32_t key : o.pinned) at(key).held = at(key).pinned = true;
   }
+  line& at(std::int32_t key) { return lines[static_cast<std::size_t>(key)]; }
+  std::int32_t keys() const { return static_cast<std::int32_t>(lines.size()); }
   std::int64_t size(std::int32_t key) const {
     return options.bytes.empty() ? 1 : options.bytes[static_cast<std::size_t>(key)];
   }
-  bool pinned(std::int32_t key) const {
-    return std::find(options.pinned.begin(), options.pinned.end(), key) != options.pinned.end();
-  }
-  std::int64_t used() const {
+  template <class P>
+  std::int64_t sum_of(P&& which) {
     std::int64_t sum = 0;
-    for (const std::int32_t key : held) sum += size(key);
+    for (std::int32_t key = 0; key < keys(); ++key) sum += which(at(key)) ? size(key) : 0;
     return sum;
+  }
+  std::int64_t used() {
+    return sum_of([](const line& l) { return l.held; });
   }
   double worth(const line& l) const {
     return l.uses * std::pow(options.decay, double(step_number - l.last_step));
   }
-  // Whether a leaves before b.
-  bool before(std::int32_t a, std::int32_t b) {
-    const line &x = seen[a], &y = seen[b];
+  bool leaves_before(std::int32_t a, std::int32_t b) {
+    const line &x = at(a), &y = at(b);
+    double p = worth(x), q = worth(y);
     switch (options.policy) {
+      case cache_policy::cost_aware: p *= double(size(a)), q *= double(size(b)); [[fallthrough]];
       case cache_policy::lfu:
-        if (std::abs(worth(x) - worth(y)) > 1e-9 * worth(y)) return worth(x) < worth(y);
+        if (std::abs(p - q) > 1e-9 * std::max(p, q)) return p < q;
         break;
-      case cache_policy::cost_aware: {
-        const double p = worth(x) * double(size(a)), q = worth(y) * double(size(b));
-        if (std::abs(p - q) > 1e-9 * q) return p < q;
-        break;
-      }
-      case cache_policy::fifo: return x.arrived < y.arrived;
+      case cache_policy::fifo: return x.placed_at < y.placed_at;
+      case cache_policy::segmented: return x.safe != y.safe ? y.safe : x.placed_at < y.placed_at;
       case cache_policy::least_stale: {
-        const auto stale = [&](std::int32_t key, const line& l) {
-          return key / options.experts <= layer && l.pass < pass;
+        const auto stale = [&](std::int32_t key) {
+          return key / options.experts <= layer && at(key).pass < pass;
         };
-        if (stale(a, x) != stale(b, y)) return stale(a, x);
+        if (stale(a) != stale(b)) return stale(a);
         break;
       }
       case cache_policy::belady:
@@ -89,60 +92,113 @@ struct plain_cache {
         break;
       default: break;
     }
-    return x.clock < y.clock;
+    return x.used_at < y.used_at;
   }
-
-  index_t step(const ids& list, index_t at_layer, const std::vector<std::int64_t>& next = {}) {
+  std::int32_t who_leaves(bool others) {
+    std::int32_t out = -1;
+    for (std::int32_t key = 0; key < keys(); ++key) {
+      const line& l = at(key);
+      if (!l.held || l.pinned) continue;
+      if (others && (l.last_step == step_number || l.used_at > early)) continue;
+      if (out < 0 || leaves_before(key, out)) out = key;
+    }
+    return out;
+  }
+  bool bring(std::int32_t key, bool others_only) {
+    // Nobody leaves for who finds no room.
+    const auto stays = [&](const line& l) {
+      return l.pinned ||
+             (others_only && l.held && (l.last_step == step_number || l.used_at > early));
+    };
+    if (size(key) > options.capacity - sum_of(stays)) return false;
+    while (used() + size(key) > options.capacity) {
+      std::int32_t old = who_leaves(true);
+      if (old < 0 && !others_only) old = who_leaves(false);
+      if (old < 0) return false;
+      at(old).held = at(old).safe = false;
+      evictions.push_back(old);
+    }
+    at(key).held = true;
+    at(key).placed_at = ++now;
+    return true;
+  }
+  void step(const ids& list, index_t at_layer, const std::vector<std::int64_t>& next) {
     loads.clear();
     evictions.clear();
+    hits = 0;
+    early = expert_cache::never;
     ++step_number;
     if (at_layer <= layer) ++pass;
     layer = at_layer;
-    std::set<std::int32_t> now;
-    index_t hits = 0;
     for (std::size_t i = 0; i < list.size(); ++i) {
+      if (list[i] == no_expert) continue;
       const auto key = static_cast<std::int32_t>(at_layer * options.experts + list[i]);
-      const bool there = held.contains(key);
-      hits += there || now.contains(key);
-      if (!there && !now.contains(key)) loads.push_back(key);
-      now.insert(key);
-      line& l = seen[key];
-      l.uses = worth(l) + 1;
+      line& l = at(key);
+      const bool there = l.held || l.last_step == step_number;
+      hits += there;
+      if (!there) loads.push_back(key);
+      l.uses = worth(l) + 1.0;
       l.last_step = step_number;
-      l.clock = ++clock;
+      l.used_at = ++now;
       l.pass = pass;
+      ++l.total;
       if (!next.empty()) l.next = next[i];
-    }
-    for (const std::int32_t key : loads) {
-      while (used() + size(key) > options.capacity) {
-        std::int32_t old = -1;
-        for (const std::int32_t other : held)
-          if (!pinned(other) && !now.contains(other) && (old < 0 || before(other, old)))
-            old = other;
-        if (old < 0) break;
-        held.erase(old);
-        evictions.push_back(old);
+      if (options.policy != cache_policy::segmented || !l.held || l.pinned) continue;
+      l.safe = true;
+      l.placed_at = ++now;
+      const auto most =
+          static_cast<std::int64_t>(options.protected_share * double(options.capacity));
+      while (sum_of([](const line& s) { return s.safe; }) > most) {
+        line* oldest = nullptr;
+        for (line& s : lines)
+          if (s.safe && (oldest == nullptr || s.placed_at < oldest->placed_at)) oldest = &s;
+        oldest->safe = false;
+        oldest->placed_at = ++now;
       }
-      if (used() + size(key) > options.capacity) continue;
-      held.insert(key);
-      seen[key].arrived = ++clock;
     }
-    return hits;
+    for (const std::int32_t key : loads) bring(key, false);
+  }
+  void prefetch(const ids& list, index_t at_layer, index_t most) {
+    loads.clear();
+    evictions.clear();
+    hits = 0;
+    early = now;
+    for (const expert_id e : list) {
+      if (static_cast<index_t>(loads.size()) >= most) break;
+      if (e == no_expert) continue;
+      const auto key = static_cast<std::int32_t>(at_layer * options.experts + e);
+      if (at(key).held) {
+        ++hits;
+        continue;
+      }
+      at(key).used_at = ++now;
+      at(key).pass = pass;
+      if (bring(key, true)) loads.push_back(key);
+    }
   }
 };
 
-void expect_same(expert_cache& cache, plain_cache& plain, const ids& list, index_t layer,
+void agrees(const expert_cache& cache, cache_by_scans& scans,
+            const expert_cache::step_result& got) {
+  REQUIRE(got.hits == scans.hits);
+  REQUIRE(std::vector<std::int32_t>(got.loads.begin(), got.loads.end()) == scans.loads);
+  REQUIRE(std::vector<std::int32_t>(got.evictions.begin(), got.evictions.end()) == scans.evictions);
+  REQUIRE(cache.held() == scans.used());
+  index_t wrong = 0;
+  for (std::int32_t key = 0; key < scans.keys(); ++key) {
+    const index_t l = key / cache.experts();
+    const auto e = static_cast<expert_id>(key % cache.experts());
+    wrong += cache.resident(l).contains(e) != scans.at(key).held;
+    wrong += cache.would_hit(e, l) != scans.at(key).held;
+  }
+  REQUIRE(wrong == 0);
+}
+
+void expect_same(expert_cache& cache, cache_by_scans& scans, const ids& list, index_t layer,
                  const std::vector<std::int64_t>& next = {}) {
   const auto got = cache.step(list, layer, next);
-  const index_t hits = plain.step(list, layer, next);
-  REQUIRE(got.hits == hits);
-  REQUIRE(std::vector<std::int32_t>(got.loads.begin(), got.loads.end()) == plain.loads);
-  REQUIRE(std::vector<std::int32_t>(got.evictions.begin(), got.evictions.end()) == plain.evictions);
-  REQUIRE(cache.held() == plain.used());
-  for (index_t l = 0; l < cache.layers(); ++l)
-    for (expert_id e = 0; e < cache.experts(); ++e)
-      REQUIRE(cache.resident(l).contains(e) ==
-              plain.held.contains(static_cast<std::int32_t>(l * cache.experts() + e)));
+  scans.step(list, layer, next);
+  agrees(cache, scans, got);
 }
 
 }  // namespace
@@ -167,10 +223,10 @@ TEST_CASE("a cache loads and evicts what plain scans do, layer by layer, with pi
                                              .decay = decay};
           INFO(to_string(policy) << " layers " << layers << " decay " << decay << " " << sized);
           expert_cache cache(options);
-          plain_cache plain(options);
+          cache_by_scans scans(options);
           for (int t = 0; t < 200; ++t)
             for (index_t l = 0; l < layers; ++l)
-              expect_same(cache, plain, step_of(rng, experts, 3), l);
+              expect_same(cache, scans, step_of(rng, experts, 3), l);
           CHECK(cache.would_hit(3));
           CHECK(cache.would_hit(11));
         }
@@ -184,7 +240,7 @@ TEST_CASE("Belady evicts what is needed last") {
   const expert_cache_options options{
       .experts = experts, .capacity = 5, .policy = cache_policy::belady};
   expert_cache cache(options);
-  plain_cache plain(options);
+  cache_by_scans scans(options);
   for (index_t t = 0; t < tokens; ++t) {
     std::vector<std::int64_t> next;
     for (const expert_id e : trace[static_cast<std::size_t>(t)]) {
@@ -196,7 +252,7 @@ TEST_CASE("Belady evicts what is needed last") {
       while (later < tokens && !uses(later)) ++later;
       next.push_back(later < tokens ? later : expert_cache::never);
     }
-    expect_same(cache, plain, trace[static_cast<std::size_t>(t)], 0, next);
+    expect_same(cache, scans, trace[static_cast<std::size_t>(t)], 0, next);
   }
 }
 
@@ -210,17 +266,17 @@ TEST_CASE("segment evicts what is expected least, and nothing that is pinned, ex
                                        .policy = cache_policy::segment,
                                        .pinned = pins};
     expert_cache cache(options);
-    plain_cache plain(options);
+    cache_by_scans scans(options);
     const auto expect = [&](expert_id e, index_t l, int more) {
       cache.expect(e, l, more);
-      plain.seen[static_cast<std::int32_t>(l * options.experts + e)].ahead += more;
+      scans.at(static_cast<std::int32_t>(l * options.experts + e)).ahead += more;
     };
     expect(3, 0, 1);  // before anything else is there
     for (int t = 0; t < 200; ++t)
       for (index_t l = 0; l < layers; ++l) {
         for (int i = 0; i < 3; ++i)
           expect(static_cast<expert_id>(rng.below(14)), l, static_cast<int>(rng.below(4)) - 1);
-        expect_same(cache, plain, step_of(rng, options.experts, 2), l);
+        expect_same(cache, scans, step_of(rng, options.experts, 2), l);
       }
     for (const std::int32_t key : pins) CHECK(cache.would_hit(key));
   }
@@ -400,6 +456,14 @@ TEST_CASE("a prefetch that is refused brings nobody in, and nobody leaves for wh
   CHECK(tight.prefetch(ids{3}, 0, 1).evictions.empty());
   CHECK(tight.step(ids{3}).evictions.empty());
   CHECK(tight.step(ids{1, 2}).hits == 2);
+  // Of two that may leave and one that the step uses, none does for an expert as large as all
+  // three.
+  const std::vector<std::int64_t> sizes = {30, 30, 40, 90};
+  expert_cache busy({.experts = 4, .capacity = 100, .bytes = sizes});
+  busy.step(ids{0, 1});
+  busy.step(ids{2});
+  CHECK(busy.prefetch(ids{3}, 0, 1).evictions.empty());
+  CHECK(busy.held() == 100);
 }
 
 TEST_CASE("a cache that cannot be is refused by name") {
@@ -469,153 +533,6 @@ TEST_CASE("a step is refused by the id that is wrong, behind ids of nobody") {
   CHECK(cache.held() == 0);
 }
 
-namespace {
-
-// The same scans for every call and every option: what is named twice or not at all, steps that
-// exceed the cache, experts brought in ahead.
-struct cache_by_scans {
-  expert_cache_options options;
-  struct line {
-    double uses = 0.0;
-    std::int64_t last_step = -1, used_at = 0, placed_at = 0, pass = 0, next = expert_cache::never;
-    std::int64_t ahead = 0, total = 0;
-    bool held = false, pinned = false, safe = false;  // safe: in the protected part
-  };
-  std::vector<line> lines;
-  std::int64_t now = 0, step_number = 0, pass = 0, early = expert_cache::never;
-  index_t layer = -1;
-  index_t hits = 0;
-  std::vector<std::int32_t> loads, evictions;
-
-  explicit cache_by_scans(const expert_cache_options& o)
-      : options(o), lines(static_cast<std::size_t>(o.experts * o.layers)) {
-    for (const std::int32_t key : o.pinned) at(key).held = at(key).pinned = true;
-  }
-  line& at(std::int32_t key) { return lines[static_cast<std::size_t>(key)]; }
-  std::int32_t keys() const { return static_cast<std::int32_t>(lines.size()); }
-  std::int64_t size(std::int32_t key) const {
-    return options.bytes.empty() ? 1 : options.bytes[static_cast<std::size_t>(key)];
-  }
-  template <class P>
-  std::int64_t sum_of(P&& which) {
-    std::int64_t sum = 0;
-    for (std::int32_t key = 0; key < keys(); ++key) sum += which(at(key)) ? size(key) : 0;
-    return sum;
-  }
-  std::int64_t used() {
-    return sum_of([](const line& l) { return l.held; });
-  }
-  double worth(const line& l) const {
-    return l.uses * std::pow(options.decay, double(step_number - l.last_step));
-  }
-  bool leaves_before(std::int32_t a, std::int32_t b) {
-    const line &x = at(a), &y = at(b);
-    double p = worth(x), q = worth(y);
-    switch (options.policy) {
-      case cache_policy::cost_aware: p *= double(size(a)), q *= double(size(b)); [[fallthrough]];
-      case cache_policy::lfu:
-        if (std::abs(p - q) > 1e-9 * std::max(p, q)) return p < q;
-        break;
-      case cache_policy::fifo: return x.placed_at < y.placed_at;
-      case cache_policy::segmented: return x.safe != y.safe ? y.safe : x.placed_at < y.placed_at;
-      case cache_policy::least_stale: {
-        const auto stale = [&](std::int32_t key) {
-          return key / options.experts <= layer && at(key).pass < pass;
-        };
-        if (stale(a) != stale(b)) return stale(a);
-        break;
-      }
-      case cache_policy::belady:
-        if (x.next != y.next) return x.next > y.next;
-        break;
-      case cache_policy::segment:
-        if (x.ahead != y.ahead) return x.ahead < y.ahead;
-        break;
-      default: break;
-    }
-    return x.used_at < y.used_at;
-  }
-  std::int32_t who_leaves(bool others) {
-    std::int32_t out = -1;
-    for (std::int32_t key = 0; key < keys(); ++key) {
-      const line& l = at(key);
-      if (!l.held || l.pinned) continue;
-      if (others && (l.last_step == step_number || l.used_at > early)) continue;
-      if (out < 0 || leaves_before(key, out)) out = key;
-    }
-    return out;
-  }
-  bool bring(std::int32_t key, bool others_only) {
-    if (size(key) > options.capacity - sum_of([](const line& l) { return l.pinned; })) return false;
-    while (used() + size(key) > options.capacity) {
-      std::int32_t old = who_leaves(true);
-      if (old < 0 && !others_only) old = who_leaves(false);
-      if (old < 0) return false;
-      at(old).held = at(old).safe = false;
-      evictions.push_back(old);
-    }
-    at(key).held = true;
-    at(key).placed_at = ++now;
-    return true;
-  }
-  void step(const ids& list, index_t at_layer, const std::vector<std::int64_t>& next) {
-    loads.clear();
-    evictions.clear();
-    hits = 0;
-    early = expert_cache::never;
-    ++step_number;
-    if (at_layer <= layer) ++pass;
-    layer = at_layer;
-    for (std::size_t i = 0; i < list.size(); ++i) {
-      if (list[i] == no_expert) continue;
-      const auto key = static_cast<std::int32_t>(at_layer * options.experts + list[i]);
-      line& l = at(key);
-      const bool there = l.held || l.last_step == step_number;
-      hits += there;
-      if (!there) loads.push_back(key);
-      l.uses = worth(l) + 1.0;
-      l.last_step = step_number;
-      l.used_at = ++now;
-      l.pass = pass;
-      ++l.total;
-      if (!next.empty()) l.next = next[i];
-      if (options.policy != cache_policy::segmented || !l.held || l.pinned) continue;
-      l.safe = true;
-      l.placed_at = ++now;
-      const auto most =
-          static_cast<std::int64_t>(options.protected_share * double(options.capacity));
-      while (sum_of([](const line& s) { return s.safe; }) > most) {
-        line* oldest = nullptr;
-        for (line& s : lines)
-          if (s.safe && (oldest == nullptr || s.placed_at < oldest->placed_at)) oldest = &s;
-        oldest->safe = false;
-        oldest->placed_at = ++now;
-      }
-    }
-    for (const std::int32_t key : loads) bring(key, false);
-  }
-  void prefetch(const ids& list, index_t at_layer, index_t most) {
-    loads.clear();
-    evictions.clear();
-    hits = 0;
-    early = now;
-    for (const expert_id e : list) {
-      if (static_cast<index_t>(loads.size()) >= most) break;
-      if (e == no_expert) continue;
-      const auto key = static_cast<std::int32_t>(at_layer * options.experts + e);
-      if (at(key).held) {
-        ++hits;
-        continue;
-      }
-      at(key).used_at = ++now;
-      at(key).pass = pass;
-      if (bring(key, true)) loads.push_back(key);
-    }
-  }
-};
-
-}  // namespace
-
 TEST_CASE("a cache of any options is its scans, whatever is asked of it in whatever order") {
   test::random rng(77);
   const cache_policy policies[] = {cache_policy::lru,         cache_policy::lfu,
@@ -655,19 +572,6 @@ TEST_CASE("a cache of any options is its scans, whatever is asked of it in whate
       INFO(to_string(policy) << ", draw " << draw);
       expert_cache cache(options);
       cache_by_scans scans(options);
-      const auto agrees = [&](const expert_cache::step_result& got) {
-        REQUIRE(got.hits == scans.hits);
-        REQUIRE(std::vector<std::int32_t>(got.loads.begin(), got.loads.end()) == scans.loads);
-        REQUIRE(std::vector<std::int32_t>(got.evictions.begin(), got.evictions.end()) ==
-                scans.evictions);
-        REQUIRE(cache.held() == scans.used());
-        for (std::int32_t key = 0; key < scans.keys(); ++key) {
-          const index_t l = key / experts;
-          const auto e = static_cast<expert_id>(key % experts);
-          REQUIRE(cache.resident(l).contains(e) == scans.at(key).held);
-          REQUIRE(cache.would_hit(e, l) == scans.at(key).held);
-        }
-      };
       index_t layer = 0;
       for (int call = 0; call < 80; ++call) {
         INFO("call " << call);
@@ -681,14 +585,12 @@ TEST_CASE("a cache of any options is its scans, whatever is asked of it in whate
           for (std::size_t i = 0; i < list.size(); ++i)
             next.push_back(rng.below(4) == 0 ? expert_cache::never : call + rng.below(9));
           if (policy != cache_policy::belady) next.clear();
-          const auto got = cache.step(list, layer, next);
-          scans.step(list, layer, next);
-          agrees(got);
+          expect_same(cache, scans, list, layer, next);
         } else if (what < 8) {
           const index_t most = rng.below(4);
           const auto got = cache.prefetch(list, layer, most);
           scans.prefetch(list, layer, most);
-          agrees(got);
+          agrees(cache, scans, got);
         } else if (what == 8) {
           for (const expert_id e : list) {
             if (e == no_expert) continue;

@@ -548,3 +548,188 @@ TEST_CASE("experts count once in each batch, and choices of nobody not at all") 
   CHECK(regroup(sets, 2) == order);
   CHECK(regroup(sets, 3) == std::vector<std::int32_t>{0, 1, 3, 2, 4});
 }
+
+TEST_CASE("a prefetcher of any options does what plain calls of its cache do, and counts them") {
+  test::random rng(41);
+  const auto listed = [](std::span<const std::int32_t> keys) {
+    return std::vector<std::int32_t>(keys.begin(), keys.end());
+  };
+  index_t useful = 0, wasted = 0, stops = 0;
+  for (int draw = 0; draw < 60; ++draw) {
+    const index_t experts = 3 + rng.below(6), layers = 1 + rng.below(3);
+    std::vector<std::int64_t> bytes;
+    if (rng.below(3) == 0)
+      for (index_t i = 0; i < layers * experts; ++i) bytes.push_back(1 + rng.below(3));
+    const expert_cache_options sizes{.experts = experts,
+                                     .layers = layers,
+                                     .capacity = 3 + rng.below(experts - 2),
+                                     .policy = live_policies[rng.below(6)],
+                                     .bytes = bytes};
+    prefetch_options o;
+    o.per_layer = rng.below(4);
+    o.ahead = 1 + rng.below(layers);
+    o.most_per_use = 1.0 + 0.5 * static_cast<double>(rng.below(6));
+    o.trial = rng.below(30);
+    expert_cache cache(sizes), plain(sizes);
+    prefetcher ahead(cache, popularity_predictor(layers, experts, 0.75), o);
+    popularity_predictor guess(layers, experts, 0.75);
+    std::vector<std::int64_t> since(static_cast<std::size_t>(layers * experts), -1);
+    prefetch_counts n;
+    bool stopped = false;
+    const auto leave = [&](std::span<const std::int32_t> keys) {
+      for (const std::int32_t key : keys) {
+        std::int64_t& came = since[static_cast<std::size_t>(key)];
+        n.wasted += came >= 0;
+        came = -1;
+      }
+    };
+    for (std::int64_t step = 1; step <= 90; ++step) {
+      INFO("draw " << draw << ", step " << step);
+      const index_t layer = rng.below(6) == 0 ? rng.below(layers) : step % layers;
+      ids list;
+      for (index_t i = rng.below(4); i > 0; --i) {
+        const index_t among = 1 + rng.below(experts);
+        list.push_back(static_cast<expert_id>(rng.below(among + 1)) - 1);
+      }
+      const auto got = ahead.step(layer, list);
+      n.tokens += layer == 0;
+      for (const expert_id e : list) {
+        if (e == no_expert) continue;
+        std::int64_t& came = since[static_cast<std::size_t>(layer * experts + e)];
+        if (came < 0 || !plain.would_hit(e, layer)) continue;
+        ++n.useful;
+        n.layers_early += step - came;
+        came = -1;
+      }
+      const auto want = plain.step(list, layer);
+      n.loads += static_cast<std::int64_t>(want.loads.size());
+      REQUIRE(got.hits == want.hits);
+      REQUIRE(listed(got.loads) == listed(want.loads));
+      REQUIRE(listed(got.evictions) == listed(want.evictions));
+      leave(want.evictions);
+      guess.saw(layer, list);
+      stopped = stopped || (n.prefetched >= o.trial && n.per_use() > o.most_per_use);
+      std::vector<std::int32_t> early;
+      if (!stopped) {
+        const index_t next = (layer + o.ahead) % layers;
+        const auto brought = plain.prefetch(guesses(guess, next, static_cast<std::size_t>(experts)),
+                                            next, o.per_layer);
+        early = listed(brought.loads);
+        n.prefetched += static_cast<std::int64_t>(early.size());
+        for (const std::int32_t key : early) since[static_cast<std::size_t>(key)] = step;
+        leave(brought.evictions);
+      }
+      REQUIRE(listed(ahead.ahead()) == early);
+      REQUIRE(ahead.stopped() == stopped);
+    }
+    const prefetch_counts& c = ahead.counts();
+    CHECK((c.tokens == n.tokens && c.loads == n.loads && c.prefetched == n.prefetched));
+    CHECK((c.useful == n.useful && c.wasted == n.wasted && c.layers_early == n.layers_early));
+    useful += n.useful, wasted += n.wasted, stops += stopped;
+  }
+  CHECK((useful > 100 && wasted > 100 && stops > 5));
+}
+
+TEST_CASE("decided ahead or regrouped, any batches read what plain loops say") {
+  test::random rng(42);
+  int regrouped = 0;
+  for (int draw = 0; draw < 60; ++draw) {
+    INFO("draw " << draw);
+    const index_t experts = rng.below(2) == 0 ? 3 + rng.below(8) : 60 + rng.below(80);
+    const index_t tokens = rng.below(20), batch = 1 + rng.below(6), k = 1 + rng.below(3);
+    const index_t count = 1 + rng.below(3),
+                  among = 3 + rng.below(std::min<index_t>(20, experts - 2));
+    std::vector<assignment> layers(static_cast<std::size_t>(count));
+    for (assignment& a : layers) {
+      a.reset(tokens, experts, k);
+      for (expert_id& e : a.ids()) {
+        const index_t id = rng.below(among + 1);
+        e = id == among ? no_expert : static_cast<expert_id>(experts - 1 - id);
+      }
+    }
+    // The experts of each step, through a cache that knows when each comes again.
+    std::vector<std::int64_t> bytes;
+    if (rng.below(2) == 0)
+      for (index_t i = 0; i < count * experts; ++i) bytes.push_back(1 + rng.below(3));
+    std::vector<std::int32_t> pins;
+    if (rng.below(2) == 0) pins.push_back(static_cast<std::int32_t>(experts - 1));
+    expert_cache_options o{.capacity = 6 + rng.below(12), .pinned = pins, .bytes = bytes};
+    o.capacity = std::min(o.capacity, count * experts);
+    const pregated_loads got = pregate(layers, batch, o);
+    std::vector<ids> steps;
+    for (index_t t = 0; t < tokens; t += batch)
+      for (const assignment& a : layers) {
+        std::set<expert_id> read;
+        for (index_t i = t; i < std::min(tokens, t + batch); ++i)
+          for (const expert_id e : a.ids(i))
+            if (e != no_expert) read.insert(e);
+        steps.emplace_back(read.begin(), read.end());
+      }
+    o.experts = experts;
+    o.layers = count;
+    o.policy = cache_policy::belady;
+    expert_cache cache(o);
+    pregated_loads want;
+    for (std::size_t s = 0; s < steps.size(); ++s) {
+      std::vector<std::int64_t> next;
+      for (const expert_id e : steps[s]) {
+        std::size_t later = s + layers.size();
+        while (later < steps.size() &&
+               std::find(steps[later].begin(), steps[later].end(), e) == steps[later].end())
+          later += layers.size();
+        next.push_back(later < steps.size() ? static_cast<std::int64_t>(later)
+                                            : expert_cache::never);
+      }
+      const auto found = cache.step(steps[s], static_cast<index_t>(s % layers.size()), next);
+      want.accesses += static_cast<index_t>(steps[s].size());
+      want.hits += found.hits;
+      want.keys.insert(want.keys.end(), found.loads.begin(), found.loads.end());
+      want.first.push_back(static_cast<std::int32_t>(want.keys.size()));
+    }
+    CHECK((got.accesses == want.accesses && got.hits == want.hits));
+    CHECK(got.keys == want.keys);
+    CHECK(got.first == want.first);
+
+    // Batches of requests: the first one left, then who adds fewest, the first among equals.
+    const assignment& sets = layers[0];
+    const auto adds = [&](std::set<expert_id>& read, std::int32_t t, bool stays) {
+      std::set<expert_id> with = read;
+      for (const expert_id e : sets.ids(t))
+        if (e != no_expert) with.insert(e);
+      const std::size_t more = with.size() - read.size();
+      if (stays) read = with;
+      return more;
+    };
+    std::vector<std::int32_t> given(static_cast<std::size_t>(tokens)), order;
+    std::iota(given.begin(), given.end(), 0);
+    const auto distinct = [&](const std::vector<std::int32_t>& list) {
+      std::set<expert_id> read;
+      std::size_t sum = 0;
+      for (std::size_t i = 0; i < list.size(); ++i) {
+        if (i % static_cast<std::size_t>(batch) == 0) read.clear();
+        sum += adds(read, list[i], true);
+      }
+      return static_cast<index_t>(sum);
+    };
+    std::vector<std::int32_t> left = given;
+    std::set<expert_id> read;
+    while (!left.empty()) {
+      const bool begins = static_cast<index_t>(order.size()) % batch == 0;
+      if (begins) read.clear();
+      const auto best =
+          begins ? left.begin()
+                 : std::min_element(left.begin(), left.end(), [&](std::int32_t a, std::int32_t b) {
+                     return adds(read, a, false) < adds(read, b, false);
+                   });
+      order.push_back(*best);
+      adds(read, *best, true);
+      left.erase(best);
+    }
+    CHECK(distinct_experts(sets, order, batch) == distinct(order));
+    CHECK(distinct_experts(sets, given, batch) == distinct(given));
+    const bool better = distinct(order) < distinct(given);
+    CHECK(regroup(sets, batch) == (better ? order : given));
+    regrouped += better;
+  }
+  CHECK(regrouped > 10);
+}

@@ -63,9 +63,10 @@ struct expert_cache_options {
 ///
 /// Cost: O(1) per access under lru, fifo and segmented, O(layers) per load under least_stale,
 /// O(log capacity) under the others; of a step larger than the cache O(capacity) per load under lru
-/// and least_stale; no allocation warm. Memory: E / 8 bytes per layer for the set, about 64 per key
-/// for the order. Determinism: exact; use is ordered, so that nothing ties.
-/// Source: segment: arXiv 2505.16056; least-stale: arXiv 2602.03921; Belady 1966.
+/// and least_stale; O(layers E) per expert brought in ahead where sizes are given; no allocation
+/// warm. Memory: E / 8 bytes per layer for the set, about 64 per key for the order. Determinism:
+/// exact; use is ordered, so that nothing ties. Source: segment: arXiv 2505.16056; least-stale:
+/// arXiv 2602.03921; Belady 1966.
 ///
 ///     expert_cache cache({.experts = 64, .layers = 32, .capacity = 800});
 ///     const resident_router careful(plain, rule, cache.resident(layer));
@@ -220,7 +221,8 @@ class expert_cache {
   }
 
   /// Brings experts in that were not asked for yet: the first `most` of the ids that are missing.
-  /// What the last step used does not leave for them, nor does one of them for another.
+  /// What the last step used does not leave for them, nor does one of them for another; nobody
+  /// leaves for one that finds no room then.
   step_result prefetch(std::span<const expert_id> ids, index_t layer, index_t most) {
     for (const expert_id id : ids)
       if (id != no_expert) key_of(id, layer);  // a call that is refused changes nothing
@@ -490,7 +492,9 @@ class expert_cache {
   // False where there is no room that may be made: pins, or the step itself, take all of it.
   bool load(std::int32_t key, leaving who = leaving::any) {
     const std::int64_t size = size_of(key);
-    if (size > capacity_ - pinned_) return false;  // nobody leaves for what cannot stay
+    // Nobody leaves for what cannot stay.
+    if (size > capacity_ - pinned_) return false;
+    if (who == leaving::others && !bytes_.empty() && size > capacity_ - staying()) return false;
     while (used_ + size > capacity_) {
       std::int32_t old = victim(leaving::others);
       if (old < 0 && who == leaving::any) old = victim(leaving::any);
@@ -501,6 +505,14 @@ class expert_cache {
     hold(key);
     add(key);
     return true;
+  }
+
+  // Bytes that leave for nobody that is brought in ahead.
+  std::int64_t staying() const {
+    std::int64_t sum = 0;
+    for (std::int32_t key = 0; key < static_cast<std::int32_t>(entries_.size()); ++key)
+      if (at(key).held && (at(key).pinned || !may_leave(key, leaving::others))) sum += size_of(key);
+    return sum;
   }
 
   void let_go(std::int32_t key) {
