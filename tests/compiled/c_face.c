@@ -736,6 +736,76 @@ static void check_every_argument(void) {
     gate = NULL;
   }
 
+  // a plan that is refused is none, and what is reserved is not made
+  {
+    const int32_t tokens[4] = {0, 1, 1, 7};
+    moeroute_plan_options blocks;
+    moeroute_expert_lists lists = {3, 2, 2, NULL, NULL};
+    moeroute_plan_view none_left;
+    memset(&blocks, 0, sizeof blocks);
+    blocks.block = -1;
+    lists.token = tokens;
+    for (i = 0; i < 2; ++i) {
+      CHECK(moeroute_plan_make(plan, choices, NULL) == MOEROUTE_OK);
+      CHECK(moeroute_plan_get(plan, &none_left) == MOEROUTE_OK && none_left.slots == 8);
+      if (i == 0)
+        REFUSED(moeroute_plan_make(plan, choices, &blocks),
+                "block is -1, expected 1 to 2147483647");
+      else
+        REFUSED(moeroute_plan_make_of_lists(plan, &lists, NULL, NULL),
+                "place 3 of the lists has token 7, expected -1 to 2");
+      CHECK(moeroute_plan_get(plan, &none_left) == MOEROUTE_OK && none_left.slots == 0);
+    }
+    CHECK(moeroute_soft_plan_reserve(soft, 4, 8, 2) == MOEROUTE_OK);
+    CHECK(moeroute_soft_plan_get(soft, &soft_view) == MOEROUTE_OK && soft_view.tokens == 0);
+    CHECK(moeroute_plan_make(plan, choices, NULL) == MOEROUTE_OK);
+    CHECK(moeroute_soft_plan_make(soft, logits, 2, NULL) == MOEROUTE_OK);
+  }
+
+  // a rule over the batch: what its words may be, and what a description begins with
+  CHECK(spec.probability == 1e-3f);
+  spec.selection = MOEROUTE_EXPERT_CHOICE;
+  spec.score = MOEROUTE_SIGMOID + 1;
+  REFUSED(moeroute_router_new(&spec, NULL, &none),
+          "router_spec: score of expert choice is 2, expected 0 to 1");
+  spec.score = MOEROUTE_SOFTMAX;
+  spec.normalize = MOEROUTE_NORMALIZE_SUM + 1;
+  REFUSED(moeroute_router_new(&spec, NULL, &none), "router_spec: normalize is 2, expected 0 to 1");
+  spec.normalize = MOEROUTE_NORMALIZE_NONE;
+  spec.scaling = 2;
+  REFUSED(moeroute_router_new(&spec, NULL, &none), "router_spec: scaling is 2, expected 0 to 1");
+  CHECK(moeroute_spec_init(&spec) == MOEROUTE_OK);
+
+  // more logits than there can be are refused before memory is asked for
+  spec.experts = 1 << 20;
+  CHECK(moeroute_router_new(&spec, NULL, &none) == MOEROUTE_OK);
+  REFUSED(moeroute_assignment_reserve(choices, none, INT32_MAX, MOEROUTE_FLOAT, 1),
+          "tokens * columns is 2251799812636672, expected 0 to 281474976710656");
+  CHECK(moeroute_router_free(none) == MOEROUTE_OK);
+  CHECK(moeroute_spec_init(&spec) == MOEROUTE_OK);
+
+  // a bias of no values is none; sequences of one token are not one sequence
+  {
+    float bias_list[8] = {1, 2, 3, 4, 5, 6, 7, 8}, given[32] = {0};
+    const moeroute_const_matrix rising = {given, 4, 8, 0, MOEROUTE_FLOAT};
+    double each[3], whole[3];
+    moeroute_gate* plain = NULL;
+    CHECK(moeroute_gate_new(eight, bias_list, 0, &plain) == MOEROUTE_OK);
+    CHECK(moeroute_gate_run(plain, x, dz, NULL) == MOEROUTE_OK);
+    for (i = 0; i < 32; ++i) CHECK(out[i] == 0.0f);
+    CHECK(moeroute_gate_free(plain) == MOEROUTE_OK);
+    for (i = 0; i < 32; ++i) given[i] = (float)(i * i % 7);
+    wrong = dz;
+    wrong.data = NULL;
+    losses.sequence_coefficient = 1.0;
+    losses.sequence_length = 1;
+    CHECK(moeroute_balance_loss(&losses, rising, choices, wrong, NULL, each) == MOEROUTE_OK);
+    losses.sequence_length = 0;
+    CHECK(moeroute_balance_loss(&losses, rising, choices, wrong, NULL, whole) == MOEROUTE_OK);
+    CHECK(each[2] != whole[2]);
+    losses.sequence_coefficient = 0.0;
+  }
+
   // options of a bias: `made` is null where they are refused
   {
     static const char* const names[] = {"rule", "error", "decay", "centre"};
