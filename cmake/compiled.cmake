@@ -89,14 +89,19 @@ foreach(set IN LISTS MOEROUTE_COMPILED_SETS)
 endforeach()
 add_custom_target(moeroute_joined DEPENDS ${joined})
 
+# What both libraries have of their own is compiled once.
+add_library(moeroute_faces OBJECT "${source}/moeroute.cpp")
+target_compile_features(moeroute_faces PRIVATE cxx_std_20)
+target_compile_definitions(moeroute_faces PRIVATE "MOEROUTE_SETS=${list}")
+target_compile_options(moeroute_faces PRIVATE ${anywhere} -fvisibility=hidden -fvisibility-inlines-hidden)
+target_include_directories(moeroute_faces PRIVATE "${PROJECT_SOURCE_DIR}/include")
+set_target_properties(moeroute_faces PROPERTIES POSITION_INDEPENDENT_CODE ON)
+
 foreach(kind IN ITEMS static shared)
   string(TOUPPER ${kind} upper)
-  add_library(moeroute_compiled_${kind} ${upper} "${source}/moeroute.cpp" ${joined})
+  add_library(moeroute_compiled_${kind} ${upper} $<TARGET_OBJECTS:moeroute_faces> ${joined})
   add_library(moeroute::compiled_${kind} ALIAS moeroute_compiled_${kind})
   add_dependencies(moeroute_compiled_${kind} moeroute_joined)
-  target_compile_features(moeroute_compiled_${kind} PRIVATE cxx_std_20)
-  target_compile_definitions(moeroute_compiled_${kind} PRIVATE "MOEROUTE_SETS=${list}")
-  target_compile_options(moeroute_compiled_${kind} PRIVATE ${anywhere} -fvisibility=hidden -fvisibility-inlines-hidden)
   target_include_directories(
     moeroute_compiled_${kind} PUBLIC "$<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>"
                                      "$<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>")
