@@ -34,6 +34,7 @@
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
+#include "support/sized.hpp"
 #include "support/strided.hpp"
 
 using namespace moeroute;
@@ -440,7 +441,7 @@ TEST_CASE("every kind of router takes no tokens") {
 TEST_CASE("a percentile of the batch with every option at once counts what double counts") {
   test::random rng(53);
   const router_batch& b = small_batch();
-  for (index_t round = 0; round < 200; ++round) {
+  for (index_t round = 0; round < test::sized(200, 70); ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
     const index_t experts = 1 + rng.below(b.experts), tokens = 1 + rng.below(30);
     std::vector<float> z = test::make_logits(coin() ? test::shape::normal : test::shape::quantised,

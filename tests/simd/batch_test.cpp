@@ -11,6 +11,7 @@
 #include "support/compare.hpp"
 #include "support/random.hpp"
 #include "support/shapes.hpp"
+#include "support/sized.hpp"
 
 using namespace moeroute;
 
@@ -38,7 +39,7 @@ TEMPLATE_LIST_TEST_CASE("fma rounds once, for any bits", "", test::arches) {
   const auto check = [&](float a, float b, float c) {
     if (!same_or_nan(fma_of<TestType>(a, b, c), std::fma(a, b, c))) wrong = shown(a, b, c);
   };
-  for (int i = 0; i < 300000; ++i) {
+  for (index_t i = 0; i < test::sized(300000, 20000); ++i) {
     const auto any = [&] { return std::bit_cast<float>(static_cast<std::uint32_t>(rng.bits())); };
     check(any(), any(), any());
   }
@@ -49,7 +50,7 @@ TEMPLATE_LIST_TEST_CASE("fma rounds once where product and addend nearly cancel"
                         test::arches) {
   test::random rng(2);
   std::string wrong;
-  for (int i = 0; i < 300000; ++i) {
+  for (index_t i = 0; i < test::sized(300000, 20000); ++i) {
     const float a = rng.normal(), b = rng.normal();
     // An addend near -a * b, or small beside it, so that a second rounding would show.
     const float scale[] = {1.0f, 0x1p-12f, 0x1p-24f, 0x1p-25f, 0x1p-48f};

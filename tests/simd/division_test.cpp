@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "support/arches.hpp"
+#include "support/sized.hpp"
 
 using namespace moeroute;
 
@@ -51,7 +52,7 @@ TEMPLATE_LIST_TEST_CASE("an emulated fma rounds once where double would round tw
   // Sums that lie half-way between two floats but for a bit that double cannot hold.
   std::mt19937 engine(4);
   index_t wrong = 0;
-  for (int round = 0; round < 20000; ++round) {
+  for (index_t round = 0; round < test::sized(20000, 4000); ++round) {
     const float a = random_mantissa(engine, 0);
     const float b = random_mantissa(engine, engine() % 20);
     const float c =

@@ -11,6 +11,7 @@
 #include "support/arches.hpp"
 #include "support/compare.hpp"
 #include "support/shapes.hpp"
+#include "support/sized.hpp"
 
 using namespace moeroute;
 
@@ -28,14 +29,14 @@ std::vector<float> exps(const std::vector<float>& x) {
   return mapped<A>(x, [](simd::vfloat<A> v) { return simd::exp<A>(v); });
 }
 
-// One float in 1009 of all that are between a and b, and the 200 next to each end.
-std::vector<float> floats_between(float a, float b) {
+// One float in `step` of all that are between a and b, and the 200 next to each end.
+std::vector<float> floats_between(float a, float b, index_t step = test::sized(1009, 16001)) {
   std::vector<float> list;
   for (float x = a, i = 0; i < 200; ++i, x = std::nextafter(x, b)) list.push_back(x);
   for (float x = b, i = 0; i < 200; ++i, x = std::nextafter(x, a)) list.push_back(x);
   const auto add = [&](float from, float to) {  // both positive
     for (auto bits = std::bit_cast<std::uint32_t>(from); bits < std::bit_cast<std::uint32_t>(to);
-         bits += 1009)
+         bits += static_cast<std::uint32_t>(step))
       list.push_back(std::bit_cast<float>(bits));
   };
   add(1e-10f, b);
@@ -93,7 +94,7 @@ TEMPLATE_LIST_TEST_CASE("exp has the same bits with every compiler and flag", ""
   // FNV-1a over the results. A new polynomial has a new number here: that is a change of every
   // score's bits.
   std::uint64_t hash = 0xcbf29ce484222325u;
-  for (const float y : exps<TestType>(floats_between(lowest, highest)))
+  for (const float y : exps<TestType>(floats_between(lowest, highest, 1009)))
     for (std::uint32_t bits = std::bit_cast<std::uint32_t>(y), i = 0; i < 4; ++i, bits >>= 8)
       hash = (hash ^ (bits & 0xff)) * 0x100000001b3u;
   CHECK(hash == 0x2041c379dbf6a255u);

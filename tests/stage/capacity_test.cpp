@@ -12,6 +12,7 @@
 #include "support/allocations.hpp"
 #include "support/assignments.hpp"
 #include "support/refusal.hpp"
+#include "support/sized.hpp"
 
 using namespace moeroute;
 
@@ -465,7 +466,7 @@ TEST_CASE(
     "with every option at once who stays, the weights and the counts are those of plain loops") {
   test::random rng(89);
   workspace ws;
-  for (int round = 0; round < 400; ++round) {
+  for (index_t round = 0; round < test::sized(400, 130); ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
     const index_t experts = 1 + rng.below(8), k = 1 + rng.below(std::min<index_t>(experts, 3)),
                   tokens = rng.below(30);

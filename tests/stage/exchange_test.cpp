@@ -16,6 +16,7 @@
 #include "support/golden.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
+#include "support/sized.hpp"
 
 using namespace moeroute;
 
@@ -755,7 +756,7 @@ TEST_CASE("a warm exchange allocates nothing") {
 
 TEST_CASE("with dead ranks, nodes and drops at once every choice goes where its rule's words say") {
   test::random rng(101);
-  for (int round = 0; round < 250; ++round) {
+  for (index_t round = 0; round < test::sized(250, 80); ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
     const index_t ranks = 1 + rng.below(6), experts = 1 + rng.below(7), each = 1 + rng.below(4);
     std::vector<expert_id> expert_of;

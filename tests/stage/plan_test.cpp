@@ -12,6 +12,7 @@
 #include "support/counting_new.hpp"
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
+#include "support/sized.hpp"
 
 using namespace moeroute;
 using test::listed;
@@ -325,7 +326,7 @@ TEST_CASE(
     "ones") {
   dispatch_plan p;
   test::random rng(97);
-  for (int round = 0; round < 500; ++round) {
+  for (index_t round = 0; round < test::sized(500, 170); ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
     const index_t experts = 1 + rng.below(coin() ? 8 : 150),
                   k = 1 + rng.below(std::min<index_t>(experts, 6)), tokens = rng.below(40);
