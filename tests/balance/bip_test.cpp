@@ -143,6 +143,15 @@ TEST_CASE("without tokens prices stay; scores that are no numbers are never chos
   bip_balancer one(1, {.k = 1});
   one.update(matrix_view<const float>(two.data(), 2, 1), ws);
   CHECK(one.bias()[0] == 0.0f);
+  // The largest float is a number, its negative too.
+  const float most = std::numeric_limits<float>::max();
+  const std::vector<float> ends{most, most, 0, -most, -most, -most};
+  for (const std::vector<std::uint8_t>& mask : {std::vector<std::uint8_t>{}, {1, 1}}) {
+    bip_balancer three(3, {.k = 1, .iterations = 1});
+    three.update(matrix_view<const float>(ends.data(), 2, 3), mask, ws);
+    CHECK(three.token_prices()[0] == most);
+    CHECK(three.token_prices()[1] == 0.0f);
+  }
   bip_online online(2, 1, 4);
   online.update(std::vector{nan, inf});
   CHECK(online.bias()[0] == 0.0f);
@@ -184,7 +193,10 @@ TEST_CASE("with every option at once prices are their formula, batch after batch
   test::random rng(61);
   for (int round = 0; round < 150; ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
-    const index_t experts = 2 + rng.below(19), k = 1 + rng.below(experts);
+    // Wide rows are where a k beyond a sorting network's, and beyond the lanes', is selected.
+    const bool wide = rng.below(10) == 0;
+    const index_t experts = wide ? 65 + rng.below(40) : 2 + rng.below(19);
+    const index_t k = wide ? 32 + rng.below(experts - 31) : 1 + rng.below(experts);
     std::vector<float> share;
     double whole = 0.0;
     if (coin())
