@@ -138,8 +138,10 @@ TEST_CASE(
       }
       default: break;
     }
-    const index_t t = rng.below(8) == 0 ? tokens : rng.below(5) - (rng.below(20) == 0);
-    const index_t e = rng.below(3) > 0 ? experts : rng.below(4), m = rng.below(4);
+    const bool again = rng.below(3) == 0, negative = rng.below(20) == 0;
+    const index_t t = again ? tokens : negative ? -1 : rng.below(5);
+    const index_t e = again || rng.below(3) > 0 ? experts : rng.below(4);
+    const index_t m = again ? k : rng.below(4);
     const bool fixed = rng.below(3) > 0, gone = rng.below(8) == 0;
     INFO("step " << step << ": from " << tokens << ", " << experts << ", " << k << " to " << t
                  << ", " << e << ", " << m << (fixed ? "" : ", ragged"));
@@ -164,8 +166,9 @@ TEST_CASE(
     if (said == "accepted") {
       tokens = t, experts = e, k = m, ragged = !fixed, drops = false;
       first.assign(1, 0);
+      const bool full = fixed || rng.below(3) == 0;
       for (index_t i = 0; i < t; ++i)
-        first.push_back(first.back() + static_cast<std::int32_t>(fixed ? m : rng.below(m + 1)));
+        first.push_back(first.back() + static_cast<std::int32_t>(full ? m : rng.below(m + 1)));
       if (ragged) {
         std::copy(first.begin(), first.end(), a.to_fill().offsets);
         a.close();

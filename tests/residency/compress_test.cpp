@@ -224,6 +224,11 @@ TEST_CASE(
   const double level[] = {9, 9, 1, 1, 5, 1, 1, 1};  // two that are as good in the first layer
   for (const auto& own : group_experts({level, 2, 4}, z, 2))
     CHECK(own == std::vector<expert_id>{0, 0, 0, 0});
+  // A layer that nobody used has one leader, and no more before those that were used.
+  const double unused[] = {0, 0, 0, 0, 5, 4, 4, 1};
+  const auto of_used = group_experts({unused, 2, 4}, z, 3);
+  CHECK(of_used[0] == std::vector<expert_id>{0, 0, 0, 0});
+  CHECK(of_used[1][1] == 1);
   CHECK(test::refusal([&] { group_experts({usage, 2, 4}, z, 1); }) ==
         "moeroute::group_experts: leaders is 1, expected 2 to 8");
   // A column without a finite length joins somebody all the same.
