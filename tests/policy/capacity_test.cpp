@@ -39,6 +39,18 @@ TEST_CASE("each formula rounds where the system that it is named after rounds") 
   CHECK(c(soft_moe, 1.0, 10, 4, 1) == 2);   // 2.5 to even
 }
 
+TEST_CASE("the load of the fullest expert is asked for where the capacity reads it") {
+  for (const capacity_formula f :
+       {unlimited, fixed, megatron, deepspeed, megablocks, vmoe_ceil, vmoe_round, tutel, nllb_train,
+        nllb_eval, stable_moe, nucleus, soft_moe})
+    for (const double factor : {-8.0, 0.0, 1.0}) {
+      const capacity_rule rule{.formula = f, .factor = factor};
+      if (test::refusal([&] { rule.check(); }) != "accepted") continue;
+      CHECK(rule.needs_greatest_load() ==
+            (rule.capacity(64, 4, 2, 3) != rule.capacity(64, 4, 2, 5)));
+    }
+}
+
 TEST_CASE("the minimum comes before the multiple") {
   const capacity_rule rule{.formula = deepspeed, .factor = 1.0, .minimum = 5, .multiple = 4};
   CHECK(rule.capacity(4, 4, 1) == 8);

@@ -199,6 +199,10 @@ TEST_CASE("Gaussian noise on inputs multiplies and adds as asked, replays, and i
     CHECK(std::abs(sum / n) < 5 * deviation / std::sqrt(n));
     CHECK(std::abs(square / n / (deviation * deviation) - 1.0) < 0.1);
   }
-  CHECK(test::refusal([&] { noisy(-1.0f, 0.0f, y); }) ==
-        "moeroute::gaussian_rows: factor is -1.000000, expected >= 0");
+  for (const auto& [bad, number] : {std::pair{-1.0f, "-1.000000"}, {HUGE_VALF, "inf"}}) {
+    CHECK(test::refusal([&] { noisy(bad, 0.0f, y); }) ==
+          std::string("moeroute::gaussian_rows: factor is ") + number + ", expected >= 0");
+    CHECK(test::refusal([&] { noisy(0.0f, bad, y); }) ==
+          std::string("moeroute::gaussian_rows: addend is ") + number + ", expected >= 0");
+  }
 }

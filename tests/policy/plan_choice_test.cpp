@@ -5,6 +5,7 @@
 #include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/policy/batch/sparse_transport.hpp>
 #include <moeroute/stage/route.hpp>
+#include <string>
 #include <vector>
 
 #include "oracle/routing.hpp"
@@ -204,6 +205,13 @@ TEST_CASE("choices on plans refuse what does not fit, by name") {
   CHECK(
       test::refusal([&] { routed(sinkhorn_expert_choice{.weights = plan_weights::by_k}, z, 4); }) ==
       "moeroute::sinkhorn_expert_choice: weights is by_k or sigmoid, expected softmax or plan");
+  const auto refused = [](const sinkhorn_expert_choice& r, index_t experts) {
+    return test::refusal([&] { r.check(8, experts); });
+  };
+  CHECK(refused({.scaling = {.temperature = 0.0f}}, 4) ==
+        "moeroute::sinkhorn_expert_choice: temperature is 0.000000, expected > 0");
+  CHECK(refused({}, 0) == "moeroute::sinkhorn_expert_choice: experts is 0, expected 1 to " +
+                              std::to_string(max_experts));
   CHECK(test::refusal([&] { routed(sparse_transport_token_choice{.k = 5}, z, 4); }) ==
         "moeroute::sparse_transport_token_choice: k is 5, expected 1 to 4");
 }

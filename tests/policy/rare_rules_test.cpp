@@ -530,6 +530,12 @@ TEST_CASE("what does not fit is refused with the field and its value") {
   CHECK(of_class(four, {}) == "moeroute::class_bias: second bias.size() is 0, expected 4");
   CHECK(of_class({}, four) == "moeroute::class_bias: first bias.size() is 0, expected 4");
   CHECK(of_class({}, {}) == "accepted");
+  CHECK(test::refusal([] { class_bias<>{{.k = 5}}.check(4); }) ==
+        "moeroute::top_k: k is 5, expected 1 to 4");
+  // What is suppressed may be among what the lot leaves.
+  const std::vector<expert_id> two{1, 4};
+  CHECK(refused("E=8 k=2 candidates=3 steering", {.steer = {.suppress = two}}) ==
+        "moeroute::candidates: active is 3, expected 4 to 8");
 }
 
 }  // namespace rare_rules_tests

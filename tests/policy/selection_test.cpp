@@ -133,4 +133,5 @@ TEST_CASE("selections that do not fit E are refused") {
   CHECK(refusal({.k = 2, .groups = 4, .topk_group = 1, .group_fill = 1.0f}) ==
         "moeroute::top_k: group_fill is 1.000000, expected -inf or 0");
   CHECK(refusal({.k = 3, .groups = 4, .topk_group = 1}) == "accepted");
+  CHECK(refusal({.k = 3, .topk_group = 0, .group_fill = 1.0f}) == "accepted");  // of one group
 }

@@ -342,6 +342,11 @@ TEST_CASE("sizes that do not fit a sparse plan's gradient are refused by name; n
         "moeroute::weigh_transport_backward: logits and dlogits overlap, expected memory of their "
         "own");
   CHECK(refused(4, n, 4, dz.data()) == "accepted");
+  CHECK(test::refusal([&] {
+          weigh_transport<float>(how, potentials, {z.data(), 4, 3}, {}, a,
+                                 std::span(w).first(w.size() - 1), ws);
+        }) == "moeroute::weigh_transport: weights.size() is " + std::to_string(n - 1) +
+                  ", expected " + std::to_string(n));
   a.to_fill().ids[0] = 3;
   CHECK(refused(4, n, 4, dz.data()) ==
         "moeroute::weigh_transport_backward: an id is 3, expected -1 to 2");

@@ -477,4 +477,6 @@ TEST_CASE("advice is given where its sentence is true, and one step before it is
   CHECK(advises(cold, "counts as 0; plan_domain=logarithm has neither limit"));
   CHECK_FALSE(advises(cold, "plan_eps"));
   CHECK(advice(parse_spec("E=8 k=1 weight_score=sigmoid score_domain=selected")).empty());
+  CHECK(advice(parse_spec("E=8 k=1 score=sigmoid score_domain=selected")).empty());
+  CHECK(advice(parse_spec("E=8 k=1")).empty());
 }

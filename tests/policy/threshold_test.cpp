@@ -177,4 +177,6 @@ TEST_CASE("a threshold, eps or gamma that makes no sense is refused") {
   CHECK(refused({.gamma = gamma}) == "moeroute::threshold_router: gamma.size() is 7, expected 8");
   CHECK(refused({.scale = test::infinity}) ==
         "moeroute::threshold_router: scale and norm_scale must be finite");
+  CHECK(test::refusal([] { rule{}.check(0); }) ==
+        "moeroute::threshold_router: E is 0, expected 1 to " + std::to_string(max_experts));
 }

@@ -583,6 +583,19 @@ TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by n
   CHECK(weighed(sparse_transport{.weights = transport_weights::plan}) ==
         "moeroute::weigh: sparse_transport.weights is plan: it couples the tokens, use "
         "weigh_transport and weigh_transport_backward");
+  const auto unmapped = [](const auto& router) {
+    return test::refusal([&] { (void)weight_maps_of(router, side_inputs{}); });
+  };
+  CHECK(unmapped(sinkhorn_expert_choice{.weights = plan_weights::plan}) ==
+        "moeroute::weigh: sinkhorn_expert_choice.weights is plan: it couples the tokens, use "
+        "weigh_plan and weigh_plan_backward");
+  CHECK(unmapped(selective_sinkhorn{.probability = 1.0f}) ==
+        "moeroute::weigh: selective_sinkhorn.weights is plan: it couples the tokens, use "
+        "weigh_plan and weigh_plan_backward");
+  CHECK(
+      unmapped(sparse_transport_token_choice{.transport = {.weights = transport_weights::plan}}) ==
+      "moeroute::weigh: sparse_transport_token_choice.transport.weights is plan: it couples the "
+      "tokens, use weigh_transport and weigh_transport_backward");
 }
 
 namespace {

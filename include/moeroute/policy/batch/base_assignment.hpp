@@ -248,7 +248,7 @@ inline void run_optimal(const affinity& a, const optimal_memory& m, std::int32_t
       for (index_t e = 0; e < experts; ++e)
         for (index_t f = 0; f < experts; ++f) {
           const double through = m.reach[e] + m.gain[e * experts + f];
-          if (e == f || !(through > m.reach[f])) continue;
+          if (!(through > m.reach[f])) continue;
           bool circle = false;
           for (index_t at = e; at >= 0 && !circle; at = m.parent[at]) circle = at == f;
           if (circle) continue;

@@ -337,6 +337,7 @@ class sinkhorn_engine {
 ///
 /// Shapes: z [T, E], plan [T, E]; shares [E], the share of the mass that each column is to have,
 /// of any sum, or empty: equal. Rows of masked tokens and entries of NaN or -inf logits are 0.
+/// Throws: error where the shapes do not fit, or an option is out of its range.
 /// Ensures: rows (columns_then_rows) or columns (rows_then_columns) sum to their marginals up to
 /// rounding and eps. T counts the tokens that take part. Cost: two reads of [T, E] and one
 /// exponential per element, then one read per iteration (log domain: one exponential per element
@@ -348,10 +349,10 @@ index_t sinkhorn_plan(const sinkhorn_scaling& how, matrix_view<const float> z,
                       const side_inputs& side, workspace& ws, matrix_view<float> plan,
                       const Exec& exec = {}, std::span<const float> shares = {}) {
   how.check("sinkhorn_plan");
+  check_range("sinkhorn_plan", "experts", z.cols, 1, max_experts);
   detail::check_shares("sinkhorn_plan", shares, z.cols);
   check_size("sinkhorn_plan", "plan.rows", plan.rows, z.rows);
   check_size("sinkhorn_plan", "plan.cols", plan.cols, z.cols);
-  if (z.rows == 0) return 0;
   detail::sinkhorn_state s = ws.carve([&](scratch& tape) {
     return detail::sinkhorn_state::carve(tape, z.rows, z.cols,
                                          worker_slots::count(exec.concurrency()), !shares.empty());

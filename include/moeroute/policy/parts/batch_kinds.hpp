@@ -103,7 +103,10 @@ struct sinkhorn_scaling {
   sinkhorn_stop stop = sinkhorn_stop::mean_change;
   plan_similarity similarity = plan_similarity::logits;
   float temperature = 1.0f;
-  float eps = 1e-8f;        ///< added to every sum that is divided by; unused in the log domain
+  /// Added to every sum that is divided by; unused in the log domain. Sums are of rows whose
+  /// largest entry is 1, so a constant added to a row's logits moves no plan. (Megatron-LM adds it
+  /// to sums of exp(z) as it is: the same at logits of usual size.)
+  float eps = 1e-8f;
   float tolerance = 1e-4f;  ///< 0: run most_iterations
   index_t most_iterations = 1000;
 

@@ -105,10 +105,9 @@ struct top_k {
               tape.take<float>(best > 0 ? groups * block_rows : 0),
               tape.take<float>(best > 0 ? groups * block_rows : 0), nullptr};
     return {tape.take<std::uint64_t>(
-                std::max(simd::top_k_scratch(experts, k),
-                         masks_experts() ? simd::top_k_scratch(size, best) : index_t{0})),
-            tape.take<float>(masks_experts() ? groups * block_rows : 0),
-            tape.take<float>(best * block_rows), tape.take<std::int32_t>(best * block_rows)};
+                std::max(simd::top_k_scratch(experts, k), simd::top_k_scratch(size, best))),
+            tape.take<float>(groups * block_rows), tape.take<float>(best * block_rows),
+            tape.take<std::int32_t>(best * block_rows)};
   }
 
   /// rows: the choice scores again, writable and E apart, where masks_experts().

@@ -14,6 +14,7 @@
 #include <moeroute/data/check_choices.hpp>
 #include <moeroute/matrix/check.hpp>
 #include <moeroute/policy/batch/sinkhorn_scaling.hpp>
+#include <moeroute/simd/probability/sinkhorn_sweep.hpp>
 
 namespace moeroute {
 
@@ -32,16 +33,18 @@ enum class plan_share {
 
 namespace detail {
 
-// A plan P = u K v in double, and what its gradient needs. K = exp(x / temperature - the row's
-// largest), whose factor goes into u.
+// A plan P = u K v in double, and what its gradient needs. K = exp((x - the row's largest) /
+// temperature), as the router's: eps counts beside it, what the router flushes is 0, and factors
+// end where the router's do, in the log domain before they overflow.
 template <class A = simd::default_arch>
 class plan_of {
  public:
   index_t tokens, experts, iterations;
-  double *kernel, *similarity, *eps, *row_mass, *plan;  // [T, E], [T, E], [T], [T], [T, E]
-  double *u, *v;                                        // [n + 1, T], [n + 1, E]
-  double* column_mass;                                  // [E]
-  double* spare;                                        // [2 T + 8 E]
+  double eps, most;                               // of a sum; a factor is at most that
+  double *kernel, *similarity, *row_mass, *plan;  // [T, E], [T, E], [T], [T, E]
+  double *u, *v;                                  // [n + 1, T], [n + 1, E]
+  double* column_mass;                            // [E]
+  double* spare;                                  // [2 T + 8 E]
 
   static plan_of carve(scratch& tape, index_t tokens, index_t experts,
                        const sinkhorn_scaling& how) {
@@ -50,10 +53,12 @@ class plan_of {
     p.tokens = tokens;
     p.experts = experts;
     p.iterations = n;
+    const bool log = how.domain == sinkhorn_domain::logarithm;
+    p.eps = log ? 0.0 : static_cast<double>(how.eps);
+    p.most = log ? 1e280 : 1e30;
     p.kernel = tape.take<double>(tokens * experts);
     p.similarity =
         tape.take<double>(how.similarity == plan_similarity::softmax ? tokens * experts : 0);
-    p.eps = tape.take<double>(tokens);
     p.row_mass = tape.take<double>(tokens);
     p.plan = tape.take<double>(tokens * experts);
     p.u = tape.take<double>((n + 1) * tokens);
@@ -70,14 +75,12 @@ class plan_of {
     const bool rows_first = how.order == scaling_order::rows_then_columns;
     std::fill_n(u, tokens, 1.0);
     std::fill_n(v, experts, 1.0);
-    const double least =
-        how.domain == sinkhorn_domain::logarithm ? 0.0 : static_cast<double>(how.eps);
     for (index_t i = 1; i <= iterations; ++i)
       for (const bool rows : {rows_first, !rows_first}) {
         if (rows)
           scale_rows(v + (rows_first ? i - 1 : i) * experts, u + i * tokens);
         else
-          scale_columns(u + (rows_first ? i : i - 1) * tokens, least, v + i * experts);
+          scale_columns(u + (rows_first ? i : i - 1) * tokens, v + i * experts);
       }
     const double *last_u = u + iterations * tokens, *last_v = v + iterations * experts;
     for (index_t t = 0; t < tokens; ++t)
@@ -130,14 +133,16 @@ class plan_of {
         std::fill_n(similarity + t * experts, experts, 0.0);
       }
       const double heat = static_cast<double>(how.temperature);
-      for (index_t e = 0; e < experts; ++e)
+      const double flush = how.domain == sinkhorn_domain::logarithm
+                               ? 0.0
+                               : static_cast<double>(simd::sinkhorn_flush);
+      for (index_t e = 0; e < experts; ++e) {
         k[e] = !(k[e] > never) ? 0.0 : k[e] == top ? 1.0 : std::exp((k[e] - top) / heat);
+        if (k[e] < flush) k[e] = 0.0;
+      }
       const bool there = top > never;
       live += there;
       row_mass[t] = there ? 1.0 : 0.0;
-      eps[t] = !there || how.domain == sinkhorn_domain::logarithm
-                   ? 0.0
-                   : static_cast<double>(how.eps) * std::exp(-top / heat);
     }
     const auto n = static_cast<double>(live), m = static_cast<double>(experts);
     for (index_t t = 0; t < tokens && how.mass == plan_mass::one; ++t) row_mass[t] /= n;
@@ -151,17 +156,24 @@ class plan_of {
 
   void scale_rows(const double* from, double* to) const {
     for (index_t t = 0; t < tokens; ++t) {
-      double sum = eps[t];
+      double sum = 0.0;
       for (index_t e = 0; e < experts; ++e) sum += kernel[t * experts + e] * from[e];
-      to[t] = sum > 0.0 ? row_mass[t] / sum : 0.0;
+      to[t] = factor(row_mass[t], sum);
     }
   }
-  void scale_columns(const double* from, double least, double* to) const {
+  void scale_columns(const double* from, double* to) const {
     std::fill_n(to, experts, 0.0);
     for (index_t t = 0; t < tokens; ++t)
       for (index_t e = 0; e < experts; ++e) to[e] += kernel[t * experts + e] * from[t];
-    for (index_t e = 0; e < experts; ++e)
-      to[e] = to[e] > 0.0 ? column_mass[e] / (to[e] + least) : 0.0;
+    for (index_t e = 0; e < experts; ++e) to[e] = factor(column_mass[e], to[e]);
+  }
+
+  double factor(double mass, double sum) const {
+    return sum > 0.0 ? std::min(mass / (sum + eps), most) : 0.0;
+  }
+  // What a sum's derivative is of its factor's: nothing moves a factor that has come to its end.
+  double of_sum(double factor, double gradient, double mass) const {
+    return mass > 0.0 && factor < most ? -gradient * factor * factor / mass : 0.0;
   }
 
   // u = r / (K v + eps) and v = c / (K^T u + eps), backwards: da = -du u^2 / r, db = -dv v^2 / c.
@@ -174,10 +186,10 @@ class plan_of {
     for (index_t t = 0; t < tokens; ++t)
       for (index_t e = 0; e < experts; ++e) {
         double& g = dplan[t * experts + e];
-        const double k = kernel[t * experts + e];
-        du[t] += g * k * last_v[e];
-        dv[e] += g * k * last_u[t];
-        g *= last_u[t] * last_v[e];  // dK
+        const double flow = g * kernel[t * experts + e];
+        du[t] += flow * last_v[e];
+        dv[e] += flow * last_u[t];
+        g = flow * last_u[t] * last_v[e];  // dK K: it stays finite where factors are huge
       }
     for (index_t i = iterations; i >= 1; --i)
       for (const bool rows : {!rows_first, rows_first}) {
@@ -185,22 +197,22 @@ class plan_of {
         const double* const before_u = u + (rows_first ? i : i - 1) * tokens;
         const double *ui = u + i * tokens, *vi = v + i * experts;
         if (rows) {
-          for (index_t t = 0; t < tokens; ++t)
-            da[t] = row_mass[t] > 0.0 ? -du[t] * ui[t] * ui[t] / row_mass[t] : 0.0;
+          for (index_t t = 0; t < tokens; ++t) da[t] = of_sum(ui[t], du[t], row_mass[t]);
           std::fill_n(du, tokens, 0.0);
           for (index_t t = 0; t < tokens; ++t)
             for (index_t e = 0; e < experts; ++e) {
-              dplan[t * experts + e] += da[t] * before_v[e];
-              dv[e] += kernel[t * experts + e] * da[t];
+              const double flow = kernel[t * experts + e] * da[t];
+              dplan[t * experts + e] += flow * before_v[e];
+              dv[e] += flow;
             }
         } else {
-          for (index_t e = 0; e < experts; ++e)
-            db[e] = column_mass[e] > 0.0 ? -dv[e] * vi[e] * vi[e] / column_mass[e] : 0.0;
+          for (index_t e = 0; e < experts; ++e) db[e] = of_sum(vi[e], dv[e], column_mass[e]);
           std::fill_n(dv, experts, 0.0);
           for (index_t t = 0; t < tokens; ++t)
             for (index_t e = 0; e < experts; ++e) {
-              dplan[t * experts + e] += db[e] * before_u[t];
-              du[t] += kernel[t * experts + e] * db[e];
+              const double flow = kernel[t * experts + e] * db[e];
+              dplan[t * experts + e] += flow * before_u[t];
+              du[t] += flow;
             }
         }
       }
@@ -208,11 +220,9 @@ class plan_of {
       double* const g = dplan + t * experts;
       const double* const k = kernel + t * experts;
       double sum = 0.0;
-      for (index_t e = 0; e < experts; ++e) sum += g[e] *= k[e];
-      // Token factors of 1 are those of the row without its largest: that moves the plan, too,
-      // unless rows were scaled first.
-      const index_t top = std::max_element(k, k + experts) - k;
-      if (!rows_first && k[top] > 0.0) g[top] -= sum;
+      for (index_t e = 0; e < experts; ++e) sum += g[e];
+      // Every entry moves against the row's largest: a constant added to the row moves nothing.
+      g[std::max_element(k, k + experts) - k] -= sum;
     }
   }
 
