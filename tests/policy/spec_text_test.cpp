@@ -480,3 +480,56 @@ TEST_CASE("advice is given where its sentence is true, and one step before it is
   CHECK(advice(parse_spec("E=8 k=1 score=sigmoid score_domain=selected")).empty());
   CHECK(advice(parse_spec("E=8 k=1")).empty());
 }
+
+TEST_CASE("each trait of a router is lost and won by the words that decide it") {
+  // Of monotone, shift invariant, relabelling, sum to one, fixed k, table's ids, ~ random,
+  // capacity.
+  const auto traits = [](const router_spec& s) {
+    const router_traits t = traits_of(s);
+    const bool has[] = {t.monotone, t.shift_invariant, t.relabelling, t.weights_sum_to_one,
+                        t.fixed_k,  t.needs_token_ids, t.random,      t.capacity_bound};
+    std::string letters;
+    for (std::size_t i = 0; i < std::size(has); ++i)
+      if (has[i]) letters += "msr1kt~c"[i];
+    return letters;
+  };
+  const auto sum = normalization::sum;
+  const struct {
+    router_spec spec;
+    const char* letters;
+  } listed[] = {
+      {{}, "msrk"},
+      {{.normalize = sum}, "msr1k"},
+      {{.domain = score_domain::selected}, "msr1k"},
+      {{.normalize = normalization::lp}, "msrk"},
+      {{.normalize = sum, .eps_where = eps_mode::add}, "msrk"},
+      {{.normalize = sum, .scale = 2.0f}, "msrk"},
+      {{.normalize = sum, .divide_by_k = true}, "msrk"},
+      {{.normalize = sum, .per_expert_scale = true}, "msrk"},
+      {{.normalize = sum, .capacity = 4}, "msrkc"},
+      {{.score = score_kind::sigmoid}, "mrk"},
+      {{.score = score_kind::sigmoid, .domain = score_domain::selected}, "mrk"},
+      {{.selection = selection_kind::sparsemixer, .normalize = sum}, "k"},
+      {{.selection = selection_kind::top2}, "msrk"},
+      {{.selection = selection_kind::top_p}, "msr"},
+      {{.selection = selection_kind::threshold}, "msr"},
+      {{.selection = selection_kind::counted}, "msr"},
+      {{.selection = selection_kind::expert_table}, "skt"},
+      {{.selection = selection_kind::random}, "sk~"},
+      {{.groups = 2}, "sk"},
+      {{.domain = score_domain::selected, .groups = 2}, "1k"},
+      {{.selection_bias = true}, "srk"},
+      {{.softcap = 1.0f}, "mrk"},
+      {{.weight_apart = true}, "mrk"},
+      {{.second_logits = logit_pairs::sigmoid_sum}, "srk"},
+      {{.passes = 2}, "srk"},
+      {{.steering = true}, "srk"},
+      {{.candidates = 4}, "sk~"},
+      {{.noise = noise_kind::gumbel}, "msrk~"},
+      {{.explore = 0.5f}, "sk~"},
+  };
+  for (const auto& [spec, letters] : listed) {
+    INFO(to_string(spec));
+    CHECK(traits(spec) == letters);
+  }
+}

@@ -96,6 +96,9 @@ TEST_CASE("eps has the unit of the scores where their sum is beyond a float") {
 TEST_CASE("a divisor of 0 gives weights of 0") {
   CHECK(near(sum_normalized, {0.0f, 0.0f}, {0, 0}) == "");
   CHECK(near(sum_normalized, {none, none}, {0, 0}) == "");
+  // Scores of either sign may come to nothing, or less.
+  CHECK(near(sum_normalized, {1.0f, -1.0f}, {0, 0}) == "");
+  CHECK(near(sum_normalized, {1.0f, -3.0f}, {0, 0}) == "");
 }
 
 TEST_CASE("weights are finite where scores or their sum are not") {
