@@ -66,9 +66,9 @@ struct scene {
   scene(assignment a, index_t cols, bool with_side = false, const exchange_options& o = {})
       : choices(std::move(a)),
         d(cols),
-        how(o),
         x(random_rows(choices.tokens() * d, 1)),
-        dy(random_rows(choices.tokens() * d, 2)) {
+        dy(random_rows(choices.tokens() * d, 2)),
+        how(o) {
     const index_t tokens = choices.tokens();
     if (with_side) {
       test::random rng(7);
@@ -626,15 +626,20 @@ TEST_CASE("an option or a side input that is wrong on one rank is refused on eve
   CHECK(with(fits, mine ? ones : std::span<const float>()).find("shared_weight.size() is ") !=
         std::string::npos);
 
-  // Another placement has no forward() call before it.
+  // Another placement has no forward() call before it, a new one has none either.
+  const auto goes_back = [&] {
+    return test::refusal([&] {
+      p.backward(
+          own.x, own.choices, own.dy, {own.dx.data(), own.n, s.d}, own.dweights,
+          [](expert_id, matrix_view<const float>, matrix_view<const float>, matrix_view<float>) {});
+    });
+  };
+  const std::string none = "backward() without a forward() call before it";
   CHECK(with(fits, {}) == "accepted");
   p.adopt(where);
-  CHECK(test::refusal([&] {
-          p.backward(own.x, own.choices, own.dy, {own.dx.data(), own.n, s.d}, own.dweights,
-                     [](expert_id, matrix_view<const float>, matrix_view<const float>,
-                        matrix_view<float>) {});
-        }).find("backward() without a forward() call before it") != std::string::npos);
+  CHECK(goes_back().find(none) != std::string::npos);
   p = mpi::expert_parallel<>(MPI_COMM_WORLD, where);
+  CHECK(goes_back().find(none) != std::string::npos);
   CHECK(with(fits, {}) == "accepted");
 }
 
