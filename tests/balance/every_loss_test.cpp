@@ -702,6 +702,8 @@ TEST_CASE("controllers and schedules refuse by name the numbers that make no sen
            [] { expert_thresholds(2, {.k = 2.0f, .ema = 1.0f}); },
            [] { quantile_histogram(2, {.buckets = 2}); },
            [] { annealing{.begin = 1, .end = 1}.check(); },
+           [] { annealing{.from = -1.0, .to = 0.0}.check(); },
+           [] { annealing{.from = 2.0, .shape = anneal_shape::exponential}.check(); },
            lambda({.k = 0.0f, .start = 0.5, .factor = 1.0, .floor = 0.5, .ceiling = 0.5}),
            real({.experts = 2, .k = 2, .target = 2.0f})})
     CHECK(test::refusal(accepted) == "accepted");

@@ -134,8 +134,13 @@ TEST_CASE("soft balance of one expert, of masked tokens, of broken logits, of ba
        -std::numeric_limits<double>::infinity()};
   CHECK(share_balance({}, {}, logits, gradient, ws, serial{}) == 0.0);
   CHECK(dz == row(3, 0.0));
-  CHECK_THROWS_AS(share_balance({.coefficient = -1.0}, {}, logits, gradient, ws, serial{}), error);
-  CHECK_THROWS_AS(share_balance({.eps = 0.0}, {}, logits, gradient, ws, serial{}), error);
+  const auto refused = [&](const auto& loss) {
+    return test::refusal([&] { share_balance(loss, {}, logits, gradient, ws, serial{}); });
+  };
+  CHECK(refused(share_balance_loss{.coefficient = -1.0}) ==
+        "moeroute::share_balance: coefficient is -1.000000, expected >= 0");
+  CHECK(refused(share_balance_loss{.eps = 0.0}) ==
+        "moeroute::share_balance: an eps is not positive");
 }
 
 TEST_CASE(

@@ -184,6 +184,40 @@ TEST_CASE(
   }
 }
 
+namespace {
+
+struct counting_loops {
+  int* loops;
+
+  static constexpr int concurrency() { return 1; }
+  template <class F>
+  void parallel_for(index_t n, index_t grain, F&& f) const {
+    ++*loops;
+    serial{}.parallel_for(n, grain, f);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("losses share one sweep, and those of sums take a second one where there is a gradient") {
+  const auto b = test::random_batch(62, 20, 5);
+  const row c = test::random_counts(62, 20, 5, 2);
+  row dz(b.logits.size());
+  workspace ws;
+  const auto loops = [&](gradient_to to, const auto&... losses) {
+    int n = 0;
+    balance_loss<double>({.gradient = to, .sequence_length = 4}, {b.logits.data(), 20, 5},
+                         {dz.data(), 20, 5}, ws, counting_loops{&n}, losses...);
+    return n;
+  };
+  const auto of_counts = switch_loss::megatron(1.0, c, 2);
+  CHECK(loops(gradient_to::write, of_counts, router_z_loss{}) == 1);
+  CHECK(loops(gradient_to::add, of_counts) == 1);
+  CHECK(loops(gradient_to::add, of_counts, importance_loss{}) == 2);
+  CHECK(loops(gradient_to::write, of_counts, importance_loss{}) == 2);
+  CHECK(loops(gradient_to::nowhere, of_counts, importance_loss{}) == 1);
+}
+
 TEST_CASE("a NaN counts as -inf, a row of nothing else adds nothing, +inf has no gradient") {
   const double nan = std::nan("");
   oracle::batch b = test::random_batch(65, 4, 18);

@@ -413,7 +413,10 @@ TEST_CASE("with every option at once biases are their formula, observation after
   test::random rng(71);
   for (int round = 0; round < 120; ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
-    const index_t experts = 2 + rng.below(19), k = 1 + rng.below(experts - 1);
+    // Wide rows are where a k beyond a sorting network's, and beyond the lanes', is selected.
+    const bool wide = rng.below(10) == 0;
+    const index_t experts = wide ? 67 + rng.below(40) : 2 + rng.below(19);
+    const index_t k = wide ? 32 + rng.below(experts - 32) : 1 + rng.below(experts - 1);
     const auto E = static_cast<std::size_t>(experts);
     const float ema = coin() ? 0.0f : rng.uniform();
     std::vector<float> share;

@@ -48,5 +48,6 @@ TEST_CASE("no_expert is no choice: it cannot disagree, but a choice made once an
 TEST_CASE("routings of other numbers of tokens are not compared; of none the rates are 0") {
   CHECK(test::refusal([] { selection_disagreement(made_of({1}, 1), made_of({1, 2}, 1)); }) ==
         "moeroute::selection_disagreement: b.tokens is 2, expected 1");
-  CHECK(selection_disagreement(made_of({}, 1), made_of({}, 1)).token_rate() == 0.0);
+  const disagreement none = selection_disagreement(made_of({}, 1), made_of({}, 1));
+  CHECK((none.token_rate() == 0.0 && none.choice_rate() == 0.0));
 }

@@ -18,6 +18,7 @@
 
 #include "support/assignments.hpp"
 #include "support/compare.hpp"
+#include "support/sized.hpp"
 #include "support/split.hpp"
 #include "support/strided.hpp"
 
@@ -194,7 +195,7 @@ TEST_CASE("the measures of loads by hand") {
 
 TEST_CASE("with every option at once meters of choices say what plain loops say") {
   test::random rng(79);
-  for (int round = 0; round < 150; ++round) {
+  for (index_t round = 0; round < test::sized(150, 40); ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
     const count_basis basis = coin() ? count_basis::all_choices : count_basis::first_choice;
     const drop_stage drops = coin() ? drop_stage::before_drop : drop_stage::after_drop;
@@ -339,7 +340,7 @@ TEST_CASE("with every option at once meters of choices say what plain loops say"
 
 TEST_CASE("with every option at once the committee is what its definition says") {
   test::random rng(83);
-  for (int round = 0; round < 100; ++round) {
+  for (index_t round = 0; round < test::sized(100, 40); ++round) {
     const index_t domains = 1 + rng.below(5), count = 1 + rng.below(7);
     const committee_options o{.k = 1 + rng.below(count),
                               .presence = 0.125 * static_cast<double>(rng.below(9))};

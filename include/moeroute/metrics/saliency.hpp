@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -100,7 +101,7 @@ inline index_t least_experts(matrix_view<const float> logits, double mass, doubl
     const float max = simd::row_max<>(logits.row(t), logits.cols);
     const auto total =
         static_cast<double>(simd::row_exp<>(logits.row(t), logits.cols, max, p.data()));
-    std::sort(p.begin(), p.end(), [](float a, float b) { return a > b; });
+    std::sort(p.begin(), p.end(), std::greater<>());
     double sum = 0.0;
     std::size_t j = 0;
     while (j < p.size() && sum < mass * total * (1.0 - 1e-6)) sum += static_cast<double>(p[j++]);
