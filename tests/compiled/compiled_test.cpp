@@ -27,9 +27,11 @@
 #include <new>
 #include <random>
 #include <set>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "properties/hold.hpp"
@@ -369,9 +371,39 @@ TEST_CASE("what a status becomes in C++, and which version this is") {
   CHECK_THROWS_AS(compiled::refuse("a sentence"), std::invalid_argument);
   CHECK_THROWS_WITH(compiled::refuse("a sentence"), "a sentence");
   CHECK_NOTHROW(compiled::check(MOEROUTE_OK));
+  CHECK_THROWS_AS(compiled::check(MOEROUTE_FAILED), std::runtime_error);
   CHECK(moeroute_version() == std::to_string(MOEROUTE_VERSION_MAJOR) + "." +
                                   std::to_string(MOEROUTE_VERSION_MINOR) + "." +
                                   std::to_string(MOEROUTE_VERSION_PATCH));
+}
+
+TEST_CASE("a handle has one owner, and lists of two sizes are refused before they are read") {
+  compiled::assignment one, other;
+  moeroute_assignment *const of_one = one.get(), *const of_other = other.get();
+  one = std::move(other);
+  CHECK((one.get() == of_other && other.get() == of_one));
+  compiled::assignment last(std::move(one));
+  CHECK((last.get() == of_other && one.get() == nullptr));
+
+  const std::vector<std::int32_t> ids{0, 1, 2, 3};
+  const std::vector<float> weights(4), z(16);
+  CHECK_THROWS_WITH(last.set(ids, std::span(weights).first(3), 8, 2),
+                    "moeroute::assignment_set: ids and weights are not two lists of T * k values");
+  std::vector<std::int32_t> to_ids(6);
+  std::vector<float> to_weights(6);
+  const compiled::router router(compiled::plain_spec());
+  CHECK_THROWS_WITH(compiled::route_to(router, {z.data(), 2, 8}, last, to_ids, to_weights),
+                    "moeroute::route_to: ids and weights are not two lists of T * k values");
+  const std::vector<std::int32_t> tokens{0, 1, 1, 2};
+  compiled::expert_lists lists{};
+  lists.tokens = 3;
+  lists.experts = lists.capacity = 2;
+  lists.token = tokens.data();
+  lists.weight = weights.data();
+  compiled::dispatch_plan plan;
+  CHECK_THROWS_WITH(
+      compiled::plan(lists, plan, {}, std::span(to_weights).first(3)),
+      "moeroute::plan_make_of_lists: weights has less than lists.experts * capacity values");
 }
 
 TEST_CASE("a router says how many columns, experts and choices it has, and what else it needs") {
@@ -435,7 +467,7 @@ TEST_CASE("a router says how many columns, experts and choices it has, and what 
 
 TEST_CASE("rows of 16 bits go through gates, plans and mixtures as their values do as floats") {
   std::mt19937 engine(21);
-  const index_t tokens = 21, experts = 6, k = 2, d = 35;
+  const index_t tokens = 21, experts = 6, d = 35;
   using moeroute::bfloat16;
   using moeroute::float16;
   struct rows {

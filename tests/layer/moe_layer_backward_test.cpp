@@ -442,14 +442,45 @@ TEST_CASE("activations that are kept give the bits of those that are computed ag
                  layer_weights<>{rows(gate, experts)}, back,
                  layer_gradients{.x = into(dx, tokens)});
         CHECK(d2 == floats(d2.size()));
+        // No gradient is where a weight is.
         floats shared = w;
-        CHECK(test::refusal([&] {
-                swiglu_backward<>(
-                    own, {{w.data(), of_gate, d}, rows(shared, experts * ff), rows(w, experts * d)},
-                    {into(d1, of_gate), into(d3, experts * ff), into(shared, experts * d)});
-              }) ==
-              "moeroute::swiglu_backward: weights.up and a gradient overlap, expected memory "
-              "of their own");
+        for (int one = gated ? 0 : 1; one < 3; ++one)
+          for (int other = gated ? 0 : 1; other < 3; ++other) {
+            const auto of = [&](int which, bool same, auto* apart, auto* together) {
+              const index_t high[] = {of_gate, experts * ff, experts * d};
+              return matrix_view(same ? together : apart, high[which], which == 2 ? ff : d);
+            };
+            const float *const read = w.data(), *const read_shared = shared.data();
+            const char* const names[] = {"weights.gate", "weights.up", "weights.down"};
+            CHECK(test::refusal([&] {
+                    swiglu_backward<>(
+                        own,
+                        {of(0, one == 0, read, read_shared), of(1, one == 1, read, read_shared),
+                         of(2, one == 2, read, read_shared)},
+                        {of(0, other == 0, d1.data(), shared.data()),
+                         of(1, other == 1, d3.data(), shared.data()),
+                         of(2, other == 2, d2.data(), shared.data())});
+                  }) == "moeroute::swiglu_backward: " + std::string(names[one]) +
+                            " and a gradient overlap, expected memory of their own");
+          }
+        // Gradients of biases have the sizes of biases, or none.
+        for (int wrong = 0; wrong < 4; ++wrong) {
+          const index_t sizes[] = {of_gate, experts * ff, experts * d};
+          const char* const names[] = {"gate", "up", "down"};
+          floats of_biases[3];
+          for (int i = 0; i < 3; ++i)
+            of_biases[i].resize(static_cast<std::size_t>(sizes[i] + (i == wrong)));
+          CHECK(test::refusal([&] {
+                  swiglu_backward<>(
+                      own, {{w.data(), of_gate, d}, rows(w, experts * ff), rows(w, experts * d)},
+                      {into(d1, of_gate), into(d3, experts * ff), into(d2, experts * d)},
+                      {of_biases[0], of_biases[1], of_biases[2]});
+                }) == (wrong == 3
+                           ? "accepted"
+                           : "moeroute::swiglu_backward: biases." + std::string(names[wrong]) +
+                                 ".size() is " + std::to_string(sizes[wrong] + 1) + ", expected " +
+                                 std::to_string(sizes[wrong])));
+        }
         // Each of the six matrices has its own rows and columns.
         for (int wrong = 0; wrong < 12; ++wrong) {
           const auto sized = [&](auto* data, int which, index_t high, index_t columns) {
@@ -856,10 +887,11 @@ TEST_CASE("gradients that share memory with what is read are refused by name") {
         "moeroute::backward: x and gradients.x overlap, expected memory of their own");
   CHECK(refused({.x = into(one.dy, 6)}) ==
         "moeroute::backward: dy and gradients.x overlap, expected memory of their own");
-  CHECK(refused({.gate = into(one.gate, experts)})
-            .ends_with("weight and gradients.weight overlap, expected memory of their own"));
-  CHECK(refused({.logits = one.tape.logits})
-            .ends_with("logits and dlogits overlap, expected memory of their own"));
+  CHECK(
+      refused({.gate = into(one.gate, experts)}) ==
+      "moeroute::gate_backward: weight and gradients.weight overlap, expected memory of their own");
+  CHECK(refused({.logits = one.tape.logits}) ==
+        "moeroute::weigh_backward: logits and dlogits overlap, expected memory of their own");
   CHECK(refused({.logits = into(one.dz, 6).middle_rows(0, 5)}) ==
         "moeroute::backward: gradients.logits.rows() is 5, expected 6");
 }
