@@ -77,7 +77,7 @@ TEST_CASE("saliency by batches and merged is that of one; the mean times the tok
   test::random rng(2);
   constexpr index_t experts = 6, d = 5;
   saliency_meter one(experts), two(experts), rest(experts), louder(experts);
-  std::vector<double> both(experts);
+  std::vector<double> both(experts), weight(experts), length(experts), tokens(experts);
   for (int batch = 0; batch < 3; ++batch) {
     const assignment a = test::fixed_choices(rng, 20, experts, 2, 5);
     dispatch_plan p;
@@ -91,8 +91,12 @@ TEST_CASE("saliency by batches and merged is that of one; the mean times the tok
       if (s == no_slot) continue;
       double square = 0;
       for (index_t i = 0; i < d; ++i) square += double(rows(s, i)) * double(rows(s, i));
-      both[static_cast<std::size_t>(a.ids()[static_cast<std::size_t>(c)])] +=
-          std::sqrt(square) * double(a.weights()[static_cast<std::size_t>(c)]);
+      const auto e = static_cast<std::size_t>(a.ids()[static_cast<std::size_t>(c)]);
+      const double g = double(a.weights()[static_cast<std::size_t>(c)]);
+      both[e] += std::sqrt(square) * g;
+      weight[e] += g;
+      length[e] += std::sqrt(square);
+      tokens[e] += 1;
     }
     // Expert 3 three times as loud.
     for (index_t s = p.offsets()[3]; s < p.offsets()[4]; ++s)
@@ -101,13 +105,17 @@ TEST_CASE("saliency by batches and merged is that of one; the mean times the tok
   }
   two.merge(rest);
   for (index_t e = 0; e < experts; ++e) {
+    const auto i = static_cast<std::size_t>(e);
+    CHECK(double(one.tokens(e)) == tokens[i]);
     CHECK(one.tokens(e) == two.tokens(e));
     CHECK(std::abs(one.reap(e) - two.reap(e)) < 1e-12);
+    CHECK(std::abs(one.mean_weight(e) * tokens[i] - weight[i]) < 1e-5);
+    CHECK(std::abs(one.mean_length(e) * tokens[i] - length[i]) < 1e-5);
+    CHECK(std::abs(two.mean_weight(e) - one.mean_weight(e)) < 1e-12);
+    CHECK(std::abs(two.mean_length(e) - one.mean_length(e)) < 1e-12);
     CHECK(std::abs(one.weighted_length(e) - both[static_cast<std::size_t>(e)]) < 1e-5);
     CHECK(std::abs(one.reap(e) * double(one.tokens(e)) - one.weighted_length(e)) < 1e-9);
     CHECK(std::abs(louder.reap(e) - (e == 3 ? 3 : 1) * one.reap(e)) < 1e-5);
-    CHECK(one.mean_weight(e) > 0);
-    CHECK(one.mean_length(e) > 0);
   }
 }
 
