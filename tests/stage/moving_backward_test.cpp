@@ -287,6 +287,14 @@ TEST_CASE("16-bit gradients of experts' rows are rounded once, large ones are st
     same =
         same && static_cast<float>(static_cast<bfloat16>(wide[i])) == static_cast<float>(narrow[i]);
   CHECK(same);
+  spread_rows<float> wide_dx(600, d, 7, 0);
+  spread_rows<bfloat16> narrow_dx(600, d, 8, 0), expected_dx = narrow_dx;
+  const matrix_view<const float> pulled(wide.data(), s.plan.slots(), d);
+  dispatch_backward(pulled, s.plan, gradient_to::write, wide_dx.view());
+  dispatch_backward(pulled, s.plan, gradient_to::write, narrow_dx.view());
+  for (std::size_t i = 0; i < wide_dx.value.size(); ++i)
+    expected_dx.value[i] = static_cast<bfloat16>(wide_dx.value[i]);
+  CHECK(test::bit_difference(narrow_dx.value, expected_dx.value) == "");
   // With the gradient of the weights, of rows that are narrow themselves, a NaN among them: the
   // bits of float rows, whatever is rounded together.
   for (const index_t width : {index_t{1024}, index_t{77}, index_t{48}}) {

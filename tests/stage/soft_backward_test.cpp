@@ -92,8 +92,8 @@ TEST_CASE("a soft layer's gradients are autograd's, stage by stage") {
         rows(out, slots)(s, i) +=
             a[static_cast<std::size_t>((s * d + i) * d + j)] * rows(in, slots)(s, j);
   }
-  doubles ddispatch(dispatch.size()), dcombine(combine.size()), dz(combine.size()), dx(x.size()),
-      dmu(mu.size());
+  doubles ddispatch(dispatch.size()), dcombine(combine.size()), dz(combine.size()),
+      dx(x.size(), 7.0), added(x.size(), 1.0), dmu(mu.size());
   workspace ws;
   mix_backward(rows(combine, tokens), rows(out, slots), rows(dy, tokens), rows(dcombine, tokens),
                gradient_to::write, rows(dout, slots));
@@ -106,6 +106,10 @@ TEST_CASE("a soft layer's gradients are autograd's, stage by stage") {
       }
   mix_backward(rows(dispatch, slots), rows(x, tokens), rows(din, slots), rows(ddispatch, slots),
                gradient_to::write, rows(dx, tokens));
+  mix_backward(rows(dispatch, slots), rows(x, tokens), rows(din, slots), rows(ddispatch, slots),
+               gradient_to::add, rows(added, tokens));
+  for (double& v : added) v -= 1.0;
+  CHECK(test::difference(added, dx, 1e-12, 1e-12) == "");
   plan_soft_backward(rows(dispatch, slots), rows(combine, tokens), rows(ddispatch, slots),
                      rows(dcombine, tokens), gradient_to::write, rows(dz, tokens), ws);
   gate_backward(rows(x, tokens), rows(mu, slots), rows(dz, tokens),
