@@ -437,6 +437,13 @@ TEST_CASE("a key that is missing, wrong or unknown is named") {
   CHECK(keys_refusal({{"general.architecture", std::string("gpt2")}}) ==
         "moeroute::gguf: m.gguf: key 'general.architecture': expected a mixture-of-experts model "
         "of the catalogue, found 'gpt2'");
+  for (const std::size_t letters : {40u, 41u}) {
+    const std::string name(letters, 'x');
+    CHECK(keys_refusal({{"general.architecture", name}}) ==
+          "moeroute::gguf: m.gguf: key 'general.architecture': expected a mixture-of-experts "
+          "model of the catalogue, found " +
+              (letters == 40 ? "'" + name + "'" : std::string("a text")));
+  }
   CHECK(keys_refusal(keys_of("llama", {{"expert_count", n(8)}})) ==
         "moeroute::gguf: m.gguf: key 'llama.expert_used_count': expected a whole number, found "
         "none");
@@ -578,6 +585,10 @@ TEST_CASE("bytes that are no metadata are refused") {
   written longer = head(1);
   longer.key("a", 9).add(std::uint32_t{4}).add(UINT64_MAX);
   CHECK(refused(longer) ==
+        "moeroute::gguf: m.gguf: expected an array of numbers or texts at offset 49");
+  written round = head(1);  // so many values of eight bytes that their bytes count from 0 again
+  round.key("a", 9).add(std::uint32_t{12}).add(std::uint64_t{1} << 61);
+  CHECK(refused(round) ==
         "moeroute::gguf: m.gguf: expected an array of numbers or texts at offset 49");
   written most = head(1);
   most.key("a", 9).add(std::uint32_t{4}).add(UINT64_MAX / 8);
