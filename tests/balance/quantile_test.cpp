@@ -465,7 +465,8 @@ TEST_CASE("with every option at once biases are their formula, observation after
                       : odd == 2 ? -HUGE_VALF
                                  : rng.uniform());
         }
-        for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+        for (index_t t = 0; t < tokens; ++t)
+          mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
         const bool masked = coin();
         const matrix_view<const float> view(s.data(), tokens, experts);
         const std::span<const std::uint8_t> of =

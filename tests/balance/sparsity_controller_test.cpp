@@ -275,7 +275,8 @@ TEST_CASE("with every option at once thresholds are their formula, observation a
         std::vector<std::uint8_t> mask;
         for (index_t i = 0; i < tokens * experts; ++i)
           s.push_back(rng.below(20) == 0 ? std::nanf("") : rng.normal());
-        for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+        for (index_t t = 0; t < tokens; ++t)
+          mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
         const bool masked = coin();
         th.observe(matrix_view<const float>(s.data(), tokens, experts),
                    masked ? std::span<const std::uint8_t>(mask) : std::span<const std::uint8_t>(),

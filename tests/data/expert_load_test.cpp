@@ -100,7 +100,8 @@ TEST_CASE("every way to count is that of plain loops: masks, drops, first choice
                             : test::fixed_choices(rng, tokens, experts, 4, 5);
       test::drop_some(rng, a, 3);
       std::vector<std::uint8_t> mask;
-      for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+      for (index_t t = 0; t < tokens; ++t)
+        mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
       count_options what;
       if ((bits & 1) != 0) what.basis = count_basis::first_choice;
       if ((bits & 2) != 0) what.drops = drop_stage::after_drop;

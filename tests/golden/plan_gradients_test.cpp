@@ -75,7 +75,7 @@ TEST_CASE(
     std::vector<float> given(static_cast<std::size_t>(tokens * experts)), shares;
     std::vector<std::uint8_t> mask;
     for (index_t t = 0; t < tokens; ++t) {
-      mask.push_back(rng.below(6) != 0);
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(6)));
       const float by = shift[rng.below(3)];
       for (index_t e = 0; e < experts; ++e)
         given[static_cast<std::size_t>(t * experts + e)] = rng.normal() + by;

@@ -196,7 +196,7 @@ TEST_CASE("a layer of any options together changes as its gradients say") {
     std::vector<std::uint8_t> mask;
     const index_t k = 2 + rng.below(2);
     for (index_t t = 0, some = rng.below(2); t < 40 && some != 0; ++t)
-      mask.push_back(rng.below(4) != 0);
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
     const router<softmax> drawn{.selection = {.k = k},
                                 .weight = rng.below(2) == 0 ? raw_weights : sum_normalized};
     std::string name = "draw " + std::to_string(draw) + ", k " + std::to_string(k);

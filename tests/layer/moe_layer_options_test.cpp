@@ -571,7 +571,7 @@ void expect_sums_by_options(Layer& layer, std::span<const float> shared_gate, te
     std::vector<std::uint8_t> mask;
     std::vector<std::int32_t> own;
     for (index_t t = 0, masked = rng.below(2), fewer = rng.below(2); t < tokens; ++t) {
-      if (masked != 0) mask.push_back(rng.below(3) != 0);
+      if (masked != 0) mask.push_back(static_cast<std::uint8_t>(2 * rng.below(3)));
       if (with_shared && fewer != 0) own.push_back(static_cast<std::int32_t>(rng.below(k + 1)));
     }
     const side_inputs side{.mask = mask, .k_of_token = own};

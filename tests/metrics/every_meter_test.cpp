@@ -213,7 +213,8 @@ TEST_CASE("with every option at once meters of choices say what plain loops say"
                             : test::fixed_choices(rng, tokens, experts, k, 4);
       test::drop_some(rng, a, 3);
       std::vector<std::uint8_t> mask;
-      for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+      for (index_t t = 0; t < tokens; ++t)
+        mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
       count_options what{.basis = basis, .drops = drops};
       if (coin()) what.mask = mask;
       seen.add(a, what);
@@ -353,7 +354,8 @@ TEST_CASE("with every option at once the committee is what its definition says")
         const index_t tokens = rng.below(4);
         const std::vector<float> z = test::numbers(rng, tokens * count);
         std::vector<std::uint8_t> mask;
-        for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(3) != 0);
+        for (index_t t = 0; t < tokens; ++t)
+          mask.push_back(static_cast<std::uint8_t>(2 * rng.below(3)));
         meter.add(d, {z.data(), tokens, count}, mask);
         for (index_t t = 0; t < tokens; ++t) {
           if (mask[static_cast<std::size_t>(t)] == 0) continue;

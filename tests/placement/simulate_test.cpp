@@ -396,7 +396,7 @@ TEST_CASE("simulations refuse by name what does not fit") {
   CHECK(said(o) == "moeroute::simulate: k is 9, expected 1 to 8");
   o.k = 2;
   o.memory = 1.0;
-  CHECK(said(o) == "moeroute::simulate: memory is 1.000000, expected 0 to 1");
+  CHECK(said(o) == "moeroute::simulate: memory is 1.000000, expected 0 to below 1");
   o.memory = 0.0;
   layer_simulation layer(8, o);
   CHECK(test::refusal([&] { layer.next(std::vector<double>(7, 1.0)); }) ==
@@ -419,7 +419,7 @@ TEST_CASE("every number of a cluster and of a simulation is refused by its own n
   CHECK(said([](auto& o) { o.replan_every = 0; }) ==
         "moeroute::simulate: replan_every is 0, expected 1 to 1073741824");
   CHECK(said([](auto& o) { o.memory = -0.5; }) ==
-        "moeroute::simulate: memory is -0.500000, expected 0 to 1");
+        "moeroute::simulate: memory is -0.500000, expected 0 to below 1");
   CHECK(said([](auto& o) { o.machine.ranks = 0; }) ==
         "moeroute::simulate: ranks is 0, expected 1 to 1048576");
   CHECK(said([](auto& o) { o.machine.nodes = 0; }) ==

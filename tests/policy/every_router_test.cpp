@@ -51,7 +51,7 @@ struct side_values {
     test::random rng(1);
     for (index_t t = 0; t < tokens; ++t) {
       token_ids.push_back(static_cast<std::int32_t>(rng.below(9)));
-      mask.push_back(rng.below(4) != 0);
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
       modality.push_back(rng.below(2) != 0);
     }
     noise = test::numbers(rng, tokens * experts);
@@ -458,7 +458,7 @@ TEST_CASE("a percentile of the batch with every option at once counts what doubl
     std::vector<std::uint8_t> mask;
     std::vector<std::int32_t> own;
     for (index_t t = 0; t < tokens; ++t) {
-      mask.push_back(rng.below(4) != 0);
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
       own.push_back(static_cast<std::int32_t>(rng.below(most + 1)));
     }
     side_inputs side;

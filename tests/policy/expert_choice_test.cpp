@@ -372,7 +372,7 @@ TEST_CASE("with every option at once experts take what a sort of their columns s
     std::vector<std::uint8_t> mask;
     std::vector<std::int32_t> own_k;
     for (index_t t = 0; t < tokens; ++t) {
-      mask.push_back(rng.below(4) != 0);
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
       own_k.push_back(static_cast<std::int32_t>(rng.below(experts + 1)));
     }
     side_inputs side;

@@ -241,7 +241,7 @@ TEST_CASE("with every option at once experts take from a plan what a sort of its
     std::vector<std::uint8_t> mask;
     std::vector<std::int32_t> own_k;
     for (index_t t = 0; t < tokens; ++t) {
-      mask.push_back(rng.below(4) != 0);
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
       own_k.push_back(static_cast<std::int32_t>(rng.below(experts + 1)));
     }
     side_inputs side;
@@ -304,7 +304,7 @@ TEST_CASE("a selective step with every option at once is the rule that its coin 
     std::vector<std::uint8_t> mask;
     std::vector<std::int32_t> own_k;
     for (index_t t = 0; t < tokens; ++t) {
-      mask.push_back(rng.below(4) != 0);
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
       own_k.push_back(static_cast<std::int32_t>(rng.below(router.k + 1)));
     }
     for (std::size_t i = 0; i < z.size(); ++i) gate.push_back(rng.normal());

@@ -589,7 +589,7 @@ TEST_CASE("with every option at once the plan and its choices are those of a slo
     std::vector<std::uint8_t> mask;
     std::vector<std::int32_t> own_k;
     for (index_t t = 0; t < tokens; ++t) {
-      mask.push_back(rng.below(4) != 0);
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
       own_k.push_back(static_cast<std::int32_t>(rng.below(router.k + 1)));
     }
     side_inputs side;

@@ -378,7 +378,8 @@ TEST_CASE("with every option at once a sparse plan and its choices are those of 
       if (const auto odd = rng.below(20); odd < 2)
         x = odd == 0 ? -test::infinity : test::not_a_number;
     std::vector<std::uint8_t> mask;
-    for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+    for (index_t t = 0; t < tokens; ++t)
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
     side_inputs side;
     if (coin()) side.mask = mask;
     // Tokens that take part, without the others.

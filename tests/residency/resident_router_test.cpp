@@ -817,7 +817,7 @@ void expect_rule_in_full(const Router& plain, const std::vector<float>& z,
   std::vector<std::uint8_t> mask;
   std::vector<std::int32_t> own;
   for (index_t t = 0, some = rng.below(2), fewer = rng.below(2); t < tokens; ++t) {
-    if (some != 0) mask.push_back(rng.below(4) != 0);
+    if (some != 0) mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
     if (fewer != 0) own.push_back(static_cast<std::int32_t>(rng.below(k + 1)));
   }
   residency_counts counts, want;

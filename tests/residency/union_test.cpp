@@ -318,7 +318,7 @@ TEST_CASE("a union of any fields is that of its tokens that are not masked, each
       std::vector<std::uint8_t> mask;
       std::vector<std::int32_t> own;
       for (index_t t = 0, some = rng.below(2), fewer = rng.below(2); t < tokens; ++t) {
-        if (some != 0) mask.push_back(rng.below(3) != 0);
+        if (some != 0) mask.push_back(static_cast<std::uint8_t>(2 * rng.below(3)));
         if (fewer != 0) own.push_back(static_cast<std::int32_t>(rng.below(k + 1)));
       }
       const side_inputs side{.mask = mask, .k_of_token = own};

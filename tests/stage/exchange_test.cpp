@@ -340,7 +340,8 @@ TEST_CASE("what takes no part goes where a choice without an expert goes, under 
                               : test::fixed_choices(rng, tokens, experts, 3, 6);
         if ((bits & 1) != 0) test::drop_some(rng, a, 4);
         std::vector<std::uint8_t> mask, owned;
-        for (index_t t = 0; (bits & 2) != 0 && t < tokens; ++t) mask.push_back(rng.below(3) != 0);
+        for (index_t t = 0; (bits & 2) != 0 && t < tokens; ++t)
+          mask.push_back(static_cast<std::uint8_t>(2 * rng.below(3)));
         if ((bits & 4) != 0) owned = five;
         // The same without what takes no part.
         assignment b = a;
@@ -783,7 +784,8 @@ TEST_CASE("with dead ranks, nodes and drops at once every choice goes where its 
                             : test::fixed_choices(rng, tokens, experts, k, 5);
       if (coin()) test::drop_some(rng, a, 4);
       mask.clear();
-      for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+      for (index_t t = 0; t < tokens; ++t)
+        mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
       std::vector<std::int32_t> row(at(experts), 0);
       for (index_t t = 0; t < tokens; ++t)
         for (index_t c = a.first(t); c < a.first(t + 1); ++c) {

@@ -339,7 +339,8 @@ TEST_CASE(
     if (coin()) test::drop_some(rng, a, 3);
     flags owned, mask;
     for (index_t e = 0; e < experts; ++e) owned.push_back(rng.below(4) != 0);
-    for (index_t t = 0; t < tokens; ++t) mask.push_back(rng.below(4) != 0);
+    for (index_t t = 0; t < tokens; ++t)
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
     plan_options o{.block = coin() ? 1 : 1 + rng.below(9),
                    .padding = coin() ? slot_padding::empty : slot_padding::spare_tokens};
     if (coin()) o.owned = owned;

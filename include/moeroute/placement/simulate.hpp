@@ -64,7 +64,7 @@ class layer_simulation {
     check_range(where, "experts", experts, 1, max_experts);
     check_range(where, "replan_every", o.replan_every, 1, 1 << 30);
     check_range(where, "k", o.k, 1, experts);
-    if (!(o.memory >= 0.0 && o.memory < 1.0)) fail_value(where, "memory", o.memory, "0 to 1");
+    if (!(o.memory >= 0.0 && o.memory < 1.0)) fail_value(where, "memory", o.memory, "0 to below 1");
     const index_t ranks = o.machine.ranks;
     for (index_t r = 0; r < ranks; ++r)
       node_.push_back(static_cast<std::int32_t>(o.machine.node(r)));
