@@ -144,7 +144,7 @@ class packer {
   std::vector<open_rank> heap_, taken_;
 };
 
-// What packings are compared by, from the loads of ranks that have changed.
+// The greatest load and the sum of squares, from loads that have changed.
 inline void settle(packing& p) {
   p.max_load = *std::max_element(p.load.begin(), p.load.end());
   p.squares = std::inner_product(p.load.begin(), p.load.end(), p.load.begin(), 0.0);
