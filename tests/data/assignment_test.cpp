@@ -191,8 +191,8 @@ TEST_CASE(
     std::vector<expert_id> in_order(static_cast<std::size_t>(first.back()));
     std::iota(in_order.begin(), in_order.end(), 0);
     REQUIRE(std::ranges::equal(a.ids(), in_order));
-    REQUIRE(
-        std::ranges::equal(a.weights(), in_order, {}, {}, [](expert_id i) { return i + 1.0f; }));
+    REQUIRE(std::ranges::equal(a.weights(), in_order, {}, {},
+                               [](expert_id i) { return static_cast<float>(i + 1); }));
     REQUIRE(std::ranges::equal(a.offsets(), ragged ? first : std::vector<std::int32_t>{}));
     REQUIRE(a.drops() == drops);
     REQUIRE(a.kept().size() == (drops ? in_order.size() : 0));
