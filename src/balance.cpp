@@ -7,6 +7,19 @@
 
 namespace moeroute::sets {
 
+// As much as any loss takes: the first sweep's two, by sequences of one token.
+void reserve_losses(const moeroute_executor* with, moeroute_assignment& assignment) {
+  const index_t tokens = assignment.choices.tokens(), experts = assignment.choices.experts();
+  // A piece has no fewer tokens, however many there are in all.
+  const index_t pieces = ceil_div(tokens, moeroute::detail::loss_grain(0));
+  assignment.counts.resize((1 + tokens) * experts);
+  assignment.workspace.carve([&](scratch& tape) {
+    return moeroute::detail::loss_memory<float>::carve(
+        tape, round_up(experts, block_rows), pieces, tokens, 2,
+        worker_slots::count(pool(with).concurrency()));
+  });
+}
+
 void loss_of(const moeroute_losses& what, const moeroute_const_matrix& logits,
              moeroute_assignment& assignment, const moeroute_matrix& dlogits,
              const moeroute_executor* with, double* values) {

@@ -40,7 +40,7 @@ struct kernels {
   void (*router_shape)(const moeroute_router&, moeroute_router_shape&);
   void (*route)(const moeroute_router&, const moeroute_const_matrix&, const moeroute_side&,
                 const moeroute_executor*, moeroute_assignment&);
-  /// Routes zeros, on every way that a router may take.
+  /// Routes zeros, on every way that a router may take; and room for losses.
   void (*route_reserve)(const moeroute_router&, const moeroute_const_matrix&, const moeroute_side&,
                         const moeroute_executor*, moeroute_assignment&);
 
@@ -83,7 +83,7 @@ struct plain_code {
   void (*assignment_set)(moeroute_assignment&, std::int64_t tokens, std::int64_t experts,
                          std::int64_t k, const std::int32_t* ids, const float* weights);
   void (*assignment_get)(const moeroute_assignment&, moeroute_assignment_view&);
-  /// Room for what capacity and losses need beside the choices.
+  /// Room for what capacity needs beside the choices.
   void (*assignment_warm)(moeroute_assignment&);
   void (*apply_capacity)(moeroute_assignment&, const moeroute_capacity&, moeroute_capacity_result&);
   void (*count_choices)(const moeroute_assignment&, bool first_only, bool kept_only,

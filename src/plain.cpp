@@ -135,7 +135,6 @@ void assignment_warm(moeroute_assignment& a) {
   } else {
     c.kept_to_fill();
   }
-  a.counts.resize((1 + tokens) * experts);
 }
 
 void count(const moeroute_assignment& a, bool first_only, bool kept_only, const std::uint8_t* mask,

@@ -91,9 +91,7 @@ void make_batch_router(const moeroute_spec& s, const moeroute_tensors& t, moerou
   check_size(where, "gamma_size", t.gamma_size, 0);
   check_size(where, "table_size", t.table_size, 0);
   made.batch = batch_router_of(s);
-  const bool by_sequence = s.selection == MOEROUTE_EXPERT_CHOICE;
-  std::visit([&](const auto& r) { r.check(by_sequence ? s.sequence_length : 0, s.experts); },
-             *made.batch);
+  std::visit([&](const auto& r) { r.check(0, s.experts); }, *made.batch);  // whatever T will be
   const bool capped = s.selection == MOEROUTE_EXPERT_CHOICE && s.most_experts > 0;
   made.shape = {s.experts, s.experts, capped ? s.most_experts : s.experts, 1, 0};
   if (s.selection == MOEROUTE_SINKHORN || s.selection == MOEROUTE_SELECTIVE_SINKHORN ||
@@ -174,6 +172,7 @@ void reserve_router(const moeroute_router& router, const moeroute_const_matrix& 
                     const moeroute_side& side, const moeroute_executor* with,
                     moeroute_assignment& out) {
   run_router(router, logits, side, with, out);
+  reserve_losses(with, out);
   if (!router.batch) return;
   const auto* const coin = std::get_if<selective_sinkhorn>(&*router.batch);
   if (coin == nullptr || coin->phase == routing_phase::evaluation) return;

@@ -31,6 +31,7 @@ void soft_combine(const moeroute_soft_plan&, const moeroute_const_matrix&, const
                   const moeroute_executor*);
 
 // balance.cpp
+void reserve_losses(const moeroute_executor*, moeroute_assignment&);
 void loss_of(const moeroute_losses&, const moeroute_const_matrix& logits, moeroute_assignment&,
              const moeroute_matrix& dlogits, const moeroute_executor*, double* values);
 

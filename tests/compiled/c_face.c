@@ -772,6 +772,15 @@ static void check_every_argument(void) {
   spec.normalize = MOEROUTE_NORMALIZE_SUM + 1;
   REFUSED(moeroute_router_new(&spec, NULL, &none), "router_spec: normalize is 2, expected 0 to 1");
   spec.normalize = MOEROUTE_NORMALIZE_NONE;
+  spec.sequence_length = -1;
+  REFUSED(moeroute_router_new(&spec, NULL, &none),
+          "expert_choice: sequence_length is -1, expected 0 to 2147483648");
+  spec.sequence_length = 3;
+  CHECK(moeroute_router_new(&spec, NULL, &none) == MOEROUTE_OK);
+  REFUSED(moeroute_route(none, logits, NULL, NULL, choices),
+          "expert_choice: tokens is 4, expected a multiple of sequence_length = 3");
+  CHECK(moeroute_router_free(none) == MOEROUTE_OK);
+  CHECK(moeroute_assignment_set(choices, 4, 8, 2, ids, z) == MOEROUTE_OK);
   spec.scaling = 2;
   REFUSED(moeroute_router_new(&spec, NULL, &none), "router_spec: scaling is 2, expected 0 to 1");
   CHECK(moeroute_spec_init(&spec) == MOEROUTE_OK);

@@ -34,6 +34,7 @@
 #include <utility>
 #include <vector>
 
+#include "../../src/spec.hpp"
 #include "properties/hold.hpp"
 #include "properties/isa.hpp"
 #include "support/counting_new.hpp"
@@ -48,6 +49,10 @@ template <class A, class B>
 bool same_bits(const A& a, const B& b) {
   const auto bits = [](float w) { return std::bit_cast<std::uint32_t>(w); };
   return std::ranges::equal(a, b, {}, bits, bits);
+}
+
+bool same_bytes(const compiled::spec& a, const compiled::spec& b) {
+  return std::ranges::equal(std::as_bytes(std::span(&a, 1)), std::as_bytes(std::span(&b, 1)));
 }
 
 // What a described router is given, drawn anew for every model.
@@ -765,6 +770,57 @@ TEST_CASE("soft mixtures, losses and biases answer on every set") {
   });
 }
 
+TEST_CASE("the pool that a call is given runs the call's loops") {
+  const index_t tokens = 130, experts = 512, k = 2, slots = 32, d = 256;
+  const auto zeros = [](index_t n) { return std::vector<float>(static_cast<std::size_t>(n)); };
+  const std::vector<float> z = zeros(tokens * experts), x = zeros(tokens * d),
+                           w = zeros(experts * d);
+  std::vector<float> logits = zeros(tokens * experts), rows = zeros(tokens * k * d),
+                     y = zeros(tokens * d), weights = zeros(tokens * k);
+  std::vector<std::int32_t> ids(weights.size());
+  int runs = 0;
+  auto all_at_once = [&](std::int64_t n, std::int64_t, const auto& body) {
+    ++runs;
+    body(0, n);
+  };
+  const compiled::executor pool(all_at_once, 2);
+  const auto run_by_it = [&](const char* call, auto f) {
+    INFO(call);
+    runs = 0;
+    f();
+    CHECK(runs > 0);
+  };
+  compiled::spec spec = compiled::plain_spec();
+  spec.experts = experts;
+  const compiled::router router(spec);
+  const compiled::gate_weight gate_weight({w.data(), experts, d});
+  const compiled::const_rows z_rows(z.data(), tokens, experts), x_rows(x.data(), tokens, d);
+  const compiled::rows y_rows(y.data(), tokens, d), slot_rows(rows.data(), tokens * k, d),
+      few_rows(rows.data(), slots, d), logit_rows(logits.data(), tokens, experts);
+  compiled::assignment choices;
+  compiled::dispatch_plan plan;
+  compiled::soft_plan soft;
+  compiled::losses what{};
+  what.switch_coefficient = 1.0;
+  run_by_it("gate", [&] { compiled::gate(x_rows, gate_weight, logit_rows, pool); });
+  run_by_it("cosine_gate",
+            [&] { compiled::cosine_gate(x_rows, gate_weight, 1.0f, logit_rows, pool); });
+  run_by_it("route_to", [&] { compiled::route_to(router, z_rows, choices, ids, weights, pool); });
+  run_by_it("route", [&] { compiled::route(router, z_rows, choices, pool); });
+  compiled::plan(choices, plan);
+  run_by_it("dispatch", [&] { compiled::dispatch(x_rows, plan, slot_rows, pool); });
+  run_by_it("combine", [&] { compiled::combine(slot_rows, plan, choices, y_rows, pool); });
+  run_by_it("combine by weights",
+            [&] { compiled::combine(slot_rows, plan, choices.weights(), y_rows, pool); });
+  run_by_it("combine by choices", [&] { compiled::combine(slot_rows, choices, y_rows, pool); });
+  run_by_it("balance_loss",
+            [&] { compiled::balance_loss(what, z_rows, choices, logit_rows, pool); });
+  run_by_it("plan_soft",
+            [&] { compiled::plan_soft({z.data(), tokens, slots, experts}, 1, soft, pool); });
+  run_by_it("soft dispatch", [&] { compiled::dispatch(x_rows, soft, few_rows, pool); });
+  run_by_it("soft combine", [&] { compiled::combine(few_rows, soft, y_rows, pool); });
+}
+
 TEST_CASE("capacity through the face is that of the headers, whatever field says it") {
   const index_t tokens = 60, experts = 5, k = 2;
   std::vector<std::int32_t> ids;
@@ -789,7 +845,7 @@ TEST_CASE("capacity through the face is that of the headers, whatever field says
     said.factor = policy.rule.factor;
     said.count = policy.rule.count;
     said.minimum = policy.rule.minimum;
-    said.multiple = policy.rule.multiple;
+    said.multiple = policy.rule.multiple == 1 ? 0 : policy.rule.multiple;
     said.renormalize = static_cast<std::int32_t>(policy.renormalize);
     said.eps = policy.eps;
     said.priority = policy.priority.data();
@@ -891,6 +947,13 @@ TEST_CASE("every field of a description reaches the router of the library") {
       alike("drop_order", bounded, [](auto& s) { put(s.drop_order, MOEROUTE_DROP_BY_WEIGHT); }),
       {"normalize_after_drop", bounded, [](auto& s) { s.normalize_after_drop = 1; },
        [](auto& s) { s.normalize_before_drop = false; }},
+      alike("eps after dropping", with([&](router_spec& s) {
+              s = sums;
+              s.eps_where = moeroute::eps_mode::clamp;
+              s.capacity = 9;
+              s.normalize_before_drop = false;
+            }),
+            [](auto& s) { put(s.eps, 2); }),
       // Of what comes before and after a router.
       {"output_scale", plain, [](auto& s) { s.output_scale = 2.0f; },
        [](auto& s) { s.output_scale = 2.0f; }, false},
@@ -923,9 +986,8 @@ TEST_CASE("every field of a description reaches the router of the library") {
     field.there(there);
     compiled::spec here = compiled::describe(field.base);
     field.here(here);
-    const compiled::spec described = compiled::describe(there);
-    CHECK(std::ranges::equal(std::as_bytes(std::span(&here, 1)),
-                             std::as_bytes(std::span(&described, 1))));
+    CHECK(same_bytes(here, compiled::describe(there)));
+    CHECK(moeroute::sets::router_spec_of(here) == there);
     std::mt19937 engine(3);
     const inputs in(there, tokens, engine);
     const bool rms = there.row_norm == moeroute::threshold_norm::rms;
@@ -955,6 +1017,7 @@ TEST_CASE("every field of a description reaches the router of the library") {
     compiled::route(router, {in.logits.data(), tokens, router.columns()}, side, choices);
     const compiled::capacity c = compiled::capacity_of(here);
     CHECK(answer_of(choices, c, c.formula, c.count) == expected);
+    CHECK((c.factor == 1.0 && c.minimum == 0 && c.multiple == 1));
   }
   compiled::spec wrong = compiled::plain_spec();
   wrong.zero_experts = 8;
@@ -1050,6 +1113,13 @@ TEST_CASE("every field of a rule over the batch, and every side input, reaches t
     s.selection = MOEROUTE_SINKHORN;
     s.plan_weights = 3;
     s.scaling = 1;
+  });
+  moeroute::sinkhorn to_the_end = megatron;
+  to_the_end.scaling.tolerance = 0.0f;
+  agrees("plan_tolerance 0", megatron, to_the_end, [](compiled::spec& s) {
+    s.selection = MOEROUTE_SINKHORN;
+    s.plan_weights = 3;
+    s.plan_tolerance = 0.0f;
   });
   balances(
       "evaluation", [](auto& r) { r.phase = moeroute::routing_phase::evaluation; },
@@ -1512,9 +1582,91 @@ TEST_CASE("a description of the headers is the same description here") {
     const compiled::spec named = compiled::spec_of_model(std::string(entry.name).c_str());
     const compiled::spec described = compiled::describe(entry.spec);
     CHECK(named.size == described.size);
-    CHECK(std::ranges::equal(std::as_bytes(std::span(&named, 1)),
-                             std::as_bytes(std::span(&described, 1))));
+    CHECK(same_bytes(named, described));
   }
+}
+
+TEST_CASE("a description of a rule over the batch has all of its words, each in its field") {
+  using enum moeroute::selection_kind;
+  const auto described = [](moeroute::selection_kind rule, auto there, auto here) {
+    INFO(static_cast<int>(rule));
+    moeroute::router_spec s = moeroute::plain_spec(rule);
+    compiled::spec expected = compiled::describe(s);
+    there(s);
+    here(expected);
+    CHECK(same_bytes(compiled::describe(s), expected));
+  };
+  described(
+      expert_choice,
+      [](auto& s) {
+        s.experts = 16;
+        s.score = moeroute::score_kind::sigmoid;
+        s.normalize = moeroute::normalization::sum;
+        s.eps_where = moeroute::eps_mode::add;
+        s.eps = 0.25f;
+        s.scale = 3.0f;
+        s.gate_bias = true;
+        s.max_k = 5;
+        s.sequence = 24;
+        s.take = {.factor = 1.5,
+                  .rounding = moeroute::capacity_rounding::nearest,
+                  .multiple_of = 4,
+                  .fixed = 7};
+      },
+      [](auto& s) {
+        s.experts = 16;
+        s.score = MOEROUTE_SIGMOID;
+        s.normalize = MOEROUTE_NORMALIZE_SUM;
+        s.eps_mode = MOEROUTE_EPS_ADD;
+        s.eps = 0.25f;
+        s.scale = 3.0f;
+        s.gate_bias = 1;
+        s.max_k = s.most_experts = 5;
+        s.sequence_length = 24;
+        s.capacity_factor = 1.5;
+        s.capacity_rounding = 1;
+        s.capacity_multiple = 4;
+        s.capacity = 7;
+      });
+  described(expert_choice, [](auto& s) { s.eps = 0.25f; }, [](auto&) {});  // of no sum
+  described(
+      sinkhorn,
+      [](auto& s) {
+        s.k = 3;
+        s.gate_bias = true;
+        s.phase = moeroute::routing_phase::evaluation;
+        s.plan_weights = moeroute::plan_weights::sigmoid;
+        s.plan = moeroute::kl_projection_scaling;
+        s.plan.temperature = 0.5f;
+        s.plan.tolerance = 0.25f;
+        s.plan.most_iterations = 9;
+      },
+      [](auto& s) {
+        s.k = 3;
+        s.gate_bias = 1;
+        s.evaluation = 1;
+        s.plan_weights = 1;
+        s.scaling = 1;
+        s.plan_temperature = 0.5f;
+        s.plan_tolerance = 0.25f;
+        s.plan_iterations = 9;
+      });
+  described(
+      selective_sinkhorn, [](auto& s) { s.probability = 0.5f; },
+      [](auto& s) { s.probability = 0.5f; });
+  described(
+      sinkhorn_expert_choice, [](auto& s) { s.take.factor = 4.0; },
+      [](auto& s) { s.capacity_factor = 4.0; });
+  described(
+      base,
+      [](auto& s) {
+        s.solver = moeroute::assignment_solver::optimal;
+        s.rounds = 30;
+      },
+      [](auto& s) {
+        s.optimal = 1;
+        s.rounds = 30;
+      });
 }
 
 TEST_CASE("a published router is that of the headers, or refused where a word would be lost") {
@@ -1556,8 +1708,10 @@ TEST_CASE("a spec is described whole or not at all") {
            moeroute::router_spec{.score = moeroute::score_kind::softplus},
            moeroute::router_spec{.selection = selection_kind::sparse_transport},
            moeroute::router_spec{.selection = selection_kind::sinkhorn, .plan = {.eps = 1e-3f}},
-           moeroute::router_spec{.score = moeroute::score_kind::relu,
+           moeroute::router_spec{.score = moeroute::score_kind::sqrt_softplus,
                                  .selection = selection_kind::expert_choice},
+           moeroute::router_spec{.selection = selection_kind::expert_choice,
+                                 .normalize = moeroute::normalization::lp},
            moeroute::router_spec{.selection = selection_kind::expert_choice,
                                  .take = {.at_least = 2}},
            moeroute::router_spec{.selection = selection_kind::soft},
@@ -1570,13 +1724,20 @@ TEST_CASE("a spec is described whole or not at all") {
            moeroute::router_spec{.noise = moeroute::noise_kind::gumbel},
            moeroute::router_spec{.explore = 0.1f},
        })
-    CHECK_THROWS_WITH(compiled::describe(spec),
-                      ContainsSubstring("moeroute::describe: the spec has words"));
+    CHECK_THROWS_WITH(
+        compiled::describe(spec),
+        "moeroute::describe: the spec has words that the compiled library does not have");
 }
 
 TEST_CASE("what was reserved runs without an allocation") {
   std::mt19937 engine(9);
   const index_t tokens = 300, d = 16;
+  const int threads = 64;
+  backwards run;
+  const compiled::executor pool(run, threads);
+  compiled::losses by_token{};  // sequences of one token take the most
+  by_token.switch_coefficient = by_token.z_coefficient = by_token.sequence_coefficient = 1.0;
+  by_token.sequence_length = 1;
   std::vector<float> bias(256);
   compiled::spec threshold = compiled::plain_spec();
   threshold.experts = 48;
@@ -1587,7 +1748,7 @@ TEST_CASE("what was reserved runs without an allocation") {
   for (const compiled::spec& spec : {compiled::spec_of_model("deepseek_v3"), threshold}) {
     const compiled::router router =
         spec.selection_bias ? compiled::router(spec, {.bias = bias}) : compiled::router(spec);
-    std::vector<float> z(static_cast<std::size_t>(tokens * router.columns())),
+    std::vector<float> z(static_cast<std::size_t>(tokens * router.columns())), dz(z.size()),
         x(static_cast<std::size_t>(tokens * d)), y(x.size());
     for (float& v : z) v = static_cast<float>(engine() % 1000) / 100.0f;
     std::vector<float> slots(
@@ -1596,7 +1757,7 @@ TEST_CASE("what was reserved runs without an allocation") {
     compiled::dispatch_plan plan;
     compiled::plan_options options{};
     options.block = 4;
-    choices.reserve(router, tokens);
+    choices.reserve(router, tokens, MOEROUTE_FLOAT, threads);
     plan.reserve(choices, options);
     CHECK(plan.slots() == 0);
     compiled::capacity capacity{};
@@ -1606,7 +1767,9 @@ TEST_CASE("what was reserved runs without an allocation") {
     index_t dropped = 0;
     const long before = test::allocations();
     for (const index_t n : {tokens, index_t{1}, index_t{170}}) {
-      compiled::route(router, {z.data(), n, router.columns()}, choices);
+      const compiled::const_rows logits(z.data(), n, router.columns());
+      compiled::route(router, logits, choices, pool);
+      compiled::balance_loss(by_token, logits, choices, {dz.data(), n, router.columns()}, pool);
       dropped += compiled::apply_capacity(choices, capacity).dropped;
       compiled::plan(choices, plan, options);
       compiled::dispatch({x.data(), n, d}, plan, {slots.data(), plan.slots(), d});
@@ -1617,20 +1780,26 @@ TEST_CASE("what was reserved runs without an allocation") {
     CHECK(dropped > 0);
   }
 
-  // A rule that tosses a coin has room for both of its sides.
+  // A rule that tosses a coin has room for both of its sides, also where step 0 shows the one that
+  // takes less.
+  const moeroute::selective_sinkhorn tossed{.k = 64, .probability = 0.01f};
+  REQUIRE_FALSE(tossed.balances({}));
+  std::uint64_t balanced = 1;
+  while (!tossed.balances({.step = balanced})) ++balanced;
   compiled::spec coin = compiled::plain_spec();
+  coin.experts = coin.k = 64;
   coin.selection = MOEROUTE_SELECTIVE_SINKHORN;
-  coin.probability = 0.5f;
+  coin.probability = tossed.probability;
   const compiled::router router(coin);
-  std::vector<float> z(64 * 8);
+  std::vector<float> z(64 * 64);
   for (float& v : z) v = static_cast<float>(engine() % 1000) / 100.0f;
   compiled::assignment choices;
-  choices.reserve(router, 64);
+  choices.reserve(router, 64, MOEROUTE_FLOAT, threads);
   const long before = test::allocations();
-  for (std::uint64_t step = 0; step < 16; ++step) {
+  for (const std::uint64_t step : {std::uint64_t{0}, balanced}) {
     compiled::side_inputs side{};
     side.step = step;
-    compiled::route(router, {z.data(), 64, 8}, side, choices);
+    compiled::route(router, {z.data(), 64, 64}, side, choices, pool);
   }
   const long after = test::allocations();
   CHECK(after == before);
@@ -1738,7 +1907,7 @@ TEST_CASE("what does not fit is refused by name, and nothing of it is done") {
   CHECK_THROWS_WITH(compiled::dispatch({z.data(), 4, 3}, plan, {small.data(), 1, 3}),
                     ContainsSubstring("slots.rows is 1, expected 8"));
 
-  // A pool that leaves pieces out, and one that invents some.
+  // A pool that leaves pieces out, one that invents some, and one that cuts its own.
   const compiled::spec wide = [] {
     compiled::spec s = compiled::plain_spec();
     s.experts = 4096;
@@ -1747,11 +1916,19 @@ TEST_CASE("what does not fit is refused by name, and nothing of it is done") {
   std::vector<float> many(4096 * 64);
   const compiled::router big(wide);
   auto lazy = [](std::int64_t, std::int64_t grain, const auto& body) { body(0, grain); };
+  const std::string covered =
+      "moeroute::route: callable_executor: what run covered of the loop is ";
   CHECK_THROWS_WITH(compiled::route(big, {many.data(), 64, 4096}, choices, {lazy, 2}),
-                    ContainsSubstring("is 16, expected 64"));
+                    covered + "16, expected 64");
   auto wild = [](std::int64_t n, std::int64_t, const auto& body) { body(0, n + 16); };
   CHECK_THROWS_WITH(compiled::route(big, {many.data(), 64, 4096}, choices, {wild, 2}),
-                    ContainsSubstring("is 0, expected 64"));
+                    covered + "0, expected 64");
+  auto between = [](std::int64_t n, std::int64_t grain, const auto& body) {
+    body(0, grain / 2);
+    body(grain / 2, n);  // where no piece begins
+  };
+  CHECK_THROWS_WITH(compiled::route(big, {many.data(), 64, 4096}, choices, {between, 2}),
+                    covered + "8, expected 64");
 }
 
 TEST_CASE("20,000 random specs route alike on every instruction set, bit by bit") {
