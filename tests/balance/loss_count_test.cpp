@@ -219,6 +219,9 @@ TEST_CASE("at balance the value is the coefficient") {
   CHECK(v.values[0] == Approx(0.3).epsilon(tight));
   CHECK(v.values[1] == Approx(0.6).epsilon(tight));  // without the division by k
   for (std::size_t i = 2; i < 5; ++i) CHECK(v.values[i] == Approx(0.3).epsilon(tight));
+  // Where none is given it is the published one.
+  CHECK(test::run_losses<double>(b, {}, switch_loss{.counts = c, .divisor = 2.0}).values[0] ==
+        Approx(0.01).epsilon(tight));
 }
 
 TEST_CASE("where the counts follow p the Switch loss is between coefficient and E times that") {

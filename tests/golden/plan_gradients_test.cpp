@@ -155,7 +155,9 @@ TEST_CASE(
   }
 }
 
-TEST_CASE("at the fixed point the implicit gradient is the one through many iterations") {
+TEST_CASE(
+    "at the fixed point the implicit gradient is the one through many iterations, whoever is "
+    "masked") {
   constexpr index_t tokens = 12, experts = 7;
   const std::vector<float> near = test::make_logits(test::shape::normal, 8, tokens, experts);
   plan_doubles z(near.begin(), near.end()), up(z.size()), through(z.size()), at(z.size());
@@ -165,11 +167,15 @@ TEST_CASE("at the fixed point the implicit gradient is the one through many iter
   for (const auto order : {scaling_order::rows_then_columns, scaling_order::columns_then_rows}) {
     sinkhorn_scaling how = fixed_iterations(kl_projection_scaling, 2000);
     how.order = order;
-    for (const auto by : {plan_gradient::unrolled, plan_gradient::implicit})
-      sinkhorn_plan_backward(how, plan_rows(z, tokens), {}, plan_rows(up, tokens), by,
-                             gradient_to::write,
-                             plan_rows(by == plan_gradient::unrolled ? through : at, tokens), ws);
-    CHECK(test::difference(at, through, 1e-7, 1e-9) == "");
+    for (const bool one_less : {false, true}) {
+      std::vector<std::uint8_t> mask(tokens, 1);
+      if (one_less) mask[2] = 0;
+      for (const auto by : {plan_gradient::unrolled, plan_gradient::implicit})
+        sinkhorn_plan_backward(how, plan_rows(z, tokens), {.mask = mask}, plan_rows(up, tokens), by,
+                               gradient_to::write,
+                               plan_rows(by == plan_gradient::unrolled ? through : at, tokens), ws);
+      CHECK(test::difference(at, through, 1e-7, 1e-9) == "");
+    }
   }
 }
 

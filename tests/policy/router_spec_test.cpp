@@ -161,8 +161,13 @@ TEST_CASE("fields that clash are both named") {
           "norm_before_drop=false", "scale");
 }
 
-TEST_CASE("eps where nothing is normalised is inert, and accepted") {
+TEST_CASE(
+    "eps where nothing is normalised is inert, and so is the place of a norm where nothing drops: "
+    "accepted") {
   CHECK(test::refusal([] { check({.eps_where = eps_mode::add, .eps = 1e-20f}); }) == "accepted");
+  CHECK(test::refusal([] {
+          check({.normalize = normalization::sum, .scale = 2.0f, .normalize_before_drop = false});
+        }) == "accepted");
 }
 
 TEST_CASE(

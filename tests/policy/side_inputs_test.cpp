@@ -146,6 +146,9 @@ TEST_CASE("top-p and experts that choose give a token no more than its own k") {
     any = any || planned.count(t) > 0;
   }
   CHECK(any);
+  // No more than a cap leaves.
+  CHECK(test::refusal([&] { routed(top_p{.max_k = 2}, logits(), experts, side); }) ==
+        "moeroute::route: k_of_token is 3, expected 0 to 2");
 }
 
 TEST_CASE("a side input that a router does not read is refused by name, never ignored") {

@@ -47,6 +47,18 @@ TEST_CASE("a best logit that is further than 2 jitter from the next has weight e
   CHECK(routed(sparsemixer{}, {-1.0f, -1.01f, -2.0f}, 3).weights(0)[0] < 1.0f);
 }
 
+TEST_CASE("an expert that is exactly 2 jitter away is close, the best of all even without any") {
+  for (const index_t experts : {3, 16, 17}) {
+    std::vector<float> z(static_cast<std::size_t>(experts), -9.0f);
+    z[0] = 2.0f;
+    z[1] = 1.0f;
+    // Their distance, divided by 2, is a half.
+    CHECK(routed(sparsemixer{.jitter = 0.25f}, z, experts).weights(0)[0] < 1.0f);
+    CHECK(routed(sparsemixer{.jitter = 0.0f}, z, experts).weights(0)[0] == 1.0f);
+    CHECK(routed(sparsemixer_training{.jitter = 0.0f}, z, experts).weights(0)[0] == 1.0f);
+  }
+}
+
 TEST_CASE("0 / 0 counts as close") {
   const assignment a = routed(sparsemixer{}, {0.0f, 0.0f, -1.0f}, 3);
   CHECK(test::listed(a.ids(0)) == std::vector<expert_id>{0, 1});
