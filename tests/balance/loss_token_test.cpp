@@ -117,8 +117,9 @@ TEST_CASE("arguments of losses of tokens are refused by name") {
         "moeroute::token_entropy_loss: coefficient is -1.000000, expected >= 0");
   CHECK(refusal(sparsity_loss{.coefficient = -1.0}) ==
         "moeroute::sparsity_loss: coefficient is -1.000000, expected >= 0");
-  CHECK(refusal(tsallis_loss{.q = 1.0}) ==
-        "moeroute::tsallis_loss: q is 1.000000, expected > 0 and not 1");
+  for (const double q : {1.0, 0.0, -0.5})
+    CHECK(refusal(tsallis_loss{.q = q}) ==
+          "moeroute::tsallis_loss: q is " + std::to_string(q) + ", expected > 0 and not 1");
   CHECK(refusal(tsallis_loss{.q = 2.0}, tsallis_loss{.q = 1.5}) ==
         "moeroute::balance_loss: q is 1.500000, expected 2.000000 as in the other loss");
   const loss_options sigmoid{.scores = probability::normalized_sigmoid};

@@ -485,8 +485,10 @@ TEST_CASE("a cache that cannot be is refused by name") {
   const std::vector<std::int64_t> huge = {expert_cache::never, 1};
   CHECK(refused({.experts = 2, .capacity = 2, .bytes = huge}) ==
         "moeroute::expert_cache: the sum of bytes is beyond 64 bits, expected less");
-  CHECK(refused({.experts = 2, .decay = 0.0}) ==
-        "moeroute::expert_cache: decay is 0.000000, expected above 0, at most 1");
+  for (const double decay : {0.0, 1.5})
+    CHECK(refused({.experts = 2, .decay = decay}) == "moeroute::expert_cache: decay is " +
+                                                         std::to_string(decay) +
+                                                         ", expected above 0, at most 1");
   expert_cache cache({.experts = 8, .capacity = 2});
   CHECK(test::refusal([&] { cache.step(ids{8}); }) ==
         "moeroute::expert_cache: expert is 8, expected 0 to 7");

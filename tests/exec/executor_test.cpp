@@ -13,6 +13,7 @@ TEST_CASE("the serial executor cuts by (n, grain) in order, the last piece short
     serial{}.parallel_for(n, grain, [&](index_t b, index_t e) { list.emplace_back(b, e); });
     return list;
   };
+  CHECK(serial{}.concurrency() == 1);
   CHECK(cut(0, 4) == pieces{});
   CHECK(cut(1, 4) == pieces{{0, 1}});
   CHECK(cut(8, 4) == pieces{{0, 4}, {4, 8}});

@@ -53,6 +53,14 @@ TEST_CASE("no more pieces run at once than concurrency says") {
   CHECK(most <= 3);
 }
 
+TEST_CASE("several pieces are a parallel region's, where several threads are asked for") {
+  std::atomic<int> together{0};
+  openmp{2}.parallel_for(8, 2, [&](index_t, index_t) { together += omp_in_parallel() != 0; });
+  CHECK(together == 4);
+  openmp{1}.parallel_for(8, 2, [&](index_t, index_t) { together += omp_in_parallel() != 0; });
+  CHECK(together == 4);
+}
+
 TEST_CASE("a loop of one piece stays on the calling thread") {
   const auto caller = std::this_thread::get_id();
   std::thread::id runner;

@@ -81,6 +81,7 @@ TEST_CASE("a matrix that ends past what an address reaches is refused by its nam
   // The last that fits, and the first that does not.
   const index_t rows = max_bytes / 4 / 4096;
   CHECK(said(rows, 4096, 4096) == "accepted");
+  CHECK(said(0, many, many) == "accepted");
   CHECK(said(rows + 1, 4096, 4096) ==
         "moeroute::stage: x of " + std::to_string(rows + 1) +
             " x 4096 values with stride 4096 is no matrix that memory holds");

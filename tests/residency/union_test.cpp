@@ -283,6 +283,10 @@ TEST_CASE("union rules that do not fit are refused by name") {
   const assignment sets = test::fixed_choices(rng, 3, 8, 2);
   CHECK(test::refusal([&] { speculation_depth(sets, std::vector<double>{1, 1, 1}, {}); }) ==
         "moeroute::speculation_depth: acceptance.size() is 3, expected 0 to 2");
+  for (const index_t tokens : {0, 1})
+    CHECK(test::refusal([&] {
+            speculation_depth(test::fixed_choices(rng, tokens, 8, 2), std::vector<double>{1}, {});
+          }) == "moeroute::speculation_depth: acceptance.size() is 1, expected 0 to 0");
   CHECK(test::refusal([&] { speculation_depth(sets, std::vector<double>{1.5}, {}); }) ==
         "moeroute::speculation_depth: acceptance is 1.500000, expected 0 to 1");
   CHECK(test::refusal([&] { speculation_depth(sets, std::vector<double>{-0.5}, {}); }) ==
