@@ -162,13 +162,8 @@ TEMPLATE_LIST_TEST_CASE(
   for (index_t cols = 1; cols <= 130; ++cols) {
     const index_t stride = cols + draw.below(4), size = (block_rows - 1) * stride + cols;
     bfloat16* const rows = memory.window(size, test::guarded_end::back);
-    std::vector<float> all(static_cast<std::size_t>(size), test::infinity);
-    for (index_t i = 0; i < block_rows; ++i) {
-      const auto s = test::all_shapes[draw.below(std::ssize(test::all_shapes))];
-      const auto row = test::make_logits(s, static_cast<std::uint64_t>(16 * cols + i), 1, cols);
-      std::copy(row.begin(), row.end(), all.begin() + i * stride);
-    }
-    const narrow_rows both(all);
+    const narrow_rows both(test::rows_of_all_shapes(draw, static_cast<std::uint64_t>(16 * cols),
+                                                    block_rows, cols, stride));
     std::copy(both.narrow.begin(), both.narrow.end(), rows);
     for (int trial = 0; trial < test::sized(12, 5); ++trial) {
       const auto most = std::min<std::int64_t>(cols, trial % 3 == 0 ? 66 : 17);

@@ -313,14 +313,12 @@ TEMPLATE_LIST_TEST_CASE(
   for (index_t cols = 1; cols <= 130; ++cols) {
     const index_t stride = cols + draw.below(4), size = (block_rows - 1) * stride + cols;
     float* const rows = memory.window(size, test::guarded_end::back);
-    std::fill_n(rows, size, test::infinity);
+    std::ranges::copy(test::rows_of_all_shapes(draw, static_cast<std::uint64_t>(16 * cols),
+                                               block_rows, cols, stride),
+                      rows);
     std::vector<std::vector<expert_id>> order;
-    for (index_t i = 0; i < block_rows; ++i) {
-      const auto s = test::all_shapes[draw.below(std::ssize(test::all_shapes))];
-      const auto row = test::make_logits(s, static_cast<std::uint64_t>(16 * cols + i), 1, cols);
-      std::copy(row.begin(), row.end(), rows + i * stride);
-      order.push_back(oracle::order(row.data(), cols));
-    }
+    for (index_t i = 0; i < block_rows; ++i)
+      order.push_back(oracle::order(rows + i * stride, cols));
     for (index_t k = 1; k <= std::min<index_t>(cols, test::sized(66, 20)); ++k) {
       const index_t n = 1 + draw.below(block_rows), first = block_rows - n;
       const float* const from = rows + first * stride;

@@ -1,9 +1,11 @@
 // Named logits: what routers meet in models, and what breaks them.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <moeroute/base/index.hpp>
 #include <string>
@@ -108,6 +110,18 @@ inline std::vector<float> make_logits(shape s, std::uint64_t seed, index_t token
     }
   }
   return z;
+}
+
+/// Rows each of a kind of its own, of the seeds from `seed` on; +inf between two of them.
+inline std::vector<float> rows_of_all_shapes(random& draw, std::uint64_t seed, index_t rows,
+                                             index_t cols, index_t stride) {
+  std::vector<float> all(static_cast<std::size_t>((rows - 1) * stride + cols), infinity);
+  for (index_t i = 0; i < rows; ++i) {
+    const shape s = all_shapes[draw.below(std::ssize(all_shapes))];
+    const std::vector<float> row = make_logits(s, seed + static_cast<std::uint64_t>(i), 1, cols);
+    std::copy(row.begin(), row.end(), all.begin() + i * stride);
+  }
+  return all;
 }
 
 /// What it takes to see a failure again.

@@ -63,10 +63,10 @@ struct expert_cache_options {
 ///
 /// Cost: O(1) per access under lru, fifo and segmented, O(layers) per load under least_stale,
 /// O(log capacity) under the others; of a step larger than the cache O(capacity) per load under lru
-/// and least_stale; O(layers E) per expert brought in ahead where sizes are given; no allocation
-/// warm. Memory: E / 8 bytes per layer for the set, about 64 per key for the order. Determinism:
-/// exact; use is ordered, so that nothing ties. Source: segment: arXiv 2505.16056; least-stale:
-/// arXiv 2602.03921; Belady 1966.
+/// and least_stale; O(layers E) per prefetch() that lets some leave where sizes are given; no
+/// allocation warm. Memory: E / 8 bytes per layer for the set, about 64 per key for the order.
+/// Determinism: exact; use is ordered, so that nothing ties. Source: segment: arXiv 2505.16056;
+/// least-stale: arXiv 2602.03921; Belady 1966.
 ///
 ///     expert_cache cache({.experts = 64, .layers = 32, .capacity = 800});
 ///     const resident_router careful(plain, rule, cache.resident(layer));
@@ -228,6 +228,13 @@ class expert_cache {
       if (id != no_expert) key_of(id, layer);  // a call that is refused changes nothing
     evictions_.clear();
     early_ = clock_;
+    // Bytes that leave for nobody in this call, counted when somebody has to leave.
+    std::int64_t stay = -1;
+    const auto room = [&](std::int64_t size) {
+      if (bytes_.empty() || used_ + size <= capacity_) return true;
+      if (stay < 0) stay = staying();
+      return size <= capacity_ - stay;
+    };
     step_result out;
     std::size_t loads = 0;
     for (const expert_id id : ids) {
@@ -241,7 +248,9 @@ class expert_cache {
       }
       e.clock = ++clock_;
       e.pass = pass_;
-      if (load(key, leaving::others)) loads_[loads++] = key;
+      if (!room(size_of(key)) || !load(key, leaving::others)) continue;
+      loads_[loads++] = key;
+      if (stay >= 0) stay += size_of(key);
     }
     out.loads = std::span(loads_).first(loads);
     out.evictions = evictions_;
@@ -492,9 +501,7 @@ class expert_cache {
   // False where there is no room that may be made: pins, or the step itself, take all of it.
   bool load(std::int32_t key, leaving who = leaving::any) {
     const std::int64_t size = size_of(key);
-    // Nobody leaves for what cannot stay.
-    if (size > capacity_ - pinned_) return false;
-    if (who == leaving::others && !bytes_.empty() && size > capacity_ - staying()) return false;
+    if (size > capacity_ - pinned_) return false;  // nobody leaves for what cannot stay
     while (used_ + size > capacity_) {
       std::int32_t old = victim(leaving::others);
       if (old < 0 && who == leaving::any) old = victim(leaving::any);
@@ -507,7 +514,7 @@ class expert_cache {
     return true;
   }
 
-  // Bytes that leave for nobody that is brought in ahead.
+  // Bytes that leave for nobody who is brought in ahead.
   std::int64_t staying() const {
     std::int64_t sum = 0;
     for (std::int32_t key = 0; key < static_cast<std::int32_t>(entries_.size()); ++key)

@@ -59,7 +59,8 @@ inline std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
 }  // namespace detail
 
 /// Loads of ranks with unequal speed are compared as load / rate: rank_balance of those. Ranks that
-/// are not alive have no load, and no part in the mean. Shapes: alive [R], or empty: all are.
+/// are not alive have no load, and no part in the mean. Shapes: rank_load [R]; alive [R], or empty:
+/// all are. Throws: error where alive has another size. Cost: O(R).
 inline rank_balance balance_of(std::span<const double> rank_load,
                                std::span<const std::uint8_t> alive = {}) {
   rank_balance b;

@@ -254,7 +254,8 @@ class sinkhorn_engine {
         next = simd::select<A>(sum > F(underflow), next, old);
       } else {
         next = simd::divide<A>(mass_of(e), sum + F(how_.eps));
-        next = simd::select<A>(next < F(1e30f), next, F(1e30f));
+        const F most(simd::sinkhorn_most);
+        next = simd::select<A>(next < most, next, most);
         next = simd::select<A>(sum > zero, next, zero);
       }
       next.store_unaligned(s_.change + e);

@@ -55,7 +55,7 @@ class plan_of {
     p.iterations = n;
     const bool log = how.domain == sinkhorn_domain::logarithm;
     p.eps = log ? 0.0 : static_cast<double>(how.eps);
-    p.most = log ? 1e280 : 1e30;
+    p.most = log ? 1e280 : static_cast<double>(simd::sinkhorn_most);
     p.kernel = tape.take<double>(tokens * experts);
     p.similarity =
         tape.take<double>(how.similarity == plan_similarity::softmax ? tokens * experts : 0);

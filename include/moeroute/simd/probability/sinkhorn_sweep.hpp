@@ -12,6 +12,8 @@ namespace moeroute::simd {
 /// Kernel values below this are 0: they carry nothing, and their products would be denormal and
 /// slow.
 inline constexpr float sinkhorn_flush = 1e-30f;
+/// The largest factor of a row or column: what cannot be even does not overflow.
+inline constexpr float sinkhorn_most = 1e30f;
 
 namespace detail {
 
@@ -105,7 +107,7 @@ void sinkhorn_sweep(const float* k, index_t rows, index_t stride, const float* v
   for (index_t t = 0; t < rows; t += block_rows) {
     join_partials<A>(partial, factor, [](F a, F b) { return a + b; });
     for (int lane = 0; lane < block_rows; lane += width<A>) {
-      const F dot = load<A>(factor + lane), most(1e30f), zero(0.0f);
+      const F dot = load<A>(factor + lane), most(sinkhorn_most), zero(0.0f);
       F row_factor = divide<A>(F(marginal), dot + F(eps));
       row_factor = select<A>(row_factor < most, row_factor, most);
       select<A>(dot > zero, row_factor, zero).store_unaligned(factor + lane);
