@@ -5,12 +5,14 @@
 #include <cmath>
 #include <limits>
 #include <moeroute/policy/router.hpp>
+#include <moeroute/policy/row/compose.hpp>
 #include <moeroute/policy/row/random_choice.hpp>
 #include <moeroute/policy/row/replay.hpp>
 #include <moeroute/stage/route.hpp>
 #include <vector>
 
 #include "support/compare.hpp"
+#include "support/guarded.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/sized.hpp"
@@ -151,8 +153,17 @@ TEST_CASE("drawn experts are weighed as the router weighs, or evenly where it ha
   check(greedy());
   check(router<softmax>{.selection = {.k = 2}, .transform = {.temperature = 2.0f}});
   check(router<sigmoid>{.selection = {.k = 4}, .weight = sum_normalized});
-  const assignment even = explored(explore<random_choice>{random_choice{4}, 0.5f}, z, experts, {});
-  for (const float w : even.weights()) CHECK(w == 0.25f);
+  auto few = z;
+  for (std::size_t i = 0; i < few.size(); ++i)
+    if (i / experts % 3 == 1 && i % experts > 2) few[i] = -std::numeric_limits<float>::infinity();
+  const assignment even =
+      explored(explore<random_choice>{random_choice{4}, 0.5f}, few, experts, {});
+  index_t none = 0;
+  for (std::size_t c = 0; c < even.ids().size(); ++c) {
+    none += even.ids()[c] == no_expert;
+    CHECK(even.weights()[c] == (even.ids()[c] == no_expert ? 0.0f : 0.25f));
+  }
+  CHECK(none > 0);
 }
 
 TEST_CASE("a batch that explores has the same experts for every token, but for masked ones") {
@@ -207,4 +218,148 @@ TEST_CASE("a token that explores keeps its own k, and no more experts than may b
   CHECK(test::refusal([&] {
           explored(explore<router<softmax>>{greedy(), 1.5f}, z, experts, {});
         }) == "moeroute::explore: epsilon is 1.500000, expected 0 to 1");
+}
+
+TEST_CASE("with every option at once exploration is a coin and a draw without repetition") {
+  test::random rng(61);
+  for (index_t round = 0; round < test::sized(200, 40); ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 1 + rng.below(40), tokens = 1 + rng.below(40);
+    const auto k = static_cast<int>(1 + rng.below(std::min<index_t>(experts, 18)));
+    std::vector<float> z = explore_logits(tokens, experts, 100 + static_cast<std::uint64_t>(round)),
+                       hidden(static_cast<std::size_t>(experts), 0.0f);
+    for (float& x : z)
+      if (const auto odd = rng.below(8); odd < 2)
+        x = odd == 0 ? -std::numeric_limits<float>::infinity()
+                     : std::numeric_limits<float>::quiet_NaN();
+    hidden[static_cast<std::size_t>(rng.below(experts))] = -std::numeric_limits<float>::infinity();
+    explore<router<softmax>> rule{{.selection = {.k = k}}};
+    if (coin()) rule.router.weight = sum_normalized;
+    if (coin()) rule.router.transform = {.temperature = 2.0f, .add = hidden};
+    if (coin()) rule.scope = exploration_scope::batch;
+    const bool together = rule.scope == exploration_scope::batch;
+    side_inputs side{.seed = rng.bits(), .step = static_cast<std::uint64_t>(rng.below(1000))};
+    const auto stream = [&](detail::random_use use) {
+      return detail::random_stream(use, side.step);
+    };
+    const auto place = [&](index_t t) { return together ? 0 : static_cast<std::uint64_t>(t); };
+    const auto thrown = [&](index_t t) {
+      return random_u01(side.seed, stream(detail::random_use::explore), place(t));
+    };
+    // Also exactly what a token has thrown, and the next number above.
+    const float own_coin = thrown(rng.below(tokens)),
+                epsilons[] = {0.0f, 0.5f, 1.0f, own_coin, std::nextafter(own_coin, 2.0f)};
+    rule.epsilon = epsilons[rng.below(5)];
+    std::vector<std::int32_t> own;
+    for (index_t t = 0; t < tokens; ++t) own.push_back(static_cast<std::int32_t>(rng.below(k + 1)));
+    if (coin()) side.k_of_token = own;
+    const assignment chosen = explored(rule.router, z, experts, side);
+    std::vector<expert_id> ids(chosen.ids().begin(), chosen.ids().end());
+    std::vector<bool> explores;
+    for (index_t t = 0; t < tokens; ++t) {
+      explores.push_back(rule.epsilon == 1.0f || thrown(t) < rule.epsilon);
+      if (!explores.back()) continue;
+      const auto open = [&](index_t e) {
+        return z[static_cast<std::size_t>(t * experts + e)] +
+                   (rule.router.transform.active() ? hidden[static_cast<std::size_t>(e)] : 0.0f) >
+               -std::numeric_limits<float>::infinity();
+      };
+      std::vector<expert_id> from, drawn;
+      for (index_t e = 0; e < experts; ++e)
+        if (together || open(e)) from.push_back(static_cast<expert_id>(e));
+      const auto n = static_cast<int>(from.size()), many = std::min(k, n);
+      for (int r = 0; r < many; ++r) {
+        const int limit = n - many + r + 1;
+        auto at = static_cast<int>(
+            random_below(static_cast<std::uint32_t>(limit), side.seed,
+                         stream(detail::random_use::explored_choice),
+                         place(t) * static_cast<std::uint64_t>(k) + static_cast<std::uint64_t>(r)));
+        if (std::count(drawn.begin(), drawn.end(), at) > 0) at = limit - 1;
+        drawn.push_back(at);
+      }
+      for (int r = 0; r < k; ++r) {
+        expert_id& id = ids[static_cast<std::size_t>(t * k + r)];
+        id = r < many ? from[static_cast<std::size_t>(drawn[static_cast<std::size_t>(r)])]
+                      : no_expert;
+        if (id != no_expert && !open(id)) id = no_expert;
+        if (!side.k_of_token.empty() && r >= own[static_cast<std::size_t>(t)]) id = no_expert;
+      }
+    }
+    const assignment out = explored(rule, z, experts, side);
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " k=" << k << " epsilon "
+                  << rule.epsilon << " batch " << together);
+    CHECK(test::bit_difference(out.ids(), ids) == "");
+    routing_record<std::int32_t> record;
+    record.record(out);
+    const assignment weighed = explored(
+        replay<softmax, std::int32_t>{&record, {}, rule.router.weight, rule.router.transform}, z,
+        experts, {});
+    CHECK(test::difference(out.weights(), weighed.weights(), 3e-7, 1e-36) == "");
+    std::string moved;
+    for (index_t t = 0; t < tokens; ++t)
+      if (!explores[static_cast<std::size_t>(t)])
+        moved += test::bit_difference(out.weights(t), chosen.weights(t));
+    CHECK(moved == "");
+  }
+}
+
+namespace {
+
+// A router that counts the blocks it is asked for.
+struct counting_router {
+  index_t choices = 2;
+  int* asked = nullptr;
+
+  index_t k() const { return choices; }
+  static index_t experts(index_t columns) { return columns; }
+  static void check(index_t) {}
+  static int carve(scratch&, index_t) { return 0; }
+  void route_block(const logit_block&, int, choice_block& c) const {
+    ++*asked;
+    for (int at = 0; at < c.k * block_rows; ++at) {
+      c.id[at] = at / block_rows;
+      c.value[at] = 1.0f;
+    }
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a router inside another is asked only where somebody takes what it says") {
+  int first = 0, second = 0;
+  const counting_router one{2, &first}, other{2, &second};
+  const auto z = explore_logits(16, 8, 1);
+  explored(explore<counting_router>{one, 1.0f}, z, 8, {});
+  CHECK(first == 0);
+  explored(explore<counting_router>{one, 0.999f}, z, 8, {});
+  CHECK(first == 1);
+  std::vector<std::uint8_t> modality(16, 0);
+  const by_modality<counting_router> both{one, other, 4};
+  explored(both, z, 8, {.modality = modality});
+  CHECK((first == 2 && second == 0));
+  modality[7] = 1;
+  explored(both, z, 8, {.modality = modality});
+  CHECK((first == 3 && second == 1));
+  modality.assign(16, 1);
+  explored(both, z, 8, {.modality = modality});
+  CHECK((first == 3 && second == 2));
+}
+
+TEST_CASE(
+    "exploration is refused where it has no experts to draw k from, or a chance that is none") {
+  const auto refused = [](const auto& rule) { return test::refusal([&] { rule.check(8); }); };
+  using within = explore<counting_router>;
+  for (const float epsilon : {-1e-9f, 1.0001f, -HUGE_VALF, HUGE_VALF, std::nanf("")})
+    CHECK(refused(within{{}, epsilon}) ==
+          "moeroute::explore: epsilon is " + std::to_string(epsilon) + ", expected 0 to 1");
+  for (const float epsilon : {0.0f, 1.0f}) CHECK(refused(within{{8}, epsilon}) == "accepted");
+  CHECK(refused(within{{9}}) == "moeroute::explore: k is 9, expected 1 to 8");
+  CHECK(refused(within{{0}}) == "moeroute::explore: k is 0, expected 1 to 8");
+  const with_shared<counting_router> wider{{}, 1};
+  CHECK(refused(explore<with_shared<counting_router>>{wider}) ==
+        "moeroute::explore: experts is 9, expected 8");
+  const router<softmax> nine{.selection = {.k = 9}};
+  CHECK(refused(explore<router<softmax>>{nine}) == "moeroute::top_k: k is 9, expected 1 to 8");
+  CHECK(explore<counting_router>{}.epsilon == 0.1f);
+  CHECK(explore<counting_router>{}.scope == exploration_scope::token);
 }
