@@ -6,6 +6,7 @@
 
 #include "oracle/routing.hpp"
 #include "support/compare.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
@@ -77,4 +78,97 @@ TEST_CASE("halves that differ, too many experts, and k beyond n^2 are refused") 
   CHECK(refused(1, 0) == "moeroute::product_keys: columns is 0, expected two halves");
   CHECK(refused(1, 2050) == "moeroute::product_keys: E is 1050625, expected 1 to 1048576");
   CHECK(refused(5, 4) == "moeroute::product_keys: k is 5, expected 1 to 4");
+}
+
+TEST_CASE("with every option at once product keys are a top-k of all sums") {
+  test::random rng(83);
+  const auto agrees = [&]<class Score>(Score) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t n = 1 + rng.below(12), m = coin() ? n : 1 + rng.below(20), experts = n * m,
+                  k = 1 + rng.below(std::min<index_t>(experts, 40)), tokens = 1 + rng.below(20);
+    product_keys<Score> rule{.choices = k, .first_keys = n == m && coin() ? 0 : n};
+    if (coin()) rule.weight = sum_normalized;
+    if (coin()) rule.weight.scale = 2.5f;
+    const test::shape shapes[] = {test::shape::normal, test::shape::quantised,
+                                  test::shape::all_equal, test::shape::masked};
+    auto z = test::make_logits(shapes[rng.below(4)], rng.bits() % 1000, tokens, n + m);
+    for (float& x : z)
+      if (rng.below(24) == 0) x = coin() ? test::not_a_number : -test::infinity;
+    const bool endless = coin();
+    for (float& x : z)
+      if (endless && rng.below(16) == 0) x = test::infinity;
+    std::vector<std::int32_t> own;
+    std::vector<std::uint8_t> mask;
+    for (index_t t = 0; t < tokens; ++t) {
+      own.push_back(static_cast<std::int32_t>(rng.below(k + 1)));
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
+    }
+    side_inputs side;
+    if (coin()) side.k_of_token = own;
+    if (coin()) side.mask = mask;
+    const assignment a = routed(rule, z, n + m, side);
+    INFO("n = " << n << ", m = " << m << ", k = " << k << ", T = " << tokens);
+    REQUIRE(a.experts() == experts);
+    std::string broken;
+    for (index_t t = 0; t < tokens; ++t) {
+      const float* const row = z.data() + t * (n + m);
+      std::vector<float> sums;
+      for (index_t i = 0; i < n; ++i)
+        for (index_t j = 0; j < m; ++j) {
+          const float sum = row[i] + row[n + j];
+          sums.push_back(sum == sum ? sum : -test::infinity);
+        }
+      std::vector<expert_id> ids = oracle::top_k(sums.data(), experts, k);
+      for (index_t r = 0; r < k; ++r)
+        if (side.masked(t) || (!side.k_of_token.empty() && r >= own[static_cast<std::size_t>(t)]))
+          ids[static_cast<std::size_t>(r)] = no_expert;
+      const auto score = oracle::softmax(
+          sums.data(), experts,
+          std::is_same_v<Score, softmax> ? oracle::order(sums.data(), experts) : ids);
+      std::vector<double> weight;
+      double sum = 0.0;
+      for (const expert_id e : ids) {
+        weight.push_back(e < 0 ? 0.0 : score[static_cast<std::size_t>(e)]);
+        sum += weight.back();
+      }
+      for (double& w : weight) {
+        if (rule.weight.normalize == normalization::sum && sum > 0.0) w /= sum;
+        w *= static_cast<double>(rule.weight.scale);
+      }
+      if (broken.empty()) broken = test::bit_difference(a.ids(t), ids);
+      if (broken.empty()) broken = test::difference(a.weights(t), weight, 5e-6, 1e-36);
+    }
+    CHECK(broken == "");
+  };
+  for (index_t round = 0; round < 80; ++round) {
+    agrees(softmax{});
+    agrees(softmax_selected{});
+  }
+}
+
+TEST_CASE("product keys choose more than may be gathered at once") {
+  for (const test::shape s : {test::shape::normal, test::shape::quantised, test::shape::all_equal,
+                              test::shape::ascending, test::shape::descending, test::shape::zipf})
+    for (const index_t k : {150, 300}) is_the_top_k_of_all_sums(s, 33, k, 2);
+}
+
+TEST_CASE("product keys need keys on both sides, and no more experts than there may be") {
+  const auto refused = [](const product_keys<>& rule, index_t columns) {
+    return test::refusal([&] { rule.check(columns); });
+  };
+  CHECK(refused({.choices = 1, .first_keys = -1}, 8) ==
+        "moeroute::product_keys: first_keys is -1, expected 1 to 7");
+  CHECK(refused({.choices = 1, .first_keys = 8}, 8) ==
+        "moeroute::product_keys: first_keys is 8, expected 1 to 7");
+  for (const index_t n : {1, 7}) CHECK(refused({.choices = 1, .first_keys = n}, 8) == "accepted");
+  CHECK(refused({.choices = 0}, 4) == "moeroute::product_keys: k is 0, expected 1 to 4");
+  CHECK(refused({.choices = 4}, 4) == "accepted");
+  CHECK(refused({.choices = 1}, 2) == "accepted");
+  CHECK(refused({.choices = 1}, 1) == "moeroute::product_keys: columns is 1, expected two halves");
+  CHECK(refused({.choices = 1}, 2048) == "accepted");
+  CHECK(refused({.choices = 4, .weight = {.divide = 0.0f}}, 4) ==
+        "moeroute::weight_rule: divide is 0.000000, expected > 0");
+  const std::vector<float> four(4, 1.0f);
+  CHECK(refused({.choices = 4, .weight = {.expert_scale = four}}, 4) == "accepted");
+  CHECK(product_keys<>{}.k() == 16);
 }

@@ -1,5 +1,6 @@
 #include <moeroute/policy/row/random_choice.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <cstdint>
@@ -132,4 +133,116 @@ TEST_CASE("GShard's sampling is from the softmax, also beside a noise gate that 
                                .noise_logits = matrix_view<const float>(gate.data(), 40, 16),
                                .seed = 7});
   CHECK(test::bit_difference(a.ids(), b.ids()) == "");
+}
+
+TEST_CASE("k random experts are drawn without repetition by place, alone or in a block") {
+  test::random rng(67);
+  for (index_t round = 0; round < 60; ++round) {
+    const index_t experts = 1 + rng.below(70), tokens = 1 + rng.below(40),
+                  k = 1 + rng.below(std::min<index_t>(experts, 20));
+    const auto step = static_cast<std::uint64_t>(rng.below(1000)), seed = rng.bits();
+    const std::uint64_t stream = detail::random_stream(detail::random_use::random_choice, step);
+    std::vector<expert_id> ids;
+    for (index_t t = 0; t < tokens; ++t)
+      for (index_t r = 0; r < k; ++r) {
+        const index_t limit = experts - k + r + 1;
+        auto e =
+            static_cast<expert_id>(random_below(static_cast<std::uint32_t>(limit), seed, stream,
+                                                static_cast<std::uint64_t>(t * k + r)));
+        if (std::count(ids.end() - r, ids.end(), e) > 0) e = static_cast<expert_id>(limit - 1);
+        ids.push_back(e);
+      }
+    const random_choice rule{k};
+    const assignment a =
+        routed(rule, zeros(tokens, experts), experts, {.seed = seed, .step = step});
+    INFO("T=" << tokens << " E=" << experts << " k=" << k);
+    CHECK(test::listed(a.ids()) == ids);
+    CHECK(test::listed(a.weights()) ==
+          std::vector<float>(ids.size(), 1.0f / static_cast<float>(k)));
+  }
+}
+
+TEST_CASE("with every option at once GShard's second expert is what its policy says") {
+  test::random rng(71);
+  for (index_t round = 0; round < 120; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 2 + rng.below(30), tokens = 1 + rng.below(40);
+    std::vector<float> z = test::make_logits(coin() ? test::shape::normal : test::shape::quantised,
+                                             rng.bits() % 1000, tokens, experts);
+    for (float& x : z)
+      if (const auto odd = rng.below(12); odd < 2)
+        x = odd == 0 ? -test::infinity : test::not_a_number;
+    if (coin()) std::fill_n(z.begin(), experts, test::not_a_number);
+    gshard_top2 rule{.policy = static_cast<second_expert>(rng.below(3))};
+    if (coin()) rule.weight = sum_normalized;
+    if (coin()) rule.weight.scale = 2.5f;
+    std::vector<std::int32_t> own;
+    std::vector<std::uint8_t> mask;
+    for (index_t t = 0; t < tokens; ++t) {
+      own.push_back(static_cast<std::int32_t>(rng.below(3)));
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
+    }
+    side_inputs side{.seed = rng.bits(), .step = static_cast<std::uint64_t>(rng.below(1000))};
+    if (coin()) side.k_of_token = own;
+    if (coin()) side.mask = mask;
+    std::vector<expert_id> ids;
+    std::vector<double> weights;
+    for (index_t t = 0; t < tokens; ++t) {
+      const float* const row = z.data() + t * experts;
+      const std::vector<expert_id> order = oracle::order(row, experts);
+      const std::vector<double> p = oracle::softmax(row, experts, order);
+      std::vector<expert_id> two = oracle::top_k(row, experts, 2);
+      if (rule.policy == second_expert::sampling) {
+        std::vector<float> noisy(row, row + experts);
+        logit_noise{.kind = noise_kind::gumbel}.add_to_row(noisy.data(), experts, t,
+                                                           {.seed = side.seed, .step = side.step});
+        if (two[0] != no_expert) noisy[static_cast<std::size_t>(two[0])] = -test::infinity;
+        two[1] = oracle::top_k(noisy.data(), experts, 1)[0];
+      }
+      const auto share = [&](expert_id e) {
+        return e == no_expert ? 0.0 : p[static_cast<std::size_t>(e)];
+      };
+      const float u =
+          random_u01(side.seed, detail::random_stream(detail::random_use::second_expert, side.step),
+                     static_cast<std::uint64_t>(t));
+      if (rule.policy == second_expert::random && 2.0 * share(two[1]) <= static_cast<double>(u))
+        two[1] = no_expert;
+      for (std::size_t r = 0; r < 2; ++r)
+        if (side.masked(t) ||
+            (!side.k_of_token.empty() && static_cast<std::int32_t>(r) >= own[std::size_t(t)]))
+          two[r] = no_expert;
+      const double sum = share(two[0]) + share(two[1]),
+                   by = rule.weight.normalize == normalization::sum && sum > 0.0 ? sum : 1.0;
+      for (const expert_id e : two) {
+        ids.push_back(e);
+        weights.push_back(share(e) / by * static_cast<double>(rule.weight.scale));
+      }
+    }
+    const assignment a = routed(rule, z, experts, side);
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " policy "
+                  << static_cast<int>(rule.policy));
+    CHECK(test::listed(a.ids()) == ids);
+    CHECK(test::difference(a.weights(), weights, 3e-6, 1e-36) == "");
+  }
+}
+
+TEST_CASE("a second expert whose chance is what was thrown is not kept") {
+  // Of four equals each has 1/4, and this seed throws 1/2.
+  const side_inputs side{.seed = 56734429};
+  REQUIRE(random_u01(side.seed, detail::random_stream(detail::random_use::second_expert, 0), 0) ==
+          0.5f);
+  const gshard_top2 rule{.policy = second_expert::random};
+  CHECK(routed(rule, zeros(1, 4), 4, side).ids(0)[1] == no_expert);
+  CHECK(routed(rule, zeros(1, 3), 3, side).ids(0)[1] == 1);
+}
+
+TEST_CASE("random choices without numbers of their own are two, GShard's the best two") {
+  CHECK(random_choice{}.k() == 2);
+  CHECK(gshard_top2{}.policy == second_expert::best);
+  CHECK(test::refusal([] { random_choice{0}.check(8); }) ==
+        "moeroute::random_choice: k is 0, expected 1 to 8");
+  CHECK(test::refusal([] { random_choice{8}.check(8); }) == "accepted");
+  CHECK(test::refusal([] { gshard_top2{}.check(2); }) == "accepted");
+  CHECK(test::refusal([] { gshard_top2{.weight = {.divide = 0.0f}}.check(2); }) ==
+        "moeroute::weight_rule: divide is 0.000000, expected > 0");
 }

@@ -5,7 +5,10 @@
 #include <string>
 #include <vector>
 
+#include "oracle/routing.hpp"
 #include "oracle/spec_routing.hpp"
+#include "support/compare.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
@@ -160,4 +163,99 @@ TEST_CASE("in training, too, NaN and -inf are never drawn, and weights are finit
         if (e >= 0) CHECK(logits[static_cast<std::size_t>(t * 17 + e)] > -HUGE_VALF);
       }
   }
+}
+
+TEST_CASE("with every option at once both forms choose among the close ones, and weigh by them") {
+  test::random rng(73);
+  for (index_t round = 0; round < 150; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 2 + rng.below(coin() ? 15 : 50), tokens = 1 + rng.below(40);
+    // Ties, and quotients that are exactly the limit.
+    std::vector<float> z = test::make_logits(coin() ? test::shape::normal : test::shape::quantised,
+                                             rng.bits() % 1000, tokens, experts);
+    const auto odds = 1 + rng.below(20);
+    for (float& x : z)
+      if (const auto odd = rng.below(8 + 3 * odds); odd < 3)
+        x = odd == 0 ? -test::infinity : odd == 1 ? test::not_a_number : test::infinity;
+    const float jitters[] = {0.0f, 0.01f, 0.125f, 0.5f}, jitter = jitters[rng.below(4)];
+    std::vector<std::int32_t> own;
+    std::vector<std::uint8_t> mask;
+    for (index_t t = 0; t < tokens; ++t) {
+      own.push_back(static_cast<std::int32_t>(rng.below(3)));
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
+    }
+    side_inputs side{.seed = rng.bits(), .step = static_cast<std::uint64_t>(rng.below(1000))};
+    if (coin()) side.k_of_token = own;
+    if (coin()) side.mask = mask;
+    const auto expected = [&](bool training, std::vector<expert_id>& ids) {
+      std::vector<double> weights;
+      for (index_t t = 0; t < tokens; ++t) {
+        std::vector<float> row(z.begin() + t * experts, z.begin() + (t + 1) * experts);
+        for (float& x : row)
+          if (x != x) x = -test::infinity;
+        for (std::uint64_t r = 0; r < 2; ++r) {
+          expert_id id = oracle::top_k(row.data(), experts, 1)[0];
+          double weight = 0.0;
+          if (id != no_expert) {
+            const float max = row[static_cast<std::size_t>(id)];
+            std::vector<float> noisy(row);
+            double sum = 0.0;
+            const auto exp_of = [&](float x) {
+              return x == max ? 1.0 : std::exp(static_cast<double>(x) - static_cast<double>(max));
+            };
+            for (float& x : noisy) {
+              if ((max - x) / std::max(std::abs(x), max) > 2.0f * jitter) x = -test::infinity;
+              if (x > -test::infinity) sum += exp_of(x);
+            }
+            if (training && max < test::infinity) {
+              logit_noise{.kind = noise_kind::gumbel}.add_to_row(
+                  noisy.data(), experts, t, {.seed = side.seed, .step = 2 * side.step + r});
+              id = oracle::top_k(noisy.data(), experts, 1)[0];
+            }
+            const float own_logit = row[static_cast<std::size_t>(id)];
+            const bool whole =
+                random_u01(side.seed,
+                           detail::random_stream(detail::random_use::sparsemixer, side.step),
+                           static_cast<std::uint64_t>(2 * t) + r) >= 0.75f;
+            weight = exp_of(own_logit) / sum * (own_logit == max || whole ? 1.0 : 1.0 / 3.0);
+            row[static_cast<std::size_t>(id)] = -test::infinity;
+          }
+          const bool cut = side.masked(t) || (!side.k_of_token.empty() &&
+                                              static_cast<std::int32_t>(r) >= own[std::size_t(t)]);
+          ids.push_back(cut ? no_expert : id);
+          weights.push_back(cut ? 0.0 : weight);
+        }
+      }
+      return weights;
+    };
+    std::vector<expert_id> best, drawn;
+    const std::vector<double> of_best = expected(false, best), of_drawn = expected(true, drawn);
+    const assignment a = routed(sparsemixer{jitter}, z, experts, side),
+                     b = routed(sparsemixer_training{jitter}, z, experts, side);
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " jitter " << jitter);
+    CHECK(test::listed(a.ids()) == best);
+    CHECK(test::difference(a.weights(), of_best, 3e-6) == "");
+    CHECK(test::listed(b.ids()) == drawn);
+    CHECK(test::difference(b.weights(), of_drawn, 3e-6) == "");
+  }
+}
+
+TEST_CASE(
+    "a choice that is not the best is weighed whole where three quarters or more are thrown") {
+  const side_inputs side{.seed = 1232689};
+  REQUIRE(random_u01(side.seed, detail::random_stream(detail::random_use::sparsemixer, 0), 0) ==
+          0.75f);
+  CHECK(sparsemixer_training::whole(side, 0, 0));
+}
+
+TEST_CASE("SparseMixer without a number has the jitter of 0.01, and both forms refuse the same") {
+  CHECK(sparsemixer{}.jitter == 0.01f);
+  CHECK(sparsemixer_training{}.jitter == 0.01f);
+  CHECK(test::refusal([] { sparsemixer_training{}.check(1); }) ==
+        "moeroute::sparsemixer: E is 1, expected 2 to 1048576");
+  CHECK(test::refusal([] { sparsemixer_training{-0.5f}.check(2); }) ==
+        "moeroute::sparsemixer: jitter is -0.500000, expected >= 0");
+  CHECK(test::refusal([] { sparsemixer{0.0f}.check(2); }) == "accepted");
+  CHECK(test::refusal([] { sparsemixer{}.check(max_experts + 1); }) ==
+        "moeroute::sparsemixer: E is 1048577, expected 2 to 1048576");
 }

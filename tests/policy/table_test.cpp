@@ -4,6 +4,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
 #include <functional>
+#include <moeroute/policy/row/replay.hpp>
 #include <set>
 #include <string>
 #include <vector>
@@ -230,4 +231,174 @@ TEST_CASE("a masked token's id is not looked at") {
   const table_router<uniform_score> router{.table = &table, .weight = sum_normalized};
   const assignment a = routed(router, zeros(3, 4), 4, {.token_ids = ids, .mask = mask});
   CHECK(test::listed(a.ids()) == std::vector<expert_id>{1, 3, 0, 1, no_expert, no_expert});
+}
+
+TEST_CASE("with every option at once a table's rows are looked up and weighed, and so replayed") {
+  test::random rng(79);
+  const auto agrees = [&]<class Score>(Score) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t experts = 1 + rng.below(40), tokens = 1 + rng.below(40),
+                  k = 1 + rng.below(std::min<index_t>(experts, 18)), vocabulary = 1 + rng.below(20);
+    const std::uint64_t table_seed = rng.bits();
+    std::vector<expert_id> listed;
+    const expert_table full = random_table(vocabulary, k, experts, table_seed);
+    for (index_t row = 0; row < vocabulary; ++row)
+      for (const expert_id e : full.of(row)) listed.push_back(rng.below(6) == 0 ? no_expert : e);
+    const expert_table table(listed, k, experts);
+    std::vector<float> z = test::make_logits(test::shape::normal, rng.bits() % 1000, tokens,
+                                             experts),
+                       by_expert;
+    for (float& x : z)
+      if (const auto odd = rng.below(12); odd < 2)
+        x = odd == 0 ? -test::infinity : test::not_a_number;
+    for (index_t e = 0; e < experts; ++e) by_expert.push_back(0.5f + rng.uniform());
+    table_router<Score> rule{.table = &table};
+    if (coin()) rule.key = table_key::bigram;
+    if (coin()) rule.weight = sum_normalized;
+    if (coin()) rule.weight.scale = 2.5f;
+    if (rng.below(3) == 0) rule.weight.divide = 2.0f;
+    if (rng.below(3) == 0) rule.weight.expert_scale = by_expert;
+    if (rng.below(3) == 0) rule.transform.temperature = 2.0f;
+    std::vector<std::int32_t> token, own;
+    std::vector<std::uint8_t> mask;
+    for (index_t t = 0; t < tokens; ++t) {
+      token.push_back(static_cast<std::int32_t>(rng.below(vocabulary)));
+      own.push_back(static_cast<std::int32_t>(rng.below(k + 1)));
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
+    }
+    side_inputs side{.token_ids = token};
+    if (coin()) side.k_of_token = own;
+    if (coin()) side.mask = mask;
+    std::vector<expert_id> ids, recorded;
+    std::vector<double> weights;
+    for (index_t t = 0; t < tokens; ++t) {
+      index_t row = token[static_cast<std::size_t>(t)];
+      if (rule.key == table_key::bigram)
+        row = random_below(
+            static_cast<std::uint32_t>(vocabulary), 0,
+            static_cast<std::uint32_t>(t > 0 ? token[static_cast<std::size_t>(t - 1)] : -1),
+            static_cast<std::uint32_t>(row));
+      const float* const logits = z.data() + t * experts;
+      double sum = 0.0, all = 0.0, most = -HUGE_VAL;
+      const auto at = [&](index_t e) {
+        return static_cast<double>(logits[e]) / static_cast<double>(rule.transform.temperature);
+      };
+      for (index_t e = 0; e < experts; ++e)
+        if (logits[e] > -test::infinity) most = std::max(most, at(e));
+      for (index_t e = 0; e < experts; ++e)
+        if (logits[e] > -test::infinity) all += std::exp(at(e) - most);
+      const auto first = static_cast<std::ptrdiff_t>(ids.size());
+      for (index_t r = 0; r < k; ++r) {
+        const expert_id named = table.of(row)[static_cast<std::size_t>(r)];
+        const bool there = named != no_expert && logits[named] > -test::infinity,
+                   cut = side.masked(t) ||
+                         (!side.k_of_token.empty() && r >= own[static_cast<std::size_t>(t)]);
+        recorded.push_back(named);
+        ids.push_back(there && !cut ? named : no_expert);
+        double score = 1.0;
+        if constexpr (std::is_same_v<Score, softmax>)
+          score = std::exp(at(std::max(named, 0)) - most) / all;
+        if constexpr (std::is_same_v<Score, sigmoid>)
+          score = 1.0 / (1.0 + std::exp(-at(std::max(named, 0))));
+        weights.push_back(ids.back() == no_expert ? 0.0 : score);
+        sum += weights.back();
+      }
+      for (std::size_t c = static_cast<std::size_t>(first); c < ids.size(); ++c) {
+        if (rule.weight.normalize == normalization::sum && sum > 0.0) weights[c] /= sum;
+        weights[c] *=
+            static_cast<double>(rule.weight.scale) / static_cast<double>(rule.weight.divide);
+        if (!rule.weight.expert_scale.empty() && ids[c] != no_expert)
+          weights[c] *= static_cast<double>(by_expert[static_cast<std::size_t>(ids[c])]);
+      }
+    }
+    INFO("T=" << tokens << " E=" << experts << " k=" << k << " rows " << vocabulary << " key "
+              << static_cast<int>(rule.key));
+    const assignment a = routed(rule, z, experts, side);
+    CHECK(test::listed(a.ids()) == ids);
+    CHECK(test::difference(a.weights(), weights, 3e-6, 1e-36) == "");
+    // The record of what the table names decides the same, to the bit.
+    assignment named;
+    named.reset(tokens, experts, k);
+    std::copy(recorded.begin(), recorded.end(), named.ids().begin());
+    routing_record<std::int32_t> record;
+    record.record(named);
+    side.token_ids = {};
+    const assignment b = routed(
+        replay<Score, std::int32_t>{&record, {}, rule.weight, rule.transform}, z, experts, side);
+    CHECK(test::listed(b.ids()) == ids);
+    CHECK(test::bit_difference(b.weights(), a.weights()) == "");
+  };
+  for (index_t round = 0; round < 60; ++round) {
+    agrees(softmax{});
+    agrees(sigmoid{});
+    agrees(uniform_score{});
+  }
+}
+
+TEST_CASE("a random table is drawn by token id and by how often was drawn for it") {
+  for (const auto& [k, experts] : {std::pair<index_t, index_t>{1, 1}, {3, 3}, {4, 9}}) {
+    const expert_table table = random_table(30, k, experts, 11);
+    for (index_t t = 0; t < 30; ++t) {
+      std::vector<expert_id> row;
+      for (std::uint64_t draw = 0; static_cast<index_t>(row.size()) < k; ++draw) {
+        const auto e = static_cast<expert_id>(random_below(static_cast<std::uint32_t>(experts), 11,
+                                                           static_cast<std::uint64_t>(t), draw));
+        if (std::ranges::count(row, e) == 0) row.push_back(e);
+      }
+      CHECK(test::listed(table.of(t)) == row);
+    }
+  }
+}
+
+TEST_CASE("tables may be of any size that ids can tell, and no other") {
+  const std::vector<std::int64_t> frequency{3, 0, 5};
+  const std::vector<std::int32_t> cluster{0};
+  const test::refusals all{
+      {[] { random_table(0, 1, 1, 1); }, "accepted"},
+      {[] { random_table(-1, 1, 1, 1); },
+       "moeroute::random_table: vocabulary is -1, expected 0 to 2147483647"},
+      {[] { random_table(index_t{1} << 31, 1, 1, 1); },
+       "moeroute::random_table: vocabulary is 2147483648, expected 0 to 2147483647"},
+      {[] { random_table(4, 1, 0, 1); },
+       "moeroute::random_table: experts is 0, expected 1 to 1048576"},
+      {[] { random_table(4, 1, max_experts + 1, 1); },
+       "moeroute::random_table: experts is 1048577, expected 1 to 1048576"},
+      {[] { random_table(1, 1, max_experts, 1); }, "accepted"},
+      {[] { random_table(4, 0, 4, 1); }, "moeroute::random_table: k is 0, expected 1 to 4"},
+      {[&] { balanced_table(frequency, 0); },
+       "moeroute::balanced_table: experts is 0, expected 1 to 1048576"},
+      {[&] { balanced_table(frequency, max_experts + 1); },
+       "moeroute::balanced_table: experts is 1048577, expected 1 to 1048576"},
+      {[&] { balanced_table(frequency, 1); }, "accepted"},
+      {[&] { clustered_table(cluster, max_experts + 1); },
+       "moeroute::clustered_table: experts is 1048577, expected 1 to 1048576"},
+      {[&] { clustered_table(cluster, 1); }, "accepted"},
+      {[] { expert_table({}, 1, max_experts + 1); },
+       "moeroute::expert_table: experts is 1048577, expected 1 to 1048576"},
+      {[] { expert_table({0, no_expert, 3, no_expert, no_expert, no_expert}, 3, 4); }, "accepted"},
+  };
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == message);
+  const expert_table nothing;
+  CHECK((nothing.k() == 1 && nothing.experts() == 1 && nothing.vocabulary() == 0));
+  CHECK((table_router<softmax>{}.k() == 1 && table_router<softmax>{}.key == table_key::token));
+  CHECK(replay<softmax, std::uint8_t>{}.k() == 1);
+  const expert_table one({0}, 1, 4);
+  table_router<softmax> rule{.table = &one};
+  rule.weight.divide = 0.0f;
+  CHECK(test::refusal([&] { rule.check(4); }) ==
+        "moeroute::weight_rule: divide is 0.000000, expected > 0");
+  rule.weight.divide = 1.0f;
+  rule.transform.temperature = 0.0f;
+  CHECK(test::refusal([&] { rule.check(4); }) ==
+        "moeroute::logit_transform: temperature is 0.000000, expected > 0");
+  routing_record<std::uint8_t> record;
+  record.record(
+      routed(table_router<softmax>{.table = &one}, zeros(1, 4), 4, {.token_ids = cluster}));
+  replay<softmax, std::uint8_t> again{.record = &record, .weight = {.divide = 0.0f}};
+  CHECK(test::refusal([&] { again.check(4); }) ==
+        "moeroute::weight_rule: divide is 0.000000, expected > 0");
+  again.weight.divide = 1.0f;
+  again.transform.temperature = 0.0f;
+  CHECK(test::refusal([&] { again.check(4); }) ==
+        "moeroute::logit_transform: temperature is 0.000000, expected > 0");
 }
