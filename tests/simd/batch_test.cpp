@@ -9,6 +9,7 @@
 
 #include "support/arches.hpp"
 #include "support/compare.hpp"
+#include "support/edges.hpp"
 #include "support/random.hpp"
 #include "support/shapes.hpp"
 #include "support/sized.hpp"
@@ -79,17 +80,59 @@ TEMPLATE_LIST_TEST_CASE("fma keeps infinities, zeros, denormals and the largest 
 TEMPLATE_LIST_TEST_CASE("load_first and store_first touch the first n values only", "",
                         test::arches) {
   constexpr int w = simd::width<TestType>;
-  for (int n = 0; n <= w; ++n) {
-    std::vector<float> in(static_cast<std::size_t>(n), 3.0f);  // the sanitizer sees a read beyond
-    const auto v = simd::load_first<TestType>(in.data(), n, 9.0f);
-    for (int i = 0; i < w; ++i) CHECK(v.get(static_cast<std::size_t>(i)) == (i < n ? 3.0f : 9.0f));
-    std::vector<std::int32_t> ids(static_cast<std::size_t>(n), 3);
-    const auto id = simd::load_first<TestType>(ids.data(), n, 9);
-    for (int i = 0; i < w; ++i) CHECK(id.get(static_cast<std::size_t>(i)) == (i < n ? 3 : 9));
-    std::vector<float> out(static_cast<std::size_t>(w), 0.0f);
-    simd::store_first<TestType>(out.data(), n, v);
-    for (int i = 0; i < w; ++i) CHECK(out[static_cast<std::size_t>(i)] == (i < n ? 3.0f : 0.0f));
+  test::edges memory(4 * w);
+  for (int n = 0; n <= w; ++n)
+    test::at_both_ends(memory, [&] {
+      float* const in = memory.room<float>(n);
+      std::int32_t* const ids = memory.room<std::int32_t>(n);
+      for (int i = 0; i < n; ++i) in[i] = static_cast<float>(ids[i] = 3 + i);
+      const auto v = simd::load_first<TestType>(in, n, 9.0f);
+      const auto id = simd::load_first<TestType>(ids, n, 9);
+      float* const out = memory.room<float>(n);
+      simd::store_first<TestType>(out, n, v);
+      const auto lane = [&](const auto& x, int i) { return x.get(static_cast<std::size_t>(i)); };
+      bool right = true;
+      for (int i = 0; i < w; ++i) {
+        right &= lane(v, i) == (i < n ? in[i] : 9.0f) && lane(id, i) == (i < n ? ids[i] : 9);
+        if (i < n) right &= out[i] == in[i];
+      }
+      CHECK(right);
+      if (n == 0) return;
+      float* const pieces = memory.room<float>(n);
+      std::int32_t* const numbers = memory.room<std::int32_t>(n);
+      simd::store_pieces<TestType>(numbers, pieces, n, id, v);
+      CHECK((std::equal(in, in + n, pieces) && std::equal(ids, ids + n, numbers)));
+      // Of a quotient the first lanes count.
+      const auto half = simd::divide_first<TestType>(v, simd::vfloat<TestType>(2.0f), n);
+      for (int i = 0; i < n; ++i) right &= lane(half, i) == in[i] / 2.0f;
+      CHECK(right);
+    });
+}
+
+TEMPLATE_LIST_TEST_CASE("lanes are numbered, compared, clipped, and the largest is found in each",
+                        "", test::arches) {
+  using A = TestType;
+  using F = simd::vfloat<A>;
+  constexpr int w = simd::width<A>;
+  const auto number = simd::lane_numbers<A>();
+  for (int at = 0; at <= w; ++at) {
+    alignas(alignment) float x[w];
+    for (int i = 0; i < w; ++i) x[i] = i == at ? 2.0f : -static_cast<float>(i) - 3.0f;
+    const F v = F::load_aligned(x);
+    const F most = simd::largest_lane<A>(v), clipped = simd::clip<A>(v, F(4.0f));
+    const auto from = simd::lanes_from<A>(at).mask();
+    const auto other = simd::differs<A>(number, simd::vint<A>(at)).mask();
+    bool right = true;
+    for (std::size_t i = 0; i < w; ++i) {
+      const int lane = static_cast<int>(i);
+      right &= number.get(i) == lane && most.get(i) == (at < w ? 2.0f : -3.0f);
+      right &= clipped.get(i) == (lane == at ? 2.0f : lane == 0 ? -3.0f : -4.0f);
+      right &= (from >> i & 1) == (lane >= at) && (other >> i & 1) == (lane != at);
+    }
+    CHECK(right);
+    CHECK(simd::any<A>(v > F(0.0f)) == (at < w));
   }
+  CHECK(simd::clip<A>(F(9.0f), F(4.0f)).get(0) == 4.0f);
 }
 
 TEMPLATE_LIST_TEST_CASE("NaN becomes -inf and every other value stays", "", test::arches) {

@@ -1,25 +1,24 @@
 #include <moeroute/simd/transpose.hpp>
 
-#include <algorithm>
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>
-#include <vector>
 
 #include "support/arches.hpp"
+#include "support/edges.hpp"
 
 using namespace moeroute;
 
 TEMPLATE_LIST_TEST_CASE("a transposed load holds column c + j in register j, padded past the end",
                         "", test::arches) {
   constexpr int w = simd::width<TestType>;
+  test::edges memory(4 * (2 * w + 1));
   for (index_t cols = 1; cols <= 2 * w + 1; ++cols) {
-    // Rows of exactly cols values each, so that the sanitizer sees a read beyond them.
-    std::vector<std::vector<float>> row(w);
-    const float* pointer[w];
+    memory.begin(cols % 3 == 0 ? test::guarded_end::front : test::guarded_end::back);
+    const float** const pointer = memory.room<const float*>(w);
     for (int i = 0; i < w; ++i) {
-      auto& values = row[static_cast<std::size_t>(i)];
-      for (index_t c = 0; c < cols; ++c) values.push_back(static_cast<float>(100 * i + c));
-      pointer[i] = values.data();
+      float* const values = memory.room<float>(cols);
+      for (index_t c = 0; c < cols; ++c) values[c] = static_cast<float>(100 * i + c);
+      pointer[i] = values;
     }
     for (index_t c = 0; c <= cols; c += w) {
       simd::vfloat<TestType> out[w];
@@ -36,20 +35,19 @@ TEMPLATE_LIST_TEST_CASE("a transposed load holds column c + j in register j, pad
 
 TEMPLATE_LIST_TEST_CASE("store_ranks lays the ranks of a row side by side and writes nothing else",
                         "", test::arches) {
+  test::edges memory(4 * 40 * block_rows);
   for (int k = 1; k <= 40; ++k)
-    for (int n = 1; n <= block_rows; ++n) {
-      std::vector<float> ranks(static_cast<std::size_t>(k * block_rows));
-      for (std::size_t i = 0; i < ranks.size(); ++i) ranks[i] = static_cast<float>(i);
-      const auto size = static_cast<std::size_t>(n * k);
-      // What a register writes too many may be more than one.
-      std::vector<float> out(size + 16, -1.0f);
-      simd::store_ranks<TestType>(ranks.data(), k, n, out.data());
-      bool right = std::count(out.begin() + n * k, out.end(), -1.0f) == 16;
-      for (int i = 0; i < n; ++i)
-        for (int r = 0; r < k; ++r)
-          right &=
-              out[static_cast<std::size_t>(i * k + r)] == static_cast<float>(r * block_rows + i);
-      INFO("k " << k << ", n " << n);
-      CHECK(right);
-    }
+    for (int n = 1; n <= block_rows; ++n)
+      test::at_both_ends(memory, [&] {
+        float* const ranks = memory.room<float>(k * block_rows);
+        for (int i = 0; i < k * block_rows; ++i) ranks[i] = static_cast<float>(i);
+        float* const out = memory.room<float>(n * k);
+        simd::store_ranks<TestType>(ranks, k, n, out);
+        bool right = true;
+        for (int i = 0; i < n; ++i)
+          for (int r = 0; r < k; ++r)
+            right &= out[i * k + r] == static_cast<float>(r * block_rows + i);
+        INFO("k " << k << ", n " << n);
+        CHECK(right);
+      });
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <deque>
+#include <moeroute/base/workspace.hpp>
 #include <span>
 #include <vector>
 
@@ -42,6 +43,15 @@ class edges {
   template <class T>
   T* copy(const std::vector<T>& values) {
     return copy(std::span<const T>(values));
+  }
+
+  /// What layout(scratch) takes, in memory of that size.
+  template <class Layout>
+  auto carve(Layout&& layout) {
+    moeroute::scratch measure;
+    layout(measure);
+    moeroute::scratch tape(room<std::byte>(measure.used()), measure.used());
+    return layout(tape);
   }
 
  private:
