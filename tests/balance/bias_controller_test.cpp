@@ -228,6 +228,10 @@ TEST_CASE("experts with shares of their own move towards these; equal shares cha
     const load_counts n{3, 1, 4, 1, 5, 9, 2, 6};
     CHECK(test::bit_difference(after(plain, n, 5), after(shared, n, 5)) == "");
   }
+  // What has its part has it exactly, though 49 of 49ths are not one in double.
+  CHECK(after({.step = 0.5f, .share = std::vector<float>(49, 2.0f)}, load_counts(49, 1)) ==
+        std::vector<float>(49, 0.0f));
+  CHECK(bias_controller(3, o).options().share.empty());  // it is not ours to keep
   const std::vector<float> two(2, 1.0f), none{1.0f, 0.0f, 1.0f};
   CHECK(test::refusal([&] { bias_controller(3, {.share = two}); }) ==
         "moeroute::bias_controller: share.size() is 2, expected 3");
@@ -299,4 +303,15 @@ TEST_CASE("LongCat's rule is its formula: the wanted share of all choices less t
   c.update(load_counts{0, 4, 0});
   CHECK(c.bias()[0] == 0.1875f);
   CHECK(c.bias()[1] == 0.125f - 0.3125f);
+}
+
+TEST_CASE("a controller goes on from the bias that it is given, and from a fractional count") {
+  bias_controller c(2, {.step = 0.5f});
+  c.bias()[0] = 2.0f;
+  c.update(std::vector<float>{0.25f, 0.5f});
+  CHECK(std::vector<float>(c.bias().begin(), c.bias().end()) == std::vector{2.5f, -0.5f});
+  real_expert_controller real({.experts = 2, .step = 0.5f});
+  real.bias()[1] = 2.0f;
+  real.update(std::vector<float>{0.75f, 0.25f});
+  CHECK(std::vector<float>(real.bias().begin(), real.bias().end()) == std::vector{-0.125f, 2.125f});
 }

@@ -1,13 +1,16 @@
 #include <moeroute/balance/bip.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <vector>
 
 #include "support/allocations.hpp"
 #include "support/backwards.hpp"
 #include "support/compare.hpp"
+#include "support/guarded.hpp"
 #include "support/refusal.hpp"
 #include "support/skewed.hpp"
 
@@ -191,6 +194,7 @@ TEST_CASE("experts are priced for the places that their share gives them; equal 
 
 TEST_CASE("with every option at once prices are their formula, batch after batch") {
   test::random rng(61);
+  workspace ws;  // with whatever other shapes left in it
   for (int round = 0; round < 150; ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
     // Wide rows are where a k beyond a sorting network's, and beyond the lanes', is selected.
@@ -207,7 +211,6 @@ TEST_CASE("with every option at once prices are their formula, batch after batch
     const int iterations = static_cast<int>(rng.below(4));
     const price_start start = coin() ? price_start::previous : price_start::zero;
     bip_balancer b(experts, {.k = k, .iterations = iterations, .start = start, .share = share});
-    workspace ws;
     std::vector<double> q(static_cast<std::size_t>(experts), 0.0);
     for (int batch = 0; batch < 4; ++batch) {
       const index_t tokens = rng.below(40);
@@ -221,7 +224,8 @@ TEST_CASE("with every option at once prices are their formula, batch after batch
                                : rng.uniform());
       }
       const bool nobody = rng.below(5) == 0;
-      for (index_t t = 0; t < tokens; ++t) mask.push_back(!nobody && rng.below(4) != 0);
+      for (index_t t = 0; t < tokens; ++t)
+        mask.push_back(static_cast<std::uint8_t>(nobody ? 0 : 2 * rng.below(4)));
       const bool masked = coin();
       const matrix_view<const float> view(s.data(), tokens, experts);
       const std::span<const std::uint8_t> of =
@@ -313,5 +317,51 @@ TEST_CASE("with shares and windows the online price is what is left of a sorted 
       for (std::size_t e = 0; e < price.size(); ++e)
         REQUIRE(std::abs(static_cast<double>(b.bias()[e]) + price[e]) < 1e-5);
     }
+  }
+}
+
+TEST_CASE("more experts than tokens of a piece have columns are priced all the same") {
+  constexpr index_t experts = 2100, tokens = 18;
+  test::random rng(63);
+  std::vector<float> s;
+  for (index_t i = 0; i < tokens * experts; ++i) s.push_back(rng.uniform());
+  bip_balancer b(experts, {.k = 1, .iterations = 1});
+  workspace ws;
+  b.update(matrix_view<const float>(s.data(), tokens, experts), ws);
+  for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); ++t) {
+    std::nth_element(s.begin() + 2100 * static_cast<std::ptrdiff_t>(t),
+                     s.begin() + 2100 * static_cast<std::ptrdiff_t>(t) + 1,
+                     s.begin() + 2100 * static_cast<std::ptrdiff_t>(t + 1), std::greater<>());
+    CHECK(b.token_prices()[t] == s[2100 * t + 1]);
+  }
+}
+
+TEST_CASE("a row of scores is read and filled up within its bounds, with a bias and without") {
+  constexpr index_t most = 130;
+  test::guarded<float> scores(most), added(most), filled(round_up(most, 16));
+  const auto end = test::guarded_end::back;
+  test::random rng(65);
+  for (index_t n = 0; n <= most; ++n) {
+    float *const row = scores.window(n, end), *const bias = added.window(n, end);
+    const index_t stride = round_up(n, 16);
+    for (index_t c = 0; c < n; ++c) {
+      const auto odd = rng.below(10);
+      const float number = rng.normal(), more = rng.normal();
+      row[c] = odd == 0 ? HUGE_VALF : odd == 1 ? -HUGE_VALF : odd == 2 ? std::nanf("") : number;
+      bias[c] = more;
+    }
+    int wrong = 0;
+    for (const bool there : {true, false})
+      for (const bool biased : {true, false}) {
+        float* const out = filled.window(stride, end);
+        detail::finite_row<simd::default_arch>(there ? row : nullptr, biased ? bias : nullptr, n,
+                                               out);
+        for (index_t c = 0; c < stride; ++c) {
+          const bool number = there && c < n && std::isfinite(row[c]);
+          const float expected = !number ? -HUGE_VALF : biased ? row[c] + bias[c] : row[c];
+          wrong += out[c] != expected;
+        }
+      }
+    CHECK(wrong == 0);
   }
 }

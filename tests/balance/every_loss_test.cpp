@@ -358,6 +358,178 @@ TEST_CASE("no loss hears of what another call left in its memory") {
   });
 }
 
+TEST_CASE("without a token that takes part no loss has a value, and gradients are 0 or stay") {
+  for_each_loss([](const auto& call) {
+    constexpr index_t tokens = 21, experts = 5;
+    test::random rng(13);
+    const assignment choices = test::fixed_choices(rng, tokens, experts, 1);
+    const std::vector<float> z = test::numbers(rng, tokens * experts),
+                             before = test::numbers(rng, tokens * experts);
+    const std::vector<std::uint8_t> mask(tokens, 0);
+    assignment nobody;
+    nobody.reset(0, experts, 1);
+    workspace ws;
+    for (const gradient_to to : {gradient_to::write, gradient_to::add, gradient_to::nowhere}) {
+      std::vector<float> dz = before;
+      const matrix_view<float> out(dz.data(), tokens, experts);
+      CHECK(call(token_options{to, mask}, matrix_view<const float>(z.data(), tokens, experts),
+                 to == gradient_to::nowhere ? matrix_view<float>{} : out, choices, ws) == 0.0);
+      CHECK(dz == (to == gradient_to::write ? std::vector<float>(z.size(), 0.0f) : before));
+      CHECK(call(token_options{to, {}}, matrix_view<const float>(z.data(), 0, experts),
+                 matrix_view<float>(dz.data(), 0, experts), nobody, ws) == 0.0);
+    }
+  });
+}
+
+TEST_CASE("no controller hears of what another call left in its memory") {
+  test::random rng(14);
+  for (const index_t experts : {3, 16, 17, 90})
+    for (const index_t k : {index_t{1}, experts - 1}) {
+      constexpr index_t tokens = 37;
+      const std::vector<float> z = test::numbers(rng, tokens * experts);
+      std::vector<std::uint8_t> mask;
+      for (index_t t = 0; t < tokens; ++t) mask.push_back(static_cast<std::uint8_t>(t % 6));
+      const auto numbers = [&](float left) {
+        workspace ws;
+        const auto soil = [&] {
+          constexpr index_t size = 20000;
+          std::fill_n(ws.carve([](scratch& tape) { return tape.take<float>(size); }), size, left);
+        };
+        const matrix_view<const float> scores(z.data(), tokens, experts);
+        std::vector<float> all;
+        const auto say = [&](std::span<const float> list) {
+          all.insert(all.end(), list.begin(), list.end());
+        };
+        for (const std::span<const std::uint8_t> of : {std::span<const std::uint8_t>(mask), {}}) {
+          for (const int iterations : {0, 2}) {
+            bip_balancer bip(experts, {.k = k, .iterations = iterations});
+            soil();
+            bip.update(scores, of, ws);
+            say(bip.bias());
+            say(bip.token_prices());
+          }
+          expert_thresholds thresholds(experts, {.k = static_cast<float>(k)});
+          soil();
+          thresholds.observe(scores, of, ws);
+          thresholds.update();
+          say(thresholds.bias());
+          quantile_balancer exact(experts, {.k = k});
+          soil();
+          exact.observe(scores, of, ws);
+          exact.update();
+          say(exact.bias());
+          quantile_histogram counted(
+              experts, {.k = k, .buckets = 50, .least_score = -6.0f, .most_score = 6.0f});
+          soil();
+          counted.observe(scores, of, ws);
+          counted.update();
+          say(counted.bias());
+        }
+        return all;
+      };
+      const std::vector<float> clean = numbers(0.0f);
+      for (const float left : {std::nanf(""), HUGE_VALF, -HUGE_VALF, 1e30f})
+        CHECK(test::bit_difference(numbers(left), clean) == "");
+    }
+}
+
+TEST_CASE("what nobody says of a loss, a controller or a schedule is what is published") {
+  const auto are = [](const std::vector<double>& values, const std::vector<double>& expected) {
+    return test::difference(values, expected, 0.0);
+  };
+  const switch_loss of_switch;
+  const device_loss device;
+  const communication_loss communication;
+  const specialisation_loss special;
+  CHECK(are({of_switch.coefficient, of_switch.divisor, of_switch.tokens}, {0.01, 1, 0}) == "");
+  const std::vector<double> four(4, 1.0);
+  const auto made = {switch_loss::megatron(0.3, four, 2), switch_loss::first_choice(0.3, four),
+                     switch_loss::deepspeed_top_k(0.3, four, 2),
+                     switch_loss::hugging_face(0.3, four),
+                     switch_loss::megablocks(0.3, four, 2, 1)};
+  for (const switch_loss& one : made) CHECK(are({one.coefficient, one.tokens}, {0.3, 0}) == "");
+  CHECK(are({sequence_loss{}.coefficient, static_cast<double>(sequence_loss{}.k),
+             sequence_loss{}.sequences},
+            {1e-4, 1, 0}) == "");
+  CHECK(are({device.coefficient, static_cast<double>(device.k), static_cast<double>(device.devices),
+             device.tokens},
+            {0.05, 1, 1, 0}) == "");
+  CHECK(are({communication.coefficient, static_cast<double>(communication.devices_per_token),
+             communication.tokens},
+            {0.02, 1, 0}) == "");
+  CHECK(are({special.coefficient, special.sharpness, special.tokens}, {0.01, 0, 0}) == "");
+  CHECK(are({importance_loss{}.coefficient, importance_loss{}.eps,
+             mean_importance_loss{}.coefficient, batch_entropy_loss{}.coefficient},
+            {0.01, 1e-10, 0.1, 0.01}) == "");
+  CHECK(importance_loss{}.kind == variance::population);
+  CHECK(are({router_z_loss{}.coefficient, router_z_loss{}.tokens, token_entropy_loss{}.coefficient,
+             token_entropy_loss{}.tokens, tsallis_loss{}.coefficient, tsallis_loss{}.q,
+             tsallis_loss{}.tokens, sparsity_loss{}.coefficient, sparsity_loss{}.tokens},
+            {1e-3, 0, 1e-4, 0, 0.01, 1.1, 0, 0.1, 0}) == "");
+  const relu_loss relu;
+  CHECK(are({relu.coefficient, static_cast<double>(relu.k), relu.tokens}, {1e-8, 1, 0}) == "");
+  CHECK(relu.weighting == relu_weighting::load);
+  const load_loss load;
+  CHECK(are({load.coefficient, static_cast<double>(load.k), load.eps}, {0.01, 1, 1e-10}) == "");
+  CHECK(load.threshold == load_threshold::without_self);
+  CHECK(load.kind == variance::population);
+  const dirichlet_prior_loss prior;
+  const coupling_loss coupling;
+  CHECK(are({prior.coefficient, prior.clamp, coupling.coefficient, coupling.alpha},
+            {0.01, 1e-6, 1, 1}) == "");
+  const share_balance_loss shares;
+  const chunk_sparsity_loss chunks;
+  const locality_loss locality;
+  CHECK(are({shares.coefficient, shares.eps, shares.norm_eps}, {1, 1e-5, 1e-6}) == "");
+  CHECK(are({chunks.coefficient, static_cast<double>(chunks.chunk), chunks.eps, chunks.norm_eps},
+            {1, 64, 1e-5, 1e-6}) == "");
+  CHECK((shares.normalized && chunks.normalized));
+  CHECK(are({locality.coefficient, locality.beta}, {1, 100}) == "");
+  const loss_options how;
+  CHECK(how.scores == probability::softmax);
+  CHECK((how.gradient == gradient_to::write && token_options{}.gradient == gradient_to::write));
+  CHECK(are({static_cast<double>(how.sigmoid_eps), static_cast<double>(how.sequence_length)},
+            {0, 0}) == "");
+
+  const auto wide = [](float x) { return static_cast<double>(x); };
+  const auto whole = [](index_t x) { return static_cast<double>(x); };
+  const bias_options bias;
+  CHECK(bias.rule == bias_rule::sign);
+  CHECK(bias.error == bias_error::over_mean);
+  CHECK(bias.decay == step_decay::none);
+  CHECK(bias.centre == bias_centre::free);
+  CHECK(are({wide(bias.step), wide(bias.least_factor)}, {wide(1e-3f), wide(1e-3f)}) == "");
+  const real_expert_options real;
+  CHECK(are({whole(real.experts), whole(real.zero_experts), whole(real.k), wide(real.target),
+             wide(real.step)},
+            {1, 0, 1, 1, wide(1e-3f)}) == "");
+  CHECK(are({whole(bip_options{}.k), static_cast<double>(bip_options{}.iterations)}, {1, 4}) == "");
+  CHECK(bip_options{}.start == price_start::previous);
+  const expert_threshold_options threshold;
+  CHECK(are({wide(threshold.k), wide(threshold.ema)}, {1, wide(0.99f)}) == "");
+  const quantile_options exact;
+  const quantile_histogram_options counted;
+  CHECK(are({whole(exact.k), wide(exact.ema), whole(counted.k), wide(counted.ema),
+             whole(counted.buckets), wide(counted.least_score), wide(counted.most_score)},
+            {1, 0, 1, 0, 1000, 0, 1}) == "");
+  const lambda_options lambda;
+  CHECK(are({whole(lambda.experts), wide(lambda.k), lambda.start, lambda.factor, lambda.floor,
+             lambda.ceiling},
+            {1, 1, 1e-8, 1.2, 0, 1e30}) == "");
+  CHECK(lambda.equal == at_target::decrease);
+  const target_options target;
+  CHECK(are({wide(target.start), wide(target.target), wide(target.step), wide(target.least),
+             wide(target.most)},
+            {0.5, 2, wide(0.02f), 0, 1}) == "");
+  CHECK(target.rule == target_rule::proportional);
+  const annealing a;
+  CHECK(are({a.from, a.to, whole(a.begin), whole(a.end)}, {1, 1, 0, 1}) == "");
+  CHECK(a.shape == anneal_shape::linear);
+  const layer_schedule_options layers;
+  CHECK(are({whole(layers.layers), whole(layers.least), whole(layers.most), layers.waves},
+            {1, 1, 1, 1}) == "");
+}
+
 TEST_CASE("losses with functions of their own refuse by name what does not fit their logits") {
   using rows = matrix_view<const float>;
   using gradients = matrix_view<float>;
@@ -540,6 +712,26 @@ TEST_CASE("losses with functions of their own refuse by name what does not fit t
       {coupled(router, delta, {other.data(), 4, 3}, drouter, dexpert),
        "expert_router_coupling: router, delta or expert and dexpert overlap, expected memory of "
        "their own"},
+      {[&] {
+         expert_router_coupling<float>({.alpha = -0.5}, gradient_to::nowhere, router, delta, expert,
+                                       none, none, ws, serial{});
+       },
+       "expert_router_coupling: alpha is -0.500000, expected 0 to 1"},
+      {[&] {
+         expert_router_coupling<float>({.alpha = std::nan("")}, gradient_to::nowhere, router, delta,
+                                       expert, none, none, ws, serial{});
+       },
+       "expert_router_coupling: alpha is nan, expected 0 to 1"},
+      {relu({.coefficient = HUGE_VAL}), "relu_loss: coefficient is inf, expected >= 0"},
+      {relu({.tokens = std::nan("")}), "relu_loss: tokens is negative, expected >= 0"},
+      {chunk({.chunk = 1, .eps = -1.0}), "chunk_sparsity: an eps is not positive"},
+      {chunk({.chunk = 1, .eps = std::nan("")}), "chunk_sparsity: an eps is not positive"},
+      {chunk({.chunk = 1, .norm_eps = std::nan("")}), "chunk_sparsity: an eps is not positive"},
+      {shares({.eps = std::nan("")}), "share_balance: an eps is not positive"},
+      {shares({.norm_eps = -1.0}), "share_balance: an eps is not positive"},
+      {local({.beta = std::nan(""), .neighbour = next}),
+       "activation_locality: beta is not finite and >= 0"},
+      {load(noisy, sigma, ds, {.eps = std::nan("")}), "load_loss: eps is nan, expected >= 0"},
       {chosen(fewer), "selected_importance_loss: assignment.tokens is 2, expected 3"},
       {chosen(wider), "selected_importance_loss: assignment.experts is 5, expected 4"},
       {settled(fewer), "stable_moe_loss: assignment.tokens is 2, expected 3"},
@@ -549,7 +741,8 @@ TEST_CASE("losses with functions of their own refuse by name what does not fit t
 
 TEST_CASE("losses of counts and of rows refuse by name the numbers that they are given") {
   const loss_shape shape{.experts = 4, .tokens = 6, .sequences = 2, .all_sequences = 2};
-  const std::vector<double> four(4, 1.0), two(2, 1.0), endless{1, 1, 1, HUGE_VAL}, eight(8, 1.0);
+  const std::vector<double> four(4, 1.0), two(2, 1.0), endless{1, 1, 1, HUGE_VAL}, eight(8, 1.0),
+      unknown{1, 1, std::nan(""), 1}, negative{1, -1, 1, 1, 1, 1, 1, 1};
   const matrix_view<const double> by_sequence(eight.data(), 2, 4);
   const auto of = [&](const auto& loss) { return [&shape, loss] { loss.check(shape); }; };
   const test::refusals all{
@@ -589,13 +782,43 @@ TEST_CASE("losses of counts and of rows refuse by name the numbers that they are
       {of(token_entropy_loss{.tokens = -1.0}),
        "token_entropy_loss: tokens is -1.000000, expected >= 0"},
       {of(tsallis_loss{.tokens = -1.0}), "tsallis_loss: tokens is -1.000000, expected >= 0"},
-      {of(sparsity_loss{.tokens = -1.0}), "sparsity_loss: tokens is -1.000000, expected >= 0"}};
+      {of(sparsity_loss{.tokens = -1.0}), "sparsity_loss: tokens is -1.000000, expected >= 0"},
+      {of(switch_loss{.coefficient = HUGE_VAL, .counts = four}),
+       "switch_loss: coefficient is inf, expected >= 0"},
+      {of(switch_loss{.counts = four, .tokens = std::nan("")}),
+       "switch_loss: tokens is nan, expected >= 0"},
+      {of(switch_loss{.counts = four, .divisor = std::nan("")}),
+       "switch_loss: divisor is nan, expected > 0"},
+      {of(switch_loss{.counts = unknown}), "switch_loss: a count is nan, expected >= 0"},
+      {of(device_loss{.coefficient = -1.0, .counts = four}),
+       "device_loss: coefficient is -1.000000, expected >= 0"},
+      {of(communication_loss{.coefficient = -1.0, .counts = two}),
+       "communication_loss: coefficient is -1.000000, expected >= 0"},
+      {of(communication_loss{.counts = {negative.data(), 2}}),
+       "communication_loss: a count is -1.000000, expected >= 0"},
+      {of(sequence_loss{.counts = {negative.data(), 2, 4}}),
+       "sequence_loss: a count is -1.000000, expected >= 0"},
+      {of(specialisation_loss{.coefficient = -1.0, .counts = four}),
+       "specialisation_loss: coefficient is -1.000000, expected >= 0"},
+      {of(specialisation_loss{.counts = two}), "specialisation_loss: counts.size is 2, expected 4"},
+      {of(specialisation_loss{.sharpness = std::nan(""), .counts = four}),
+       "specialisation_loss: sharpness is not finite"},
+      {of(importance_loss{.eps = std::nan("")}), "importance_loss: eps is nan, expected >= 0"},
+      {of(tsallis_loss{.coefficient = -1.0}),
+       "tsallis_loss: coefficient is -1.000000, expected >= 0"},
+      {of(tsallis_loss{.q = 1.0005}), "tsallis_loss: q is 1.000500, expected > 0 and not 1"},
+      {of(tsallis_loss{.q = 0.9995}), "tsallis_loss: q is 0.999500, expected > 0 and not 1"},
+      {of(tsallis_loss{.q = HUGE_VAL}), "tsallis_loss: q is inf, expected > 0 and not 1"},
+      {of(tsallis_loss{.q = std::nan("")}), "tsallis_loss: q is nan, expected > 0 and not 1"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  for (const double q : {0.5, 0.998, 1.002})
+    CHECK(test::refusal(of(tsallis_loss{.q = q})) == "accepted");
+  CHECK(test::refusal(of(specialisation_loss{.sharpness = -1.0, .counts = four})) == "accepted");
 }
 
 TEST_CASE("controllers and schedules refuse by name the numbers that make no sense") {
   std::vector<float> values(4), three(3);
-  const std::vector<float> none{1, 0};
+  const std::vector<float> none{1, 0}, endless_share{HUGE_VALF, 1}, unknown_share{1, std::nanf("")};
   const std::vector<std::uint8_t> mask(1, 1);
   workspace ws;
   const matrix_view<const float> scores(values.data(), 2, 2),
@@ -607,6 +830,10 @@ TEST_CASE("controllers and schedules refuse by name the numbers that make no sen
   };
   const auto priced = [&](matrix_view<const float> s, std::span<const std::uint8_t> m = {}) {
     return [&ws, s, m] { bip_balancer(2, {.k = 1}).update(s, m, ws); };
+  };
+  const auto seen_by = [&](const expert_thresholds& one, matrix_view<const float> s,
+                           std::span<const std::uint8_t> m = {}) {
+    return [&ws, one, s, m] { expert_thresholds(one).observe(s, m, ws); };
   };
   const test::refusals all{
       {[] { bias_controller(2, {.step = -1.0f}); },
@@ -691,7 +918,61 @@ TEST_CASE("controllers and schedules refuse by name the numbers that make no sen
       {[] { target_controller({}).update(-1, 1); },
        "target_controller: choices is -1.000000, expected >= 0 and finite"},
       {[] { target_controller({}).update(1, -1); },
-       "target_controller: tokens is -1.000000, expected >= 0 and finite"}};
+       "target_controller: tokens is -1.000000, expected >= 0 and finite"},
+      {[] { bias_controller((index_t{1} << 20) + 1); },
+       "bias_controller: experts is 1048577, expected 1 to 1048576"},
+      {[&] { bias_controller(2, {.share = endless_share}); },
+       "bias_controller: share of expert 0 is inf, expected > 0"},
+      {[&] { bias_controller(2, {.share = unknown_share}); },
+       "bias_controller: share of expert 1 is nan, expected > 0"},
+      {[] { bias_controller(2).update(std::vector<double>{HUGE_VAL, 1.0}); },
+       "bias_controller: counts must be finite and not negative"},
+      {[] { real_expert_controller({}).update(std::vector<double>{std::nan("")}); },
+       "real_expert_controller: counts must be finite and not negative"},
+      {[] { real_expert_controller({.zero_experts = 2}).update(std::vector<int>{1}); },
+       "real_expert_controller: counts.size() is 1, expected 3"},
+      {real({.target = std::nanf("")}),
+       "real_expert_controller: target is nan, expected 0.000000 to 1.000000"},
+      {seen_by(expert_thresholds(2, {}), tangled),
+       "expert_thresholds: scores.stride is 1, expected at least 2"},
+      {seen_by(expert_thresholds(2, {}), endless),
+       "expert_thresholds: scores.rows is 2147483648, expected 0 to 2147483647"},
+      {seen_by(expert_thresholds(3, {}), scores),
+       "expert_thresholds: scores.cols is 2, expected 3"},
+      {seen_by(expert_thresholds(2, {}), scores, mask),
+       "expert_thresholds: mask.size() is 1, expected 2"},
+      {[] { expert_thresholds(2, {.k = 0.0f}); },
+       "expert_thresholds: k is 0.000000, expected 0.000001 to 2.000000"},
+      {[] { quantile_balancer(2, {.k = 0}); }, "quantile_balancer: k is 0, expected 1 to 2"},
+      {[] { quantile_balancer(2, {.ema = -0.5f}); },
+       "quantile_balancer: ema is -0.500000, expected 0.000000 to 1.000000"},
+      {[] { quantile_histogram(2, {.k = 0}); }, "quantile_histogram: k is 0, expected 1 to 2"},
+      {[] { quantile_histogram(2, {.ema = 1.5f}); },
+       "quantile_histogram: ema is 1.500000, expected 0.000000 to 1.000000"},
+      {[&] { quantile_balancer(2, {.share = three}); },
+       "quantile_balancer: share.size() is 3, expected 2"},
+      {[&] { quantile_histogram(2, {.share = three}); },
+       "quantile_histogram: share.size() is 3, expected 2"},
+      {[&] { bip_online(2, 1, 1, three); }, "bip_online: share.size() is 3, expected 2"},
+      {[] { annealing{.from = 1.0, .to = 0.0, .shape = anneal_shape::exponential}.check(); },
+       "annealing: from and to of an exponential must be positive"},
+      {[] { annealing{.from = -1.0, .to = 1.0, .shape = anneal_shape::exponential}.check(); },
+       "annealing: from and to of an exponential must be positive"},
+      {lambda({.factor = 2e6}),
+       "lambda_controller: factor is 2000000.000000, expected 1.000000 to 1000000.000000"},
+      {lambda({.factor = std::nan("")}),
+       "lambda_controller: factor is nan, expected 1.000000 to 1000000.000000"},
+      {[] { lambda_controller({}).update(-1, 1); },
+       "lambda_controller: active is -1, expected 0 to 1"},
+      {[] { target_controller({.target = 2e6f}); },
+       "target_controller: target is 2000000.000000, expected 0.000001 to 1048576.000000"},
+      {[] { target_controller({.start = -4.0f, .least = -3.0f, .most = -1.0f}); },
+       "target_controller: start is -4.000000, expected -3.000000 to -1.000000"},
+      {[] { target_controller({.step = std::nanf("")}); },
+       "target_controller: step is nan, expected >= 0 and finite"},
+      {layers({.layers = 2, .waves = std::nan("")}), "experts_of_layer: waves must be finite"},
+      {[] { experts_of_layer(layer_schedule::wave, -1, {}); },
+       "experts_of_layer: layer is -1, expected 0 to 0"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
   CHECK(test::refusal(lambda({.ceiling = 0.0})) ==
         "moeroute::lambda_controller: ceiling is 0.000000, expected 0.000000 to " +
@@ -704,6 +985,13 @@ TEST_CASE("controllers and schedules refuse by name the numbers that make no sen
            [] { annealing{.begin = 1, .end = 1}.check(); },
            [] { annealing{.from = -1.0, .to = 0.0}.check(); },
            [] { annealing{.from = 2.0, .shape = anneal_shape::exponential}.check(); },
+           [] { bias_controller(2, {.step = 0.0f, .least_factor = 0.0f}); },
+           [] { expert_thresholds(2, {.k = 1e-5f, .ema = 0.0f}); },
+           [] { quantile_balancer(2, {.k = 2, .ema = 1.0f}); },
+           [] { quantile_histogram(2, {.k = 2, .ema = 1.0f}); },
+           [] { target_controller({.start = 0.0f, .step = 0.0f, .most = 0.0f}); },
+           lambda({.start = 1.5e-300, .ceiling = 1.5e-300}), lambda({.ceiling = 1e300}),
+           real({.k = 1, .target = 0.0f, .step = 0.0f}),
            lambda({.k = 0.0f, .start = 0.5, .factor = 1.0, .floor = 0.5, .ceiling = 0.5}),
            real({.experts = 2, .k = 2, .target = 2.0f})})
     CHECK(test::refusal(accepted) == "accepted");

@@ -27,29 +27,32 @@ double run(const oracle::batch& b, const row& z, const chunk_sparsity_loss& loss
 }
 
 // Shares of one token, step by step as published: rectify, normalise, divide by the sum.
-row shares(const oracle::batch& b, index_t t, bool normalized) {
+row shares(const oracle::batch& b, index_t t, bool normalized, double eps = 1e-5,
+           double norm_eps = 1e-6) {
   row r = b.of(t);
   double squares = 0.0, sum = 0.0;
   for (double& x : r) x = x > 0.0 && b.live(t) ? x : 0.0;
   for (const double x : r) squares += x * x / static_cast<double>(r.size());
   if (normalized)
-    for (double& x : r) x /= std::sqrt(squares + 1e-6);
+    for (double& x : r) x /= std::sqrt(squares + norm_eps);
   for (const double x : r) sum += x;
-  for (double& x : r) x /= sum + 1e-5;
+  for (double& x : r) x /= sum + eps;
   return r;
 }
 
-double formula(const oracle::batch& b, index_t chunk, bool normalized) {
+double formula(const oracle::batch& b, const chunk_sparsity_loss& loss) {
+  const index_t chunk = loss.chunk;
   double value = 0.0, n = 0.0;
   for (index_t c = 0; c < b.tokens / chunk; ++c)
     for (std::size_t e = 0; e < static_cast<std::size_t>(b.experts); ++e) {
       double log_product = 0.0;
       for (index_t t = c * chunk; t < (c + 1) * chunk; ++t)
-        log_product += std::log(1.0 - shares(b, t, normalized)[e] + 1e-5);
+        log_product +=
+            std::log(1.0 - shares(b, t, loss.normalized, loss.eps, loss.norm_eps)[e] + loss.eps);
       value += 1.0 - std::exp(log_product);
       n += 1.0;
     }
-  return value / n;
+  return loss.coefficient * value / n;
 }
 
 // Away from 0, where the rectifier bends.
@@ -74,11 +77,10 @@ TEST_CASE("chunk sparsity is its formula, and its gradient the derivative") {
     for (const bool normalized : {false, true})
       for (const index_t chunk : {1, 4, 12}) {
         const auto b = smooth_batch(121, 24, 7, masked);
-        const chunk_sparsity_loss loss{
-            .coefficient = 1.0, .chunk = chunk, .normalized = normalized};
+        chunk_sparsity_loss loss{.coefficient = 0.5, .chunk = chunk, .normalized = normalized};
+        if (chunk == 4) loss.eps = 0.25, loss.norm_eps = 0.125;
         row gradient(168, 7.0), other(168, 7.0);
-        CHECK(run(b, b.logits, loss, &gradient) ==
-              Approx(formula(b, chunk, normalized)).epsilon(1e-10));
+        CHECK(run(b, b.logits, loss, &gradient) == Approx(formula(b, loss)).epsilon(1e-10));
         run(b, b.logits, loss, &other, test::several_threads{3});
         CHECK(other == gradient);
         CHECK(test::gradient_difference(
@@ -90,7 +92,8 @@ TEST_CASE("soft balance is its formula, and its gradient the derivative at const
   for (const bool masked : {false, true})
     for (const bool normalized : {false, true}) {
       const auto b = smooth_batch(122, 70, 7, masked);
-      const share_balance_loss loss{.coefficient = 0.5, .normalized = normalized};
+      share_balance_loss loss{.coefficient = 0.5, .normalized = normalized};
+      if (masked) loss.eps = 0.25, loss.norm_eps = 0.125;
       const auto run_on = [&](const row& z, row* gradient, const auto& exec) {
         workspace ws;
         row unused(z.size());
@@ -100,9 +103,9 @@ TEST_CASE("soft balance is its formula, and its gradient the derivative at const
             exec);
       };
       row sum(7, 0.0), load(7, 0.0);
-      double live = 0.0, all = 1e-5, expected = 0.0;
+      double live = 0.0, all = loss.eps, expected = 0.0;
       for (index_t t = 0; t < 70; ++t) {
-        const row s = shares(b, t, normalized);
+        const row s = shares(b, t, normalized, loss.eps, loss.norm_eps);
         live += b.live(t) ? 1.0 : 0.0;
         for (std::size_t e = 0; e < 7; ++e) {
           sum[e] += s[e];
@@ -253,6 +256,12 @@ TEST_CASE("NaN, infinities, empty rows and no tokens are defined for chunks and 
   CHECK(std::isfinite(activation_locality({.neighbour = previous}, {}, logits, dlogits)));
   CHECK(test::difference(single, gradient, 1e-4, 1e-5) == "");
   CHECK(run({0, 3, {}, {}}, {}, {}, nullptr) == 0.0);
+  // Without a chunk none has memory, however long it is.
+  CHECK(run({0, 3, {}, {}}, {}, {.chunk = index_t{1} << 40}, nullptr) == 0.0);
+  // A row without shares has no root of its own either, and needs none.
+  const row negative(6, -1.0);
+  CHECK(run({2, 3, {}, {}}, negative, {.chunk = 1, .eps = 0.125, .norm_eps = 0.0}, nullptr) ==
+        Approx(-0.125));
   CHECK(test::refusal([&] { run(b, b.logits, {.chunk = 3}, nullptr); }) ==
         "moeroute::chunk_sparsity: tokens % chunk is 1, expected 0");
   CHECK(test::refusal([&] { run(b, b.logits, {.coefficient = -1.0, .chunk = 2}, nullptr); }) ==

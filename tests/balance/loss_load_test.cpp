@@ -230,3 +230,96 @@ TEST_CASE("arguments of the load loss are refused by name") {
   CHECK(test::refusal([&] { run(n, n.b.logits, {.coefficient = -1.0}, nullptr); }) ==
         "moeroute::load_loss: coefficient is -1.000000, expected >= 0");
 }
+
+TEST_CASE("with every option at once the load loss is its formula, and both gradients the slopes") {
+  test::random rng(97);
+  for (int round = 0; round < 150; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t tokens = rng.below(90), experts = 1 + rng.below(20), k = 1 + rng.below(experts);
+    const auto T = static_cast<std::size_t>(tokens), E = static_cast<std::size_t>(experts);
+    const bool constant = coin(), ties = coin();
+    row z, h, sigma, dz, ds;
+    std::vector<std::uint8_t> mask;
+    for (std::size_t i = 0; i < T * E; ++i) {
+      const double s = constant ? 0.5 : 0.25 + static_cast<double>(rng.uniform());
+      sigma.push_back(s);
+      z.push_back(static_cast<double>(rng.normal()));
+      const double noisy = z.back() + s * static_cast<double>(rng.normal());
+      h.push_back(ties ? std::round(noisy) : noisy);
+      dz.push_back(static_cast<double>(rng.normal()));
+      ds.push_back(static_cast<double>(rng.normal()));
+    }
+    for (std::size_t t = 0; t < T; ++t) mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
+    const auto to = static_cast<gradient_to>(rng.below(3));
+    token_options how{.gradient = to};
+    if (coin()) how.mask = mask;
+    const double eps = coin() ? 1e-10 : 0.25;
+    const load_loss loss{.coefficient = 0.5,
+                         .k = k,
+                         .threshold = coin() ? load_threshold::without_self : load_threshold::kth,
+                         .kind = coin() ? variance::population : variance::unbiased,
+                         .eps = eps};
+    // Whom each expert has to exceed; -1: nobody.
+    std::vector<std::ptrdiff_t> rival(T * E, -1);
+    row u(T * E, HUGE_VAL), load(E, 0.0);
+    for (std::size_t t = 0; t < T; ++t) {
+      if (how.masked(static_cast<index_t>(t))) continue;
+      std::vector<std::size_t> order;
+      for (std::size_t e = 0; e < E; ++e) order.push_back(t * E + e);
+      std::stable_sort(order.begin(), order.end(),
+                       [&](std::size_t a, std::size_t b) { return h[a] > h[b]; });
+      for (std::size_t r = 0; r < E; ++r) {
+        const bool chosen = r < static_cast<std::size_t>(k);
+        const bool passes = chosen && loss.threshold == load_threshold::without_self;
+        const std::size_t th = static_cast<std::size_t>(k) - (passes ? 0 : 1), i = order[r];
+        if (th < E) {
+          rival[i] = static_cast<std::ptrdiff_t>(order[th]);
+          u[i] = (z[i] - h[order[th]]) / sigma[i];
+        }
+        load[i % E] += 0.5 * std::erfc(-u[i] / std::sqrt(2.0));
+      }
+    }
+    const bool unbiased = loss.kind == variance::unbiased;
+    const double n = static_cast<double>(experts), d = unbiased ? n - 1.0 : n;
+    double mean = 0.0, value = 0.0;
+    for (const double x : load) mean += x / n;
+    const double m = mean * mean + eps;
+    if (d > 0.0) value = 0.5 * oracle::squared_variation(load, unbiased, eps);
+    row by_z(T * E, 0.0), by_sigma(T * E, 0.0);
+    for (std::size_t i = 0; i < T * E && d > 0.0; ++i) {
+      if (rival[i] < 0) continue;
+      const auto th = static_cast<std::size_t>(rival[i]);
+      const double slope =
+          0.5 * 2.0 * (load[i % E] - mean) / (d * m) - value * 2.0 * mean / (n * m);
+      const double w =
+          slope * std::exp(-0.5 * u[i] * u[i]) / std::sqrt(2.0 * std::acos(-1.0)) / sigma[i];
+      by_z[i] += w;
+      by_z[th] -= w;
+      by_sigma[i] -= w * u[i];
+      by_sigma[th] -= w * (h[th] - z[th]) / sigma[th];
+    }
+    const bool learned = !constant && coin();
+    row expected = dz, second = ds;
+    for (std::size_t i = 0; i < T * E && to != gradient_to::nowhere; ++i) {
+      expected[i] = by_z[i] + (to == gradient_to::add ? dz[i] : 0.0);
+      if (learned) second[i] = by_sigma[i] + (to == gradient_to::add ? ds[i] : 0.0);
+    }
+    const matrix_view<const double> clean(z.data(), tokens, experts),
+        noisy(h.data(), tokens, experts), all(sigma.data(), tokens, experts);
+    const double one = 0.5;
+    const matrix_view<const double> single(&one, 1, 1);
+    const matrix_view<double> out(dz.data(), tokens, experts), dsigma(ds.data(), tokens, experts);
+    const matrix_view<double> place = learned ? dsigma : matrix_view<double>{};
+    workspace ws;
+    const auto found = [&](const auto& exec) {
+      return noisy_load_loss(loss, how, clean, noisy, constant ? single : all, out, place, ws,
+                             exec);
+    };
+    const double seen = coin() ? found(serial{}) : found(test::several_threads{3});
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " k=" << k << " ties "
+                  << ties);
+    CHECK(seen == Approx(value).epsilon(1e-10).margin(1e-13));
+    CHECK(test::difference(dz, expected, 1e-8, 1e-10) == "");
+    CHECK(test::difference(ds, second, 1e-8, 1e-10) == "");
+  }
+}

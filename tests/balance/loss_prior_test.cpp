@@ -131,7 +131,85 @@ TEST_CASE("one expert, no token, NaN and infinities are defined for the prior") 
     CHECK(test::refusal([&] {
             run({3, 3, {}, {}}, z, {.alpha = three, .clamp = clamp}, nullptr);
           }) == "moeroute::dirichlet_prior: clamp is not between 0 and 0.5");
-  const row zero = {1.0, 0.0, 1.0};
-  CHECK(test::refusal([&] { run({3, 3, {}, {}}, z, {.alpha = zero}, nullptr); }) ==
-        "moeroute::dirichlet_prior: an alpha is 0.000000, expected > 0");
+  for (const double bad : {0.0, -1.0, nan, infinity}) {
+    const row broken = {1.0, bad, 1.0};
+    CHECK(test::refusal([&] { run({3, 3, {}, {}}, z, {.alpha = broken}, nullptr); }) ==
+          "moeroute::dirichlet_prior: an alpha is " + std::to_string(bad) + ", expected > 0");
+  }
+  CHECK(test::refusal([&] {
+          run({3, 3, {}, {}}, z, {.coefficient = -1.0, .alpha = three}, nullptr);
+        }) == "moeroute::dirichlet_prior: coefficient is -1.000000, expected >= 0");
+}
+
+TEST_CASE("with every option at once the prior's loss is its formula, and its gradient the pull") {
+  test::random rng(105);
+  for (int round = 0; round < 40; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t tokens = rng.below(80), experts = 2 + rng.below(round % 4 == 0 ? 40 : 7);
+    const auto T = static_cast<std::size_t>(tokens), E = static_cast<std::size_t>(experts);
+    oracle::batch b =
+        test::random_batch(static_cast<std::uint64_t>(round), tokens, experts, coin());
+    const bool ties = coin();
+    for (double& x : b.logits) {
+      const auto odd = rng.below(60);
+      if (odd < 3) x = odd == 0 ? std::nan("") : odd == 1 ? -HUGE_VAL : HUGE_VAL;
+    }
+    // Equal rows have equal probabilities, which are ranked by token.
+    for (std::size_t i = 4 * E; i < T * E && ties; ++i)
+      if (i / E % 3 == 0) b.logits[i] = b.logits[i - 4 * E];
+    row alpha, before;
+    double all = 0.0, live = 0.0;
+    for (std::size_t e = 0; e < E; ++e) {
+      alpha.push_back(0.5 + 0.25 * static_cast<double>(rng.below(6)));
+      all += alpha.back();
+    }
+    for (std::size_t i = 0; i < T * E; ++i) before.push_back(static_cast<double>(rng.normal()));
+    for (std::size_t t = 0; t < T; ++t) live += b.live(static_cast<index_t>(t)) ? 1.0 : 0.0;
+    const dirichlet_prior_loss loss{
+        .coefficient = 0.5, .alpha = alpha, .clamp = coin() ? 1e-6 : 0.0625};
+    // Rows with +inf, or with nothing above -inf, have no probabilities and no gradient.
+    row p(T * E, 0.0);
+    std::vector<bool> whole(T, false);
+    for (std::size_t t = 0; t < T; ++t) {
+      double top = -HUGE_VAL, sum = 0.0;
+      for (std::size_t e = 0; e < E; ++e) top = std::fmax(top, b.logits[t * E + e]);
+      whole[t] = std::isfinite(top);
+      for (std::size_t e = 0; e < E && whole[t]; ++e)
+        sum += p[t * E + e] =
+            std::isnan(b.logits[t * E + e]) ? 0.0 : std::exp(b.logits[t * E + e] - top);
+      for (std::size_t e = 0; e < E && whole[t]; ++e) p[t * E + e] /= sum;
+    }
+    const auto there = [&](std::size_t t) { return b.live(static_cast<index_t>(t)); };
+    double value = 0.0;
+    row pull(T * E, 0.0);
+    const double factor = 0.5 / (live * static_cast<double>(experts));
+    for (std::size_t t = 0; t < T; ++t)
+      for (std::size_t e = 0; e < E && there(t); ++e) {
+        const double mine = p[t * E + e];
+        double rank = 1.0;
+        for (std::size_t s = 0; s < T; ++s)
+          rank += there(s) && (p[s * E + e] < mine || (p[s * E + e] == mine && s < t));
+        const double inside = std::min(std::max(mine, loss.clamp), 1.0 - loss.clamp);
+        const beta_distribution prior(alpha[e], all - alpha[e]);
+        const double miss = rank / (live + 1.0) - prior.cdf(inside);
+        value += factor * miss * miss;
+        if (mine == inside && whole[t])
+          pull[t * E + e] = -2.0 * factor * miss * prior.pdf(mine) * mine;
+      }
+    const auto to = static_cast<gradient_to>(rng.below(3));
+    row expected = before;
+    for (std::size_t t = 0; t < T; ++t) {
+      double sum = 0.0;
+      for (std::size_t e = 0; e < E; ++e) sum += pull[t * E + e];
+      for (std::size_t e = 0; e < E && to != gradient_to::nowhere; ++e)
+        expected[t * E + e] = (to == gradient_to::add ? before[t * E + e] : 0.0) + pull[t * E + e] -
+                              p[t * E + e] * sum;
+    }
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " ties " << ties);
+    row found = before;
+    const double seen = coin() ? run(b, b.logits, loss, &found, to)
+                               : run(b, b.logits, loss, &found, to, test::several_threads{3});
+    CHECK(seen == Approx(value).epsilon(1e-10));
+    CHECK(test::difference(found, expected, 1e-9, 1e-13) == "");
+  }
 }

@@ -101,6 +101,8 @@ TEST_CASE("inactive, NaN and masked scores have no gradient; no token, no loss")
   CHECK(r.values[0] == 0.0);
   CHECK(r.gradient == std::vector<float>(6, 0.0f));
   CHECK(run<float>({0, 3, {}, {}}, {.coefficient = 1.0}).values[0] == 0.0);
+  CHECK(run<float>({0, 3, {}, {}}, {.coefficient = 1.0, .weighting = relu_weighting::plain})
+            .values[0] == 0.0);
 }
 
 TEST_CASE("arguments of the ReLU loss are refused by name") {
@@ -112,4 +114,56 @@ TEST_CASE("arguments of the ReLU loss are refused by name") {
         "moeroute::relu_loss: k is 5, expected 1 to 4");
   CHECK(test::refusal([&] { run<float>(b, {.counts = three}); }) ==
         "moeroute::relu_loss: counts.size is 3, expected 4");
+}
+
+TEST_CASE("with every option at once ReMoE's loss is its formula, and its gradient the slope") {
+  test::random rng(75);
+  for (int round = 0; round < 100; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t tokens = rng.below(140), experts = 1 + rng.below(20);
+    oracle::batch b =
+        test::random_batch(static_cast<std::uint64_t>(round), tokens, experts, coin());
+    for (double& x : b.logits) {
+      const auto odd = rng.below(30);
+      if (odd < 2) x = odd == 0 ? std::nan("") : -HUGE_VAL;
+    }
+    row given;
+    for (index_t e = 0; e < experts; ++e) given.push_back(static_cast<double>(rng.below(9)));
+    relu_loss loss{.coefficient = 0.3,
+                   .weighting = coin() ? relu_weighting::plain : relu_weighting::load,
+                   .k = 1 + rng.below(experts),
+                   .tokens = coin() ? 0.0 : 37.5};
+    if (coin()) loss.counts = given;
+    row sums(given.size(), 0.0), counts(given.size(), 0.0), gradient(b.logits.size(), 0.0);
+    double live = 0.0, value = 0.0;
+    for (index_t t = 0; t < tokens; ++t) live += b.live(t) ? 1.0 : 0.0;
+    const auto there = [&](index_t t, index_t e) { return b.live(t) && b.at(t, e) > 0.0; };
+    for (index_t t = 0; t < tokens; ++t)
+      for (index_t e = 0; e < experts; ++e)
+        if (there(t, e)) {
+          sums[static_cast<std::size_t>(e)] += b.at(t, e);
+          counts[static_cast<std::size_t>(e)] += 1.0;
+        }
+    if (!loss.counts.empty()) counts = given;
+    const double n = loss.tokens > 0.0 ? loss.tokens : live;
+    for (index_t e = 0; e < experts; ++e) {
+      const auto at = static_cast<std::size_t>(e);
+      double slope = 0.3 / n;
+      if (loss.weighting == relu_weighting::load)
+        slope *= static_cast<double>(experts) * counts[at] / (static_cast<double>(loss.k) * n);
+      if (sums[at] > 0.0) value += slope * sums[at];
+      for (index_t t = 0; t < tokens; ++t)
+        if (there(t, e)) gradient[static_cast<std::size_t>(t * experts + e)] = slope;
+    }
+    const auto to = static_cast<gradient_to>(rng.below(3));
+    for (double& g : gradient)
+      g = to == gradient_to::nowhere ? 7.0 : to == gradient_to::add ? 7.0 + g : g;
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " k=" << loss.k);
+    const auto exact = run<double>(b, loss, {.gradient = to});
+    CHECK(exact.values[0] == Approx(value).epsilon(1e-12));
+    CHECK(test::difference(exact.gradient, gradient, 1e-12) == "");
+    const auto single = run<float>(b, loss, {.gradient = to}, test::several_threads{3});
+    CHECK(single.values[0] == Approx(value).epsilon(1e-5));
+    CHECK(test::difference(single.gradient, gradient, 1e-6) == "");
+  }
 }

@@ -109,3 +109,124 @@ TEST_CASE("NaN logits of chosen experts have no gate, and nothing chosen no grad
   CHECK(test::refusal([&] { importance(z, a, {}, {}, nullptr); }) ==
         "moeroute::selected_importance_loss: the id of choice 1 is 4, expected -1 to 3");
 }
+
+TEST_CASE("with every option at once losses of the selected are their formulas and derivatives") {
+  test::random rng(85);
+  for (int round = 0; round < 120; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t tokens = rng.below(90), experts = 1 + rng.below(20);
+    const index_t k = 1 + rng.below(std::min<index_t>(3, experts));
+    const auto E = static_cast<std::size_t>(experts);
+    assignment a = coin() ? test::ragged_choices(rng, tokens, experts, k)
+                          : test::fixed_choices(rng, tokens, experts, k, 5);
+    test::drop_some(rng, a, 4);
+    row z, before;
+    std::vector<std::uint8_t> mask;
+    for (index_t i = 0; i < tokens * experts; ++i) {
+      const auto odd = rng.below(40);
+      z.push_back(odd == 0   ? HUGE_VAL
+                  : odd == 1 ? -HUGE_VAL
+                  : odd == 2 ? std::nan("")
+                             : 2.0 * static_cast<double>(rng.normal()));
+      before.push_back(static_cast<double>(rng.normal()));
+    }
+    for (index_t t = 0; t < tokens; ++t)
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
+    const auto to = static_cast<gradient_to>(rng.below(3));
+    token_options how{.gradient = to};
+    if (coin()) how.mask = mask;
+    const drop_stage drops = coin() ? drop_stage::before_drop : drop_stage::after_drop;
+    const double eps = coin() ? 1e-10 : 0.25;
+    const importance_loss loss{
+        .coefficient = 0.5, .kind = coin() ? variance::population : variance::unbiased, .eps = eps};
+    // The choices that count, of each token, and of these who is the first of all.
+    std::vector<std::vector<std::size_t>> counted(static_cast<std::size_t>(tokens));
+    std::vector<bool> leads(counted.size(), false);
+    for (std::size_t t = 0; t < counted.size(); ++t) {
+      const auto token = static_cast<index_t>(t);
+      if (how.masked(token)) continue;
+      for (index_t r = 0; r < a.count(token); ++r) {
+        const expert_id e = a.ids(token)[static_cast<std::size_t>(r)];
+        if (e == no_expert) continue;
+        if (drops == drop_stage::after_drop && !a.kept(a.first(token) + r)) continue;
+        counted[t].push_back(static_cast<std::size_t>(e));
+        leads[t] = leads[t] || r == 0;
+      }
+    }
+    const auto shown = [&](row gradient, row written) {
+      for (std::size_t i = 0; i < gradient.size(); ++i)
+        written[i] = to == gradient_to::nowhere ? before[i]
+                     : to == gradient_to::add   ? before[i] + gradient[i]
+                                                : gradient[i];
+      return written;
+    };
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " k=" << k);
+
+    std::vector<row> gate;
+    row sum(E, 0.0);
+    for (std::size_t t = 0; t < counted.size(); ++t) {
+      row chosen;
+      double top = -HUGE_VAL, all = 0.0;
+      for (const std::size_t e : counted[t]) top = std::fmax(top, z[t * E + e]);
+      for (const std::size_t e : counted[t]) {
+        const double x = z[t * E + e];
+        chosen.push_back(!(x > -HUGE_VAL) ? 0.0 : x == top ? 1.0 : std::exp(x - top));
+        all += chosen.back();
+      }
+      for (double& g : chosen) g = all > 0.0 ? g / all : 0.0;
+      for (std::size_t i = 0; i < chosen.size(); ++i) sum[counted[t][i]] += chosen[i];
+      gate.push_back(chosen);
+    }
+    const bool unbiased = loss.kind == variance::unbiased;
+    const double n = static_cast<double>(experts), d = unbiased ? n - 1.0 : n;
+    double mean = 0.0, value = 0.0;
+    for (const double x : sum) mean += x / n;
+    const double m = mean * mean + eps;
+    if (d > 0.0) value = 0.5 * oracle::squared_variation(sum, unbiased, eps);
+    row slope(E, 0.0), gradient(z.size(), 0.0);
+    for (std::size_t e = 0; e < E && d > 0.0; ++e)
+      slope[e] = 0.5 * 2.0 * (sum[e] - mean) / (d * m) - value * 2.0 * mean / (n * m);
+    for (std::size_t t = 0; t < counted.size(); ++t) {
+      double along = 0.0;
+      bool finite = true;
+      for (std::size_t i = 0; i < gate[t].size(); ++i) {
+        along += gate[t][i] * slope[counted[t][i]];
+        finite = finite && z[t * E + counted[t][i]] != HUGE_VAL;
+      }
+      for (std::size_t i = 0; i < gate[t].size() && finite; ++i)
+        gradient[t * E + counted[t][i]] += gate[t][i] * (slope[counted[t][i]] - along);
+    }
+    workspace ws;
+    const matrix_view<const double> logits(z.data(), tokens, experts);
+    row out = before;
+    const matrix_view<double> dz(out.data(), tokens, experts);
+    const double found =
+        coin() ? selected_importance_loss(loss, drops, how, a, logits, dz, ws, serial{})
+               : selected_importance_loss(loss, drops, how, a, logits, dz, ws,
+                                          test::several_threads{3});
+    CHECK(found == Approx(value).epsilon(1e-11).margin(1e-13));
+    CHECK(test::difference(out, shown(gradient, out), 1e-9, 1e-12) == "");
+
+    // StableMoE's, with any counts.
+    row counts;
+    double even = 0.0, expected = 0.0;
+    const bool nobody = rng.below(6) == 0;
+    for (std::size_t e = 0; e < E; ++e) {
+      counts.push_back(nobody ? 0.0 : static_cast<double>(rng.below(5)));
+      even += counts.back() / n;
+    }
+    std::fill(gradient.begin(), gradient.end(), 0.0);
+    for (std::size_t t = 0; t < counted.size() && even > 0.0; ++t) {
+      if (!leads[t] || std::isnan(z[t * E + counted[t][0]])) continue;
+      const std::size_t e = counted[t][0];
+      const double s = 1.0 / (1.0 + std::exp(-z[t * E + e]));
+      const double excess = 0.3 * (counts[e] - even) / even;
+      expected += excess * s;
+      gradient[t * E + e] = excess * s * (1.0 - s);
+    }
+    out = before;
+    CHECK(stable_moe_loss(0.3, counts, drops, how, a, logits, dz) ==
+          Approx(expected).epsilon(1e-11).margin(1e-12));
+    CHECK(test::difference(out, shown(gradient, out), 1e-9, 1e-12) == "");
+  }
+}

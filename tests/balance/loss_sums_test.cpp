@@ -165,3 +165,39 @@ TEST_CASE("importance of nearly even loads is that in double to a millionth") {
     CHECK(std::abs(kept - exact) < 1e-6 * exact);
   }
 }
+
+TEST_CASE("a variance is of distances from the mean, and of nothing there is none") {
+  // The mean is no double: what it is off by must not be multiplied with the loads.
+  const double large[] = {1e8, 1e8, 1e8 + 1.0}, none[3] = {};
+  double c[3] = {7.0, 7.0, 7.0};
+  CHECK(detail::squared_variation(1e16, variance::population, 0.0, 3, large, c) ==
+        Approx(2.0 / 9.0).epsilon(1e-6));
+  double still[3] = {7.0, 7.0, 7.0};
+  CHECK(detail::squared_variation(1.0, variance::population, 0.0, 3, none, still) == 0.0);
+  CHECK(row(still, still + 3) == row(3, 7.0));
+}
+
+TEST_CASE("an expert without any probability has no entropy and pulls at nobody") {
+  auto b = test::random_batch(38, 9, 5);
+  auto less = b;
+  less.experts = 4;
+  less.logits.clear();
+  for (std::size_t t = 0; t < 9; ++t) {
+    b.logits[5 * t + 4] = -HUGE_VAL;
+    less.logits.insert(less.logits.end(), b.logits.begin() + static_cast<std::ptrdiff_t>(5 * t),
+                       b.logits.begin() + static_cast<std::ptrdiff_t>(5 * t + 4));
+  }
+  const batch_entropy_loss loss{.coefficient = 1.0};
+  const auto of = test::run_losses<double>(less, {}, loss);
+  const auto with = test::run_losses<double>(b, {}, loss);
+  const auto single = test::run_losses<float>(b, {}, loss);
+  CHECK(with.values[0] == Approx(of.values[0]).epsilon(1e-12));
+  CHECK(single.values[0] == Approx(of.values[0]).epsilon(1e-5));
+  for (std::size_t t = 0; t < 9; ++t)
+    for (std::size_t e = 0; e < 5; ++e) {
+      const double expected = e == 4 ? 0.0 : of.gradient[4 * t + e];
+      if (!(std::abs(with.gradient[5 * t + e] - expected) < 1e-14)) FAIL(t << " " << e);
+      if (!(std::abs(static_cast<double>(single.gradient[5 * t + e]) - expected) < 1e-6))
+        FAIL(t << " " << e);
+    }
+}

@@ -167,3 +167,54 @@ TEST_CASE("told the tokens of the whole, parts with padding of their own add up 
   first.insert(first.end(), second.begin(), second.end());
   CHECK(test::difference(first, all, 1e-12, 1e-15) == "");
 }
+
+TEST_CASE("losses of the same function of a row add up, whatever their coefficients") {
+  const auto b = test::random_batch(93, 20, 18, true);
+  const row counts(18, 2.0);
+  const auto pull = [&]<class F>(F, const auto&... losses) {
+    return test::run_losses<F>(b, {}, losses...).gradient;
+  };
+  const auto together = [&]<class F>(F, const auto& one, const auto& other, double tolerance) {
+    auto sum = pull(F{}, one);
+    const auto second = pull(F{}, other);
+    for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += second[i];
+    return test::difference(pull(F{}, one, other), sum, tolerance, 0.01 * tolerance);
+  };
+  const auto both = [&](const auto& one, const auto& other) {
+    CHECK(together(double{}, one, other, 1e-10) == "");
+    CHECK(together(float{}, one, other, 1e-4) == "");
+  };
+  both(router_z_loss{.coefficient = 0.5}, router_z_loss{.coefficient = 0.2});
+  both(token_entropy_loss{.coefficient = 0.5},
+       specialisation_loss{.coefficient = 0.1, .sharpness = 0.3, .counts = counts});
+  both(tsallis_loss{.coefficient = 0.5, .q = 1.5}, tsallis_loss{.coefficient = 0.2, .q = 1.5});
+  both(sparsity_loss{.coefficient = 0.5}, sparsity_loss{.coefficient = 0.2});
+}
+
+TEST_CASE("a whole may be one token: a mean over it is as many times as large") {
+  const auto b = test::random_batch(95, 5, 4);
+  const row counts{4.0, 1.0, 3.0, 2.0};
+  const auto of = [&](double whole) {
+    return test::run_losses<double>(
+               b, {.sequence_length = 5}, router_z_loss{.tokens = whole},
+               token_entropy_loss{.tokens = whole}, tsallis_loss{.tokens = whole},
+               sparsity_loss{.tokens = whole},
+               specialisation_loss{.sharpness = 0.5, .counts = counts, .tokens = whole},
+               switch_loss{.counts = counts, .tokens = whole},
+               device_loss{.counts = counts, .devices = 2, .tokens = whole},
+               communication_loss{.counts = {counts.data(), 2}, .tokens = whole},
+               sequence_loss{.counts = {counts.data(), 1, 4}, .sequences = 0.2 * whole})
+        .values;
+  };
+  const auto five = of(5.0), one = of(1.0), none = of(0.0);
+  for (std::size_t i = 0; i < 9; ++i) {
+    const double power = i < 5 || i == 8 ? 5.0 : 25.0;
+    CHECK(five[i] == Approx(none[i]).epsilon(1e-12));
+    CHECK(one[i] == Approx(power * five[i]).epsilon(1e-12));
+  }
+  // Counts that are all 0 say nothing.
+  const row zero(4, 0.0);
+  const auto silent = test::run_losses<double>(b, {}, specialisation_loss{.counts = zero});
+  CHECK(silent.values[0] == 0.0);
+  CHECK(silent.gradient == row(20, 0.0));
+}

@@ -407,10 +407,13 @@ TEST_CASE("an expert whose share is every token's has the bias that the most tok
   // What should be whole is not one less by the rounding of a part.
   CHECK(detail::whole_places(49.0, 1.0 / 49.0) == 1);
   CHECK(detail::whole_places(49.0, 0.9 / 49.0) == 0);
+  // Nor where there are so many places that the rounding is more than a hair.
+  CHECK(detail::whole_places(49.0 * 33333333.0, 1.0 / 49.0) == 33333333);
 }
 
 TEST_CASE("with every option at once biases are their formula, observation after observation") {
   test::random rng(71);
+  workspace ws;  // with whatever other shapes left in it
   for (int round = 0; round < 120; ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
     // Wide rows are where a k beyond a sorting network's, and beyond the lanes', is selected.
@@ -427,9 +430,15 @@ TEST_CASE("with every option at once biases are their formula, observation after
         whole += static_cast<double>(share.back());
       }
     quantile_balancer exact(experts, {.k = k, .ema = ema, .share = share});
-    quantile_histogram counted(experts, {.k = k, .ema = ema, .buckets = 3000, .share = share});
+    const float least = coin() ? 0.0f : -3.0f, spread = coin() ? 1.0f : 4.0f;
+    quantile_histogram counted(experts, {.k = k,
+                                         .ema = ema,
+                                         .buckets = 3000,
+                                         .least_score = least,
+                                         .most_score = least + spread,
+                                         .share = share});
     const auto width = static_cast<double>(counted.bucket_width());
-    workspace ws;
+    CHECK(std::abs(width - static_cast<double>(spread) / 1500.0) < 1e-6);
     std::vector<double> bias(E, 0.0);
     // What a half makes of tokens: [E] estimates of s - alpha, of rows that decide.
     const auto estimates = [&](const std::vector<std::vector<double>>& decided) {
@@ -463,7 +472,7 @@ TEST_CASE("with every option at once biases are their formula, observation after
           s.push_back(odd == 0   ? std::numeric_limits<float>::quiet_NaN()
                       : odd == 1 ? HUGE_VALF
                       : odd == 2 ? -HUGE_VALF
-                                 : rng.uniform());
+                                 : least + spread * rng.uniform());
         }
         for (index_t t = 0; t < tokens; ++t)
           mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));

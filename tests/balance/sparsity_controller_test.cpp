@@ -96,6 +96,24 @@ TEST_CASE("the target controller steers the mean number of experts and keeps its
   CHECK(stuck.value() == 1.0f);
 }
 
+TEST_CASE(
+    "a controlled value is held by its bounds wherever they lie; one step is as long as it says") {
+  target_controller low({.start = -2.0f, .least = -3.0f, .most = -1.5f});
+  low.update(1, 1);  // by a hundredth: 0.02 times half of the target
+  CHECK(std::abs(low.value() + 1.99f) < 1e-6f);
+  for (int step = 0; step < 100; ++step) low.update(0, 1);
+  CHECK(low.value() == -1.5f);
+  for (int step = 0; step < 1000; ++step) low.update(9, 1);
+  CHECK(low.value() == -3.0f);
+  target_controller steps({.target = 3.0f, .step = 0.25f, .rule = target_rule::sign});
+  steps.update(6, 2);  // on target
+  CHECK(steps.value() == 0.5f);
+  steps.update(5, 2);
+  CHECK(steps.value() == 0.75f);
+  steps.update(7, 2);
+  CHECK(steps.value() == 0.5f);
+}
+
 TEST_CASE("thresholds give each expert its share of tokens that it has not seen") {
   expert_thresholds th(16, {.k = 4.0f, .ema = 0.9f});
   workspace ws;
@@ -256,6 +274,7 @@ TEST_CASE("controllers of sparsity refuse what makes no sense") {
 
 TEST_CASE("with every option at once thresholds are their formula, observation after observation") {
   test::random rng(73);
+  workspace ws;  // with whatever other shapes left in it
   for (int round = 0; round < 100; ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
     const index_t experts = 1 + rng.below(20);
@@ -264,7 +283,6 @@ TEST_CASE("with every option at once thresholds are their formula, observation a
         .k = std::max(0.125f, static_cast<float>(experts) * rng.uniform()),
         .ema = coin() ? 0.75f : rng.uniform()};
     expert_thresholds th(experts, o);
-    workspace ws;
     std::vector<double> expected(E, 0.0);
     bool first = true;
     for (int step = 0; step < 4; ++step) {

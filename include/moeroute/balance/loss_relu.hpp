@@ -80,7 +80,7 @@ double relu_balance_loss(const relu_loss& loss, const token_options& how,
       slope *= static_cast<double>(experts) * count / (static_cast<double>(loss.k) * n);
     if (live == 0) slope = 0.0;
     m.slope[e] = static_cast<F>(slope);
-    if (m.total[e] > 0.0) value += slope * m.total[e];
+    value += slope * m.total[e];
   }
   if (how.gradient == gradient_to::nowhere) return value;
   exec.parallel_for(z.rows, grain, [&](index_t begin, index_t end) {
