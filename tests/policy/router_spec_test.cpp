@@ -1228,3 +1228,45 @@ TEST_CASE("eps goes to the stage that drops only where it divides there, and cla
   CHECK(capacity(false, sum, eps_mode::none).renormalize == renormalization::after_drop);
   CHECK(capacity(false, sum, eps_mode::none).rule.capacity(100, 8, 2) == 3);
 }
+
+TEST_CASE(
+    "every rule of the batch refuses what is of rows, and so does a percentile of the batch") {
+  using enum selection_kind;
+  const auto clash_of = [](router_spec s, const std::string& first, const std::string& why) {
+    CHECK(refused(s) == "moeroute::router_spec: " + first + " clashes with selection=" +
+                            std::string(to_string(s.selection)) + ": " + why);
+  };
+  std::vector<router_spec> all;
+  for (const selection_kind kind :
+       {expert_choice, sinkhorn, selective_sinkhorn, sinkhorn_expert_choice, base, sparse_transport,
+        sparse_transport_tokens, soft})
+    all.push_back(changed(kind, [](router_spec&) {}));
+  all.push_back(changed(counted, [](router_spec& s) {
+    s.count = count_rule::percentile;
+    s.count_scope = row_scope::batch;
+  }));
+  for (const router_spec& plain : all) {
+    INFO(to_string(plain));
+    CHECK(refused(plain) == "accepted");
+    router_spec s = plain;
+    s.domain = score_domain::selected;
+    clash_of(s, "score_domain=selected", "it scores every expert");
+    for (bool router_spec::* flag : {&router_spec::divide_by_k, &router_spec::per_expert_scale}) {
+      s = plain;
+      s.*flag = true;
+      clash_of(s, "per_expert_scale or post_divide_by_k", "its weights are its own");
+    }
+    s = plain;
+    s.softcap = 3.0f;
+    clash_of(s, "logit_softcap or temperature", "it takes logits as they are");
+    s = plain;
+    s.temperature = 2.0f;
+    clash_of(s, "logit_softcap or temperature", "it takes logits as they are");
+    s = plain;
+    s.noise = noise_kind::gumbel;
+    if (s.selection == selective_sinkhorn)
+      CHECK(refused(s) == "accepted");
+    else
+      clash_of(s, "noise=gumbel", "it takes logits as they are");
+  }
+}

@@ -4,9 +4,12 @@
 #include <cstddef>
 #include <iterator>
 #include <moeroute/policy/catalog.hpp>
+#include <set>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 
 using namespace moeroute;
@@ -532,4 +535,88 @@ TEST_CASE("each trait of a router is lost and won by the words that decide it") 
     INFO(to_string(spec));
     CHECK(traits(spec) == letters);
   }
+}
+
+namespace {
+
+// Every word of a description: its value, and whether it is printed.
+struct word_recorder {
+  struct entry {
+    std::string name, value;
+    bool shown;
+  };
+  std::vector<entry> words{};
+
+  template <class T>
+  void number(std::string_view name, T x, bool shown) {
+    words.push_back({std::string(name), std::to_string(x), shown});
+  }
+  void flag(std::string_view name, bool set) { number(name, int{set}, set); }
+  template <class E>
+  bool one_of(std::string_view name, E e, bool shown) {
+    words.push_back({std::string(name), std::string(to_string(e)), shown});
+    return false;
+  }
+  template <std::size_t n, class Set>
+  void pick(std::string_view name, const std::string_view (&)[n], std::size_t which, const Set&,
+            bool shown) {
+    number(name, which, shown);
+  }
+};
+
+std::vector<word_recorder::entry> words_of(router_spec s) {
+  word_recorder list;
+  detail::each_word(s, list);
+  return list.words;
+}
+
+}  // namespace
+
+TEST_CASE(
+    "no word is printed that says what its rule has anyway, but for those that belong to it") {
+  // What a rule is not understood without, and what stands beside the word that switches it on.
+  const std::set<std::string> always{
+      "selection",   "E",          "k",           "score",        "group_score",
+      "topk_group",  "group_fill", "lp_p",        "eps",          "jitter_eps",
+      "count",       "quantile",   "ratio",       "entropy_low",  "tsallis_q",
+      "dense_above", "p",          "mid_k",       "threshold",    "take_factor",
+      "drop_order",  "gate_width", "probability", "weight_score", "entropy_high"};
+  test::random rng(89);
+  std::set<std::string> printed_alike;
+  index_t printed = 0;
+  for (index_t round = 0; round < 4000; ++round) {
+    const auto some = [&] { return rng.below(3) == 0; };
+    router_spec s = plain_spec(static_cast<selection_kind>(rng.below(18)));
+    const router_spec plain = s;
+    if (some()) s.domain = score_domain::selected;
+    if (some()) s.selection_bias = true;
+    if (some()) s.groups = 4;
+    if (some()) s.ties = tie_order::higher_id;
+    if (some()) s.weight_apart = true;
+    s.normalize = static_cast<normalization>(rng.below(3));
+    s.eps_where = static_cast<eps_mode>(rng.below(3));
+    if (some()) s.scale = 2.0f;
+    s.gate.kind = static_cast<gate_kind>(rng.below(8));
+    s.second_logits = static_cast<logit_pairs>(rng.below(3));
+    if (some()) s.passes = 2;
+    s.pass_rule = static_cast<pass_rule>(rng.below(2));
+    if (some()) s.candidates = 3;
+    if (some()) s.explore = 0.5f;
+    s.noise = static_cast<noise_kind>(rng.below(3));
+    s.count = static_cast<count_rule>(rng.below(4));
+    if (some()) s.take.fixed = 3;
+    if (some()) s.capacity = 5;
+    if (some()) s.row_norm = threshold_norm::sum;
+    if (some()) s.shared_experts = 1;
+    const auto now = words_of(s), before = words_of(plain);
+    REQUIRE(now.size() == before.size());
+    for (std::size_t i = 0; i < now.size(); ++i) {
+      printed += now[i].shown;
+      if (now[i].shown && now[i].value == before[i].value && !always.contains(now[i].name))
+        printed_alike.insert(now[i].name + "=" + now[i].value + " of " + to_string(s));
+    }
+  }
+  CHECK(printed > 4000);
+  INFO((printed_alike.empty() ? std::string() : *printed_alike.begin()));
+  CHECK(printed_alike.empty());
 }
