@@ -91,7 +91,6 @@ inline replan_result replan(const placement& old, std::span<const double> load,
         drop += sum[at(r)] * sum[at(r)] - v * v;
         made = std::max(made, v);
       }
-      if (drop <= 0.0) return;
       // Lower (max, sum of squares): a step off one of several hottest ranks leaves the max. Ranks
       // that the step leaves alone are not above it.
       if (made > max_now * (1.0 + 1e-12)) return;
@@ -116,7 +115,7 @@ inline replan_result replan(const placement& old, std::span<const double> load,
       const index_t r = rank_of[at(s)];
       for (index_t i = old.first_slot(hot); i < old.first_slot(hot) + old.slots(hot); ++i) {
         const expert_id e = of[at(i)];
-        if (e < 0 || e == f || holds(r, e)) continue;
+        if (e < 0 || holds(r, e)) continue;
         change.clear();
         if (f >= 0) {
           const double before = w(f), after = load[at(f)] / static_cast<double>(count[at(f)] - 1);
@@ -134,9 +133,8 @@ inline replan_result replan(const placement& old, std::span<const double> load,
         for (index_t j = 0; j < slots; ++j) {
           const index_t k = rank_of[at(j)];
           const expert_id e = of[at(i)], f = of[at(j)];
-          if (k == hot || !live(j) || e < 0 || f < 0 || e == f) continue;
+          if (!live(j) || e < 0 || f < 0 || holds(k, e) || holds(hot, f)) continue;
           const double d = w(e) - w(f);
-          if (d <= 0.0 || d >= max_now - sum[at(k)] || holds(k, e) || holds(hot, f)) continue;
           change.clear();
           touch(hot, -d);
           touch(k, d);

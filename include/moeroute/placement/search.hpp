@@ -379,7 +379,7 @@ inline packing search_packing(std::span<const double> load, index_t slots, index
       sum += count[at(e)];
     }
     // Small experts that get another slot fill up ranks beside the slots of heavy ones.
-    for (index_t i = 0; sum < slots && i < size_product(most, experts); ++i) {
+    for (index_t i = 0; sum < slots; ++i) {
       const index_t e = heavy[at((experts / 8 + i) % experts)];
       if (count[at(e)] >= most) continue;
       ++count[at(e)];
