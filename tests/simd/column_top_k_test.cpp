@@ -2,10 +2,12 @@
 //
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
+#include <span>
 #include <vector>
 
 #include "oracle/batch_routing.hpp"
 #include "support/arches.hpp"
+#include "support/edges.hpp"
 #include "support/shapes.hpp"
 #include "support/sized.hpp"
 
@@ -38,19 +40,25 @@ std::vector<std::vector<index_t>> picked(const std::vector<float>& m, index_t ro
                     block.data() + lane * stride);
     simd::pack_tiles<A>(block.data(), stride, one.data(), cols, panel.data(), shape, tile);
   }
-  workspace ws;
-  const auto memory =
-      ws.carve([&](scratch& tape) { return simd::column_top_k_buffers::carve(tape, rows); });
+  // Every array ends where memory does, or begins there.
+  static test::edges edges(8 * simd::tile_size * 4200);
   std::vector<std::vector<index_t>> result;
   for (index_t first = 0; first < cols; first += simd::tile_size) {
     const int n = static_cast<int>(std::min<index_t>(simd::tile_size, cols - first));
-    std::vector<std::int32_t> picks(static_cast<std::size_t>(n * k)), key(picks.size()), count(16);
-    simd::column_top_k<A>(strip_source{panel.data() + shape.strip(first)}, rows, n, k, memory,
-                          {picks.data(), key.data(), count.data()});
+    edges.begin(k % 2 == 0 ? test::guarded_end::front : test::guarded_end::back);
+    const auto memory =
+        edges.carve([&](scratch& tape) { return simd::column_top_k_buffers::carve(tape, rows); });
+    std::int32_t *const picks = edges.room<std::int32_t>(n * k),
+                        *const key = edges.room<std::int32_t>(n * k),
+                        *const count = edges.room<std::int32_t>(n);
+    const auto strip = std::span<const float>(panel).subspan(
+        static_cast<std::size_t>(shape.strip(first)),
+        static_cast<std::size_t>(simd::panel_size(rows, simd::tile_size)));
+    simd::column_top_k<A>(strip_source{edges.copy(strip)}, rows, n, k, memory, {picks, key, count});
     for (int c = 0; c < n; ++c) {
       std::vector<index_t> column;
-      for (index_t i = 0; i < count[static_cast<std::size_t>(c)]; ++i) {
-        const auto at = static_cast<std::size_t>(c * k + i);
+      for (index_t i = 0; i < count[c]; ++i) {
+        const index_t at = c * k + i;
         const index_t row = picks[at];
         column.push_back(row);
         // A wrong key spoils the column.

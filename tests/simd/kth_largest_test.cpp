@@ -10,6 +10,7 @@
 
 #include "support/arches.hpp"
 #include "support/compare.hpp"
+#include "support/edges.hpp"
 #include "support/random.hpp"
 
 using namespace moeroute;
@@ -54,6 +55,7 @@ struct panel_of {
 }  // namespace
 
 TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, for every kind") {
+  test::edges memory(4 * 17 * 3100);
   for (const index_t rows : {1, 15, 100, 700, 3000})
     for (int kind = 0; kind < 8; ++kind) {
       std::vector<std::vector<float>> columns;
@@ -69,11 +71,11 @@ TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, f
         for (const auto& column : columns) expected.push_back(slow_kth_largest(column, k));
         test::for_each_arch<test::widths>([&](auto tag) {
           using A = decltype(tag);
-          workspace ws;
+          memory.begin(k % 2 == 0 ? test::guarded_end::front : test::guarded_end::back);
           const auto m =
-              ws.carve([&](scratch& t) { return simd::kth_column_buffers::carve(t, rows); });
-          std::vector<float> out(5);
-          simd::kth_largest_of_columns<A>(panel_of{panel.data()}, rows, 5, k, m, out.data());
+              memory.carve([&](scratch& t) { return simd::kth_column_buffers::carve(t, rows); });
+          float* const out = memory.room<float>(5);
+          simd::kth_largest_of_columns<A>(panel_of{memory.copy(panel)}, rows, 5, k, m, out);
           for (std::size_t c = 0; c < 5; ++c) {
             INFO("rows " << rows << " kind " << kind << " k " << k << " column " << c);
             REQUIRE(out[c] == expected[c]);
@@ -84,18 +86,24 @@ TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, f
   for (const index_t cols : {1, 7, 16, 90, 300})
     for (int kind = 0; kind < 8; ++kind)
       for (const index_t k : {1, 2, 9, 64, 65, 90, 301}) {
-        const std::vector<float> rows = values(kind, 16 * cols, 9);
+        const index_t stride = cols + kind % 3;
+        std::vector<float> rows = values(kind, 15 * stride + cols, 9);
+        std::vector<std::vector<float>> row;
+        for (index_t i = 0; i < 16; ++i) {
+          const auto begin = rows.begin() + i * stride;
+          row.emplace_back(begin, begin + cols);
+          if (i < 15) std::fill(begin + cols, begin + stride, infinity);
+        }
         test::for_each_arch<test::widths>([&](auto tag) {
           using A = decltype(tag);
-          workspace ws;
-          const auto m =
-              ws.carve([&](scratch& t) { return simd::kth_largest_buffers::carve(t, cols, k); });
-          float out[16];
-          simd::kth_largest_of_block<A>(rows.data(), cols, cols, k, m, out);
+          memory.begin(k % 2 == 0 ? test::guarded_end::front : test::guarded_end::back);
+          const auto m = memory.carve(
+              [&](scratch& t) { return simd::kth_largest_buffers::carve(t, cols, k); });
+          float* const out = memory.room<float>(16);
+          simd::kth_largest_of_block<A>(memory.copy(rows), stride, cols, k, m, out);
           for (index_t i = 0; i < 16; ++i) {
             INFO("cols " << cols << " kind " << kind << " k " << k << " row " << i);
-            REQUIRE(out[i] ==
-                    slow_kth_largest({rows.begin() + i * cols, rows.begin() + (i + 1) * cols}, k));
+            REQUIRE(out[i] == slow_kth_largest(row[static_cast<std::size_t>(i)], k));
           }
         });
       }
@@ -132,6 +140,7 @@ TEST_CASE("the k-th largest of a column is right where the rows of a sample are 
 }
 
 TEST_CASE("the k-th largest of a tile is that of its rows with the bias added, on every ISA") {
+  test::edges memory(4 * 32 * 112);
   for (const index_t cols : {1, 5, 16, 17, 40, 100})
     for (int kind = 0; kind < 5; ++kind) {
       const index_t stride = round_up(cols, 16);
@@ -145,9 +154,10 @@ TEST_CASE("the k-th largest of a tile is that of its rows with the bias added, o
       for (index_t k = 1; k <= 32; k += k < 10 ? 1 : 11) {
         REQUIRE(simd::tile_takes(k));
         test::for_each_arch<test::widths>([&](auto tag) {
-          float out[16];
-          simd::kth_largest_of_tile<decltype(tag)>(panel.data(), simd::panel_shape{2}, 1, cols,
-                                                   bias.data(), k, out);
+          memory.begin(k % 2 == 0 ? test::guarded_end::front : test::guarded_end::back);
+          float* const out = memory.room<float>(16);
+          simd::kth_largest_of_tile<decltype(tag)>(memory.copy(panel), simd::panel_shape{2}, 1,
+                                                   cols, memory.copy(bias), k, out);
           for (index_t i = 0; i < 16; ++i) {
             std::vector<float> row(rows.begin() + i * stride, rows.begin() + i * stride + cols);
             for (std::size_t c = 0; c < row.size(); ++c) row[c] += bias[c];
@@ -157,6 +167,42 @@ TEST_CASE("the k-th largest of a tile is that of its rows with the bias added, o
         });
       }
     }
+}
+
+TEST_CASE("rows of any length count in the buckets of their columns, and touch no others") {
+  test::edges memory(4 * 144 * 9);
+  test::random rng(17);
+  for (index_t cols = 1; cols <= 130; ++cols) {
+    const index_t n = rng.below(5), buckets = 1 + rng.below(9);
+    const float scale = rng.below(2) == 0 ? 0.5f : -2.0f;
+    std::vector<float> start;
+    std::vector<std::vector<float>> row;
+    std::vector<std::int32_t> expected(static_cast<std::size_t>(simd::count_size(cols, buckets)),
+                                       3);
+    for (index_t i = 0; i < n; ++i) {
+      start.push_back(0.25f * static_cast<float>(rng.below(17)));
+      row.push_back(values(rng.below(2) == 0 ? 7 : 5, cols, static_cast<std::uint64_t>(cols + i)));
+      for (index_t c = 0; c < cols; ++c) {
+        float& x = row.back()[static_cast<std::size_t>(c)];
+        x = std::round(4.0f * x) / 2.0f;
+        const float at = start.back() - scale * x, last = static_cast<float>(buckets - 1);
+        const float in = at != at ? last : std::clamp(at, 0.0f, last);
+        ++expected[static_cast<std::size_t>(
+            simd::count_place(c, static_cast<index_t>(in), buckets))];
+      }
+    }
+    INFO(n << " rows of " << cols << " columns, " << buckets << " buckets");
+    test::for_each_arch<test::widths>([&](auto tag) {
+      test::at_both_ends(memory, [&] {
+        std::vector<const float*> at;
+        for (const auto& values : row) at.push_back(memory.copy(values));
+        std::int32_t* const counts = memory.copy(std::vector<std::int32_t>(expected.size(), 3));
+        simd::count_rows<decltype(tag)>(memory.copy(at), n, cols, memory.copy(start), scale,
+                                        buckets, counts);
+        CHECK(std::equal(expected.begin(), expected.end(), counts));
+      });
+    });
+  }
 }
 
 TEST_CASE("a row counts once in each histogram; what lies outside counts at the nearer end") {

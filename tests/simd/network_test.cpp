@@ -1,6 +1,7 @@
 #include <moeroute/simd/select/network.hpp>
 
 #include <algorithm>
+#include <bit>
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
@@ -16,13 +17,17 @@ using namespace moeroute;
 namespace {
 
 // A network sorts everything where it sorts all zeros and ones (Knuth), so the index networks are
-// proven here.
-template <const auto& network, int n>
-bool sorts_zeros_and_ones() {
+// proven here. A bitonic one has to sort those whose ones are neighbours in a ring.
+template <class Network>
+bool sorts_zeros_and_ones(const Network& network, int n, bool bitonic = false) {
   for (std::uint32_t pattern = 0; pattern < (1u << n); ++pattern) {
     std::uint32_t bits = pattern;
-    for (const auto c : network)
+    const std::uint32_t turned = (bits >> 1) | (bits & 1u) << (n - 1);
+    if (bitonic && std::popcount(bits ^ turned) > 2) continue;
+    for (const auto c : network) {
+      if (c.low < 0 || c.high >= n) return false;
       if ((bits >> c.low & 1u) < (bits >> c.high & 1u)) bits ^= (1u << c.low) | (1u << c.high);
+    }
     if ((bits & (bits + 1)) != 0) return false;  // ones first
   }
   return true;
@@ -70,10 +75,23 @@ void check_sort_and_merge() {
 }  // namespace
 
 TEST_CASE("the sorting networks sort all zeros and ones") {
-  CHECK(sorts_zeros_and_ones<simd::detail::batcher_network<2>, 2>());
-  CHECK(sorts_zeros_and_ones<simd::detail::batcher_network<4>, 4>());
-  CHECK(sorts_zeros_and_ones<simd::detail::batcher_network<8>, 8>());
-  CHECK(sorts_zeros_and_ones<simd::detail::batcher_network<16>, 16>());
+  CHECK(sorts_zeros_and_ones(simd::detail::batcher_network<2>, 2));
+  CHECK(sorts_zeros_and_ones(simd::detail::batcher_network<4>, 4));
+  CHECK(sorts_zeros_and_ones(simd::detail::batcher_network<8>, 8));
+  CHECK(sorts_zeros_and_ones(simd::detail::batcher_network<16>, 16));
+  // The same as they are made, with no comparison that is not needed for it.
+  constexpr std::size_t batchers[] = {0, 1, 5, 19, 63}, cleaners[] = {0, 1, 4, 12, 32};
+  for (std::size_t m = 0; m < 5; ++m) {
+    const int n = 1 << m;
+    std::vector<simd::detail::comparator> sorting, cleaning;
+    simd::detail::batcher(n, [&](int i, int j) { sorting.push_back({i, j}); });
+    simd::detail::bitonic_clean(n, [&](int i, int j) { cleaning.push_back({i, j}); });
+    CHECK(sorts_zeros_and_ones(sorting, n));
+    CHECK(sorts_zeros_and_ones(cleaning, n, true));
+    CHECK((sorting.size() == batchers[m] && cleaning.size() == cleaners[m]));
+    CHECK(simd::detail::batcher_size(n) == std::ssize(sorting));
+    CHECK(simd::detail::bitonic_clean_size(n) == std::ssize(cleaning));
+  }
 }
 
 TEMPLATE_LIST_TEST_CASE("runs are sorted descending, and a merge keeps what goes first, sorted", "",

@@ -3,9 +3,11 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
 #include <moeroute/simd/rows/counting_sort.hpp>
+#include <span>
 #include <vector>
 
 #include "support/arches.hpp"
+#include "support/edges.hpp"
 #include "support/random.hpp"
 
 using namespace moeroute;
@@ -44,17 +46,21 @@ ints random_keys(test::random& rng, std::size_t n, index_t values, bool with_neg
 
 template <class A>
 placed by_counting(const ints& key, index_t values, simd::groups g, bool in_place) {
+  // Every array ends where memory does, or begins there.
+  static test::edges memory(4 * 5000);
   const auto n = static_cast<index_t>(key.size());
-  placed p;
-  p.start.resize(static_cast<std::size_t>(values + 1));
-  p.place.assign(key.size(), 99);
-  if (in_place) p.place = key;
-  CHECK(simd::rank_keys<A>(in_place ? p.place.data() : key.data(), n, values, p.start.data(),
-                           p.place.data()));
-  p.group_at.resize(
-      static_cast<std::size_t>(simd::exclusive_scan<A>(p.start.data(), values, p.start.data())));
-  simd::place_keys<A>(key.data(), n, g, p.start.data(), p.place.data(), p.group_at.data());
-  return p;
+  memory.begin(n % 2 == 0 ? test::guarded_end::front : test::guarded_end::back);
+  const std::int32_t* const keys = memory.copy(key);
+  std::int32_t *const start = memory.room<std::int32_t>(values + 1), *const place = memory.copy(
+                                                                         in_place ? key
+                                                                                  : ints(key.size(),
+                                                                                         99));
+  CHECK(simd::rank_keys<A>(in_place ? place : keys, n, values, start, place));
+  const index_t total = simd::exclusive_scan<A>(start, values, start);
+  std::int32_t* const group_at = memory.room<std::int32_t>(total);
+  if (g.list != nullptr) g.list = memory.copy(std::span<const std::int32_t>(g.list, key.size()));
+  simd::place_keys<A>(keys, n, g, start, place, group_at);
+  return {{start, start + values + 1}, {place, place + n}, {group_at, group_at + total}};
 }
 
 }  // namespace
@@ -119,6 +125,7 @@ TEST_CASE("sixteen equal keys in one register keep their order") {
 TEST_CASE("few keys are sorted to the same result as many, and nothing is written behind it") {
   test::for_each_arch<test::arches>([]<class A>(A) {
     test::random rng(2);
+    test::edges memory(4 * 300);
     for (const std::size_t n : {0u, 1u, 2u, 3u, 5u, 8u, 9u, 15u, 16u, 17u, 64u, 65u, 254u, 255u})
       for (const index_t values :
            {1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256}) {
@@ -132,20 +139,22 @@ TEST_CASE("few keys are sorted to the same result as many, and nothing is writte
               group[i] = static_cast<std::int32_t>(static_cast<index_t>(i) / size);
             if (listed)
               for (auto& g : group) g = static_cast<std::int32_t>(rng.below(1000));
-            const simd::groups g{listed ? group.data() : nullptr, size};
             const placed expected = by_brute_force(key, values, group);
-            placed p;
-            p.start.assign(static_cast<std::size_t>(values + 2), 99);
-            p.place.assign(n + 1, 99);
-            p.group_at.assign(expected.group_at.size() + 1, 99);
+            const auto length = static_cast<index_t>(n);
+            const index_t total = std::ssize(expected.group_at);
             INFO("n=" << n << " values=" << values << " size=" << size);
-            CHECK(simd::sort_few_keys<A>(key.data(), static_cast<index_t>(n), values, g,
-                                         p.start.data(), p.place.data(), p.group_at.data()));
-            for (ints* list : {&p.start, &p.place, &p.group_at}) {
-              CHECK(list->back() == 99);
-              list->pop_back();
-            }
-            CHECK((p == expected));
+            test::at_both_ends(memory, [&] {
+              const simd::groups g{listed ? memory.copy(group) : nullptr, size};
+              std::int32_t *const start = memory.room<std::int32_t>(values + 1),
+                                  *const place = memory.room<std::int32_t>(length),
+                                  *const group_at = memory.room<std::int32_t>(total);
+              CHECK(simd::sort_few_keys<A>(memory.copy(key), length, values, g, start, place,
+                                           group_at));
+              const placed p{{start, start + values + 1},
+                             {place, place + length},
+                             {group_at, group_at + total}};
+              CHECK((p == expected));
+            });
           }
       }
     CHECK_FALSE(simd::are_few_keys<A>(256, 8));

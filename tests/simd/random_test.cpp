@@ -23,12 +23,13 @@ TEST_CASE("16 lanes of random numbers are the blocks at their places") {
       same = same && lanes.below(1000, i) == (i == 5 ? random_below(1000, seed, 7, 11)
                                                      : random_below(1000, seed, stream, counter));
     }
-    for (const index_t n : {1, 3, 4, 9}) {
-      lanes.place_all(stream, 5, 2);
+    for (int n = 0; n <= 16; ++n) {
+      lanes.place_all(stream, 5, 2, n);
       lanes.draw(seed, n);
       for (int i = 0; i < n; ++i)
-        same = same && lanes.word(3, i) ==
-                           random_block(seed, stream, 5 + 2 * static_cast<unsigned>(i)).word[3];
+        for (int j = 0; j < 4; ++j)
+          same = same && lanes.word(j, i) ==
+                             random_block(seed, stream, 5 + 2 * static_cast<unsigned>(i)).word[j];
     }
     CHECK(same);
   });

@@ -11,6 +11,7 @@
 
 #include "oracle/routing.hpp"
 #include "support/arches.hpp"
+#include "support/edges.hpp"
 #include "support/guarded.hpp"
 #include "support/random.hpp"
 #include "support/shapes.hpp"
@@ -43,17 +44,26 @@ struct packed_block {
   std::vector<std::int32_t> column;
 };
 
+constexpr index_t cols_of_most = 1100;
+
+// What is written, scratch too, ends where memory does, or begins there.
 template <class A>
 const packed_block& select(const bfloat16* rows, index_t stride, int n, index_t cols, int k) {
   static packed_block b;
-  static buffer<float> wide;
-  static std::vector<std::uint64_t> key;
-  b.value.assign(static_cast<std::size_t>(k * block_rows), 0.0f);
-  b.column.assign(static_cast<std::size_t>(k * block_rows), -7);
-  wide.resize(simd::widened_block(cols));
-  key.resize(static_cast<std::size_t>(simd::top_k_scratch(cols, k)));
-  simd::top_k_block<A>(rows, stride, n, cols, k, b.value.data(), b.column.data(), wide.data(),
-                       key.data());
+  static test::edges memory(4 * simd::widened_block(cols_of_most));
+  static buffer<float> much;
+  const index_t size = k * block_rows;
+  memory.begin((n + k) % 2 == 0 ? test::guarded_end::front : test::guarded_end::back);
+  float* const value = memory.room<float>(size);
+  std::int32_t* const column = memory.room<std::int32_t>(size);
+  std::fill_n(column, size, -7);
+  if (cols > cols_of_most) much.resize(simd::widened_block(cols));
+  float* const wide =
+      cols > cols_of_most ? much.data() : memory.room<float>(simd::widened_block(cols));
+  simd::top_k_block<A>(rows, stride, n, cols, k, value, column, wide,
+                       memory.room<std::uint64_t>(simd::top_k_scratch(cols, k)));
+  b.value.assign(value, value + size);
+  b.column.assign(column, column + size);
   return b;
 }
 

@@ -13,6 +13,7 @@
 #include "oracle/routing.hpp"
 #include "support/arches.hpp"
 #include "support/compare.hpp"
+#include "support/edges.hpp"
 #include "support/guarded.hpp"
 #include "support/random.hpp"
 #include "support/shapes.hpp"
@@ -30,16 +31,22 @@ constexpr index_t sorted_ranks[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 17, 32, 3
 struct block {
   std::vector<float> value;
   std::vector<std::int32_t> column;
-  std::vector<std::uint64_t> key;
 };
 
+// What is written, scratch too, ends where memory does, or begins there.
 template <class A>
 const block& select(const float* rows, index_t stride, int n, index_t cols, int k) {
   static block b;
-  b.value.assign(static_cast<std::size_t>(k * block_rows), 0.0f);
-  b.column.assign(static_cast<std::size_t>(k * block_rows), -7);
-  b.key.resize(static_cast<std::size_t>(simd::top_k_scratch(cols, k)));
-  simd::top_k_block<A>(rows, stride, n, cols, k, b.value.data(), b.column.data(), b.key.data());
+  static test::edges memory(8 * max_experts);
+  memory.begin((n + k) % 2 == 0 ? test::guarded_end::front : test::guarded_end::back);
+  const index_t size = k * block_rows;
+  float* const value = memory.room<float>(size);
+  std::int32_t* const column = memory.room<std::int32_t>(size);
+  std::fill_n(column, size, -7);
+  simd::top_k_block<A>(rows, stride, n, cols, k, value, column,
+                       memory.room<std::uint64_t>(simd::top_k_scratch(cols, k)));
+  b.value.assign(value, value + size);
+  b.column.assign(column, column + size);
   return b;
 }
 
@@ -235,6 +242,76 @@ TEMPLATE_LIST_TEST_CASE("ranks are taken in two runs, each in its order, and nob
         CHECK(to.column[out] == moeroute::no_expert);
         CHECK(to.value[out] == moeroute::simd::minus_infinity);
       }
+    }
+}
+
+TEMPLATE_LIST_TEST_CASE(
+    "the rows of a register are those that are named, in every kernel of such rows", "",
+    test::widths) {
+  using A = TestType;
+  constexpr int w = simd::width<A>;
+  // The list of rows ends where memory does.
+  test::edges memory(4 * 300);
+  for (const index_t cols : {5, 40, 100, 300})
+    for (const int k : {1, 2, 4, 7, 12, 20, 40}) {
+      if (k > cols) continue;
+      memory.begin(test::guarded_end::back);
+      const std::vector<float> rows = test::make_logits(shape::quantised, 8, w, cols);
+      std::vector<const float*> list;
+      std::vector<std::vector<expert_id>> order;
+      for (int i = 0; i < w; ++i) {
+        order.push_back(oracle::order(rows.data() + i * cols, cols));
+        list.push_back(memory.copy(std::span(rows).subspan(static_cast<std::size_t>(i * cols),
+                                                           static_cast<std::size_t>(cols))));
+      }
+      block got;
+      got.value.resize(static_cast<std::size_t>(k * block_rows));
+      got.column.resize(got.value.size());
+      simd::detail::top_k_lane_group<A, 1, simd::max_lane_k>(memory.copy(list), cols, k,
+                                                             got.value.data(), got.column.data());
+      INFO(cols << " columns, k " << k);
+      CHECK(wrong(got, rows.data(), cols, order, k) == "");
+    }
+}
+
+TEMPLATE_LIST_TEST_CASE(
+    "chosen columns give other values of their row, and get the numbers back that they had", "",
+    test::widths) {
+  using A = TestType;
+  test::guarded<float> memory(200);
+  test::random draw(43);
+  for (const index_t cols : {1, 9, 31, 32, 33, 64, 65, 128, 200})
+    for (int trial = 0; trial < 12; ++trial) {
+      const int k = 1 + static_cast<int>(draw.below(std::min<index_t>(cols, simd::max_row_k)));
+      float* const row = memory.window(cols, test::guarded_end::back);
+      for (index_t c = 0; c < cols; ++c) row[c] = draw.normal();
+      simd::row_ranks ranks{};
+      for (int r = 0; r < simd::max_row_k; ++r)
+        ranks.column[r] =
+            r >= k || draw.below(5) == 0 ? no_expert : static_cast<std::int32_t>(draw.below(cols));
+      const simd::row_ranks before = ranks;
+      simd::take_values<A>(row, cols, k, ranks);
+      bool right = true;
+      for (int r = 0; r < round_up(k, block_rows); ++r) {
+        const std::int32_t c = before.column[r];
+        right &= ranks.column[r] == c && ranks.value[r] == (c < 0 ? simd::minus_infinity : row[c]);
+      }
+      CHECK(right);
+      // Groups of `size` columns that stood at `start` before they were moved together.
+      const int groups = 1 + static_cast<int>(draw.below(5));
+      const auto size = static_cast<std::int32_t>(ceil_div(cols, groups));
+      std::int32_t at = static_cast<std::int32_t>(draw.below(3));
+      std::vector<std::int32_t> start;
+      for (int g = 0; g < groups; ++g, at += size + static_cast<std::int32_t>(draw.below(20)))
+        start.push_back(at);
+      for (int r = 0; r < k; ++r) ranks.column[r] = std::max(ranks.column[r], 0);
+      const simd::row_ranks moved = ranks;
+      simd::move_columns<A>(ranks, k, start.data(), groups, size);
+      for (int r = 0; r < k; ++r) {
+        const std::int32_t c = moved.column[r];
+        right &= ranks.column[r] == start[static_cast<std::size_t>(c / size)] + c % size;
+      }
+      CHECK(right);
     }
 }
 
