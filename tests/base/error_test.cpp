@@ -31,6 +31,29 @@ TEST_CASE("a value outside its range is refused with both ends, and both ends ar
   CHECK(k(8) == "accepted");
 }
 
+TEST_CASE("the first value that is NaN is refused by its number; others are numbers") {
+  float values[] = {1.0f, -std::numeric_limits<float>::infinity(), 0.0f, 3e38f};
+  const auto said = [&](index_t n) {
+    return refusal([&] { check_numbers("bias", "values", values, n); });
+  };
+  CHECK(said(4) == "accepted");
+  values[3] = std::numeric_limits<float>::quiet_NaN();
+  CHECK(said(3) == "accepted");
+  CHECK(said(4) == "moeroute::bias: values: value 3 is NaN, expected a number");
+  values[0] = values[2] = values[3];
+  CHECK(said(4) == "moeroute::bias: values: value 0 is NaN, expected a number");
+  CHECK(refusal([] { check_numbers("bias", "values", nullptr, 0); }) == "accepted");
+}
+
+TEST_CASE("a value is refused with what is expected, and of how many") {
+  CHECK(refusal([] { fail_value("plan", "k", index_t{9}, "at most the experts, ", 8); }) ==
+        "moeroute::plan: k is 9, expected at most the experts, 8");
+  CHECK(refusal([] { fail_value("plan", "k", index_t{-9}, "more"); }) ==
+        "moeroute::plan: k is -9, expected more");
+  CHECK(refusal([] { fail_value("plan", "kind", std::string("odd"), "even"); }) ==
+        "moeroute::plan: kind is odd, expected even");
+}
+
 TEST_CASE("sizes beyond 32 bits are compared and shown whole") {
   CHECK(refusal([] { check_size("gemm", "x.cols()", 0x100000001, 1); }) ==
         "moeroute::gemm: x.cols() is 4294967297, expected 1");

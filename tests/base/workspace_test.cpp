@@ -186,4 +186,7 @@ TEST_CASE("a product of sizes that does not fit is the largest size") {
   static_assert(size_product(most, 1) == most && size_product(most, 2) == most);
   static_assert(size_product(index_t{1} << 40, index_t{1} << 40) == most);
   CHECK(size_product(index_t{1} << 62, 4) == most);
+  CHECK((size_product(3, 4) == 12 && size_product(0, most) == 0 && size_product(most, 0) == 0));
+  CHECK((size_product(most, 1) == most && size_product(1, most) == most));
+  CHECK((size_product(most / 2, 2) == most - 1 && size_product(most / 2 + 1, 2) == most));
 }

@@ -1,9 +1,12 @@
 #include <moeroute/matrix/check.hpp>
 
 #include <catch2/catch_test_macros.hpp>
+#include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 
 using namespace moeroute;
@@ -32,6 +35,52 @@ TEST_CASE("matrices overlap where they share a byte, and only there") {
   // Nothing overlaps nothing.
   CHECK_FALSE(overlap(at(0, 0, 10, 10), at(0, 2, 10, 10)));
   CHECK_FALSE(overlap(at(0, 2, 0, 10), at(0, 2, 10, 10)));
+}
+
+TEST_CASE("matrices that share a byte overlap; of one stride they do not where they share none") {
+  test::random rng(11);
+  alignas(8) std::byte memory[256];
+  std::string wrong;
+  int shared = 0, apart = 0;
+  for (int trial = 0; trial < 20000; ++trial) {
+    const bool alike = rng.below(2) == 0;
+    const index_t stride = 1 + rng.below(6);
+    const auto make = [&](auto value) {
+      using T = decltype(value);
+      const index_t rows = rng.below(5), by = alike ? stride : 1 + rng.below(6),
+                    cols = rng.below(by + 1), at = rng.below(16);
+      return matrix_view<T>(reinterpret_cast<T*>(memory + 64 + at * index_t{sizeof(T)}), rows, cols,
+                            by);
+    };
+    const auto a = make(float{});
+    const auto bytes = [&](const auto& m, auto&& f) {
+      for (index_t r = 0; r < m.rows; ++r)
+        for (index_t b = 0; b < m.cols * index_t{sizeof *m.data}; ++b)
+          f(reinterpret_cast<std::byte*>(m.data + r * m.stride) - memory + b);
+    };
+    const auto look = [&](const auto& b) {
+      bool used[256] = {}, met = false;
+      bytes(a, [&](std::ptrdiff_t i) { used[i] = true; });
+      bytes(b, [&](std::ptrdiff_t i) { met = met || used[i]; });
+      const bool said = overlap(a, b), other = overlap(b, a);
+      if (said != other || (met && !said)) wrong = "a shared byte";
+      // Rows of one stride, or one after the other, are told apart exactly.
+      const index_t size = sizeof *b.data;
+      const bool exact = a.rows > 1 && b.rows > 1 && a.stride * 4 == b.stride * size;
+      if (exact && !met && said) wrong = "no shared byte";
+      ++(met ? shared : apart);
+      const bool same = static_cast<void*>(a.data) == static_cast<void*>(b.data) && size == 4 &&
+                        (a.rows <= 1 || a.stride == b.stride);
+      const auto refused = [&](auto check) { return test::refusal(check) != "accepted"; };
+      if (refused([&] { check_apart("s", "a", a, "b", b); }) != said ||
+          refused([&] { check_apart_or_same("s", "a", a, "b", b); }) != (said && !same))
+        wrong = "a check";
+    };
+    look(make(float{}));
+    look(make(std::uint16_t{}));
+  }
+  CHECK(wrong == "");
+  CHECK((shared > 1000 && apart > 1000));
 }
 
 TEST_CASE("the same matrix is let through where that is allowed, a shifted one is not") {
@@ -76,6 +125,15 @@ TEST_CASE("a matrix that ends past what an address reaches is refused by its nam
         "memory holds");
   CHECK(said(-1, 8, 8) ==
         "moeroute::stage: x of -1 x 8 values with stride 8 is no matrix that memory holds");
+  CHECK(said(0, -8, 8) ==
+        "moeroute::stage: x of 0 x -8 values with stride 8 is no matrix that memory holds");
+  CHECK(said(0, max_bytes, 0) == "accepted");
+  CHECK(said(0, max_bytes + 1, 0) == "moeroute::stage: x of 0 x " + std::to_string(max_bytes + 1) +
+                                         " values with stride 0 is no matrix that memory holds");
+  CHECK(said(1, max_bytes / 4, 0) == "accepted");
+  CHECK(said(1, max_bytes / 4 + 1, 0) ==
+        "moeroute::stage: x of 1 x " + std::to_string(max_bytes / 4 + 1) +
+            " values with stride 0 is no matrix that memory holds");
   CHECK(said(1, -8, 8) ==
         "moeroute::stage: x of 1 x -8 values with stride 8 is no matrix that memory holds");
   // The last that fits, and the first that does not.
