@@ -223,6 +223,22 @@ TEST_CASE("NaN and infinite logits leave the load loss finite, with both gradien
     }
 }
 
+TEST_CASE("a selection of many ranks has a word for every expert to sort by") {
+  const auto held = [](index_t k) {
+    workspace ws;
+    const std::vector<float> z(100, 1.0f), sigma(1, 1.0f);
+    std::vector<float> dz(100);
+    const matrix_view<const float> logits(z.data(), 1, 100);
+    noisy_load_loss<float>({.k = k}, {}, logits, logits, {sigma.data(), 1, 1},
+                           matrix_view<float>(dz.data(), 1, 100), ws, serial{});
+    return ws.capacity();
+  };
+  // One rank more is a value and a column of 16 rows more.
+  CHECK(held(63) - held(62) == 2 * 64);
+  CHECK(held(64) - held(63) == 2 * 64 + 100 * 8 + 32);  // in whole cache lines
+  CHECK(held(99) == held(98) + 2 * 64);
+}
+
 TEST_CASE("arguments of the load loss are refused by name") {
   const noisy_batch n = make(false, true);
   CHECK(test::refusal([&] { run(n, n.b.logits, {.k = 10}, nullptr); }) ==

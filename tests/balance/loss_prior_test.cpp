@@ -141,6 +141,16 @@ TEST_CASE("one expert, no token, NaN and infinities are defined for the prior") 
         }) == "moeroute::dirichlet_prior: coefficient is -1.000000, expected >= 0");
 }
 
+TEST_CASE("the prior's loss has its numbers per token, however many experts there are") {
+  const auto b = test::random_batch(104, 200, 64);
+  const row alpha(64, 1.5);
+  row dz(b.logits.size());
+  workspace ws;
+  dirichlet_prior({.alpha = alpha}, {}, matrix_view<const double>(b.logits.data(), 200, 64),
+                  matrix_view<double>(dz.data(), 200, 64), ws, serial{});
+  CHECK(ws.capacity() <= 200 * 19 * 8 + 64 * 4 * 8 + 5 * 64);
+}
+
 TEST_CASE("with every option at once the prior's loss is its formula, and its gradient the pull") {
   test::random rng(105);
   for (int round = 0; round < 40; ++round) {

@@ -150,6 +150,30 @@ TEST_CASE("noise is uniform around 1 by half the way to the nearest row, one num
   }
 }
 
+TEST_CASE("a row without a length, or without another row, hears no noise") {
+  // The second row is 0; of equal rows the nearest is no way off.
+  const row router{3.0, 4.0, 0.0, 0.0, 3.0, 4.0};
+  row delta(6, 7.0);
+  fill_router_noise(matrix_view<const double>(router.data(), 3, 2), 1, 2,
+                    matrix_view<double>(delta.data(), 3, 2));
+  CHECK(delta == row(6, 1.0));
+  delta.assign(6, 7.0);
+  fill_router_noise(matrix_view<const double>(router.data(), 1, 6), 1, 2,
+                    matrix_view<double>(delta.data(), 1, 6));
+  CHECK(delta == row(6, 1.0));
+}
+
+TEST_CASE("who wants no gradient of the coupling need not have a place for it") {
+  const row router = normals(117, E * D), expert = normals(118, E * H * D), delta(E * D, 1.0);
+  workspace ws;
+  const matrix_view<double> none{};
+  const double value = expert_router_coupling(
+      {}, gradient_to::nowhere, matrix_view<const double>(router.data(), E, D),
+      matrix_view<const double>(delta.data(), E, D),
+      matrix_view<const double>(expert.data(), E * H, D), none, none, ws, serial{});
+  CHECK(value == run(router, delta, expert, {}, nullptr, nullptr));
+}
+
 TEST_CASE("arguments of the coupling loss are refused by name") {
   const row router = normals(114, E * D), expert = normals(115, E * H * D), delta(E * D, 1.0);
   CHECK(test::refusal([&] { run(router, delta, expert, {.alpha = 1.5}, nullptr, nullptr); }) ==

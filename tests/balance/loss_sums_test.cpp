@@ -1,11 +1,13 @@
 #include <moeroute/balance/loss_sums.hpp>
 
+#include <algorithm>
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <utility>
 #include <vector>
 
+#include "support/guarded.hpp"
 #include "support/loss_agreement.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
@@ -175,6 +177,17 @@ TEST_CASE("a variance is of distances from the mean, and of nothing there is non
   double still[3] = {7.0, 7.0, 7.0};
   CHECK(detail::squared_variation(1.0, variance::population, 0.0, 3, none, still) == 0.0);
   CHECK(row(still, still + 3) == row(3, 7.0));
+  // It reads and writes as many loads as there are.
+  test::guarded<double> loads(3), slopes(3);
+  for (const auto end : {test::guarded_end::front, test::guarded_end::back}) {
+    double *const x = loads.window(3, end), *const slope = slopes.window(3, end);
+    std::copy_n(large, 3, x);
+    std::fill_n(slope, 3, 7.0);
+    double again[3] = {7.0, 7.0, 7.0};
+    CHECK(detail::squared_variation(1.0, variance::unbiased, 0.5, 3, x, slope) ==
+          detail::squared_variation(1.0, variance::unbiased, 0.5, 3, large, again));
+    CHECK(row(slope, slope + 3) == row(again, again + 3));
+  }
 }
 
 TEST_CASE("an expert without any probability has no entropy and pulls at nobody") {

@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "support/backwards.hpp"
 #include "support/compare.hpp"
 #include "support/counting_new.hpp"
 #include "support/losses.hpp"
@@ -179,6 +180,15 @@ TEST_CASE(
   for (const int threads : {1, 2, 5}) {
     workspace own;
     const auto values = run(other, own, test::several_threads{threads});
+    CHECK(values.value == expected.value);
+    CHECK(test::bit_difference(other, one) == "");
+  }
+  // Nor does it matter what lay in the memory, and the order of the pieces.
+  workspace soiled;
+  constexpr index_t room = 1 << 19;
+  for (const float left : {std::nanf(""), 1e30f}) {
+    std::fill_n(soiled.carve([](scratch& tape) { return tape.take<float>(room); }), room, left);
+    const auto values = run(other, soiled, test::backwards{});
     CHECK(values.value == expected.value);
     CHECK(test::bit_difference(other, one) == "");
   }

@@ -6,18 +6,26 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <cstdint>
+#include <moeroute/metrics/agreement.hpp>
 #include <moeroute/metrics/cache.hpp>
 #include <moeroute/metrics/co_activation.hpp>
 #include <moeroute/metrics/committee.hpp>
 #include <moeroute/metrics/drops.hpp>
 #include <moeroute/metrics/entropy.hpp>
+#include <moeroute/metrics/saliency.hpp>
+#include <moeroute/metrics/saturation.hpp>
 #include <moeroute/metrics/segment.hpp>
 #include <moeroute/metrics/sparsity.hpp>
 #include <moeroute/metrics/specialisation.hpp>
+#include <moeroute/stage/plan.hpp>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "support/assignments.hpp"
 #include "support/compare.hpp"
+#include "support/guarded.hpp"
+#include "support/refusal.hpp"
 #include "support/sized.hpp"
 #include "support/split.hpp"
 #include "support/strided.hpp"
@@ -428,5 +436,283 @@ TEST_CASE("with every option at once the committee is what its definition says")
     CHECK(std::abs(seen.coverage - expected.coverage) < 1e-5);
     CHECK(std::abs(seen.ratio - expected.ratio) < 1e-4 * (1.0 + expected.ratio));
     CHECK(test::near(seen.jaccard, expected.jaccard));
+  }
+}
+
+TEST_CASE("meters of two routings say what their sets of experts say, whatever the form") {
+  test::random rng(87);
+  for (index_t round = 0; round < test::sized(150, 40); ++round) {
+    const index_t tokens = rng.below(6), checkpoints = 2 + rng.below(4);
+    saturation_meter all;
+    fluctuation_meter moves;
+    double shared = 0.0;
+    std::int64_t seen = 0;
+    std::vector<assignment> text;
+    std::vector<std::vector<expert_id>> first(static_cast<std::size_t>(tokens));
+    for (index_t c = 0; c < checkpoints; ++c) {
+      const bool ragged = rng.below(2) == 0;
+      text.push_back(ragged ? test::ragged_choices(rng, tokens, 5, 3)
+                            : test::fixed_choices(rng, tokens, 5, 2, 4));
+      const assignment& now = text.back();
+      moves.add(now);
+      for (index_t t = 0; t < tokens; ++t)
+        first[static_cast<std::size_t>(t)].push_back(now.count(t) == 0 ? no_expert : now.ids(t)[0]);
+      if (c == 0) continue;
+      const assignment& before = text[text.size() - 2];
+      all.add(before, now);
+      const disagreement between = selection_disagreement(before, now);
+      index_t choices = 0, gone = 0, differing = 0;
+      for (index_t t = 0; t < tokens; ++t) {
+        const auto set = [&](const assignment& a) {
+          std::set<expert_id> used(a.ids(t).begin(), a.ids(t).end());
+          used.erase(no_expert);
+          return used;
+        };
+        const std::set<expert_id> mine = set(before), other = set(now);
+        index_t both = 0;
+        for (const expert_id e : mine) both += other.contains(e);
+        const auto own = static_cast<index_t>(mine.size());
+        choices += own;
+        gone += own - both;
+        differing += mine != other;
+        if (own == 0) continue;
+        ++seen;
+        shared += static_cast<double>(both) / static_cast<double>(own);
+      }
+      const auto rate = [](index_t part, index_t of) {
+        return of == 0 ? 0.0 : static_cast<double>(part) / static_cast<double>(of);
+      };
+      CHECK((between.tokens == tokens && between.choices == choices &&
+             between.differing_choices == gone && between.differing_tokens == differing));
+      CHECK(between.token_rate() == rate(differing, tokens));
+      CHECK(between.choice_rate() == rate(gone, choices));
+    }
+    INFO("round " << round << " tokens " << tokens);
+    CHECK(all.tokens() == seen);
+    CHECK(test::near(all.saturation(), seen == 0 ? 0.0 : shared / static_cast<double>(seen)));
+    CHECK(test::near(all.change(), seen == 0 ? 0.0 : 1.0 - shared / static_cast<double>(seen)));
+    CHECK(moves.checkpoints() == checkpoints);
+    for (index_t n = 1; n <= checkpoints; ++n) {
+      double late = 0.0;
+      for (const auto& path : first) {
+        bool moved = false;
+        for (std::size_t c = static_cast<std::size_t>(n - 1); c < path.size(); ++c)
+          moved = moved || path[c] != path.back();
+        late += moved;
+      }
+      CHECK(test::near(moves.still_changing_after(n),
+                       tokens == 0 ? 0.0 : late / static_cast<double>(tokens)));
+    }
+  }
+}
+
+TEST_CASE("each of two routings is checked before it is read") {
+  const auto with = [](std::int32_t middle) {
+    assignment a;
+    a.reset_ragged(2, experts, 3);
+    const auto fill = a.to_fill();
+    std::fill_n(fill.ids, 6, 0);
+    const std::int32_t offsets[] = {0, middle, 2};
+    std::copy_n(offsets, 3, fill.offsets);
+    a.close();
+    return a;
+  };
+  const assignment whole = with(1), broken = with(3);
+  const std::string after =
+      ": token 1 has the choices from 3 to 2, expected 0 to k = 3 of them, from 0 on";
+  for (const bool first : {true, false}) {
+    const assignment &a = first ? broken : whole, &b = first ? whole : broken;
+    CHECK(test::refusal([&] { selection_disagreement(a, b); }) ==
+          "moeroute::selection_disagreement" + after);
+    CHECK(test::refusal([&] { saturation_meter{}.add(a, b); }) ==
+          "moeroute::saturation_meter" + after);
+  }
+}
+
+TEST_CASE("what experts contribute is what plain loops add up, of those that serve a token") {
+  test::random rng(89);
+  for (index_t round = 0; round < test::sized(40, 10); ++round) {
+    saliency_meter meter(experts), other(experts);
+    std::vector<double> expected(4 * experts, 0.0);
+    for (int batch = 0; batch < 3; ++batch) {
+      const index_t tokens = rng.below(9), width = 1 + rng.below(20);
+      assignment a = test::fixed_choices(rng, tokens, experts, k, 4);
+      test::drop_some(rng, a, 4);
+      dispatch_plan p;
+      plan(a, p);
+      const std::vector<float> out = test::numbers(rng, p.slots() * width);
+      const matrix_view<const float> rows(out.data(), p.slots(), width);
+      (batch == 1 ? other : meter).add(p, a, rows);
+      for (index_t c = 0; c < a.choices(); ++c) {
+        const slot_id slot = p.slot_of_choice()[static_cast<std::size_t>(c)];
+        if (slot == no_slot) continue;
+        double square = 0.0;
+        for (index_t i = 0; i < width; ++i)
+          square += static_cast<double>(rows(slot, i)) * static_cast<double>(rows(slot, i));
+        double* const of = expected.data() + 4 * a.ids()[static_cast<std::size_t>(c)];
+        const auto g = static_cast<double>(a.weights()[static_cast<std::size_t>(c)]);
+        of[0] += 1.0;
+        of[1] += g;
+        of[2] += std::sqrt(square);
+        of[3] += g * std::sqrt(square);
+      }
+    }
+    meter.merge(other);
+    std::vector<double> seen;
+    for (index_t e = 0; e < experts; ++e) {
+      const auto n = static_cast<double>(meter.tokens(e)), some = n == 0.0 ? 1.0 : n;
+      seen.insert(seen.end(), {n, meter.mean_weight(e) * some, meter.mean_length(e) * some,
+                               meter.weighted_length(e)});
+      CHECK(test::near(meter.reap(e) * some, meter.weighted_length(e)));
+    }
+    CHECK(test::difference(seen, expected, 1e-5, 1e-6) == "");
+  }
+}
+
+TEST_CASE("a meter of contributions refuses by name what is not of one call") {
+  test::random rng(91);
+  const assignment a = test::fixed_choices(rng, 4, experts, k),
+                   fewer = test::fixed_choices(rng, 3, experts, k);
+  assignment wild = a;
+  dispatch_plan p;
+  plan(a, p);
+  const std::vector<float> out(static_cast<std::size_t>(p.slots() * 3), 1.0f);
+  const matrix_view<const float> rows(out.data(), p.slots(), 3);
+  saliency_meter meter(experts);
+  const float z[] = {0, 1, 2};
+  const auto least = [&](double mass, double share) {
+    return [&z, mass, share] { least_experts({z, 1, 3}, mass, share); };
+  };
+  const test::refusals all{
+      {[] { saliency_meter(0); }, "saliency_meter: experts is 0, expected 1 to 1048576"},
+      {[&] { saliency_meter(6).add(p, a, rows); },
+       "saliency_meter: plan.experts() is 7, expected 6"},
+      {[&] { meter.add(p, fewer, rows); }, "saliency_meter: choices.choices() is 6, expected 8"},
+      {[&] { meter.add(p, a, rows.middle_rows(0, 2)); },
+       "saliency_meter: out.rows is 2, expected 8"},
+      {[&] { meter.add(p, a, {out.data(), p.slots(), 3, 2}); },
+       "saliency_meter: out.stride is 2, expected at least 3"},
+      {[&] {
+         wild.ids()[0] = 7;
+         meter.add(p, wild, rows);
+       },
+       "saliency_meter: expert is 7, expected 0 to 6"},
+      {[&] {
+         wild.ids()[0] = no_expert;
+         meter.add(p, wild, rows);
+       },
+       "saliency_meter: expert is -1, expected 0 to 6"},
+      {[&] { meter.merge(saliency_meter(6)); }, "saliency_meter: experts is 6, expected 7"},
+      {[&] { (void)meter.tokens(7); }, "saliency_meter: expert is 7, expected 0 to 6"},
+      {[&] { (void)meter.reap(-1); }, "saliency_meter: expert is -1, expected 0 to 6"},
+      {[&] { least_experts({z, 2, 2, 1}, 0.5, 0.5); },
+       "least_experts: logits.stride is 1, expected at least 2"},
+      {least(0.0, 0.5), "least_experts: mass is 0.000000, expected above 0, at most 1"},
+      {least(1.5, 0.5), "least_experts: mass is 1.500000, expected above 0, at most 1"},
+      {least(std::nan(""), 0.5), "least_experts: mass is nan, expected above 0, at most 1"},
+      {least(0.5, 0.0), "least_experts: share is 0.000000, expected above 0, at most 1"},
+      {least(0.5, 1.5), "least_experts: share is 1.500000, expected above 0, at most 1"},
+      {least(0.5, std::nan("")), "least_experts: share is nan, expected above 0, at most 1"}};
+  for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK(meter.tokens(0) == 0);
+}
+
+TEST_CASE("the least number of experts is that of sorted probabilities, of any shape") {
+  test::random rng(93);
+  for (index_t round = 0; round < test::sized(100, 30); ++round) {
+    const index_t tokens = rng.below(12), count = 1 + rng.below(20);
+    const std::vector<float> z = test::numbers(rng, tokens * count);
+    const double mass = 0.05 + 0.9 * static_cast<double>(rng.uniform());
+    const double share = 0.01 + 0.99 * static_cast<double>(rng.uniform());
+    std::vector<index_t> each;
+    for (index_t t = 0; t < tokens; ++t) {
+      std::vector<double> p;
+      double total = 0.0, sum = 0.0;
+      for (index_t e = 0; e < count; ++e)
+        p.push_back(std::exp(static_cast<double>(z[static_cast<std::size_t>(t * count + e)])));
+      for (const double x : p) total += x;
+      std::sort(p.rbegin(), p.rend());
+      index_t n = 0;
+      while (sum < mass * total) sum += p[static_cast<std::size_t>(n++)];
+      each.push_back(n);
+    }
+    std::sort(each.begin(), each.end());
+    index_t expected = 1;
+    while (static_cast<double>(std::upper_bound(each.begin(), each.end(), expected) -
+                               each.begin()) < share * static_cast<double>(tokens))
+      ++expected;
+    INFO("round " << round << " T=" << tokens << " E=" << count << " mass " << mass);
+    CHECK(least_experts({z.data(), tokens, count}, mass, share) == expected);
+  }
+  // Nothing but NaN needs nobody, and one is the least; a float sum of many is off by more than a
+  // millionth, and may be above what they add up to.
+  const std::vector<float> nothing(5, std::nanf(""));
+  CHECK(least_experts({nothing.data(), 1, 5}, 1.0, 1.0) == 1);
+  for (const double rest : {0.5e-6, 1.5e-6}) {
+    const float pair[] = {static_cast<float>(std::log(rest)), 0.0f};
+    CHECK(least_experts({pair, 1, 2}, 1.0, 1.0) == (rest < 1e-6 ? 1 : 2));
+  }
+  constexpr index_t many = 1 << 16;
+  index_t whole = 0;
+  for (const float level : {-0.7f, -1.0f, -1.1f, -1.3f, -1.7f, -2.0f, -2.2f, -2.6f}) {
+    std::vector<float> row(many, level);
+    row[0] = 0.0f;
+    const index_t needed = least_experts({row.data(), 1, many}, 1.0, 1.0);
+    whole += needed == many;
+    CHECK(needed <= many);
+  }
+  CHECK(whole > 0);
+}
+
+TEST_CASE("meters say of fractional loads and of single choices what they say of others") {
+  const std::vector<double> load{0.125, 0.25, 0.0, 0.125};  // a mean of an eighth
+  const std::span<const double> n(load);
+  CHECK(mean_load(n) == 0.125);
+  CHECK(max_violation(n) == 1.0);
+  CHECK(min_violation(n) == 1.0);
+  CHECK(balancedness(n) == 0.5);
+  CHECK(test::near(load_cv(n), std::sqrt(0.5)));
+  CHECK(test::near(jain_index(n), 1.0 / 1.5));
+  CHECK(test::near(gini(n), 0.375));
+  CHECK(test::near(load_entropy(n), 1.5 * std::log(2.0)));
+  CHECK(test::near(load_kl_to_uniform(n), 0.5 * std::log(2.0)));
+  const std::vector<int> two{1, 3};
+  CHECK(
+      test::near(normalized_load_entropy(std::span<const int>(two)), 2.0 - 0.75 * std::log2(3.0)));
+  entropy_meter pair;
+  const float z[] = {0.0f, std::log(3.0f)};
+  pair.add({z, 1, 2});
+  CHECK(std::abs(pair.normalized() - (2.0 - 0.75 * std::log2(3.0))) < 1e-6);
+
+  assignment one;
+  one.reset(1, 3, 1);
+  one.ids()[0] = 2;
+  segment_meter segment(3, 1);
+  segment.add(one);
+  CHECK((segment.of(2).f1 == 1.0 && segment.all().f1 == 1.0));
+  specialisation_meter domain(1, 3);
+  domain.add(0, one);
+  CHECK((domain.share(0, 2) == 1.0 && domain.share(0, 0) == 0.0));
+  expert_trace trace(3);
+  trace.add(one);
+  const std::vector<std::int32_t> pins{2};
+  CHECK(simulate_cache(trace, {.pinned = pins}).hit_rate() == 1.0);
+  CHECK(simulate_cache(trace, {}).hit_rate() == 0.0);
+  const cache_options cache;
+  CHECK((cache.policy == cache_policy::lru && cache.capacity == 1 && cache.window == 16 &&
+         cache.cold == cold_misses::counted && cache.decay == 1.0));
+  CHECK((committee_options{}.k == 1 && committee_options{}.presence == 0.8));
+}
+
+TEST_CASE("the entropy of a token reads as many logits as there are") {
+  test::guarded<float> memory(130);
+  test::random rng(95);
+  for (index_t n = 0; n <= 130; ++n) {
+    const std::vector<float> z = test::numbers(rng, n);
+    for (const auto end : {test::guarded_end::front, test::guarded_end::back}) {
+      float* const at = memory.window(n, end);
+      std::copy(z.begin(), z.end(), at);
+      REQUIRE(token_entropy({at, static_cast<std::size_t>(n)}) == token_entropy(z));
+    }
   }
 }

@@ -57,7 +57,6 @@ class bip_balancer {
     const auto experts = static_cast<index_t>(price_.size());
     detail::check_scores("bip_balancer", scores, mask, experts);
     token_price_.resize(scores.rows);
-    if (scores.rows == 0) return;
     const int workers = worker_slots::count(exec.concurrency());
     const auto memory = ws.carve([&](scratch& tape) {
       return detail::dual_memory::carve(tape, scores.rows, experts, options_.k + 1, workers);

@@ -47,7 +47,6 @@ class expert_thresholds {
                const Exec& exec = {}) {
     const auto experts = static_cast<index_t>(threshold_.size());
     detail::check_scores("expert_thresholds", scores, mask, experts);
-    if (scores.rows == 0) return;
     const int workers = worker_slots::count(exec.concurrency());
     const auto memory = ws.carve([&](scratch& tape) {
       return detail::dual_memory::carve(tape, scores.rows, experts, 1, workers);

@@ -77,7 +77,6 @@ class quantile_balancer {
                const Exec& exec = {}) {
     const auto experts = static_cast<index_t>(bias_.size());
     detail::check_scores("quantile_balancer", scores, mask, experts);
-    if (scores.rows == 0) return;
     const int workers = worker_slots::count(exec.concurrency());
     const auto memory = ws.carve([&](scratch& tape) {
       return detail::dual_memory::carve(tape, scores.rows, experts, options_.k + 1, workers);

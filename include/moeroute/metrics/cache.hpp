@@ -142,7 +142,6 @@ inline std::vector<index_t> lru_hits(const expert_trace& trace) {
   const auto experts = static_cast<std::size_t>(trace.experts());
   std::vector<index_t> hits(experts + 1, 0);
   std::vector<expert_id> order;  // the last used in front
-  order.reserve(experts);
   for (index_t t = 0; t < trace.tokens(); ++t) {
     const auto ids = trace.ids(t);
     // All are looked up before any is used; what is named again is there, whatever the size.

@@ -107,13 +107,10 @@ inline index_t least_experts(matrix_view<const float> logits, double mass, doubl
     while (j < p.size() && sum < mass * total * (1.0 - 1e-6)) sum += static_cast<double>(p[j++]);
     ++tokens[j];
   }
-  double seen = 0.0;
-  for (std::size_t j = 0; j < tokens.size(); ++j) {
-    seen += static_cast<double>(tokens[j]);
-    if (seen >= share * static_cast<double>(logits.rows))
-      return std::max<index_t>(1, static_cast<index_t>(j));
-  }
-  return logits.cols;
+  std::size_t least = 0;
+  for (auto seen = static_cast<double>(tokens[0]); seen < share * static_cast<double>(logits.rows);)
+    seen += static_cast<double>(tokens[++least]);
+  return std::max<index_t>(1, static_cast<index_t>(least));
 }
 
 }  // namespace moeroute
