@@ -207,6 +207,22 @@ TEST_CASE("the histogram's rank is interpolated within its bucket") {
   CHECK(std::abs(static_cast<double>(h.bias()[1]) - (second - first) / 2) < 1e-6);
 }
 
+TEST_CASE("counts that somebody lost leave the bias within the buckets") {
+  // As above, but of expert 1 one count is left, in the last bucket, or none: rank 2 is beyond.
+  const std::vector<float> s{0.95f, 0.2f, 0.5f, 0.2f, 0.5f, 0.2f, 0.2f, 0.3f};
+  for (const int left : {0, 1}) {
+    quantile_histogram h(2, {.k = 1, .buckets = 4});
+    workspace ws;
+    h.observe(matrix_view<const float>(s.data(), 4, 2), ws);
+    for (index_t b = 0; b < 4; ++b)
+      h.counts()[static_cast<std::size_t>(simd::count_place(1, b, 4))] = b == 3 ? left : 0;
+    h.update();
+    const double first = -0.25, second = left == 0 ? 0.5 : 1.0;
+    CHECK(std::abs(static_cast<double>(h.bias()[0]) - (first - second) / 2) < 1e-6);
+    CHECK(std::abs(static_cast<double>(h.bias()[1]) - (second - first) / 2) < 1e-6);
+  }
+}
+
 TEST_CASE(
     "a score that nobody can choose by is counted in the farthest bucket, +inf in the nearest") {
   const float nan = std::numeric_limits<float>::quiet_NaN(),
@@ -439,6 +455,8 @@ TEST_CASE("with every option at once biases are their formula, observation after
                                          .share = share});
     const auto width = static_cast<double>(counted.bucket_width());
     CHECK(std::abs(width - static_cast<double>(spread) / 1500.0) < 1e-6);
+    CHECK((exact.sums().size() == 2 * E &&
+           std::ssize(counted.counts()) == round_up(experts, 16) * 3000));
     std::vector<double> bias(E, 0.0);
     // What a half makes of tokens: [E] estimates of s - alpha, of rows that decide.
     const auto estimates = [&](const std::vector<std::vector<double>>& decided) {

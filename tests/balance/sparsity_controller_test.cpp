@@ -315,6 +315,7 @@ TEST_CASE("with every option at once thresholds are their formula, observation a
         }
       }
       CHECK(test::difference(th.sums().first(E), sum, 1e-9, 1e-9) == "");
+      CHECK(test::difference(th.sums().subspan(E), n, 0.0) == "");
       th.update();
       bool any = false;
       for (std::size_t e = 0; e < E; ++e) {

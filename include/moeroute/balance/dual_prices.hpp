@@ -146,9 +146,9 @@ class dual_prices {
     });
   }
 
+  // In place of price_tokens.
   void price_tokens_at_zero() {
-    if (!std::exchange(laid_out_, true))
-      for_each_tile([&](const dual_memory::worker& m, index_t tile) { pack(m, tile); });
+    for_each_tile([&](const dual_memory::worker& m, index_t tile) { pack(m, tile); });
     std::fill_n(memory_.price, round_up(scores_.rows, simd::tile_size), 0.0f);
   }
 

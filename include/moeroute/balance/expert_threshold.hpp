@@ -33,7 +33,7 @@ class expert_thresholds {
     detail::check_between("expert_thresholds", "ema", static_cast<double>(options.ema), 0.0, 1.0);
     threshold_.assign(static_cast<std::size_t>(experts), 0.0f);
     bias_.assign(threshold_.size(), 0.0f);
-    estimate_.assign(threshold_.size(), 0.0f);
+    estimate_.resize(threshold_.size());
     sums_.assign(2 * threshold_.size(), 0.0);
   }
 

@@ -60,7 +60,7 @@ class quantile_balancer {
     check_range("quantile_balancer", "k", options.k, 1, experts);
     detail::check_between("quantile_balancer", "ema", static_cast<double>(options.ema), 0.0, 1.0);
     bias_.assign(static_cast<std::size_t>(experts), 0.0f);
-    estimate_.assign(bias_.size(), 0.0f);
+    estimate_.resize(bias_.size());
     sums_.assign(2 * bias_.size(), 0.0);
     part_ = detail::parts_of("quantile_balancer", options.share, experts);
     options_.share = {};
