@@ -35,4 +35,6 @@ TEST_CASE(
               greatest_first([&](index_t i) { return value[static_cast<std::size_t>(i)]; }));
     REQUIRE(sorted == std::vector<index_t>{1, 4, 0, 2, 5, 3});
   } while (std::prev_permutation(order.begin(), order.end()));
+  const auto before = greatest_first([&](index_t i) { return value[static_cast<std::size_t>(i)]; });
+  CHECK((before(1, 0) && !before(0, 1) && before(0, 2) && !before(2, 0) && !before(2, 2)));
 }

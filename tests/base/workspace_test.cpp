@@ -3,6 +3,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
 #include <limits>
+#include <new>
 #include <span>
 #include <string>
 #include <utility>
@@ -10,6 +11,7 @@
 #include "support/allocations.hpp"
 #include "support/counting_new.hpp"
 #include "support/refusal.hpp"
+#include "support/sized.hpp"
 
 using namespace moeroute;
 using test::allocations_during;
@@ -168,6 +170,11 @@ TEST_CASE("a buffer that gets no memory is empty, and what no machine has is ref
     CHECK((b.size() == 0 && b.capacity() == 0 && b.data() == nullptr));
     b.resize(10);
     CHECK(b.size() == 10);
+  }
+  // The largest that an address reaches is no mistake: there is no memory for it.
+  if (sizeof(void*) == 8 && test::sized(1, 0) == 1) {
+    CHECK_THROWS_AS(buffer<std::byte>(max_bytes), std::bad_alloc);
+    CHECK_THROWS_AS(buffer<std::byte>(max_bytes + 1), error);
   }
   workspace ws;
   for (const index_t n : {index_t{1} << 60, (index_t{1} << 62) + 3})

@@ -1,5 +1,6 @@
 #include <moeroute/simd/rows/gemm.hpp>
 
+#include <algorithm>
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
@@ -11,6 +12,7 @@
 #include "support/arches.hpp"
 #include "support/compare.hpp"
 #include "support/counting_new.hpp"
+#include "support/edges.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 #if defined(_OPENMP)
@@ -45,27 +47,35 @@ struct product {
 template <class A, class T>
 std::string wrong(product p) {
   const index_t x_stride = p.k + 3, y_stride = p.n + 5;
-  const std::vector<T> x = values<T>(1, p.m * x_stride);
-  const std::vector<float> w = values<float>(2, p.n * p.k), b = values<float>(3, p.n);
-  simd::packed_matrix<float, A> packed(matrix_view<const float>(w.data(), p.n, p.k));
+  const index_t w_stride = p.k + p.n % 3;
+  const std::vector<T> x = values<T>(1, (p.m - 1) * x_stride + p.k);
+  const std::vector<float> w = values<float>(2, (p.n - 1) * w_stride + p.k),
+                           b = values<float>(3, p.n);
+  // The last rows end where memory does.
+  static test::edges memory(4 * 100 * 1600);
+  memory.begin(test::guarded_end::back);
+  simd::packed_matrix<float, A> packed(
+      matrix_view<const float>(memory.copy(w), p.n, p.k, w_stride));
   for (index_t r = 0; r < p.n; ++r) packed.bias(r) = b[static_cast<std::size_t>(r)];
-  std::vector<float> y(static_cast<std::size_t>(p.m * y_stride), 77.0f);
-  multiply(matrix_view<const T>(x.data(), p.m, p.k, x_stride), packed,
-           matrix_view<float>(y.data(), p.m, p.n, y_stride));
+  const index_t y_size = (p.m - 1) * y_stride + p.n;
+  float* const y = memory.room<float>(y_size);
+  std::fill_n(y, y_size, 77.0f);
+  multiply(matrix_view<const T>(memory.copy(x), p.m, p.k, x_stride), packed,
+           matrix_view<float>(y, p.m, p.n, y_stride));
   for (index_t i = 0; i < p.m; ++i)
-    for (index_t j = 0; j < y_stride; ++j) {
+    for (index_t j = 0; j < (i + 1 < p.m ? y_stride : p.n); ++j) {
       double sum = 77.0, size = 0.0;
       if (j < p.n) {
         sum = static_cast<double>(b[static_cast<std::size_t>(j)]);
         size = std::abs(sum);
         for (index_t c = 0; c < p.k; ++c) {
           const double term = static_cast<double>(x[static_cast<std::size_t>(i * x_stride + c)]) *
-                              static_cast<double>(w[static_cast<std::size_t>(j * p.k + c)]);
+                              static_cast<double>(w[static_cast<std::size_t>(j * w_stride + c)]);
           sum += term;
           size += std::abs(term);
         }
       }
-      const double got = static_cast<double>(y[static_cast<std::size_t>(i * y_stride + j)]);
+      const double got = static_cast<double>(y[i * y_stride + j]);
       // A chain of k roundings, each half a unit of a partial sum.
       if (!(std::abs(got - sum) <= 6e-8 * static_cast<double>(p.k + 1) * size))
         return "m=" + std::to_string(p.m) + " n=" + std::to_string(p.n) +

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "support/arches.hpp"
 #include "support/compare.hpp"
+#include "support/edges.hpp"
 #include "support/guarded.hpp"
 #include "support/random.hpp"
 #include "support/shapes.hpp"
@@ -55,8 +57,8 @@ std::string disagreement(const marked_row& m, const float* row, const std::uint6
     return "range";
   if (simd::least_of<A>(row, cols) != m.least) return "least_of";
 
-  std::vector<float> more(n), kept(n), first(n), out(n);
-  ints list, listed(n);
+  std::vector<float> more(n), kept(n), first(n);
+  ints list;
   simd::marked_best best{-test::infinity, cols};
   int largest = 0;
   for (std::size_t c = 0; c < n; ++c) {
@@ -68,32 +70,38 @@ std::string disagreement(const marked_row& m, const float* row, const std::uint6
     if (m.marked[c]) list.push_back(static_cast<std::int32_t>(c));
     if (m.marked[c] && x > best.value) best = {x, static_cast<index_t>(c)};
   }
-  simd::add_to_marked<A>(row, cols, bits, 0.5f, out.data());
-  if (!same(out, more)) return "add_to_marked";
+  // What is written ends where memory does, or begins there.
+  static test::edges memory(4 * 1100);
+  memory.begin(cols % 2 == 0 ? test::guarded_end::front : test::guarded_end::back);
+  float* const out = memory.room<float>(cols);
+  const auto is = [&](const std::vector<float>& expected) {
+    return same(std::vector<float>(out, out + cols), expected);
+  };
+  simd::add_to_marked<A>(row, cols, bits, 0.5f, out);
+  if (!is(more)) return "add_to_marked";
   if (m.most > -test::infinity) {
-    const int equal = simd::add_to_marked_after<A>(row, cols, bits, 0.5f, m.most, out.data());
-    if (equal != largest || !same(out, first)) return "add_to_marked_after";
+    const int equal = simd::add_to_marked_after<A>(row, cols, bits, 0.5f, m.most, out);
+    if (equal != largest || !is(first)) return "add_to_marked_after";
   }
-  simd::keep_marked<A>(row, cols, bits, out.data());
-  if (!same(out, kept)) return "keep_marked";
+  simd::keep_marked<A>(row, cols, bits, out);
+  if (!is(kept)) return "keep_marked";
   const simd::marked_best got = simd::best_of_marked<A>(row, cols, bits);
   if (got.value != best.value || got.column != best.column) return "best_of_marked";
 
-  if (simd::list_marked(bits, cols, listed.data()) != std::ssize(list)) return "list_marked";
-  listed.resize(list.size());
-  if (listed != list) return "list_marked";
+  std::int32_t* const listed = memory.room<std::int32_t>(std::ssize(list));
+  if (simd::list_marked(bits, cols, listed) != std::ssize(list)) return "list_marked";
+  if (!std::equal(list.begin(), list.end(), listed)) return "list_marked";
 
   // To the size of the list, and a few more.
   const index_t size = std::ssize(list) + cols % 5;
   std::vector<float> packed(static_cast<std::size_t>(size), -test::infinity);
   for (std::size_t i = 0; i < list.size(); ++i)
     packed[i] = m.value[static_cast<std::size_t>(list[i])];
-  out.assign(static_cast<std::size_t>(size) + 16, 7.0f);
-  if (simd::pack_marked<A>(row, cols, bits, size, out.data()) !=
+  float* const pack = memory.room<float>(size + 16);
+  if (simd::pack_marked<A>(row, cols, bits, size, pack) !=
       (std::find(m.value.begin(), m.value.end(), test::infinity) != m.value.end()))
     return "pack_marked's infinity";
-  out.resize(static_cast<std::size_t>(size));
-  if (!same(out, packed)) return "pack_marked";
+  if (!same(std::vector<float>(pack, pack + size), packed)) return "pack_marked";
 
   for (index_t c = 0; c < cols; c += simd::width<A>) {
     alignas(alignment) std::int32_t column[simd::width<A>];
@@ -143,11 +151,13 @@ TEST_CASE("columns of more words than a register holds are found marked") {
 }
 
 TEST_CASE("columns are numbered by a list, and rows give their values, where the column is there") {
+  test::edges memory(4 * block_rows * 44);
   test::random draw(53);
   for (const int n : {1, 2, 5, 8, 11, 16})
     for (const int k : {1, 3}) {
       const index_t cols = 1 + draw.below(40), stride = cols + draw.below(4);
-      const auto rows = test::make_logits(test::shape::normal, 3, n, stride);
+      auto rows = test::make_logits(test::shape::normal, 3, n, stride);
+      rows.resize(static_cast<std::size_t>((n - 1) * stride + cols));
       ints column(static_cast<std::size_t>(k * block_rows)), list(static_cast<std::size_t>(cols));
       for (auto& c : column) c = static_cast<std::int32_t>(draw.below(cols + 4)) - 2;
       for (auto& c : list) c = static_cast<std::int32_t>(draw.below(1000));
@@ -161,21 +171,26 @@ TEST_CASE("columns are numbered by a list, and rows give their values, where the
       }
       test::for_each_arch<test::arches>([&](auto tag) {
         using A = decltype(tag);
-        std::vector<float> value(column.size(), 9.0f);
-        simd::take_values<A>(rows.data(), stride, n, cols, column.data(), k, value.data());
-        CHECK(test::bit_difference(value, expected) == "");
-        if (n == 1) {
-          // So far apart that 32 bits do not number the values of two rows.
-          value.assign(column.size(), 9.0f);
-          simd::take_values<A>(rows.data(), (index_t{1} << 26) + 1, n, cols, column.data(), k,
-                               value.data());
-          CHECK(test::bit_difference(value, expected) == "");
-        }
-        ints c = column;
-        simd::renumber<A>(c.data(), std::ssize(c), list.data(), cols);
-        CHECK(c == numbered);
-        simd::renumber<A>(c.data(), std::ssize(c), nullptr, 0);
-        CHECK(c == ints(c.size(), -1));
+        test::at_both_ends(memory, [&] {
+          const float* const from = memory.copy(rows);
+          const std::int32_t *const at = memory.copy(column), *const names = memory.copy(list);
+          float* const value = memory.room<float>(std::ssize(column));
+          const std::span<const float> values(value, column.size());
+          std::fill_n(value, column.size(), 9.0f);
+          simd::take_values<A>(from, stride, n, cols, at, k, value);
+          CHECK(test::bit_difference(values, expected) == "");
+          if (n == 1) {
+            // So far apart that 32 bits do not number the values of two rows.
+            std::fill_n(value, column.size(), 9.0f);
+            simd::take_values<A>(from, (index_t{1} << 26) + 1, n, cols, at, k, value);
+            CHECK(test::bit_difference(values, expected) == "");
+          }
+          std::int32_t* const c = memory.copy(column);
+          simd::renumber<A>(c, std::ssize(column), names, cols);
+          CHECK(std::equal(numbered.begin(), numbered.end(), c));
+          simd::renumber<A>(c, std::ssize(column), nullptr, 0);
+          CHECK(std::count(c, c + column.size(), -1) == std::ssize(column));
+        });
       });
     }
 }

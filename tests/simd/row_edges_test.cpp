@@ -6,8 +6,10 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <moeroute/simd/adam.hpp>
 #include <moeroute/simd/elementwise.hpp>
 #include <moeroute/simd/numbers.hpp>
+#include <moeroute/simd/probability/softmax_row.hpp>
 #include <moeroute/simd/reduce.hpp>
 #include <moeroute/simd/rows/row_dot.hpp>
 #include <span>
@@ -198,6 +200,83 @@ TEST_CASE("dots, products and sums of rows look at their columns alone, in 16 bi
   };
   at_row_lengths(check);
   check(1056);
+}
+
+TEST_CASE("the softmax of one row and its logarithm of a sum are those of plain loops") {
+  test::edges memory(8 * 130);
+  test::random rng(76);
+  for (index_t n = 1; n <= 130; ++n) {
+    const auto z = test::make_logits(test::shape::half_nan, static_cast<std::uint64_t>(n), 1, n);
+    double sum = 0.0;
+    std::vector<double> p;
+    for (const float x : z) sum += p.emplace_back(x == x ? std::exp(static_cast<double>(x)) : 0.0);
+    for (double& x : p) x = sum > 0.0 ? x / sum : 0.0;
+    const double lse = std::log(sum);
+    const auto check = [&](auto* x, auto* out, auto run, double error) {
+      const auto right = [&](auto* to) {
+        const double got = static_cast<double>(run(x, to));
+        CHECK((got == lse || std::abs(got - lse) <= error * (1.0 + std::abs(lse))));
+        CHECK(test::difference(std::span(to, p.size()), p, error, 1.2e-38) == "");
+      };
+      right(out);
+      right(x);
+    };
+    INFO("n=" << n);
+    test::at_both_ends(memory, [&] {
+      double* const x = memory.copy(std::vector<double>(z.begin(), z.end()));
+      check(
+          x, memory.room<double>(n),
+          [&](const double* from, double* to) { return simd::softmax_row(from, n, to); }, 1e-12);
+    });
+    test::for_each_arch<test::arches>([&](auto tag) {
+      test::at_both_ends(memory, [&] {
+        float* const x = memory.copy(z);
+        check(
+            x, memory.room<float>(n),
+            [&](const float* from, float* to) {
+              return simd::softmax_row<decltype(tag)>(from, n, to);
+            },
+            4e-6);
+      });
+    });
+  }
+}
+
+TEST_CASE("steps of Adam are those of its formulas, for every weight") {
+  test::edges memory(4 * 48);
+  test::random rng(75);
+  for (const index_t n : {0, 16, 48}) {
+    const auto start = row_values<float>(rng, n);
+    std::vector<std::vector<float>> gradients;
+    for (int step = 0; step < 5; ++step) gradients.push_back(row_values<float>(rng, n));
+    std::vector<double> x(start.begin(), start.end()), mean(x.size()), square(x.size());
+    for (std::size_t step = 0; step < gradients.size(); ++step)
+      for (std::size_t i = 0; i < x.size(); ++i) {
+        const double g = static_cast<double>(gradients[step][i]);
+        const double steps = static_cast<double>(step + 1);
+        mean[i] = 0.9 * mean[i] + 0.1 * g;
+        square[i] = 0.999 * square[i] + 0.001 * g * g;
+        const double m = mean[i] / (1.0 - std::pow(0.9, steps)),
+                     v = square[i] / (1.0 - std::pow(0.999, steps));
+        x[i] -= 0.125 * m / (std::sqrt(v) + 1e-8);
+      }
+    test::for_each_arch<test::arches>([&](auto tag) {
+      test::at_both_ends(memory, [&] {
+        const std::vector<float> zeros(start.size(), 0.0f);
+        float *const m = memory.copy(zeros), *const v = memory.copy(zeros),
+                     *const weights = memory.copy(start), *const gradient = memory.room<float>(n);
+        simd::adam_steps adam;
+        for (const auto& g : gradients) {
+          std::copy(g.begin(), g.end(), gradient);
+          adam.step<decltype(tag)>(0.125f, gradient, n, m, v, weights);
+        }
+        // Corrections of 1 - 0.999^steps are differences of numbers near 1.
+        CHECK(test::difference(std::span<const float>(weights, x.size()), x, 1e-4, 1e-4) == "");
+        CHECK(test::difference(std::span<const float>(m, x.size()), mean, 1e-5, 1e-6) == "");
+        CHECK(test::difference(std::span<const float>(v, x.size()), square, 1e-5, 1e-8) == "");
+      });
+    });
+  }
 }
 
 TEST_CASE("a row is mapped from its first column to its last, in place too") {

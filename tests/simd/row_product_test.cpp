@@ -45,12 +45,14 @@ void products_agree(index_t r, index_t n, index_t d) {
     return to;
   };
   test::guarded<float> a_memory(r * (n + gap)), turned_memory(n * (r + gap));
+  test::guarded<float> out_memory(r * (d + gap));
   test::guarded<T> x_memory(n * (d + gap));
   const float* const a_rows = at_the_end(a, r, n, a_memory);
   const float* const turned_rows = at_the_end(turned, n, r, turned_memory);
   for (const auto start : {simd::sum_start::zero, simd::sum_start::output})
     for (const bool transposed : {false, true}) {
-      auto out = random_values<float>(r * (d + gap), 4);
+      const index_t size = r == 0 ? 0 : (r - 1) * (d + gap) + d;
+      auto out = random_values<float>(size, 4);
       const auto before = out;
       std::vector<double> expected(before.begin(), before.end());
       for (index_t i = 0; i < r; ++i)
@@ -68,13 +70,16 @@ void products_agree(index_t r, index_t n, index_t d) {
         }
       const matrix_view<const T> rows(at_the_end(x, n, d, x_memory), n, d, d + gap);
       const auto run = [&](const auto& exec, std::vector<float>& into) {
-        const matrix_view<float> o(into.data(), r, d, d + gap);
+        float* const at = out_memory.window(size, test::guarded_end::back);
+        std::copy(into.begin(), into.end(), at);
+        const matrix_view<float> o(at, r, d, d + gap);
         if (transposed)
           simd::multiply_transposed(matrix_view<const float>(turned_rows, n, r, r + gap), rows, o,
                                     start, exec);
         else
           simd::multiply_rows(matrix_view<const float>(a_rows, r, n, n + gap), rows, o, start,
                               exec);
+        std::copy_n(at, size, into.begin());
       };
       run(serial{}, out);
       // What lies between the rows is nobody's.

@@ -6,11 +6,13 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "support/arches.hpp"
 #include "support/compare.hpp"
+#include "support/edges.hpp"
 #include "support/random.hpp"
 #include "support/shapes.hpp"
 
@@ -115,11 +117,11 @@ std::string weighted_sum(index_t n, const std::vector<std::int32_t>& row) {
   test::random rng(static_cast<std::uint64_t>(n));
   const index_t rows = 5, stride = n + 3, k = static_cast<index_t>(row.size());
   std::vector<From> from;
-  for (index_t i = 0; i < rows * stride; ++i) from.push_back(static_cast<From>(rng.normal()));
+  for (index_t i = 0; i < (rows - 1) * stride + n; ++i)
+    from.push_back(static_cast<From>(rng.normal()));
   std::vector<float> weight;
   for (const std::int32_t r : row) weight.push_back(r < 0 ? test::not_a_number : rng.normal());
-  std::vector<To> out(static_cast<std::size_t>(n) + 1, static_cast<To>(9.0f)), expected = out;
-  simd::weighted_sum_of_rows<A>(from.data(), stride, row.data(), weight.data(), k, n, out.data());
+  std::vector<To> expected(static_cast<std::size_t>(n));
   for (index_t c = 0; c < n; ++c) {
     float sum = 0.0f;  // rank order, fused, one rounding at the end: the promised bits
     for (std::size_t r = 0; r < row.size(); ++r)
@@ -129,7 +131,18 @@ std::string weighted_sum(index_t n, const std::vector<std::int32_t>& row) {
                      static_cast<float>(from[static_cast<std::size_t>(row[r] * stride + c)]), sum);
     expected[static_cast<std::size_t>(c)] = static_cast<To>(sum);
   }
-  return test::bit_difference(out, expected);
+  // Rows, lists and the sum end where memory does, or begin there.
+  static test::edges memory(4 * 5 * 210);
+  std::string wrong;
+  for (const bool fetched : {false, true})
+    test::at_both_ends(memory, [&] {
+      const std::int32_t* const list = memory.copy(row);
+      To* const out = memory.room<To>(n);
+      simd::weighted_sum_of_rows<A>(memory.copy(from), stride, list, memory.copy(weight), k, n, out,
+                                    fetched ? list : nullptr);
+      wrong += test::bit_difference(std::span<const To>(out, expected.size()), expected);
+    });
+  return wrong;
 }
 
 }  // namespace
@@ -151,16 +164,24 @@ TEMPLATE_LIST_TEST_CASE("rows of every length are converted alike, and nothing b
   const std::vector<float> in = test::make_logits(test::shape::normal, 1, 1, 70);
   std::vector<bfloat16> whole(70);
   simd::convert_row<TestType>(in.data(), 70, whole.data());
-  for (index_t n = 0; n <= 70; ++n) {
-    std::vector<bfloat16> out(71, bfloat16(9.0f)), expected = out;
-    std::copy_n(whole.begin(), n, expected.begin());
-    simd::convert_row<TestType>(in.data(), n, out.data());
-    CHECK(test::bit_difference(out, expected) == "");
-    std::vector<float> wide(71, 9.0f), copy = wide;
-    std::copy_n(in.begin(), n, copy.begin());
-    simd::convert_row<TestType>(in.data(), n, wide.data());
-    CHECK(test::bit_difference(wide, copy) == "");
-  }
+  test::edges memory(4 * 70);
+  for (index_t n = 0; n <= 70; ++n)
+    test::at_both_ends(memory, [&] {
+      const auto size = static_cast<std::size_t>(n);
+      const auto first = std::span<const float>(in).first(size);
+      const auto narrow = std::span<const bfloat16>(whole).first(size);
+      const float* const from = memory.copy(first);
+      bfloat16* const out = memory.room<bfloat16>(n);
+      float *const copy = memory.room<float>(n), *const wide = memory.room<float>(n);
+      simd::convert_row<TestType>(from, n, out);
+      simd::convert_row<TestType>(from, n, copy);
+      simd::convert_row<TestType>(out, n, wide);
+      CHECK(test::bit_difference(std::span<const bfloat16>(out, size), narrow) == "");
+      CHECK(test::bit_difference(std::span<const float>(copy, size), first) == "");
+      bool right = true;
+      for (std::size_t i = 0; i < size; ++i) right &= wide[i] == static_cast<float>(narrow[i]);
+      CHECK(right);
+    });
 }
 
 TEST_CASE("a conversion between float types keeps a row's bits where the types are the same") {
@@ -235,30 +256,40 @@ TEMPLATE_LIST_TEST_CASE(
 TEMPLATE_LIST_TEST_CASE("mixed rows are weighted sums of all rows, each a chain in their order", "",
                         test::widths) {
   test::random rng(77);
+  test::edges memory(4 * 35 * 205 + 2 * 200 * 205);
   for (const index_t n : {0, 1, 20, 200})
     for (const index_t outputs : {0, 1, 3, 4, 5, 35})
       for (const index_t d : {1, 3, 16, 17, 64, 69, 200}) {
-        std::vector<float> weight, expected;
+        // Rows with gaps, the last of which ends where memory does.
+        const index_t by = n + d % 3, step = d + n % 3, apart = d + outputs % 4;
+        const auto size = [](index_t rows, index_t cols, index_t stride) {
+          return rows == 0 ? 0 : (rows - 1) * stride + cols;
+        };
+        std::vector<float> weight,
+            expected(static_cast<std::size_t>(size(outputs, d, apart)), 9.0f);
         std::vector<bfloat16> rows;
-        for (index_t i = 0; i < outputs * n; ++i) weight.push_back(rng.normal());
-        for (index_t i = 0; i < n * d; ++i) rows.push_back(static_cast<bfloat16>(rng.normal()));
+        for (index_t i = 0; i < size(outputs, n, by); ++i) weight.push_back(rng.normal());
+        for (index_t i = 0; i < size(n, d, step); ++i)
+          rows.push_back(static_cast<bfloat16>(rng.normal()));
+        memory.begin(test::guarded_end::back);
+        float* const out = memory.copy(expected);
         for (index_t r = 0; r < outputs; ++r)
           for (index_t c = 0; c < d; ++c) {
             float sum = 0.0f;
             for (index_t i = 0; i < n; ++i)
-              sum = std::fma(weight[static_cast<std::size_t>(r * n + i)],
-                             static_cast<float>(rows[static_cast<std::size_t>(i * d + c)]), sum);
-            expected.push_back(sum);
+              sum = std::fma(weight[static_cast<std::size_t>(r * by + i)],
+                             static_cast<float>(rows[static_cast<std::size_t>(i * step + c)]), sum);
+            expected[static_cast<std::size_t>(r * apart + c)] = sum;
           }
-        std::vector<float> out(expected.size(), 9.0f);
-        simd::mix_rows<TestType>(matrix_view<const float>(weight.data(), outputs, n),
-                                 matrix_view<const bfloat16>(rows.data(), n, d),
-                                 matrix_view<float>(out.data(), outputs, d));
-        CHECK(test::bit_difference(out, expected) == "");
+        simd::mix_rows<TestType>(matrix_view<const float>(memory.copy(weight), outputs, n, by),
+                                 matrix_view<const bfloat16>(memory.copy(rows), n, d, step),
+                                 matrix_view<float>(out, outputs, d, apart));
+        CHECK(test::bit_difference(std::span<const float>(out, expected.size()), expected) == "");
       }
 }
 
 TEST_CASE("a copy that fetches ahead writes its bytes and no others") {
+  test::edges memory(17000);
   std::vector<std::byte> from(17000), next(2048);
   for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<std::byte>(i % 251);
   for (const std::size_t n :
@@ -266,13 +297,14 @@ TEST_CASE("a copy that fetches ahead writes its bytes and no others") {
     for (const std::size_t start : {0, 1, 32})
       for (const std::byte* const other :
            {static_cast<const std::byte*>(nullptr), static_cast<const std::byte*>(next.data())}) {
-        std::vector<std::byte> expected(n + 64, std::byte{255});
-        std::copy_n(from.begin(), n, expected.begin() + static_cast<std::ptrdiff_t>(start));
-        for (const bool distant : {false, true}) {
-          std::vector<std::byte> to(n + 64, std::byte{255});
-          simd::copy_ahead(from.data(), static_cast<index_t>(n), to.data() + start, other, distant);
-          CHECK(to == expected);
-        }
+        const auto bytes = std::span<const std::byte>(from).subspan(start, n);
+        for (const bool distant : {false, true})
+          test::at_both_ends(memory, [&] {
+            const auto length = static_cast<index_t>(n);
+            std::byte* const to = memory.room<std::byte>(length);
+            simd::copy_ahead(memory.copy(bytes), length, to, other, distant);
+            CHECK(std::equal(bytes.begin(), bytes.end(), to));
+          });
       }
 }
 

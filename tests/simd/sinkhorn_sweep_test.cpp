@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <span>
 #include <vector>
 
 #include "support/arches.hpp"
 #include "support/compare.hpp"
+#include "support/edges.hpp"
 #include "support/shapes.hpp"
 
 using namespace moeroute;
@@ -20,30 +22,45 @@ struct swept {
 template <class A>
 swept sweep(const std::vector<float>& k, index_t rows, index_t stride,
             const std::vector<float>& v) {
-  swept s{std::vector<float>(static_cast<std::size_t>(rows)), std::vector<float>(v.size(), 0.25f)};
-  simd::sinkhorn_sweep<A>(k.data(), rows, stride, v.data(), stride, 0.5f, 1e-8f, s.u.data(),
-                          s.column_sum.data());
-  return s;
+  // Every array ends where memory does.
+  static test::edges memory(4 * 80 * 160);
+  memory.begin(test::guarded_end::back);
+  float *const u = memory.room<float>(rows), *const sum =
+                                                 memory.copy(std::vector<float>(v.size(), 0.25f));
+  simd::sinkhorn_sweep<A>(memory.copy(k), rows, stride, memory.copy(v), stride, 0.5f, 1e-8f, u,
+                          sum);
+  return {{u, u + rows}, {sum, sum + stride}};
 }
 
 template <class A>
 swept log_sweep(const std::vector<float>& x, index_t rows, index_t stride,
                 const std::vector<float>& g) {
-  swept s{std::vector<float>(static_cast<std::size_t>(rows)), std::vector<float>(g.size(), 0.25f)};
-  std::vector<float> p(static_cast<std::size_t>(16 * stride));
+  static test::edges memory(4 * 80 * 160);
+  memory.begin(test::guarded_end::back);
+  float *const u = memory.room<float>(rows),
+               *const sum = memory.copy(std::vector<float>(g.size(), 0.25f)),
+               *const p = memory.room<float>(16 * stride);
+  const float *const logarithms = memory.copy(x), *const factors = memory.copy(g);
   for (index_t t = 0; t < rows; t += 16)
-    simd::sinkhorn_log_block<A>(x.data() + t * stride, stride,
-                                static_cast<int>(std::min<index_t>(16, rows - t)), g.data(), stride,
-                                0.5f, p.data(), s.u.data() + t, s.column_sum.data());
-  return s;
+    simd::sinkhorn_log_block<A>(logarithms + t * stride, stride,
+                                static_cast<int>(std::min<index_t>(16, rows - t)), factors, stride,
+                                0.5f, p, u + t, sum);
+  return {{u, u + rows}, {sum, sum + stride}};
 }
 
 }  // namespace
 
 TEST_CASE(
     "a sweep gives token factors and adds the column sums, with the same bits on every arch") {
-  for (const auto& [rows, stride] :
-       {std::pair<index_t, index_t>{1, 16}, {3, 32}, {16, 16}, {29, 64}, {64, 48}}) {
+  for (const auto& [rows, stride] : {std::pair<index_t, index_t>{1, 16},
+                                     {3, 32},
+                                     {7, 16},
+                                     {15, 48},
+                                     {16, 16},
+                                     {29, 64},
+                                     {40, 144},
+                                     {64, 48},
+                                     {71, 128}}) {
     test::random rng(static_cast<std::uint64_t>(rows));
     std::vector<float> k(static_cast<std::size_t>(rows * stride)),
         v(static_cast<std::size_t>(stride));
@@ -101,20 +118,28 @@ TEST_CASE(
 }
 
 TEST_CASE("kernel values are in [0, 1], 1 at the maximum, never denormal, and 0 for NaN and -inf") {
+  test::edges memory(4 * 16 * 48);
   for (const test::shape shape : test::all_shapes)
-    for (const index_t cols : {1, 7, 16, 40}) {
+    for (const index_t cols : {1, 7, 16, 17, 40}) {
       const auto z = test::make_logits(shape, 2, 16, cols);
       const index_t stride = round_up(cols, 16);
-      const float* row[16];
-      for (index_t i = 0; i < 16; ++i) row[i] = i == 5 ? nullptr : z.data() + i * cols;
-      std::vector<float> k(static_cast<std::size_t>(16 * stride));
-      const int live = simd::sinkhorn_kernel_block(row, 16, cols, 1.0f, false, k.data(), stride);
+      // Any number of rows, which end where memory does.
+      const index_t n = 1 + (cols + static_cast<index_t>(shape)) % 16;
+      memory.begin(test::guarded_end::back);
+      const float** const row = memory.room<const float*>(n);
+      for (index_t i = 0; i < n; ++i)
+        row[i] = i == 5 ? nullptr
+                        : memory.copy(std::span<const float>(z).subspan(
+                              static_cast<std::size_t>(i * cols), static_cast<std::size_t>(cols)));
+      float* const k = memory.room<float>(n * stride);
+      const int live =
+          simd::sinkhorn_kernel_block(row, static_cast<int>(n), cols, 1.0f, false, k, stride);
       int expected_live = 0;
       bool sound = true;
-      for (index_t i = 0; i < 16; ++i) {
+      for (index_t i = 0; i < n; ++i) {
         float top = 0;
         for (index_t e = 0; e < stride; ++e) {
-          const float x = k[static_cast<std::size_t>(i * stride + e)];
+          const float x = k[i * stride + e];
           top = std::max(top, x);
           sound = sound && (x == 0.0f || (x >= simd::sinkhorn_flush && x <= 1.0f));
           if (e >= cols || row[i] == nullptr || !(row[i][e] > -test::infinity))
@@ -130,6 +155,43 @@ TEST_CASE("kernel values are in [0, 1], 1 at the maximum, never denormal, and 0 
       CHECK(sound);
       CHECK(live == expected_live);
     }
+}
+
+TEST_CASE("kernel values are exponentials of what is below the maximum, or their logarithms") {
+  test::edges memory(4 * 16 * 144);
+  for (index_t cols = 1; cols <= 130; cols += cols < 20 ? 1 : 11)
+    for (const float temperature : {1.0f, 0.5f, 3.0f})
+      for (const bool logarithm : {false, true}) {
+        const auto z = test::make_logits(test::shape::masked, 2, 3, cols);
+        const index_t stride = round_up(cols, 16);
+        std::vector<double> expected;
+        for (index_t i = 0; i < 3; ++i) {
+          const float* const row = z.data() + i * cols;
+          const double top = static_cast<double>(*std::max_element(row, row + cols));
+          for (index_t c = 0; c < stride; ++c) {
+            const double x = c < cols ? static_cast<double>(row[c]) : -HUGE_VAL;
+            const double below = x > -HUGE_VAL ? (x - top) / static_cast<double>(temperature) : x;
+            // What is -inf stands as a number here.
+            expected.push_back(logarithm ? std::max(below, -1e30) : std::exp(below));
+          }
+        }
+        test::for_each_arch<test::arches>([&](auto tag) {
+          test::at_both_ends(memory, [&] {
+            std::vector<const float*> row;
+            for (std::size_t i = 0; i < 3; ++i)
+              row.push_back(memory.copy(std::span<const float>(z).subspan(
+                  i * static_cast<std::size_t>(cols), static_cast<std::size_t>(cols))));
+            float* const k = memory.room<float>(3 * stride);
+            simd::sinkhorn_kernel_block<decltype(tag)>(memory.copy(row), 3, cols, temperature,
+                                                       logarithm, k, stride);
+            std::vector<float> got(k, k + 3 * stride);
+            if (logarithm)
+              for (float& x : got) x = std::max(x, -1e30f);
+            INFO(cols << " columns, temperature " << temperature);
+            CHECK(test::difference(got, expected, 1e-5, 1e-30) == "");
+          });
+        });
+      }
 }
 
 TEST_CASE("kernel values below the flush level are 0, those above it are not") {

@@ -4,16 +4,19 @@
 #include <cmath>
 #include <moeroute/simd/numbers.hpp>
 #include <moeroute/simd/probability/softmax_row.hpp>
+#include <span>
 #include <vector>
 
 #include "oracle/routing.hpp"
 #include "support/arches.hpp"
 #include "support/compare.hpp"
+#include "support/edges.hpp"
 #include "support/shapes.hpp"
 
 using namespace moeroute;
 
 TEST_CASE("times their factor the rows are a softmax, with the same bits on every arch") {
+  test::edges memory(4 * block_rows * 144);
   for (const test::shape shape : test::all_shapes)
     for (index_t cols = 1; cols <= 130; cols += cols < 34 ? 1 : 5) {
       const auto z = test::make_logits(shape, 4, block_rows, cols);
@@ -42,10 +45,21 @@ TEST_CASE("times their factor the rows are a softmax, with the same bits on ever
         CHECK(close);
       }
       test::for_each_arch<test::arches>([&](auto tag) {
-        std::vector<float> other(out.size()), other_factor(block_rows);
-        simd::exp_rows<decltype(tag)>(row, cols, other.data(), stride, other_factor.data());
-        CHECK(test::bit_difference(other, out) == "");
-        CHECK(test::bit_difference(other_factor, factor) == "");
+        test::at_both_ends(memory, [&] {
+          const float** const at = memory.room<const float*>(block_rows);
+          for (index_t i = 0; i < block_rows; ++i)
+            at[i] =
+                row[i] == nullptr
+                    ? nullptr
+                    : memory.copy(std::span<const float>(row[i], static_cast<std::size_t>(cols)));
+          float *const other = memory.room<float>(block_rows * stride), *const other_factor =
+                                                                            memory.room<float>(
+                                                                                block_rows);
+          simd::exp_rows<decltype(tag)>(at, cols, other, stride, other_factor);
+          CHECK(test::bit_difference(std::span<const float>(other, out.size()), out) == "");
+          CHECK(test::bit_difference(std::span<const float>(other_factor, factor.size()), factor) ==
+                "");
+        });
       });
     }
 }

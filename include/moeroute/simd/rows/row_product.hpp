@@ -40,7 +40,7 @@ template <class A>
 product_store product_store_of(index_t depth, const matrix_view<float>& out, sum_start start) {
   constexpr index_t line = alignment / index_t{sizeof(float)};
   if (start != sum_start::zero) return product_store::written;
-  const bool streams = has_streaming_stores && width<A> >= 8 && product_across<A> % line == 0 &&
+  const bool streams = has_streaming_stores && product_across<A> % line == 0 &&
                        depth <= product_depth && out.stride % line == 0 &&
                        reinterpret_cast<std::uintptr_t>(out.data) % alignment == 0 &&
                        out.rows * out.cols * index_t{sizeof(float)} >= 4 * machine_caches().second;

@@ -29,7 +29,7 @@ constexpr void batcher(int n, F f) {
   for (int p = 1; p < n; p *= 2)
     for (int k = p; k >= 1; k /= 2)
       for (int j = k % p; j + k < n; j += 2 * k)
-        for (int i = j; i < j + k && i + k < n; ++i)
+        for (int i = j; i < j + k; ++i)
           if (i / (2 * p) == (i + k) / (2 * p)) f(i, i + k);
 }
 
