@@ -317,3 +317,39 @@ TEST_CASE("beside masks and forbidden places the optimum is that of all balanced
     }
   }
 }
+
+TEST_CASE("the auction is the published one where bids are equal, and where its patience ends") {
+  // A token is worth the same to every expert; or tokens come in eighths, experts in three kinds.
+  for (const bool alike : {true, false})
+    for (const auto& [tokens, experts] :
+         {std::pair<index_t, index_t>{24, 12}, {32, 16}, {40, 40}, {72, 72}}) {
+      test::random rng(5);
+      std::vector<float> z;
+      for (index_t t = 0; t < tokens; ++t) {
+        const float worth = rng.uniform();
+        for (index_t e = 0; e < experts; ++e)
+          z.push_back(alike ? worth : std::floor(8.0f * worth) / 8.0f * static_cast<float>(e % 3));
+      }
+      INFO(tokens << " tokens, " << experts << " experts, alike " << alike);
+      CHECK(test::listed(routed(auction, z, experts).ids()) == oracle::auction(z, tokens, experts));
+    }
+}
+
+TEST_CASE("BASE trains by auction for at most 2000 rounds where nothing is said") {
+  CHECK((auction.phase == routing_phase::training && auction.most_rounds == 2000 &&
+         auction.solver == assignment_solver::auction));
+  const auto refused = [](const base_assignment& r, index_t experts = 4) {
+    return test::refusal([&] { r.check(4 * experts, experts); });
+  };
+  CHECK(refused({.most_rounds = 0}) ==
+        "moeroute::base_assignment: most_rounds is 0, expected 1 to 1073741824");
+  CHECK(refused({.most_rounds = 1}) == "accepted");
+  CHECK(refused({.most_rounds = 1 << 30}) == "accepted");
+  CHECK(refused({.most_rounds = (1 << 30) + 1}) ==
+        "moeroute::base_assignment: most_rounds is 1073741825, expected 1 to 1073741824");
+  CHECK(refused({}, 0) == "moeroute::base_assignment: experts is 0, expected 1 to 1048576");
+  CHECK(refused({}, 1) == "accepted");
+  CHECK(refused({}, max_experts) == "accepted");
+  CHECK(refused({}, max_experts + 1) ==
+        "moeroute::base_assignment: experts is 1048577, expected 1 to 1048576");
+}

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "oracle/batch_routing.hpp"
+#include "support/backwards.hpp"
 #include "support/batch_bits.hpp"
 #include "support/compare.hpp"
 #include "support/refusal.hpp"
@@ -444,4 +445,66 @@ TEST_CASE("with every option at once experts take what a sort of their columns s
     agrees(expert_choice<>{});
     agrees(expert_choice<sigmoid>{});
   }
+}
+
+TEST_CASE("sequences are decided alike in whatever order their pieces run") {
+  constexpr index_t length = 20, tokens = 4 * length;
+  for (const index_t experts : {3, 20, 33}) {
+    const auto z = test::make_logits(test::shape::normal, 18, tokens, experts);
+    const expert_choice<sigmoid> router{.capacity = {.fixed = 5}, .sequence_length = length};
+    workspace ws;
+    assignment forwards, backwards;
+    route(router, test::rows_of(z, experts), ws, forwards);
+    route(router, test::rows_of(z, experts), ws, backwards, test::backwards{});
+    CHECK(forwards.choices() == 4 * experts * 5);
+    CHECK(listed(backwards.ids()) == listed(forwards.ids()));
+    CHECK(test::bit_difference(backwards.weights(), forwards.weights()) == "");
+  }
+}
+
+TEST_CASE("each number of expert choice has two ends, and one where nothing is said") {
+  const auto refused = [](const expert_choice<>& r, index_t experts = 4) {
+    return test::refusal([&] { r.check(8, experts); });
+  };
+  constexpr index_t most = index_t{1} << 30;
+  CHECK(refused({.sequence_length = -1}) ==
+        "moeroute::expert_choice: sequence_length is -1, expected 0 to 2147483648");
+  CHECK(refused({.sequence_length = 2 * most + 1}) ==
+        "moeroute::expert_choice: sequence_length is 2147483649, expected 0 to 2147483648");
+  CHECK(refused({.sequence_length = 8}) == "accepted");
+  CHECK(refused({.most_experts = -1}) ==
+        "moeroute::expert_choice: most_experts is -1, expected 0 to 4");
+  CHECK(refused({.most_experts = 4}) == "accepted");
+  CHECK(refused({}, 0) == "moeroute::expert_choice: experts is 0, expected 1 to 1048576");
+  CHECK(refused({}, 1) == "accepted");
+  CHECK(refused({}, max_experts + 1) ==
+        "moeroute::expert_choice: experts is 1048577, expected 1 to 1048576");
+  const auto sizes = [&](index_t tokens_per_expert::* field, const char* name, index_t least) {
+    const auto with = [&](index_t n) {
+      expert_choice<> r;
+      r.capacity.*field = n;
+      return refused(r);
+    };
+    CHECK(with(least) == "accepted");
+    CHECK(with(most) == "accepted");
+    for (const index_t n : {least - 1, most + 1})
+      CHECK(with(n) == "moeroute::expert_choice: capacity." + std::string(name) + " is " +
+                           std::to_string(n) + ", expected " + std::to_string(least) +
+                           " to 1073741824");
+  };
+  sizes(&tokens_per_expert::multiple_of, "multiple_of", 1);
+  sizes(&tokens_per_expert::at_least, "at_least", 1);
+  sizes(&tokens_per_expert::fixed, "fixed", 0);
+  const expert_choice<> plain;
+  CHECK(plain.capacity == tokens_per_expert{.factor = 2.0,
+                                            .rounding = capacity_rounding::up,
+                                            .multiple_of = 1,
+                                            .at_least = 1,
+                                            .fixed = 0});
+  CHECK((plain.normalize == token_renormalization::none && plain.eps == 0.0f &&
+         plain.scale == 1.0f && plain.sequence_length == 0 && plain.most_experts == 0));
+  CHECK(vmoe_capacity(1.5) == tokens_per_expert{.factor = 1.5, .multiple_of = 4});
+  CHECK(nucleus_capacity(1.5) == tokens_per_expert{.factor = 1.5});
+  CHECK(floor_capacity(1.5) ==
+        tokens_per_expert{.factor = 1.5, .rounding = capacity_rounding::down});
 }

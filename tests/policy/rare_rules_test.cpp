@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <cstring>
 #include <moeroute/policy/row/explore.hpp>
 #include <moeroute/policy/spec_text.hpp>
 #include <string>
@@ -11,6 +12,8 @@
 
 #include "oracle/routing.hpp"
 #include "support/compare.hpp"
+#include "support/guarded.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
@@ -536,6 +539,369 @@ TEST_CASE("what does not fit is refused with the field and its value") {
   const std::vector<expert_id> two{1, 4};
   CHECK(refused("E=8 k=2 candidates=3 steering", {.steer = {.suppress = two}}) ==
         "moeroute::candidates: active is 3, expected 4 to 8");
+}
+
+TEST_CASE(
+    "with every option at once rows have as many of their best experts as plain loops count") {
+  test::random rng(101);
+  enum class kind { mass, share, centile, entropies, dense };
+  index_t dense = 0, sparse = 0, mixed = 0;
+  const auto agrees = [&](kind which) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    constexpr index_t edges[] = {1, 2, 7, 8, 9, 15, 16, 17, 18, 33, 64, 65, 130, 300};
+    const index_t e = coin() ? edges[rng.below(14)] : 1 + rng.below(40), t = 1 + rng.below(40);
+    const test::shape shapes[] = {test::shape::normal, test::shape::zipf, test::shape::all_equal,
+                                  test::shape::quantised};
+    std::vector<float> z = test::make_logits(shapes[rng.below(4)], rng.bits() % 1000, t, e), vector;
+    for (float& x : z)
+      if (const auto odd = rng.below(16); odd < 2)
+        x = odd == 0 ? -test::infinity : test::not_a_number;
+    for (index_t i = 0; i < e; ++i) vector.push_back(0.25f * std::floor(rng.normal()));
+    logit_transform transform{};
+    if (rng.below(3) == 0) transform = {.temperature = 2.0f, .add = vector};
+    weight_rule weight{};
+    if (coin()) weight = sum_normalized;
+    if (coin()) weight.scale = 2.5f;
+    const index_t min_k = 1 + (coin() ? 0 : rng.below(e)),
+                  max_k = coin() && which != kind::entropies ? 0 : min_k + rng.below(e + 3);
+    const index_t most = max_k > 0 ? std::min(max_k, e) : e;
+    const top_p mass{.p = 0.05f + 0.9f * rng.uniform(),
+                     .crossing = static_cast<crossing>(rng.below(3)),
+                     .min_k = min_k,
+                     .max_k = max_k,
+                     .weight = weight,
+                     .transform = transform};
+    const dense_if undecided{
+        .rule = mass, .q = coin() ? 1.0f : 0.5f + 2.0f * rng.uniform(), .threshold = rng.uniform()};
+    const float low = 2.0f * rng.uniform(), high = low + 2.0f * rng.uniform();
+    const row_count count{.rule = which == kind::share     ? count_rule::ratio
+                                  : which == kind::centile ? count_rule::percentile
+                                                           : count_rule::entropy,
+                          .quantile = coin() ? rng.uniform() : 1.0f,
+                          .ratio = rng.uniform(),
+                          .low = low,
+                          .high = high,
+                          .mid_k = min_k + (max_k > min_k ? rng.below(max_k - min_k + 1) : 0),
+                          .min_k = min_k,
+                          .max_k = max_k};
+    std::vector<std::int32_t> own;
+    std::vector<std::uint8_t> mask;
+    for (index_t i = 0; i < t; ++i) {
+      own.push_back(static_cast<std::int32_t>(rng.below(most + 1)));
+      mask.push_back(static_cast<std::uint8_t>(2 * rng.below(4)));
+    }
+    side_inputs side;
+    if (coin()) side.k_of_token = own;
+    if (coin()) side.mask = mask;
+    const counted<> by_count{.count = count, .weight = weight, .transform = transform};
+    const assignment a = which == kind::mass    ? routed(mass, z, e, side)
+                         : which == kind::dense ? routed(undecided, z, e, side)
+                                                : routed(by_count, z, e, side);
+    std::string broken;
+    index_t all_of = 0, few_of = 0;
+    for (index_t i = 0; i < t; ++i) {
+      std::vector<float> row(z.begin() + i * e, z.begin() + (i + 1) * e);
+      for (std::size_t j = 0; transform.active() && j < row.size(); ++j)
+        row[j] = row[j] / 2.0f + vector[j];
+      const std::vector<expert_id> order = oracle::order(row.data(), e);
+      const std::vector<double> p = oracle::softmax(row.data(), e, order);
+      const auto of = [&](std::size_t r) { return p[static_cast<std::size_t>(order[r])]; };
+      const auto there = static_cast<index_t>(order.size());
+      counts n{0, 0};
+      const auto add_mass = [&] {
+        n = {there, there};
+        double sum = 0.0;
+        bool first = true;
+        for (index_t r = 0; r < there; ++r) {
+          sum += of(static_cast<std::size_t>(r));
+          const index_t in = mass.crossing == crossing::exclude ? r : r + 1;
+          if (first && sum >= static_cast<double>(mass.p) - 1e-5) n.least = in, first = false;
+          if (!first && sum > static_cast<double>(mass.p) + 1e-5) {
+            n.most = in;
+            break;
+          }
+        }
+      };
+      if (which == kind::mass) add_mass();
+      if (which == kind::share && there > 0)
+        n = reaching(p, order, static_cast<double>(count.ratio) * of(0));
+      if (which == kind::centile && there > 0) {
+        const double place = static_cast<double>(there - 1) * static_cast<double>(count.quantile);
+        // Ascending: the place-th from the end of the order.
+        const auto under = static_cast<std::size_t>(there - 1) - static_cast<std::size_t>(place);
+        const double above = of(under > 0 ? under - 1 : 0), part = place - std::floor(place);
+        n = reaching(p, order, part == 0.0 ? of(under) : of(under) + part * (above - of(under)));
+      }
+      const double h = entropy(p);
+      if (which == kind::entropies && there > 0) {
+        n = {most + 3, 0};
+        for (const double x : {h - 1e-5, h + 1e-5}) {
+          const index_t k = x < static_cast<double>(low)    ? min_k
+                            : x > static_cast<double>(high) ? max_k
+                                                            : count.mid_k;
+          n = {std::min(n.least, k), std::max(n.most, k)};
+        }
+      }
+      if (which == kind::dense && there > 0) {
+        const auto q = static_cast<double>(undecided.q);
+        double powers = 0.0;
+        for (const expert_id id : order) powers += std::pow(p[static_cast<std::size_t>(id)], q);
+        const double even = std::pow(static_cast<double>(e), 1.0 - q),
+                     share = e == 1                ? 0.0
+                             : undecided.q == 1.0f ? h / std::log(static_cast<double>(e))
+                                                   : (1.0 - powers) / (1.0 - even);
+        add_mass();
+        const double over = share - static_cast<double>(undecided.threshold);
+        if (over > 1e-3) n = {there, there};
+        if (std::abs(over) <= 1e-3) n.most = there;
+        (over > 0.0 ? all_of : few_of) += 1;
+      }
+      const auto bounded = [&](index_t x) {
+        x = std::min(std::clamp(x, std::min(min_k, most), most), there);
+        if (!side.k_of_token.empty()) x = std::min<index_t>(x, own[static_cast<std::size_t>(i)]);
+        return side.masked(i) ? 0 : x;
+      };
+      if (a.count(i) < bounded(n.least) || a.count(i) > bounded(n.most))
+        broken = "token " + std::to_string(i) + " has " + std::to_string(a.count(i)) +
+                 " experts, expected " + std::to_string(bounded(n.least)) + " to " +
+                 std::to_string(bounded(n.most));
+      double sum = 0.0;
+      const auto has = static_cast<std::size_t>(std::min(a.count(i), there));
+      for (std::size_t r = 0; r < has; ++r) sum += of(r);
+      for (std::size_t r = 0; r < has; ++r) {
+        const double w = of(r) * static_cast<double>(weight.scale) /
+                         (weight.normalize == normalization::sum && sum > 0.0 ? sum : 1.0);
+        if (a.ids(i)[r] != order[r]) broken = "another expert";
+        if (std::abs(static_cast<double>(a.weights(i)[r]) - w) > 1e-5 * w + 1e-36)
+          broken = "another weight";
+      }
+    }
+    dense += all_of > 0 && few_of == 0;
+    sparse += all_of == 0 && few_of > 0;
+    mixed += all_of > 0 && few_of > 0;
+    INFO("kind " << static_cast<int>(which) << " T=" << t << " E=" << e << " min_k " << min_k
+                 << " max_k " << max_k << " p " << mass.p << " crossing "
+                 << static_cast<int>(mass.crossing) << " own k " << !side.k_of_token.empty());
+    CHECK(broken == "");
+  };
+  for (index_t round = 0; round < 60; ++round)
+    for (const kind which : {kind::mass, kind::share, kind::centile, kind::entropies, kind::dense})
+      agrees(which);
+  CHECK((dense > 0 && sparse > 0 && mixed > 0));
+}
+
+TEST_CASE("with every option at once steps on logits are those of plain loops") {
+  test::random rng(103);
+  const auto alike = [](const std::vector<float>& got, const std::vector<double>& expected) {
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      const auto x = static_cast<double>(got[i]);
+      if (x != expected[i] && !(std::abs(x - expected[i]) <= 1e-5 * std::abs(expected[i]) + 1e-5))
+        return false;
+    }
+    return got.size() == expected.size();
+  };
+  for (index_t round = 0; round < 300; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t n = 2 + rng.below(40), token = rng.below(100);
+    const side_inputs side{.seed = rng.bits(), .step = static_cast<std::uint64_t>(rng.below(99))};
+    const auto parts = static_cast<index_t>(rng.below(3) == 0 ? 2 : 1 + rng.below(5));
+    std::vector<float> z =
+        test::make_logits(rng.below(4) == 0 ? test::shape::all_equal : test::shape::normal,
+                          rng.bits() % 1000, 1, n * parts);
+    for (float& x : z)
+      if (const auto odd = rng.below(14); odd < 2)
+        x = odd == 0 ? -test::infinity : test::not_a_number;
+    const auto at = [&](index_t part, index_t e) {
+      return static_cast<double>(z[static_cast<std::size_t>(part * n + e)]);
+    };
+    const auto size = static_cast<std::size_t>(n);
+    INFO("round " << round << " E=" << n << " parts " << parts);
+    // Exactly the memory that is theirs.
+    test::guarded<float> in(n * parts), to(n);
+    const auto after = [&](const auto& step) {
+      float* const from = in.window(n * parts, test::guarded_end::back);
+      float* const out = to.window(n, test::guarded_end::back);
+      std::copy(z.begin(), z.end(), from);
+      step.apply_row(from, n * parts, token, side, out);
+      return std::vector<float>(out, out + n);
+    };
+    if (parts == 2) {
+      std::vector<double> sums;
+      for (index_t e = 0; e < n; ++e)
+        sums.push_back(at(0, e) > -HUGE_VAL && at(1, e) > -HUGE_VAL
+                           ? 1 / (1 + std::exp(-at(0, e))) + 1 / (1 + std::exp(-at(1, e)))
+                           : -HUGE_VAL);
+      CHECK(alike(after(sigmoid_sum{}), sums));
+    }
+    const pass_logits passes{.passes = parts,
+                             .rule = coin() ? pass_rule::bound : pass_rule::ratio,
+                             .lambda = coin() ? 1.0f : -0.5f};
+    std::vector<double> of_passes;
+    for (index_t e = 0; e < n; ++e) {
+      double mean = 0.0, square = 0.0;
+      for (index_t p = 0; p < parts; ++p) mean += at(p, e) / static_cast<double>(parts);
+      for (index_t p = 0; p < parts; ++p)
+        square += (at(p, e) - mean) * (at(p, e) - mean) / static_cast<double>(parts);
+      bool there = true;
+      for (index_t p = 0; p < parts; ++p) there = there && at(p, e) > -HUGE_VAL;
+      const double deviation = std::sqrt(square);
+      of_passes.push_back(!there ? -HUGE_VAL
+                          : passes.rule == pass_rule::bound
+                              ? mean - static_cast<double>(passes.lambda) * deviation
+                              : mean / std::max(deviation, 1e-6));
+    }
+    // A quotient by nearly nothing has the roundings of that.
+    if (passes.rule == pass_rule::bound || parts > 2) CHECK(alike(after(passes), of_passes));
+    if (parts != 1) continue;
+    double mean = 0.0, square = 0.0, count = 0.0;
+    for (const float x : z)
+      if (std::isfinite(x)) mean += static_cast<double>(x), count += 1.0;
+    mean /= std::max(count, 1.0);
+    for (const float x : z)
+      if (std::isfinite(x))
+        square += (static_cast<double>(x) - mean) * (static_cast<double>(x) - mean);
+    const double deviation = std::sqrt(square / std::max(count, 1.0));
+    const float lambda = coin() ? 1.0f : 2.5f;
+    std::vector<double> standard;
+    for (const float x : z)
+      standard.push_back(!(x > -test::infinity) ? -HUGE_VAL
+                         : deviation > 1e-6     ? static_cast<double>(lambda) *
+                                                  (static_cast<double>(x) - mean) / deviation
+                                            : 0.0);
+    std::vector<float> got = after(standardized{lambda});
+    for (float& x : got)
+      if (x != x) x = -test::infinity;
+    CHECK(alike(got, standard));
+    // The lot, expert by expert.
+    const candidates lot{.active = 1 + rng.below(n),
+                         .scope = coin() ? row_scope::token : row_scope::batch};
+    std::vector<float> drawn = z;
+    index_t wanted = lot.active;
+    for (index_t e = 0; e < n; ++e) {
+      const auto place =
+          static_cast<std::uint64_t>((lot.scope == row_scope::token ? token : 0) * n + e);
+      const bool is_in =
+          static_cast<index_t>(random_below(
+              static_cast<std::uint32_t>(n - e), side.seed,
+              detail::random_stream(detail::random_use::candidates, side.step), place)) < wanted;
+      wanted -= is_in;
+      if (!is_in) drawn[static_cast<std::size_t>(e)] = -test::infinity;
+    }
+    CHECK(wanted == 0);
+    const std::vector<float> left = after(lot);
+    CHECK(std::memcmp(left.data(), drawn.data(), size * 4) == 0);
+    // Promoted and suppressed experts.
+    std::vector<expert_id> list(size), up, down;
+    for (std::size_t i = 0; i < size; ++i) list[i] = static_cast<expert_id>(i);
+    for (std::size_t i = 0; i < size; ++i)
+      std::swap(list[i], list[static_cast<std::size_t>(rng.below(n))]);
+    for (std::size_t i = 0; i < size; ++i)
+      if (const auto where = rng.below(4); where < 2) (where == 0 ? up : down).push_back(list[i]);
+    const steering steer{.promote = up,
+                         .suppress = down,
+                         .how = coin() ? promotion::soft : promotion::hard,
+                         .lambda = coin() ? 1.0f : -0.75f};
+    CHECK(steer.active() == !(up.empty() && down.empty()));
+    float top = -test::infinity;
+    for (const float x : z) top = x > top ? x : top;
+    std::vector<double> steered(z.begin(), z.end());
+    for (std::size_t i = 0; i < up.size(); ++i) {
+      double& x = steered[static_cast<std::size_t>(up[i])];
+      if (steer.how == promotion::soft)
+        x += static_cast<double>(steer.lambda) * (deviation > 1e-6 ? deviation : 0.0);
+      else if (x > -HUGE_VAL)
+        x = static_cast<double>(top) +
+            std::max(1e-6, std::abs(static_cast<double>(top)) * 0x1p-22) *
+                static_cast<double>(up.size() - i);
+    }
+    for (const expert_id e : down) steered[static_cast<std::size_t>(e)] = -HUGE_VAL;
+    std::vector<float> by_steer = after(steer);
+    for (std::size_t i = 0; i < size; ++i)
+      if (by_steer[i] != by_steer[i]) by_steer[i] = -test::infinity;
+    for (double& x : steered)
+      if (x != x) x = -HUGE_VAL;
+    CHECK(alike(by_steer, steered));
+    if (steer.how == promotion::hard) {  // the first of the list on top, and so on
+      float above = test::infinity;
+      bool falls = true;
+      for (const expert_id e : up) {
+        const float x = by_steer[static_cast<std::size_t>(e)];
+        if (x == -test::infinity) continue;
+        falls = falls && x < above && x > top;
+        above = x;
+      }
+      CHECK(falls);
+    }
+  }
+}
+
+TEST_CASE("steps picked at run time are the steps themselves, one after the other") {
+  test::random rng(107);
+  for (index_t round = 0; round < 200; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t n = 4 + rng.below(30);
+    const std::vector<expert_id> up{1}, down{3};
+    any_row_transform all;
+    all.sums_sigmoids = coin();
+    if (!all.sums_sigmoids && coin()) all.passes = {.passes = 3, .lambda = 0.5f};
+    if (coin()) all.standardize = 1.5f;
+    if (coin()) all.steer = {.promote = up, .suppress = down, .lambda = 0.5f};
+    if (coin()) all.lot = {.active = 2 + rng.below(n - 2)};
+    const index_t columns = n * (all.sums_sigmoids ? 2 : all.passes.passes);
+    CHECK(all.experts(columns) == n);
+    CHECK(test::refusal([&] { all.check(columns, 1); }) == "accepted");
+    const std::vector<float> z = test::make_logits(test::shape::normal, 5, 1, columns);
+    const side_inputs side{.seed = rng.bits()};
+    std::vector<float> got(static_cast<std::size_t>(n)), expected(got);
+    all.apply_row(z.data(), columns, 7, side, got.data());
+    if (all.sums_sigmoids)
+      sigmoid_sum::apply_row(z.data(), columns, 7, side, expected.data());
+    else if (all.passes.passes > 1)
+      all.passes.apply_row(z.data(), columns, 7, side, expected.data());
+    else
+      expected = z;
+    float* const row = expected.data();
+    if (all.standardize != 0.0f) standardized{all.standardize}.apply_row(row, n, 7, side, row);
+    if (all.steer.active()) all.steer.apply_row(row, n, 7, side, row);
+    if (all.lot.active != 0) all.lot.apply_row(row, n, 7, side, row);
+    CHECK(test::bit_difference(got, expected) == "");
+    CHECK(all.active() == (all.sums_sigmoids || all.passes.passes > 1 || all.standardize != 0.0f ||
+                           all.steer.active() || all.lot.active != 0));
+  }
+  const auto refused = [](const any_row_transform& t, index_t columns) {
+    return test::refusal([&] { t.check(columns, 2); });
+  };
+  CHECK(refused({.sums_sigmoids = true}, 7) ==
+        "moeroute::sigmoid_sum: columns is 7, expected a multiple of 2");
+  CHECK(refused({.sums_sigmoids = true}, 0) ==
+        "moeroute::sigmoid_sum: columns is 0, expected a multiple of 2");
+  CHECK(refused({.passes = {.passes = 3}}, 8) ==
+        "moeroute::pass_logits: columns is 8, expected a multiple of passes = 3");
+  CHECK(refused({.passes = {.passes = 0}}, 8) ==
+        "moeroute::pass_logits: passes is 0, expected 1 to 65536");
+  CHECK(refused({.passes = {.passes = 65537}}, 8) ==
+        "moeroute::pass_logits: passes is 65537, expected 1 to 65536");
+  CHECK(refused({.passes = {.passes = 65536}}, 1 << 17) == "accepted");
+  CHECK(refused({.standardize = -1.0f}, 8) ==
+        "moeroute::standardized: lambda is -1.000000, expected > 0");
+  CHECK(refused({.lot = {.active = 9}}, 8) == "moeroute::candidates: active is 9, expected 2 to 8");
+  CHECK(refused({.lot = {.active = 1}}, 8) == "moeroute::candidates: active is 1, expected 2 to 8");
+  CHECK(refused({.lot = {.active = 2}}, 8) == "accepted");
+  const std::vector<expert_id> low{-1}, end{7}, two{0, 1}, six{0, 1, 2, 3, 4, 5};
+  CHECK(refused({.steer = {.promote = low}}, 8) ==
+        "moeroute::steering: promote is -1, expected 0 to 7");
+  CHECK(refused({.steer = {.promote = end, .suppress = six}}, 8) == "accepted");
+  CHECK(refused({.steer = {.suppress = low}}, 8) ==
+        "moeroute::steering: suppress is -1, expected 0 to 7");
+  CHECK(refused({.steer = {.promote = two, .suppress = two}}, 8) ==
+        "moeroute::steering: expert 0 is both promoted and suppressed");
+  const any_row_transform none;
+  CHECK_FALSE(none.active());
+  CHECK(none.experts(9) == 9);
+  CHECK((pass_logits{}.passes == 8 && pass_logits{}.lambda == 1.0f &&
+         pass_logits{}.rule == pass_rule::bound && standardized{}.lambda == 1.0f &&
+         steering{}.lambda == 1.0f && steering{}.how == promotion::soft &&
+         candidates{}.active == 1 && candidates{}.scope == row_scope::token));
 }
 
 }  // namespace rare_rules_tests

@@ -652,3 +652,76 @@ TEST_CASE("with every option at once the plan and its choices are those of a slo
     CHECK(broken == "");
   }
 }
+
+TEST_CASE("each number of Sinkhorn's rules has two ends, and one where nothing is said") {
+  const std::vector<float> four(4, 1.0f), five(5, 1.0f), wild{1.0f, test::infinity, 1.0f, 1.0f},
+      none{1.0f, test::not_a_number, 1.0f, 1.0f};
+  const std::string experts_0 = ": experts is 0, expected 1 to 1048576",
+                    experts_more = ": experts is 1048577, expected 1 to 1048576";
+  const auto refused = [](const auto& rule, index_t experts = 4) {
+    return test::refusal([&] { rule.check(8, experts); });
+  };
+  CHECK(refused(sinkhorn{.k = 0}) == "moeroute::sinkhorn: k is 0, expected 1 to 4");
+  CHECK(refused(sinkhorn{.k = 4}) == "accepted");
+  CHECK(refused(sinkhorn{}, 0) == "moeroute::sinkhorn" + experts_0);
+  CHECK(refused(sinkhorn{}, max_experts) == "accepted");
+  CHECK(refused(sinkhorn{}, max_experts + 1) == "moeroute::sinkhorn" + experts_more);
+  CHECK(refused(sinkhorn{.share = four}) == "accepted");
+  CHECK(refused(sinkhorn{.share = wild}) ==
+        "moeroute::sinkhorn: share of expert 1 is inf, expected > 0");
+  CHECK(refused(sinkhorn{.share = none}) ==
+        "moeroute::sinkhorn: share of expert 1 is nan, expected > 0");
+  CHECK(refused(sinkhorn{.phase = routing_phase::evaluation}) == "accepted");
+  CHECK(refused(selective_sinkhorn{.k = 0}) ==
+        "moeroute::selective_sinkhorn: k is 0, expected 1 to 4");
+  CHECK(refused(selective_sinkhorn{.k = 4}) == "accepted");
+  CHECK(refused(selective_sinkhorn{.k = 5}) ==
+        "moeroute::selective_sinkhorn: k is 5, expected 1 to 4");
+  CHECK(refused(selective_sinkhorn{}, 0) == "moeroute::selective_sinkhorn" + experts_0);
+  CHECK(refused(selective_sinkhorn{}, max_experts + 1) ==
+        "moeroute::selective_sinkhorn" + experts_more);
+  CHECK(refused(selective_sinkhorn{.share = five}) ==
+        "moeroute::selective_sinkhorn: share.size() is 5, expected 4");
+  CHECK(refused(selective_sinkhorn{.scaling = {.temperature = 0.0f}}) ==
+        "moeroute::selective_sinkhorn: temperature is 0.000000, expected > 0");
+  CHECK(refused(sinkhorn_expert_choice{}, max_experts + 1) ==
+        "moeroute::sinkhorn_expert_choice" + experts_more);
+  CHECK(refused(sinkhorn_expert_choice{}, 1) == "accepted");
+  CHECK(refused(sinkhorn_expert_choice{.capacity = {.factor = 0.0}}) ==
+        "moeroute::expert_choice: capacity.factor is 0.000000, expected > 0");
+  CHECK(refused(sinkhorn_expert_choice{.weights = plan_weights::sigmoid}) ==
+        "moeroute::sinkhorn_expert_choice: weights is by_k or sigmoid, expected softmax or plan");
+  CHECK(refused(sinkhorn_expert_choice{.weights = plan_weights::plan}) == "accepted");
+  constexpr index_t most = index_t{1} << 30;
+  const auto iterations = [&](index_t n) {
+    return refused(sinkhorn{.scaling = {.most_iterations = n}});
+  };
+  CHECK(iterations(1) == "accepted");
+  CHECK(iterations(most) == "accepted");
+  CHECK(iterations(most + 1) ==
+        "moeroute::sinkhorn: most_iterations is 1073741825, expected 1 to 1073741824");
+  const sinkhorn_scaling plain{.mass = plan_mass::one,
+                               .order = scaling_order::rows_then_columns,
+                               .domain = sinkhorn_domain::exponential,
+                               .stop = sinkhorn_stop::mean_change,
+                               .similarity = plan_similarity::logits,
+                               .temperature = 1.0f,
+                               .eps = 1e-8f,
+                               .tolerance = 1e-4f,
+                               .most_iterations = 1000};
+  CHECK((sinkhorn{}.scaling == plain && megatron_scaling == plain &&
+         sinkhorn_expert_choice{}.scaling == plain));
+  CHECK(selective_sinkhorn{}.scaling == selective_scaling);
+  CHECK((sinkhorn{}.k == 1 && sinkhorn{}.phase == routing_phase::training &&
+         sinkhorn{}.weights == plan_weights::by_k));
+  CHECK((selective_sinkhorn{}.k == 2 && selective_sinkhorn{}.probability == 1e-3f &&
+         selective_sinkhorn{}.phase == routing_phase::training &&
+         selective_sinkhorn{}.stream == 0x53535200 && !selective_sinkhorn{}.noise.active()));
+  CHECK((sinkhorn_expert_choice{}.capacity == tokens_per_expert{} &&
+         sinkhorn_expert_choice{}.weights == plan_weights::softmax));
+  // The coin is below the chance, not at it.
+  const side_inputs side{.seed = 5, .step = 7};
+  const float coin = random_u01(side.seed, 0x53535200, side.step);
+  CHECK_FALSE(selective_sinkhorn{.probability = coin}.balances(side));
+  CHECK(selective_sinkhorn{.probability = std::nextafter(coin, 2.0f)}.balances(side));
+}

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <memory>
 #include <moeroute/policy/weigh/transport_plan.hpp>
 #include <moeroute/stage/route.hpp>
 #include <span>
@@ -456,4 +457,88 @@ TEST_CASE("with every option at once a sparse plan and its choices are those of 
     if (static_cast<std::size_t>(out.choices()) != all) broken = "a token that may not be";
     CHECK(broken == "");
   }
+}
+
+TEST_CASE("experts that take more than a support of one weigh the others 0") {
+  constexpr index_t tokens = 24, experts = 5;
+  const auto z = test::make_logits(test::shape::normal, 8, tokens, experts);
+  for (const index_t support : {1, 2}) {
+    const sparse_transport router{
+        .capacity = {.fixed = 6}, .support = support, .weights = transport_weights::plan};
+    const auto plan = plan_of(router, z, tokens, experts);
+    const assignment a = routed(router, z, experts);
+    index_t above = 0;
+    for (index_t t = 0; t < tokens; ++t)
+      for (std::size_t i = 0; i < a.ids(t).size(); ++i) {
+        above += a.weights(t)[i] > 0.0f;
+        CHECK(a.weights(t)[i] == plan[static_cast<std::size_t>(t * experts + a.ids(t)[i])]);
+      }
+    CHECK(a.choices() == 6 * experts);
+    CHECK((above >= experts && above <= support * experts));
+  }
+}
+
+TEST_CASE("a sparse plan's gradient with more experts than tokens begins at nothing") {
+  constexpr index_t tokens = 4, experts = 11;
+  const auto near = test::make_logits(test::shape::normal, 6, tokens, experts);
+  const sparse_transport how{.weights = transport_weights::plan};
+  const assignment a = routed(how, near, experts);
+  std::vector<float> potentials(tokens), w(a.weights().size(), 1.0f);
+  how.potentials(rows_of(near, experts), {}, *std::make_unique<workspace>(), potentials);
+  workspace ws;
+  std::vector<float> first(near.size()), again(near.size());
+  const auto pull = [&](std::vector<float>& dz) {
+    weigh_transport_backward<float>(how, potentials, {near.data(), tokens, experts}, {}, a, w,
+                                    transport_gradient::projection, gradient_to::write,
+                                    {dz.data(), tokens, experts}, ws);
+  };
+  // Of the same memory, with what the call before left in it.
+  pull(first);
+  for (float& x : w) x = -3.0f;
+  pull(again);
+  for (float& x : w) x = 1.0f;
+  pull(again);
+  CHECK(test::bit_difference(again, first) == "");
+}
+
+TEST_CASE("each number of a sparse transport has two ends, and one where nothing is said") {
+  const auto refused = [](const sparse_transport& r, index_t experts = 4) {
+    return test::refusal([&] { r.check(8, experts); });
+  };
+  constexpr index_t most = index_t{1} << 30;
+  CHECK(refused({.support = most}) == "accepted");
+  CHECK(refused({.support = most + 1}) ==
+        "moeroute::sparse_transport: support is 1073741825, expected 0 to 1073741824");
+  CHECK(refused({.steps = 0}) == "accepted");
+  CHECK(refused({.steps = -1}) ==
+        "moeroute::sparse_transport: steps is -1, expected 0 to 1073741824");
+  CHECK(refused({.steps = most}) == "accepted");
+  CHECK(refused({.steps = most + 1}) ==
+        "moeroute::sparse_transport: steps is 1073741825, expected 0 to 1073741824");
+  for (const float gamma : {HUGE_VALF, -1.0f, test::not_a_number})
+    CHECK(refused({.gamma = gamma}) ==
+          "moeroute::sparse_transport: gamma is " + std::to_string(gamma) + ", expected > 0");
+  CHECK(refused({}, 0) == "moeroute::sparse_transport: experts is 0, expected 1 to 1048576");
+  CHECK(refused({}, 1) == "accepted");
+  CHECK(refused({}, max_experts + 1) ==
+        "moeroute::sparse_transport: experts is 1048577, expected 1 to 1048576");
+  CHECK(refused({.capacity = {.factor = 0.0}}) ==
+        "moeroute::expert_choice: capacity.factor is 0.000000, expected > 0");
+  const sparse_transport plain;
+  CHECK((plain.capacity == tokens_per_expert{} && plain.support == 0 && plain.gamma == 1.0f &&
+         plain.learning_rate == 1e-2f && plain.steps == 20 &&
+         plain.weights == transport_weights::softmax));
+  const auto of_tokens = [](const sparse_transport_token_choice& r) {
+    return test::refusal([&] { r.check(8, 4); });
+  };
+  CHECK(of_tokens({.k = 0}) == "moeroute::sparse_transport_token_choice: k is 0, expected 1 to 4");
+  CHECK(of_tokens({.k = 4}) == "accepted");
+  CHECK(of_tokens({.transport = {.steps = -1}}) ==
+        "moeroute::sparse_transport: steps is -1, expected 0 to 1073741824");
+  CHECK(sparse_transport_token_choice{}.k == 1);
+  const auto z = test::make_logits(test::shape::normal, 3, 4, 3);
+  std::vector<float> list(5);
+  workspace ws;
+  CHECK(test::refusal([&] { plain.potentials({z.data(), 4, 3}, {}, ws, list); }) ==
+        "moeroute::sparse_transport: potentials.size() is 5, expected 4");
 }

@@ -57,8 +57,6 @@ struct batch_percentile {
       std::copy_n(z.row(t), experts, row);
       if (simd::row_max<A>(row, experts) > simd::minus_infinity)
         score.template score_row<A>(row, experts, m.scores + live * experts);
-      else
-        std::fill_n(row, experts, simd::minus_infinity);
       ++live;
     }
     const bool any = std::any_of(m.logits, m.logits + live * experts,

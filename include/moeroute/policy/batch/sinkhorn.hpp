@@ -252,7 +252,7 @@ struct sinkhorn_expert_choice {
       const worker_slots::held worker(slots);
       float* const score = m.rows[worker].rows;
       for (index_t t = begin; t < end; ++t) {
-        if (p.offsets[t] == p.offsets[t + 1]) continue;
+        if (out.count(t) == 0) continue;
         softmax::score_row<A>(z.row(t), experts, score);
         for (std::int32_t i = p.offsets[t]; i < p.offsets[t + 1]; ++i)
           p.weights[i] = score[p.ids[i]];

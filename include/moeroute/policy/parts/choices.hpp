@@ -192,7 +192,9 @@ struct row_choices {
       for (int r = 0; r < n; ++r)
         if (r == 0 || r * simd::width<A> < k) f(r);
     } else {
-      for (int r = 0; r * simd::width<A> < k; ++r) f(r);
+      int r = 0;
+      do f(r);
+      while (++r * simd::width<A> < k);
     }
   }
 };
