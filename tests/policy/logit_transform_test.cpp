@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "support/compare.hpp"
+#include "support/guarded.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
@@ -97,4 +99,53 @@ TEST_CASE("a temperature, soft-cap or vector that makes no sense is refused") {
   CHECK(refused({.add = vector}) == "moeroute::logit_transform: add.size() is 7, expected 8");
   CHECK(refused({.noise = {.kind = noise_kind::gaussian, .sigma = -1.0f}}) ==
         "moeroute::logit_noise: sigma is -1.000000, expected >= 0");
+}
+
+TEST_CASE(
+    "with every option at once logits are divided, bent, moved and made noisy, in this order") {
+  test::random rng(127);
+  for (index_t round = 0; round < 150; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t n = 1 + rng.below(70), stride = n + rng.below(4), first = rng.below(40);
+    const int rows = static_cast<int>(1 + rng.below(block_rows));
+    std::vector<float> vector,
+        z = test::make_logits(test::shape::normal, rng.bits() % 1000, rows, stride);
+    for (float& x : z)
+      if (const auto odd = rng.below(16); odd < 3)
+        x = odd == 0 ? -test::infinity : odd == 1 ? test::not_a_number : test::infinity;
+    for (index_t e = 0; e < n; ++e) vector.push_back(rng.normal());
+    logit_transform how;
+    if (coin()) how.temperature = 0.7f;
+    if (coin()) how.softcap = 3.0f;
+    if (coin()) how.add = vector;
+    if (coin()) how.noise = {.kind = noise_kind::gaussian, .sigma = 0.5f};
+    CHECK(how.active() == (how.temperature != 1.0f || how.softcap != 0.0f || !how.add.empty() ||
+                           how.noise.kind != noise_kind::none));
+    const side_inputs side{.seed = rng.bits()};
+    test::guarded<float> in((rows - 1) * stride + n), out(rows * n);
+    float* const from = in.window((rows - 1) * stride + n, test::guarded_end::back);
+    std::copy_n(z.begin(), (rows - 1) * stride + n, from);
+    float* const to = out.window(rows * n, test::guarded_end::back);
+    const logit_block made = how.apply({from, stride, rows, n, first, &side}, to);
+    CHECK((made.logits == to && made.stride == n && made.rows == rows && made.experts == n &&
+           made.first_token == first));
+    index_t wrong = 0;
+    for (int i = 0; i < rows; ++i) {
+      std::vector<float> noise(static_cast<std::size_t>(n), 0.0f);
+      if (how.noise.active()) how.noise.add_to_row(noise.data(), n, first + i, side);
+      for (index_t e = 0; e < n; ++e) {
+        auto x = static_cast<double>(from[i * stride + e]) / static_cast<double>(how.temperature);
+        const auto cap = static_cast<double>(how.softcap);
+        if (how.softcap != 0.0f) x = x > -HUGE_VAL ? cap * std::tanh(x / cap) : -HUGE_VAL;
+        if (!how.add.empty()) x += static_cast<double>(vector[static_cast<std::size_t>(e)]);
+        x += static_cast<double>(noise[static_cast<std::size_t>(e)]);
+        const auto y = static_cast<double>(to[i * n + e]);
+        const bool none = !(x > -HUGE_VAL);  // NaN or -inf, which are one
+        wrong += none ? y > -HUGE_VAL : x != y && !(std::abs(x - y) <= 2e-6 * std::abs(x) + 2e-6);
+      }
+    }
+    INFO("E=" << n << " rows " << rows);
+    CHECK(wrong == 0);
+  }
+  CHECK_FALSE(logit_transform{}.active());
 }

@@ -9,6 +9,8 @@
 
 #include "support/arches.hpp"
 #include "support/compare.hpp"
+#include "support/guarded.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
@@ -206,4 +208,120 @@ TEST_CASE("Gaussian noise on inputs multiplies and adds as asked, replays, and i
     CHECK(test::refusal([&] { noisy(0.0f, bad, y); }) ==
           "moeroute::gaussian_rows: addend is " + number + ", expected >= 0");
   }
+}
+
+TEST_CASE("noise is that of a place, number by number, in exactly the memory of its row") {
+  using A = simd::default_arch;
+  test::random rng(113);
+  for (index_t round = 0; round < 120; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    constexpr index_t edges[] = {1, 3, 4, 5, 8, 15, 16, 17, 63, 64, 65, 128, 129, 131};
+    const index_t n = edges[rng.below(14)], token = rng.below(5), gap = rng.below(3);
+    const logit_noise how{.kind = coin() ? noise_kind::gaussian : noise_kind::gumbel,
+                          .sigma = coin() ? 1.0f : 0.25f,
+                          .floor = coin() ? 0.01f : 0.5f};
+    std::vector<float> gate(static_cast<std::size_t>(5 * (n + gap)));
+    for (float& x : gate) x = rng.normal();
+    side_inputs side{.seed = rng.bits(), .step = static_cast<std::uint64_t>(rng.below(99))};
+    const bool gated = coin();
+    if (gated) side.noise_logits = {gate.data(), 5, n, n + gap};
+    test::guarded<float> memory(n);
+    float* const z = memory.window(n, test::guarded_end::back);
+    std::vector<float> before;
+    for (index_t c = 0; c < n; ++c) before.push_back(z[c] = rng.normal());
+    how.add_to_row(z, n, token, side);
+    std::vector<double> expected;
+    const std::uint64_t stream = detail::random_stream(detail::random_use::logit_noise, side.step);
+    for (index_t c = 0; c < n; ++c) {
+      const random_words words = random_block(
+          side.seed, stream, static_cast<std::uint64_t>(token * ((n + 3) / 4) + c / 4));
+      const float u = open_u01_of(words.word[c % 4]);
+      float normal[simd::width<A>];
+      detail::normal_quantile<A>(simd::vfloat<A>(u)).store_unaligned(normal);
+      const double drawn = how.kind == noise_kind::gaussian
+                               ? static_cast<double>(normal[0])
+                               : -std::log(-std::log(static_cast<double>(u))),
+                   width = gated ? std::log1p(std::exp(static_cast<double>(
+                                       gate[static_cast<std::size_t>(token * (n + gap) + c)]))) +
+                                       static_cast<double>(how.floor)
+                                 : static_cast<double>(how.sigma);
+      expected.push_back(static_cast<double>(before[static_cast<std::size_t>(c)]) + drawn * width);
+    }
+    INFO("n " << n << " token " << token << " kind " << static_cast<int>(how.kind) << " gate "
+              << gated);
+    CHECK(test::difference(std::vector<float>(z, z + n), expected, 2e-6, 2e-6) == "");
+  }
+}
+
+TEST_CASE("noise on inputs is number by number what it says, in place and in 16 bits too") {
+  using A = simd::default_arch;
+  constexpr index_t rows = 3, cols = 5, stride = 7;
+  const std::vector<float> x = test::make_logits(test::shape::normal, 4, rows, stride);
+  const side_inputs side{.seed = 6, .step = 3};
+  const matrix_view<const float> from(x.data(), rows, cols, stride);
+  const auto word = [&](detail::random_use use, index_t t, index_t c, int which) {
+    return random_block(side.seed, detail::random_stream(use, side.step),
+                        static_cast<std::uint64_t>(t * cols + c))
+        .word[which];
+  };
+  const auto normal = [&](index_t t, index_t c, int which) {
+    float q[simd::width<A>];
+    detail::normal_quantile<A>(
+        simd::vfloat<A>(open_u01_of(word(detail::random_use::input_noise, t, c, which))))
+        .store_unaligned(q);
+    return static_cast<double>(q[0]);
+  };
+  std::vector<double> jittered, noisy;
+  for (index_t t = 0; t < rows; ++t)
+    for (index_t c = 0; c < cols; ++c) {
+      const auto v = static_cast<double>(from(t, c));
+      const auto u = static_cast<double>(u01_of(word(detail::random_use::jitter, t, c, 0)));
+      jittered.push_back(v * (0.75 + 0.5 * u));
+      noisy.push_back(v * (1.0 + 0.5 * normal(t, c, 0)) + 2.0 * normal(t, c, 1));
+    }
+  const auto check = [&](auto&& make, const std::vector<double>& expected) {
+    std::vector<float> apart(rows * cols), same(x), packed;
+    make(from, matrix_view<float>(apart.data(), rows, cols));
+    CHECK(test::difference(apart, expected, 2e-6, 1e-6) == "");
+    const matrix_view<float> here(same.data(), rows, cols, stride);
+    make(here, here);
+    for (index_t t = 0; t < rows; ++t)
+      for (index_t c = 0; c < cols; ++c) packed.push_back(here(t, c));
+    CHECK(test::bit_difference(packed, apart) == "");
+    std::vector<bfloat16> narrow(rows * cols);
+    make(from, matrix_view<bfloat16>(narrow.data(), rows, cols));
+    double worst = 0.0;
+    for (std::size_t i = 0; i < narrow.size(); ++i)
+      worst = std::max(worst, std::abs(static_cast<double>(static_cast<float>(narrow[i])) -
+                                       static_cast<double>(apart[i])) /
+                                  (std::abs(static_cast<double>(apart[i])) + 1e-6));
+    CHECK(worst < 1.0 / 200);
+  };
+  check([&](auto a, auto b) { jitter_rows(a, 0.25f, side, b); }, jittered);
+  check([&](auto a, auto b) { gaussian_rows(a, 0.5f, 2.0f, side, b); }, noisy);
+}
+
+TEST_CASE(
+    "noise on inputs is refused where shapes differ, rows overlap, or one runs into another") {
+  std::vector<float> x(40, 1.0f), y(40);
+  const side_inputs side;
+  const matrix_view<const float> from(x.data(), 3, 5);
+  const auto refused = [&](auto&& call) { return test::refusal(call); };
+  for (const bool gaussian : {false, true}) {
+    const std::string who = gaussian ? "moeroute::gaussian_rows: " : "moeroute::jitter_rows: ";
+    const auto make = [&](matrix_view<const float> a, matrix_view<float> b) {
+      return refused([&] {
+        gaussian ? gaussian_rows(a, 0.1f, 0.1f, side, b) : jitter_rows(a, 0.1f, side, b);
+      });
+    };
+    CHECK(make(from, {y.data(), 3, 5}) == "accepted");
+    CHECK(make(from, {y.data(), 2, 5}) == who + "out.rows is 2, expected 3");
+    CHECK(make(from, {y.data(), 3, 4}) == who + "out.cols is 4, expected 5");
+    CHECK(make({x.data(), 3, 5, 4}, {y.data(), 3, 5}) ==
+          who + "x.stride is 4, expected at least 5");
+    CHECK(make(from, {y.data(), 3, 5, 4}) == who + "out.stride is 4, expected at least 5");
+    CHECK(make(from, {x.data() + 1, 3, 5}).starts_with(who));
+  }
+  CHECK(logit_noise{}.kind == noise_kind::none);
+  CHECK((logit_noise{}.sigma == 1.0f && logit_noise{}.floor == 0.01f));
 }

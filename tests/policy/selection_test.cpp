@@ -2,12 +2,15 @@
 
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "oracle/routing.hpp"
 #include "support/compare.hpp"
+#include "support/guarded.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/shapes.hpp"
 
@@ -134,4 +137,135 @@ TEST_CASE("selections that do not fit E are refused") {
         "moeroute::top_k: group_fill is 1.000000, expected -inf or 0");
   CHECK(refusal({.k = 3, .groups = 4, .topk_group = 1}) == "accepted");
   CHECK(refusal({.k = 3, .topk_group = 0, .group_fill = 1.0f}) == "accepted");  // of one group
+}
+
+TEST_CASE("selections touch no memory but their own, and know who is of a lost group") {
+  test::random rng(109);
+  const side_inputs side;
+  for (index_t round = 0; round < 200; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t groups = 1 + rng.below(20), size = 1 + rng.below(12), experts = groups * size;
+    const int tokens = static_cast<int>(1 + rng.below(block_rows));
+    top_k rule{.groups = groups, .topk_group = 1 + rng.below(groups)};
+    rule.k = 1 + rng.below(rule.topk_group * size);
+    rule.group_score = static_cast<group_score>(rng.below(3));
+    if (coin()) rule.group_fill = 0.0f;
+    rule.check(experts);
+    // In eighths: no sum rounds.
+    const auto z = test::make_logits(coin() ? test::shape::quantised : test::shape::masked,
+                                     rng.bits() % 1000, tokens, experts);
+    std::vector<float> exact(z);
+    for (float& x : exact) x = x > -test::infinity ? std::floor(8.0f * x) / 8.0f : x;
+    const int k = static_cast<int>(rule.k);
+    const index_t best =
+                      rule.group_score == group_score::top_sum
+                          ? std::clamp<index_t>(rule.k / rule.topk_group, 1, size)
+                          : std::min<index_t>(rule.group_score == group_score::max ? 1 : 2, size),
+                  wide = best > 2 ? best * block_rows : groups * block_rows,
+                  keys = std::max(simd::top_k_scratch(experts, rule.k),
+                                  best > 2 ? simd::top_k_scratch(size, best) : 0);
+    for (const auto end : {test::guarded_end::front, test::guarded_end::back}) {
+      test::guarded<float> rows(tokens * experts), worth(groups * block_rows), value(wide),
+          values(k * block_rows);
+      test::guarded<std::int32_t> column(wide);
+      test::guarded<std::uint64_t> key(keys);
+      test::guarded<expert_id> ids(k * block_rows);
+      float* const own = rows.window(tokens * experts, end);
+      std::copy(exact.begin(), exact.end(), own);
+      const top_k::buffers memory{key.window(keys, end), worth.window(groups * block_rows, end),
+                                  value.window(wide, end), column.window(wide, end)};
+      choice_block c{k, ids.window(k * block_rows, end), values.window(k * block_rows, end)};
+      clear_lanes(c, tokens);
+      rule.select(logit_block{own, experts, tokens, experts, 0, &side}, own, c, memory);
+      std::string broken;
+      for (int i = 0; i < tokens; ++i) {
+        const std::vector<float> row(exact.begin() + i * experts,
+                                     exact.begin() + (i + 1) * experts);
+        const std::vector<expert_id> expected = grouped(rule, row);
+        for (int r = 0; r < k; ++r)
+          if (c.id[r * block_rows + i] != expected[static_cast<std::size_t>(r)])
+            broken = "row " + std::to_string(i);
+        if (groups == 1) continue;
+        // Who may be chosen where nobody of a lost group is.
+        top_k strict = rule;
+        strict.group_fill = simd::minus_infinity;
+        strict.k = rule.topk_group * size;
+        std::vector<bool> stays(static_cast<std::size_t>(experts));
+        if (rule.group_score == group_score::top_sum) continue;  // its worth depends on k
+        for (const expert_id e : grouped(strict, row))
+          if (e != no_expert) stays[static_cast<std::size_t>(e)] = true;
+        for (expert_id e = 0; e < experts; ++e)
+          if (row[static_cast<std::size_t>(e)] > -test::infinity &&
+              rule.lost(memory, i, e, experts) == stays[static_cast<std::size_t>(e)])
+            broken = "expert " + std::to_string(e) + " of row " + std::to_string(i);
+      }
+      INFO("round " << round << " groups " << groups << " of " << size << " stay "
+                    << rule.topk_group << " k " << k << " T " << tokens << " score "
+                    << static_cast<int>(rule.group_score));
+      CHECK(broken == "");
+    }
+  }
+}
+
+TEST_CASE(
+    "a selection asks for the memory that its kernels use, and for none where it has no groups") {
+  const auto bytes = [](const auto& rule, index_t experts) {
+    scratch tape;
+    rule.carve(tape, experts);
+    return tape.used();
+  };
+  constexpr index_t line = block_rows * 4;
+  CHECK(bytes(top_k{.k = 8}, 96) == 0);
+  CHECK(bytes(top_k{.k = 8, .groups = 6, .topk_group = 3}, 96) == 2 * 6 * line);
+  CHECK(bytes(top_k{.k = 8, .groups = 6, .topk_group = 3, .group_score = group_score::max}, 96) ==
+        2 * 6 * line);
+  CHECK(bytes(top_k{.k = 8, .groups = 6, .topk_group = 3, .group_score = group_score::sum}, 96) ==
+        2 * 6 * line);
+  CHECK(bytes(top_k{.k = 12, .groups = 6, .topk_group = 3, .group_score = group_score::top_sum},
+              96) == (6 + 4 + 4) * line);
+  // A k beyond the kernels' has a word for each expert.
+  const index_t many = simd::max_lane_k + 1;
+  CHECK(bytes(top_k{.k = many}, 512) == 512 * 8);
+  CHECK(bytes(top_k{.k = many, .groups = 2, .topk_group = 1}, 512) == 512 * 8 + 2 * 2 * line);
+  CHECK(bytes(top_k_of<8>{}, 96) == 0);
+  CHECK(bytes(top_k_of<simd::max_lane_k + 1>{}, 512) == 512 * 8);
+}
+
+TEST_CASE("lanes without a row hold nobody, and those of a whole block what they held") {
+  std::vector<expert_id> id(3 * block_rows, 7);
+  std::vector<float> value(3 * block_rows, 5.0f);
+  const choice_block c{3, id.data(), value.data()};
+  clear_lanes(c, block_rows);
+  CHECK(id == std::vector<expert_id>(3 * block_rows, 7));
+  CHECK(value == std::vector<float>(3 * block_rows, 5.0f));
+  clear_lanes(c, block_rows - 1);
+  CHECK(id == std::vector<expert_id>(3 * block_rows, no_expert));
+  CHECK(value == std::vector<float>(3 * block_rows, 0.0f));
+}
+
+TEST_CASE("a selection without numbers is of two experts of all, each of its numbers has ends") {
+  const top_k plain;
+  CHECK((plain.k == 2 && plain.groups == 1 && plain.topk_group == 1 &&
+         plain.group_score == group_score::top2_sum && plain.group_fill == simd::minus_infinity &&
+         plain.lost_weight == lost_weight::as_published));
+  const auto refusal = [](const top_k& rule) { return test::refusal([&] { rule.check(12); }); };
+  CHECK(refusal({.k = 12}) == "accepted");
+  CHECK(refusal({.k = 1}) == "accepted");
+  CHECK(refusal({.k = 1, .groups = 12}) == "accepted");
+  CHECK(refusal({.k = 1, .groups = 13}) == "moeroute::top_k: groups is 13, expected 1 to 12");
+  CHECK(refusal({.k = 1, .groups = 4, .topk_group = 0}) ==
+        "moeroute::top_k: topk_group is 0, expected 1 to 4");
+  CHECK(refusal({.k = 1, .groups = 4, .topk_group = 4, .group_fill = 0.0f}) == "accepted");
+  CHECK(refusal({.k = 1, .groups = 4, .topk_group = 4, .group_fill = test::infinity}) ==
+        "moeroute::top_k: group_fill is inf, expected -inf or 0");
+  // Rows alone: up to so many experts, of up to so many groups, by one or two of each.
+  CHECK(top_k{.k = simd::max_row_k}.takes_rows());
+  CHECK_FALSE(top_k{.k = simd::max_row_k + 1}.takes_rows());
+  CHECK(top_k{.k = 2, .groups = 16, .topk_group = 2}.takes_rows());
+  CHECK_FALSE(top_k{.k = 2, .groups = 17, .topk_group = 2}.takes_rows());
+  for (const group_score by : {group_score::top_sum, group_score::sum})
+    CHECK_FALSE(top_k{.k = 2, .groups = 4, .topk_group = 2, .group_score = by}.takes_rows());
+  CHECK_FALSE(top_k{
+      .k = 2, .groups = 4, .topk_group = 2, .group_score = group_score::max, .group_fill = 0.0f}
+                  .takes_rows());
 }
