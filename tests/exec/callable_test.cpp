@@ -138,4 +138,8 @@ TEST_CASE("a pool that forgets a piece, or runs one twice, is refused") {
         "moeroute::callable_executor: what run covered of the loop is 13, expected 10");
   CHECK(test::refusal([&] { callable_executor(forgets, 1).parallel_for(0, 3, nothing); }) ==
         "accepted");
+  int asked = 0;
+  const auto counts = [&](index_t n, index_t, loop_body body) { ++asked, body(0, n); };
+  for (const index_t n : {-1, 0, 1}) callable_executor(counts, 1).parallel_for(n, 3, nothing);
+  CHECK(asked == 1);  // nothing is not handed to a pool
 }

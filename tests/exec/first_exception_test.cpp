@@ -22,6 +22,15 @@ TEST_CASE("the first exception is thrown again, later pieces are left out, and o
   failure.rethrow();
 }
 
+TEST_CASE("of two exceptions at once the one that was thrown first is kept") {
+  first_exception failure;
+  failure.guard([&] {
+    failure.guard([] { throw std::runtime_error("inner"); });
+    throw std::runtime_error("outer");
+  });
+  CHECK_THROWS_WITH(failure.rethrow(), "inner");
+}
+
 #if defined(_OPENMP)
 TEST_CASE("what a piece throws on an OpenMP team reaches the caller") {
   for (const int threads : {1, 2, 4}) {

@@ -64,8 +64,13 @@ TEST_CASE("several pieces are a parallel region's, where several threads are ask
 TEST_CASE("a loop of one piece stays on the calling thread") {
   const auto caller = std::this_thread::get_id();
   std::thread::id runner;
-  openmp{4}.parallel_for(7, 7, [&](index_t, index_t) { runner = std::this_thread::get_id(); });
+  int team = 0;
+  openmp{4}.parallel_for(7, 7, [&](index_t, index_t) {
+    runner = std::this_thread::get_id();
+    team = omp_get_num_threads();
+  });
   CHECK(runner == caller);
+  CHECK(team == 1);
 }
 
 TEST_CASE("0 threads means OpenMP's own default") { CHECK(openmp{}.concurrency() >= 1); }

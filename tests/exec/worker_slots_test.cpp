@@ -3,9 +3,12 @@
 #include <atomic>
 #include <catch2/catch_test_macros.hpp>
 #include <chrono>
+#include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
+#include "support/guarded.hpp"
 #include "support/refusal.hpp"
 
 using namespace moeroute;
@@ -26,6 +29,22 @@ TEST_CASE("there is at least one number and at most 256") {
   CHECK(worker_slots::count(-5) == 1);
   CHECK(worker_slots::count(7) == 7);
   CHECK(worker_slots::count(100000) == worker_slots::most);
+}
+
+TEST_CASE("256 numbers are held at once, each another, and nothing lies behind their flags") {
+  test::guarded<worker_slots> memory(1);
+  worker_slots& slots = *new (memory.window(1, test::guarded_end::back)) worker_slots(100000);
+  std::vector<std::unique_ptr<worker_slots::held>> all;
+  for (int n = 0; n < worker_slots::most; ++n) {
+    all.push_back(std::make_unique<worker_slots::held>(slots));
+    REQUIRE(*all.back() == n);
+  }
+  CHECK(test::refusal([&] { const worker_slots::held more(slots); }) != "accepted");
+  for (int n = worker_slots::most - 1; n >= 0; --n) {
+    all.pop_back();
+    const worker_slots::held again(slots);
+    REQUIRE(again == n);
+  }
 }
 
 TEST_CASE("more threads than numbers wait, and never share one") {
@@ -74,7 +93,25 @@ TEST_CASE("a thread that holds a number may hold another, and an endless wait is
     worker_slots others(2);
     const worker_slots::held other(others);  // of another loop: no wait
     CHECK(other == 0);
+    {
+      worker_slots one(1);  // of a loop that runs piece after piece: nothing is held
+      const worker_slots::held first(one), second(one);
+      CHECK((first == 0 && second == 0));
+    }
+    CHECK(test::refusal([&] { const worker_slots::held third(slots); }) != "accepted");
   }
-  const worker_slots::held again(slots);
-  CHECK(again == 1);
+  {
+    const worker_slots::held again(slots);
+    CHECK(again == 1);
+  }
+  // Who gave up does not wait any more: another's number is waited for.
+  std::atomic<bool> holds{false};
+  std::thread other([&] {
+    const worker_slots::held one(slots);
+    holds = true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  });
+  while (!holds) std::this_thread::yield();
+  CHECK(test::refusal([&] { const worker_slots::held inner(slots); }) == "accepted");
+  other.join();
 }

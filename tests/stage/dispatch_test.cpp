@@ -135,6 +135,39 @@ TEST_CASE("whole lines are streamed from six second-level caches on, everything 
   CHECK(&simd::machine_caches() == &simd::machine_caches());
 }
 
+TEST_CASE("rows are streamed where all of them lie at lines, and where that was asked for") {
+  const bool can = simd::has_streaming_stores;
+  buffer<float> memory(1024);
+  const auto streamed = [&](index_t from, index_t rows, index_t cols, index_t stride,
+                            store_path path = store_path::streamed) {
+    return detail::streams(matrix_view<float>(memory.data() + from, rows, cols, stride), path);
+  };
+  CHECK(streamed(0, 4, 16, 16) == can);
+  CHECK(streamed(0, 4, 32, 48) == can);
+  CHECK(streamed(16, 3, 16, 32) == can);
+  CHECK_FALSE(streamed(1, 4, 16, 16));  // begins between two lines
+  CHECK_FALSE(streamed(8, 4, 16, 16));
+  CHECK_FALSE(streamed(0, 4, 17, 32));  // ends between two lines
+  CHECK_FALSE(streamed(0, 16, 8, 16));
+  CHECK_FALSE(streamed(0, 4, 16, 17));  // so does the second row
+  CHECK_FALSE(streamed(0, 2, 16, 24));
+  CHECK(streamed(0, 1, 16, 17) == can);  // there is none
+  CHECK(streamed(0, 0, 16, 17) == can);
+  CHECK_FALSE(streamed(0, 4, 16, 16, store_path::cached));
+  CHECK_FALSE(streamed(0, 4, 16, 16, store_path::automatic));
+  // Of what is written alone, not of the rows' distance: it is in memory that nobody touches.
+  const index_t second = simd::machine_caches().second, cols = 16;
+  const auto chosen = [&](index_t rows, index_t stride) {
+    return detail::streams(matrix_view<float>(memory.data(), rows, cols, stride),
+                           store_path::automatic);
+  };
+  const index_t enough = ceil_div(6 * second, cols * 4);
+  CHECK(chosen(enough, cols) == can);
+  CHECK_FALSE(chosen(enough - 1, cols));
+  CHECK_FALSE(chosen(enough - 1, 4 * cols));
+  CHECK_FALSE(chosen(enough, cols + 1));
+}
+
 TEST_CASE("of streamed slots as many whole rows as fill one second-level cache go through it") {
   const auto cached = [](index_t second, index_t row_bytes) {
     return slots_in_cache(row_bytes, {.second = second});

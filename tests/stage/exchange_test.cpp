@@ -567,6 +567,15 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
       CHECK(said({.rule = replica_rule::even, .counts = wrong}) ==
             "moeroute::resolve: the counts of rank 0 for expert " + std::to_string(e) +
                 " are not those of its choices");
+      // A token that is not counted is behind all ranges.
+      if (by > 0 || wrong[e] < 0) continue;
+      const std::vector<slot_range> all{{0, 0, wrong[0]}, {1, 0, wrong[1]}, {2, 0, wrong[2]}};
+      const std::vector<std::int32_t> begins{0, 1, 2, 3};
+      CHECK(said({.rule = replica_rule::ranges,
+                  .counts = wrong,
+                  .range_first = begins,
+                  .range = all}) == "moeroute::resolve: the counts of rank 0 for expert " +
+                                        std::to_string(e) + " are not those of its choices");
     }
   std::vector<std::int32_t> negative = counts;
   negative[4] = -3;
@@ -588,6 +597,16 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
   CHECK(ranges({1, 0, counts[1] + 1}) == "moeroute::resolve: the ranges of expert 1 end at " +
                                              std::to_string(counts[1] + 1) + ", expected " +
                                              std::to_string(counts[1]));
+  const placement half = placement::from_slots(3, 2, std::vector<expert_id>{0, 1, 2, 0}, {},
+                                               std::vector<std::uint8_t>{1, 0});
+  const std::vector<slot_range> dead{{3, 0, counts[0]}, {1, 0, counts[1]}, {2, 0, counts[2]}};
+  CHECK(
+      test::refusal([&] {
+        resolved(
+            a, half, 0,
+            {.rule = replica_rule::ranges, .counts = counts, .range_first = first, .range = dead});
+      }) ==
+      "moeroute::resolve: a range of expert 0 names slot 3, expected a live slot of that expert");
   resolve_counts found;
   const placement lost = placement::from_slots(3, 2, std::vector<expert_id>{0, 1});
   CHECK(test::refusal([&] { resolved(a, lost, 0, {}); }) ==
@@ -646,6 +665,10 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
   };
   resolve(a, p, 0, {}, memory, slots);
   plan_exchange(a, slots, p, plan);
+  for (std::size_t c = 0; c < 6; ++c) weights[c] = static_cast<float>(c + 1);
+  gather_entry_weights(plan, weights, weights_of_entries);
+  for (std::size_t c = 0; c < 6; ++c)
+    CHECK(weights_of_entries[at(plan.outer().slot_of_choice()[c])] == weights[c]);
   const placement single = placement::from_slots(3, 1, std::vector<expert_id>{0, 1, 2});
   std::vector<float> x(12), y(12);
   const std::vector<slot_id> index{1, 0};

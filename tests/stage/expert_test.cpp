@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "support/allocations.hpp"
 #include "support/assignments.hpp"
 #include "support/planned.hpp"
 #include "support/refusal.hpp"
@@ -31,22 +32,25 @@ struct stamping {
 }  // namespace
 
 TEST_CASE("every expert with tokens is called once, with its own rows") {
-  const test::planned p(30, 50, 2);  // more experts than choices: some are empty
-  const row_matrix<float> in = test::random_rows(p.plan.slots(), 5);
-  row_matrix<float> out(p.plan.slots(), 3);
-  std::vector<int> calls(50, 0);
-  for_each_expert(p.plan, in, out,
-                  [&](expert_id e, matrix_view<const float> x, matrix_view<float> y) {
-                    ++calls[static_cast<std::size_t>(e)];
-                    CHECK(x.rows == p.plan.load(e));
-                    CHECK(y.rows == x.rows);
-                    CHECK((x.cols == 5 && y.cols == 3));
-                    const index_t first = p.plan.offsets()[static_cast<std::size_t>(e)];
-                    CHECK(x.data == in.data() + first * 5);
-                    CHECK(y.data == out.data() + first * 3);
-                  });
-  for (index_t e = 0; e < 50; ++e)
-    CHECK(calls[static_cast<std::size_t>(e)] == (p.plan.load(e) > 0 ? 1 : 0));
+  for (const test::guarded_end end : {test::guarded_end::front, test::guarded_end::back}) {
+    const test::forbidden_memory around(end);  // 64 offsets
+    const test::planned p(30, 63, 2);          // more experts than choices: some are empty
+    const row_matrix<float> in = test::random_rows(p.plan.slots(), 5);
+    row_matrix<float> out(p.plan.slots(), 3);
+    std::vector<int> calls(63, 0);
+    for_each_expert(p.plan, in, out,
+                    [&](expert_id e, matrix_view<const float> x, matrix_view<float> y) {
+                      ++calls[static_cast<std::size_t>(e)];
+                      CHECK(x.rows == p.plan.load(e));
+                      CHECK(y.rows == x.rows);
+                      CHECK((x.cols == 5 && y.cols == 3));
+                      const index_t first = p.plan.offsets()[static_cast<std::size_t>(e)];
+                      CHECK(x.data == in.data() + first * 5);
+                      CHECK(y.data == out.data() + first * 3);
+                    });
+    for (index_t e = 0; e < 63; ++e)
+      CHECK(calls[static_cast<std::size_t>(e)] == (p.plan.load(e) > 0 ? 1 : 0));
+  }
 }
 
 TEST_CASE("slots are cut every so many rows where a call may have no more, and padding is none's") {

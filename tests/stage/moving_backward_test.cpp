@@ -10,6 +10,7 @@
 #include <moeroute/stage/combine_backward.hpp>
 #include <moeroute/stage/plan.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "oracle/losses.hpp"
@@ -17,6 +18,7 @@
 #include "support/assignments.hpp"
 #include "support/backwards.hpp"
 #include "support/compare.hpp"
+#include "support/guarded.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/threads.hpp"
@@ -149,7 +151,200 @@ TEST_CASE("gradients of combine and dispatch are those of plain loops, in float 
       agree_with_loops<float>(s, d, 1e-6);
       agree_with_loops<double>(s, d, 1e-14);
     }
+    if (s.plan.tokens() == 29) agree_with_loops<float>(s, 8200, 1e-5);  // in pieces
   });
+}
+
+namespace {
+
+// Rows at a forbidden page, of numbers whose sums of products are exact in 16 bits too; each of a
+// call in a memory of its own.
+template <class T>
+struct guarded_rows {
+  matrix_view<T> view;
+
+  guarded_rows(int place, test::random& rng, index_t n, index_t d, index_t gap,
+               test::guarded_end end) {
+    static test::guarded<T> every[] = {test::guarded<T>(8192), test::guarded<T>(8192),
+                                       test::guarded<T>(8192), test::guarded<T>(8192),
+                                       test::guarded<T>(8192), test::guarded<T>(8192),
+                                       test::guarded<T>(8192)};
+    test::guarded<T>& memory = every[place];
+    // No gap behind the last row.
+    view = {memory.window(n > 0 ? n * (d + gap) - gap : 0, end), n, d, d + gap};
+    for (index_t r = 0; r < n; ++r)
+      for (index_t c = 0; c < d; ++c) view(r, c) = static_cast<T>(static_cast<float>(rng.below(5)));
+  }
+  float operator()(index_t r, index_t c) const { return static_cast<float>(view(r, c)); }
+  // Between the rows lies what was there before.
+  bool gaps_are_whole() const {
+    bool whole = true;
+    for (index_t r = 0; r + 1 < view.rows; ++r)
+      for (index_t c = view.cols; c < view.stride; ++c) {
+        const T& gap = view.data[r * view.stride + c];
+        whole = whole && gap != gap;
+      }
+    return whole;
+  }
+};
+
+// How many numbers are wrong.
+template <class T>
+index_t wrong_beside_forbidden(const scene& s, index_t d, index_t gap, test::guarded_end end,
+                               bool streamed) {
+  test::random rng(static_cast<std::uint64_t>(d));
+  const index_t tokens = s.plan.tokens(), n = s.plan.slots(), choices = s.plan.choices();
+  const guarded_rows<T> x(0, rng, tokens, d, gap, end), in(1, rng, n, d, gap, end);
+  guarded_rows<T> moved(2, rng, n, d, gap, end), y(3, rng, tokens, d, gap, end),
+      dslots(4, rng, n, d, gap, end), dx(5, rng, tokens, d, gap, end);
+  guarded_rows<float> wide(6, rng, tokens, d, gap, end);  // x in float
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t j = 0; j < d; ++j) wide.view(t, j) = x(t, j);
+  test::guarded<float> weights(choices), dweights(choices), dscales(choices);
+  const auto list = [&](test::guarded<float>& in_memory) {
+    return std::span(in_memory.window(choices, end), static_cast<std::size_t>(choices));
+  };
+  const std::span<float> w = list(weights), dw = list(dweights), dscale = list(dscales);
+  for (float& v : w) v = static_cast<float>(1 + rng.below(2));
+  const store_path stores = streamed ? store_path::streamed : store_path::cached;
+  dispatch(x.view, s.plan, moved.view, serial{}, {.scale = w, .stores = stores});
+  combine(in.view, s.plan, w, y.view);
+  combine_backward(in.view, s.plan, w, x.view, combine_gradients<T, float>{dslots.view, dw});
+  dispatch_backward(in.view, s.plan, gradient_to::write, dx.view, serial{},
+                    {.scale = w, .x = wide.view, .dscale = dscale});
+  index_t wrong = 0;
+  for (index_t t = 0; t < tokens; ++t) {
+    std::vector<float> sum(static_cast<std::size_t>(d));
+    for (index_t c = s.plan.first(t); c < s.plan.first(t + 1); ++c) {
+      const auto at = static_cast<std::size_t>(c);
+      const index_t slot = s.plan.slot_of_choice()[at];
+      float dot = 0.0f;
+      for (index_t j = 0; slot >= 0 && j < d; ++j) {
+        sum[static_cast<std::size_t>(j)] += w[at] * in(slot, j);
+        dot += x(t, j) * in(slot, j);
+        wrong += moved(slot, j) != w[at] * x(t, j);
+        wrong += dslots(slot, j) != w[at] * x(t, j);
+      }
+      wrong += dw[at] != dot;
+      wrong += dscale[at] != dot;
+    }
+    for (index_t j = 0; j < d; ++j) {
+      wrong += y(t, j) != sum[static_cast<std::size_t>(j)];
+      wrong += dx(t, j) != sum[static_cast<std::size_t>(j)];
+    }
+  }
+  // Padding, which nobody reads, is written up to the width of a row.
+  for (index_t e = 0; e < s.plan.experts(); ++e)
+    for (index_t slot = s.plan.offsets()[static_cast<std::size_t>(e)] + s.plan.load(e);
+         slot < s.plan.offsets()[static_cast<std::size_t>(e) + 1]; ++slot)
+      for (index_t j = 0; j < d; ++j) wrong += moved(slot, j) != 0.0f || dslots(slot, j) != 0.0f;
+  // As they are.
+  dispatch(x.view, s.plan, moved.view, serial{}, {.stores = stores});
+  for (index_t slot = 0; slot < n; ++slot) {
+    const slot_id t = s.plan.token_of_slot()[static_cast<std::size_t>(slot)];
+    for (index_t j = 0; j < d; ++j) wrong += moved(slot, j) != (t == no_token ? 0.0f : x(t, j));
+  }
+  for (const guarded_rows<T>* rows : {&moved, &y, &dslots, &dx}) wrong += !rows->gaps_are_whole();
+  return wrong;
+}
+
+}  // namespace
+
+TEST_CASE("rows of any width are moved and pulled back beside memory that nobody may touch") {
+  test::random rng(91);
+  for (const test::guarded_end end : {test::guarded_end::front, test::guarded_end::back}) {
+    // Plans too: of 16 choices, and of 16 offsets.
+    const test::forbidden_memory around(end);
+    assignment some = test::fixed_choices(rng, 8, 7, 2, 6);
+    test::drop_some(rng, some, 6);
+    for (const std::size_t c : {0, 1, 14, 15}) {  // the first and the last lie at the ends
+      some.ids()[c] = static_cast<expert_id>(c % 2 + 2);
+      some.kept_to_change()[c] = 1;
+    }
+    const scene few(some), ragged(test::ragged_choices(rng, 15, 15, 4)),
+        padded(test::fixed_choices(rng, 8, 7, 2), {.block = 8});
+    for (index_t d = 0; d <= 130; ++d) {
+      INFO("d = " << d << ", end " << static_cast<int>(end));
+      const scene& s = d % 3 == 0 ? few : d % 3 == 1 ? ragged : padded;
+      CHECK(wrong_beside_forbidden<float>(s, d, d % 3, end, d % 4 < 2) == 0);
+      CHECK(wrong_beside_forbidden<bfloat16>(s, d, (d + 1) % 3, end, d % 4 < 2) == 0);
+    }
+    CHECK(wrong_beside_forbidden<float>(few, 64, 0, end, true) == 0);
+    CHECK(wrong_beside_forbidden<float>(ragged, 64, 64, end, true) == 0);
+    // Rows that are in no cache: those of the next token are fetched, and behind the last is none.
+    for (const scene* s : {&few, &ragged}) {
+      const index_t d = simd::machine_caches().second / 16, n = s->plan.slots(),
+                    tokens = s->plan.tokens();
+      REQUIRE(n > 8);
+      buffer<float> rows(n * d), y(tokens * d), dx(tokens * d);
+      std::fill_n(rows.data(), rows.size(), 1.0f);
+      const matrix_view<const float> in(rows.data(), n, d);
+      combine(in, s->plan, s->choices, matrix_view<float>(y.data(), tokens, d));
+      dispatch_backward(in, s->plan, gradient_to::write, matrix_view<float>(dx.data(), tokens, d),
+                        serial{}, {.scale = s->choices.weights()});
+      index_t wrong = 0;
+      for (index_t t = 0; t < tokens; ++t) {
+        float sum = 0.0f;
+        for (index_t c = s->plan.first(t); c < s->plan.first(t + 1); ++c)
+          if (s->plan.slot_of_choice()[static_cast<std::size_t>(c)] != no_slot)
+            sum += s->choices.weights()[static_cast<std::size_t>(c)];
+        for (index_t j = 0; j < d; ++j) wrong += y[t * d + j] != sum || dx[t * d + j] != sum;
+      }
+      CHECK(wrong == 0);
+    }
+  }
+}
+
+namespace {
+
+// The serial executor, which writes down what it was asked to cut.
+struct noting {
+  using loops = std::vector<std::pair<index_t, index_t>>;
+  loops* seen;
+
+  static int concurrency() { return 2; }
+  template <class F>
+  void parallel_for(index_t n, index_t grain, F&& f) const {
+    seen->emplace_back(n, grain);
+    serial{}.parallel_for(n, grain, f);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a piece is about 2^16 elements, those of every term of its tokens") {
+  CHECK(detail::row_grain(0) == 65536);
+  CHECK(detail::row_grain(1) == 65536);
+  CHECK(detail::row_grain(65535) == 1);
+  CHECK(detail::row_grain(65536) == 1);
+  CHECK(detail::row_grain(1 << 20) == 1);
+  test::random rng(92);
+  const scene s(test::fixed_choices(rng, 7, 100, 3), {.block = 2});
+  const index_t d = 1000, n = s.plan.slots(), padded = s.plan.experts();
+  const spread_rows<float> x(7, d, 1), in(n, d, 2);
+  spread_rows<float> slots(n, d, 3), y(7, d, 4), dslots(n, d, 5), dx(7, d, 6);
+  std::vector<float> dw(21);
+  noting::loops seen;
+  const noting exec{&seen};
+  const auto asked = [&](auto&& call) {
+    seen.clear();
+    call();
+    return seen;
+  };
+  const noting::loops tokens{{7, 21}};  // 2^16 / (3 * 1000)
+  CHECK(asked([&] { dispatch(x.view(), s.plan, slots.view(), exec); }) ==
+        noting::loops{{7, 21}, {padded, 64}});
+  CHECK(asked([&] { combine(in.view(), s.plan, s.choices, y.view(), exec); }) == tokens);
+  CHECK(asked([&] {
+          combine(in.view(), s.plan, s.choices, y.view(), exec,
+                  combine_options<>{.output = combine_output::accumulate});
+        }) == tokens);
+  CHECK(asked([&] {
+          combine_backward(in.view(), s.plan, s.choices, x.view(),
+                           combine_gradients<float>{dslots.view(), dw}, exec);
+        }) == tokens);
+  CHECK(asked([&] { dispatch_backward(in.view(), s.plan, gradient_to::write, dx.view(), exec); }) ==
+        tokens);
 }
 
 TEST_CASE("each is the adjoint of its forward pass") {

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "support/allocations.hpp"
 #include "support/assignments.hpp"
 #include "support/refusal.hpp"
 
@@ -165,28 +166,34 @@ TEST_CASE("filling in takes nobody's place, uses an expert once, and keeps the t
 }
 
 TEST_CASE("one round of filling in gives vacancies to the best of those whose next choice it is") {
-  const batch b = dropped_batch(24, 60, 8, 2, 14, false);
-  workspace ws;
-  assignment filled;
-  rectify_by_filling(b.choices, b.view(), 14, 1, ws, filled);
-  const auto before = loads(b.choices);
-  for (expert_id e = 0; e < b.experts; ++e) {
-    std::vector<std::pair<float, index_t>> candidates;
-    for (index_t t = 0; t < b.tokens; ++t) {
-      expert_id next = no_expert;
-      const auto used = used_by(b.choices, t, false);
-      for (expert_id x = 0; x < b.experts; ++x)
-        if (!used.contains(x) && (next < 0 || b.view()(t, x) > b.view()(t, next))) next = x;
-      if (next == e) candidates.emplace_back(-b.view()(t, e), t);
+  for (const index_t experts : {8, 15, 16, 17, 31, 32, 33}) {
+    for (const test::guarded_end end : {test::guarded_end::front, test::guarded_end::back}) {
+      const test::forbidden_memory around(end);
+      const batch b = dropped_batch(24, 64, experts, 2, 14, false);
+      workspace ws;
+      assignment filled;
+      rectify_by_filling(b.choices, b.view(), 14, 1, ws, filled);
+      const auto before = loads(b.choices);
+      for (expert_id e = 0; e < b.experts; ++e) {
+        INFO("E=" << experts << " e=" << e);
+        std::vector<std::pair<float, index_t>> candidates;
+        for (index_t t = 0; t < b.tokens; ++t) {
+          expert_id next = no_expert;
+          const auto used = used_by(b.choices, t, false);
+          for (expert_id x = 0; x < b.experts; ++x)
+            if (!used.contains(x) && (next < 0 || b.view()(t, x) > b.view()(t, next))) next = x;
+          if (next == e) candidates.emplace_back(-b.view()(t, e), t);
+        }
+        std::sort(candidates.begin(), candidates.end());
+        candidates.resize(std::min(
+            candidates.size(), static_cast<std::size_t>(14 - before[static_cast<std::size_t>(e)])));
+        std::set<index_t> expected, actual;
+        for (const auto& c : candidates) expected.insert(c.second);
+        for (index_t t = 0; t < b.tokens; ++t)
+          if (filled.count(t) > 2 && filled.ids(t)[2] == e) actual.insert(t);
+        CHECK(actual == expected);
+      }
     }
-    std::sort(candidates.begin(), candidates.end());
-    candidates.resize(std::min(candidates.size(),
-                               static_cast<std::size_t>(14 - before[static_cast<std::size_t>(e)])));
-    std::set<index_t> expected, actual;
-    for (const auto& c : candidates) expected.insert(c.second);
-    for (index_t t = 0; t < b.tokens; ++t)
-      if (filled.count(t) > 2 && filled.ids(t)[2] == e) actual.insert(t);
-    CHECK(actual == expected);
   }
 }
 

@@ -6,12 +6,17 @@
 #include <cstdint>
 #include <moeroute/matrix/eigen.hpp>
 #include <moeroute/policy/router.hpp>
+#include <utility>
 #include <vector>
 
 #include "oracle/routing.hpp"
+#include "support/allocations.hpp"
+#include "support/backwards.hpp"
 #include "support/compare.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/shapes.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 using test::shape;
@@ -90,6 +95,100 @@ TEST_CASE("a user's own router plugs in, and hears each block's first token") {
     for (index_t r = 0; r < 3; ++r)
       right &= out.ids(t)[static_cast<std::size_t>(r)] == (t + r) % experts;
   CHECK(right);
+}
+
+namespace {
+
+/// The ragged kind, from the concept alone: token t goes to (t * 7) % (most + 1) experts, or to all
+/// that it may from the token `full` on.
+struct uneven {
+  index_t most = 2, full = 0;
+
+  index_t max_choices(index_t) const { return most; }
+  static index_t experts(index_t columns) { return columns; }
+  void check(index_t experts) const { check_range("uneven", "most", most, 1, experts); }
+  static int carve(scratch&, index_t) { return 0; }
+  index_t count(index_t t) const { return t >= full ? most : (t * 7) % (most + 1); }
+  index_t route_block(const logit_block& z, int, expert_id* id, float* weight,
+                      std::int32_t* counts) const {
+    index_t sum = 0;
+    for (int i = 0; i < z.rows; ++i) {
+      const index_t t = z.first_token + i;
+      counts[i] = static_cast<std::int32_t>(count(t));
+      sum += counts[i];
+      for (index_t r = 0; r < counts[i]; ++r) {
+        *id++ = static_cast<expert_id>((t + r) % z.experts);
+        *weight++ = static_cast<float>(t + r);
+      }
+    }
+    return sum;
+  }
+};
+static_assert(ragged_router<uneven>);
+
+}  // namespace
+
+TEST_CASE("pieces of a ragged decision are moved together, in room that ends where it must") {
+  test::random rng(31);
+  const index_t experts = 2048;  // pieces of 16 tokens
+  const std::vector<float> z(static_cast<std::size_t>(64 * experts));
+  for (const test::guarded_end end : {test::guarded_end::front, test::guarded_end::back})
+    for (const index_t tokens : {1, 15, 16, 17, 32, 47, 48, 63, 64})
+      for (const index_t full : {index_t{0}, index_t{16}, tokens})
+        for (const bool masked : {false, true}) {
+          const test::forbidden_memory around(end);
+          const uneven r{2, full};
+          std::vector<std::uint8_t> mask;
+          for (index_t t = 0; masked && t < tokens; ++t)
+            mask.push_back(static_cast<std::uint8_t>(t + 1 == tokens ? 3 : rng.below(3)));
+          workspace memory;
+          assignment out;
+          route(r, matrix_view<const float>(z.data(), tokens, experts), {.mask = mask}, memory,
+                out);
+          index_t wrong = 0, at = 0;
+          for (index_t t = 0; t < tokens; ++t) {
+            const bool there = !masked || mask[static_cast<std::size_t>(t)] != 0;
+            const index_t n = there ? r.count(t) : 0;
+            wrong += out.first(t) != at || out.count(t) != n;
+            for (index_t i = 0; i < n; ++i, ++at) {
+              wrong += out.ids()[static_cast<std::size_t>(at)] != (t + i) % experts;
+              wrong += out.weights()[static_cast<std::size_t>(at)] != static_cast<float>(t + i);
+            }
+          }
+          INFO("T=" << tokens << " full from " << full << " masked " << masked);
+          CHECK(wrong == 0);
+          CHECK(out.choices() == at);
+        }
+}
+
+namespace {
+
+/// A router picked at run time, of either kind.
+struct either {
+  bool is_ragged;
+
+  bool ragged() const { return is_ragged; }
+  static round_robin as_token_router() { return {2}; }
+  static uneven as_ragged_router() { return {}; }
+  static index_t columns() { return 4; }
+};
+
+}  // namespace
+
+TEST_CASE("plain memory takes a router picked at run time, where its k is fixed") {
+  const std::vector<float> z(3 * 4);
+  std::vector<expert_id> ids(6, -7);
+  std::vector<float> weights(6);
+  workspace memory;
+  const auto said = [&](bool ragged) {
+    return test::refusal(
+        [&] { route(either{ragged}, z.data(), 3, 4, memory, ids.data(), weights.data()); });
+  };
+  CHECK(said(true) ==
+        "moeroute::route: the router's k varies, expected a fixed k: give an assignment");
+  CHECK(ids[0] == -7);
+  CHECK(said(false) == "accepted");
+  CHECK(ids == std::vector<expert_id>{0, 1, 1, 2, 2, 3});
 }
 
 TEST_CASE("a router that does not fit is refused by name, and nothing is routed") {
@@ -191,6 +290,20 @@ TEST_CASE("a token's own k cuts its choices short") {
     }
 }
 
+TEST_CASE("where one choice is all a token has, its own k is 0 or 1") {
+  const std::vector<float> z = test::make_logits(shape::normal, 3, 3, 4);
+  const std::vector<std::int32_t> own{1, 0, 1}, more{1, 2, 1}, less{1, -1, 1};
+  const router<softmax> r{.selection = {.k = 1}};
+  const assignment out = routed(r, z, 3, 4, {.k_of_token = own}), full = routed(r, z, 3, 4);
+  CHECK(out.ids()[0] == full.ids()[0]);
+  CHECK(out.ids()[1] == no_expert);
+  CHECK(out.ids()[2] == full.ids()[2]);
+  CHECK(test::refusal([&] { routed(r, z, 3, 4, {.k_of_token = more}); }) ==
+        "moeroute::route: k_of_token is 2, expected 0 to 1");
+  CHECK(test::refusal([&] { routed(r, z, 3, 4, {.k_of_token = less}); }) ==
+        "moeroute::route: k_of_token is -1, expected 0 to 1");
+}
+
 TEST_CASE("side inputs of another length than T are refused") {
   const std::vector<float> z(12);
   const std::vector<std::uint8_t> mask(2, 1);
@@ -207,6 +320,17 @@ TEST_CASE("pieces are whole blocks, and one piece needs one worker") {
     CHECK(grain % block_rows == 0);
     CHECK((grain >= block_rows && grain <= 4096));
     CHECK(detail::route_workers(serial{}, grain, experts) == 1);
+  }
+}
+
+TEST_CASE("a piece is about 2^15 logits, and several have a worker each") {
+  const std::pair<index_t, index_t> grains[] = {{1, 4096},  {8, 4096},  {9, 3648},  {64, 512},
+                                                {100, 336}, {2047, 16}, {2048, 16}, {4096, 16}};
+  for (const auto& [experts, grain] : grains) {
+    CHECK(detail::route_grain(experts) == grain);
+    CHECK(detail::route_workers(test::backwards{}, grain, experts) == 1);
+    CHECK(detail::route_workers(test::several_threads{}, grain + 1, experts) ==
+          test::several_threads{}.concurrency());
   }
 }
 

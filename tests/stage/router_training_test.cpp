@@ -7,6 +7,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 
+#include "support/allocations.hpp"
 #include "support/gradient.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
@@ -392,7 +393,14 @@ TEST_CASE("a projected update leaves the logits of what is retained, and moves t
     CHECK((std::abs(logit(delta, t, 1)) < 1e-5) == (t % 3 == 1));
     CHECK(logit(delta, t, 2) == logit(before, t, 2));
   }
+  retained_inputs of_first(d, 4);  // the first token's, and room for no more
+  of_first.retain_choices(read_rows(states, n), draws_of(n, E, 1, ids), 0);
+  CHECK(of_first.rank() == 4);
+  delta = before;
+  of_first.project(into(delta, E));
+  for (index_t t = 0; t < n; ++t) CHECK((std::abs(logit(delta, t, 1)) < 1e-5) == (t % 3 == 0));
   // All directions: nothing moves.
+  const test::forbidden_memory around(test::guarded_end::back);
   retained_inputs full(d, d);
   for (index_t t = 0; t < d; ++t) {
     std::vector<float> unit(static_cast<std::size_t>(d), 0.0f);

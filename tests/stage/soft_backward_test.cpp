@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "support/allocations.hpp"
 #include "support/backwards.hpp"
 #include "support/compare.hpp"
 #include "support/gradient_file.hpp"
@@ -41,6 +42,7 @@ TEST_CASE("gradients of soft plans are autograd's") {
     doubles ddispatch = turned(file.numbers("upstream_dispatch"), tokens);
     doubles dcombine = file.numbers("upstream_combine"), dz(combine.size()),
             other(combine.size(), 1.0);
+    const test::forbidden_memory around(test::guarded_end::back);
     workspace ws;
     plan_soft_backward(rows(dispatch, slots), rows(combine, tokens), rows(ddispatch, slots),
                        rows(dcombine, tokens), gradient_to::write, rows(dz, tokens), ws);

@@ -553,6 +553,23 @@ TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by n
         "moeroute::weigh_backward: own.temperature.size() is 7, expected 1");
   CHECK(refused(6, 12, out, {.shared_weight = scale}) ==
         "moeroute::weigh_backward: own.shared_weight.size() is 7, expected 6");
+  // Each modality has the columns of its own.
+  const std::vector<std::uint8_t> modality(6, 1);
+  for (const index_t first : {3, 4}) {
+    router<softmax> scaled = r, shifted = r;
+    scaled.weight.expert_scale = seven;
+    shifted.transform.add = seven;
+    const std::string one = std::to_string(first), other = std::to_string(8 - first);
+    const auto both = [&](const router<softmax>& of_first, const router<softmax>& of_second) {
+      return weighed(by_modality<router<softmax>>{of_first, of_second, first},
+                     {.modality = modality});
+    };
+    CHECK(both(scaled, r) == "moeroute::weigh: factors of experts is 7, expected " + one);
+    CHECK(both(r, scaled) == "moeroute::weigh: factors of experts is 7, expected " + other);
+    CHECK(both(shifted, r) == "moeroute::weigh: transform.add.size() is 7, expected " + one);
+    CHECK(both(r, shifted) == "moeroute::weigh: transform.add.size() is 7, expected " + other);
+    CHECK(both(r, r) == "accepted");
+  }
   std::vector<double> noise(40);
   CHECK(refused(6, 12, out, {.noise_logits = {noise.data(), 5, experts}}) ==
         "moeroute::weigh_backward: own.noise_logits.rows is 5, expected 6");

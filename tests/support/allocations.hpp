@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "support/pages.hpp"
+
 namespace test {
 
 /// Calls of any form of global operator new so far, from all threads.
@@ -25,5 +27,15 @@ long bytes_allocated_during(F&& f) {
   std::forward<F>(f)();
   return allocated_bytes() - before;
 }
+
+/// While one of these lives, blocks of operator new with an alignment, those of every buffer, begin
+/// or end at a page that nobody may touch, or end as near to it as their alignment lets them.
+class forbidden_memory {
+ public:
+  explicit forbidden_memory(guarded_end end);
+  ~forbidden_memory();
+  forbidden_memory(const forbidden_memory&) = delete;
+  forbidden_memory& operator=(const forbidden_memory&) = delete;
+};
 
 }  // namespace test

@@ -78,7 +78,7 @@ class callable_executor {
 
 namespace detail {
 struct call_at_once {
-  void operator()(index_t n, index_t, loop_body body) const { body(0, n); }
+  void operator()(index_t n, index_t grain, loop_body body) const;
 };
 }  // namespace detail
 static_assert(executor<callable_executor<detail::call_at_once>>);

@@ -67,7 +67,7 @@ class worker_slots {
       slots_.stuck_ += own;
       for (;;) {
         const bool taken = take();
-        const bool forever = !taken && slots_.stuck_ >= slots_.size_;
+        const bool forever = slots_.stuck_ >= slots_.size_;
         if (taken || forever) slots_.stuck_ -= own;
         if (taken) return;
         if (forever)
