@@ -1,5 +1,6 @@
 #include <moeroute/data/dispatch_plan.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 
 #include <moeroute/data/soft_plan.hpp>
@@ -113,6 +114,19 @@ TEST_CASE("a plan of a shape knows nothing of the padding and raggedness of the 
     CHECK((p.kept() == 4 && p.elsewhere() == 0 && p.unrouted() == 2));
     p.set_counts(1, 1, 0);
     CHECK((p.dropped() == 1 && p.elsewhere() == 1 && p.unrouted() == 0));
+  }
+  // Of the very same shape, and room.
+  for (const bool ragged : {true, false}) {
+    if (ragged)
+      std::fill_n(p.first_to_fill(), 4, 6);
+    else
+      std::fill_n(p.loads_to_fill(), 2, 9);
+    p.reset(3, 2, 2);
+    parts = p.writable();
+    parts.offsets[0] = 0;
+    parts.offsets[1] = 1;
+    parts.offsets[2] = 4;
+    CHECK((!p.ragged() && p.first(2) == 4 && p.load(0) == 1 && p.load(1) == 3));
   }
   p.set_choices(5);
   CHECK((p.choices() == 5 && p.slot_of_choice().size() == 5));

@@ -474,6 +474,17 @@ TEST_CASE("a cache that cannot be is refused by name") {
         "moeroute::expert_cache: capacity is 0, expected 1 to 8");
   CHECK(refused({.experts = 8, .layers = 2, .capacity = 17}) ==
         "moeroute::expert_cache: capacity is 17, expected 1 to 16");
+  for (const index_t experts : {index_t{-1}, index_t{0}, max_experts + 1})
+    CHECK(refused({.experts = experts, .capacity = 1}) == "moeroute::expert_cache: experts is " +
+                                                              std::to_string(experts) +
+                                                              ", expected 1 to 1048576");
+  const std::vector<std::int64_t> of_two = {10, 3};
+  CHECK(refused({.experts = 2, .capacity = 9, .bytes = of_two}) ==
+        "moeroute::expert_cache: capacity is 9, expected 10 to 13");
+  CHECK(refused({.experts = 2, .capacity = 14, .bytes = of_two}) ==
+        "moeroute::expert_cache: capacity is 14, expected 10 to 13");
+  for (const index_t capacity : {10, 13})
+    CHECK(refused({.experts = 2, .capacity = capacity, .bytes = of_two}) == "accepted");
   const std::vector<std::int32_t> pins = {0, 1, 2}, outside = {8};
   CHECK(refused({.experts = 8, .capacity = 2, .pinned = pins}) ==
         "moeroute::expert_cache: the size of what is pinned is 3, expected at most 2");
