@@ -1,5 +1,6 @@
 #include <moeroute/balance/loss_router.hpp>
 
+#include <algorithm>
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
@@ -28,6 +29,7 @@ template <class Exec = serial>
 double run(const row& router, const row& delta, const row& expert, const coupling_loss& loss,
            row* drouter, row* dexpert, gradient_to to = gradient_to::write, const Exec& exec = {}) {
   workspace ws;
+  std::fill_n(ws.carve([](scratch& tape) { return tape.take<double>(512); }), 512, std::nan(""));
   row r(router.size()), w(expert.size());
   return expert_router_coupling(
       loss, to, matrix_view<const double>(router.data(), E, D),
@@ -172,6 +174,45 @@ TEST_CASE("who wants no gradient of the coupling need not have a place for it") 
       matrix_view<const double>(delta.data(), E, D),
       matrix_view<const double>(expert.data(), E * H, D), none, none, ws, serial{});
   CHECK(value == run(router, delta, expert, {}, nullptr, nullptr));
+}
+
+TEST_CASE("the coupling grows with its experts, and its pull at them does not") {
+  const row router = normals(119, E * D), expert = normals(120, E * H * D), delta(E * D, 1.0);
+  row lesser, quiet, dr(E * D), dw(E * H * D), less(E * D), same(E * H * D), hushed(E * D);
+  for (const double w : expert) lesser.push_back(w / 1024.0);
+  const coupling_loss loss{.alpha = 0.5};
+  const double value = run(router, delta, expert, loss, &dr, &dw);
+  CHECK(run(router, delta, lesser, loss, &less, &same) == Approx(value / 1024.0).epsilon(1e-12));
+  for (double& g : less) g *= 1024.0;
+  CHECK(test::difference(less, dr, 1e-11, 1e-14) == "");
+  CHECK(test::difference(same, dw, 1e-11, 1e-14) == "");
+  // Noise is as large as the rows are.
+  for (const double r : router) quiet.push_back(r / 1024.0);
+  const matrix_view<const double> rows(router.data(), E, D), quiet_rows(quiet.data(), E, D);
+  fill_router_noise(rows, 9, 3, matrix_view<double>(dr.data(), E, D));
+  fill_router_noise(quiet_rows, 9, 3, matrix_view<double>(hushed.data(), E, D));
+  CHECK(test::difference(hushed, dr, 1e-12) == "");
+}
+
+TEST_CASE("answers that are as loud pull at nobody; nor does one that is no number") {
+  // All experts and all rows are alike.
+  const row one = normals(121, D), unit = normals(122, H * D);
+  row router, expert, dr(E * D, 7.0), dw(E * H * D, 7.0);
+  for (index_t e = 0; e < E; ++e) {
+    router.insert(router.end(), one.begin(), one.end());
+    expert.insert(expert.end(), unit.begin(), unit.end());
+  }
+  CHECK(run(router, row(E * D, 1.0), expert, {}, &dr, &dw) == 0.0);
+  CHECK(dr == row(E * D, 0.0));
+  CHECK(dw == row(E * H * D, 0.0));
+  const row other = normals(123, E * D);
+  expert = normals(124, E * H * D);
+  expert[2 * H * D] = std::nan("");
+  CHECK(std::isfinite(run(other, row(E * D, 1.0), expert, {}, &dr, &dw)));
+  int broken = 0;
+  for (const double g : dr) broken += !std::isfinite(g);
+  for (const double g : dw) broken += !std::isfinite(g);
+  CHECK(broken == 0);
 }
 
 TEST_CASE("arguments of the coupling loss are refused by name") {

@@ -57,11 +57,7 @@ class beta_distribution {
         log_beta_(detail::log_gamma(a) + detail::log_gamma(b) - detail::log_gamma(a + b)) {}
 
   /// I_x(a, b), the share below x; x in [0, 1].
-  double cdf(double x) const {
-    if (!(x > 0.0)) return 0.0;
-    if (x >= 1.0) return 1.0;
-    return cdf_from(x, front(x));
-  }
+  double cdf(double x) const { return cdf_from(x, front(x)); }
 
   /// Its density at x in (0, 1).
   double pdf(double x) const { return front(x) / (x * (1.0 - x)); }
@@ -137,7 +133,7 @@ double dirichlet_prior(const dirichlet_prior_loss& loss, const token_options& ho
     std::int32_t token;
   };
   // At most 16 groups of experts, each with its own share of sum_j p_j G_j for every token.
-  const index_t grain = std::max<index_t>(1, ceil_div(experts, 16));
+  const index_t grain = ceil_div(experts, 16);
   const index_t groups = ceil_div(experts, grain);
   worker_slots slots(exec.concurrency());
   struct memory {
@@ -162,7 +158,7 @@ double dirichlet_prior(const dirichlet_prior_loss& loss, const token_options& ho
       for (index_t e = 0; e < experts; ++e) top = std::max(top, static_cast<double>(z(t, e)));
       for (index_t e = 0; e < experts; ++e) {
         const double x = static_cast<double>(z(t, e));
-        if (x == x && std::isfinite(top)) sum += std::exp(x - top);
+        if (x == x) sum += std::exp(x - top);
       }
       m.lse[t] = std::isfinite(top) ? top + std::log(sum) : infinity;
     }
@@ -193,7 +189,7 @@ double dirichlet_prior(const dirichlet_prior_loss& loss, const token_options& ho
         const auto prior = m.prior[e].at(inside);
         const double miss = static_cast<double>(r + 1) / (n + 1.0) - prior.cdf;
         value += factor * miss * miss;
-        if (!writes || p != inside || !(m.lse[t] < infinity)) continue;
+        if (!writes || p != inside) continue;
         const double pull = -2.0 * factor * miss * prior.pdf * p;
         dz(t, e) += static_cast<F>(pull);
         dot[t] += pull;
