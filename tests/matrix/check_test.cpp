@@ -64,6 +64,7 @@ TEST_CASE("matrices that share a byte overlap; of one stride they do not where t
       bytes(b, [&](std::ptrdiff_t i) { met = met || used[i]; });
       const bool said = overlap(a, b), other = overlap(b, a);
       if (said != other || (met && !said)) wrong = "a shared byte";
+      if (said && (a.rows * a.cols == 0 || b.rows * b.cols == 0)) wrong = "nothing";
       // Rows of one stride, or one after the other, are told apart exactly.
       const index_t size = sizeof *b.data;
       const bool exact = a.rows > 1 && b.rows > 1 && a.stride * 4 == b.stride * size;
@@ -128,6 +129,15 @@ TEST_CASE("a matrix that ends past what an address reaches is refused by its nam
   CHECK(said(0, -8, 8) ==
         "moeroute::stage: x of 0 x -8 values with stride 8 is no matrix that memory holds");
   CHECK(said(0, max_bytes, 0) == "accepted");
+  matrix_view<const std::byte> bytes;
+  bytes.rows = 1, bytes.cols = max_bytes;
+  CHECK(test::refusal([&] { check_stride("stage", "x", bytes); }) == "accepted");
+  bytes.rows = 2, bytes.cols = 1, bytes.stride = max_bytes - 1;
+  CHECK(test::refusal([&] { check_stride("stage", "x", bytes); }) == "accepted");
+  bytes.stride = max_bytes;
+  CHECK(test::refusal([&] { check_stride("stage", "x", bytes); }) ==
+        "moeroute::stage: x of 2 x 1 values with stride " + std::to_string(max_bytes) +
+            " is no matrix that memory holds");
   CHECK(said(0, max_bytes + 1, 0) == "moeroute::stage: x of 0 x " + std::to_string(max_bytes + 1) +
                                          " values with stride 0 is no matrix that memory holds");
   CHECK(said(1, max_bytes / 4, 0) == "accepted");

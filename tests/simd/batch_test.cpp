@@ -4,6 +4,9 @@
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <cstdint>
+#include <moeroute/simd/mask.hpp>
+#include <moeroute/simd/select/compress.hpp>
 #include <string>
 #include <vector>
 
@@ -133,6 +136,55 @@ TEMPLATE_LIST_TEST_CASE("lanes are numbered, compared, clipped, and the largest 
     CHECK(simd::any<A>(v > F(0.0f)) == (at < w));
   }
   CHECK(simd::clip<A>(F(9.0f), F(4.0f)).get(0) == 4.0f);
+}
+
+TEMPLATE_LIST_TEST_CASE(
+    "columns that reach a bound are bits of a mask, and chosen lanes are stored side by side", "",
+    test::arches) {
+  using A = TestType;
+  using F = simd::vfloat<A>;
+  constexpr int w = simd::width<A>;
+  test::edges memory(4 * 70);
+  test::random rng(5);
+  for (index_t n = 0; n <= 70; ++n)
+    test::at_both_ends(memory, [&] {
+      float* const row = memory.room<float>(n);
+      std::uint64_t expected = 0;
+      for (index_t c = 0; c < n; ++c) {
+        const float values[] = {-test::infinity, -1.0f, 0.5f, 0.75f, test::not_a_number};
+        row[c] = values[rng.below(5)];
+        if (c < 64) expected |= std::uint64_t{row[c] >= 0.5f} << c;
+      }
+      simd::column_mask parts, joined;
+      simd::mask_not_below<A>(row, n, F(0.5f), parts);
+      simd::mask_not_below<A, simd::mask_form::joined>(row, n, F(0.5f), joined);
+      CHECK((parts.bits() == expected && joined.bits() == expected));
+      if (n < w) return;
+      // The lanes of one register that are above the bound, and their numbers from 100 on.
+      const F x = simd::load<A>(row);
+      const auto mask = x >= F(0.5f);
+      const int many = std::popcount(mask.mask());
+      float* const value = memory.room<float>(many);
+      std::int32_t* const column = memory.room<std::int32_t>(many);
+      CHECK(simd::store_chosen<A>(mask, x, 100, value, column) == many);
+      bool right = true;
+      for (int i = 0, at = 0; i < w; ++i)
+        if (expected >> i & 1) {
+          right &= column[at] == 100 + i && value[at] == row[i];
+          ++at;
+        }
+      // Counts go up in those lanes alone; the second of two is taken where the first is NaN.
+      const simd::vint<A> count(7);
+      const auto once = simd::count_where<A>(count, mask),
+                 twice = simd::count_where<A>(once, once == simd::vint<A>(8));
+      const F larger = simd::max_or_second<A>(x, F(0.5f));
+      for (int i = 0; i < w; ++i) {
+        const auto lane = static_cast<std::size_t>(i);
+        right &= twice.get(lane) == ((expected >> i & 1) != 0 ? 9 : 7);
+        right &= larger.get(lane) == (row[i] > 0.5f ? row[i] : 0.5f);
+      }
+      CHECK(right);
+    });
 }
 
 TEMPLATE_LIST_TEST_CASE("NaN becomes -inf and every other value stays", "", test::arches) {

@@ -1,5 +1,6 @@
 #include <moeroute/simd/elementwise.hpp>
 
+#include <algorithm>
 #include <bit>
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>
@@ -121,6 +122,45 @@ TEMPLATE_LIST_TEST_CASE("silu is x * sigmoid(x), finite for every finite x", "",
   CHECK(test::difference(mapped<TestType>(x, silu), expected, 4e-7) == "");
   for (const float far : {-89.0f, -1e4f, -3e38f}) CHECK(mapped<TestType>({far}, silu)[0] == 0.0f);
   CHECK(mapped<TestType>({3e38f}, silu)[0] == 3e38f);
+}
+
+TEMPLATE_LIST_TEST_CASE("tanh, softplus, its root and the logarithm are near the true ones", "",
+                        test::arches) {
+  using A = TestType;
+  const auto near_true = [](const std::vector<float>& x, auto f, auto truth, double error,
+                            double absolute = 0.0) {
+    std::vector<double> expected;
+    for (const float v : x) expected.push_back(truth(static_cast<double>(v)));
+    return test::difference(mapped<A>(x, f), expected, error, absolute);
+  };
+  const auto tanh = [](auto v) { return simd::tanh<A>(v); };
+  const auto softplus = [](auto v) { return simd::softplus<A>(v); };
+  const auto root = [](auto v) { return simd::sqrt_softplus<A>(v); };
+  const auto log = [](auto v) { return simd::log<A>(v); };
+  const auto true_softplus = [](double x) {
+    return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x)));
+  };
+  const std::vector<float> x = floats_between(-87.0f, 100.0f, 16001);
+  CHECK(near_true(x, tanh, [](double v) { return std::tanh(v); }, 3e-7) == "");
+  CHECK(near_true(
+            {0.625f, std::nextafter(0.625f, 0.0f), -0.625f}, tanh,
+            [](double v) { return std::tanh(v); }, 3e-7) == "");
+  CHECK(near_true(x, softplus, true_softplus, 4e-7) == "");
+  const auto true_root = [&](double v) { return std::sqrt(true_softplus(v)); };
+  CHECK(near_true(floats_between(-170.0f, 100.0f, 16001), root, true_root, 1e-6) == "");
+  std::vector<float> positive;
+  for (const float v : x) positive.push_back(std::abs(v) + 1e-30f);
+  CHECK(near_true(positive, log, [](double v) { return std::log(v); }, 4e-7, 1e-7) == "");
+  const float inf = test::infinity, nan = test::not_a_number;
+  const std::vector<float> ends = {inf, -inf, 3e38f, -3e38f, 0.0f};
+  CHECK(test::bit_difference(mapped<A>(ends, tanh), std::vector<float>{1, -1, 1, -1, 0}) == "");
+  CHECK(test::bit_difference(mapped<A>({inf, -inf, 3e38f, -3e38f}, softplus),
+                             std::vector<float>{inf, 0, 3e38f, 0}) == "");
+  CHECK(test::bit_difference(mapped<A>({inf, -inf, -3e38f, -175.0f}, root),
+                             std::vector<float>{inf, 0, 0, 0}) == "");
+  CHECK((std::isnan(mapped<A>({nan}, tanh)[0]) && std::isnan(mapped<A>({nan}, softplus)[0])));
+  const auto some = [](auto v) { return simd::sigmoid_first<A>(v, 1); };
+  CHECK(mapped<A>({1.5f}, some) == mapped<A>({1.5f}, [](auto v) { return simd::sigmoid<A>(v); }));
 }
 
 TEMPLATE_LIST_TEST_CASE("map_row maps rows of every length in place and writes no further", "",

@@ -169,6 +169,46 @@ TEST_CASE("the k-th largest of a tile is that of its rows with the bias added, o
     }
 }
 
+TEST_CASE("a tile is its rows times their factors, turned over, and touches no other tile") {
+  test::edges memory(4 * 48 * 144);
+  test::random rng(18);
+  for (index_t cols = 1; cols <= 130; cols += cols < 20 ? 1 : 11) {
+    const index_t padded = round_up(cols, 16), stride = padded + cols % 3, tile = cols % 3;
+    std::vector<float> rows = values(7, 15 * stride + padded, static_cast<std::uint64_t>(cols));
+    std::vector<float> factor;
+    for (int i = 0; i < 16; ++i) factor.push_back(rng.normal());
+    rows[0] = std::nanf("");
+    const simd::panel_shape shape{3};
+    std::vector<float> before(static_cast<std::size_t>(simd::panel_size(48, cols)), 9.0f);
+    for (const bool finite : {false, true}) {
+      std::vector<float> expected = before;
+      for (index_t i = 0; i < 16; ++i)
+        for (index_t c = 0; c < padded; ++c) {
+          const float x =
+              rows[static_cast<std::size_t>(i * stride + c)] * factor[static_cast<std::size_t>(i)];
+          const auto at = c / 16 * 3 * 256 + tile * 256 + c % 16 * 16 + i;
+          expected[static_cast<std::size_t>(at)] = finite && !std::isfinite(x) ? -infinity : x;
+        }
+      test::for_each_arch<test::widths>([&](auto tag) {
+        using A = decltype(tag);
+        test::at_both_ends(memory, [&] {
+          float* const panel = memory.copy(before);
+          const float *const from = memory.copy(rows), *const by = memory.copy(factor);
+          if (finite)
+            simd::pack_tiles<A>(from, stride, by, cols, panel, shape, tile, simd::keep_finite{});
+          else
+            simd::pack_tiles<A>(from, stride, by, cols, panel, shape, tile);
+          bool right = true;
+          for (std::size_t i = 0; i < expected.size(); ++i)
+            right = right && (panel[i] == expected[i] ||
+                              (panel[i] != panel[i] && expected[i] != expected[i]));
+          CHECK(right);
+        });
+      });
+    }
+  }
+}
+
 TEST_CASE("rows of any length count in the buckets of their columns, and touch no others") {
   test::edges memory(4 * 144 * 9);
   test::random rng(17);

@@ -159,6 +159,11 @@ TEST_CASE("few keys are sorted to the same result as many, and nothing is writte
       }
     CHECK_FALSE(simd::are_few_keys<A>(256, 8));
     CHECK_FALSE(simd::are_few_keys<A>(17, 9));
+    constexpr index_t few = simd::detail::scatters_keys<A> ? 64 : 8;
+    CHECK((simd::are_few_keys<A>(few, 8) && !simd::are_few_keys<A>(few + 1, 8)));
+    constexpr bool in_bytes = simd::detail::counts_in_bytes<A>;
+    CHECK((simd::are_few_keys<A>(16, 256) == in_bytes && simd::are_few_keys<A>(1, 9) == in_bytes));
+    CHECK_FALSE(simd::are_few_keys<A>(16, 257));
   });
 }
 

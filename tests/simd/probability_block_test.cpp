@@ -238,33 +238,33 @@ std::string kept_disagreement(test::edges& memory, const block_case& b) {
   simd::open_probability_rows<probability::softmax, simd::no_function, A>(
       memory.copy(row), n, b.cols, coefficient, {}, nullptr, block, none);
   simd::keep_probability_rows<A>(block, n, b.cols, to, column_sum);
-  const auto near = [](double got, double expected) { return std::abs(got - expected) <= 2e-6; };
+  const auto alike = [](double got, double expected) { return std::abs(got - expected) <= 2e-6; };
   for (std::size_t i = 0; i < b.x.size(); ++i) {
     const bool shared = std::ranges::count(b.x[i], test::infinity) > 0;
     for (std::size_t c = 0; c < b.x[i].size(); ++c)
-      if (!near(static_cast<double>(out[i][c]), shared ? 0.0 : b.p[i][c])) return "kept";
+      if (!alike(static_cast<double>(out[i][c]), shared ? 0.0 : b.p[i][c])) return "kept";
   }
   // What has been added up goes to the sums, and what they round away beside them.
   const auto size = static_cast<std::size_t>(b.stride);
-  std::vector<float> begin(size, 3e7f), small(size, 0.125f);
-  float *const sum = memory.copy(begin), *const rest = memory.copy(small);
+  std::vector<float> begin(size, 3e7f), before(size, 0.125f);
+  float *const sum = memory.copy(begin), *const rest = memory.copy(before);
   simd::add_block_sum<column_sums::compensated, A>(column_sum, b.stride, sum, rest);
   for (std::size_t c = 0; c < b.column_sum.size(); ++c)
-    if (!near(static_cast<double>(sum[c]) - 3e7 + static_cast<double>(rest[c]),
-              b.column_sum[c] + 0.125))
+    if (!alike(static_cast<double>(sum[c]) - 3e7 + static_cast<double>(rest[c]),
+               b.column_sum[c] + 0.125))
       return "add_block_sum";
   for (index_t c = 0; c < 2 * b.stride; ++c)
     if (column_sum[c] != 0.0f) return "a block that is not 0";
-  float* const plain = memory.copy(small);
+  float* const plain = memory.copy(before);
   simd::add_block_sum<column_sums::plain, A>(plain, b.stride, sum, rest);
   for (std::size_t c = 0; c < b.column_sum.size(); ++c)
-    if (plain[c] != 0.0f || !near(static_cast<double>(sum[c]) - 3e7 + static_cast<double>(rest[c]),
-                                  b.column_sum[c] + 0.25))
+    if (plain[c] != 0.0f || !alike(static_cast<double>(sum[c]) - 3e7 + static_cast<double>(rest[c]),
+                                   b.column_sum[c] + 0.25))
       return "a plain sum";
   simd::gradient_of_probability_rows<A>(to, n, b.cols, coefficient);
   for (std::size_t i = 0; i < b.x.size(); ++i)
     for (std::size_t c = 0; c < b.x[i].size(); ++c)
-      if (!near(static_cast<double>(out[i][c]), b.gradient[i][c])) return "gradient";
+      if (!alike(static_cast<double>(out[i][c]), b.gradient[i][c])) return "gradient";
   return "";
 }
 

@@ -130,6 +130,15 @@ TEST_CASE("a product that is much larger than a cache has the bits of its parts"
   }
 }
 
+TEST_CASE("the second-level cache is as large as the machine says, or a usual size") {
+  index_t said = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  said = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  CHECK(simd::machine_caches().second == (said > 0 ? said : index_t{1} << 20));
+  CHECK(simd::cache_sizes{}.second == 1048576);
+}
+
 TEST_CASE("a dot product of rows is the sum of their products, whatever its tail") {
   for (const index_t n : {0, 1, 15, 16, 17, 31, 33, 64, 100}) {
     const auto a = random_values<float>(n, 5), b = random_values<float>(n, 6);
