@@ -380,6 +380,20 @@ TEST_CASE("every key has its type and its range, and says so whole") {
         "kept, found none");
   CHECK(keys_refusal(keys_of("llama", {{"expert_used_count", n(2)}})) ==
         "moeroute::gguf: m.gguf: key 'llama.expert_count': expected a whole number, found none");
+  CHECK(keys_refusal(keys_of("llama", {{"expert_count", n(8)}})) ==
+        "moeroute::gguf: m.gguf: key 'llama.expert_used_count': expected a whole number, found "
+        "none");
+  // One group is none: what would fill others is what it always is.
+  for (const char* const arch : {"deepseek2", "mistral4", "dots1"})
+    for (const std::int64_t groups : {0, 1}) {
+      gguf_metadata one = keys_of(arch, {{"expert_count", n(8)},
+                                         {"expert_used_count", n(2)},
+                                         {"expert_group_count", n(groups)},
+                                         {"expert_group_used_count", n(groups)}});
+      const moeroute::router_spec s = routers_from_gguf(one, "m.gguf").spec, usual;
+      CHECK((s.groups == 1 && s.topk_group == 1));
+      CHECK((s.group_fill == usual.group_fill && s.group_score == moeroute::group_score::top2_sum));
+    }
   CHECK(keys_refusal({{"general.architecture", n(3)}}) ==
         "moeroute::gguf: m.gguf: key 'general.architecture': expected a mixture-of-experts model "
         "of the catalogue, found 3");

@@ -127,6 +127,21 @@ TEST_CASE("predictors rank what their name says, best first, the lowest among eq
   single.saw(0, ids{1});
   CHECK(guesses(single, 0, 4).empty());
 
+  const prefetch_options usual;
+  CHECK(
+      (usual.per_layer == 1 && usual.ahead == 1 && usual.most_per_use == 2.0 && usual.trial == 64));
+  // Lately is 0.99: after 69 steps half.
+  popularity_predictor lately(1, 2), said(1, 2, 0.99);
+  for (popularity_predictor* one : {&lately, &said}) {
+    one->saw(0, ids{1});
+    one->saw(0, ids{1});
+    for (int i = 0; i < 69; ++i) one->saw(0, ids{});
+    one->saw(0, ids{0});
+  }
+  CHECK(guesses(lately, 0, 2) == guesses(said, 0, 2));
+  CHECK(guesses(lately, 0, 2) == ids{0, 1});
+  CHECK(two_choice_table(9).places_of(7) == two_choice_table(9, 0).places_of(7));
+
   CHECK(recall_meter{}.recall() == 0.0);
   CHECK(prefetch_counts{}.per_use() == 0.0);
   CHECK(prefetch_counts{.prefetched = 6}.per_use() == 6.0);

@@ -14,6 +14,7 @@
 #include <moeroute/stage/weigh.hpp>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -223,6 +224,93 @@ TEST_CASE("a row with an infinite logit is sure of it, so that no buddy is calle
     for (index_t t = 0; t < 17; ++t)
       CHECK(chosen(a, t) == std::vector<expert_id>{0, first == test::infinity ? 1 : 2});
   }
+}
+
+TEST_CASE("what is just as much as a rule asks for is enough, and rank 64 is a rank like others") {
+  const router<softmax> one{.score = {}, .selection = {.k = 1}, .weight = raw_weights};
+  const auto first = [](const auto& router, const std::vector<float>& row) {
+    std::vector<float> z;
+    for (int t = 0; t < 17; ++t) z.insert(z.end(), row.begin(), row.end());
+    const auto columns = static_cast<index_t>(row.size());
+    const assignment a = test::routed(router, z, columns);
+    for (index_t t = 1; t < 17; ++t) REQUIRE(chosen(a, t) == chosen(a, 0));
+    REQUIRE(chosen(test::routed(router, row, columns), 0) == chosen(a, 0));
+    return chosen(a, 0);
+  };
+  using list = std::vector<expert_id>;
+  // Of four equal experts two have half of the mass.
+  for (const expert_id held : {1, 2}) {
+    resident_set set(4);
+    set.insert(held);
+    const residency_rule half{
+        .kind = kind::mass_threshold, .strength = 0.5f, .ranks = 4, .forced = 0};
+    CHECK(first(resident_router(one, half, set), {1, 1, 1, 1}) == list{held == 1 ? 1 : 0});
+  }
+  // An entropy that is the least is not below it; the last that counts is at exp(-87).
+  const std::vector<double> together{0, 1, 1, 0};
+  const buddy_table buddies({together.data(), 2, 2}, 1);
+  resident_set second(2);
+  second.insert(1);
+  residency_rule unsure{.kind = kind::buddy, .forced = 0, .buddies = &buddies, .search = 1};
+  for (const auto& [least, row, who] :
+       {std::tuple<float, std::vector<float>, int>{std::log(2.0f), {3, 3}, 1},
+        {std::nextafter(std::log(2.0f), 1.0f), {3, 3}, 0},
+        {1e-37f, {0, -87}, 1},
+        {1e-37f, {0, -88}, 0}}) {
+    unsure.least_entropy = least;
+    INFO(least << ", " << row[1]);
+    CHECK(first(resident_router(one, unsure, second), row) == list{who});
+  }
+  // The best 62, 63, 64 and 65 of 80: who is behind the last of them is not taken.
+  std::vector<float> falling;
+  for (int e = 0; e < 80; ++e) falling.push_back(static_cast<float>(-e));
+  for (const index_t ranks : {62, 63, 64, 65})
+    for (const expert_id held : {61, 62, 63, 64, 65}) {
+      resident_set set(80);
+      set.insert(held);
+      INFO(ranks << " ranks, " << held << " in memory");
+      for (const kind of : {kind::max_rank, kind::within}) {
+        const residency_rule rule{.kind = of, .ranks = ranks, .forced = 0};
+        const bool found = held < ranks;
+        CHECK(first(resident_router(one, rule, set), falling) == (found ? list{held}
+                                                                  : of == kind::max_rank ? list{0}
+                                                                                         : list{}));
+      }
+    }
+}
+
+TEST_CASE(
+    "a rule of memory where nothing is said is off, keeps the best and looks at four buddies") {
+  const residency_rule r;
+  CHECK((r.kind == kind::off && r.strength == 0.0f && r.ranks == 0 && r.forced == 1));
+  CHECK((r.swaps == 0 && r.range == score_range::own && r.running == nullptr));
+  CHECK((r.dropped == dropped_weight::shared_out && r.buddies == nullptr && r.search == 4));
+  CHECK((r.least_entropy == 0.0f && r.most_missing == 1.0f));
+  running_range mean, said(0.99f);
+  for (const float top : {1.0f, 5.0f})
+    for (running_range* one : {&mean, &said}) {
+      const float row[] = {0.0f, top};
+      one->update(matrix_view<const float>(row, 1, 2));
+    }
+  CHECK(mean.value() == said.value());
+  CHECK(std::abs(mean.value() - 1.04f) < 1e-6f);
+}
+
+TEST_CASE("a token loses what its own logits say, whatever lies between rows") {
+  // Four columns in rows of seven: what lies behind them is larger than any.
+  resident_set set(4);
+  set.insert(3);
+  const router<softmax> plain{.score = {}, .selection = {.k = 1}, .weight = raw_weights};
+  const residency_rule rule{.kind = kind::within, .forced = 0};
+  std::vector<float> wide;
+  for (int t = 0; t < 3; ++t) wide.insert(wide.end(), {1, 3, 2, 0, 9e9f, 9e9f, 9e9f});
+  residency_counts counts;
+  workspace ws;
+  assignment a;
+  route(resident_router(plain, rule, set, &counts), matrix_view<const float>(wide.data(), 3, 4, 7),
+        ws, a);
+  const double total = std::exp(1.0) + std::exp(3.0) + std::exp(2.0) + 1.0;
+  CHECK(std::abs(counts.mass_lost() - (std::exp(3.0) - 1.0) / total) < 1e-8);
 }
 
 TEST_CASE("a strength of 0 is the router to the bit, for every router of the catalogue") {

@@ -109,6 +109,8 @@ TEST_CASE("a batch agrees and chooses as plain loops do; each token keeps its be
           choices += static_cast<index_t>(want.size());
         }
         CHECK(counts.batches == 1);
+        CHECK(counts.experts_per_batch() == static_cast<double>(counts.experts));
+        CHECK(counts.plain_experts_per_batch() == static_cast<double>(counts.plain_experts));
         CHECK(counts.tokens == tokens);
         CHECK(counts.choices == choices);
         CHECK(counts.experts == static_cast<std::int64_t>(read.size()));
@@ -227,7 +229,8 @@ TEST_CASE(
 TEST_CASE("as many drafts are verified as bring the most tokens per time") {
   test::random rng(2);
   for (int trial = 0; trial < 50; ++trial) {
-    const assignment sets = test::fixed_choices(rng, 7, 24, 3, 0, 1.0);
+    const assignment sets =
+        test::fixed_choices(rng, 7, trial % 2 == 0 ? 24 : 150, 3, trial % 3 == 0 ? 3 : 0, 1.0);
     std::vector<double> acceptance(6);
     for (double& p : acceptance) p = 0.5 + 0.5 * double(rng.uniform());
     const step_time time{double(rng.below(3)), double(rng.uniform()), double(rng.below(8))};
@@ -237,7 +240,8 @@ TEST_CASE("as many drafts are verified as bring the most tokens per time") {
       std::set<expert_id> read;
       double gain = 0, through = 1;
       for (index_t i = 0; i <= n; ++i) {
-        for (const expert_id e : sets.ids(i)) read.insert(e);
+        for (const expert_id e : sets.ids(i))
+          if (e != no_expert) read.insert(e);
         if (i > 0) through *= acceptance[static_cast<std::size_t>(i - 1)];
         gain += through;
       }
@@ -251,6 +255,11 @@ TEST_CASE("as many drafts are verified as bring the most tokens per time") {
     }
     CHECK(speculation_depth(sets, acceptance, time) == depth);
   }
+  CHECK(union_counts{}.experts_per_batch() == 0.0);
+  CHECK((step_time{}.expert == 1.0 && step_time{}.token == 0.0 && step_time{}.fixed == 0.0));
+  const union_rule u;
+  CHECK((u.kind == kind::opportunistic && u.k0 == 1 && u.mass == 0.0f && u.most_rank == 0 &&
+         u.budget == 1 && u.groups == 1 && u.stays == 1));
   const assignment one = test::fixed_choices(rng, 1, 4, 2);
   CHECK(speculation_depth(one, {}, {}) == 0);
   // Drafts that are sure to come through and share all experts are free.

@@ -296,7 +296,7 @@ inline bool names_entry(std::string_view type, std::string_view entry) {
     return kept;
   };
   const std::string given = letters(type), name = letters(entry);
-  const auto digit = [](char c) { return c >= '0' && c <= '9'; };
+  const auto digit = [](char c) { return std::isdigit(static_cast<unsigned char>(c)) != 0; };
   return given.starts_with(name) && !(given.size() > name.size() && digit(given[name.size()]));
 }
 

@@ -133,7 +133,7 @@ template <class Json = nlohmann::json>
   if (Json::sax_parse(copy, &builder)) return std::move(builder.document);
   if (!builder.repeated.empty() || builder.position == 0)
     fail("json", file + ": key '" + detail::printable(builder.repeated) + "' stands there twice");
-  const auto quotes = std::lower_bound(added.begin(), added.end(), builder.position);
+  const auto quotes = std::upper_bound(added.begin(), added.end(), builder.position);
   const std::size_t at =
       std::min(builder.position - static_cast<std::size_t>(quotes - added.begin()), text.size());
   const std::string_view before = text.substr(0, at == 0 ? 0 : at - 1);
