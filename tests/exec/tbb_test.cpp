@@ -79,5 +79,18 @@ TEST_CASE("a loop of one piece makes no oneTBB task") {
   std::thread::id runner;
   onetbb{}.parallel_for(7, 7, [&](index_t, index_t) { runner = std::this_thread::get_id(); });
   CHECK(runner == caller);
+  // Nor does it enter an arena, which several pieces run in.
+  const int outside = ::tbb::this_task_arena::max_concurrency();
+  ::tbb::task_arena arena(outside + 3);
+  std::atomic<int> inside{0};
+  const auto look = [&](index_t, index_t) {
+    inside = ::tbb::this_task_arena::max_concurrency() - outside;
+  };
+  onetbb{&arena}.parallel_for(7, 7, look);
+  CHECK(inside == 0);
+  onetbb{&arena}.parallel_for(7, 2, look);
+  CHECK(inside == 3);
+  onetbb{}.parallel_for(7, 2, look);
+  CHECK(inside == 0);
 }
 #endif

@@ -110,6 +110,12 @@ TEST_CASE("tokens of one adapter and expert stand together in the plan of virtua
   CHECK(test::refusal([&] { virtual_experts(v, adapter, 3, v); }) ==
         "moeroute::virtual_experts: out is choices, expected an assignment of its own");
   CHECK(!test::refusal([&] { virtual_experts(assignment{}, {}, 3, v); }).empty());
+  assignment ragged;
+  ragged.reset_ragged(2, 5, 2);
+  std::fill_n(ragged.to_fill().offsets, 3, 0);
+  ragged.close();
+  CHECK(test::refusal([&] { virtual_experts(ragged, std::vector<std::int32_t>(2), 3, v); }) ==
+        "moeroute::virtual_experts: the assignment is ragged, expected the fixed form");
 }
 
 TEST_CASE("a one-hot mixture is its expert to the bit; blocks mix apart; products do not mix") {

@@ -931,4 +931,41 @@ TEST_CASE("gradients that are added are those that are written, on top of what w
           .lost = lost_token::residual});
 }
 
+TEST_CASE("a value at its very limit has its gradient still, one beyond it has none") {
+  const float one[] = {1.0f}, x[] = {1.0f};
+  const matrix_view<const float> unit(one, 1, 1);
+  const auto gate_and_up = [&](const swiglu_options& o, float g, float u) {
+    const bool gated = o.activation == expert_activation::silu_gated;
+    const swiglu_experts<> experts(1, 1, 1, o);
+    float dgate = 0.0f, dup = 0.0f, ddown = 0.0f, db[2] = {}, din[1], kept[] = {gated ? g : u, u};
+    const matrix_view<float> to_gate(&dgate, 1, 1), to_up(&dup, 1, 1), to_down(&ddown, 1, 1);
+    const matrix_view<const float> none;
+    const swiglu_backward<> back(
+        experts, {gated ? unit : none, unit, unit},
+        {gated ? to_gate : matrix_view<float>{}, to_up, to_down},
+        {gated ? std::span<float>(db, 1) : std::span<float>{}, std::span<float>(db + 1, 1), {}});
+    std::vector<float> memory(static_cast<std::size_t>(back.scratch_floats()));
+    back(0, {x, 1, 1}, unit, {din, 1, 1}, {kept, 1, gated ? 2 : 1}, memory.data());
+    CHECK((dgate == db[0] && dup == db[1]));
+    return std::pair(dgate, dup);
+  };
+  for (const float limit : {0.0f, 2.0f})
+    for (const float g : {-3.0f, -2.0f, 0.0f, 2.0f, 3.0f})
+      for (const float u : {-3.0f, -2.0f, 0.0f, 2.0f, 3.0f}) {
+        INFO("limit " << limit << ", g " << g << ", u " << u);
+        const swiglu_options o{.limit = limit, .up_offset = 1.0f};
+        const bool bounded = limit > 0.0f;
+        const float at = bounded ? std::min(g, limit) : g,
+                    up = bounded ? std::clamp(u, -limit, limit) : u;
+        const float s = 1.0f / (1.0f + std::exp(-at));
+        const auto [dg, du] = gate_and_up(o, g, u);
+        const float slope = bounded && g > limit ? 0.0f : (up + 1.0f) * (s + at * s * (1.0f - s));
+        CHECK(std::abs(dg - slope) < 1e-5f);
+        CHECK(std::abs(du - (bounded && std::abs(u) > limit ? 0.0f : at * s)) < 1e-5f);
+        const swiglu_options squared{.activation = expert_activation::relu_squared, .limit = limit};
+        CHECK(gate_and_up(squared, g, u).second ==
+              (bounded && u > limit ? 0.0f : 2.0f * std::max(u, 0.0f)));
+      }
+}
+
 }  // namespace moe_layer_backward_test

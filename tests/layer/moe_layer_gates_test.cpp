@@ -333,6 +333,20 @@ TEST_CASE("gradients end at the logits where these were not the gate's of x") {
            layer_gradients{.x = into_rows(dx, d),
                            .gate = into_rows(dgate, d),
                            .logits = into_rows(dlogits, experts)});
+  // Rows of the router's own.
+  const floats r = random_floats(tokens * d, 14);
+  floats of_r(y.size()), expected(y.size());
+  layer.forward(as_rows(x, d), as_rows(r, d), into_rows(expected, wide), side_inputs{}, serial{});
+  layer.forward(as_rows(x, d), as_rows(r, d), into_rows(of_r, wide), side_inputs{}, serial{}, tape);
+  CHECK(test::bit_difference(of_r, expected) == "");
+  CHECK(test::bit_difference(of_r, y) != "");
+  CHECK(test::refusal([&] {
+          backward(layer, as_rows(x, d), side_inputs{}, tape, as_rows(dy, wide),
+                   layer_weights<>{as_rows(gate_weight(), d)}, curve_gradients{},
+                   layer_gradients{.gate = into_rows(dgate, d)});
+        }) ==
+        "moeroute::backward: a gradient of the gate is wanted, but the logits were not the gate's "
+        "of x, or it offers no gate_backward: take gradients.logits to what made them");
   gate(as_rows(x, d), layer.gate(), into_rows(logits, experts));
   layer.forward_logits(as_rows(x, d), as_rows(logits, experts), into_rows(y, wide), side_inputs{},
                        serial{}, tape);

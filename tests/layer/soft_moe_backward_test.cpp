@@ -149,6 +149,28 @@ TEST_CASE("gradients that go nowhere are written nowhere") {
   }
 }
 
+TEST_CASE("a soft layer goes forwards and backwards beside memory that nobody may touch") {
+  constexpr index_t many = 16;  // tokens and slots
+  const floats x = random_floats(many * d, 1), mu = random_floats(many * d, 2);
+  const auto gradients = [&](soft_logits kind) {
+    soft_moe layer(rows(mu, many), curves{}, {2, kind, 1.5f});
+    soft_tape tape;
+    floats y(x.size()), dx(x.size()), dmu(mu.size());
+    layer.forward(rows(x, many), into(y, many), serial{}, tape);
+    backward(layer, rows(x, many), tape, rows(y, many), rows(mu, many), curve_gradients{},
+             {gradient_to::write, into(dx, many), into(dmu, many)});
+    dx.insert(dx.end(), dmu.begin(), dmu.end());
+    return dx;
+  };
+  for (const soft_logits kind : {soft_logits::product, soft_logits::normalized}) {
+    const floats expected = gradients(kind);
+    for (const test::guarded_end end : {test::guarded_end::front, test::guarded_end::back}) {
+      const test::forbidden_memory around(end);
+      CHECK(test::bit_difference(gradients(kind), expected) == "");
+    }
+  }
+}
+
 TEST_CASE("a warm soft layer goes backwards without an allocation") {
   const floats x = random_floats(tokens * d, 1), mu = random_floats(slots * d, 2);
   floats y(x.size()), dx(x.size()), dmu(mu.size());

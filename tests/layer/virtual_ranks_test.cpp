@@ -855,6 +855,35 @@ TEST_CASE("virtual ranks refuse by name what does not fit") {
   CHECK(test::refusal([&] {
           virtual_ranks<>(placement::contiguous(4, 1), {.most_rows = 3}).forward(one, identity);
         }) == "moeroute::exchange: received rows is 4, expected 0 to 3");
+  virtual_ranks<> alone(placement::contiguous(4, 1));
+  alone.forward(one, identity);
+  rows up(20), down(20);
+  std::vector<float> dweights(8);
+  const auto back = [&](matrix_view<const float> dy, matrix_view<float> dx, std::size_t n = 8) {
+    const std::vector<rank_gradients> gradients{{dy, dx, std::span(dweights).first(n)}};
+    return test::refusal([&] {
+      alone.backward(one, gradients,
+                     [](index_t, expert_id, matrix_view<const float>, matrix_view<const float> dout,
+                        matrix_view<float> din) {
+                       for (index_t r = 0; r < din.rows; ++r)
+                         std::copy_n(dout.row(r), din.cols, din.row(r));
+                     });
+    });
+  };
+  const matrix_view<const float> dy(up.data(), 4, 4);
+  const matrix_view<float> dx(down.data(), 4, 4);
+  CHECK(back(dy, dx) == "accepted");
+  CHECK(back(dy, dx, 7) == "moeroute::combine_backward: gradients.weights.size() is 7, expected 8");
+  CHECK(back({up.data(), 5, 4}, dx) == "moeroute::exchange: dy.rows() is 5, expected 4");
+  CHECK(back({up.data(), 4, 5}, dx) == "moeroute::exchange: dy.cols() is 5, expected 4");
+  CHECK(back({up.data(), 4, 4, 3}, dx) ==
+        "moeroute::exchange: dy.stride is 3, expected at least 4");
+  CHECK(back(dy, {down.data(), 5, 4}) == "moeroute::exchange: dx.rows() is 5, expected 4");
+  CHECK(back(dy, {down.data(), 4, 5}) == "moeroute::exchange: dx.cols() is 5, expected 4");
+  CHECK(back(dy, {down.data(), 4, 4, 3}) ==
+        "moeroute::exchange: dx.stride is 3, expected at least 4");
+  CHECK(back(dy, {up.data() + 4, 4, 4}) ==
+        "moeroute::exchange: dy and dx overlap, expected memory of their own");
   const auto first_of_3 =
       std::find(choices.ids().begin(), choices.ids().end(), 3) - choices.ids().begin();
   CHECK(test::refusal([&] {
