@@ -266,7 +266,7 @@ std::vector<double> drawn_loads(test::random& rng, index_t experts) {
 
 }  // namespace search_test
 
-TEST_CASE("a search with any options ends where one ends that works everything out anew") {
+TEST_CASE("a search with any options ends where one ends that counts everything anew") {
   using namespace search_test;
   test::random rng(41);
   const auto draw_of = [&](auto... of) {

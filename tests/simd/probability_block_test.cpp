@@ -1,5 +1,7 @@
 // Blocks of rows of probabilities: their functions, column sums and gradients against what the
 // definitions give in double. What is read and written begins or ends where memory does.
+#include <moeroute/simd/probability/probability_block.hpp>
+
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
