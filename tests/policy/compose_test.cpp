@@ -93,3 +93,34 @@ TEST_CASE("a gated shared expert takes its weight from the token's gate") {
       routed(with_shared<plain>{top_two, 1}, std::vector<float>(37 * 3, 1.0f), 3, side);
   for (std::size_t t = 0; t < 37; ++t) CHECK(a.weights(static_cast<index_t>(t))[2] == gate[t]);
 }
+
+TEST_CASE("routers made of routers refuse what one of them refuses, and each number has two ends") {
+  const auto refused = [](const auto& rule, index_t columns = 6) {
+    return test::refusal([&] { rule.check(columns); });
+  };
+  CHECK(refused(by_modality<plain>{top_two, top_two, 0}) ==
+        "moeroute::by_modality: first_experts is 0, expected 1 to 5");
+  for (const index_t first : {2, 3, 4})
+    CHECK(refused(by_modality<plain>{top_two, top_two, first}) == "accepted");
+  CHECK(refused(by_modality<plain>{top_two, top_two, 1}) ==
+        "moeroute::top_k: k is 2, expected 1 to 1");
+  CHECK(refused(by_modality<plain>{top_two, top_two, 5}) ==
+        "moeroute::top_k: k is 2, expected 1 to 1");
+  CHECK(by_modality<plain>{}.first_experts == 1);
+  CHECK(refused(with_shared<plain>{top_two, 0}) ==
+        "moeroute::with_shared: shared is 0, expected 1 to 1048570");
+  CHECK(refused(with_shared<plain>{top_two, max_experts - 6}) == "accepted");
+  CHECK(refused(with_shared<plain>{top_two, max_experts - 5}) ==
+        "moeroute::with_shared: shared is 1048571, expected 1 to 1048570");
+  CHECK(refused(with_shared<plain>{top_two, 1}, 1) == "moeroute::top_k: k is 2, expected 1 to 1");
+  CHECK((with_shared<plain>{}.shared == 1 && with_shared<plain>{}.weight == 1.0f));
+  // What both read is read; no more of an own k than the lesser of both may ask for.
+  const plain three{.selection = {.k = 3}};
+  const side_use use = by_modality<plain>{top_two, three, 3}.reads_side(6);
+  CHECK((use.own_k == 2 && use.modality && !use.token_ids && !use.noise_logits));
+  plain noisy = top_two;
+  noisy.transform.noise.kind = noise_kind::gumbel;
+  CHECK(by_modality<plain>{noisy, top_two, 3}.reads_side(6).noise_logits);
+  CHECK(by_modality<plain>{top_two, noisy, 3}.reads_side(6).noise_logits);
+  CHECK(with_shared<plain>{noisy}.reads_side(6).noise_logits);
+}

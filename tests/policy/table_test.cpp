@@ -402,3 +402,30 @@ TEST_CASE("tables may be of any size that ids can tell, and no other") {
   CHECK(test::refusal([&] { again.check(4); }) ==
         "moeroute::logit_transform: temperature is 0.000000, expected > 0");
 }
+
+TEST_CASE("tables and records with equal shares look at no logits, unless they transform them") {
+  const expert_table table({2, 0, 1, 3}, 2, 4);
+  const std::vector<std::int32_t> ids{1, 0, 1};
+  routing_record<std::uint8_t> record;
+  const table_router<uniform_score> rule{.table = &table, .weight = sum_normalized};
+  const assignment a = routed(rule, zeros(3, 4), 4, {.token_ids = ids});
+  record.record(a);
+  const replay<uniform_score, std::uint8_t> again{.record = &record, .weight = sum_normalized};
+  CHECK_FALSE(rule.reads_logits());
+  CHECK_FALSE(again.reads_logits());
+  CHECK(table_router<softmax>{}.reads_logits());
+  CHECK(replay<softmax, std::uint8_t>{}.reads_logits());
+  CHECK(table_router<uniform_score>{.transform = {.temperature = 2.0f}}.reads_logits());
+  CHECK(replay<uniform_score, std::uint8_t>{.transform = {.temperature = 2.0f}}.reads_logits());
+  // One token alone, and a block of them.
+  workspace ws;
+  assignment none;
+  for (const index_t tokens : {1, 16}) {
+    const std::vector<std::int32_t> ones(static_cast<std::size_t>(tokens), 1);
+    route(rule, matrix_view<const float>(nullptr, tokens, 4), {.token_ids = ones}, ws, none);
+    for (index_t t = 0; t < tokens; ++t) {
+      CHECK(test::listed(none.ids(t)) == std::vector<expert_id>{1, 3});
+      CHECK(test::listed(none.weights(t)) == std::vector<float>{0.5f, 0.5f});
+    }
+  }
+}

@@ -8,6 +8,7 @@
 #include <moeroute/policy/batch/sinkhorn.hpp>
 #include <moeroute/policy/parts/noise.hpp>
 #include <moeroute/policy/parts/row_transform.hpp>
+#include <moeroute/policy/router.hpp>
 #include <moeroute/policy/row/counted.hpp>
 #include <moeroute/policy/row/sparsemixer.hpp>
 #include <moeroute/policy/row/top_p.hpp>
@@ -298,4 +299,50 @@ TEST_CASE("every number of a rule is refused where it is none, infinite or out o
                                                         one.expected);
     for (const float v : one.accepted) CHECK(test::refusal([&] { one.check(v); }) == "accepted");
   }
+}
+
+TEST_CASE(
+    "a router refuses what one of its parts refuses, and has the plain parts where none is named") {
+  const weight_rule bad_weight{.divide = 0.0f};
+  const logit_transform bad_transform{.temperature = 0.0f};
+  const std::string weight = "moeroute::weight_rule: divide is 0.000000, expected > 0",
+                    transform = "moeroute::logit_transform: temperature is 0.000000, expected > 0";
+  const auto refused = [](const auto& rule) { return test::refusal([&] { rule.check(8); }); };
+  CHECK(refused(counted<>{.weight = bad_weight}) == weight);
+  CHECK(refused(counted<>{.transform = bad_transform}) == transform);
+  CHECK(refused(counted<>{.count = {.min_k = 9}}) ==
+        "moeroute::counted: min_k is 9, expected 1 to 8");
+  CHECK(refused(top_p{.weight = bad_weight}) == weight);
+  CHECK(refused(top_p{.transform = bad_transform}) == transform);
+  CHECK(refused(dense_if{.rule = {.weight = bad_weight}}) == weight);
+  CHECK(refused(dense_if{.rule = {.p = 0.0f}}) ==
+        "moeroute::top_p: p is 0.000000, expected more than 0 and at most 1");
+  CHECK(refused(router<softmax>{.weight = bad_weight}) == weight);
+  CHECK(refused(router<softmax>{.transform = bad_transform}) == transform);
+  const std::vector<float> seven(7, 0.5f), eight(8, 0.5f);
+  CHECK(refused(router<softmax>{.bias = selection_bias(seven)}) ==
+        "moeroute::selection_bias: bias.size() is 7, expected 8");
+  CHECK(refused(router<softmax>{.bias = selection_bias(eight)}) == "accepted");
+  CHECK(refused(counted<>{}) == "accepted");
+  CHECK(refused(dense_if{}) == "accepted");
+  const top_p mass;
+  CHECK((mass.p == 0.4f && mass.crossing == crossing::include && mass.min_k == 1 &&
+         mass.max_k == 0 && mass.max_choices(8) == 8));
+  CHECK((top_p{.max_k = 3}.max_choices(8) == 3 && top_p{.max_k = 9}.max_choices(8) == 8));
+  const row_count count;
+  CHECK((count.rule == count_rule::ratio && count.quantile == 0.5f && count.ratio == 0.5f &&
+         count.low == 0.5f && count.high == 1.5f && count.mid_k == 2 && count.min_k == 1 &&
+         count.max_k == 0));
+  const dense_if dense;
+  CHECK((dense.q == 1.1f && dense.threshold == 0.9f && dense.rule.p == 0.4f));
+  CHECK((dynmole_included.rule.p == 0.75f && dynmole_included.rule.min_k == 2 &&
+         dynmole_included.rule.crossing == crossing::include &&
+         dynmole_included.rule.weight.normalize == normalization::sum));
+  CHECK((dynmole_excluded.rule.p == 0.75f && dynmole_excluded.rule.min_k == 2 &&
+         dynmole_excluded.rule.crossing == crossing::exclude &&
+         dynmole_excluded.rule.weight.normalize == normalization::none));
+  const weight_rule plain;
+  CHECK((plain.normalize == normalization::none && plain.p == 1.0f &&
+         plain.eps_where == eps_mode::none && plain.eps == 0.0f && plain.divide == 1.0f &&
+         plain.scale == 1.0f && plain.expert_scale.empty()));
 }
