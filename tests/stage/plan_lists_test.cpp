@@ -122,7 +122,7 @@ TEST_CASE("a plan of lists is the plan of the assignment that they make, under e
           plan_options{.block = 3, .padding = spare, .owned = owned, .mask = mask}}) {
       INFO("T=" << l.tokens << " E=" << l.experts << " C=" << l.capacity);
       std::vector<float> weights(l.token.size());
-      if (l.tokens < 40) {
+      if (l.tokens == 31) {
         const test::forbidden_memory around(ascending(l) ? test::guarded_end::front
                                                          : test::guarded_end::back);
         dispatch_plan fresh;

@@ -328,8 +328,6 @@ TEST_CASE(
   test::random rng(97);
   for (index_t round = 0; round < test::sized(500, 170); ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
-    const test::forbidden_memory around(coin() ? test::guarded_end::front
-                                               : test::guarded_end::back);
     const index_t experts = 1 + rng.below(coin() ? 8 : 150),
                   k = 1 + rng.below(std::min<index_t>(experts, 6)), tokens = rng.below(40);
     const bool ragged = coin();
@@ -355,9 +353,14 @@ TEST_CASE(
     INFO("round " << round << " T=" << tokens << " E=" << experts << " k=" << k << " ragged "
                   << ragged << " block " << o.block << " capacity " << o.capacity);
     CHECK(difference(p, by_brute_force(a, o)) == "");
-    dispatch_plan fresh;
-    plan(a, fresh, o);
-    CHECK(difference(fresh, by_brute_force(a, o)) == "");
+    if (round % 4 == 0) {  // beside memory that nobody may touch
+      const test::forbidden_memory around(round % 8 == 0 ? test::guarded_end::front
+                                                         : test::guarded_end::back);
+      const assignment own = a;
+      dispatch_plan fresh;
+      plan(own, fresh, o);
+      CHECK(difference(fresh, by_brute_force(a, o)) == "");
+    }
     CHECK(p.tokens() == tokens);
     CHECK(p.experts() == experts);
     CHECK(p.choices() == a.choices());
