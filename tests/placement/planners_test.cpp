@@ -382,7 +382,7 @@ TEST_CASE("a search takes no more steps than it may, and no new starts where it 
 }
 
 TEST_CASE("affinity without restarts is the way down from layer 0 in order; restarts never cost") {
-  int cheaper = 0;
+  int cheaper = 0, small_swaps = 0;
   for (std::uint64_t seed = 1; seed <= 8; ++seed) {
     test::random rng(seed);
     layer_transitions t{.experts = 12};
@@ -395,15 +395,42 @@ TEST_CASE("affinity without restarts is the way down from layer 0 in order; rest
     const std::vector<std::int32_t> first{0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2};
     const affinity_plan none = plan(0);
     CHECK(none.rank_of_expert == affinity_from(t, {.ranks = 3}, first, true).rank_of_expert);
+    // The best swap of what the greedy way leaves, at half a billionth to one and at one to two.
+    std::vector<std::vector<std::int32_t>> ranks =
+        affinity_from(t, {.ranks = 3}, first, false).rank_of_expert;
+    const double greedy = affinity_cost(t, {.ranks = 3}, ranks);
+    double most = 0.0;
+    for (auto& layer : ranks)
+      for (std::int32_t& a : layer)
+        for (std::int32_t& b : layer) {
+          std::swap(a, b);
+          most = std::max(most, greedy - affinity_cost(t, {.ranks = 3}, ranks));
+          std::swap(a, b);
+        }
+    double scale = 1.0;
+    while (most * scale > 1e-9) scale *= 0.5;
+    for (const double by : {scale, 2 * scale}) {
+      layer_transitions tiny = t;
+      for (auto& layer : tiny.count)
+        for (double& v : layer) v *= by;
+      const bool swaps = affinity_from(tiny, {.ranks = 3}, first, true).swaps > 0;
+      CHECK(swaps == (most * by > 1e-9));
+      small_swaps += swaps;
+    }
     double last = none.cost;
     for (const index_t restarts : {1, 4, 12, 24}) {
       const double cost = plan(restarts).cost;
       CHECK(cost <= last);
+      // A cost below 1 is one to lower too.
+      layer_transitions less = t;
+      for (auto& layer : less.count)
+        for (double& v : layer) v *= 0x1p-14;
+      CHECK(place_by_affinity(less, {.ranks = 3, .restarts = restarts}).cost == 0x1p-14 * cost);
       if (restarts == 24) cheaper += cost < last;
       last = cost;
     }
   }
-  CHECK(cheaper > 0);
+  CHECK((cheaper > 0 && small_swaps > 0));
 }
 
 TEST_CASE("grouping reaches the vectors' cost within the limit of load") {
@@ -425,6 +452,16 @@ TEST_CASE("grouping reaches the vectors' cost within the limit of load") {
     CHECK(plan.rank_of_expert == list<std::int32_t>(out["placement"]));
     CHECK(plan.swaps == out["swaps"].get<index_t>());
     CHECK(near(plan.max_load, out["max_load"]));
+  }
+}
+
+TEST_CASE("groups are swapped for more than a billionth") {
+  for (const auto& [part, swaps] : {std::pair{0.9e-9, 0}, {1.5e-9, 1}}) {
+    // Two pairs that serve together, each on two ranks: one swap takes a rank from both.
+    const std::vector<token_set> sets{{{0, 2}, part / 2}, {{1, 3}, part / 2}};
+    const grouping_plan plan = group_experts(sets, std::vector<double>{1, 1, 1, 1},
+                                             std::vector<std::int32_t>{0, 0, 1, 1}, {.ranks = 2});
+    CHECK(plan.swaps == swaps);
   }
 }
 
@@ -963,6 +1000,9 @@ TEST_CASE("planners refuse by name what is no load, no size, no option") {
   const placement lost = placement::from_slots(4, 2, std::vector<expert_id>{0, 1, 2, 2});
   CHECK(said([&] { split_optimal(lost, counts); }) ==
         "moeroute::split_by_filling: expert 3 has tokens and no live slot");
+  const std::vector<std::int64_t> single{0, 0, 0, 1};
+  CHECK(said([&] { split_even(lost, single); }) ==
+        "moeroute::split_even: expert 3 has tokens and no live slot");
   CHECK(said([&] { split_even(lost, below); }) ==
         "moeroute::split_even: count is -4, expected 0 to 2^40");
   CHECK(said([&] { replan(lost, good); }) == "moeroute::replan: 1 experts have no live slot: 3");
@@ -1202,6 +1242,66 @@ TEST_CASE("every size and option of a planner is refused by its own name") {
        "split_by_filling: count is 1099511627777, expected 0 to 2^40"},
       {[] { linear_assignment({1, 2, 3}, 2); }, "linear_assignment: gain.size() is 3, expected 4"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  const double nan = std::nan("");
+  const test::refusals ends{
+      {near_by(4, {.weight_within = nan}),
+       "affinity: weight is nan, expected a finite number >= 0"},
+      {near_by(4, {.weight_across = -1.0}),
+       "affinity: weight is -1.000000, expected a finite number >= 0"},
+      {[] { place_by_affinity({.experts = 1, .count = {{HUGE_VAL}}}, {}); },
+       "affinity: count is inf, expected a finite number >= 0"},
+      {near_by(max_experts + 1, {}), "affinity: experts is 1048577, expected 1 to 1048576"},
+      {grouped({.ranks = 2, .weight_node = nan}),
+       "group_experts: an option is nan, expected a finite number >= 0"},
+      {grouped({.ranks = 2, .slack = HUGE_VAL}),
+       "group_experts: an option is inf, expected a finite number >= 0"},
+      {spilled({.alpha_num = 1 << 20, .alpha_den = (1 << 20) + 1}),
+       "spill: alpha_den is 1048577, expected 1 to 1048576"},
+      {spilled({.alpha_num = (1 << 20) + 1}), "spill: alpha_num is 1048577, expected 1 to 1048576"},
+      {spilled({.min_rows = (std::int64_t{1} << 40) + 1}),
+       "spill: min_rows is 1099511627777, expected 1 to 1099511627776"},
+      {spilled({.lambda = nan}), "spill: lambda is nan, expected >= 0"},
+      {[&] { balance_exactly(rows, 2, {.min_rows = (std::int64_t{1} << 40) + 1}); },
+       "balance_exactly: min_rows is 1099511627777, expected 1 to 1099511627776"},
+      {[&] { shadow_published(good, {.d = HUGE_VAL}); },
+       "shadow_published: a cost is inf, expected a finite number > 0"},
+      {[&] { replicate(good, 4, max_ranks + 1); },
+       "replicate: most is 1048577, expected 1 to 1048576"},
+      {[&] { search_placement(good, 8, max_ranks + 1); },
+       "search_placement: ranks is 1048577, expected 1 to 1048576"},
+      {[] { chunked_seconds({}, 0.0, (1 << 20) + 1); },
+       "chunked_seconds: n is 1048577, expected 1 to 1048576"},
+      {[] { expert_traffic({.experts = max_experts + 1}); },
+       "traffic: experts is 1048577, expected 1 to 1048576"},
+      {[] { expert_traffic({.experts = 4, .zipf = std::nan("")}); },
+       "traffic: an option is nan, expected a finite number >= 0"},
+      {[] { expert_traffic({.experts = 4, .drift = HUGE_VAL}); },
+       "traffic: an option is inf, expected a finite number >= 0"}};
+  for (const auto& [call, message] : ends) CHECK(test::refusal(call) == "moeroute::" + message);
+  const test::refusals accepted{
+      {near_by(4, {.weight_within = 0.0, .weight_across = 0.0, .restarts = 0}), ""},
+      {grouped({.ranks = 2, .weight_node = 0.0, .weight_rank = 0.0, .slack = 0.0}), ""},
+      {spilled({.alpha_num = 1 << 20, .alpha_den = 1 << 20}), ""},
+      {spilled({.min_rows = std::int64_t{1} << 40, .lambda = HUGE_VAL}), ""},
+      {[&] { balance_exactly(rows, 2, {.min_rows = std::int64_t{1} << 40}); }, ""},
+      {[] { chunked_seconds({}, 0.0, 1 << 20); }, ""},
+      {[] { expert_traffic({.experts = 1, .zipf = 0.0, .noise = 0.0, .drift = 0.0}); }, ""}};
+  for (const auto& one : accepted) CHECK(test::refusal(one.first) == "accepted");
+  // What stands where nothing is said.
+  const affinity_options a;
+  CHECK((a.ranks == 1 && a.node_of_rank.empty() && a.weight_within == 1.0 &&
+         a.weight_across == 1.0 && a.restarts == 12));
+  const grouping_options g;
+  CHECK((g.ranks == 1 && g.node_of_rank.empty() && g.weight_node == 4.0 && g.weight_rank == 1.0 &&
+         g.slack == 1.2 && token_set{}.count == 1.0));
+  const spill_options s;
+  CHECK((s.alpha_num == 1 && s.alpha_den == 1 && s.min_rows == 1 && s.lambda == 0.0));
+  CHECK((exact_balance_options{}.min_rows == 1 && exact_balance_options{}.lambda == 0.0));
+  const shadow_costs c;
+  CHECK((c.d == 0.0 && c.ratio == 4.0 && c.bytes == 4.0 && c.bandwidth == 1.0 && c.flops == 1.0));
+  const traffic_options o;
+  CHECK((o.experts == 256 && o.zipf == 1.0 && o.noise == 0.15 && o.drift == 0.0 &&
+         o.switch_at == -1 && o.seed == 1));
   // What is at the end of its range is in it.
   CHECK(split_even(two, limit).max_load == std::int64_t{1} << 41);
   CHECK(spill(limit, 4).load == limit);

@@ -531,3 +531,23 @@ TEST_CASE("the search's and the re-plan's options have the values that are writt
   CHECK(moved({.budget = index_t{1} << 31}) ==
         "moeroute::replan: budget is 2147483648, expected 0 to 2147483647");
 }
+
+TEST_CASE("a search steps while the hottest rank is a billionth above the mean, and no further") {
+  using namespace search_test;
+  // With two slots for the heaviest the hottest rank is d / 1.5 above the mean, for the lightest
+  // d / 3.
+  for (const auto& [d, steps] : {std::pair{1.2e-9, 0}, {1.9e-9, 1}, {1e-3, 1}}) {
+    const std::vector<double> load{1 + 2 * d, 1 + 3 * d, 1};
+    const packing p = search_packing(load, 4, 2, {.candidates = 0, .swaps = false, .kicks = 0});
+    CHECK(p.steps == steps);
+    CHECK(p.count == (steps == 0 ? counts{1, 2, 1} : counts{1, 1, 2}));
+  }
+}
+
+TEST_CASE("a re-plan moves for a billionth of the hottest load squared per move, not for less") {
+  // A swap of two of four experts lowers the sum of squares by 8 d^2.
+  for (const auto& [d, moves] : {std::pair{2.5e-5, 0}, {4e-5, 2}}) {
+    const std::vector<double> load{1 + 2 * d, 1 + 2 * d, 1, 1};
+    CHECK(replan(placement::contiguous(4, 2), load, {.target = 1.0}).moves == moves);
+  }
+}

@@ -364,6 +364,42 @@ TEST_CASE("traffic has the spread, the drift and the batches that its options sa
   CHECK(first != second);
 }
 
+TEST_CASE("the same options, layer, step and batch give the same traffic for good") {
+  std::string all;
+  for (const index_t layer : {0, 3})
+    for (const std::uint64_t batch : {0, 5}) {
+      expert_traffic t({.experts = 11, .zipf = 0.8, .drift = 0.5, .switch_at = 2, .seed = 9},
+                       layer);
+      std::vector<expert_id> ids;
+      std::vector<double> count;
+      for (int step = 0; step < 4; ++step, t.advance()) {
+        t.draw(2, 3, batch, ids);
+        for (const expert_id e : ids) all += std::to_string(e) + ".";
+        t.sample(1000.0, batch, count);
+        for (const double n : count) all += " " + std::to_string(static_cast<int>(n));
+        all += '\n';
+      }
+    }
+  CHECK("\n" + all == R"(
+4.7.1.8.0.5. 282 46 46 24 43 149 120 108 69 63 58
+4.2.7.8.0.5. 222 37 126 17 25 125 153 108 84 46 63
+4.3.1.8.5.4. 58 50 40 60 97 272 48 63 41 116 156
+4.3.10.8.5.4. 49 30 27 42 102 292 33 59 46 170 151
+9.0.4.0.7.4. 290 39 46 34 48 151 102 84 91 49 63
+9.0.1.2.0.7. 229 30 126 25 29 127 133 84 108 33 68
+9.4.5.4.10.1. 63 42 40 74 105 275 37 45 59 96 164
+9.4.5.4.10.7. 53 24 27 54 110 295 24 41 65 148 159
+9.7.6.0.9.7. 164 104 53 54 50 40 81 265 46 96 23
+9.7.6.0.9.7. 208 59 67 37 14 14 143 303 47 64 19
+9.7.6.0.9.7. 119 276 43 44 43 47 97 146 65 75 32
+9.7.6.9.0.7. 58 102 34 44 51 51 91 295 67 139 42
+0.7.9.0.9.4. 150 88 59 58 51 39 97 304 49 90 28
+0.7.9.0.9.7. 193 47 73 41 14 14 164 344 51 59 23
+0.1.9.0.1.9. 107 252 48 47 44 45 115 179 69 70 36
+9.7.0.9.0.4. 49 86 38 48 52 50 108 336 71 132 48
+)");
+}
+
 TEST_CASE("all tokens to all ranks cost what nobody needs, and nothing where everybody needs all") {
   // One choice of 8 experts on 4 ranks: of three quarters that come, a quarter was asked for.
   CHECK(gather_excess_bytes(8, 4, 10, 10, 100.0) == 10 * 0.75 * 0.75 * 100.0);
@@ -384,6 +420,16 @@ TEST_CASE("simulations refuse by name what does not fit") {
   simulation_options o{.k = 2};
   o.machine.ranks = 4;
   CHECK(said(o) == "moeroute::simulate: slots is 0, expected 8 to 2147483647");
+  for (const planner_kind planner :
+       {planner_kind::contiguous, planner_kind::eplb, planner_kind::search,
+        planner_kind::incremental, planner_kind::batch_split, planner_kind::spill,
+        planner_kind::exact_balance}) {
+    const bool none = planner == planner_kind::contiguous || planner == planner_kind::spill ||
+                      planner == planner_kind::exact_balance;
+    simulation_options of = o;
+    of.planner = planner;
+    CHECK(said(of) == (none ? "accepted" : said(o)));
+  }
   o.slots = 12;
   CHECK(said(o) == "accepted");
   o.machine.nodes = 3;
