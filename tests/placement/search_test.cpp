@@ -366,8 +366,10 @@ TEST_CASE("the search takes EPLB's plan where that is more even, and only where 
   int theirs = 0, refused = 0;
   for (int draw = 0; draw < 200; ++draw) {
     std::vector<double> load;
-    for (int e = 0; e < 9; ++e)
-      load.push_back(1e5 * double(1 + rng.below(2)) + 1e-4 * double(rng.below(40)));
+    for (int e = 0; e < 9; ++e) {
+      const double much = 1e5 * double(1 + rng.below(2)), little = 1e-4 * double(rng.below(40));
+      load.push_back(much + little);
+    }
     search_options o{.most_steps = 0, .swaps = false, .kicks = 0};
     o.distinct = draw % 2 == 0;
     const packing found = search_packing(load, 12, 4, o);

@@ -355,18 +355,20 @@ TEST_CASE("with every option at once experts take what a sort of their columns s
     const auto upto = [&](index_t n) { return 1 + rng.below(n); };
     const index_t experts = upto(40), length = upto(40), sequences = upto(3);
     const index_t tokens = length * sequences;
+    const bool fixed = rng.below(2) == 0, bounded = rng.below(2) == 0;
     router.capacity = {.factor = 0.25 + 4.0 * static_cast<double>(rng.uniform()),
                        .rounding = static_cast<capacity_rounding>(rng.below(3)),
                        .multiple_of = upto(4),
                        .at_least = upto(5),
-                       .fixed = rng.below(2) * rng.below(length + 3)};
+                       .fixed = fixed ? rng.below(length + 3) : 0};
     router.normalize = static_cast<token_renormalization>(rng.below(2));
     router.eps = rng.below(2) == 0 ? 0.0f : 0.125f;
     router.scale = rng.below(2) == 0 ? 1.0f : 2.7f;
     router.sequence_length = sequences > 1 || rng.below(2) == 0 ? length : 0;
-    router.most_experts = rng.below(2) * rng.below(experts + 1);
+    router.most_experts = bounded ? rng.below(experts + 1) : 0;
+    const auto seed = rng.bits() % 1000;
     auto z = test::make_logits(rng.below(2) == 0 ? test::shape::normal : test::shape::quantised,
-                               rng.bits() % 1000, tokens, experts);
+                               seed, tokens, experts);
     for (float& x : z)
       if (const auto odd = rng.below(24); odd < 3)
         x = odd == 0 ? -test::infinity : odd == 1 ? test::not_a_number : test::infinity;

@@ -91,7 +91,8 @@ TEST_CASE("with every option at once product keys are a top-k of all sums") {
     if (coin()) rule.weight.scale = 2.5f;
     const test::shape shapes[] = {test::shape::normal, test::shape::quantised,
                                   test::shape::all_equal, test::shape::masked};
-    auto z = test::make_logits(shapes[rng.below(4)], rng.bits() % 1000, tokens, n + m);
+    const auto seed = rng.bits() % 1000;
+    auto z = test::make_logits(shapes[rng.below(4)], seed, tokens, n + m);
     for (float& x : z)
       if (rng.below(24) == 0) x = coin() ? test::not_a_number : -test::infinity;
     const bool endless = coin();

@@ -167,8 +167,9 @@ TEST_CASE("with every option at once GShard's second expert is what its policy s
   for (index_t round = 0; round < 120; ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
     const index_t experts = 2 + rng.below(30), tokens = 1 + rng.below(40);
+    const auto seed = rng.bits() % 1000;
     std::vector<float> z = test::make_logits(coin() ? test::shape::normal : test::shape::quantised,
-                                             rng.bits() % 1000, tokens, experts);
+                                             seed, tokens, experts);
     for (float& x : z)
       if (const auto odd = rng.below(12); odd < 2)
         x = odd == 0 ? -test::infinity : test::not_a_number;

@@ -552,7 +552,8 @@ TEST_CASE(
     const index_t e = coin() ? edges[rng.below(14)] : 1 + rng.below(40), t = 1 + rng.below(40);
     const test::shape shapes[] = {test::shape::normal, test::shape::zipf, test::shape::all_equal,
                                   test::shape::quantised};
-    std::vector<float> z = test::make_logits(shapes[rng.below(4)], rng.bits() % 1000, t, e), vector;
+    const auto seed = rng.bits() % 1000;
+    std::vector<float> z = test::make_logits(shapes[rng.below(4)], seed, t, e), vector;
     for (float& x : z)
       if (const auto odd = rng.below(16); odd < 2)
         x = odd == 0 ? -test::infinity : test::not_a_number;
@@ -705,9 +706,9 @@ TEST_CASE("with every option at once steps on logits are those of plain loops") 
     const index_t n = 2 + rng.below(40), token = rng.below(100);
     const side_inputs side{.seed = rng.bits(), .step = static_cast<std::uint64_t>(rng.below(99))};
     const auto parts = static_cast<index_t>(rng.below(3) == 0 ? 2 : 1 + rng.below(5));
-    std::vector<float> z =
-        test::make_logits(rng.below(4) == 0 ? test::shape::all_equal : test::shape::normal,
-                          rng.bits() % 1000, 1, n * parts);
+    const auto seed = rng.bits() % 1000;
+    std::vector<float> z = test::make_logits(
+        rng.below(4) == 0 ? test::shape::all_equal : test::shape::normal, seed, 1, n * parts);
     for (float& x : z)
       if (const auto odd = rng.below(14); odd < 2)
         x = odd == 0 ? -test::infinity : test::not_a_number;

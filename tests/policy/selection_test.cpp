@@ -152,8 +152,9 @@ TEST_CASE("selections touch no memory but their own, and know who is of a lost g
     if (coin()) rule.group_fill = 0.0f;
     rule.check(experts);
     // In eighths: no sum rounds.
-    const auto z = test::make_logits(coin() ? test::shape::quantised : test::shape::masked,
-                                     rng.bits() % 1000, tokens, experts);
+    const auto seed = rng.bits() % 1000;
+    const auto z = test::make_logits(coin() ? test::shape::quantised : test::shape::masked, seed,
+                                     tokens, experts);
     std::vector<float> exact(z);
     for (float& x : exact) x = x > -test::infinity ? std::floor(8.0f * x) / 8.0f : x;
     const int k = static_cast<int>(rule.k);

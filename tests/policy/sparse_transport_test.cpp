@@ -480,15 +480,15 @@ TEST_CASE("experts that take more than a support of one weigh the others 0") {
 
 TEST_CASE("a sparse plan's gradient with more experts than tokens begins at nothing") {
   constexpr index_t tokens = 4, experts = 11;
-  const auto near = test::make_logits(test::shape::normal, 6, tokens, experts);
+  const auto z = test::make_logits(test::shape::normal, 6, tokens, experts);
   const sparse_transport how{.weights = transport_weights::plan};
-  const assignment a = routed(how, near, experts);
+  const assignment a = routed(how, z, experts);
   std::vector<float> potentials(tokens), w(a.weights().size(), 1.0f);
-  how.potentials(rows_of(near, experts), {}, *std::make_unique<workspace>(), potentials);
+  how.potentials(rows_of(z, experts), {}, *std::make_unique<workspace>(), potentials);
   workspace ws;
-  std::vector<float> first(near.size()), again(near.size());
+  std::vector<float> first(z.size()), again(z.size());
   const auto pull = [&](std::vector<float>& dz) {
-    weigh_transport_backward<float>(how, potentials, {near.data(), tokens, experts}, {}, a, w,
+    weigh_transport_backward<float>(how, potentials, {z.data(), tokens, experts}, {}, a, w,
                                     transport_gradient::projection, gradient_to::write,
                                     {dz.data(), tokens, experts}, ws);
   };

@@ -171,8 +171,9 @@ TEST_CASE("with every option at once both forms choose among the close ones, and
     const auto coin = [&] { return rng.below(2) == 0; };
     const index_t experts = 2 + rng.below(coin() ? 15 : 50), tokens = 1 + rng.below(40);
     // Ties, and quotients that are exactly the limit.
+    const auto seed = rng.bits() % 1000;
     std::vector<float> z = test::make_logits(coin() ? test::shape::normal : test::shape::quantised,
-                                             rng.bits() % 1000, tokens, experts);
+                                             seed, tokens, experts);
     const auto odds = 1 + rng.below(20);
     for (float& x : z)
       if (const auto odd = rng.below(8 + 3 * odds); odd < 3)

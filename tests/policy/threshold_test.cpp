@@ -206,8 +206,9 @@ TEST_CASE("with every option at once a threshold's choices and weights are those
     // Ends of rows lie before memory that nobody may touch.
     test::guarded<float> memory((tokens - 1) * stride + experts);
     float* const z = memory.window((tokens - 1) * stride + experts, test::guarded_end::back);
+    const auto seed = rng.bits() % 1000;
     const auto drawn = test::make_logits(coin() ? test::shape::normal : test::shape::quantised,
-                                         rng.bits() % 1000, tokens, experts);
+                                         seed, tokens, experts);
     for (index_t t = 0; t < tokens; ++t)
       for (index_t e = 0; e < experts; ++e) {
         float& x = z[t * stride + e];

@@ -302,7 +302,9 @@ TEST_CASE("a copy that fetches ahead writes its bytes and no others") {
           test::at_both_ends(memory, [&] {
             const auto length = static_cast<index_t>(n);
             std::byte* const to = memory.room<std::byte>(length);
-            simd::copy_ahead(memory.copy(bytes), length, to, other, distant);
+            // Once where both lie alike, once where the source lies as it came.
+            const auto* const source = distant ? memory.copy(bytes) : bytes.data();
+            simd::copy_ahead(source, length, to, other, distant);
             CHECK(std::equal(bytes.begin(), bytes.end(), to));
           });
       }

@@ -273,6 +273,7 @@ TEST_CASE("rows of any width are moved and pulled back beside memory that nobody
     CHECK(wrong_beside_forbidden<float>(ragged, 64, 64, end, true) == 0);
     // Rows that are in no cache: those of the next token are fetched, and behind the last is none.
     for (const scene* s : {&few, &ragged}) {
+      if (end == test::guarded_end::front) continue;
       const index_t d = simd::machine_caches().second / 16, n = s->plan.slots(),
                     tokens = s->plan.tokens();
       REQUIRE(n > 8);

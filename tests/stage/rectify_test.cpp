@@ -174,16 +174,20 @@ TEST_CASE("one round of filling in gives vacancies to the best of those whose ne
       assignment filled;
       rectify_by_filling(b.choices, b.view(), 14, 1, ws, filled);
       const auto before = loads(b.choices);
+      std::vector<expert_id> next_of;
+      for (index_t t = 0; t < b.tokens; ++t) {
+        expert_id next = no_expert;
+        const auto used = used_by(b.choices, t, false);
+        for (expert_id x = 0; x < b.experts; ++x)
+          if (!used.contains(x) && (next < 0 || b.view()(t, x) > b.view()(t, next))) next = x;
+        next_of.push_back(next);
+      }
       for (expert_id e = 0; e < b.experts; ++e) {
         INFO("E=" << experts << " e=" << e);
         std::vector<std::pair<float, index_t>> candidates;
-        for (index_t t = 0; t < b.tokens; ++t) {
-          expert_id next = no_expert;
-          const auto used = used_by(b.choices, t, false);
-          for (expert_id x = 0; x < b.experts; ++x)
-            if (!used.contains(x) && (next < 0 || b.view()(t, x) > b.view()(t, next))) next = x;
-          if (next == e) candidates.emplace_back(-b.view()(t, e), t);
-        }
+        for (index_t t = 0; t < b.tokens; ++t)
+          if (next_of[static_cast<std::size_t>(t)] == e)
+            candidates.emplace_back(-b.view()(t, e), t);
         std::sort(candidates.begin(), candidates.end());
         candidates.resize(std::min(
             candidates.size(), static_cast<std::size_t>(14 - before[static_cast<std::size_t>(e)])));

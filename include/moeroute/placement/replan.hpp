@@ -133,8 +133,10 @@ inline replan_result replan(const placement& old, std::span<const double> load,
         for (index_t j = 0; j < slots; ++j) {
           const index_t k = rank_of[at(j)];
           const expert_id e = of[at(i)], f = of[at(j)];
-          if (!live(j) || e < 0 || f < 0 || holds(k, e) || holds(hot, f)) continue;
+          if (k == hot || !live(j) || e < 0 || f < 0) continue;
           const double d = w(e) - w(f);
+          // What cannot help is left out before it costs a search of two ranks.
+          if (d <= 0.0 || d >= max_now - sum[at(k)] || holds(k, e) || holds(hot, f)) continue;
           change.clear();
           touch(hot, -d);
           touch(k, d);

@@ -55,6 +55,7 @@ struct batch_percentile {
       if (side.masked(t)) continue;
       float* const row = m.logits + live * experts;
       std::copy_n(z.row(t), experts, row);
+      // Scores of a row that has nothing to give are never counted.
       if (simd::row_max<A>(row, experts) > simd::minus_infinity)
         score.template score_row<A>(row, experts, m.scores + live * experts);
       ++live;
