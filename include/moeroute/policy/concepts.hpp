@@ -68,7 +68,7 @@ side_use side_use_of(const R& router, [[maybe_unused]] index_t columns) {
 }
 
 /// Whether a router looks at logits, or only at their shape: what its reads_logits() says, true
-/// where it has none. Where it looks at none they may be null.
+/// where it has none. Where it looks at none those of a block may be null.
 template <class R>
 bool reads_logits(const R& router) {
   if constexpr (requires { router.reads_logits(); }) {
