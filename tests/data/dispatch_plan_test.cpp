@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
+#include <vector>
 
+#include <moeroute/data/exchange_plan.hpp>
 #include <moeroute/data/soft_plan.hpp>
 
 #include "support/allocations.hpp"
@@ -134,4 +136,36 @@ TEST_CASE("a plan of a shape knows nothing of the padding and raggedness of the 
         "moeroute::plan: choices is 2147483648, expected 0 to 2147483647");
   CHECK(test::refusal([&] { p.reset(1, 2, 2, 2, index_t{1} << 31); }) ==
         "moeroute::plan: slots is 2147483648, expected 0 to 2147483647");
+}
+
+TEST_CASE("an exchange's rows and entries are counted rank by rank") {
+  exchange_plan x;
+  CHECK((x.ranks() == 0 && x.tokens() == 0 && x.rows() == 0 && x.entries() == 0));
+  CHECK((x.row_token().empty() && x.entries_of_row().empty() && x.local_slot().empty()));
+  // Token 0 to ranks 0 (twice) and 2, token 1 to rank 2, token 2 to nobody.
+  const std::vector<std::int32_t> rows{0, 1, 1, 3}, entries{0, 2, 2, 4}, tokens{0, 0, 1, 9, 9},
+      of_row{2, 1, 1, 9, 9}, slots{5, 6, 7, 8, 9};
+  const exchange_plan::parts p = x.writable();
+  p.outer.reset(3, 3, 2);
+  std::copy(entries.begin(), entries.end(), p.outer.writable().offsets);
+  const auto fill = [](auto& to, const std::vector<std::int32_t>& from) {
+    to.resize(static_cast<index_t>(from.size()));
+    std::copy(from.begin(), from.end(), to.data());
+  };
+  fill(p.row_offset, rows);
+  fill(p.row_token, tokens);
+  fill(p.row_entries, of_row);
+  fill(p.local_slot, slots);
+  p.rows = 3;
+  CHECK((x.ranks() == 3 && x.tokens() == 3 && x.rows() == 3 && x.entries() == 4));
+  for (std::size_t r = 0; r < 3; ++r) {
+    CHECK(x.rows_to(static_cast<index_t>(r)) == rows[r + 1] - rows[r]);
+    CHECK(x.entries_to(static_cast<index_t>(r)) == entries[r + 1] - entries[r]);
+  }
+  CHECK(
+      (std::ranges::equal(x.row_offset(), rows) && std::ranges::equal(x.entry_offset(), entries)));
+  CHECK(std::ranges::equal(x.row_token(), std::vector{0, 0, 1}));
+  CHECK(std::ranges::equal(x.entries_of_row(), std::vector{2, 1, 1}));
+  CHECK(std::ranges::equal(x.local_slot(), std::vector{5, 6, 7, 8}));
+  CHECK(&x.outer() == &p.outer);
 }

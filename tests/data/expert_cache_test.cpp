@@ -432,6 +432,8 @@ TEST_CASE("a profile is the uses of a run; the hottest are pinned; text comes ba
     CHECK(refused(("expert_profile v1 1 2\n" + std::string(counts) + "\n").c_str())
               .starts_with("moeroute::parse_expert_profile: line 2: expected "));
   CHECK(refused("expert_profile v1 2 1\n9223372036854775807\n0\n") == "accepted");
+  CHECK(refused("expert_profile v1 1 1048576\n1 2\n") ==
+        "moeroute::parse_expert_profile: line 2: expected counts from 0 on");
   // Lines that end as on Windows, and one that ends twice.
   CHECK(parse_expert_profile("expert_profile v1 2 2\r\n1 2\r\n3 4\r\n").uses ==
         std::vector<std::int64_t>{1, 2, 3, 4});
@@ -624,4 +626,111 @@ TEST_CASE("a cache of any options is its scans, whatever is asked of it in whate
       for (std::size_t key = 0; key < uses.size(); ++key)
         CHECK(uses[key] == scans.lines[key].total);
     }
+}
+
+TEST_CASE("a set of residents is a flag for every expert") {
+  test::random rng(5);
+  for (const index_t experts : {1, 63, 64, 65, 127, 128, 129, 200}) {
+    resident_set set(experts);
+    std::vector<bool> flag(static_cast<std::size_t>(experts));
+    index_t wrong = set.experts() != experts || set.count() != 0;
+    for (int step = 0; step < 300; ++step) {
+      const auto e = static_cast<expert_id>(rng.below(experts));
+      const bool in = rng.below(5) < (step < 150 ? 4 : 1);  // nearly all of them, then few
+      in ? set.insert(e) : set.erase(e);
+      flag[static_cast<std::size_t>(e)] = in;
+      std::vector<expert_id> expected, seen;
+      for (index_t i = 0; i < experts; ++i) {
+        const auto id = static_cast<expert_id>(i);
+        if (flag[static_cast<std::size_t>(i)]) expected.push_back(id);
+        wrong += set.contains(id) != flag[static_cast<std::size_t>(i)];
+      }
+      const resident_view view = set;
+      for_each_resident(view, [&](expert_id id) { seen.push_back(id); });
+      wrong += seen != expected || set.count() != static_cast<index_t>(expected.size());
+      wrong += view.experts != experts || view.count() != set.count() || !(view.contains(e) == in);
+    }
+    INFO(experts << " experts");
+    CHECK(wrong == 0);
+    set.insert(static_cast<expert_id>(experts - 1));
+    set.clear();
+    CHECK((set.count() == 0 && set.experts() == experts));
+  }
+  CHECK((resident_view::words_of(0) == 0 && resident_view::words_of(1) == 1 &&
+         resident_view::words_of(64) == 1 && resident_view::words_of(65) == 2));
+  CHECK((resident_set().experts() == 0 && resident_set().count() == 0));
+  const auto sized = [](index_t experts) {
+    return test::refusal([&] { const resident_set set(experts); });
+  };
+  CHECK(sized(0) == "moeroute::resident_set: experts is 0, expected 1 to 1048576");
+  CHECK(sized(1048577) == "moeroute::resident_set: experts is 1048577, expected 1 to 1048576");
+  CHECK(sized(1048576) == "accepted");
+  resident_set three(3);
+  for (const bool in : {true, false})
+    for (const expert_id e : {-1, 3})
+      CHECK(test::refusal([&] { in ? three.insert(e) : three.erase(e); }) ==
+            "moeroute::resident_set: expert is " + std::to_string(e) + ", expected 0 to 2");
+}
+
+TEST_CASE("a cache says its sizes, and refuses whatever is no layer, expert, share or size") {
+  const expert_cache_options plain;
+  CHECK((plain.experts == 1 && plain.layers == 1 && plain.capacity == 1 && plain.decay == 1.0 &&
+         plain.protected_share == 0.5 && plain.policy == cache_policy::lru));
+  std::string names;
+  for (int policy = 0; policy < 9; ++policy)
+    names += std::string(to_string(static_cast<cache_policy>(policy))) + " ";
+  CHECK(names == "lru lfu fifo segmented least_stale cost_aware segment belady ? ");
+  const auto said = [](const auto& call) {
+    const std::string text = test::refusal(call), front = "moeroute::expert_cache: ";
+    return text.starts_with(front) ? text.substr(front.size()) : text;
+  };
+  const auto made = [&](const expert_cache_options& o) {
+    return said([&] { expert_cache cache(o); });
+  };
+  CHECK(made({.layers = 0}) == "layers is 0, expected 1 to 2147483647");
+  CHECK(made({.experts = max_experts, .layers = 2048}) == "layers is 2048, expected 1 to 2047");
+  const std::vector<std::int32_t> before{-1}, both{0, 1};
+  CHECK(made({.experts = 2, .pinned = before}) == "pinned is -1, expected 0 to 1");
+  CHECK(made({.experts = 2, .capacity = 2, .pinned = both}) == "accepted");
+  const std::vector<std::int64_t> three{1, 1, 1}, negative{1, -1}, most{expert_cache::never - 1, 1};
+  CHECK(made({.experts = 2, .bytes = three}) == "bytes.size() is 3, expected 2");
+  CHECK(made({.experts = 2, .bytes = negative}) == "bytes is -1, expected above 0");
+  CHECK(made({.experts = 2, .capacity = expert_cache::never, .bytes = most}) == "accepted");
+  const double nan = std::nan("");
+  CHECK(made({.decay = nan}) == "decay is nan, expected above 0, at most 1");
+  CHECK(made({.decay = -0.5}) == "decay is -0.500000, expected above 0, at most 1");
+  CHECK(made({.protected_share = -0.25}) == "protected_share is -0.250000, expected 0 to below 1");
+  CHECK(made({.protected_share = 1.0}) == "protected_share is 1.000000, expected 0 to below 1");
+  CHECK(made({.protected_share = nan}) == "protected_share is nan, expected 0 to below 1");
+  CHECK(made({}) == "accepted");
+
+  const std::vector<std::int32_t> pins{5, 5};
+  for (const cache_policy policy : {cache_policy::lfu, cache_policy::fifo}) {
+    expert_cache cache(
+        {.experts = 3, .layers = 2, .capacity = 4, .policy = policy, .pinned = pins});
+    CHECK((cache.experts() == 3 && cache.layers() == 2 && cache.keys() == 6 &&
+           cache.capacity() == 4 && cache.policy() == policy && cache.held() == 1));
+    CHECK((cache.resident(1).contains(2) && !cache.resident().contains(2) &&
+           cache.would_hit(2, 1) && !cache.would_hit(2)));
+    for (const index_t layer : {-1, 2}) {
+      const std::string expected = "layer is " + std::to_string(layer) + ", expected 0 to 1";
+      CHECK(said([&] { cache.resident(layer); }) == expected);
+      CHECK(said([&] { (void)cache.would_hit(0, layer); }) == expected);
+      CHECK(said([&] { cache.step(ids{0}, layer); }) == expected);
+      CHECK(said([&] { cache.prefetch(ids{0}, layer, 1); }) == expected);
+      CHECK(said([&] { cache.expect(0, layer, 1); }) == expected);
+    }
+    for (const expert_id e : {-1, 3}) {
+      const std::string expected = "expert is " + std::to_string(e) + ", expected 0 to 2";
+      CHECK(said([&] { (void)cache.would_hit(e); }) == expected);
+      CHECK(said([&] { cache.expect(e, 0, 1); }) == expected);
+    }
+    std::vector<std::int64_t> five(5);
+    CHECK(said([&] { cache.uses(five); }) == "out.size() is 5, expected 6");
+    CHECK(cache.prefetch(ids{0}, 0, -1).loads.empty());
+  }
+  // All of a layer is missing, and one of it named again.
+  expert_cache one({.experts = 3, .capacity = 1});
+  const auto got = one.step(ids{2, 0, 1, 0});
+  CHECK((got.loads.size() == 3 && got.hits == 1 && got.evictions.size() == 2));
 }
