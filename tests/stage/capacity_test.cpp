@@ -578,3 +578,43 @@ TEST_CASE(
     CHECK(found.kept == a.choices() - dropped - unrouted);
   }
 }
+
+TEST_CASE("the order of keys is that of floats, where NaN is -inf and -0 is 0") {
+  constexpr float top = std::numeric_limits<float>::infinity();
+  const floats ascending{-top,   -3e38f, -2.0f, -1.0f, -1e-40f, 0.0f,
+                         1e-40f, 0.125f, 1.0f,  2.0f,  3e38f,   top};
+  for (std::size_t i = 1; i < ascending.size(); ++i)
+    CHECK(detail::ordered_bits(ascending[i - 1]) < detail::ordered_bits(ascending[i]));
+  CHECK(detail::ordered_bits(-0.0f) == detail::ordered_bits(0.0f));
+  CHECK(detail::ordered_bits(std::numeric_limits<float>::quiet_NaN()) ==
+        detail::ordered_bits(-top));
+}
+
+TEST_CASE("a capacity's eps and number of tokens have ends, and drops of nobody are none") {
+  workspace ws;
+  test::random rng(18);
+  assignment a = test::fixed_choices(rng, 10, 4, 2);
+  CHECK(test::refusal([&] {
+          apply_capacity(a, {.eps = std::numeric_limits<float>::quiet_NaN()}, ws);
+        }) == "moeroute::apply_capacity: eps is nan, expected >= 0");
+  CHECK(test::refusal([&] { apply_capacity(a, {.tokens = -2}, ws); }) ==
+        "moeroute::apply_capacity: tokens is -2, expected -1 to 10");
+  const capacity_policy plain;
+  CHECK((plain.order == drop_order::choice_major && plain.renormalize == renormalization::none &&
+         plain.eps == 0.0f && plain.priority.empty() && plain.seed == 0 && plain.step == 0 &&
+         plain.tokens == capacity_policy::all_tokens));
+  // More parts than tokens: token t counts in part t * parts / T.
+  for (const index_t parts : {1, 3, 10, 25}) {
+    assignment some = test::ragged_choices(rng, 10, 4, 3);
+    test::drop_some(rng, some, 3);
+    std::vector<std::int64_t> chosen(static_cast<std::size_t>(parts), 5), dropped = chosen;
+    std::vector<std::int64_t> slow(chosen.size(), 0), slow_dropped = slow;
+    for (index_t t = 0; t < 10; ++t)
+      for (index_t c = some.first(t); c < some.first(t + 1); ++c) {
+        ++slow[static_cast<std::size_t>(t * parts / 10)];
+        slow_dropped[static_cast<std::size_t>(t * parts / 10)] += !some.kept(c);
+      }
+    drops_by_position(some, chosen, dropped);
+    CHECK((chosen == slow && dropped == slow_dropped));
+  }
+}

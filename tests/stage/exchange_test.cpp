@@ -433,9 +433,9 @@ TEST_CASE("rows are those of sets: entries >= rows >= rows per node") {
     std::vector<std::int32_t> to_node(at(p.nodes()));
     workspace memory;
     count_node_rows(plan, p, memory, to_node);
-    index_t sum = 0;
-    for (const std::int32_t n : to_node) sum += n;
-    CHECK(sum == static_cast<index_t>(node_rows.size()));
+    std::vector<std::int32_t> of_node(to_node.size(), 0);
+    for (const auto& row : node_rows) ++of_node[at(row.first)];
+    CHECK(to_node == of_node);
     if (experts % ranks == 0) {
       std::vector<std::int32_t> per_expert(at(experts)), per_rank(at(ranks));
       std::vector<std::uint8_t> in_rank(at(a.tokens() * ranks));
@@ -592,6 +592,28 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
         "moeroute::resolve: a range of expert 1 names slot 0, expected a live slot of that expert");
   CHECK(ranges({7, 0, counts[1]}) ==
         "moeroute::resolve: a range of expert 1 names slot 7, expected a live slot of that expert");
+  for (const slot_id wrong : {-1, 4})
+    CHECK(ranges({wrong, 0, counts[1]}) == "moeroute::resolve: a range of expert 1 names slot " +
+                                               std::to_string(wrong) +
+                                               ", expected a live slot of that expert");
+  CHECK(ranges({1, 0, -1}) ==
+        "moeroute::resolve: the ranges of expert 1 go from 0 to -1, expected to begin at 0");
+  {
+    // Who has tokens and a slot has a range; who is lost has none.
+    const std::vector<std::int32_t> none_of_2{0, 1, 2, 2};
+    const std::vector<slot_range> two{{0, 0, counts[0]}, {1, 0, counts[1]}};
+    const resolve_options o{.rule = replica_rule::ranges,
+                            .lost = lost_expert::drop,
+                            .counts = counts,
+                            .range_first = none_of_2,
+                            .range = two};
+    CHECK(said(o) == "moeroute::resolve: the ranges of expert 2 end at 0, expected " +
+                         std::to_string(counts[2]));
+    const placement without = placement::from_slots(3, 2, std::vector<expert_id>{0, 1, -1, 0});
+    resolve_counts found_here;
+    resolved(a, without, 0, o, &found_here);
+    CHECK((found_here.lost == counts[2] && found_here.kept == 6 - counts[2]));
+  }
   CHECK(ranges({1, 1, counts[1]}) == "moeroute::resolve: the ranges of expert 1 go from 1 to " +
                                          std::to_string(counts[1]) + ", expected to begin at 0");
   CHECK(ranges({1, 0, counts[1] + 1}) == "moeroute::resolve: the ranges of expert 1 end at " +
@@ -675,6 +697,8 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
   const auto gathered = [&](matrix_view<float> from, matrix_view<float> to) {
     return [&, from, to] { gather_rows(from, index, to); };
   };
+  const std::vector<slot_id> before_all(6, -2);
+  const placement wider = placement::from_slots(4, 1, std::vector<expert_id>{0, 1, 2, 3});
   const std::vector<std::int32_t> three{2, 1, 0}, four_entries{2, 1, 1, 1}, one_row{2}, all_rows{3};
   const test::refusals refused{
       {by_ranges(short_first), "resolve: range_first.size() is 2, expected 4"},
@@ -696,6 +720,14 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
        "gather_rows: to.stride is 3, expected at least 4"},
       {gathered({x.data(), 3, 4, 4}, {x.data() + 4, 2, 4, 4}),
        "gather_rows: from and to overlap, expected memory of their own"},
+      {[&] { resolved(a, wider, 0, {}); }, "resolve: choices.experts() is 3, expected 4"},
+      {[&] { resolved(a, p, -1, {}); }, "resolve: rank is -1, expected 0 to 1"},
+      {[&] { plan_received({minus, entries, of_row, local}, 2, inner); },
+       "plan_received: rows_from is -1, expected 0 to 2"},
+      {[&] { plan_received({rows, entries, of_row, local, minus}, 2, inner); },
+       "plan_received: order is -1, expected 0 to 1"},
+      {[&] { copy_tokens(a, -1, 0, own); }, "copy_tokens: first is -1, expected 0 to 6"},
+      {[&] { copy_tokens(a, 4, -1, own); }, "copy_tokens: count is -1, expected 0 to 2"},
       {[&] { copy_tokens(a, 7, 0, own); }, "copy_tokens: first is 7, expected 0 to 6"},
       {[&] { copy_tokens(a, 4, 3, own); }, "copy_tokens: count is 3, expected 0 to 2"},
       {[&] { gather_entry_weights(plan, std::span<const float>(weights).first(5), weights); },
@@ -723,6 +755,9 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
        "plan_received: order.size() is 1, expected 2"},
       {[&] { plan_received({rows, entries, of_row, local, entries}, 2, inner); },
        "plan_received: order is 2, expected 0 to 1"},
+      {[&] { plan_exchange(a, five, p, plan); }, "plan_exchange: slot.size() is 5, expected 6"},
+      {[&] { plan_exchange(a, before_all, p, plan); },
+       "plan_exchange: slot is -2, expected -1 to 3"},
   };
   for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
 }
@@ -899,6 +934,23 @@ TEST_CASE("with dead ranks, nodes and drops at once every choice goes where its 
         CHECK(copy_of(out.row_offset()) == row_offset);
         CHECK(copy_of(out.entries_of_row()) == entries);
         CHECK(copy_of(out.local_slot()) == local);
+        // Home again every token has a row of each rank that it went to, in rank order.
+        dispatch_plan home;
+        plan_reduced(out, home);
+        index_t wrong = home.tokens() != all[at(r)].tokens() || home.experts() != ranks ||
+                        home.slots() != out.rows() || home.kept() != out.rows() ||
+                        home.padding() != 0 || !home.ragged() || home.k() > ranks;
+        wrong +=
+            copy_of(home.token_of_slot()) != row_token || copy_of(home.offsets()) != row_offset;
+        for (index_t t = 0, c = 0; t < all[at(r)].tokens(); ++t) {
+          wrong += home.first(t) != c;
+          for (std::size_t i = 0; i < row_token.size(); ++i)
+            if (row_token[i] == t)
+              wrong +=
+                  c >= home.choices() || home.slot_of_choice()[at(c++)] != static_cast<slot_id>(i);
+          wrong += home.first(t + 1) != c || home.count(t) > home.k();
+        }
+        CHECK(wrong == 0);
         for (std::size_t e = 0; e < before.size(); ++e) before[e] += counts[at(r * experts) + e];
       }
     }

@@ -242,6 +242,9 @@ TEST_CASE("what an export refuses, it refuses by name") {
        "export_once_counts: ranks_per_node is 8, expected 1 to 4"},
   };
   for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK((once_counts{}.ranks_per_node == 8 && aligned_blocks{}.tail_expert == -1));
+  CHECK(test::refusal(aligned(index_t{1} << 31, {sorted, blocks})) ==
+        "moeroute::export_aligned_blocks: block is 2147483648, expected 1 to 2147483647");
   // Behind the last block every place says whose it is, and every slot has its choice.
   ints tail(23, 7), longer(25, 9);
   for (const std::int32_t behind : {-1, 0}) {

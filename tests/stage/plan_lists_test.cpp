@@ -239,6 +239,29 @@ TEST_CASE("lists that do not fit are refused by name") {
   none.tokens = -1;
   CHECK(test::refusal([&] { plan(none, p); }) ==
         "moeroute::plan: lists.tokens is -1, expected 0 to 2147483647");
+  const auto lists = [&](index_t tokens, index_t experts, index_t capacity) {
+    none.tokens = tokens;
+    none.experts = experts;
+    none.capacity = capacity;
+    return test::refusal([&] { plan(none, p); });
+  };
+  constexpr index_t beyond = index_t{1} << 31;
+  CHECK(lists(beyond, 4, 3) ==
+        "moeroute::plan: lists.tokens is 2147483648, expected 0 to 2147483647");
+  CHECK(lists(10, 1048577, 3) == "moeroute::plan: lists.experts is 1048577, expected 1 to 1048576");
+  CHECK(lists(10, 4, -1) == "moeroute::plan: lists.capacity is -1, expected 0 to 2147483647");
+  CHECK(lists(10, 1, beyond) ==
+        "moeroute::plan: lists.capacity is 2147483648, expected 0 to 2147483647");
+  // The ends are taken: what does not fit then is the list.
+  CHECK(lists(beyond - 1, 1048576, 1) ==
+        "moeroute::plan: lists.token.size() is 11, expected 1048576");
+  CHECK(lists(10, 1, beyond - 1) ==
+        "moeroute::plan: lists.token.size() is 11, expected 2147483647");
+  const std::vector<float> eleven_weights(11);
+  none.weight = eleven_weights;
+  none.token = std::span<const std::int32_t>(l.token).first(8);
+  CHECK(lists(10, 4, 2) == "moeroute::plan: lists.weight.size() is 11, expected 8");
+  none.capacity = 3;
   none.tokens = 10;
   none.experts = 0;
   CHECK(test::refusal([&] { plan(none, p); }) ==

@@ -240,6 +240,20 @@ TEST_CASE("what a plan refuses, it refuses by name") {
   const flags three(3, 1);
   CHECK(test::refusal([&] { plan(a, p, {.block = 0}); }) ==
         "moeroute::plan: block is 0, expected 1 to 2147483647");
+  constexpr index_t beyond = index_t{1} << 31;
+  CHECK(test::refusal([&] { plan(a, p, {.block = beyond}); }) ==
+        "moeroute::plan: block is 2147483648, expected 1 to 2147483647");
+  CHECK(test::refusal([&] { plan(a, p, {.capacity = -2}); }) ==
+        "moeroute::plan: capacity is -2, expected -1 to 2147483647");
+  CHECK(test::refusal([&] { plan(a, p, {.capacity = beyond}); }) ==
+        "moeroute::plan: capacity is 2147483648, expected -1 to 2147483647");
+  // The ends are taken: what is too much then are the slots.
+  CHECK(test::refusal([&] { plan(a, p, {.capacity = beyond - 1}); }) ==
+        "moeroute::plan: slots is 8589934588, expected 0 to 2147483647");
+  CHECK(test::refusal([&] { plan(a, p, {.block = beyond - 1}); }) ==
+        "moeroute::plan: slots is 8589934604, expected 0 to 2147483647");
+  const plan_options plain;
+  CHECK((plain.block == 1 && plain.capacity == as_needed && plain.padding == slot_padding::empty));
   CHECK(test::refusal([&] { plan(a, p, {.owned = three}); }) ==
         "moeroute::plan: owned.size() is 3, expected 4");
   CHECK(test::refusal([&] { plan(a, p, {.mask = three}); }) ==

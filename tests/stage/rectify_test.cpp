@@ -267,3 +267,135 @@ TEST_CASE("what rectification refuses, it refuses by name") {
   };
   for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
 }
+
+TEST_CASE("either rectification of any choices and scores is that of plain loops") {
+  test::random rng(61);
+  const auto at = [](index_t i) { return static_cast<std::size_t>(i); };
+  for (int round = 0; round < 300; ++round) {
+    const index_t tokens = rng.below(12), experts = 1 + rng.below(7),
+                  k = 1 + rng.below(std::min<index_t>(experts, 3)), stride = experts + rng.below(3);
+    const bool ragged = rng.below(2) == 0;
+    assignment a = ragged ? test::ragged_choices(rng, tokens, experts, k)
+                          : test::fixed_choices(rng, tokens, experts, k, 5);
+    if (rng.below(4) != 0) test::drop_some(rng, a, 2);
+    std::vector<float> memory(at(tokens * stride + 1));
+    for (float& x : memory) {
+      const index_t what = rng.below(12);
+      const float value = static_cast<float>(rng.below(5)) - 2.0f;
+      x = what == 0   ? -std::numeric_limits<float>::infinity()
+          : what == 1 ? std::numeric_limits<float>::quiet_NaN()
+                      : value;
+    }
+    const matrix_view<const float> scores(memory.data(), tokens, experts, stride);
+    const auto finds = [&](index_t t, index_t e) {
+      return scores(t, e) > -std::numeric_limits<float>::infinity();
+    };
+    INFO("round " << round << " T=" << tokens << " E=" << experts << " k=" << k);
+
+    const index_t each = 1 + rng.below(experts), ranks = (experts + each - 1) / each;
+    std::vector<std::int32_t> rank;
+    for (index_t t = 0; t < tokens; ++t)
+      rank.push_back(static_cast<std::int32_t>(rng.below(ranks)));
+    std::vector<expert_id> ids(a.ids().begin(), a.ids().end());
+    std::vector<float> weights(a.weights().begin(), a.weights().end());
+    std::vector<bool> kept;
+    for (index_t c = 0; c < a.choices(); ++c) kept.push_back(a.kept(c));
+    index_t expected = 0;
+    for (index_t t = 0; t < tokens; ++t)
+      for (index_t c = a.first(t); c < a.first(t + 1); ++c) {
+        if (kept[at(c)] || ids[at(c)] < 0) continue;
+        expert_id best = no_expert;
+        for (index_t e = 0; e < experts; ++e) {
+          bool used = false;
+          for (index_t o = a.first(t); o < a.first(t + 1); ++o)
+            used = used || (kept[at(o)] && ids[at(o)] == e);
+          if (e / each == rank[at(t)] && !used && finds(t, e) &&
+              (best < 0 || scores(t, e) > scores(t, best)))
+            best = static_cast<expert_id>(e);
+        }
+        if (best < 0) continue;
+        ids[at(c)] = best;
+        weights[at(c)] = scores(t, best);
+        kept[at(c)] = true;
+        ++expected;
+      }
+    assignment within = a;
+    CHECK(rectify_within_rank(within, scores, rank, each) == expected);
+    index_t wrong =
+        !std::ranges::equal(within.ids(), ids) || !std::ranges::equal(within.weights(), weights);
+    for (index_t c = 0; c < a.choices(); ++c) wrong += within.kept(c) != kept[at(c)];
+    CHECK(wrong == 0);
+
+    // Round by round each token names its next best, and each expert takes the best of them.
+    const index_t capacity = rng.below(6), rounds = rng.below(experts + 1);
+    std::vector<index_t> room(at(experts), capacity);
+    const std::vector<index_t> load = loads(a);
+    for (std::size_t e = 0; e < room.size(); ++e) room[e] = std::max<index_t>(0, room[e] - load[e]);
+    std::vector<std::vector<expert_id>> named(at(tokens)), given(at(tokens));
+    index_t sum = 0;
+    for (index_t n = 0; n < rounds; ++n) {
+      std::vector<expert_id> next(at(tokens), no_expert);
+      for (index_t t = 0; t < tokens; ++t) {
+        const auto used = used_by(a, t, false);
+        for (expert_id e = 0; e < experts; ++e)
+          if (finds(t, e) && !used.contains(e) &&
+              std::find(named[at(t)].begin(), named[at(t)].end(), e) == named[at(t)].end() &&
+              (next[at(t)] < 0 || scores(t, e) > scores(t, next[at(t)])))
+            next[at(t)] = e;
+        if (next[at(t)] >= 0) named[at(t)].push_back(next[at(t)]);
+      }
+      for (expert_id e = 0; e < experts; ++e)
+        for (; room[at(e)] > 0; --room[at(e)], ++sum) {
+          index_t best = -1;
+          for (index_t t = 0; t < tokens; ++t)
+            if (next[at(t)] == e && (best < 0 || scores(t, e) > scores(best, e))) best = t;
+          if (best < 0) break;
+          given[at(best)].push_back(e);
+          next[at(best)] = no_expert;
+        }
+    }
+    workspace ws;
+    assignment filled;
+    CHECK(rectify_by_filling(a, scores, capacity, rounds, ws, filled) == sum);
+    wrong = !filled.ragged() || filled.tokens() != tokens || filled.experts() != experts ||
+            filled.k() != std::min(experts, k + rounds) || filled.drops() != a.drops();
+    index_t c = 0;
+    for (index_t t = 0; t < tokens; ++t) {
+      wrong += filled.first(t) != c;
+      for (index_t o = a.first(t); o < a.first(t + 1); ++o) {
+        if (a.ids()[at(o)] < 0) continue;
+        wrong += c >= filled.choices() || filled.ids()[at(c)] != a.ids()[at(o)] ||
+                 filled.weights()[at(c)] != a.weights()[at(o)] || filled.kept(c) != a.kept(o);
+        ++c;
+      }
+      for (const expert_id e : given[at(t)]) {
+        wrong +=
+            filled.ids()[at(c)] != e || filled.weights()[at(c)] != scores(t, e) || !filled.kept(c);
+        ++c;
+      }
+      wrong += filled.first(t + 1) != c;
+    }
+    CHECK(wrong == 0);
+  }
+}
+
+TEST_CASE(
+    "a token of one expert and one choice that has none is filled in, with no room to spare") {
+  assignment a, filled;
+  a.reset(1, 2, 2);
+  std::ranges::copy(std::vector<expert_id>{no_expert, 1}, a.ids().begin());
+  std::ranges::copy(std::vector<float>{0.0f, 0.5f}, a.weights().begin());
+  const std::vector<float> scores{0.75f, 0.5f};
+  workspace ws;
+  const matrix_view<const float> rows(scores.data(), 1, 2);
+  const test::forbidden_memory around(test::guarded_end::back);
+  CHECK(rectify_by_filling(a, rows, 1, 2, ws, filled) == 1);
+  CHECK(std::ranges::equal(filled.ids(), std::vector<expert_id>{1, 0}));
+  CHECK(std::ranges::equal(filled.weights(), std::vector<float>{0.5f, 0.75f}));
+  // Who names an expert twice may have more than there are.
+  a.ids()[0] = 1;
+  CHECK(test::refusal([&] { rectify_by_filling(a, rows, 1, 2, ws, filled); }) ==
+        "moeroute::rectify_by_filling: token 0 has 2 choices and is given 1, expected at most 2 "
+        "distinct experts");
+  CHECK(filled.choices() == 2);
+}

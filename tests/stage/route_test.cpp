@@ -365,3 +365,57 @@ TEST_CASE("bfloat16 logits are routed as the floats they widen to, whatever the 
             CHECK(narrow_differs(router<spread>{.selection = selection}, s, tokens, experts) == "");
         }
 }
+
+TEST_CASE("a side input that a router does not read is refused, one that it reads is measured") {
+  const std::vector<std::int32_t> three(3), two(2), own{0, 2, 1}, zeros{0, 0, 0};
+  const std::vector<std::uint8_t> flags(3, 1), few(2, 1);
+  const std::vector<float> floats(3), less(2), noise(12);
+  const auto rows = [&](index_t n, index_t cols, index_t stride = 4) {
+    matrix_view<const float> v(noise.data(), n, cols, 4);
+    v.stride = stride;
+    return v;
+  };
+  const auto said = [](const side_inputs& side, const side_use& use) {
+    const std::string text = test::refusal([&] { detail::check_side(side, 3, 4, use); });
+    const std::string front = "moeroute::route: ";
+    return text.starts_with(front) ? text.substr(front.size()) : text;
+  };
+  const side_use all{
+      .token_ids = true, .own_k = 2, .modality = true, .shared_weight = true, .noise_logits = true};
+  const std::string unread = " is given, which this router does not read: leave it out";
+  const side_inputs ids{.token_ids = three}, masked{.mask = flags}, k{.k_of_token = own},
+      kinds{.modality = flags}, shared{.shared_weight = floats}, noisy{.noise_logits = rows(3, 4)};
+  for (const side_inputs& side : {ids, masked, k, kinds, shared, noisy})
+    CHECK(said(side, all) == "accepted");
+  CHECK(said(masked, {}) == "accepted");
+  CHECK(said({}, {}) == "accepted");
+  CHECK(said(ids, {}) == "token_ids" + unread);
+  CHECK(said(k, {}) == "k_of_token" + unread);
+  CHECK(said({.k_of_token = zeros}, {}) == "k_of_token" + unread);
+  CHECK(said(kinds, {}) == "modality" + unread);
+  CHECK(said(shared, {}) == "shared_weight" + unread);
+  CHECK(said(noisy, {}) == "noise_logits" + unread);
+  // Each alone is enough to be read.
+  CHECK(said(ids, {.token_ids = true}) == "accepted");
+  CHECK(said({.k_of_token = zeros}, {.own_k = 1}) == "accepted");
+  CHECK(said(kinds, {.modality = true}) == "accepted");
+  CHECK(said(shared, {.shared_weight = true}) == "accepted");
+  CHECK(said(noisy, {.noise_logits = true}) == "accepted");
+  CHECK(said({.token_ids = two}, all) == "token_ids.size() is 2, expected 3");
+  CHECK(said({.mask = few}, all) == "mask.size() is 2, expected 3");
+  CHECK(said({.k_of_token = two}, all) == "k_of_token.size() is 2, expected 3");
+  CHECK(said({.modality = few}, all) == "modality.size() is 2, expected 3");
+  CHECK(said({.shared_weight = less}, all) == "shared_weight.size() is 2, expected 3");
+  CHECK(said({.noise_logits = rows(2, 4)}, all) == "noise_logits.rows is 2, expected 3");
+  CHECK(said({.noise_logits = rows(3, 3)}, all) == "noise_logits.cols is 3, expected 4");
+  CHECK(said({.noise_logits = rows(3, 4, 3)}, all) ==
+        "noise_logits.stride is 3, expected at least 4");
+  CHECK(said(k, {.own_k = 1}) == "k_of_token is 2, expected 0 to 1");
+}
+
+TEST_CASE("a few rows in 16 bits are routed alone, however long they are") {
+  for (const index_t experts : {1023, 1024, 1025, 1040, 1041, 3000})
+    for (const index_t tokens : {1, 3, 17})
+      CHECK(narrow_differs(router<softmax>{.selection = {.k = 2}}, shape::normal, tokens,
+                           experts) == "");
+}

@@ -589,3 +589,179 @@ TEST_CASE("every size of the router's training terms is refused by its own name"
                              std::span<double>(ratio));
   CHECK(ratio == doubles(T, 1.0));
 }
+
+TEST_CASE("training terms are divided by the tokens that are said, and written, added or left") {
+  test::random rng(41);
+  workspace ws;
+  for (int round = 0; round < 120; ++round) {
+    const index_t n = 1 + rng.below(5), experts = 1 + rng.below(5);
+    const auto at = [&](index_t t, index_t e) { return static_cast<std::size_t>(t * experts + e); };
+    doubles z = normals(rng.bits(), n * experts), q, before = normals(rng.bits(), n * experts);
+    for (std::size_t i = 0; i < z.size(); ++i) q.push_back(static_cast<double>(rng.below(3)) / 2.0);
+    std::vector<std::uint8_t> mask;
+    for (index_t t = 0; t < n; ++t) mask.push_back(static_cast<std::uint8_t>(3 * rng.below(3)));
+    const bool masked = rng.below(2) == 0, squares = rng.below(2) == 0;
+    const auto to = static_cast<gradient_to>(rng.below(3));
+    const double whole = rng.below(2) == 0 ? 0.0 : 7.5;
+    distillation_options how{
+        .distance = squares ? target_distance::squares : target_distance::cross_entropy,
+        .coefficient = static_cast<double>(rng.below(3)) - 1.5,
+        .temperature = rng.below(2) == 0 ? 1.0 : 0.5,
+        .tokens = whole,
+        .gradient = to};
+    if (masked) how.mask = mask;
+    const auto start = [&](double own) { return to == gradient_to::write ? 0.0 : own; };
+    std::vector<doubles> p;
+    index_t live = 0;
+    for (index_t t = 0; t < n; ++t) {
+      live += !masked || mask[static_cast<std::size_t>(t)] != 0;
+      doubles row;
+      for (index_t e = 0; e < experts; ++e) row.push_back(z[at(t, e)] / how.temperature);
+      p.push_back(softmax_of(row));
+    }
+    double value = 0.0;
+    doubles dz(before), expected(before);
+    const double divisor = whole > 0.0 ? whole : static_cast<double>(live);
+    for (index_t t = 0; t < n; ++t) {
+      const doubles& own = p[static_cast<std::size_t>(t)];
+      const bool there = !masked || mask[static_cast<std::size_t>(t)] != 0;
+      double mass = 0.0, mean = 0.0;
+      for (index_t e = 0; e < experts; ++e) {
+        const double pe = own[static_cast<std::size_t>(e)], qe = q[at(t, e)];
+        mass += qe;
+        mean += pe * 2.0 * (pe - qe);
+        if (there)
+          value +=
+              how.coefficient / divisor * (squares ? (pe - qe) * (pe - qe) : -qe * std::log(pe));
+      }
+      for (index_t e = 0; e < experts; ++e) {
+        const double pe = own[static_cast<std::size_t>(e)], qe = q[at(t, e)];
+        const double slope = squares ? pe * (2.0 * (pe - qe) - mean) : pe * mass - qe;
+        expected[at(t, e)] = start(before[at(t, e)]);
+        if (there) expected[at(t, e)] += how.coefficient / divisor / how.temperature * slope;
+      }
+    }
+    INFO("round " << round << " T=" << n << " E=" << experts);
+    CHECK(router_distillation<double>(how, read_rows(z, n), read_rows(q, n), into(dz, n), ws) ==
+          Approx(value).margin(1e-12));
+    CHECK(test::difference(dz, to == gradient_to::nowhere ? before : expected, 1e-9, 1e-12) == "");
+
+    // One draw of each token, with an advantage.
+    std::vector<expert_id> ids;
+    doubles advantage, log_pi(static_cast<std::size_t>(n), 9.0), expected_log;
+    dz = expected = before;
+    value = 0.0;
+    for (index_t t = 0; t < n; ++t) {
+      ids.push_back(static_cast<expert_id>(rng.below(experts)));
+      advantage.push_back(static_cast<double>(rng.below(3)) - 1.0);
+      doubles row;
+      for (index_t e = 0; e < experts; ++e) row.push_back(z[at(t, e)]);
+      const doubles own = softmax_of(row);
+      const double pull = advantage.back() / (whole > 0.0 ? whole : static_cast<double>(n));
+      expected_log.push_back(std::log(own[static_cast<std::size_t>(ids.back())]));
+      value -= pull * expected_log.back();
+      for (index_t e = 0; e < experts; ++e)
+        expected[at(t, e)] = start(before[at(t, e)]) - pull * ((e == ids.back() ? 1.0 : 0.0) -
+                                                               own[static_cast<std::size_t>(e)]);
+    }
+    CHECK(policy_gradient<double>(read_rows(z, n), draws_of(n, experts, 1, ids), advantage, to,
+                                  into(dz, n), ws, log_pi, whole) == Approx(value).margin(1e-12));
+    CHECK(test::difference(dz, to == gradient_to::nowhere ? before : expected, 1e-9, 1e-12) == "");
+    CHECK(test::difference(log_pi, expected_log, 1e-9, 1e-12) == "");
+
+    // Neighbours, some of them none.
+    const index_t each = 1 + rng.below(3);
+    std::vector<std::int32_t> neighbour;
+    const doubles w = normals(rng.bits(), n * each);
+    for (index_t i = 0; i < n * each; ++i)
+      neighbour.push_back(static_cast<std::int32_t>(rng.below(n + 2) - 2));
+    const bool both = rng.below(2) == 0;
+    dz = expected = before;
+    value = 0.0;
+    if (to == gradient_to::write) std::fill(expected.begin(), expected.end(), 0.0);
+    for (index_t i = 0; i < n * each; ++i) {
+      const index_t own = i / each, j = neighbour[static_cast<std::size_t>(i)];
+      for (index_t c = 0; j >= 0 && c < experts; ++c) {
+        const double gap = z[at(own, c)] - z[at(j, c)], pull = 0.7 * w[static_cast<std::size_t>(i)];
+        value += pull * gap * gap;
+        expected[at(own, c)] += 2.0 * pull * gap;
+        if (both) expected[at(j, c)] -= 2.0 * pull * gap;
+      }
+    }
+    CHECK(neighbour_loss<double>(
+              0.7, both ? neighbour_gradient::both : neighbour_gradient::constant, read_rows(z, n),
+              neighbour, read_rows(w, n), to, into(dz, n)) == Approx(value).margin(1e-12));
+    CHECK(test::difference(dz, to == gradient_to::nowhere ? before : expected, 1e-9, 1e-12) == "");
+  }
+  // Of no tokens nothing is the mean.
+  const std::vector<std::uint8_t> nobody(T, 0);
+  const doubles z = normals(1, T * E);
+  doubles dz(z.size(), 3.0);
+  CHECK(distill({.mask = nobody}, z, z, &dz) == 0.0);
+  CHECK(dz == doubles(z.size(), 0.0));
+  const distillation_options plain;
+  CHECK((plain.distance == target_distance::cross_entropy && plain.coefficient == 1.0 &&
+         plain.temperature == 1.0 && plain.tokens == 0.0 && plain.gradient == gradient_to::write));
+}
+
+TEST_CASE("what a training term cannot be of is refused: coefficients, masks, states, strides") {
+  doubles z(T * E), q(T * E), dz(T * E), a(T);
+  const std::vector<std::uint8_t> few(T - 1, 1);
+  const std::vector<float> state(4, 1.0f);
+  retained_inputs kept(4, 2);
+  const assignment two = draws_of(2, E, 1, {0, 1});
+  const auto tight = [](const doubles& v) {
+    return matrix_view<const double>(v.data(), T, E, E - 1);
+  };
+  const auto near_by = [&](matrix_view<const double> r, matrix_view<const double> weight) {
+    return [=] {
+      neighbour_loss<double>(1.0, neighbour_gradient::both, r, std::vector<std::int32_t>(T * E, -1),
+                             weight, gradient_to::nowhere, matrix_view<double>{});
+    };
+  };
+  const auto taught = [&](matrix_view<const double> from, const distillation_options& how) {
+    return [&, from, how] {
+      workspace ws;
+      router_distillation<double>(how, from, read_rows(q, T), into(dz, T), ws);
+    };
+  };
+  const test::refusals refused{
+      {taught(read_rows(z, T), {.coefficient = std::nan("")}),
+       "router_distillation: coefficient is nan, expected finite"},
+      {taught(read_rows(z, T), {.coefficient = -HUGE_VAL}),
+       "router_distillation: coefficient is -inf, expected finite"},
+      {taught(read_rows(z, T), {.temperature = std::nan("")}),
+       "router_distillation: temperature is nan, expected > 0"},
+      {taught(read_rows(z, T), {.mask = few}), "router_distillation: mask.size() is 4, expected 5"},
+      {taught(tight(z), {}), "router_distillation: logits.stride is 5, expected at least 6"},
+      {near_by(tight(z), read_rows(q, T)), "neighbour_loss: r.stride is 5, expected at least 6"},
+      {near_by(read_rows(z, T), tight(q)),
+       "neighbour_loss: weight.stride is 5, expected at least 6"},
+      {[] { retained_inputs(-1, 0); }, "retained_inputs: d is -1, expected 0 to 1099511627776"},
+      {[] { retained_inputs(3, 4); }, "retained_inputs: most is 4, expected 0 to 3"},
+      {[] { retained_inputs(3, -1); }, "retained_inputs: most is -1, expected 0 to 3"},
+      {[&] { kept.retain(read_rows(state, 2)); }, "retained_inputs: x.rows is 2, expected 1"},
+      {[&] { kept.retain(matrix_view<const float>(state.data(), 1, 3)); },
+       "retained_inputs: x.cols is 3, expected 4"},
+      {[&] { kept.retain_choices(read_rows(state, 1), two, 0); },
+       "retained_inputs: choices.tokens() is 2, expected 1"},
+      {[&] {
+         matrix_view<double> rows(dz.data(), 2, 4);
+         rows.stride = 3;
+         kept.project(rows);
+       },
+       "retained_inputs: delta.stride is 3, expected at least 4"},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK((kept.d() == 4 && kept.rank() == 0));
+  // Unless told otherwise a direction's square is above a hundredth.
+  for (const bool by_choice : {false, true})
+    for (const float rest : {0.09f, 0.11f}) {
+      retained_inputs own(2, 2);
+      const std::vector<float> states{1.0f, 0.0f, 1.0f, rest};
+      for (index_t t = 0; t < 2 && !by_choice; ++t)
+        own.retain(read_rows(states, 2).middle_rows(t, 1));
+      if (by_choice) own.retain_choices(read_rows(states, 2), draws_of(2, E, 1, {4, 4}), 4);
+      CHECK(own.rank() == (rest > 0.1f ? 2 : 1));
+    }
+}

@@ -230,3 +230,54 @@ TEST_CASE("every size of sequences is refused by its own name") {
         "moeroute::window_offsets: windows.size() is " + std::to_string(needed - 1) +
             ", expected " + std::to_string(needed) + " to 1099511627776");
 }
+
+TEST_CASE("the numbers of sequences have ends, and ragged decisions of nothing run nothing") {
+  floats x(41 * 3), pooled(5 * 3);
+  std::vector<std::int32_t> windows(9);
+  const auto pool = [&](index_t last) {
+    return test::refusal([&] {
+      pool_rows(matrix_view<const float>(x.data(), 41, 3), cuts,
+                matrix_view<float>(pooled.data(), 5, 3), {.last = last});
+    });
+  };
+  constexpr index_t most_last = index_t{1} << 40, most_window = index_t{1} << 30;
+  CHECK(pool(most_last) == "accepted");
+  CHECK(pool(most_last + 1) ==
+        "moeroute::pool_rows: last is 1099511627777, expected 0 to 1099511627776");
+  CHECK(pooling{}.last == 0);
+  CHECK(window_offsets(cuts, most_window, windows) == 4);
+  CHECK(test::refusal([&] { window_offsets(cuts, most_window + 1, windows); }) ==
+        "moeroute::window_offsets: window is 1073741825, expected 1 to 1073741824");
+  // Sequences 0 and 4 decide for expert 1, the others for nobody.
+  assignment decisions;
+  decisions.reset_ragged(5, 3, 2);
+  const assignment::parts p = decisions.to_fill();
+  const std::vector<std::int32_t> first{0, 2, 2, 2, 2, 3};
+  const std::vector<expert_id> ids{1, 2, 1};
+  std::copy(first.begin(), first.end(), p.offsets);
+  std::copy(ids.begin(), ids.end(), p.ids);
+  decisions.close();
+  const matrix_view<float> rows(x.data(), 41, 3);
+  std::vector<index_t> ran;
+  std::vector<std::int32_t> times{7, 2, 7};
+  const auto run = [&] {
+    ran.clear();
+    return test::refusal([&] {
+      repeat_block(decisions, cuts, times, rows, [&](index_t s, matrix_view<float> part) {
+        ran.push_back(s);
+        CHECK(part.data == x.data() + 3 * cuts[static_cast<std::size_t>(s)]);
+        CHECK(part.rows ==
+              cuts[static_cast<std::size_t>(s) + 1] - cuts[static_cast<std::size_t>(s)]);
+      });
+    });
+  };
+  CHECK(run() == "accepted");
+  CHECK(ran == std::vector<index_t>{0, 0, 4, 4});
+  times = {0, 0, (1 << 20) + 1};
+  CHECK(run() == "moeroute::repeat_block: times is 1048577, expected 0 to 1048576");
+  times = {0, 0, 1 << 20};
+  CHECK(run() == "accepted");
+  CHECK(ran.empty());
+  decisions.ids()[2] = -2;
+  CHECK(run() == "moeroute::repeat_block: an id is -2, expected -1 to 2");
+}

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <limits>
+#include <span>
 #include <string>
 
 #include <moeroute/base/error.hpp>
@@ -85,12 +87,13 @@ index_t rectify_within_rank(assignment& choices, const Scores& score_rows,
 /// their (k+1)-th best expert, then their (k+2)-th and so on; among the tokens of one round those
 /// with the highest score first.
 ///
-/// `filled` becomes ragged: each token's choices as they are, then those that it was given, with
-/// their score as weight. Nobody loses a place.
+/// `filled` becomes ragged: each token's choices as they are, without those that have no expert,
+/// then those that it was given, with their score as weight. Nobody loses a place.
 /// Shapes: scores [T, E]. Returns the number of choices that were added.
 /// Ensures: no expert has more than max(capacity, its kept choices); after E - k rounds none has a
 /// vacancy while a token with a finite score is left that does not choose it.
-/// Throws: error where a shape does not fit, capacity < 0, or choices and filled are the same.
+/// Throws: error where a shape does not fit, capacity < 0, choices and filled are the same, or a
+/// token has more choices than filled has room for: it names an expert twice.
 /// Cost: O(T E) per round, O(T + E) scratch; allocates only where filled or ws must grow.
 /// Determinism: exact; ties go to the lower id, then to the lower token.
 /// Source: Zeng et al. 2024 (Rectify-Router, fill-in rectification).
@@ -177,15 +180,27 @@ index_t rectify_by_filling(const assignment& choices, const Scores& score_rows, 
     }
   }
 
-  filled.reset_ragged(tokens, experts, std::min(experts, choices.k() + rounds));
+  const index_t most = std::min(experts, choices.k() + rounds);
+  const auto own = [&](index_t t) {
+    const std::span<const expert_id> list = choices.ids(t);
+    return std::ssize(list) - std::count(list.begin(), list.end(), no_expert);
+  };
+  for (index_t t = 0; t < tokens; ++t)
+    if (own(t) + m.added[t] > most) [[unlikely]]
+      fail("rectify_by_filling", {"token ", t, " has ", own(t), " choices and is given ",
+                                  m.added[t], ", expected at most ", most, " distinct experts"});
+  filled.reset_ragged(tokens, experts, most);
   const assignment::parts out = filled.to_fill();
   out.offsets[0] = 0;
   for (index_t t = 0; t < tokens; ++t) {
-    const index_t own = choices.count(t);
-    out.offsets[t + 1] = out.offsets[t] + static_cast<std::int32_t>(own) + m.added[t];
-    std::copy_n(id + choices.first(t), own, out.ids + out.offsets[t]);
-    std::copy_n(choices.weights().data() + choices.first(t), own, out.weights + out.offsets[t]);
-    m.added[t] = out.offsets[t] + static_cast<std::int32_t>(own);
+    std::int32_t at = out.offsets[t];
+    for (index_t c = choices.first(t); c < choices.first(t + 1); ++c) {
+      if (id[c] < 0) continue;
+      out.ids[at] = id[c];
+      out.weights[at++] = choices.weights()[static_cast<std::size_t>(c)];
+    }
+    out.offsets[t + 1] = at + m.added[t];
+    m.added[t] = at;
   }
   filled.close();
   for (index_t i = 0; i < given; ++i) {
@@ -196,8 +211,8 @@ index_t rectify_by_filling(const assignment& choices, const Scores& score_rows, 
   if (choices.drops()) {
     std::uint8_t* kept = filled.kept_to_fill().data();
     for (index_t t = 0; t < tokens; ++t)
-      std::copy_n(choices.kept().data() + choices.first(t), choices.count(t),
-                  kept + out.offsets[t]);
+      for (index_t c = choices.first(t), at = out.offsets[t]; c < choices.first(t + 1); ++c)
+        if (id[c] >= 0) kept[at++] = choices.kept(c) ? 1 : 0;
   }
   return given;
 }
