@@ -10,6 +10,7 @@
 #include "support/allocations.hpp"
 #include "support/backwards.hpp"
 #include "support/compare.hpp"
+#include "support/edges.hpp"
 #include "support/guarded.hpp"
 #include "support/refusal.hpp"
 #include "support/skewed.hpp"
@@ -320,20 +321,50 @@ TEST_CASE("with shares and windows the online price is what is left of a sorted 
   }
 }
 
-TEST_CASE("more experts than tokens of a piece have columns are priced all the same") {
-  constexpr index_t experts = 2100, tokens = 18;
-  test::random rng(63);
-  std::vector<float> s;
-  for (index_t i = 0; i < tokens * experts; ++i) s.push_back(rng.uniform());
-  bip_balancer b(experts, {.k = 1, .iterations = 1});
-  workspace ws;
-  b.update(matrix_view<const float>(s.data(), tokens, experts), ws);
-  for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); ++t) {
-    std::nth_element(s.begin() + 2100 * static_cast<std::ptrdiff_t>(t),
-                     s.begin() + 2100 * static_cast<std::ptrdiff_t>(t) + 1,
-                     s.begin() + 2100 * static_cast<std::ptrdiff_t>(t + 1), std::greater<>());
-    CHECK(b.token_prices()[t] == s[2100 * t + 1]);
+TEST_CASE(
+    "more experts than tokens of a piece have columns, and up to 64 choices, are priced too") {
+  constexpr index_t tokens = 18;
+  struct sizes {
+    index_t experts, k;
+  };
+  // With k + 1 on either side of what kernels of another kind take.
+  for (const auto [experts, k] : {sizes{2100, 1}, sizes{70, 63}, sizes{2100, 64}}) {
+    test::random rng(63);
+    std::vector<float> s;
+    for (index_t i = 0; i < tokens * experts; ++i) s.push_back(rng.uniform());
+    bip_balancer b(experts, {.k = k, .iterations = 1});
+    workspace ws;
+    b.update(matrix_view<const float>(s.data(), tokens, experts), ws);
+    for (index_t t = 0; t < tokens; ++t) {
+      const auto row = s.begin() + t * experts;
+      std::nth_element(row, row + k, row + experts, std::greater<>());
+      CHECK(b.token_prices()[static_cast<std::size_t>(t)] == row[k]);
+    }
   }
+}
+
+TEST_CASE("prices of wide rows and many choices are found within the memory carved for them") {
+  constexpr index_t experts = 2100, tokens = 10, k = 33;
+  test::random rng(64);
+  std::vector<float> s, bias;
+  for (index_t i = 0; i < tokens * experts; ++i) s.push_back(rng.uniform());
+  for (index_t e = 0; e < experts; ++e) bias.push_back(rng.uniform());
+  test::edges memory(1 << 20);
+  test::at_both_ends(memory, [&] {
+    const auto m = memory.carve(
+        [](scratch& tape) { return detail::dual_memory::carve(tape, tokens, experts, k, 1); });
+    const serial exec;
+    detail::dual_prices<simd::default_arch, serial> prices(
+        {memory.copy(s), tokens, experts}, std::span<const std::uint8_t>(), m, 1, exec);
+    prices.price_tokens(memory.copy(bias), k, [](float price) { return price; });
+    for (index_t t = 0; t < tokens; ++t) {
+      std::vector<float> row(bias);
+      for (std::size_t e = 0; e < row.size(); ++e)
+        row[e] += s[static_cast<std::size_t>(t * experts) + e];
+      std::nth_element(row.begin(), row.begin() + k - 1, row.end(), std::greater<>());
+      CHECK(prices.price_of(t) == row[k - 1]);
+    }
+  });
 }
 
 TEST_CASE("a row of scores is read and filled up within its bounds, with a bias and without") {

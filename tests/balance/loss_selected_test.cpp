@@ -122,8 +122,10 @@ TEST_CASE("with every option at once losses of the selected are their formulas a
     test::drop_some(rng, a, 4);
     row z, before;
     std::vector<std::uint8_t> mask;
+    bool many = false;  // of the token's logits are +inf: several of its choices, and not the last
     for (index_t i = 0; i < tokens * experts; ++i) {
-      const auto odd = rng.below(40);
+      if (i % experts == 0) many = rng.below(8) == 0;
+      const auto odd = rng.below(many ? 3 : 40);
       z.push_back(odd == 0   ? HUGE_VAL
                   : odd == 1 ? -HUGE_VAL
                   : odd == 2 ? std::nan("")

@@ -197,6 +197,16 @@ TEST_CASE("pairs of an expert add up to k - 1 times its own count, in one shot o
     CHECK(others == 3 * one.pairs(i, i));
     if (one.pairs(i, i) > 0) CHECK(near(rates, 3));
   }
+  // Experts that are chosen once, twice and never.
+  assignment two;
+  two.reset(2, 4, 2);
+  for (std::size_t i = 0; i < 4; ++i) two.ids()[i] = static_cast<expert_id>((i + 1) / 2);
+  co_activation few(4);
+  few.add(two);
+  CHECK(few.rate(0, 1) == 1.0);
+  CHECK(few.rate(1, 0) == 0.5);
+  CHECK(few.rate(1, 1) == 1.0);
+  CHECK(few.rate(3, 0) == 0.0);
 }
 
 TEST_CASE("meters allocate nothing per batch and refuse what does not fit") {

@@ -44,6 +44,9 @@ float slow_kth_largest(std::vector<float> x, index_t k) {
   return x[static_cast<std::size_t>(k - 1)] + 0.0f;
 }
 
+// A zero has the sign of +0, whichever of both was the k-th.
+bool same(float a, float b) { return a == b && std::signbit(a) == std::signbit(b); }
+
 struct panel_of {
   const float* data;
   template <class A>
@@ -78,7 +81,7 @@ TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, f
           simd::kth_largest_of_columns<A>(panel_of{memory.copy(panel)}, rows, 5, k, m, out);
           for (std::size_t c = 0; c < 5; ++c) {
             INFO("rows " << rows << " kind " << kind << " k " << k << " column " << c);
-            REQUIRE(out[c] == expected[c]);
+            REQUIRE(same(out[c], expected[c]));
           }
         });
       }
@@ -103,7 +106,7 @@ TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, f
           simd::kth_largest_of_block<A>(memory.copy(rows), stride, cols, k, m, out);
           for (index_t i = 0; i < 16; ++i) {
             INFO("cols " << cols << " kind " << kind << " k " << k << " row " << i);
-            REQUIRE(out[i] == slow_kth_largest(row[static_cast<std::size_t>(i)], k));
+            REQUIRE(same(out[i], slow_kth_largest(row[static_cast<std::size_t>(i)], k)));
           }
         });
       }
@@ -139,6 +142,41 @@ TEST_CASE("the k-th largest of a column is right where the rows of a sample are 
     });
 }
 
+TEST_CASE("a bound of keys is the k-th largest, or reached by k of them and the slack") {
+  test::edges memory(4 * 96);
+  test::random rng(19);
+  for (int round = 0; round < 400; ++round) {
+    const index_t n = 1 + rng.below(80), k = 1 + rng.below(n);
+    const index_t slack = rng.below(2) == 0 ? 0 : rng.below(6);
+    const auto kinds = 1 + rng.below(90);
+    const auto spread = rng.below(2) == 0 ? 1 : 20'000'000;
+    std::vector<std::int32_t> key(static_cast<std::size_t>(round_up(n, 16)), simd::lowest_key);
+    // Where fewer than k are above the lowest key the bound may be any.
+    for (index_t i = 0; i < n; ++i)
+      if (rng.below(20) != 0)
+        key[static_cast<std::size_t>(i)] =
+            (static_cast<std::int32_t>(rng.below(kinds)) - 45) * spread;
+    std::vector<std::int32_t> sorted(key);
+    std::sort(sorted.begin(), sorted.end(), std::greater<>());
+    const auto reach = [&](std::int32_t bound) {
+      return std::count_if(key.begin(), key.end(), [&](std::int32_t x) { return x >= bound; });
+    };
+    const std::int32_t kth = sorted[static_cast<std::size_t>(k - 1)];
+    INFO("round " << round << " n " << n << " k " << k << " slack " << slack);
+    test::for_each_arch<test::widths>([&](auto tag) {
+      using A = decltype(tag);
+      memory.begin(round % 2 == 0 ? test::guarded_end::front : test::guarded_end::back);
+      const std::int32_t* const keys = memory.copy(key);
+      const std::int32_t bound = simd::kth_largest_bound<A>(keys, n, k, slack);
+      if (kth != simd::lowest_key) {
+        CHECK(simd::count_at_least<A>(keys, n, kth) == reach(kth));
+        CHECK(reach(bound) >= k);
+        CHECK((bound == kth || reach(bound) <= k + slack));
+      }
+    });
+  }
+}
+
 TEST_CASE("the k-th largest of a tile is that of its rows with the bias added, on every ISA") {
   test::edges memory(4 * 32 * 112);
   for (const index_t cols : {1, 5, 16, 17, 40, 100})
@@ -162,7 +200,7 @@ TEST_CASE("the k-th largest of a tile is that of its rows with the bias added, o
             std::vector<float> row(rows.begin() + i * stride, rows.begin() + i * stride + cols);
             for (std::size_t c = 0; c < row.size(); ++c) row[c] += bias[c];
             INFO("cols " << cols << " kind " << kind << " k " << k << " row " << i);
-            REQUIRE(out[i] == slow_kth_largest(row, k));
+            REQUIRE(same(out[i], slow_kth_largest(row, k)));
           }
         });
       }

@@ -8,10 +8,13 @@
 #include <moeroute/simd/rows/row_dot.hpp>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "support/arches.hpp"
 #include "support/backwards.hpp"
 #include "support/compare.hpp"
+#include "support/edges.hpp"
 #include "support/guarded.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
@@ -102,6 +105,53 @@ TEST_CASE("products of rows as they lie in memory are those of plain loops") {
   products_agree<bfloat16>(9, 100, 70);
   products_agree<float16>(9, 100, 70);
   products_agree<float>(0, 4, 5);
+}
+
+TEST_CASE("factors are packed in the order in which a tile reads them, a register past the end") {
+  test::edges memory(4 * 6 * 200);
+  test::random rng(20);
+  for (int round = 0; round < 200; ++round) {
+    const index_t n = 1 + rng.below(6), depth = rng.below(20), gap = rng.below(3);
+    const bool turned = rng.below(2) == 0;
+    const index_t row_step = turned ? 1 : depth + gap, depth_step = turned ? n + gap : 1;
+    const auto from =
+        random_values<float>(depth == 0 ? 0 : (n - 1) * row_step + (depth - 1) * depth_step + 1, 8);
+    test::for_each_arch<test::widths>([&]<class A>(A) {
+      const auto packed = [&]<int m>(std::integral_constant<int, m>) {
+        memory.begin(test::guarded_end::back);
+        float* const to = memory.room<float>(m * depth + simd::width<A>);
+        simd::detail::pack_factors<A, m>(memory.copy(from), row_step, depth_step, n, depth, to);
+        int wrong = 0;
+        for (index_t i = 0; i < depth; ++i)
+          for (index_t q = 0; q < n; ++q)
+            wrong += to[i * m + q] != from[static_cast<std::size_t>(q * row_step + i * depth_step)];
+        INFO("n " << n << " of " << m << " depth " << depth << " turned " << turned);
+        CHECK(wrong == 0);
+      };
+      packed(std::integral_constant<int, simd::detail::tile_rows>{});
+      if (n <= 2) packed(std::integral_constant<int, 2>{});
+    });
+  }
+}
+
+TEST_CASE("a part of a product of nothing is 0, and its columns only") {
+  constexpr index_t rows = 4, cols = 100, first = 64;
+  test::edges memory(4 * rows * cols);
+  for (const auto store :
+       {simd::detail::product_store::first, simd::detail::product_store::written}) {
+    memory.begin(test::guarded_end::back);
+    float* const at = memory.copy(std::vector<float>(rows * cols, 7.0f));
+    simd::detail::product_block<simd::default_arch, float>({nullptr, 0, 1, rows, 0},
+                                                           {nullptr, 0, cols}, {at, rows, cols},
+                                                           store, 1, rows, first, cols);
+    int wrong = 0;
+    for (index_t r = 0; r < rows; ++r)
+      for (index_t c = 0; c < cols; ++c)
+        wrong +=
+            at[r * cols + c] !=
+            (r >= 1 && c >= first && store == simd::detail::product_store::first ? 0.0f : 7.0f);
+    CHECK(wrong == 0);
+  }
 }
 
 TEST_CASE("a product that is much larger than a cache has the bits of its parts") {
