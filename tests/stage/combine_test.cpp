@@ -165,3 +165,43 @@ TEST_CASE("a choice without an expert is no identity expert") {
   CHECK(refused(-1, 2) == "moeroute::combine: identity_first is -1, expected 0 to 1048576");
   CHECK(refused(0, 2) == "accepted");
 }
+
+TEST_CASE("what combine is given beside rows is refused by name, at either end of its range") {
+  test::random rng(72);
+  const assignment a = test::ragged_choices(rng, 6, 4, 3),
+                   other = test::ragged_choices(rng, 6, 4, 3);
+  REQUIRE(a.choices() != other.choices());
+  dispatch_plan p;
+  plan(a, p);
+  const index_t n = a.choices();
+  std::vector<float> rows(static_cast<std::size_t>(n * 4), 1.0f), x(6 * 5, 1.0f), y(6 * 4 + 1);
+  const matrix_view<float> out(y.data(), 6, 4);
+  const auto said = [&](const combine_options<>& how) {
+    const std::string text = test::refusal(
+        [&] { combine(matrix_view<const float>(rows.data(), n, 4), p, a, out, serial{}, how); });
+    const std::string front = "moeroute::combine: ";
+    return text.starts_with(front) ? text.substr(front.size()) : text;
+  };
+  const matrix_view<const float> wide(x.data(), 6, 5);
+  const matrix_view<const float> beside(y.data() + 1, 6, 4);
+  CHECK(said({.lost = lost_token::residual, .x = wide}) == "x.cols() is 5, expected 4");
+  CHECK(said({.shared = wide}) == "shared.cols() is 5, expected 4");
+  CHECK(said({.shared = beside}) == "shared and y overlap, expected memory of their own");
+  constexpr auto adds = combine_output::accumulate;
+  CHECK(said({.output = adds, .identity_first = 1048576, .identity_end = 1048576}) == "accepted");
+  CHECK(said({.output = adds, .identity_first = 1048577, .identity_end = 1048577}) ==
+        "identity_first is 1048577, expected 0 to 1048576");
+  CHECK(test::refusal([&] {
+          combine(matrix_view<const float>(rows.data(), n, 4), p, other, out);
+        }) == "moeroute::combine: choices.choices() is " + std::to_string(other.choices()) +
+                  ", expected " + std::to_string(n));
+  CHECK(test::refusal([&] {
+          combine(matrix_view<const float>(rows.data(), n, 4), p,
+                  std::span<const float>(rows).first(static_cast<std::size_t>(n)), out, serial{},
+                  combine_options<>{.identity_end = -1});
+        }) == "moeroute::combine: identity_end is -1, expected 0 to 0");
+  const combine_options<> plain;
+  CHECK((plain.plain() && !plain.needs_x()));
+  CHECK((plain.weight == combine_weight::of_choice && plain.output == combine_output::overwrite &&
+         plain.lost == lost_token::zero && plain.identity_first == 0 && plain.identity_end == 0));
+}

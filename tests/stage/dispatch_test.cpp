@@ -181,3 +181,29 @@ TEST_CASE("of streamed slots as many whole rows as fill one second-level cache g
   CHECK(cached(64'000, 0) == 0);
   CHECK(cached(0, 64) == 0);
 }
+
+TEST_CASE("bytes that do not fit the plan, or lie in one another, are refused by name") {
+  const test::planned p(5, 4, 2);
+  const index_t slots = p.plan.slots();
+  std::vector<std::byte> from(200), to(200);
+  const auto said = [&](index_t x_rows, index_t rows, index_t cols, index_t x_stride,
+                        index_t stride, std::byte* into) {
+    matrix_view<const std::byte> x(from.data(), x_rows, 6);
+    matrix_view<std::byte> out(into, rows, cols);
+    x.stride = x_stride;
+    out.stride = stride;
+    return test::refusal([&] { dispatch_bytes(x, p.plan, out); });
+  };
+  const std::string where = "moeroute::dispatch_bytes: ";
+  CHECK(said(4, slots, 6, 6, 6, to.data()) == where + "x.rows() is 4, expected 5");
+  CHECK(said(5, slots - 1, 6, 6, 6, to.data()) == where + "slots.rows() is " +
+                                                      std::to_string(slots - 1) + ", expected " +
+                                                      std::to_string(slots));
+  CHECK(said(5, slots, 7, 6, 7, to.data()) == where + "slots.cols() is 7, expected 6");
+  CHECK(said(5, slots, 6, 5, 6, to.data()) == where + "x.stride is 5, expected at least 6");
+  CHECK(said(5, slots, 6, 6, 5, to.data()) == where + "slots.stride is 5, expected at least 6");
+  CHECK(said(5, slots, 6, 6, 6, from.data() + 29) ==
+        where + "x and slots overlap, expected memory of their own");
+  CHECK(said(5, slots, 6, 6, 6, from.data() + 30) == "accepted");
+  CHECK((dispatch_options{}.stores == store_path::automatic && dispatch_options{}.scale.empty()));
+}

@@ -698,6 +698,8 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
     return [&, from, to] { gather_rows(from, index, to); };
   };
   const std::vector<slot_id> before_all(6, -2);
+  // What is too long is not read.
+  constexpr std::size_t beyond = 0x80000000u;
   const placement wider = placement::from_slots(4, 1, std::vector<expert_id>{0, 1, 2, 3});
   const std::vector<std::int32_t> three{2, 1, 0}, four_entries{2, 1, 1, 1}, one_row{2}, all_rows{3};
   const test::refusals refused{
@@ -722,6 +724,12 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
        "gather_rows: from and to overlap, expected memory of their own"},
       {[&] { resolved(a, wider, 0, {}); }, "resolve: choices.experts() is 3, expected 4"},
       {[&] { resolved(a, p, -1, {}); }, "resolve: rank is -1, expected 0 to 1"},
+      {[&] { plan_received({rows, entries, {of_row.data(), beyond}, local}, 2, inner); },
+       "plan_received: rows is 2147483648, expected 0 to 2147483647"},
+      {[&] { plan_received({rows, entries, of_row, {local.data(), beyond}}, 2, inner); },
+       "plan_received: entries is 2147483648, expected 0 to 2147483647"},
+      {[&] { plan_received({rows, entries, of_row, {local.data(), beyond - 1}}, 2, inner); },
+       "plan_received: local_slot.size() is 2147483647, expected 3"},
       {[&] { plan_received({minus, entries, of_row, local}, 2, inner); },
        "plan_received: rows_from is -1, expected 0 to 2"},
       {[&] { plan_received({rows, entries, of_row, local, minus}, 2, inner); },

@@ -246,3 +246,41 @@ TEST_CASE("matrices of another height than the plan are refused") {
         "moeroute::for_each_expert: out.rows() is " + std::to_string(slots + 2) + expected);
   CHECK(refusal(slots, slots) == "accepted");
 }
+
+TEST_CASE("rows of experts that run into one another, and calls of no size, are refused by name") {
+  const test::planned p(5, 4, 2);
+  const index_t slots = p.plan.slots();
+  std::vector<float> in(200), out(200);
+  const auto view_of = [](std::vector<float>& v, index_t n, bool good = true, index_t from = 0) {
+    matrix_view<float> m(v.data() + from, n, 6);
+    if (!good) m.stride = 5;
+    return m;
+  };
+  const auto copy = [](expert_id, matrix_view<const float>, matrix_view<float>) {};
+  const auto said = [&](bool good_in, matrix_view<float> to, index_t most = 0) {
+    return test::refusal([&] {
+      for_each_expert(p.plan, view_of(in, slots, good_in), to, copy, serial{},
+                      {.rows_per_call = most});
+    });
+  };
+  const std::string where = "moeroute::for_each_expert: ",
+                    close = ".stride is 5, expected at least 6";
+  CHECK(said(false, view_of(out, slots)) == where + "in" + close);
+  CHECK(said(true, view_of(out, slots, false)) == where + "out" + close);
+  CHECK(said(true, view_of(in, slots, true, 1)) ==
+        where + "in and out overlap, expected memory of their own");
+  CHECK(said(true, view_of(out, slots), -1) ==
+        where + "rows_per_call is -1, expected 0 to 2147483647");
+  CHECK(said(true, view_of(out, slots), index_t{1} << 31) ==
+        where + "rows_per_call is 2147483648, expected 0 to 2147483647");
+  CHECK(said(true, view_of(out, slots), 0x7fffffff) == "accepted");
+  CHECK(expert_options{}.rows_per_call == 0);
+  const auto in_place = [&](bool good_in, bool good_out) {
+    return test::refusal([&] {
+      for_each_expert(p.plan, p.choices, view_of(in, 5, good_in), view_of(out, slots, good_out),
+                      copy);
+    });
+  };
+  CHECK(in_place(false, true) == where + "x" + close);
+  CHECK(in_place(true, false) == where + "out" + close);
+}

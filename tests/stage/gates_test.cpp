@@ -932,3 +932,80 @@ TEST_CASE("of codes that are as near the lowest is a token's, and of its experts
                          gate_gradients<float>{gradient_to::write, {}, {dcodes.data(), 20, 2}}, ws);
   for (std::size_t i = 0; i < dcodes.size(); ++i) CHECK(dcodes[i] == (i < 2 ? 1.0f : 0.0f));
 }
+
+TEST_CASE("whatever does not fit a gate is refused by its own name") {
+  constexpr index_t n = 6, width = 8, e = 3;
+  floats x(n * width, 0.5f), w(e * width, 0.25f), z(n * e), more(n * n, 0.5f), list(n);
+  const auto at = [](floats& v, index_t r, index_t cols, bool good = true) {
+    matrix_view<float> m(v.data(), r, cols);
+    if (!good) m.stride = cols - 1;
+    return m;
+  };
+  const simd::packed_matrix<> packed(as_rows(w, width)), one(as_rows(w, width).middle_rows(0, 1));
+  linear_gate<> linear(packed);
+  scaled_cosine_gate<> cosine(as_rows(w, width), 1.0f);
+  codebook_gate<> codes(as_rows(w, width), e);
+  workspace ws;
+  std::vector<std::int32_t> code(n, 0), below(n, -1);
+  const auto mixed = [&](int close_one) {
+    return [&, close_one] {
+      mix_probabilities(at(more, n, n, close_one != 0), at(x, n, e, close_one != 1),
+                        at(z, n, e, close_one != 2));
+    };
+  };
+  const std::string eight = ".stride is 7, expected at least 8",
+                    three = ".stride is 2, expected at least 3";
+  const test::refusals refused{
+      {[&] { linear.set_weight(at(x, 2, width)); }, "linear_gate: w.rows() is 2, expected 3"},
+      {[] { no_gate(0); }, "no_gate: columns is 0, expected 1 to 1099511627776"},
+      {[] { no_gate((index_t{1} << 40) + 1); },
+       "no_gate: columns is 1099511627777, expected 1 to 1099511627776"},
+      {[&] { gate(at(x, n, width, false), linear, at(z, n, e)); }, "gate: x" + eight},
+      {[&] { gate(at(x, n, width), linear, at(z, n, e, false)); }, "gate: logits" + three},
+      {[&] { gate(at(x, n, width), linear, at(x, n, e)); },
+       "gate: x and logits overlap, expected memory of their own"},
+      {[&] { shared_gate(at(x, n, width), packed, 1.0f, list); },
+       "shared_gate: weight.rows() is 3, expected 1"},
+      {[&] { shared_gate(at(x, n, width), one, 1.0f, std::span(list).first(5)); },
+       "shared_gate: weights.size() is 5, expected 6"},
+      {[&] { unit_rows(at(w, e, width, false)); }, "unit_rows: weight" + eight},
+      {[&] { codebook_gate<>(at(w, e, width, false), e); }, "codebook_gate: codes" + eight},
+      {[&] { codebook_gate<>(at(w, e, width), 0); },
+       "codebook_gate: experts is 0, expected 1 to 3"},
+      {[&] { codes.nearest(at(x, n, width - 1), code, ws); },
+       "codebook_gate: x.cols() is 7, expected 8"},
+      {[&] { codes.nearest(at(x, n - 1, width), code, ws); },
+       "codebook_gate: code.size() is 6, expected 5"},
+      {[&] { codes.update(at(x, n, width - 1), code, 0.5f); },
+       "codebook_gate: x.cols() is 7, expected 8"},
+      {[&] { codes.update(at(x, n - 1, width), code, 0.5f); },
+       "codebook_gate: code.size() is 6, expected 5"},
+      {[&] { codes.update(at(x, n, width), below, 0.5f); },
+       "codebook_gate: code is -1, expected 0 to 2"},
+      {[&] { scaled_cosine_gate<>(at(w, e, width, false), 1.0f); },
+       "scaled_cosine_gate: weight" + eight},
+      {[&] { cosine.set_weight(at(w, e, width - 1)); },
+       "scaled_cosine_gate: weight.cols() is 7, expected 8"},
+      {[&] { rms_gate<>(at(w, e, width, false)); }, "rms_gate: weight" + eight},
+      {mixed(0), "mix_probabilities: s.stride is 5, expected at least 6"},
+      {mixed(1), "mix_probabilities: p" + three},
+      {mixed(2), "mix_probabilities: mixed" + three},
+      {[&] { softmax_rows(at(z, n, e, false)); }, "softmax_rows: z" + three},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK(test::refusal(mixed(3)) == "accepted");
+  CHECK(no_gate(index_t{1} << 40).columns() == index_t{1} << 40);
+  // A row of no numbers has no nearest code, and gets the first; a decay of 0 forgets all.
+  floats nothing(width, std::nanf(""));
+  std::vector<std::int32_t> first{2};
+  codes.nearest(at(nothing, 1, width), first, ws);
+  CHECK(first[0] == 0);
+  codes.update(at(x, n, width), code, 0.0f);
+  CHECK(codes.code_rows()(0, 0) == 0.5f);
+  CHECK(codes.code_rows()(1, 0) == 0.25f);
+  const rms_input plain;
+  CHECK((plain.scale == 1.0f && plain.eps == 1e-6f && plain.gamma.empty()));
+  CHECK(mlp_gate_weights<float>{}.activation == gate_activation::relu);
+  CHECK((gate_gradients<>{}.to == gradient_to::write &&
+         mlp_gate_gradients<>{}.to == gradient_to::write));
+}

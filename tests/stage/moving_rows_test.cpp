@@ -212,6 +212,7 @@ buffer<U> combined(const buffer<T>& slots, const dispatch_plan& p, const assignm
       float sum =
           o.output == combine_output::accumulate ? static_cast<float>(before[t * d + i]) : 0.0f;
       bool lost = true;
+      float rest = 1.0f;
       for (index_t c = a.first(t); c < a.first(t + 1); ++c) {
         const auto at = static_cast<std::size_t>(c);
         const slot_id s = p.slot_of_choice()[at];
@@ -223,9 +224,13 @@ buffer<U> combined(const buffer<T>& slots, const dispatch_plan& p, const assignm
         } else if (a.kept(c) && a.ids()[at] >= o.identity_first && a.ids()[at] < o.identity_end) {
           sum = std::fma(w, static_cast<float>(o.x(t, i)), sum);
           lost = false;
+        } else {
+          continue;
         }
+        rest -= w;
       }
-      if (lost && o.lost == lost_token::residual) sum += static_cast<float>(o.x(t, i));
+      if (o.lost == lost_token::mix || (lost && o.lost == lost_token::residual))
+        sum = std::fma(lost ? 1.0f : rest, static_cast<float>(o.x(t, i)), sum);
       if (o.shared.rows > 0)
         sum =
             std::fma(o.shared_weight.empty() ? 1.0f : o.shared_weight[static_cast<std::size_t>(t)],
@@ -264,7 +269,9 @@ std::string wrong_combine(const assignment& a, index_t d) {
     combine_options<X, S> o;
     o.weight = bit(1) ? combine_weight::one : combine_weight::of_choice;
     o.output = bit(2) ? combine_output::accumulate : combine_output::overwrite;
-    o.lost = bit(3) ? lost_token::residual : lost_token::zero;
+    o.lost = !bit(3)             ? lost_token::zero
+             : bit(5) && !bit(4) ? lost_token::mix
+                                 : lost_token::residual;
     some(o, bit(0), bit(4), bit(4) && bit(5), gates, x, shared);
     const buffer<U> expected = combined(slots, p, a, d, y, o);
     combine(as_rows(slots, p.slots(), d), p, a, as_rows(y, a.tokens(), d), o);

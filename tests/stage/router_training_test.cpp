@@ -737,6 +737,12 @@ TEST_CASE("what a training term cannot be of is refused: coefficients, masks, st
       {near_by(tight(z), read_rows(q, T)), "neighbour_loss: r.stride is 5, expected at least 6"},
       {near_by(read_rows(z, T), tight(q)),
        "neighbour_loss: weight.stride is 5, expected at least 6"},
+      {[&] {
+         workspace ws;
+         add_router_shift<double>(read_rows(z, T), read_rows(q, T),
+                                  draws_of(T, E, 1, {0, 1, 2, 3, E}), std::span(a), ws);
+       },
+       "add_router_shift: an id is 6, expected -1 to 5"},
       {[] { retained_inputs(-1, 0); }, "retained_inputs: d is -1, expected 0 to 1099511627776"},
       {[] { retained_inputs(3, 4); }, "retained_inputs: most is 4, expected 0 to 3"},
       {[] { retained_inputs(3, -1); }, "retained_inputs: most is -1, expected 0 to 3"},

@@ -765,3 +765,77 @@ TEST_CASE("rows of equal logits have no gradient through what they deviate by") 
   for (index_t p = 0; p < 3; ++p)
     CHECK(std::abs(dz[static_cast<std::size_t>(p * n)] - 1.0f / 3.0f) < 1e-6f);
 }
+
+TEST_CASE("strides, columns and shapes of what is weighed or transformed are refused by name") {
+  const router<softmax> r{.selection = {.k = 2}};
+  std::vector<double> z = random_doubles(tokens * experts, 31), w(12), dz(z.size());
+  const assignment a = test::routed(r, {z.begin(), z.end()}, experts);
+  workspace ws;
+  const auto close = [](auto m) {
+    m.stride = m.cols - 1;
+    return m;
+  };
+  const auto weighed = [&](const auto& router, matrix_view<const double> logits,
+                           const side_inputs& side = {}) {
+    return [&, router, logits, side] { weigh(router, logits, side, a, std::span(w), ws); };
+  };
+  const matrix_view<const double> logits = view_of(z, experts);
+  const std::vector<std::uint8_t> modality(6, 1);
+  const auto both = [&](index_t first) {
+    return weighed(by_modality<router<softmax>>{r, r, first}, logits, {.modality = modality});
+  };
+  const auto keys = [&](index_t columns, index_t first_keys) {
+    return weighed(product_keys<>{.choices = 2, .first_keys = first_keys},
+                   {z.data(), tokens, columns, columns});
+  };
+  std::vector<float> in(6 * 8, 0.5f), out(6 * 8);
+  std::vector<double> up(6 * 8), down(6 * 8), own(6 * 8, 0.5);
+  const standardized transform;
+  const auto moved = [&](matrix_view<const float> from, matrix_view<float> to) {
+    return [&, from, to] { transform_rows(transform, from, {}, to); };
+  };
+  const auto pulled = [&](matrix_view<const double> from, matrix_view<const double> dout,
+                          matrix_view<double> to) {
+    return [&, from, dout, to] {
+      transform_rows_backward<standardized, double>(transform, from, {}, dout, gradient_to::write,
+                                                    to);
+    };
+  };
+  const matrix_view<const float> x(in.data(), 6, 8);
+  const matrix_view<float> y(out.data(), 6, 8);
+  const matrix_view<double> dx(down.data(), 6, 8), dy(up.data(), 6, 8), from(own.data(), 6, 8);
+  const std::string at_least = ".stride is 7, expected at least 8",
+                    apart = " overlap, expected memory of their own";
+  const test::refusals refused{
+      {weighed(r, close(logits)), "weigh: logits" + at_least},
+      {[&] {
+         weigh_backward<router<softmax>, double>(r, close(logits), {}, a, w, gradient_to::write,
+                                                 {dz.data(), tokens, experts}, ws);
+       },
+       "weigh_backward: logits" + at_least},
+      {both(8), "weigh: first_experts is 8, expected 1 to 7"},
+      {keys(2 * max_experts + 1, 0), "weigh: logits.cols is 2097153, expected 2 to 2097152"},
+      {keys(8, -1), "weigh: first_keys is -1, expected 1 to 7"},
+      {moved(x, y.middle_rows(0, 5)), "transform_rows: out.rows() is 5, expected 6"},
+      {moved(x, {out.data(), 6, 7}), "transform_rows: out.cols() is 7, expected 8"},
+      {moved(close(x), y), "transform_rows: logits" + at_least},
+      {moved(x, close(y)), "transform_rows: out" + at_least},
+      {moved(x, {in.data(), 6, 8}), "transform_rows: logits and out" + apart},
+      {pulled(from, dy.middle_rows(0, 5), dx),
+       "transform_rows_backward: dout.rows() is 5, expected 6"},
+      {pulled(from, {up.data(), 6, 7}, dx),
+       "transform_rows_backward: dout.cols() is 7, expected 8"},
+      {pulled(from, dy, dx.middle_rows(0, 5)),
+       "transform_rows_backward: dlogits.rows() is 5, expected 6"},
+      {pulled(from, dy, {down.data(), 6, 7}),
+       "transform_rows_backward: dlogits.cols() is 7, expected 8"},
+      {pulled(close(from), dy, dx), "transform_rows_backward: logits" + at_least},
+      {pulled(from, close(dy), dx), "transform_rows_backward: dout" + at_least},
+      {pulled(from, dy, close(dx)), "transform_rows_backward: dlogits" + at_least},
+      {pulled(from, dy, from), "transform_rows_backward: logits and dlogits" + apart},
+      {pulled(from, dy, dy), "transform_rows_backward: dout and dlogits" + apart},
+  };
+  for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK(test::refusal(pulled(from, dy, dx)) == "accepted");
+  CHECK(test::refusal(moved(x, y)) == "accepted");
+}
