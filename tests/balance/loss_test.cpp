@@ -156,41 +156,47 @@ TEST_CASE("the values alone are the values of the call with a gradient") {
 
 TEST_CASE(
     "every executor and thread count gives the same bits, and a warm call allocates nothing") {
-  const index_t tokens = 1000, experts = 40;
-  const auto b = test::random_batch(63, tokens, experts, true);
-  const row c = test::random_counts(64, tokens, experts, 2);
-  row flat;
-  for (int s = 0; s < 7; ++s) flat.insert(flat.end(), c.begin(), c.end());
-  const std::vector<float> z(b.logits.begin(), b.logits.end());
-  const loss_options how{.mask = b.mask, .sequence_length = 150};
-  const auto run = [&](std::vector<float>& dz, workspace& ws, const auto& exec) {
-    return balance_loss(how, matrix_view<const float>(z.data(), tokens, experts),
-                        matrix_view<float>(dz.data(), tokens, experts), ws, exec,
-                        switch_loss::megatron(1.0, c, 2),
-                        sequence_loss{.coefficient = 1.0,
-                                      .counts = matrix_view<const double>(flat.data(), 7, experts),
-                                      .k = 2},
-                        importance_loss{.coefficient = 1.0}, router_z_loss{.coefficient = 1.0},
-                        token_entropy_loss{.coefficient = 1.0}, sparsity_loss{.coefficient = 1.0});
-  };
-  std::vector<float> one(z.size()), other(z.size());
-  workspace ws;
-  const auto expected = run(one, ws, serial{});
-  CHECK(test::allocations_during([&] { run(one, ws, serial{}); }) == 0);
-  for (const int threads : {1, 2, 5}) {
-    workspace own;
-    const auto values = run(other, own, test::several_threads{threads});
-    CHECK(values.value == expected.value);
-    CHECK(test::bit_difference(other, one) == "");
-  }
-  // Nor does it matter what lay in the memory, and the order of the pieces.
-  workspace soiled;
-  constexpr index_t room = 1 << 19;
-  for (const float left : {std::nanf(""), 1e30f}) {
-    std::fill_n(soiled.carve([](scratch& tape) { return tape.take<float>(room); }), room, left);
-    const auto values = run(other, soiled, test::backwards{});
-    CHECK(values.value == expected.value);
-    CHECK(test::bit_difference(other, one) == "");
+  // Pieces of wide rows take so long that two run at once, on one processor too.
+  for (const bool wide : {false, true}) {
+    const index_t tokens = wide ? 384 : 1000, experts = wide ? 3000 : 40;
+    const auto b = test::random_batch(63, tokens, experts, true);
+    const row c = test::random_counts(64, tokens, experts, 2);
+    row flat;
+    for (int s = 0; s < ceil_div(tokens, 150); ++s) flat.insert(flat.end(), c.begin(), c.end());
+    const std::vector<float> z(b.logits.begin(), b.logits.end());
+    const loss_options how{.mask = b.mask, .sequence_length = 150};
+    const auto run = [&](std::vector<float>& dz, workspace& ws, const auto& exec) {
+      return balance_loss(
+          how, matrix_view<const float>(z.data(), tokens, experts),
+          matrix_view<float>(dz.data(), tokens, experts), ws, exec,
+          switch_loss::megatron(1.0, c, 2),
+          sequence_loss{
+              .coefficient = 1.0,
+              .counts = matrix_view<const double>(flat.data(), ceil_div(tokens, 150), experts),
+              .k = 2},
+          importance_loss{.coefficient = 1.0}, router_z_loss{.coefficient = 1.0},
+          token_entropy_loss{.coefficient = 1.0}, tsallis_loss{.coefficient = 1.0, .q = 1.5},
+          sparsity_loss{.coefficient = 1.0});
+    };
+    std::vector<float> one(z.size()), other(z.size());
+    workspace ws;
+    const auto expected = run(one, ws, serial{});
+    CHECK(test::allocations_during([&] { run(one, ws, serial{}); }) == 0);
+    for (const int threads : {1, 2, 5}) {
+      workspace own;
+      const auto values = run(other, own, test::several_threads{threads});
+      CHECK(values.value == expected.value);
+      CHECK(test::bit_difference(other, one) == "");
+    }
+    // Nor does it matter what lay in the memory, and the order of the pieces.
+    workspace soiled;
+    constexpr index_t room = 1 << 19;
+    for (const float left : {std::nanf(""), 1e30f}) {
+      std::fill_n(soiled.carve([](scratch& tape) { return tape.take<float>(room); }), room, left);
+      const auto values = run(other, soiled, test::backwards{});
+      CHECK(values.value == expected.value);
+      CHECK(test::bit_difference(other, one) == "");
+    }
   }
 }
 
