@@ -335,11 +335,21 @@ TEST_CASE(
     bip_balancer b(experts, {.k = k, .iterations = 1});
     workspace ws;
     b.update(matrix_view<const float>(s.data(), tokens, experts), ws);
-    for (index_t t = 0; t < tokens; ++t) {
-      const auto row = s.begin() + t * experts;
-      std::nth_element(row, row + k, row + experts, std::greater<>());
-      CHECK(b.token_prices()[static_cast<std::size_t>(t)] == row[k]);
+    int wrong = 0;
+    std::vector<std::vector<double>> column(static_cast<std::size_t>(experts));
+    for (std::size_t t = 0; t < std::size_t{tokens}; ++t) {
+      const float* const row = s.data() + t * column.size();
+      const float price = b.token_prices()[t];
+      wrong += static_cast<double>(price) !=
+               test::nth_largest(std::vector<double>(row, row + experts), k + 1);
+      for (std::size_t e = 0; e < column.size(); ++e)
+        column[e].push_back(static_cast<double>(row[e] - price));
     }
+    for (std::size_t e = 0; e < column.size(); ++e)
+      wrong += static_cast<double>(b.prices()[e]) !=
+               std::max(0.0, test::nth_largest(column[e], k * tokens / experts + 1));
+    INFO(experts << " experts, " << k << " choices");
+    CHECK(wrong == 0);
   }
 }
 
