@@ -1251,6 +1251,18 @@ TEST_CASE("every size and option of a planner is refused by its own name") {
       {[] { place_by_affinity({.experts = 1, .count = {{HUGE_VAL}}}, {}); },
        "affinity: count is inf, expected a finite number >= 0"},
       {near_by(max_experts + 1, {}), "affinity: experts is 1048577, expected 1 to 1048576"},
+      {grouped({.ranks = max_ranks + 1}), "group_experts: ranks is 1048577, expected 1 to 1048576"},
+      {[] { expected_distinct(max_experts + 1, 1, 1); },
+       "expected_distinct: experts is 1048577, expected 1 to 1048576"},
+      {[&] { shadow_latency(rows, max_ranks + 1, flags, {.d = 1}, true); },
+       "shadow_latency: ranks is 1048577, expected 1 to 1048576"},
+      {[&] { shadow_exact(rows, max_ranks + 1, {.d = 1}, true); },
+       "shadow_exact: ranks is 1048577, expected 1 to 1048576"},
+      {[&] { spill(rows, max_ranks + 1); }, "spill: ranks is 1048577, expected 1 to 1048576"},
+      {[] {
+         affinity_cost({.experts = 2, .count = {{1, 2, 3, 4}}}, {.ranks = 2}, {{0, 1}, {0, -1}});
+       },
+       "affinity_cost: rank is -1, expected 0 to 1"},
       {grouped({.ranks = 2, .weight_node = nan}),
        "group_experts: an option is nan, expected a finite number >= 0"},
       {grouped({.ranks = 2, .slack = HUGE_VAL}),

@@ -461,6 +461,11 @@ TEST_CASE("every number of a cluster and of a simulation is refused by its own n
   };
   CHECK(said([](auto&) {}) == "accepted");
   CHECK(said([](auto&) {}, 0) == "moeroute::simulate: experts is 0, expected 1 to 1048576");
+  CHECK(said([](auto&) {}, max_experts + 1) ==
+        "moeroute::simulate: experts is 1048577, expected 1 to 1048576");
+  CHECK(said([](auto& o) { o.replan_every = (1 << 30) + 1; }) ==
+        "moeroute::simulate: replan_every is 1073741825, expected 1 to 1073741824");
+  CHECK(said([](auto& o) { o.replan_every = 1 << 30; }) == "accepted");
   CHECK(said([](auto& o) { o.k = 0; }) == "moeroute::simulate: k is 0, expected 1 to 8");
   CHECK(said([](auto& o) { o.replan_every = 0; }) ==
         "moeroute::simulate: replan_every is 0, expected 1 to 1073741824");

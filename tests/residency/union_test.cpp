@@ -279,6 +279,12 @@ TEST_CASE("union rules that do not fit are refused by name") {
   CHECK(refused({.k0 = 5}) == "moeroute::union_router: k0 is 5, expected 1 to 4");
   CHECK(refused({.mass = 2}) == "moeroute::union_router: mass is 2.000000, expected 0 to 1");
   CHECK(refused({.most_rank = 3}) == "moeroute::union_router: most_rank is 3, expected 4 to 32");
+  CHECK(refused({.mass = -0.5f}) == "moeroute::union_router: mass is -0.500000, expected 0 to 1");
+  CHECK(refused({.most_rank = 33}) == "moeroute::union_router: most_rank is 33, expected 4 to 32");
+  CHECK(refused({.kind = kind::budget, .budget = 0}) ==
+        "moeroute::union_router: budget is 0, expected 1 to 32");
+  CHECK(refused({.kind = kind::vote, .groups = 4, .stays = 0}) ==
+        "moeroute::union_router: stays is 0, expected 1 to 8");
   CHECK(refused({.kind = kind::budget, .budget = 33}) ==
         "moeroute::union_router: budget is 33, expected 1 to 32");
   for (const index_t groups : {0, 33})

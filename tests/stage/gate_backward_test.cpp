@@ -351,3 +351,38 @@ TEST_CASE("a cosine gate's gradients have the same bits for every executor, and 
   CHECK(test::bit_difference(all(test::backwards{}), alone) == "");
   CHECK(test::bit_difference(all(test::several_threads{}), alone) == "");
 }
+
+TEST_CASE("an expert's rows are refused on the way back by name, and may be left out") {
+  test::random rng(6);
+  const assignment a = test::fixed_choices(rng, 5, 4, 2);
+  dispatch_plan p;
+  plan(a, p);
+  const index_t n = p.slots();
+  std::vector<float> own[3] = {std::vector<float>(200), std::vector<float>(200),
+                               std::vector<float>(200)};
+  // Which of in, dout and din is of another height or has rows too close; 3: none.
+  const auto said = [&](int short_one, int close_one, int memory_of_din = 2, bool with_in = true) {
+    const auto at = [&](int i, int memory) {
+      matrix_view<float> v(own[memory].data(), n - (i == short_one), 4);
+      if (i == close_one) v.stride = 3;
+      return v;
+    };
+    return test::refusal([&] {
+      for_each_expert_backward(
+          p, with_in ? at(0, 0) : matrix_view<float>{}, at(1, 1), at(2, memory_of_din),
+          [&](expert_id, matrix_view<const float> in, matrix_view<const float>,
+              matrix_view<float>) { CHECK((in.data == nullptr) == !with_in); });
+    });
+  };
+  const std::string where = "moeroute::for_each_expert_backward: ";
+  const char* const names[] = {"in", "dout", "din"};
+  for (int i = 0; i < 3; ++i) {
+    CHECK(said(i, 3) == where + names[i] + ".rows() is " + std::to_string(n - 1) + ", expected " +
+                            std::to_string(n));
+    CHECK(said(3, i) == where + names[i] + ".stride is 3, expected at least 4");
+    if (i < 2)
+      CHECK(said(3, 3, i) == where + names[i] + " and din overlap, expected memory of their own");
+  }
+  CHECK(said(3, 3) == "accepted");
+  CHECK(said(3, 3, 2, false) == "accepted");
+}

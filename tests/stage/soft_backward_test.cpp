@@ -4,6 +4,7 @@
 #include <cmath>
 #include <moeroute/simd/rows/row_dot.hpp>
 #include <moeroute/stage/gate_backward.hpp>
+#include <moeroute/stage/soft.hpp>
 #include <string>
 #include <vector>
 
@@ -157,6 +158,12 @@ TEST_CASE("gradients of a soft plan that do not fit are refused by name") {
                                ".stride is " + std::to_string(cols_of[wrong] - 1) +
                                ", expected at least " + std::to_string(cols_of[wrong]));
   CHECK(narrow(5) == "accepted");
+  const std::vector<float> logits(12);
+  matrix_view<const float> close(logits.data(), 3, 4);
+  close.stride = 3;
+  soft_plan soft;
+  CHECK(test::refusal([&] { plan_soft(close, 1, soft); }) ==
+        "moeroute::plan_soft: logits.stride is 3, expected at least 4");
 }
 
 TEST_CASE("gradients of a mixture that do not fit, or share memory, are refused by name") {
