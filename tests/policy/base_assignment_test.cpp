@@ -353,3 +353,24 @@ TEST_CASE("BASE trains by auction for at most 2000 rounds where nothing is said"
   CHECK(refused({}, max_experts + 1) ==
         "moeroute::base_assignment: experts is 1048577, expected 1 to 1048576");
 }
+
+TEST_CASE("the auction is the published one to the round in which its patience ends") {
+  struct batch {
+    index_t n;
+    std::uint64_t seed;
+    index_t apart;  // draws between two tokens
+  };
+  // Batches that take some more than 100 rounds, and would end elsewhere with one round of patience
+  // more or less.
+  for (const auto& [n, seed, apart] : {batch{148, 6, 0}, {140, 1, 140}}) {
+    test::random rng(seed);
+    std::vector<float> z;
+    for (index_t t = 0; t < n; ++t) {
+      const float worth = std::floor(8.0f * rng.uniform()) / 8.0f;
+      for (index_t i = 0; i < apart; ++i) rng.bits();
+      for (index_t e = 0; e < n; ++e) z.push_back(worth * static_cast<float>(e % 3));
+    }
+    INFO(n << " tokens and experts");
+    CHECK(test::listed(routed(auction, z, n).ids()) == oracle::auction(z, n, n));
+  }
+}

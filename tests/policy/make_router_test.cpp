@@ -227,3 +227,35 @@ TEST_CASE("a described router takes plain memory, where its k does not vary") {
           route(router, matrix_view<const float>(z.data(), 2, 15), memory, expected);
         }) == "moeroute::route: logits.cols is 15, expected 16");
 }
+
+TEST_CASE("a row alone goes the plain way where its rule is one of these and asks for no more") {
+  using detail::plain_row;
+  using enum score_kind;
+  const auto way = [](const any_score& score, const weight_rule& weight = {}, const top_k& of = {},
+                      selection_bias bias = {}) {
+    return static_cast<int>(
+        detail::plain_row_of({.score = score, .selection = of, .weight = weight, .bias = bias}));
+  };
+  const auto is = [](plain_row how) { return static_cast<int>(how); };
+  const any_score all(softmax), winners(softmax, score_domain::selected);
+  CHECK(way(all) == is(plain_row::softmax));
+  CHECK(way(all, sum_normalized) == is(plain_row::among));
+  CHECK(way(winners) == is(plain_row::among));
+  CHECK(way(winners, sum_normalized) == is(plain_row::none));
+  CHECK(way(sigmoid) == is(plain_row::sigmoid));
+  CHECK(way(sigmoid, sum_normalized) == is(plain_row::none));
+  for (const score_kind other : {sqrt_softplus, softplus, relu, identity, uniform})
+    CHECK(way(any_score(other)) == is(plain_row::none));
+  const std::vector<float> eight(8, 2.0f);
+  for (const any_score& score : {all, winners, any_score(sigmoid)}) {
+    CHECK(way(score, {}, {.k = block_rows}) != is(plain_row::none));
+    CHECK(way(score, {}, {.k = block_rows + 1}) == is(plain_row::none));
+    CHECK(way(score, {}, {.groups = 2, .topk_group = 1}) == is(plain_row::none));
+    CHECK(way(score, {}, {}, selection_bias(eight)) == is(plain_row::none));
+    for (const weight_rule& more :
+         {weight_rule{.normalize = normalization::lp}, weight_rule{.eps_where = eps_mode::add},
+          weight_rule{.eps_where = eps_mode::clamp}, weight_rule{.divide = 2.0f},
+          weight_rule{.scale = 2.0f}, weight_rule{.expert_scale = eight}})
+      CHECK(way(score, more) == is(plain_row::none));
+  }
+}

@@ -725,3 +725,49 @@ TEST_CASE("each number of Sinkhorn's rules has two ends, and one where nothing i
   CHECK_FALSE(selective_sinkhorn{.probability = coin}.balances(side));
   CHECK(selective_sinkhorn{.probability = std::nextafter(coin, 2.0f)}.balances(side));
 }
+
+TEST_CASE("scratch of workers is a list of them and as much for each as for one") {
+  const auto listed_bytes = [](std::size_t size, const auto& carve) {
+    const auto bytes = [&](int workers) {
+      scratch tape;
+      carve(tape, workers);
+      return tape.used();
+    };
+    const auto list = [&](int workers) {
+      return round_up(static_cast<index_t>(size) * workers, 64);
+    };
+    const index_t each = bytes(1) - list(1);
+    CHECK(bytes(0) == 0);
+    CHECK(bytes(5) == list(5) + 5 * each);
+    return each;
+  };
+  constexpr index_t line = block_rows * 4;
+  const router<softmax> plain{.selection = {.k = 2}};
+  using rows = detail::row_memory<router<softmax>>;
+  CHECK(listed_bytes(sizeof(rows), [&](scratch& s, int n) { rows::carve(s, plain, 9, n); }) ==
+        4 * line);
+  CHECK(listed_bytes(sizeof(detail::choice_rows),
+                     [](scratch& s, int n) { detail::choice_rows::carve(s, 17, n); }) == 33 * line);
+  CHECK(listed_bytes(sizeof(simd::column_top_k_buffers),
+                     [](scratch& s, int n) { detail::carve_column_buffers(s, 100, n); }) > 0);
+}
+
+TEST_CASE("each number of a scaling is refused beyond its ends by every rule that has one") {
+  const auto says = [](const sinkhorn_scaling& how, const std::string& what) {
+    const auto of = [](const auto& rule) { return test::refusal([&] { rule.check(8, 4); }); };
+    CHECK(of(sinkhorn{.scaling = how}) == "moeroute::sinkhorn: " + what);
+    CHECK(of(selective_sinkhorn{.scaling = how}) == "moeroute::selective_sinkhorn: " + what);
+    CHECK(of(sinkhorn_expert_choice{.scaling = how}) ==
+          "moeroute::sinkhorn_expert_choice: " + what);
+  };
+  for (const float x : {0.0f, -1.0f, test::infinity, test::not_a_number})
+    says({.temperature = x}, "temperature is " + std::to_string(x) + ", expected > 0");
+  for (const float x : {-1e-3f, test::infinity, test::not_a_number})
+    says({.eps = x}, "eps is " + std::to_string(x) + ", expected >= 0");
+  for (const float x : {-1e-3f, test::not_a_number})
+    says({.tolerance = x}, "tolerance is " + std::to_string(x) + ", expected >= 0");
+  says({.most_iterations = 0}, "most_iterations is 0, expected 1 to 1073741824");
+  for (const float x : {0.0f, test::infinity})
+    CHECK(test::refusal([&] { sinkhorn{.scaling = {.eps = 0.0f, .tolerance = x}}.check(8, 4); }) ==
+          "accepted");
+}

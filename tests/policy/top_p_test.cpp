@@ -242,3 +242,64 @@ TEST_CASE("an own k goes from the least to the most by importance, halves up") {
   CHECK((row_count{.max_k = 3}.most(8) == 3 && row_count{.max_k = 9}.most(8) == 8 &&
          row_count{}.most(8) == 8));
 }
+
+TEST_CASE("a block looks at sixteen ranks, then at half as many again as its rows must need") {
+  constexpr index_t experts = 2048;
+  // So many equal logits in each row, of which half are taken; the ranks that were looked at.
+  const auto looked_at = [](const std::vector<index_t>& open, index_t max_k = 0) {
+    std::vector<float> z(open.size() * experts, -test::infinity);
+    for (std::size_t t = 0; t < open.size(); ++t)
+      std::fill_n(z.begin() + static_cast<std::ptrdiff_t>(t) * experts, open[t], 1.0f);
+    const top_p rule{.p = 0.5f, .max_k = max_k};
+    const index_t most = rule.max_choices(experts);
+    const side_inputs side;
+    workspace ws;
+    const top_p::buffers memory = ws.carve([&](scratch& s) { return rule.carve(s, experts); });
+    std::fill_n(memory.id, most * block_rows, -7);
+    std::fill_n(memory.value, most * block_rows, test::not_a_number);
+    std::vector<expert_id> id(open.size() * static_cast<std::size_t>(most));
+    std::vector<float> weight(id.size());
+    std::vector<std::int32_t> count(open.size()), expected;
+    rule.route_block(
+        logit_block{z.data(), experts, static_cast<int>(open.size()), experts, 0, &side}, memory,
+        id.data(), weight.data(), count.data());
+    for (const index_t n : open)
+      expected.push_back(static_cast<std::int32_t>(std::min(n / 2, most)));
+    CHECK(count == expected);
+    index_t ranks = 0;
+    while (ranks < most && memory.id[ranks * block_rows] != -7) ++ranks;
+    return ranks;
+  };
+  CHECK(looked_at({8, 2, 4}) == 16);
+  CHECK(looked_at({4, 32}) == 16);
+  // At four times as many at least, and at all where that is a quarter of them.
+  CHECK(looked_at({64}) == 64);
+  CHECK(looked_at({8, 256, 64}) == 192);
+  CHECK(looked_at({512, 4}) == 384);
+  CHECK(looked_at({1024}) == 2048);
+  CHECK(looked_at({64}, 256) == 64);
+  CHECK(looked_at({64}, 255) == 255);
+  CHECK(looked_at({256}, 100) == 100);
+}
+
+TEST_CASE("top-p takes 0.4 of the mass where nothing is said, each of its numbers has ends") {
+  const top_p plain;
+  CHECK((plain.p == 0.4f && plain.crossing == crossing::include && plain.min_k == 1 &&
+         plain.max_k == 0 && plain.weight.normalize == normalization::none &&
+         !plain.transform.active()));
+  CHECK((plain.max_choices(8) == 8 && top_p{.max_k = 3}.max_choices(8) == 3 &&
+         top_p{.max_k = 9}.max_choices(8) == 8));
+  const auto refused = [](const top_p& rule) { return test::refusal([&] { rule.check(8); }); };
+  for (const top_p& fits : {top_p{.p = 1.0f}, top_p{.p = 1e-9f}, top_p{.min_k = 8},
+                            top_p{.min_k = 3, .max_k = 3}, top_p{.max_k = max_experts}})
+    CHECK(refused(fits) == "accepted");
+  CHECK(refused({.min_k = 0}) == "moeroute::top_p: min_k is 0, expected 1 to 8");
+  CHECK(refused({.max_k = max_experts + 1}) ==
+        "moeroute::top_p: max_k is 1048577, expected 1 to 1048576");
+  CHECK(refused({.p = test::infinity}) ==
+        "moeroute::top_p: p is inf, expected more than 0 and at most 1");
+  CHECK(refused({.weight = {.divide = 0.0f}}) ==
+        "moeroute::weight_rule: divide is 0.000000, expected > 0");
+  CHECK(refused({.transform = {.temperature = 0.0f}}) ==
+        "moeroute::logit_transform: temperature is 0.000000, expected > 0");
+}
