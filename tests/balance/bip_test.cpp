@@ -14,6 +14,7 @@
 #include "support/guarded.hpp"
 #include "support/refusal.hpp"
 #include "support/skewed.hpp"
+#include "support/threads.hpp"
 
 using namespace moeroute;
 using test::skewed_scores;
@@ -323,7 +324,7 @@ TEST_CASE("with shares and windows the online price is what is left of a sorted 
 
 TEST_CASE(
     "more experts than tokens of a piece have columns, and up to 64 choices, are priced too") {
-  constexpr index_t tokens = 18;
+  constexpr index_t tokens = 100;
   struct sizes {
     index_t experts, k;
   };
@@ -350,6 +351,9 @@ TEST_CASE(
                std::max(0.0, test::nth_largest(column[e], k * tokens / experts + 1));
     INFO(experts << " experts, " << k << " choices");
     CHECK(wrong == 0);
+    bip_balancer other(experts, {.k = k, .iterations = 1});
+    other.update(matrix_view<const float>(s.data(), tokens, experts), ws, test::several_threads{2});
+    CHECK(test::bit_difference(other.prices(), b.prices()) == "");
   }
 }
 

@@ -88,6 +88,16 @@ TEST_CASE("chunk sparsity is its formula, and its gradient the derivative") {
       }
 }
 
+TEST_CASE("chunk sparsity has the same bits where several threads are inside chunks at once") {
+  // Chunks take so long that two run at once, on one processor too.
+  const auto b = smooth_batch(124, 512, 3000, true);
+  const chunk_sparsity_loss loss{.coefficient = 0.5, .chunk = 16};
+  row one(b.logits.size()), other(b.logits.size());
+  const double value = run(b, b.logits, loss, &one);
+  CHECK(run(b, b.logits, loss, &other, test::several_threads{3}) == value);
+  CHECK(other == one);
+}
+
 TEST_CASE("soft balance is its formula, and its gradient the derivative at constant loads") {
   for (const bool masked : {false, true})
     for (const bool normalized : {false, true}) {

@@ -552,3 +552,46 @@ TEST_CASE("with every option at once biases are their formula, observation after
     }
   }
 }
+
+TEST_CASE("quantiles of up to 64 choices among many experts are their formula in both forms") {
+  constexpr index_t tokens = 100;
+  struct sizes {
+    index_t experts, k;
+  };
+  // With k + 1 on either side of what kernels of another kind take.
+  for (const auto [experts, k] : {sizes{70, 63}, sizes{2100, 64}}) {
+    test::random rng(73);
+    std::vector<float> s;
+    for (index_t i = 0; i < tokens * experts; ++i) s.push_back(rng.uniform());
+    const matrix_view<const float> scores(s.data(), tokens, experts);
+    quantile_balancer exact(experts, {.k = k});
+    quantile_histogram counted(experts, {.k = k, .buckets = 200});
+    const auto width = static_cast<double>(counted.bucket_width());
+    workspace ws;
+    exact.observe(scores, ws);
+    exact.update();
+    workspace own;
+    counted.observe(scores, own);
+    counted.update();
+    std::vector<std::vector<double>> column(static_cast<std::size_t>(experts));
+    for (index_t t = 0; t < tokens; ++t) {
+      const float* const row = scores.row(t);
+      const double alpha = test::nth_largest(std::vector<double>(row, row + experts), k + 1);
+      for (std::size_t e = 0; e < column.size(); ++e)
+        column[e].push_back(static_cast<double>(row[e]) - alpha);
+    }
+    std::vector<double> expected;
+    double mean = 0.0;
+    for (const auto& list : column) {
+      expected.push_back(-test::nth_largest(list, k * tokens / experts + 1));
+      mean += expected.back() / static_cast<double>(experts);
+    }
+    for (double& x : expected) x -= mean;
+    INFO(experts << " experts, " << k << " choices");
+    CHECK(test::difference(exact.bias(), expected, 1e-5, 1e-6) == "");
+    int wrong = 0;
+    for (std::size_t e = 0; e < expected.size(); ++e)
+      wrong += std::abs(static_cast<double>(counted.bias()[e]) - expected[e]) > 2.0 * width;
+    CHECK(wrong == 0);
+  }
+}
