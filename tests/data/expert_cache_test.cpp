@@ -646,7 +646,10 @@ TEST_CASE("a set of residents is a flag for every expert") {
         wrong += set.contains(id) != flag[static_cast<std::size_t>(i)];
       }
       const resident_view view = set;
-      for_each_resident(view, [&](expert_id id) { seen.push_back(id); });
+      for_each_resident(view, [&](expert_id id) {
+        if (std::ssize(seen) == experts) FAIL("more than there are");
+        seen.push_back(id);
+      });
       wrong += seen != expected || set.count() != static_cast<index_t>(expected.size());
       wrong += view.experts != experts || view.count() != set.count() || !(view.contains(e) == in);
     }
