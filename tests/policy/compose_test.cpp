@@ -2,7 +2,11 @@
 
 #include <catch2/catch_test_macros.hpp>
 #include <moeroute/policy/router.hpp>
+#include <string>
+#include <vector>
 
+#include "support/compare.hpp"
+#include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
@@ -123,4 +127,70 @@ TEST_CASE("routers made of routers refuse what one of them refuses, and each num
   CHECK(by_modality<plain>{noisy, top_two, 3}.reads_side(6).noise_logits);
   CHECK(by_modality<plain>{top_two, noisy, 3}.reads_side(6).noise_logits);
   CHECK(with_shared<plain>{noisy}.reads_side(6).noise_logits);
+}
+
+TEST_CASE(
+    "with every option at once each token is its modality's, and shared experts stand behind") {
+  test::random rng(71);
+  for (index_t round = 0; round < 120; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t n = 1 + rng.below(20), m = 1 + rng.below(20), columns = n + m;
+    const index_t tokens = 1 + rng.below(50), k = 1 + rng.below(std::min(n, m));
+    router<softmax> first{.selection = {.k = k}};
+    router<sigmoid> second{.selection = {.k = k}};
+    const bool both_noisy = coin();
+    if (both_noisy || coin()) first.transform.noise.kind = noise_kind::gaussian;
+    if (both_noisy || coin()) second.transform.noise.kind = noise_kind::gumbel;
+    const std::uint64_t seed = rng.bits() % 1000;
+    const auto z = test::make_logits(coin() ? test::shape::normal : test::shape::half_nan, seed,
+                                     tokens, columns);
+    const auto widths = test::make_logits(test::shape::normal, seed + 1, tokens, columns + 3);
+    std::vector<std::uint8_t> modality;
+    std::vector<std::int32_t> own_k;
+    std::vector<float> gate;
+    const index_t run = 1 + rng.below(40);  // blocks of one modality, and of both
+    for (index_t t = 0; t < tokens; ++t) {
+      const bool turn = t == 0 || rng.below(run) == 0;
+      modality.push_back(turn ? static_cast<std::uint8_t>(rng.below(2)) : modality.back());
+      own_k.push_back(static_cast<std::int32_t>(rng.below(k + 1)));
+      gate.push_back(rng.uniform());
+    }
+    side_inputs side{.seed = seed, .step = 3};
+    if (coin()) side.k_of_token = own_k;
+    side_inputs of_first = side, of_second = side;
+    const auto width_of = [&](index_t at, index_t count) {
+      return matrix_view<const float>(widths.data() + at, tokens, count, columns + 3);
+    };
+    const bool learned = coin(), gated = coin();
+    const auto active = [](const auto& part) { return part.transform.noise.active(); };
+    if (learned && active(first)) of_first.noise_logits = width_of(0, n);
+    if (learned && active(second)) of_second.noise_logits = width_of(n, m);
+    if (learned && (active(first) || active(second))) side.noise_logits = width_of(0, columns);
+    side.modality = modality;
+    if (gated) side.shared_weight = gate;
+    using both = by_modality<router<softmax>, router<sigmoid>>;
+    const with_shared<both> all{{first, second, n}, 1 + rng.below(3), 0.75f};
+    const assignment a = routed(all, z, columns, side);
+    const assignment one = routed(first, part_of(z, columns, 0, n), n, of_first);
+    const assignment two = routed(second, part_of(z, columns, n, m), m, of_second);
+    std::vector<expert_id> ids;
+    std::vector<float> weights;
+    for (index_t t = 0; t < tokens; ++t) {
+      const auto at = static_cast<std::size_t>(t);
+      const assignment& own = modality[at] == 0 ? one : two;
+      for (std::size_t r = 0; r < static_cast<std::size_t>(k); ++r) {
+        const expert_id e = own.ids(t)[r];
+        ids.push_back(e == no_expert || modality[at] == 0 ? e : e + static_cast<expert_id>(n));
+        weights.push_back(own.weights(t)[r]);
+      }
+      for (index_t i = 0; i < all.shared; ++i) {
+        ids.push_back(static_cast<expert_id>(columns + i));
+        weights.push_back(gated ? gate[at] : 0.75f);
+      }
+    }
+    INFO("round " << round << " columns " << n << " + " << m << " T=" << tokens << " k=" << k);
+    CHECK(test::listed(a.ids()) == ids);
+    CHECK(test::bit_difference(a.weights(), weights) == "");
+    CHECK(a.experts() == columns + all.shared);
+  }
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
+#include <moeroute/policy/parts/selection_rules.hpp>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,10 +22,10 @@ namespace {
 /// The experts chosen for each row of [T, E] choice scores, at most 16 rows.
 template <selection_rule Rule>
 std::vector<expert_id> chosen(const Rule& rule, std::vector<float> rows, int tokens,
-                              index_t experts) {
-  const side_inputs side;
+                              index_t experts, const side_inputs& side = {},
+                              index_t first_token = 0) {
   const index_t k = rule.choices();
-  const logit_block block{rows.data(), experts, tokens, experts, 0, &side};
+  const logit_block block{rows.data(), experts, tokens, experts, first_token, &side};
   std::vector<expert_id> id(static_cast<std::size_t>(k * block_rows)), out;
   std::vector<float> value(id.size());
   workspace memory;
@@ -269,4 +270,109 @@ TEST_CASE("a selection without numbers is of two experts of all, each of its num
   CHECK_FALSE(top_k{
       .k = 2, .groups = 4, .topk_group = 2, .group_score = group_score::max, .group_fill = 0.0f}
                   .takes_rows());
+}
+
+TEST_CASE("rows in 16 bits are chosen from as their floats are, where the program knows k") {
+  const top_k_of<8> rule;
+  for (const index_t experts : {9, 33, 257})
+    for (const int tokens : {1, 7, 16}) {
+      std::vector<float> rows = test::make_logits(test::shape::quantised, 5, tokens, experts);
+      std::vector<bfloat16> narrow;
+      for (float& x : rows) narrow.push_back(bfloat16(x = test::bf16_cut(x)));
+      struct memory {
+        top_k_of<8>::buffers own;
+        float* wide;
+      };
+      workspace ws;
+      const memory m = ws.carve([&](scratch& tape) {
+        return memory{rule.carve(tape, experts), tape.take<float>(simd::widened_block(experts))};
+      });
+      const side_inputs side;
+      std::vector<expert_id> id(8 * block_rows), got;
+      std::vector<float> value(8 * block_rows);
+      choice_block c{8, id.data(), value.data()};
+      rule.select(
+          narrow_block<bfloat16>{{narrow.data(), experts, tokens, experts, 0, &side}, m.wide}, c,
+          m.own);
+      for (std::size_t i = 0; i < static_cast<std::size_t>(tokens); ++i)
+        for (std::size_t r = 0; r < 8; ++r) got.push_back(id[r * block_rows + i]);
+      INFO("E=" << experts << " T=" << tokens);
+      CHECK(got == chosen(rule, rows, tokens, experts));
+    }
+}
+
+TEST_CASE("the rules around a selection are plain loops around it, with every option at once") {
+  test::random rng(113);
+  for (index_t round = 0; round < 250; ++round) {
+    const auto coin = [&] { return rng.below(2) == 0; };
+    const index_t groups = 1 + rng.below(6), size = 1 + rng.below(12), experts = groups * size;
+    const index_t tokens = 1 + rng.below(block_rows), first = rng.below(20);
+    top_k best{.groups = groups, .topk_group = 1 + rng.below(groups)};
+    best.k = 1 + rng.below(best.topk_group * size);
+    best.group_score = static_cast<group_score>(rng.below(3));
+    if (coin()) best.group_fill = 0.0f;
+    const auto seed = rng.bits() % 1000;
+    auto rows = test::make_logits(coin() ? test::shape::quantised : test::shape::masked, seed,
+                                  tokens, experts);
+    std::vector<float> bias[2];
+    std::vector<std::uint8_t> modality;
+    for (index_t t = 0; t < first + tokens; ++t)
+      modality.push_back(static_cast<std::uint8_t>(rng.below(3)));
+    // In eighths: no sum rounds.
+    for (float& x : rows) x = x > -test::infinity ? std::floor(8.0f * x) / 8.0f : x;
+    for (index_t e = 0; e < 2 * experts; ++e)
+      bias[e % 2].push_back(static_cast<float>(rng.below(17)) / 8.0f - 1.0f);
+    const side_inputs side{.modality = modality};
+    const top_of_each_group fair{groups * (1 + rng.below(size)), groups};
+    const ordered_ties<> ties{best, coin() ? tie_order::higher_id : tie_order::lower_id};
+    class_bias<ordered_ties<>> biased{ties};
+    const bool moves = coin();
+    if (moves) biased.of[0] = selection_bias(bias[0]), biased.of[1] = selection_bias(bias[1]);
+    fair.check(experts);
+    biased.check(experts);
+    const auto in_order = [&](std::vector<float> row) {
+      const bool turns = ties.order == tie_order::higher_id;
+      if (turns) std::reverse(row.begin(), row.end());
+      std::vector<expert_id> ids = grouped(best, row);
+      for (expert_id& e : ids)
+        if (turns && e != no_expert) e = static_cast<expert_id>(experts - 1) - e;
+      return ids;
+    };
+    std::vector<expert_id> of_each, of_ties, of_class;
+    const auto add = [](std::vector<expert_id>& to, const std::vector<expert_id>& more) {
+      to.insert(to.end(), more.begin(), more.end());
+    };
+    for (index_t t = 0; t < tokens; ++t) {
+      std::vector<float> row(rows.begin() + t * experts, rows.begin() + (t + 1) * experts);
+      for (index_t g = 0; g < groups; ++g)
+        for (const expert_id e : oracle::top_k(row.data() + g * size, size, fair.k / groups))
+          of_each.push_back(e == no_expert ? e : e + static_cast<expert_id>(g * size));
+      add(of_ties, in_order(row));
+      const auto& own = bias[modality[static_cast<std::size_t>(first + t)] != 0];
+      for (std::size_t e = 0; moves && e < row.size(); ++e) row[e] += own[e];
+      add(of_class, in_order(row));
+    }
+    INFO("round " << round << " groups " << groups << " of " << size << " k " << best.k << " T "
+                  << tokens << " fair k " << fair.k);
+    const int n = static_cast<int>(tokens);
+    CHECK(chosen(fair, rows, n, experts) == of_each);
+    CHECK(chosen(ties, rows, n, experts) == of_ties);
+    CHECK(chosen(biased, rows, n, experts, side, first) == of_class);
+    CHECK(biased.reads_modality() == moves);
+    CHECK(biased.masks_experts() == (moves || ties.masks_experts()));
+    CHECK(ties.masks_experts() == (ties.order == tie_order::higher_id || best.masks_experts()));
+  }
+  CHECK((top_of_each_group{}.k == 8 && top_of_each_group{}.groups == 8 &&
+         ordered_ties<>{}.order == tie_order::higher_id && !class_bias<>{}.active()));
+  const std::vector<float> eight(8), nine(9);
+  const auto refused = [](const selection_bias& one, const selection_bias& two) {
+    return test::refusal([&] { class_bias<>{{.k = 2}, {one, two}}.check(8); });
+  };
+  const selection_bias fits(eight), wide(nine), none;
+  CHECK(refused(fits, fits) == "accepted");
+  CHECK(refused(none, none) == "accepted");
+  CHECK(refused(wide, fits) == "moeroute::class_bias: first bias.size() is 9, expected 8");
+  CHECK(refused(fits, wide) == "moeroute::class_bias: second bias.size() is 9, expected 8");
+  CHECK(refused(none, fits) == "moeroute::class_bias: first bias.size() is 0, expected 8");
+  CHECK(refused(fits, none) == "moeroute::class_bias: second bias.size() is 0, expected 8");
 }

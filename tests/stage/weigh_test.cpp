@@ -839,3 +839,28 @@ TEST_CASE("strides, columns and shapes of what is weighed or transformed are ref
   CHECK(test::refusal(pulled(from, dy, dx)) == "accepted");
   CHECK(test::refusal(moved(x, y)) == "accepted");
 }
+
+TEST_CASE("sums of +inf share the weight of a row of product keys, and leave none to the others") {
+  const std::vector<float> z{test::infinity, 0.0f, 1.0f, 2.0f};
+  const product_keys<softmax> pairs{.choices = 3};
+  const assignment a = test::routed(pairs, z, 4);
+  std::vector<float> w(3, 7.0f);
+  workspace ws;
+  weigh(pairs, matrix_view<const float>(z.data(), 1, 4), {}, a, std::span(w), ws);
+  CHECK(w == std::vector<float>{0.5f, 0.5f, 0.0f});
+  CHECK(test::bit_difference(a.weights(), w) == "");
+}
+
+TEST_CASE("scratch to weigh with is a list of workers and as much for each as for one") {
+  using memory = detail::weigh_memory<double>;
+  const auto bytes = [](bool transforms, int workers) {
+    scratch tape;
+    memory::carve(tape, 9, 3, transforms, workers);
+    return tape.used() - round_up(static_cast<index_t>(sizeof(memory)) * workers, 64);
+  };
+  // Columns of probabilities and two scores of the choices; with a transform three rows more.
+  for (const int workers : {0, 1, 5}) {
+    CHECK(bytes(false, workers) == workers * (128 + 2 * 64));
+    CHECK(bytes(true, workers) == workers * (128 + 2 * 64 + 2 * 128 + 256));
+  }
+}

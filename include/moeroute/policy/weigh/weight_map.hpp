@@ -154,7 +154,7 @@ struct weigh_memory {
 
 // What is divided by.
 struct divisor_value {
-  double value = 1.0;  // 0: weights are 0
+  double value = 1.0;  // not above 0: weights are 0
   double norm = 1.0;   // before eps
   bool clamped = false;
 };
@@ -384,7 +384,6 @@ class weigh_token {
     divisor_value d;
     if (map_.divisor == weight_divisor::rms) {
       d.value = d.norm = std::sqrt(sum / static_cast<double>(experts()) + eps);
-      if (!(d.value > 0.0)) d.value = 0.0;
       return d;
     }
     d.norm = plain_sum ? sum : squares ? std::sqrt(sum) : std::pow(sum, 1.0 / p);
@@ -395,7 +394,6 @@ class weigh_token {
       d.clamped = !(d.norm > eps);
       if (d.clamped) d.value = eps;
     }
-    if (!(d.value > 0.0)) d.value = 0.0;
     return d;
   }
 
