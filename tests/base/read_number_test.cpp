@@ -9,7 +9,7 @@ using moeroute::detail::read_number;
 // Also where a standard library has from_chars of whole numbers alone.
 TEST_CASE("a text is a number where all of it is one, without space, plus or hexadecimal digits") {
   const auto real = [](std::string_view text) {
-    double x = -77;
+    double x = 5;  // what is too large leaves it
     return read_number(text, x) ? x : -77;
   };
   CHECK(real("0.5") == 0.5);

@@ -422,7 +422,8 @@ TEST_CASE("tables and records with equal shares look at no logits, unless they t
   assignment none;
   for (const index_t tokens : {1, 16}) {
     const std::vector<std::int32_t> ones(static_cast<std::size_t>(tokens), 1);
-    route(rule, matrix_view<const float>(nullptr, tokens, 4), {.token_ids = ones}, ws, none);
+    const matrix_view<const float> no_logits(nullptr, tokens, 4, tokens == 1 ? 0 : 4);
+    route(rule, no_logits, {.token_ids = ones}, ws, none);
     for (index_t t = 0; t < tokens; ++t) {
       CHECK(test::listed(none.ids(t)) == std::vector<expert_id>{1, 3});
       CHECK(test::listed(none.weights(t)) == std::vector<float>{0.5f, 0.5f});
