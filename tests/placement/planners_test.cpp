@@ -1386,6 +1386,9 @@ TEST_CASE("what is spilled goes to the lowest of the ranks with least, in pieces
   CHECK(spill(uneven, 2, {.lambda = 1.5}).enabled);
   const batch_plan native = spill(uneven, 2, {.lambda = 1.6});
   CHECK_FALSE(native.enabled);
+  // Uneven are ranks, whatever their experts are.
+  const std::vector<std::int64_t> even{3, 1, 3, 1};
+  CHECK_FALSE(spill(even, 2, {.lambda = 1.2}).enabled);
   CHECK((native.cap == 0 && native.moves.empty() && native.load == uneven));
   CHECK(native.range[0] == ranges{{0, 0, 3}});
   CHECK(native.range[1] == ranges{{1, 0, 1}});
