@@ -45,7 +45,7 @@ float slow_kth_largest(std::vector<float> x, index_t k) {
 }
 
 // A zero has the sign of +0, whichever of both was the k-th.
-bool same(float a, float b) { return a == b && std::signbit(a) == std::signbit(b); }
+bool equal_with_sign(float a, float b) { return a == b && std::signbit(a) == std::signbit(b); }
 
 struct panel_of {
   const float* data;
@@ -81,7 +81,7 @@ TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, f
           simd::kth_largest_of_columns<A>(panel_of{memory.copy(panel)}, rows, 5, k, m, out);
           for (std::size_t c = 0; c < 5; ++c) {
             INFO("rows " << rows << " kind " << kind << " k " << k << " column " << c);
-            REQUIRE(same(out[c], expected[c]));
+            REQUIRE(equal_with_sign(out[c], expected[c]));
           }
         });
       }
@@ -106,7 +106,7 @@ TEST_CASE("the k-th largest of columns and rows is the oracle's, on every ISA, f
           simd::kth_largest_of_block<A>(memory.copy(rows), stride, cols, k, m, out);
           for (index_t i = 0; i < 16; ++i) {
             INFO("cols " << cols << " kind " << kind << " k " << k << " row " << i);
-            REQUIRE(same(out[i], slow_kth_largest(row[static_cast<std::size_t>(i)], k)));
+            REQUIRE(equal_with_sign(out[i], slow_kth_largest(row[static_cast<std::size_t>(i)], k)));
           }
         });
       }
@@ -200,7 +200,7 @@ TEST_CASE("the k-th largest of a tile is that of its rows with the bias added, o
             std::vector<float> row(rows.begin() + i * stride, rows.begin() + i * stride + cols);
             for (std::size_t c = 0; c < row.size(); ++c) row[c] += bias[c];
             INFO("cols " << cols << " kind " << kind << " k " << k << " row " << i);
-            REQUIRE(same(out[i], slow_kth_largest(row, k)));
+            REQUIRE(equal_with_sign(out[i], slow_kth_largest(row, k)));
           }
         });
       }

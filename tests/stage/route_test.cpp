@@ -369,7 +369,7 @@ TEST_CASE("bfloat16 logits are routed as the floats they widen to, whatever the 
 TEST_CASE("a side input that a router does not read is refused, one that it reads is measured") {
   const std::vector<std::int32_t> three(3), two(2), own{0, 2, 1}, zeros{0, 0, 0};
   const std::vector<std::uint8_t> flags(3, 1), few(2, 1);
-  const std::vector<float> floats(3), less(2), noise(12);
+  const std::vector<float> weights(3), less(2), noise(12);
   const auto rows = [&](index_t n, index_t cols, index_t stride = 4) {
     matrix_view<const float> v(noise.data(), n, cols, 4);
     v.stride = stride;
@@ -384,7 +384,7 @@ TEST_CASE("a side input that a router does not read is refused, one that it read
       .token_ids = true, .own_k = 2, .modality = true, .shared_weight = true, .noise_logits = true};
   const std::string unread = " is given, which this router does not read: leave it out";
   const side_inputs ids{.token_ids = three}, masked{.mask = flags}, k{.k_of_token = own},
-      kinds{.modality = flags}, shared{.shared_weight = floats}, noisy{.noise_logits = rows(3, 4)};
+      kinds{.modality = flags}, shared{.shared_weight = weights}, noisy{.noise_logits = rows(3, 4)};
   for (const side_inputs& side : {ids, masked, k, kinds, shared, noisy})
     CHECK(said(side, all) == "accepted");
   CHECK(said(masked, {}) == "accepted");

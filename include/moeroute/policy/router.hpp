@@ -79,7 +79,7 @@ void score_to_choose(const Score& score, const float* z, const float* bias, inde
 ///                           selection_bias(bias)};
 template <score_function Score, selection_rule Selection = top_k>
 struct router {
-  [[no_unique_address]] Score score{};
+  Score score{};
   Selection selection{};
   weight_rule weight{};
   selection_bias bias{};

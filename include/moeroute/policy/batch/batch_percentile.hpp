@@ -23,7 +23,7 @@ struct batch_percentile {
   float quantile = 0.75f;
   index_t min_k = 1;
   index_t max_k = 0;  ///< 0: no cap
-  [[no_unique_address]] Score score{};
+  Score score{};
   weight_rule weight{};
 
   side_use reads_side(index_t columns) const { return {.own_k = rule().max_choices(columns)}; }

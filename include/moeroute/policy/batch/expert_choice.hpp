@@ -124,7 +124,7 @@ inline void share_weights(float eps, float scale, assignment& out) {
 ///     route(r, logits, ws, choices);
 template <score_function Score = softmax>
 struct expert_choice {
-  [[no_unique_address]] Score score{};
+  Score score{};
   tokens_per_expert capacity{};
   token_renormalization normalize = token_renormalization::none;
   float eps = 0.0f;             ///< added to the sum

@@ -278,8 +278,8 @@ struct chosen_by {
       .reads_rows = Weight::traits.reads_rows,
       .apart = true};
 
-  [[no_unique_address]] Choice choice{};
-  [[no_unique_address]] Weight weight{};
+  Choice choice{};
+  Weight weight{};
 
   template <class A = simd::default_arch>
   void score_choices(const logit_block& z, choice_block& c, score_scale scale) const {

@@ -137,7 +137,7 @@ float tsallis_entropy(const float* z, index_t n, float max, float q) {
 template <score_function Score = softmax>
 struct counted {
   row_count count{};
-  [[no_unique_address]] Score score{};
+  Score score{};
   weight_rule weight{};
   logit_transform transform{};
 

@@ -8,6 +8,7 @@
 
 #include <moeroute/policy/concepts.hpp>
 #include <moeroute/policy/parts/noise.hpp>
+#include <moeroute/simd/mask.hpp>
 
 namespace moeroute {
 
@@ -84,7 +85,8 @@ struct explore {
     };
     if (!transforms() && std::popcount(explores) > few_explorers) {
       // Weighed together: a block of one row costs nearly as much as one of sixteen.
-      for_each_explorer([&](int i) { draw(z.row(i), z, of(i), memory, drawn, i); });
+      for_each_explorer(
+          [&](int i) { this->template draw<A>(z.row(i), z, of(i), memory, drawn, i); });
       this->template weigh<A>(z, drawn);
       for_each_explorer([&](int i) { take(i, i); });
       return;
@@ -93,7 +95,7 @@ struct explore {
       logit_block row{z.row(i), z.stride, 1, z.experts, z.first_token + i, z.side};
       if constexpr (of_parts)
         if (transforms()) row = router.transform.template apply<A>(row, memory.logits);
-      draw(row.logits, z, of(i), memory, drawn, 0);
+      this->template draw<A>(row.logits, z, of(i), memory, drawn, 0);
       this->template weigh<A>(row, drawn);
       take(0, i);
     });
@@ -116,16 +118,33 @@ struct explore {
     }
   }
 
+  template <class A>
+  static index_t above_never(const float* row, index_t n) {
+    simd::vint<A> found(0);
+    for (index_t e = 0; e < n; e += simd::width<A>)
+      found = simd::count_where<A>(
+          found, simd::load_first<A>(row + e, std::min<index_t>(simd::width<A>, n - e),
+                                     simd::minus_infinity) > simd::vfloat<A>(simd::minus_infinity));
+    alignas(alignment) std::int32_t lane[simd::width<A>];
+    found.store_aligned(lane);
+    index_t sum = 0;
+    for (const std::int32_t c : lane) sum += c;
+    return sum;
+  }
+
   // A lane of what was drawn: ids, and their logits.
+  template <class A>
   MOEROUTE_OUT_OF_LINE void draw(const float* row, const logit_block& z, std::uint64_t of,
                                  const buffers& memory, choice_block& drawn, int lane) const {
-    // A token draws from what it may take: places in a list, without a branch on who is in it; the
-    // batch from everything.
-    const bool listed = scope == exploration_scope::token;
-    index_t n = listed ? 0 : z.experts;
-    for (index_t e = 0; listed && e < z.experts; ++e) {
-      memory.allowed[n] = static_cast<expert_id>(e);
-      n += index_t{row[e] > simd::minus_infinity};
+    // A token draws from what it may take, the batch from everything: places in a list, which is
+    // left out where every expert is in it.
+    const bool whole = scope == exploration_scope::batch;
+    index_t n = whole ? z.experts : this->template above_never<A>(row, z.experts);
+    const bool listed = n < z.experts;
+    if (listed) {
+      n = 0;
+      for (index_t e = 0; e < z.experts; ++e)
+        if (row[e] > simd::minus_infinity) memory.allowed[n++] = static_cast<expert_id>(e);
     }
     const index_t many = std::min<index_t>(drawn.k, n);
     const std::uint64_t stream =

@@ -25,7 +25,7 @@ template <score_function Score = softmax_selected>
 struct product_keys {
   index_t choices = 16;
   index_t first_keys = 0;  ///< n; 0: half the columns
-  [[no_unique_address]] Score score{};
+  Score score{};
   weight_rule weight{};
 
   struct buffers {

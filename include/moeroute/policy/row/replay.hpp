@@ -20,7 +20,7 @@ namespace moeroute {
 template <score_function Score, class Id>
 struct replay {
   const routing_record<Id>* record = nullptr;
-  [[no_unique_address]] Score score{};
+  Score score{};
   weight_rule weight{};
   logit_transform transform{};
 

@@ -173,7 +173,7 @@ MOEROUTE_OUT_OF_LINE void take_of_table(const expert_table& table, table_key key
 template <score_function Score>
 struct table_router {
   const expert_table* table = nullptr;
-  [[no_unique_address]] Score score{};
+  Score score{};
   weight_rule weight{};
   logit_transform transform{};
   table_key key = table_key::token;

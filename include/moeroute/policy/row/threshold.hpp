@@ -22,7 +22,7 @@ namespace moeroute {
 template <score_function Score = relu>
 struct threshold_router {
   float threshold = 0.0f;
-  [[no_unique_address]] Score score{};
+  Score score{};
   threshold_norm norm = threshold_norm::none;
   float eps = 1e-5f;
   float norm_scale = 1.0f;

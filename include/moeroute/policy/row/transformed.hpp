@@ -99,7 +99,7 @@ transformed(Transform, Router) -> transformed<Transform, Router>;
 template <token_router Router, score_function Score = identity_score>
 struct weighed_by_second {
   Router router{};
-  [[no_unique_address]] Score score{};
+  Score score{};
   weight_rule weight{};
   bool active = true;  ///< false: the router as it is, for who picks at run time
 
