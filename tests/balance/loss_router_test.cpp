@@ -188,8 +188,8 @@ TEST_CASE("the coupling grows with its experts, and its pull at them does not") 
   CHECK(test::difference(same, dw, 1e-11, 1e-14) == "");
   // Noise is as large as the rows are.
   for (const double r : router) quiet.push_back(r / 1024.0);
-  const matrix_view<const double> rows(router.data(), E, D), quiet_rows(quiet.data(), E, D);
-  fill_router_noise(rows, 9, 3, matrix_view<double>(dr.data(), E, D));
+  const matrix_view<const double> loud_rows(router.data(), E, D), quiet_rows(quiet.data(), E, D);
+  fill_router_noise(loud_rows, 9, 3, matrix_view<double>(dr.data(), E, D));
   fill_router_noise(quiet_rows, 9, 3, matrix_view<double>(hushed.data(), E, D));
   CHECK(test::difference(hushed, dr, 1e-12) == "");
 }

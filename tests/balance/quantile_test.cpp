@@ -575,10 +575,10 @@ TEST_CASE("quantiles of up to 64 choices among many experts are their formula in
     counted.update();
     std::vector<std::vector<double>> column(static_cast<std::size_t>(experts));
     for (index_t t = 0; t < tokens; ++t) {
-      const float* const row = scores.row(t);
-      const double alpha = test::nth_largest(std::vector<double>(row, row + experts), k + 1);
+      const float* const score = scores.row(t);
+      const double alpha = test::nth_largest(std::vector<double>(score, score + experts), k + 1);
       for (std::size_t e = 0; e < column.size(); ++e)
-        column[e].push_back(static_cast<double>(row[e]) - alpha);
+        column[e].push_back(static_cast<double>(score[e]) - alpha);
     }
     std::vector<double> expected;
     double mean = 0.0;

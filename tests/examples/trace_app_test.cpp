@@ -1,6 +1,7 @@
 #include "support/trace_app.hpp"
 
 #include "scratch_checkpoint.hpp"
+#include "support/trace_file.hpp"
 
 #include <fstream>
 #include <initializer_list>
