@@ -5,6 +5,7 @@
 #include <cmath>
 #include <moeroute/layer/moe_layer_backward.hpp>
 #include <moeroute/policy/make_router.hpp>
+#include <moeroute/policy/row/product_keys.hpp>
 #include <moeroute/policy/row/random_choice.hpp>
 #include <moeroute/policy/row/replay.hpp>
 #include <moeroute/policy/row/table.hpp>
@@ -279,6 +280,46 @@ TEST_CASE("a layer refuses gates, rows and logits that do not fit, by name") {
         }) == "moeroute::moe_layer: d_out with x in the output is 7, expected 20");
   CHECK(refusal([&] { layer.set_gate(linear_gate<>(simd::packed_matrix<>(experts, d + 1))); }) ==
         "moeroute::moe_layer: gate.d() is 21, expected 20");
+}
+
+TEST_CASE("another gate has as many columns, which of keys are fewer than the experts") {
+  // Twelve columns: two halves of six keys, and 36 experts.
+  const product_keys<softmax> keys{.choices = k};
+  const floats others = random_floats(experts * d, 21), x = random_floats(17 * d, 22);
+  moe_layer layer(packed(), keys, curves{});
+  moe_layer other(simd::packed_matrix<>(as_rows(others, d)), keys, curves{});
+  CHECK(layer.experts() == 36);
+  const floats before = output(layer, x);
+  layer.set_gate(linear_gate<>(simd::packed_matrix<>(as_rows(others, d))));
+  const floats after = output(layer, x);
+  CHECK(test::bit_difference(after, output(other, x)) == "");
+  CHECK(test::bit_difference(after, before) != "");
+  layer.set_gate(as_rows(gate_weight(), d));
+  CHECK(test::bit_difference(output(layer, x), before) == "");
+  for (const index_t n : {index_t{11}, index_t{13}, index_t{36}})
+    CHECK(test::refusal([&] { layer.set_gate(linear_gate<>(simd::packed_matrix<>(n, d))); }) ==
+          "moeroute::moe_layer: gate.columns() is " + std::to_string(n) + ", expected 12");
+  for (const index_t n : {d - 1, d + 1})
+    CHECK(test::refusal([&] {
+            layer.set_gate(linear_gate<>(simd::packed_matrix<>(experts, n)));
+          }) == "moeroute::moe_layer: gate.d() is " + std::to_string(n) + ", expected 20");
+  CHECK(test::bit_difference(output(layer, x), before) == "");
+  // Another router has as many experts, whatever its columns.
+  const auto set = [&](const product_keys<softmax>& r) {
+    return test::refusal([&] { layer.set_router(r); });
+  };
+  CHECK(set({.choices = k, .first_keys = 5}) ==
+        "moeroute::moe_layer: router.experts() is 35, expected 36");
+  CHECK(set({.choices = 37}) == "moeroute::product_keys: k is 37, expected 1 to 36");
+  CHECK(test::bit_difference(output(layer, x), before) == "");
+  CHECK(set({.choices = 1, .first_keys = 6}) == "accepted");
+  output(layer, x);
+  CHECK(layer.choices().choices() == 17);
+  // A layer without a gate counts its columns too.
+  moe_layer outside(no_gate(experts), keys, curves{}, {.d = d});
+  CHECK(test::refusal([&] { outside.set_gate(no_gate(36)); }) ==
+        "moeroute::moe_layer: gate.columns() is 36, expected 12");
+  CHECK(test::refusal([&] { outside.set_gate(no_gate(experts)); }) == "accepted");
 }
 
 TEST_CASE(
