@@ -23,6 +23,8 @@
 #include "support/routed.hpp"
 #include "support/shapes.hpp"
 
+namespace rules_test {
+
 using namespace moeroute;
 
 namespace {
@@ -310,3 +312,5 @@ TEST_CASE("the load loss: the chance to be chosen under new noise, by Shazeer an
   CHECK(std::abs(loss(load_threshold::without_self) - variation({cdf(0.5), cdf(-0.5), cdf(-1.5)})) <
         1e-5);
 }
+
+}  // namespace rules_test

@@ -26,6 +26,8 @@
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 
+namespace planners_test {
+
 using namespace moeroute;
 
 namespace {
@@ -1968,3 +1970,5 @@ TEST_CASE(
     }
   }
 }
+
+}  // namespace planners_test

@@ -11,6 +11,8 @@
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 
+namespace simulate_test {
+
 using namespace moeroute;
 
 namespace {
@@ -624,3 +626,5 @@ TEST_CASE("a simulated step of any planner and cluster is what its formulas make
     }
   }
 }
+
+}  // namespace simulate_test

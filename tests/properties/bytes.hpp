@@ -53,10 +53,10 @@ class bytes {
   /// them infinite, NaN, a zero of either sign, huge or tiny.
   float logit() {
     const auto b = take<std::uint8_t>();
-    constexpr float infinity = std::numeric_limits<float>::infinity();
-    constexpr float odd[] = {infinity, -infinity, std::numeric_limits<float>::quiet_NaN(),
-                             0.0f,     -0.0f,     1e4f,
-                             -1e4f,    1e-30f};
+    constexpr float largest = std::numeric_limits<float>::infinity();
+    constexpr float odd[] = {largest, -largest, std::numeric_limits<float>::quiet_NaN(),
+                             0.0f,    -0.0f,    1e4f,
+                             -1e4f,   1e-30f};
     if (b >= 248) return odd[b - 248];
     return (static_cast<float>(b) - 124.0f) / 16.0f;
   }

@@ -14,6 +14,8 @@
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 
+namespace ahead_test {
+
 using namespace moeroute;
 
 namespace {
@@ -756,3 +758,5 @@ TEST_CASE("decided ahead or regrouped, any batches read what plain loops say") {
   }
   CHECK(regrouped > 10);
 }
+
+}  // namespace ahead_test

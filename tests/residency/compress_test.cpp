@@ -16,6 +16,8 @@
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 
+namespace compress_test {
+
 using namespace moeroute;
 
 namespace {
@@ -371,3 +373,5 @@ TEST_CASE("what is merged, pruned or measured is refused by the size that does n
   CHECK(group_experts({usage, 2, 4}, std::vector<matrix_view<const float>>(2, narrow[0]), 8)[1] ==
         std::vector<expert_id>{0, 1, 2, 3});
 }
+
+}  // namespace compress_test

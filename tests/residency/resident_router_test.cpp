@@ -25,6 +25,8 @@
 #include "support/shapes.hpp"
 #include "support/traces.hpp"
 
+namespace resident_router_test {
+
 using namespace moeroute;
 
 namespace {
@@ -1062,3 +1064,5 @@ TEST_CASE("experts that are all there keep their weights, of infinite logits too
     CHECK(std::ranges::equal(a.weights(), b.weights()));
   }
 }
+
+}  // namespace resident_router_test

@@ -17,6 +17,8 @@
 #include "support/shapes.hpp"
 #include "support/traces.hpp"
 
+namespace union_test {
+
 using namespace moeroute;
 
 namespace {
@@ -392,3 +394,5 @@ TEST_CASE("a union of any fields is that of its tokens that are not masked, each
     CHECK(counts.plain_experts_per_batch() == static_cast<double>(want.plain_experts) / 2.0);
   }
 }
+
+}  // namespace union_test
