@@ -305,17 +305,27 @@ TEST_CASE("with every option at once exploration is a coin and a draw without re
 
 namespace {
 
-// A router that counts the blocks it is asked for.
+// Choices in lanes without a row that are not (no_expert, empty).
+int held_without_a_row(const choice_block& c, std::uint32_t rows, float empty) {
+  int held = 0;
+  for (int at = 0; at < c.k * block_rows; ++at)
+    held +=
+        (rows >> at % block_rows & 1) == 0 && (c.id[at] != no_expert || !(c.value[at] == empty));
+  return held;
+}
+
+// A router that counts the blocks it is asked for, and what it finds in lanes without a row.
 struct counting_router {
   index_t choices = 2;
-  int* asked = nullptr;
+  int *asked = nullptr, *held = nullptr;
 
   index_t k() const { return choices; }
   static index_t experts(index_t columns) { return columns; }
   static void check(index_t) {}
   static int carve(scratch&, index_t) { return 0; }
-  void route_block(const logit_block&, int, choice_block& c) const {
+  void route_block(const logit_block& z, int, choice_block& c) const {
     ++*asked;
+    if (held != nullptr) *held += held_without_a_row(c, (1u << z.rows) - 1, 0.0f);
     for (int at = 0; at < c.k * block_rows; ++at) {
       c.id[at] = at / block_rows;
       c.value[at] = 1.0f;
@@ -343,6 +353,85 @@ TEST_CASE("a router inside another is asked only where somebody takes what it sa
   modality.assign(16, 1);
   explored(both, z, 8, {.modality = modality});
   CHECK((first == 3 && second == 2));
+  // Lanes without a row are empty before either is asked, whatever the block before left there.
+  int held = 0;
+  const by_modality<counting_router> watching{{2, &first, &held}, {2, &second, &held}, 4};
+  modality.assign(31, 0);
+  modality[3] = modality[18] = 1;
+  explored(watching, explore_logits(31, 8, 1), 8, {.modality = modality});
+  CHECK((first == 5 && second == 4 && held == 0));
+}
+
+namespace {
+
+// A router of parts, whose score counts what it finds where nobody was drawn.
+struct watching_parts {
+  struct watching_score {
+    int *asked, *held;
+    std::uint32_t drawn;
+    template <class A = simd::default_arch>
+    void score_choices(const logit_block& z, choice_block& c, score_scale) const {
+      ++*asked;
+      *held += held_without_a_row(c, z.rows == 1 ? 1 : drawn, simd::minus_infinity);
+    }
+  };
+  struct plain_weight {
+    static score_scale needs() { return score_scale::exact; }
+    template <class A = simd::default_arch>
+    static void apply(choice_block& c) {
+      for (int at = 0; at < c.k * block_rows; ++at)
+        if (c.id[at] != no_expert) c.value[at] = 0.5f;
+    }
+  };
+  watching_score score{};
+  plain_weight weight{};
+  logit_transform transform{};
+
+  static index_t k() { return 3; }
+  static index_t experts(index_t columns) { return columns; }
+  static void check(index_t) {}
+  static int carve(scratch&, index_t) { return 0; }
+  static void route_block(const logit_block&, int, choice_block& c) {
+    std::fill_n(c.id, c.k * block_rows, 0);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("where nobody explores a score finds nobody, whatever the block before left there") {
+  // So many that they are weighed together, and so few that each is alone.
+  const index_t experts = 8;
+  const auto z = explore_logits(block_rows, experts, 6);
+  for (const float epsilon : {0.3f, 0.9f, 1.0f}) {
+    int asked = 0, held = 0;
+    workspace ws;
+    explore<watching_parts> rule{{}, epsilon};
+    const auto memory = ws.carve([&](scratch& tape) { return rule.carve(tape, experts); });
+    std::vector<expert_id> id(3 * block_rows);
+    std::vector<float> value(id.size());
+    choice_block c{3, id.data(), value.data()};
+    for (std::uint64_t step = 0; step < 20; ++step) {
+      const side_inputs side{.seed = 3, .step = step};
+      const int rows = step % 3 == 0 ? block_rows : 11;
+      std::uint32_t explores = 0;
+      for (int i = 0; i < rows; ++i)
+        explores |=
+            std::uint32_t{random_u01(side.seed,
+                                     detail::random_stream(detail::random_use::explore, step),
+                                     static_cast<std::uint64_t>(i)) < epsilon}
+            << i;
+      rule.router.score = {&asked, &held, explores};
+      std::fill_n(memory.id, id.size(), 1);
+      std::fill_n(memory.value, id.size(), 7.0f);
+      std::ranges::fill(value, 0.0f);
+      rule.route_block({z.data(), experts, rows, experts, 0, &side}, memory, c);
+      for (int at = 0; at < 3 * block_rows; ++at)
+        held += (value[static_cast<std::size_t>(at)] == 0.5f) != (explores >> at % block_rows & 1);
+    }
+    INFO("epsilon " << epsilon);
+    CHECK(held == 0);
+    CHECK(asked > 0);
+  }
 }
 
 TEST_CASE(

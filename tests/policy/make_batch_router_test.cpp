@@ -3,6 +3,8 @@
 #include <catch2/catch_test_macros.hpp>
 #include <moeroute/policy/spec_text.hpp>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "support/compare.hpp"
@@ -166,6 +168,279 @@ TEST_CASE("k is not asked of rules that have none, and what means nothing is not
         "E=8 k=2 score=softmax");
   CHECK(test::refusal([] { (void)parse_spec("E=8 selection=sinkhorn"); }) ==
         "moeroute::parse_spec: 'k' is missing");
+}
+
+namespace {
+
+// Whether the made router is of a kind that has its fields right.
+template <class Kind, class Any, class F>
+bool is(const Any& made, F&& right) {
+  bool found = false;
+  made.visit([&]<class R>(const R& r) {
+    if constexpr (std::is_same_v<R, Kind>) found = right(r);
+  });
+  return found;
+}
+
+bool same_weight(const weight_rule& a, const weight_rule& b) {
+  return a.normalize == b.normalize && a.p == b.p && a.eps_where == b.eps_where && a.eps == b.eps &&
+         a.divide == b.divide && a.scale == b.scale &&
+         a.expert_scale.data() == b.expert_scale.data();
+}
+
+bool same_transform(const logit_transform& a, const logit_transform& b) {
+  return a.temperature == b.temperature && a.softcap == b.softcap && a.noise.kind == b.noise.kind &&
+         a.noise.sigma == b.noise.sigma && a.noise.floor == b.noise.floor;
+}
+
+bool same_top_k(const top_k& a, const top_k& b) {
+  return a.k == b.k && a.groups == b.groups && a.topk_group == b.topk_group &&
+         a.group_score == b.group_score && a.group_fill == b.group_fill &&
+         a.lost_weight == b.lost_weight;
+}
+
+bool same_top_p(const top_p& a, const top_p& b) {
+  return a.p == b.p && a.crossing == b.crossing && a.min_k == b.min_k && a.max_k == b.max_k &&
+         same_weight(a.weight, b.weight) && same_transform(a.transform, b.transform);
+}
+
+}  // namespace
+
+TEST_CASE("each field of a description is found in its place of the router that is made") {
+  const std::vector<float> bias(12, 0.5f), second(12, 0.25f), factor(12, 2.0f), gamma(12, 3.0f),
+      share{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
+  const std::vector<expert_id> up{3};
+  const expert_table table({0, 1, 2, 3, 4, 5}, 3, 12);
+  const steering steer{.promote = up};
+  // What no two fields have the same number of; each rule takes what it knows.
+  const logit_transform moved{
+      .temperature = 0.5f, .softcap = 30.0f, .noise = {noise_kind::gumbel, 0.75f, 0.125f}};
+  router_spec basic{.experts = 12,
+                    .k = 3,
+                    .softcap = 30.0f,
+                    .temperature = 0.5f,
+                    .noise = noise_kind::gumbel,
+                    .noise_sigma = 0.75f,
+                    .noise_floor = 0.125f};
+  router_spec all = basic;
+  all.score = score_kind::sigmoid;
+  all.selection_bias = all.divide_by_k = all.per_expert_scale = true;
+  all.groups = 4, all.topk_group = 2, all.group_fill = 0.0f;
+  all.group_score = group_score::max;
+  all.lost_weight = lost_weight::own;
+  all.normalize = normalization::sum;
+  all.eps_where = eps_mode::add, all.eps = 0.25f, all.scale = 2.5f;
+  const weight_rule whole{.normalize = normalization::sum,
+                          .eps_where = eps_mode::add,
+                          .eps = 0.25f,
+                          .divide = 3.0f,
+                          .scale = 2.5f,
+                          .expert_scale = factor};
+  const top_k of_groups{3, 4, 2, group_score::max, 0.0f, lost_weight::own};
+  const router_tensors of_all{.bias = bias, .per_expert_scale = factor};
+  const auto chosen = [&](const router<any_score>& r) {
+    return r.score.kind() == score_kind::sigmoid && same_top_k(r.selection, of_groups) &&
+           same_weight(r.weight, whole) && r.bias.values().data() == bias.data() &&
+           same_transform(r.transform, moved);
+  };
+  CHECK(is<router<any_score>>(make_router(all, of_all), chosen));
+  router_spec exploring = all;
+  exploring.explore = 0.375f;
+  for (const auto& [scope, own] : {std::pair{row_scope::token, exploration_scope::token},
+                                   {row_scope::batch, exploration_scope::batch}}) {
+    exploring.explore_scope = scope;
+    CHECK(is<explore<router<any_score>>>(
+        make_rare_router(exploring, of_all), [&](const explore<router<any_score>>& r) {
+          return r.epsilon == 0.375f && r.scope == own && chosen(r.router);
+        }));
+  }
+  // A factor of the output is none of the weights; an Lp norm; a sum over what is kept is another
+  // stage's.
+  const auto weighs = [](router_spec spec, const weight_rule& rule) {
+    return is<router<any_score>>(make_router(spec), [&](const router<any_score>& r) {
+      return same_weight(r.weight, rule) && r.score.domain() == score_domain::selected;
+    });
+  };
+  router_spec few{.experts = 12, .domain = score_domain::selected, .scale = 2.5f};
+  few.scale_where = scale_place::output, few.normalize = normalization::lp, few.lp_p = 3.0f;
+  CHECK(weighs(few, {.normalize = normalization::lp, .p = 3.0f}));
+  few.normalize = normalization::sum, few.lp_p = 1.0f, few.scale = 1.0f;
+  few.normalize_before_drop = false;
+  CHECK(weighs(few, sum_normalized));
+  few.capacity = 5;
+  CHECK(weighs(few, raw_weights));
+  few.normalize_before_drop = true;
+  CHECK(weighs(few, sum_normalized));
+  router_spec own = basic;
+  own.normalize = normalization::sum, own.scale = 2.5f;
+  const weight_rule scaled{.normalize = normalization::sum, .scale = 2.5f};
+  own.selection = selection_kind::expert_table, own.table_key = table_key::bigram;
+  CHECK(is<table_router<any_score>>(
+      make_router(own, {.table = &table}), [&](const table_router<any_score>& r) {
+        return r.table == &table && r.score.kind() == score_kind::softmax &&
+               same_weight(r.weight, scaled) && same_transform(r.transform, moved) &&
+               r.key == table_key::bigram;
+      }));
+  own.selection = selection_kind::top_p;
+  own.top_p = 0.625f, own.crossing = crossing::exclude, own.min_k = 2, own.max_k = 5;
+  const top_p mass{0.625f, crossing::exclude, 2, 5, scaled, moved};
+  const any_router ragged = make_router(own);
+  CHECK(is<top_p>(ragged, [&](const top_p& r) { return same_top_p(r, mass); }));
+  CHECK((ragged.ragged() && ragged.k() == 5 && ragged.columns() == 12));
+  CHECK(test::refusal([&] { ragged.as_token_router().check(12); }) ==
+        "moeroute::route: the router's k varies: route() takes it as it is");
+  CHECK(test::refusal([&] { ragged.as_ragged_router().check(13); }) ==
+        "moeroute::route: logits.cols is 13, expected 12");
+  own.selection = selection_kind::counted, own.count = count_rule::tsallis;
+  own.tsallis_q = 1.5f, own.dense_above = 0.875f;
+  CHECK(is<dense_if>(make_rare_router(own), [&](const dense_if& r) {
+    return same_top_p(r.rule, mass) && r.q == 1.5f && r.threshold == 0.875f;
+  }));
+  own.top_p = 0.0f, own.count = count_rule::entropy;
+  own.quantile = 0.375f, own.ratio = 0.125f, own.entropy_low = 0.25f, own.entropy_high = 2.0f;
+  own.mid_k = 3;
+  own.weight_apart = true, own.weight_score = score_kind::sigmoid;
+  CHECK(is<detail::rare_counted>(make_rare_router(own), [&](const detail::rare_counted& r) {
+    const row_count& n = r.router.count;
+    return n.rule == count_rule::entropy && n.quantile == 0.375f && n.ratio == 0.125f &&
+           n.low == 0.25f && n.high == 2.0f && n.mid_k == 3 && n.min_k == 2 && n.max_k == 5 &&
+           r.router.score.choice.kind() == score_kind::softmax &&
+           r.router.score.weight.kind() == score_kind::sigmoid && !r.router.score.on_logits &&
+           same_weight(r.router.weight, scaled) && same_transform(r.router.transform, moved);
+  }));
+  router_spec above = basic;
+  above.selection = selection_kind::threshold, above.threshold = 0.375f,
+  above.row_norm = threshold_norm::rms;
+  above.eps = 0.25f, above.scale = 2.5f;
+  const auto reaches = [&]<class Score>(Score, score_kind kind) {
+    above.score = kind;
+    return is<threshold_router<Score>>(
+        make_router(above, {.gamma = gamma}), [&](const threshold_router<Score>& r) {
+          return r.threshold == 0.375f && r.norm == threshold_norm::rms && r.eps == 0.25f &&
+                 r.norm_scale == 1.0f && r.scale == 2.5f && r.gamma.data() == gamma.data() &&
+                 same_transform(r.transform, moved);
+        });
+  };
+  CHECK(reaches(relu{}, score_kind::relu));
+  CHECK(reaches(sigmoid{}, score_kind::sigmoid));
+  CHECK(reaches(identity_score{}, score_kind::identity));
+  const router_spec keys{.experts = 12,
+                         .k = 4,
+                         .domain = score_domain::selected,
+                         .selection = selection_kind::product_keys,
+                         .normalize = normalization::sum,
+                         .scale = 2.5f,
+                         .first_keys = 3};
+  using common_keys = moeroute::product_keys<softmax_selected>;
+  const any_router of_keys = make_router(keys);
+  CHECK(is<common_keys>(of_keys, [&](const common_keys& r) {
+    return r.choices == 4 && r.first_keys == 3 && same_weight(r.weight, scaled);
+  }));
+  CHECK((of_keys.k() == 4 && of_keys.columns() == 7 && of_keys.spec() == keys &&
+         of_keys.as_token_router().experts(7) == 12 && of_keys.as_token_router().k() == 4));
+  CHECK(is<moeroute::sparsemixer>(
+      make_router({.selection = selection_kind::sparsemixer, .jitter = 0.125f}),
+      [](const auto& r) { return r.jitter == 0.125f; }));
+  for (const second_expert policy : {second_expert::sampling, second_expert::random})
+    CHECK(is<gshard_top2>(
+        make_router({.selection = selection_kind::top2,
+                     .normalize = normalization::sum,
+                     .scale = 2.5f,
+                     .second = policy}),
+        [&](const gshard_top2& r) { return r.policy == policy && same_weight(r.weight, scaled); }));
+  const any_router drawn = make_router({.k = 5, .selection = selection_kind::random});
+  CHECK(is<random_choice>(drawn, [](const random_choice& r) { return r.choices == 5; }));
+  CHECK((!drawn.reads_logits() && ragged.reads_logits() && !drawn.ragged() && drawn.k() == 5));
+  // Parts that are picked at run time.
+  router_spec rare = all;
+  rare.class_bias = rare.steering = true;
+  rare.ties = tie_order::higher_id;
+  rare.passes = 6, rare.pass_rule = pass_rule::ratio, rare.pass_lambda = 0.375f;
+  rare.standardize = 1.5f, rare.candidates = 7, rare.candidate_scope = row_scope::batch;
+  const router_tensors of_rare{
+      .bias = bias, .per_expert_scale = factor, .second_bias = second, .steer = steer};
+  CHECK(is<detail::rare_router>(make_rare_router(rare, of_rare), [&](const detail::rare_router& r) {
+    const any_row_transform& steps = r.router.transform;
+    const auto& best = r.router.router;
+    return !r.active && !steps.sums_sigmoids && steps.passes.passes == 6 &&
+           steps.passes.rule == pass_rule::ratio && steps.passes.lambda == 0.375f &&
+           steps.standardize == 1.5f && steps.steer.promote.data() == up.data() &&
+           steps.lot.active == 7 && steps.lot.scope == row_scope::batch && best.bias.empty() &&
+           best.selection.of[0].values().data() == bias.data() &&
+           best.selection.of[1].values().data() == second.data() &&
+           best.selection.rule.order == tie_order::higher_id &&
+           same_top_k(best.selection.rule.rule.best, of_groups) &&
+           !best.selection.rule.rule.of_each_group && same_weight(best.weight, whole) &&
+           same_transform(best.transform, moved);
+  }));
+  rare.class_bias = rare.steering = false;
+  rare.ties = tie_order::lower_id;
+  rare.passes = 1, rare.second_logits = logit_pairs::weigh;
+  CHECK(is<detail::rare_router>(make_rare_router(rare, of_all), [&](const detail::rare_router& r) {
+    const auto& best = r.router.router;
+    return r.active && r.score.kind() == score_kind::sigmoid && same_weight(r.weight, whole) &&
+           same_weight(best.weight, raw_weights) && best.bias.values().data() == bias.data() &&
+           !best.selection.active();
+  }));
+  // Rules of the batch.
+  const tokens_per_expert take{3.0, capacity_rounding::nearest, 2, 3, 0};
+  const auto same_transport = [&](const sparse_transport& r) {
+    return r.capacity == take && r.support == 7 && r.weights == transport_weights::softmax &&
+           r.gamma == 0.375f && r.learning_rate == 0.625f && r.steps == 9;
+  };
+  router_spec batch{.experts = 12, .k = 3, .selection = selection_kind::sparse_transport};
+  batch.take = take, batch.support = 7, batch.plan_gamma = 0.375f, batch.plan_rate = 0.625f;
+  batch.plan.most_iterations = 9, batch.plan_weights = plan_weights::softmax;
+  CHECK(is<sparse_transport>(make_batch_router(batch), same_transport));
+  batch.selection = selection_kind::sparse_transport_tokens;
+  CHECK(is<sparse_transport_token_choice>(make_batch_router(batch), [&](const auto& r) {
+    return r.k == 3 && same_transport(r.transport);
+  }));
+  batch.plan.temperature = 0.375f;
+  batch.selection = selection_kind::sinkhorn_expert_choice;
+  CHECK(is<sinkhorn_expert_choice>(make_batch_router(batch), [&](const sinkhorn_expert_choice& r) {
+    return r.capacity == take && r.weights == plan_weights::softmax && r.scaling == batch.plan;
+  }));
+  batch.selection = selection_kind::selective_sinkhorn, batch.shares = true;
+  batch.probability = 0.25f, batch.phase = routing_phase::evaluation;
+  batch.noise = noise_kind::gaussian, batch.noise_sigma = 0.75f, batch.noise_floor = 0.125f;
+  CHECK(is<selective_sinkhorn>(
+      make_batch_router(batch, {.share = share}), [&](const selective_sinkhorn& r) {
+        return r.k == 3 && r.probability == 0.25f && r.phase == routing_phase::evaluation &&
+               r.scaling == batch.plan && r.noise.kind == noise_kind::gaussian &&
+               r.noise.sigma == 0.75f && r.noise.floor == 0.125f && r.share.data() == share.data();
+      }));
+  const any_batch_router wide = make_batch_router(batch, {.share = share});
+  CHECK((wide.columns() == 12 && wide.spec() == batch));
+  router_spec by_expert{.experts = 12,
+                        .score = score_kind::sigmoid,
+                        .selection = selection_kind::expert_choice,
+                        .eps = 0.25f,
+                        .scale = 2.5f,
+                        .scale_where = scale_place::output,
+                        .max_k = 5};
+  by_expert.take = take, by_expert.sequence = 24;
+  CHECK(is<expert_choice<any_score>>(
+      make_batch_router(by_expert), [&](const expert_choice<any_score>& r) {
+        return r.score.kind() == score_kind::sigmoid && r.capacity == take &&
+               r.normalize == token_renormalization::none && r.eps == 0.0f && r.scale == 1.0f &&
+               r.sequence_length == 24 && r.most_experts == 5;
+      }));
+  router_spec cut{.experts = 12,
+                  .selection = selection_kind::counted,
+                  .normalize = normalization::sum,
+                  .scale = 2.5f,
+                  .min_k = 2,
+                  .max_k = 5,
+                  .count = count_rule::percentile,
+                  .count_scope = row_scope::batch,
+                  .quantile = 0.375f};
+  cut.weight_apart = true, cut.weight_score = score_kind::sigmoid;
+  CHECK(is<batch_percentile<rare_score>>(make_batch_router(cut), [&](const auto& r) {
+    return r.quantile == 0.375f && r.min_k == 2 && r.max_k == 5 &&
+           r.score.choice.kind() == score_kind::softmax &&
+           r.score.weight.kind() == score_kind::sigmoid && same_weight(r.weight, scaled);
+  }));
 }
 
 }  // namespace make_batch_router_tests

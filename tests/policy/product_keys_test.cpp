@@ -2,6 +2,7 @@
 
 #include <catch2/catch_test_macros.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "oracle/routing.hpp"
@@ -17,23 +18,24 @@ using test::routed;
 
 namespace {
 
-// All n^2 sums, one by one.
-void is_the_top_k_of_all_sums(test::shape s, index_t n, index_t k, index_t tokens) {
-  const std::vector<float> logits = test::make_logits(s, 6, tokens, 2 * n);
-  const assignment a = routed(product_keys<>{.choices = k}, logits, 2 * n);
-  INFO(test::name(s) << ", n = " << n << ", k = " << k);
-  REQUIRE(a.experts() == n * n);
+// All n m sums, one by one.
+void is_the_top_k_of_all_sums(test::shape s, index_t n, index_t m, index_t k, index_t tokens) {
+  const std::vector<float> logits = test::make_logits(s, 6, tokens, n + m);
+  const product_keys<> rule{.choices = k, .first_keys = n == m ? 0 : n};
+  const assignment a = routed(rule, logits, n + m);
+  INFO(test::name(s) << ", n = " << n << ", m = " << m << ", k = " << k);
+  REQUIRE(a.experts() == n * m);
   for (index_t t = 0; t < tokens; ++t) {
-    const float* row = logits.data() + t * 2 * n;
+    const float* row = logits.data() + t * (n + m);
     std::vector<float> sums;
     for (index_t i = 0; i < n; ++i)
-      for (index_t j = 0; j < n; ++j) {
+      for (index_t j = 0; j < m; ++j) {
         const float sum = row[i] + row[n + j];
         sums.push_back(sum == sum ? sum : -test::infinity);
       }
-    const std::vector<expert_id> ids = oracle::top_k(sums.data(), n * n, k);
+    const std::vector<expert_id> ids = oracle::top_k(sums.data(), n * m, k);
     REQUIRE(test::bit_difference(a.ids(t), ids) == "");
-    const std::vector<double> score = oracle::softmax(sums.data(), n * n, ids);
+    const std::vector<double> score = oracle::softmax(sums.data(), n * m, ids);
     std::vector<double> weight;
     for (const expert_id e : ids) weight.push_back(e < 0 ? 0 : score[static_cast<std::size_t>(e)]);
     REQUIRE(test::difference(a.weights(t), weight, 3e-6, 1e-36) == "");
@@ -46,17 +48,17 @@ TEST_CASE("product keys choose what a top-k of all sums chooses, ties by the low
   for (const test::shape s : test::all_shapes)
     for (const index_t n : {1, 2, 5, 16, 33})
       for (const index_t k : {1, 2, 7, 16, 64})
-        if (k <= n * n) is_the_top_k_of_all_sums(s, n, k, 17);
+        if (k <= n * n) is_the_top_k_of_all_sums(s, n, n, k, 17);
 }
 
 TEST_CASE("product keys may choose every expert") {
   for (const test::shape s : {test::shape::quantised, test::shape::masked, test::shape::all_equal})
-    is_the_top_k_of_all_sums(s, 9, 81, 3);
+    is_the_top_k_of_all_sums(s, 9, 9, 81, 3);
 }
 
 TEST_CASE("product keys reach a million experts") {
   for (const test::shape s : {test::shape::quantised, test::shape::normal, test::shape::zipf})
-    is_the_top_k_of_all_sums(s, test::sized(1024, 256), 16, 2);
+    is_the_top_k_of_all_sums(s, test::sized(1024, 256), test::sized(1024, 256), 16, 2);
   // The last of all wins where both its halves do.
   std::vector<float> logits(2048, 0.0f);
   logits[1023] = logits[2047] = 1.0f;
@@ -150,7 +152,10 @@ TEST_CASE("with every option at once product keys are a top-k of all sums") {
 TEST_CASE("product keys choose more than may be gathered at once") {
   for (const test::shape s : {test::shape::normal, test::shape::quantised, test::shape::all_equal,
                               test::shape::ascending, test::shape::descending, test::shape::zipf})
-    for (const index_t k : {150, 300}) is_the_top_k_of_all_sums(s, 33, k, 2);
+    for (const index_t k : {150, 300}) is_the_top_k_of_all_sums(s, 33, 33, k, 2);
+  // More keys on one side than all else needs room for.
+  for (const auto& [n, m] : {std::pair<index_t, index_t>{500, 3}, {3, 500}, {500, 65}, {65, 500}})
+    is_the_top_k_of_all_sums(test::shape::normal, n, m, 66, 16);
 }
 
 TEST_CASE("product keys need keys on both sides, and no more experts than there may be") {

@@ -19,11 +19,12 @@ using namespace moeroute;
 
 namespace {
 
-/// The experts chosen for each row of [T, E] choice scores, at most 16 rows.
+/// The experts chosen for each row of [T, E] choice scores, at most 16 rows, and who is of a lost
+/// group.
 template <selection_rule Rule>
 std::vector<expert_id> chosen(const Rule& rule, std::vector<float> rows, int tokens,
                               index_t experts, const side_inputs& side = {},
-                              index_t first_token = 0) {
+                              index_t first_token = 0, std::vector<bool>* lost = nullptr) {
   const index_t k = rule.choices();
   const logit_block block{rows.data(), experts, tokens, experts, first_token, &side};
   std::vector<expert_id> id(static_cast<std::size_t>(k * block_rows)), out;
@@ -34,11 +35,14 @@ std::vector<expert_id> chosen(const Rule& rule, std::vector<float> rows, int tok
   rule.select(block, rows.data(), c, carved);
   for (int i = 0; i < tokens; ++i)
     for (index_t r = 0; r < k; ++r) out.push_back(id[static_cast<std::size_t>(r * block_rows + i)]);
+  if constexpr (requires { rule.lost(carved, 0, expert_id{}, experts); })
+    for (int i = 0; lost != nullptr && i < tokens; ++i)
+      for (expert_id e = 0; e < experts; ++e) lost->push_back(rule.lost(carved, i, e, experts));
   return out;
 }
 
-/// Groups by hand: experts outside the best groups get the fill, then top-k of what is left.
-std::vector<expert_id> grouped(const top_k& rule, const std::vector<float>& row) {
+/// Who is of a lost group, by hand.
+std::vector<bool> lost_by_hand(const top_k& rule, const std::vector<float>& row) {
   const index_t experts = static_cast<index_t>(row.size()), size = experts / rule.groups;
   std::vector<float> worth;
   for (index_t g = 0; g < rule.groups; ++g) {
@@ -58,13 +62,19 @@ std::vector<expert_id> grouped(const top_k& rule, const std::vector<float>& row)
   std::stable_sort(groups.begin(), groups.end(), [&](expert_id a, expert_id b) {
     return worth[static_cast<std::size_t>(a)] > worth[static_cast<std::size_t>(b)];
   });
-  std::vector<float> masked = row;
+  std::vector<bool> lost(row.size());
   for (std::size_t g = static_cast<std::size_t>(rule.topk_group); g < groups.size(); ++g)
-    for (index_t e = groups[g] * size; e < (groups[g] + 1) * size; ++e) {
-      float& x = masked[static_cast<std::size_t>(e)];
-      if (x > simd::minus_infinity) x = rule.group_fill;
-    }
-  return oracle::top_k(masked.data(), experts, rule.k);
+    std::fill_n(lost.begin() + groups[g] * size, size, true);
+  return lost;
+}
+
+/// Groups by hand: experts outside the best groups get the fill, then top-k of what is left.
+std::vector<expert_id> grouped(const top_k& rule, const std::vector<float>& row) {
+  const std::vector<bool> lost = lost_by_hand(rule, row);
+  std::vector<float> masked = row;
+  for (std::size_t e = 0; e < row.size(); ++e)
+    if (lost[e] && row[e] > simd::minus_infinity) masked[e] = rule.group_fill;
+  return oracle::top_k(masked.data(), static_cast<index_t>(row.size()), rule.k);
 }
 
 }  // namespace
@@ -188,17 +198,9 @@ TEST_CASE("selections touch no memory but their own, and know who is of a lost g
           if (c.id[r * block_rows + i] != expected[static_cast<std::size_t>(r)])
             broken = "row " + std::to_string(i);
         if (groups == 1) continue;
-        // Who may be chosen where nobody of a lost group is.
-        top_k strict = rule;
-        strict.group_fill = simd::minus_infinity;
-        strict.k = rule.topk_group * size;
-        std::vector<bool> stays(static_cast<std::size_t>(experts));
-        if (rule.group_score == group_score::top_sum) continue;  // its worth depends on k
-        for (const expert_id e : grouped(strict, row))
-          if (e != no_expert) stays[static_cast<std::size_t>(e)] = true;
+        const std::vector<bool> lost = lost_by_hand(rule, row);
         for (expert_id e = 0; e < experts; ++e)
-          if (row[static_cast<std::size_t>(e)] > -test::infinity &&
-              rule.lost(memory, i, e, experts) == stays[static_cast<std::size_t>(e)])
+          if (rule.lost(memory, i, e, experts) != lost[static_cast<std::size_t>(e)])
             broken = "expert " + std::to_string(e) + " of row " + std::to_string(i);
       }
       INFO("round " << round << " groups " << groups << " of " << size << " stay "
@@ -311,6 +313,7 @@ TEST_CASE("the rules around a selection are plain loops around it, with every op
     best.k = 1 + rng.below(best.topk_group * size);
     best.group_score = static_cast<group_score>(rng.below(3));
     if (coin()) best.group_fill = 0.0f;
+    best.lost_weight = static_cast<lost_weight>(rng.below(3));
     const auto seed = rng.bits() % 1000;
     auto rows = test::make_logits(coin() ? test::shape::quantised : test::shape::masked, seed,
                                   tokens, experts);
@@ -330,10 +333,14 @@ TEST_CASE("the rules around a selection are plain loops around it, with every op
     if (moves) biased.of[0] = selection_bias(bias[0]), biased.of[1] = selection_bias(bias[1]);
     fair.check(experts);
     biased.check(experts);
-    const auto in_order = [&](std::vector<float> row) {
+    std::vector<bool> lost[2], lost_of_ties, lost_of_class;
+    const auto in_order = [&](std::vector<float> row, std::vector<bool>& gone) {
       const bool turns = ties.order == tie_order::higher_id;
       if (turns) std::reverse(row.begin(), row.end());
       std::vector<expert_id> ids = grouped(best, row);
+      std::vector<bool> here = lost_by_hand(best, row);
+      if (turns) std::reverse(here.begin(), here.end());
+      gone.insert(gone.end(), here.begin(), here.end());
       for (expert_id& e : ids)
         if (turns && e != no_expert) e = static_cast<expert_id>(experts - 1) - e;
       return ids;
@@ -347,17 +354,22 @@ TEST_CASE("the rules around a selection are plain loops around it, with every op
       for (index_t g = 0; g < groups; ++g)
         for (const expert_id e : oracle::top_k(row.data() + g * size, size, fair.k / groups))
           of_each.push_back(e == no_expert ? e : e + static_cast<expert_id>(g * size));
-      add(of_ties, in_order(row));
+      add(of_ties, in_order(row, lost[0]));
       const auto& own = bias[modality[static_cast<std::size_t>(first + t)] != 0];
       for (std::size_t e = 0; moves && e < row.size(); ++e) row[e] += own[e];
-      add(of_class, in_order(row));
+      add(of_class, in_order(row, lost[1]));
     }
     INFO("round " << round << " groups " << groups << " of " << size << " k " << best.k << " T "
                   << tokens << " fair k " << fair.k);
     const int n = static_cast<int>(tokens);
     CHECK(chosen(fair, rows, n, experts) == of_each);
-    CHECK(chosen(ties, rows, n, experts) == of_ties);
-    CHECK(chosen(biased, rows, n, experts, side, first) == of_class);
+    const bool masks = groups > 1;
+    CHECK(chosen(ties, rows, n, experts, {}, 0, masks ? &lost_of_ties : nullptr) == of_ties);
+    CHECK(chosen(biased, rows, n, experts, side, first, masks ? &lost_of_class : nullptr) ==
+          of_class);
+    if (masks) CHECK((lost_of_ties == lost[0] && lost_of_class == lost[1]));
+    CHECK(ties.weighs_lost_with_0() == best.weighs_lost_with_0());
+    CHECK(biased.weighs_lost_with_0() == best.weighs_lost_with_0());
     CHECK(biased.reads_modality() == moves);
     CHECK(biased.masks_experts() == (moves || ties.masks_experts()));
     CHECK(ties.masks_experts() == (ties.order == tie_order::higher_id || best.masks_experts()));

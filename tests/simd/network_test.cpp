@@ -64,8 +64,13 @@ void check_sort_and_merge() {
     simd::sort<n>(x);
     simd::sort<n>(y);
     for (int i = 0; i < w; ++i) sorted &= lane(x, i) == expected[static_cast<std::size_t>(i)];
+    alignas(alignment) float last[w];
+    simd::last_of_merged<n>(x, y).store_aligned(last);
     simd::merge_keep_first<n>(x, y);
-    for (int i = 0; i < w; ++i) merged &= lane(x, i) == both[static_cast<std::size_t>(i)];
+    for (int i = 0; i < w; ++i) {
+      const std::vector<float>& first = both[static_cast<std::size_t>(i)];
+      merged &= lane(x, i) == first && last[i] == first.back();
+    }
   }
   INFO("n = " << n);
   CHECK(sorted);

@@ -77,7 +77,7 @@ class sinkhorn_engine {
   index_t run(matrix_view<const float> z, const side_inputs& side, const Exec& exec,
               std::span<const float> share = {}) {
     const index_t live = load_kernel(z, side, exec);
-    for (index_t e = 0; e < s_.stride; ++e) s_.v[e] = log_domain() || e >= s_.experts ? 0.0f : 1.0f;
+    std::fill_n(s_.v, s_.stride, log_domain() ? 0.0f : 1.0f);  // the kernel is 0 past the experts
     std::fill_n(s_.u, s_.tokens, 0.0f);
     if (live == 0) return 0;
     const auto n = static_cast<float>(live), experts = static_cast<float>(s_.experts);
