@@ -448,6 +448,8 @@ TEST_CASE("what nobody says of a loss, a controller or a schedule is what is pub
                      switch_loss::hugging_face(0.3, four),
                      switch_loss::megablocks(0.3, four, 2, 1)};
   for (const switch_loss& one : made) CHECK(are({one.coefficient, one.tokens}, {0.3, 0}) == "");
+  const switch_loss layers_of = switch_loss::hugging_face(0.3, four, 7.0);
+  CHECK(are({layers_of.divisor, layers_of.tokens}, {1, 7}) == "");
   CHECK(are({sequence_loss{}.coefficient, static_cast<double>(sequence_loss{}.k),
              sequence_loss{}.sequences},
             {1e-4, 1, 0}) == "");

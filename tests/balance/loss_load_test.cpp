@@ -148,6 +148,21 @@ TEST_CASE("noise that is learned has the derivative of the load loss by its logi
                           matrix_view<double>(dz.data(), 70, 9),
                           matrix_view<double>(dsigma.data(), 70, 9), ws, serial{});
         }) == "moeroute::load_loss: dsigma is given, expected sigma of [T, E]");
+  // Of one token and one expert one value is [T, E].
+  const double one = 0.5;
+  const auto of = [&](index_t tokens, index_t experts) {
+    const matrix_view<const double> rows(constant.b.logits.data(), tokens, experts);
+    return test::refusal([&] {
+      noisy_load_loss({.k = 1}, {}, rows, rows, matrix_view<const double>(&one, 1, 1),
+                      matrix_view<double>(dz.data(), tokens, experts),
+                      matrix_view<double>(dsigma.data(), tokens, experts), ws, serial{});
+    });
+  };
+  dz[0] = dsigma[0] = 7.0;
+  CHECK(of(1, 1) == "accepted");
+  CHECK((dz[0] == 0.0 && dsigma[0] == 0.0));
+  CHECK(of(1, 2) == "moeroute::load_loss: dsigma is given, expected sigma of [T, E]");
+  CHECK(of(2, 1) == "moeroute::load_loss: dsigma is given, expected sigma of [T, E]");
 }
 
 TEST_CASE("in float the load loss is that in double, at every width, with both gradients") {
@@ -326,7 +341,11 @@ TEST_CASE("with every option at once the load loss is its formula, and both grad
     const double one = 0.5;
     const matrix_view<const double> single(&one, 1, 1);
     const matrix_view<double> out(dz.data(), tokens, experts), dsigma(ds.data(), tokens, experts);
-    const matrix_view<double> place = learned ? dsigma : matrix_view<double>{};
+    // Without a gradient nobody asks what is handed in for one.
+    const matrix_view<double> any(ds.data(), tokens + 1, experts);
+    const matrix_view<double> place = to == gradient_to::nowhere ? any
+                                      : learned                  ? dsigma
+                                                                 : matrix_view<double>{};
     workspace ws;
     const auto found = [&](const auto& exec) {
       return noisy_load_loss(loss, how, clean, noisy, constant ? single : all, out, place, ws,

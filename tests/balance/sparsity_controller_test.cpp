@@ -218,6 +218,9 @@ TEST_CASE("an annealing without a way is at its end from its only step on; a ste
   const annealing wave{.from = 2, .to = 8, .begin = 0, .end = 10, .shape = anneal_shape::cosine};
   CHECK(std::abs(wave.at(5) - 5.0) < 1e-12);
   CHECK(std::abs(wave.at(2) - (5.0 - 3.0 * std::cos(0.2 * std::acos(-1.0)))) < 1e-12);
+  // An end is that number itself, wherever the other is.
+  const annealing wide{.from = -1.5e308, .to = 1.5e308, .begin = 0, .end = 10};
+  CHECK((wide.at(0) == -1.5e308 && wide.at(10) == 1.5e308));
 }
 
 TEST_CASE("the six layer schedules have their ends, order and symmetry") {

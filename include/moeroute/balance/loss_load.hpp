@@ -114,7 +114,8 @@ double noisy_load_loss(const load_loss& loss, const token_options& how,
   }
   const bool learned = dsigma.data != nullptr && how.gradient != gradient_to::nowhere;
   if (learned) {
-    if (constant) fail(where, "dsigma is given, expected sigma of [T, E]");
+    if (constant && (z.rows != 1 || z.cols != 1))
+      fail(where, "dsigma is given, expected sigma of [T, E]");
     check_size(where, "dsigma.rows", dsigma.rows, z.rows);
     check_size(where, "dsigma.cols", dsigma.cols, z.cols);
     check_stride(where, "dsigma", dsigma);

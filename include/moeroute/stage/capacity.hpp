@@ -34,14 +34,14 @@ inline std::uint32_t ordered_bits(float x) {
 }
 
 struct capacity_memory {
-  std::int32_t* count;  // [E + 1]
+  std::int32_t* count;  // [E]
   std::int32_t* order;  // [T] or [choices]
   std::uint32_t* key;   // [T] or [choices]
 
   static capacity_memory carve(scratch& tape, const assignment& a, drop_order order) {
     const bool per_choice = order == drop_order::by_weight || order == drop_order::random;
     const index_t n = per_choice ? a.room() : order == drop_order::batch_priority ? a.tokens() : 0;
-    return {tape.take<std::int32_t>(a.experts() + 1), tape.take<std::int32_t>(n),
+    return {tape.take<std::int32_t>(a.experts()), tape.take<std::int32_t>(n),
             tape.take<std::uint32_t>(n)};
   }
 };
@@ -69,8 +69,8 @@ void keep_largest(const assignment& a, index_t capacity, const capacity_memory& 
                   std::uint8_t* kept) {
   const expert_id* id = a.ids().data();
   std::int32_t sum = 0;
-  for (index_t e = 0; e <= a.experts(); ++e) {
-    const std::int32_t load = e < a.experts() ? m.count[e] : 0;
+  for (index_t e = 0; e < a.experts(); ++e) {
+    const std::int32_t load = m.count[e];
     m.count[e] = sum;
     sum += load;
   }
@@ -179,7 +179,7 @@ capacity_result apply_capacity(assignment& choices, const capacity_policy& polic
   const expert_id* id = choices.ids().data();
 
   capacity_result result;
-  std::fill_n(m.count, experts + 1, 0);
+  std::fill_n(m.count, experts, 0);
   for (index_t c = 0; c < n; ++c) {
     if (id[c] < 0) {
       ++result.unrouted;

@@ -76,14 +76,14 @@ double distill_row(const distillation_options& how, const F* z, index_t n, F* p,
   double mass = 0.0, loss = 0.0, mean = 0.0;
   const bool squares = how.distance == target_distance::squares;
   const double lse = static_cast<double>(simd::softmax_row<A>(p, n, p));
-  if (!(lse > static_cast<double>(never)) || !std::isfinite(lse)) return 0.0;
+  if (!std::isfinite(lse)) return 0.0;
   for (index_t e = 0; e < n; ++e) {
     const double pe = static_cast<double>(p[e]), qe = q(e), gap = pe - qe;
     mass += qe;
     if (squares) {
       loss += gap * gap;
       mean += pe * 2.0 * gap;
-    } else if (qe != 0.0 && z[e] > never) {
+    } else if (z[e] > never) {
       loss += qe * (lse - static_cast<double>(z[e]) * inverse);
     }
   }
