@@ -673,6 +673,36 @@ TEST_CASE("the gradient of gamma alone is added, and never lies in gamma's memor
   CHECK(std::any_of(alone.begin(), alone.end(), [](float v) { return v != 0.0f; }));
   CHECK(test::refusal([&] { go({gradient_to::write, gate_rows_in(dx, tokens)}, gamma); }) ==
         "moeroute::rms_gate_backward: dgamma lies in the memory of gamma");
+  const floats before = dx;
+  go({gradient_to::nowhere, gate_rows_in(dx, tokens)}, with);
+  CHECK(dx == before);
+}
+
+TEST_CASE("a token of zeros that no eps lifts has and gives no gradient of a normalised gate") {
+  constexpr index_t wide = 5, few = 3;
+  std::vector<double> x = random_gate_doubles(3 * wide, 1), w = random_gate_doubles(few * wide, 2),
+                      dz = random_gate_doubles(3 * few, 3);
+  std::fill_n(x.begin() + 2 * wide, wide, 0.0);  // the last
+  for (const gradient_to to : {gradient_to::write, gradient_to::add, gradient_to::nowhere}) {
+    const auto pass = [&](index_t tokens, bool by_gamma) {
+      std::vector<double> dx(3 * wide, 7.0), dw(few * wide, 7.0), dgamma(wide, 7.0);
+      workspace ws;
+      rms_gate_backward(
+          matrix_view<double>(x.data(), tokens, wide), gate_rows_in(w, few), {.eps = 0.0f},
+          matrix_view<double>(dz.data(), tokens, few),
+          gate_gradients<double>{to, {dx.data(), tokens, wide}, gate_rows_in(dw, few)}, ws,
+          serial{}, by_gamma ? std::span<double>(dgamma) : std::span<double>());
+      dx.insert(dx.end(), dw.begin(), dw.end());
+      dx.insert(dx.end(), dgamma.begin(), dgamma.end());
+      return dx;
+    };
+    std::vector<double> expected = pass(2, true);
+    const double stays = to == gradient_to::write ? 0.0 : 7.0;
+    std::fill_n(expected.begin() + 2 * wide, wide, stays);
+    CHECK(test::difference(pass(3, true), expected, 1e-12) == "");
+    std::fill_n(expected.end() - wide, wide, 7.0);
+    CHECK(test::difference(pass(3, false), expected, 1e-12) == "");
+  }
 }
 
 TEST_CASE(

@@ -298,6 +298,34 @@ TEST_CASE("a plan of every choice knows nothing of what an earlier one of its sh
   }
 }
 
+TEST_CASE("a token that has an expert twice is found, whoever it is and whatever pads the plan") {
+  test::random rng(12);
+  for (int round = 0; round < 100; ++round) {
+    const index_t tokens = 2 + rng.below(3), experts = 2 + rng.below(4), bad = rng.below(tokens);
+    std::vector<std::vector<expert_id>> lists(static_cast<std::size_t>(tokens));
+    for (auto& list : lists)
+      for (index_t e = rng.below(2); e < experts; e += 1 + rng.below(3))
+        list.push_back(static_cast<expert_id>(e));
+    auto& own = lists[static_cast<std::size_t>(bad)];
+    own.assign(2, static_cast<expert_id>(rng.below(experts)));
+    assignment a;
+    a.reset_ragged(tokens, experts, experts);
+    const assignment::parts to = a.to_fill();
+    index_t c = to.offsets[0] = 0;
+    for (std::size_t t = 0; t < lists.size(); ++t) {
+      for (const expert_id e : lists[t]) to.ids[c++] = e;
+      to.offsets[t + 1] = static_cast<std::int32_t>(c);
+    }
+    a.close();
+    plan_options o{.block = 1 + rng.below(3)};
+    if (rng.below(2) == 0) o.capacity = tokens + 1 + rng.below(2);
+    dispatch_plan p;
+    CHECK(test::refusal([&] { plan(a, p, o); }) == "moeroute::plan: token " + std::to_string(bad) +
+                                                       " has expert " + std::to_string(own[0]) +
+                                                       " twice, expected distinct experts");
+  }
+}
+
 TEST_CASE("a plan that is refused half-way is empty") {
   test::random rng(9);
   dispatch_plan p;

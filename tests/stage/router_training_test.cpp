@@ -313,6 +313,53 @@ TEST_CASE("policy gradients are added, end with a token's draws, and NaN stays i
   }
 }
 
+TEST_CASE("a token without an advantage takes no part in a policy gradient, whatever it drew") {
+  doubles z = normals(8, 2 * E), dz(z.size(), 3.0), alone(z.size(), 3.0);
+  z[1] = -HUGE_VAL;
+  z[2] = HUGE_VAL;
+  workspace ws;
+  const auto of = [&](double advantage, doubles& to) {
+    return policy_gradient<double>(read_rows(z, 2), draws_of(2, E, 1, {1, 4}),
+                                   doubles{0.0, advantage}, gradient_to::add, into(to, 2), ws);
+  };
+  dz[3] = -0.0;
+  CHECK(of(0.0, dz) == 0.0);
+  CHECK(std::signbit(dz[3]));
+  dz[3] = 3.0;
+  CHECK(dz == doubles(z.size(), 3.0));
+  CHECK(std::isfinite(of(1.0, dz)));
+  CHECK(std::equal(dz.begin(), dz.begin() + E, alone.begin()));
+  // A logit of -inf has no gradient, though it was drawn.
+  dz[E + 4] = 3.0;
+  z[E + 4] = -HUGE_VAL;
+  CHECK(of(1.0, dz) == HUGE_VAL);
+  CHECK(dz[E + 4] == 3.0);
+}
+
+TEST_CASE("a router's shift is the mean over the experts that a token has; without one it is 0") {
+  const doubles old_z = normals(1, T * E), new_z = normals(2, T * E);
+  const std::vector<expert_id> ids{0, -1, 5, 2, -1, 4, -1, -1, 2, 1};
+  const assignment chosen = draws_of(T, E, 2, ids);
+  doubles shift(T, 0.0), expected(T, 0.0);
+  workspace ws;
+  add_router_shift<double>(read_rows(new_z, T), read_rows(old_z, T), chosen,
+                           std::span<double>(shift), ws);
+  for (index_t t = 0; t < T; ++t) {
+    const auto at = [&](const doubles& z, expert_id e) {
+      return std::log(softmax_of(
+          doubles(z.begin() + t * E, z.begin() + (t + 1) * E))[static_cast<std::size_t>(e)]);
+    };
+    double sum = 0.0, n = 0.0;
+    for (const expert_id e : chosen.ids(t)) {
+      if (e < 0) continue;
+      sum += std::abs(at(new_z, e) - at(old_z, e));
+      n += 1.0;
+    }
+    if (n > 0.0) expected[static_cast<std::size_t>(t)] = sum / n;
+  }
+  CHECK(test::difference(shift, expected, 1e-12) == "");
+}
+
 TEST_CASE("a router's shift is 1 where nothing moved, in (0, 1] elsewhere, and its formula") {
   const doubles old_z = normals(1, T * E), new_z = normals(2, T * E);
   const assignment chosen = draws_of(T, E, 2, {0, 1, 5, 2, 3, 4, 2, 0, 2, 1});
@@ -423,6 +470,18 @@ TEST_CASE("a state is a direction of its own where the square of its rest is abo
     CHECK_FALSE(retain(0.8 * tolerance));
     CHECK(kept.rank() == 1);
     CHECK(retain(1.25 * tolerance));
+  }
+  // States that differ by little are spanned as well as others.
+  retained_inputs like(3, 3);
+  std::vector<float> pair{1e6f, 1e6f, 1e6f, 1e6f + 0.0625f, 1e6f, 1e6f};
+  CHECK(like.retain(read_rows(pair, 2).middle_rows(0, 1), 0.0));
+  CHECK(like.retain(read_rows(pair, 2).middle_rows(1, 1), 1e-6));
+  doubles moved{1.0, 2.0, 4.0};
+  like.project(into(moved, 1));
+  for (std::size_t i = 0; i < 6; i += 3) {
+    double logit = 0.0;
+    for (std::size_t c = 0; c < 3; ++c) logit += moved[c] * static_cast<double>(pair[i + c]);
+    CHECK(std::abs(logit) < 1e-6);
   }
   // What has no length is no direction.
   for (const float length : {HUGE_VALF, std::nanf("")}) {
@@ -645,6 +704,33 @@ TEST_CASE("training terms are divided by the tokens that are said, and written, 
     CHECK(router_distillation<double>(how, read_rows(z, n), read_rows(q, n), into(dz, n), ws) ==
           Approx(value).margin(1e-12));
     CHECK(test::difference(dz, to == gradient_to::nowhere ? before : expected, 1e-9, 1e-12) == "");
+
+    // Towards first choices, which some tokens lack: targets that are 1 there.
+    assignment chosen;
+    const bool ragged = rng.below(2) == 0;
+    doubles one_hot(z.size(), 0.0);
+    chosen.reset(n, experts, 1);
+    if (ragged) chosen.reset_ragged(n, experts, 1);
+    const assignment::parts list = chosen.to_fill();
+    for (index_t t = 0, c = 0; t < n; ++t) {
+      const index_t e = rng.below(experts + 2) - 2;  // -2: the ragged form has no choice at all
+      const index_t more = !ragged || e >= -1;
+      if (more != 0) list.ids[c] = static_cast<expert_id>(std::max<index_t>(e, -1));
+      if (e >= 0) one_hot[at(t, e)] = 1.0;
+      c += more;
+      if (ragged) list.offsets[t] = static_cast<std::int32_t>(c - more);
+      if (ragged) list.offsets[t + 1] = static_cast<std::int32_t>(c);
+    }
+    if (ragged) chosen.close();
+    dz = expected = before;
+    value = 0.0;
+    if (!squares) {
+      value = router_distillation<double>(how, read_rows(z, n), read_rows(one_hot, n),
+                                          into(expected, n), ws);
+      CHECK(router_distillation<double>(how, read_rows(z, n), chosen, into(dz, n), ws) ==
+            Approx(value).margin(1e-12));
+      CHECK(test::difference(dz, expected, 1e-12, 1e-14) == "");
+    }
 
     // One draw of each token, with an advantage.
     std::vector<expert_id> ids;
