@@ -59,6 +59,10 @@ TEST_CASE("the beta distribution: closed forms, symmetry, and the integral of it
   for (const double a : {0.75, 1.5, 4.0})
     for (const double x : {0.05, 0.3, 0.8})
       CHECK(beta_distribution(a, 3.25).cdf(x) == Approx(slow_cdf(a, 3.25, x)).epsilon(1e-7));
+  // Where nearly all of it lies at one end each half is told by the fraction that converges there.
+  CHECK(beta_distribution(1e-6, 1).cdf(1e-5) == Approx(std::pow(1e-5, 1e-6)).epsilon(1e-12));
+  CHECK(beta_distribution(1, 1e-6).cdf(1.0 - 1e-5) ==
+        Approx(-std::expm1(1e-6 * std::log(1e-5))).epsilon(1e-8));
   const beta_distribution beta(0.75, 5.0);
   CHECK(beta.pdf(0.2) ==
         Approx((beta.cdf(0.2 + 1e-5) - beta.cdf(0.2 - 1e-5)) / 2e-5).epsilon(1e-7));
