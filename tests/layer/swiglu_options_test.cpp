@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
-#include <moeroute/layer/swiglu_experts.hpp>
+#include <moeroute/layer/swiglu_backward.hpp>
 #include <moeroute/matrix/eigen.hpp>
 #include <string>
 #include <vector>
@@ -35,12 +35,11 @@ struct parts {
   static oracle::matrix copy(const row_matrix<float>& m) { return {m.rows(), m.cols(), m.data()}; }
 };
 
+std::vector<double> as_double(const std::vector<float>& b) { return {b.begin(), b.end()}; }
+
 oracle::matrix slow(const parts& p, const oracle::matrix& x, const swiglu_options& o) {
-  const auto bias = [](const std::vector<float>& b) {
-    return std::vector<double>(b.begin(), b.end());
-  };
-  oracle::matrix gate = oracle::linear(x, parts::copy(p.gate), bias(p.gate_bias));
-  const oracle::matrix up = oracle::linear(x, parts::copy(p.up), bias(p.up_bias));
+  oracle::matrix gate = oracle::linear(x, parts::copy(p.gate), as_double(p.gate_bias));
+  const oracle::matrix up = oracle::linear(x, parts::copy(p.up), as_double(p.up_bias));
   const double limit = o.limit > 0.0f ? static_cast<double>(o.limit) : 1e300;
   for (std::size_t i = 0; i < gate.value.size(); ++i) {
     const double g = std::min(gate.value[i], limit), u = std::clamp(up.value[i], -limit, limit);
@@ -51,8 +50,91 @@ oracle::matrix slow(const parts& p, const oracle::matrix& x, const swiglu_option
                       (u + static_cast<double>(o.up_offset));
     }
   }
-  return oracle::linear(gate, parts::copy(p.down), bias(p.down_bias));
+  return oracle::linear(gate, parts::copy(p.down), as_double(p.down_bias));
 }
+
+// Whether what lies behind the columns of a matrix is what filled it.
+bool filled_from(const row_matrix<float>& m, index_t cols, float with) {
+  bool all = true;
+  for (index_t r = 0; r < m.rows(); ++r)
+    for (index_t c = cols; c < m.cols(); ++c) all = all && m(r, c) == with;
+  return all;
+}
+
+// Gradients of one expert: of x, gate, up, down, and of their biases.
+struct slow_gradients {
+  oracle::matrix x, gate, up, down, gate_bias, up_bias, down_bias;
+
+  slow_gradients(const parts& p, const oracle::matrix& in, const oracle::matrix& dy,
+                 const swiglu_options& o)
+      : x(in.rows, d),
+        gate(p.ff, d),
+        up(p.ff, d),
+        down(d, p.ff),
+        gate_bias(1, p.ff),
+        up_bias(1, p.ff),
+        down_bias(1, d) {
+    const oracle::matrix g = oracle::linear(in, parts::copy(p.gate), as_double(p.gate_bias)),
+                         u = oracle::linear(in, parts::copy(p.up), as_double(p.up_bias));
+    const double limit = o.limit > 0.0f ? static_cast<double>(o.limit) : 1e300;
+    const auto alpha = static_cast<double>(o.alpha);
+    for (index_t r = 0; r < in.rows; ++r) {
+      for (index_t c = 0; c < d; ++c) down_bias(0, c) += dy(r, c);
+      for (index_t i = 0; i < p.ff; ++i) {
+        const double held = std::min(g(r, i), limit),
+                     open = std::clamp(u(r, i), -limit, limit) + static_cast<double>(o.up_offset);
+        const double s = 1.0 / (1.0 + std::exp(-alpha * held));
+        double dh = 0.0, h = held * s * open, dg = open * (s + alpha * held * s * (1.0 - s)),
+               du = held * s;
+        for (index_t c = 0; c < d; ++c) dh += dy(r, c) * static_cast<double>(p.down(c, i));
+        if (g(r, i) > limit) dg = 0.0;
+        if (std::abs(u(r, i)) > limit) du = 0.0;
+        if (o.activation == expert_activation::relu_squared) {
+          const double positive = std::clamp(u(r, i), 0.0, limit);
+          h = positive * positive;
+          dg = 0.0;
+          du = u(r, i) > limit ? 0.0 : 2.0 * positive;
+        }
+        gate_bias(0, i) += dg * dh;
+        up_bias(0, i) += du * dh;
+        for (index_t c = 0; c < d; ++c) {
+          x(r, c) += dg * dh * static_cast<double>(p.gate(i, c)) +
+                     du * dh * static_cast<double>(p.up(i, c));
+          gate(i, c) += dg * dh * in(r, c);
+          up(i, c) += du * dh * in(r, c);
+          down(c, i) += dy(r, c) * h;
+        }
+      }
+    }
+  }
+};
+
+// The second of two experts that lie in rows with room behind them: what is made of it, and all
+// else as it was.
+struct second_of_two {
+  index_t rows, cols, stride;
+  row_matrix<float> all;
+
+  second_of_two(index_t high, index_t wide, index_t room, float filled)
+      : rows(high),
+        cols(wide),
+        stride(wide + room),
+        all(row_matrix<float>::Constant(2 * high, wide + room, filled)) {}
+  second_of_two(const row_matrix<float>& m, index_t room)
+      : second_of_two(m.rows(), m.cols(), room, NAN) {
+    all.bottomLeftCorner(rows, cols) = m;
+  }
+  matrix_view<float> whole() { return {all.data(), 2 * rows, cols, stride}; }
+  // "" where one part is `expected` on top of `before`.
+  std::string differs(const oracle::matrix& expected, float before) const {
+    if (!(all.topRows(rows).array() == before).all() || !filled_from(all, cols, before))
+      return "elsewhere";
+    const row_matrix<float> made = all.bottomLeftCorner(rows, cols).array() - before;
+    double largest = 1.0;
+    for (const double v : expected.value) largest = std::max(largest, std::abs(v));
+    return test::difference(test::values(made), expected.value, 1e-5, 2e-5 * largest);
+  }
+};
 
 }  // namespace
 
@@ -93,16 +175,59 @@ TEST_CASE("limit, alpha, offset, biases and relu squared are what they say, all 
       experts(1, in, out, {kept.data(), n, width, of_kept}, memory.data());
       experts.activation_input(1, in, view(between));
       CHECK(kept.leftCols(width) == between);
-      CHECK((kept.rightCols(of_kept - width).array() == 9.0f).all());
+      CHECK(filled_from(kept, width, 9.0f));
     } else {
       experts(1, in, out, memory.data());
     }
-    CHECK((y.rightCols(of_y - d).array() == 9.0f).all());
+    CHECK(filled_from(y, d, 9.0f));
     const row_matrix<float> made = y.leftCols(d);
     const oracle::matrix expected = slow(p, parts::copy(dense), o);
     double largest = 0;
     for (const double v : expected.value) largest = std::max(largest, std::abs(v));
     CHECK(test::difference(test::values(made), expected.value, 1e-5, 1e-5 * largest) == "");
+
+    // Backwards, added to what is there; memory is what somebody left in it.
+    const index_t rooms[] = {rng.below(3), rng.below(3), rng.below(3), rng.below(3)};
+    const auto room = [&](int i) { return rooms[i]; };
+    const float before = 0.5f;
+    second_of_two gate(p.gate, room(0)), up(p.up, room(1)), down(p.down, room(2)),
+        dgate(gated ? ff : 0, d, room(1), before), dup(ff, d, room(2), before),
+        ddown(d, ff, room(3), before);
+    std::vector<float> biases[3];
+    const bool with_biases = rng.below(3) > 0;
+    if (with_biases)
+      for (int i = gated ? 0 : 1; i < 3; ++i)
+        biases[i].assign(static_cast<std::size_t>(i == 2 ? 2 * d : 2 * ff), before);
+    const swiglu_backward<> back(
+        experts, {gated ? gate.whole() : matrix_view<float>{}, up.whole(), down.whole()},
+        {dgate.whole(), dup.whole(), ddown.whole()}, {biases[0], biases[1], biases[2]});
+    const row_matrix<float> dy = test::random_rows(n, of_y, 8), dense_dy = dy.leftCols(d);
+    row_matrix<float> dx = row_matrix<float>::Constant(n, of_x, 9.0f);
+    memory.assign(static_cast<std::size_t>(back.scratch_floats()), NAN);
+    const matrix_view<const float> dout(dy.data(), n, d, of_y);
+    const matrix_view<float> din(dx.data(), n, d, of_x);
+    if (rng.below(2) == 0) {
+      experts.activation_input(1, in, {kept.data(), n, width, of_kept});
+      back(1, in, dout, din, {kept.data(), n, width, of_kept}, memory.data());
+    } else {
+      back(1, in, dout, din, memory.data());
+    }
+    const slow_gradients want(p, parts::copy(dense), parts::copy(dense_dy), o);
+    CHECK(filled_from(dx, d, 9.0f));
+    const row_matrix<float> of_input = dx.leftCols(d);
+    largest = 1.0;
+    for (const double v : want.x.value) largest = std::max(largest, std::abs(v));
+    CHECK(test::difference(test::values(of_input), want.x.value, 1e-5, 2e-5 * largest) == "");
+    if (gated) CHECK(dgate.differs(want.gate, before) == "");
+    CHECK(dup.differs(want.up, before) == "");
+    CHECK(ddown.differs(want.down, before) == "");
+    if (!with_biases) continue;
+    const oracle::matrix* const sums[] = {&want.gate_bias, &want.up_bias, &want.down_bias};
+    for (int i = gated ? 0 : 1; i < 3; ++i) {
+      second_of_two made_bias(1, i == 2 ? d : ff, 0, 0.0f);
+      std::copy(biases[i].begin(), biases[i].end(), made_bias.all.data());
+      CHECK(made_bias.differs(*sums[i], before) == "");
+    }
   }
 }
 
@@ -145,6 +270,21 @@ TEST_CASE("fused checkpoints of either layout give the bits of separate matrices
 TEST_CASE("options and weights that do not fit are refused by name") {
   CHECK(test::refusal([] { swiglu_experts<>(1, 5, 7, {.limit = -1.0f}); }) ==
         "moeroute::swiglu_experts: limit is -1.000000, expected >= 0");
+  const index_t beyond = (index_t{1} << 40) + 1;
+  const auto sized = [](index_t n, index_t wide, index_t ff) {
+    return test::refusal([&] { swiglu_experts<>(n, wide, ff); });
+  };
+  for (const index_t n : {index_t{0}, index_t{1048577}})
+    CHECK(sized(n, 5, 7) ==
+          "moeroute::swiglu_experts: experts is " + std::to_string(n) + ", expected 1 to 1048576");
+  for (const index_t n : {index_t{-1}, beyond}) {
+    const std::string range = " is " + std::to_string(n) + ", expected 0 to 1099511627776";
+    CHECK(sized(1, n, 7) == "moeroute::swiglu_experts: d" + range);
+    CHECK(sized(1, 5, n) == "moeroute::swiglu_experts: ff" + range);
+  }
+  CHECK(sized(1, 0, 0) == "accepted");
+  CHECK(test::refusal([] { swiglu_experts<>(1, 5, 7, {.limit = NAN}); }) ==
+        "moeroute::swiglu_experts: limit is nan, expected >= 0");
   CHECK(test::refusal([] { swiglu_experts<>(1, 5, 7, {.limit = INFINITY}); }) ==
         "moeroute::swiglu_experts: limit is inf, expected >= 0");
   for (const swiglu_options& o : {swiglu_options{.alpha = NAN}, swiglu_options{.alpha = INFINITY},
