@@ -588,6 +588,22 @@ TEST_CASE("layers that route by token id are those that the file lists, or the c
   CHECK(refusal(listed + R"(, "num_hash_layers": 3})") ==
         "config.json: field 'num_hash_layers': expected as many as field 'mlp_layer_types' lists "
         "first, found 3");
+  // Of five layers that the file lists as many at first are tables as it says: no first one less,
+  // no last one more.
+  for (int tables = 0; tables <= 5; ++tables)
+    for (int said = 0; said <= 6; ++said) {
+      std::string words;
+      for (int l = 0; l < 5; ++l)
+        words += std::string(l == 0 ? "" : ", ") + (l < tables ? R"("hash_moe")" : R"("moe")");
+      const std::string n = std::to_string(said);
+      CHECK(refusal(deepseek_v4 + (R"(, "mlp_layer_types": [)" + words) +
+                    R"(], "num_hash_layers": )" + n + "}") ==
+            (std::min(said, 5) == tables
+                 ? "accepted"
+                 : "config.json: field 'num_hash_layers': expected as many as field "
+                   "'mlp_layer_types' lists first, found " +
+                       n));
+    }
   CHECK(refusal(deepseek_v4 + std::string(R"(, "mlp_layer_types": ["moe"]})")) ==
         "config.json: field 'mlp_layer_types' lists 1 layers, field 'num_hidden_layers' says 5");
   CHECK(refusal(deepseek_v4 +
@@ -787,6 +803,21 @@ TEST_CASE("every field that says which layers have experts is read, alone and at
   // DBRX has its experts in a field of their own: what is read of the layers stands around it.
   CHECK(kinds(R"({"model_type": "dbrx", "n_layers": 4, "moe_layer_freq": 2,
                   "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}})") == "s-s-");
+  // What speaks of routing there is read in the field of their own alone.
+  for (const char* key : {"moe_num_experts", "moe_top_k", "num_experts_per_tok", "gate_scale"}) {
+    INFO(key);
+    const std::string said = ", \"" + std::string(key) + "\": 7";
+    CHECK(refusal(R"({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2})" +
+                  said + "}") == "config.json: field '" + std::string(key) +
+                                     "' speaks of routing and is not known, found 7");
+  }
+  CHECK(refusal(R"({"model_type": "dbrx", "norm_topk_prob": true, "moe_loss_weight": 0.5,
+                    "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}})") ==
+        "config.json: field 'norm_topk_prob' speaks of routing and is not known, found true");
+  CHECK(refusal(R"({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2,
+                    "gate_scale": 7}})") ==
+        "config.json: field 'ffn_config': field 'gate_scale' speaks of routing and is not known, "
+        "found 7");
   const std::string nomic = R"({"model_type": "nomic_bert", "num_experts": 8, "moe_top_k": 2,
                                 "n_layer": 6, "moe_every_n_layers": )";
   CHECK(kinds(nomic + "3}") == "-s--s-");

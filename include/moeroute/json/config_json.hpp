@@ -239,7 +239,7 @@ inline bool agrees(const config_source& from, const std::string& key, const rout
 inline void refuse_unread(const config_source& from, const router_spec& s) {
   for (const json_fields* fields : {&from.fields, &from.around}) {
     for (const auto& [key, value] : fields->object().items()) {
-      if (from.fields.asked(key) || from.around.asked(key)) continue;
+      if (fields->asked(key)) continue;
       if (!speaks_of_routing(key) || harmless_in_config(key)) continue;
       if (fields == &from.fields && agrees(from, key, s)) continue;
       fail("json", fields->where() + ": field '" + printable(key) +
