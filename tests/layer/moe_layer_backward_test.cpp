@@ -266,6 +266,19 @@ TEST_CASE("a SwiGLU layer with a gated shared expert has autograd's gradients") 
   CHECK(differs(e3, "grad_S3") == "");
   CHECK(differs(e2, "grad_S2") == "");
   CHECK(differs(dshared, "grad_shared_gate") == "");
+  // The shared experts' gate has d weights, its gradient too.
+  for (const bool of_weights : {false, true}) {
+    const std::size_t n = shared_gate.size(), w = of_weights ? n - 1 : n,
+                      g = of_weights ? n : n - 1;
+    CHECK(test::refusal([&] {
+            backward(layer, rows(x, tokens), {}, tape, rows(dy, tokens),
+                     layer_weights<>{rows(gate, wide), std::span(shared_gate).first(w)}, of_own,
+                     layer_gradients{.shared_gate = std::span(dshared).first(g)}, serial{},
+                     of_common);
+          }) == "moeroute::backward: " + std::string(of_weights ? "weights" : "gradients") +
+                    ".shared_gate.size() is " + std::to_string(n - 1) + ", expected " +
+                    std::to_string(n));
+  }
 }
 
 TEST_CASE("gradients of SwiGLU's variants are derivatives, biases and limits among them") {
@@ -520,6 +533,16 @@ TEST_CASE("activations that are kept give the bits of those that are computed ag
                  {kept.kept.data, of_kept, columns}, memory.data());
           });
         };
+        // Rows of one column less, of each of the three.
+        for (int wrong = 0; wrong < 3; ++wrong) {
+          const char* const names[] = {"in", "dout", "din"};
+          const auto wide = [&](int which) { return which == wrong ? d - 1 : d; };
+          CHECK(test::refusal([&] {
+                  back(0, {x.data(), tokens, wide(0), d}, {dy.data(), tokens, wide(1), d},
+                       {dx.data(), tokens, wide(2), d}, memory.data());
+                }) == "moeroute::swiglu_backward: " + std::string(names[wrong]) + ".cols is " +
+                          std::to_string(d - 1) + ", expected " + std::to_string(d));
+        }
         const std::string expected = ", expected " + std::to_string(tokens);
         const index_t columns = back.kept_floats();
         CHECK(sizes(tokens - 1, tokens, tokens, columns) ==

@@ -441,6 +441,44 @@ TEST_CASE("options that do not fit the gate are refused by name") {
   CHECK(
       made({.special = {.identity_first = 3, .identity_end = 6, .zero_first = 6, .zero_end = 8}}) ==
       "accepted");
+  const std::string where = "moeroute::moe_layer: ";
+  for (const index_t e : {-1, 5}) {
+    const auto first = static_cast<expert_id>(e), end = static_cast<expert_id>(e < 0 ? 0 : 4);
+    const std::string range = " is " + std::to_string(e) + ", expected 0 to " + std::to_string(end);
+    CHECK(made({.special = {.identity_first = first, .identity_end = end}}) ==
+          where + "identity_first" + range);
+    CHECK(made({.special = {.zero_first = first, .zero_end = end}}) ==
+          where + "zero_first" + range);
+  }
+  CHECK(made({.special = {.zero_end = 13}}) == where + "zero_end is 13, expected 0 to 12");
+  CHECK(made({.special = {.identity_first = 12, .identity_end = 12, .zero_end = 12}}) ==
+        "accepted");
+  CHECK(made({.special = {.identity_first = 3, .identity_end = 6, .zero_end = 3}}) == "accepted");
+  CHECK(
+      made({.special = {.identity_first = 3, .identity_end = 6, .zero_end = 4}}) ==
+      where +
+          "identity experts [3, 6) and zero experts [0, 4) overlap, expected ranges of their own");
+  for (const index_t wide : {index_t{-1}, (index_t{1} << 40) + 1})
+    CHECK(made({.d = wide}) ==
+          where + "d is " + std::to_string(wide) + ", expected 1 to 1099511627776");
+  // x in the output is as wide as that; what is zero may have any width.
+  CHECK(made({.d_out = 7, .special = {.identity_end = 1}}) ==
+        where + "d_out with x in the output is 7, expected 40");
+  CHECK(made({.d_out = 7, .lost = lost_token::mix}) ==
+        where + "d_out with x in the output is 7, expected 40");
+  CHECK(made({.d_out = 7, .special = {.zero_end = 1}}) == "accepted");
+  CHECK(made({.weights = weight_on::input, .lost = lost_token::mix}) ==
+        where + "lost_token::mix shares x by the weights of outputs, not of inputs");
+  CHECK(made({.weights = weight_on::input, .lost = lost_token::residual}) == "accepted");
+  struct wide_curves : curves {
+    index_t d_out() const { return 31; }
+  };
+  CHECK(moe_layer(gate_weights(), mixtral(), wide_curves{}).d_out() == 31);
+  for (const index_t wide : {30, 31, 40})
+    CHECK(test::refusal([&] {
+            moe_layer(gate_weights(), mixtral(), wide_curves{}, {.d_out = wide});
+          }) == (wide == 31 ? "accepted"
+                            : where + "experts.d_out() is 31, expected " + std::to_string(wide)));
   CHECK(made({.capacity = capacity_policy{.rule = {.formula = capacity_formula::megatron,
                                                    .factor = -1.0}}}) ==
         "moeroute::capacity_rule: factor is -1.000000, expected > 0");
@@ -457,6 +495,13 @@ TEST_CASE("options that do not fit the gate are refused by name") {
   CHECK(with_shared({.scale = 0.0f}) == "accepted");
   CHECK(with_shared({.gate = three}) ==
         "moeroute::moe_layer: shared.gate.size() is 3, expected 40");
+  const std::vector<float> more(41);
+  CHECK(with_shared({.gate = more}) ==
+        "moeroute::moe_layer: shared.gate.size() is 41, expected 40");
+  CHECK(made({.shared = {.gate = three}}) ==
+        "moeroute::moe_layer: shared experts have a weight, but there are none");
+  CHECK(with_shared({.scale = NAN}) ==
+        "moeroute::moe_layer: shared.scale is nan, expected a finite number");
   CHECK(with_shared({.scale = INFINITY}) ==
         "moeroute::moe_layer: shared.scale is inf, expected a finite number");
   CHECK(test::refusal([] { moe_layer(gate_weights(), mixtral(), networks(11, 8)); }) ==

@@ -132,6 +132,12 @@ TEST_CASE("a soft tape without a call, or of another shape, is refused by name")
                                                              std::to_string(slots - 1) +
                                                              ", expected " + std::to_string(slots));
   CHECK(said(all, all, {mu.data(), slots, d - 1, d}) == "moeroute::backward: mu.cols() is " + less);
+  const soft_moe fewer(own.middle_rows(0, slots - 1), curves{});
+  CHECK(test::refusal([&] {
+          backward(fewer, all, tape, all, own.middle_rows(0, slots - 1), curve_gradients{},
+                   {.x = into(dx, tokens)});
+        }) == "moeroute::backward: tape.plan.slots() is " + std::to_string(slots) + ", expected " +
+                  std::to_string(slots - 1));
   CHECK(refused(tokens) == "accepted");
 }
 

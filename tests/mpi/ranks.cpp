@@ -643,6 +643,182 @@ TEST_CASE("an option or a side input that is wrong on one rank is refused on eve
   CHECK(with(fits, {}) == "accepted");
 }
 
+TEST_CASE("what does not fit on one rank every rank refuses, by the same sentence") {
+  const scene s = std::move(scenes()[0]);
+  column_experts experts(s.choices.experts(), s.d);
+  own_part own(s);
+  const int bad = world_size() - 1;
+  const bool mine = world_rank() == bad;
+  const placement where = placement::contiguous(s.choices.experts(), world_size());
+  mpi::expert_parallel<> p(MPI_COMM_WORLD, where, {.layer = 7});
+  const index_t d = s.d, n = own.n, of_bad = tokens_of_rank(s.choices.tokens(), bad).second,
+                choices_of_bad = of_bad * 3;
+  const std::string here = "moeroute::expert_parallel: ", number = std::to_string(of_bad),
+                    more = std::to_string(of_bad + 1);
+  const auto says = [&](const char* phase, const std::string& sentence, auto&& call) {
+    INFO(sentence);
+    CHECK(test::refusal(call) == here +
+                                     (mine ? ""
+                                           : "rank " + std::to_string(bad) + " failed in " + phase +
+                                                 " of layer 7: " + here) +
+                                     sentence);
+  };
+  // Rows, columns and strides of what is wrong here alone.
+  rows memory(static_cast<std::size_t>((n + 2) * (d + 2)), 1.0f);
+  const auto shaped = [&](index_t high, index_t wide, index_t stride) {
+    return matrix_view<float>(memory.data(), high, wide, stride);
+  };
+  struct call {
+    matrix_view<const float> x, shared;
+    matrix_view<float> y;
+    const assignment* choices;
+    std::size_t of_mask, of_weight;
+  };
+  test::random rng(8);
+  const assignment other = test::fixed_choices(rng, n, 9, 3);
+  const std::vector<std::uint8_t> mask(static_cast<std::size_t>(n + 1), 1);
+  const auto forward = [&](auto&& change) {
+    return [&, change] {
+      call c{own.x, {}, own.out(d), &own.choices, 0, 0};
+      if (mine) change(c);
+      p.forward(c.x, *c.choices, c.y, forward_of(experts, p), serial{},
+                std::span(mask).first(c.of_mask), c.shared, std::span(memory).first(c.of_weight));
+    };
+  };
+  const std::string columns = std::to_string(d), wider = std::to_string(d + 1);
+  says("checks", "choices.tokens() is " + number + ", expected " + more,
+       forward([&](call& c) { c.x = shaped(n + 1, d, d); }));
+  says("checks", "choices.experts() is 9, expected 8",
+       forward([&](call& c) { c.choices = &other; }));
+  says("checks", "y.rows() is " + more + ", expected " + number,
+       forward([&](call& c) { c.y = shaped(n + 1, d, d); }));
+  says("checks", "y.cols() is " + wider + ", expected " + columns,
+       forward([&](call& c) { c.y = shaped(n, d + 1, d + 1); }));
+  says("checks", "x.stride is 4, expected at least 5",
+       forward([&](call& c) { c.x = shaped(n, d, d - 1); }));
+  says("checks", "y.stride is 4, expected at least 5",
+       forward([&](call& c) { c.y = shaped(n, d, d - 1); }));
+  says("checks", "mask.size() is " + more + ", expected " + number,
+       forward([&](call& c) { c.of_mask = mask.size(); }));
+  says("checks", "shared.rows() is " + more + ", expected " + number,
+       forward([&](call& c) { c.shared = shaped(n + 1, d, d); }));
+  says("checks", "shared.cols() is " + wider + ", expected " + columns,
+       forward([&](call& c) { c.shared = shaped(n, d + 1, d + 1); }));
+  says("checks", "shared.stride is 4, expected at least 5",
+       forward([&](call& c) { c.shared = shaped(n, d, d - 1); }));
+  says("checks", "shared_weight.size() is " + more + ", expected " + number,
+       forward([&](call& c) { c.of_weight = static_cast<std::size_t>(n + 1); }));
+
+  struct back {
+    matrix_view<const float> x, dy;
+    matrix_view<float> dx;
+    const assignment* choices;
+    std::span<float> dweights;
+  };
+  const assignment fewer = test::fixed_choices(rng, n, 8, 2);
+  const auto backward = [&](auto&& change) {
+    forward([](call&) {})();
+    return [&, change] {
+      back b{own.x, own.dy, {own.dx.data(), n, d}, &own.choices, own.dweights};
+      if (mine) change(b);
+      p.backward(
+          b.x, *b.choices, b.dy, b.dx, b.dweights,
+          [](expert_id, matrix_view<const float>, matrix_view<const float>, matrix_view<float>) {});
+    };
+  };
+  says("pack", "dy.rows() is " + more + ", expected " + number,
+       backward([&](back& b) { b.dy = shaped(n + 1, d, d); }));
+  says("pack", "dy.cols() is " + wider + ", expected " + columns,
+       backward([&](back& b) { b.dy = shaped(n, d + 1, d + 1); }));
+  says("pack", "choices.tokens() is " + number + ", expected " + more, backward([&](back& b) {
+         b.x = shaped(n + 1, d, d);
+         b.dy = b.x;
+       }));
+  says("pack",
+       "choices.choices() is " + std::to_string(of_bad * 2) + ", expected " +
+           std::to_string(choices_of_bad),
+       backward([&](back& b) { b.choices = &fewer; }));
+  says("pack", "dx.rows() is " + more + ", expected " + number,
+       backward([&](back& b) { b.dx = shaped(n + 1, d, d); }));
+  says("pack",
+       "dweights.size() is " + std::to_string(choices_of_bad - 1) + ", expected " +
+           std::to_string(choices_of_bad),
+       backward([&](back& b) { b.dweights = b.dweights.first(b.dweights.size() - 1); }));
+  CHECK(test::refusal([&] { p.adopt(placement::contiguous(8, world_size() + 1)); }) ==
+        here + "placement.ranks() is " + std::to_string(world_size() + 1) + ", expected " +
+            std::to_string(world_size()));
+  CHECK(test::refusal([&] { p.adopt(placement::contiguous(9, world_size())); }) ==
+        here + "placement.experts() is 9, expected 8");
+  CHECK(!p.broken());
+
+  // Options of a layer's exchange.
+  const auto made = [&](const std::string& sentence, mpi::parallel_options o) {
+    o.layer = 7;
+    says("options", sentence, [&] {
+      mpi::expert_parallel<>(MPI_COMM_WORLD, where, mine ? o : mpi::parallel_options{.layer = 7});
+    });
+  };
+  const auto gathering = mpi::dispatcher::all_gather;
+  made("chunks is 0, expected 1 to 16", {.chunks = 0});
+  made("chunks is 17, expected 1 to 16", {.chunks = 17});
+  made("chunks is 0, expected 1 to 1", {.chunks = 0, .dispatch = gathering});
+  made("chunks is 2, expected 1 to 1", {.chunks = 2, .dispatch = gathering});
+  made("gather_bytes is -1, expected 0 to 2147483647", {.gather_bytes = -1});
+  made("gather_bytes is 2147483648, expected 0 to 2147483647", {.gather_bytes = index_t{1} << 31});
+  for (const mpi::parallel_options& o :
+       {mpi::parallel_options{.chunks = 16, .gather_bytes = 0x7fffffff},
+        mpi::parallel_options{.dispatch = gathering, .gather_bytes = 0}})
+    CHECK(test::refusal([&] { mpi::expert_parallel<>(MPI_COMM_WORLD, where, o); }) == "accepted");
+  mpi::expert_parallel<> cut(MPI_COMM_WORLD, where,
+                             {.exchange = {.rule = replica_rule::even}, .chunks = 2});
+  CHECK(test::refusal([&] {
+          cut.forward(own.x, own.choices, own.out(d), forward_of(experts, cut));
+        }) == here + "chunks with a rule of counts is 2, expected 1");
+
+  // And of messages.
+  const auto carried = [&](const std::string& sentence, const mpi::transport_options& o) {
+    INFO(sentence);
+    CHECK(test::refusal([&] {
+            mpi::transport(MPI_COMM_WORLD, mine ? o : mpi::transport_options{});
+          }) == "moeroute::mpi: " +
+                    (mine ? sentence : "transport options of another rank are out of range"));
+  };
+  for (const index_t bytes : {index_t{-1}, index_t{0}, index_t{1} << 31})
+    carried("bytes_per_message is " + std::to_string(bytes) + ", expected 1 to 2147483647",
+            {.bytes_per_message = bytes});
+  carried("deadline is 0.000000, expected > 0", {.deadline = 0.0});
+  carried("deadline is -1.000000, expected > 0", {.deadline = -1.0});
+  carried("deadline is nan, expected > 0", {.deadline = std::nan("")});
+  for (const index_t bytes : {index_t{1}, index_t{0x7fffffff}})
+    CHECK(test::refusal([&] {
+            mpi::transport(MPI_COMM_WORLD, {.deadline = HUGE_VAL, .bytes_per_message = bytes});
+          }) == "accepted");
+  if (world_size() > 1)
+    CHECK(test::refusal([&] {
+            mpi::transport(MPI_COMM_WORLD, {.bytes_per_message = mine ? 64 : 128});
+          }) == "moeroute::mpi: bytes_per_message is " + std::string(mine ? "64" : "128") +
+                    " here, on other ranks from 64 to 128: expected the same on all");
+  const mpi::parallel_options usual;
+  CHECK((usual.layer == 0 && usual.chunks == 1 && usual.gather_bytes == 8192 &&
+         usual.dispatch == mpi::dispatcher::automatic && usual.transport.deadline == 300.0 &&
+         usual.transport.bytes_per_message == index_t{1} << 29));
+}
+
+TEST_CASE("all ranks hear the greatest number and a rank's text, its first 200 characters") {
+  mpi::transport t(MPI_COMM_WORLD);
+  CHECK((t.rank() == world_rank() && t.ranks() == world_size() && !t.broken()));
+  const std::int64_t me = world_rank(), last = world_size() - 1, large = std::int64_t{1} << 60;
+  CHECK(t.max_of_all(me, {"numbers"}) == last);
+  CHECK(t.max_of_all(-large - me, {"numbers"}) == -large);
+  std::string all;
+  for (int i = 0; i < 300; ++i) all += static_cast<char>('a' + i * 7 % 26);
+  for (index_t root = 0; root <= last; ++root)
+    for (const std::size_t n : {0, 1, 199, 200, 201, 300}) {
+      const std::string own = world_rank() == root ? all.substr(0, n) : "not this";
+      CHECK(t.text_of(root, own, {"text"}) == all.substr(0, std::min<std::size_t>(n, 200)));
+    }
+}
+
 TEST_CASE("every field of a header that must agree is named where it differs") {
   const mpi::rank_header mine;
   CHECK(mpi::disagreement(mine, mine) == "");
@@ -807,6 +983,46 @@ TEST_CASE("a rank that stops is named after the deadline, and the exchange is br
   MPI_Barrier(MPI_COMM_WORLD);
 }
 
+TEST_CASE("a rank that stops to take part is waited for until the deadline, no longer") {
+  if (world_size() == 1) return;
+  mpi::transport t(MPI_COMM_WORLD, {.deadline = 2.0});
+  const int bad = world_size() - 1;
+  // What may still arrive.
+  static std::byte room[8];
+  if (world_rank() != bad) {
+    // Where there are others rank 0 waits for messages of all of them, lost twice each.
+    mpi::transport::pending p;
+    std::string who;
+    for (int turn = 0; turn < 2 && world_rank() == 0 && bad > 1; ++turn)
+      for (int r = bad; r > 0; --r)
+        t.receive(p, std::span(room).subspan(static_cast<std::size_t>(2 * r + turn), 1), r,
+                  1 + turn);
+    for (int r = 1; r <= bad; ++r) who += (r > 1 ? ", " : "") + std::to_string(r);
+    const bool messages = !p.done();
+    CHECK(test::refusal([&] {
+            if (messages)
+              t.wait(p, {"rows", "forward", 5});
+            else
+              t.max_of_all(1, {"meeting"});
+          }) == "moeroute::expert_parallel: " +
+                    (messages
+                         ? "ranks " + who + " did not arrive within 2.0 s (layer 5, forward, rows)"
+                         : std::string("a rank did not arrive within 2.0 s (meeting)")));
+    CHECK(t.broken());
+    const std::string broken =
+        "moeroute::mpi: the communicator is broken: an earlier call of MPI failed or a rank did "
+        "not arrive";
+    mpi::transport::pending none;
+    const std::span<std::byte> one(room, 1);
+    CHECK(test::refusal([&] { t.max_of_all(1, {}); }) == broken);
+    CHECK(test::refusal([&] { t.text_of(0, "", {}); }) == broken);
+    CHECK(test::refusal([&] { t.all_gather(one, {1}, {0}, one, {}); }) == broken);
+    CHECK(test::refusal([&] { t.send(none, one, 0, 1); }) == broken);
+    CHECK(test::refusal([&] { t.receive(none, one, 0, 1); }) == broken);
+  }
+  MPI_Barrier(MPI_COMM_WORLD);
+}
+
 // Run alone, where mpirun lets the others live on: nothing else of MPI works afterwards.
 TEST_CASE("a rank that is killed is named after the deadline", "[.killed]") {
   if (world_size() == 1) return;
@@ -824,13 +1040,21 @@ TEST_CASE("a rank that is killed is named after the deadline", "[.killed]") {
   std::_Exit(0);
 }
 
+// Before MPI runs and after.
+bool refuses_without_mpi() {
+  return test::refusal([] { mpi::transport(MPI_COMM_WORLD, {}); }) ==
+         "moeroute::mpi: MPI is not running: call MPI_Init first";
+}
+
 int main(int argc, char** argv) {
   int given = 0;
+  const bool before = refuses_without_mpi();
   MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &given);
-  int verdict = 0;
+  int verdict = before ? 0 : 1;
+  if (!before) std::fprintf(stderr, "a transport was made before MPI_Init\n");
   {
     Catch::Session session;
-    verdict = session.applyCommandLine(argc, argv);
+    if (session.applyCommandLine(argc, argv) != 0) verdict = 1;
     // Rank 0 speaks; another rank only where it has something to complain about.
     if (world_rank() != 0) session.configData().defaultOutputFilename = "%debug";
     if (verdict == 0) verdict = session.run() == 0 ? 0 : 1;
@@ -841,5 +1065,5 @@ int main(int argc, char** argv) {
   if (world_rank() == 0)
     std::printf("%d ranks: %s\n", world_size(), all == 0 ? "passed" : "FAILED");
   MPI_Finalize();
-  return all;
+  return all == 0 && refuses_without_mpi() ? 0 : 1;
 }

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "oracle/residency.hpp"
+#include "support/guarded.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/routed.hpp"
@@ -595,6 +596,14 @@ TEST_CASE("counts are what plain sums over the choices give, and counting change
   CHECK(keyed.dropped == made(own) - made(left));
   CHECK(keyed.agreed == made(left));
   CHECK(keyed.mass == 0);
+  // What has no column is not looked for behind the last one.
+  test::guarded<float> room(experts);
+  float* const row = room.window(experts, test::guarded_end::back);
+  std::copy_n(z.data(), experts, row);
+  const expert_id was[] = {1, experts}, now[] = {1, experts + 1};
+  const residency_counts other =
+      moeroute::detail::counts_of(row, experts, some.view(), was, 1, now, 1, 2);
+  CHECK((other.substitutions == 1 && other.agreed == 1 && other.mass == 0));
 }
 
 TEST_CASE("what a token explores is dropped where it is cold, as what it chooses") {
