@@ -151,9 +151,9 @@ TEST_CASE("noise that is learned has the derivative of the load loss by its logi
   // Of one token and one expert one value is [T, E].
   const double one = 0.5;
   const auto of = [&](index_t tokens, index_t experts) {
-    const matrix_view<const double> rows(constant.b.logits.data(), tokens, experts);
+    const matrix_view<const double> given(constant.b.logits.data(), tokens, experts);
     return test::refusal([&] {
-      noisy_load_loss({.k = 1}, {}, rows, rows, matrix_view<const double>(&one, 1, 1),
+      noisy_load_loss({.k = 1}, {}, given, given, matrix_view<const double>(&one, 1, 1),
                       matrix_view<double>(dz.data(), tokens, experts),
                       matrix_view<double>(dsigma.data(), tokens, experts), ws, serial{});
     });

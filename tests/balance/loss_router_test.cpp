@@ -10,6 +10,8 @@
 #include "support/refusal.hpp"
 #include "support/threads.hpp"
 
+namespace loss_router_test {
+
 using namespace moeroute;
 using Catch::Approx;
 using oracle::row;
@@ -223,3 +225,5 @@ TEST_CASE("arguments of the coupling loss are refused by name") {
           run(router, delta, expert, {.coefficient = -1.0}, nullptr, nullptr);
         }) == "moeroute::expert_router_coupling: coefficient is -1.000000, expected >= 0");
 }
+
+}  // namespace loss_router_test

@@ -37,7 +37,8 @@ TEST_CASE("mean importance and batch entropy are their formulas") {
                              }) == "");
     CHECK(test::disagreement(
               b, {}, batch_entropy_loss{.coefficient = 0.4}, [&](const oracle::batch& x) {
-                return -0.4 * oracle::entropy(oracle::mean(oracle::probabilities(x), experts));
+                return -0.4 * oracle::entropy(oracle::mean(oracle::probabilities(x),
+                                                           static_cast<std::size_t>(experts)));
               }) == "");
   }
 }

@@ -153,7 +153,7 @@ TEST_CASE("told the tokens of the whole, parts with padding of their own add up 
   };
   // The first part has a padded end: 7 of its 12 tokens count, in both of its sequences.
   std::vector<std::uint8_t> mask(24, 1);
-  for (const std::size_t t : {4, 5, 9, 10, 11}) mask[t] = 0;
+  for (const std::size_t t : {4u, 5u, 9u, 10u, 11u}) mask[t] = 0;
   row all, first, second;
   const auto together = value(whole, mask, 0.0, all);
   oracle::batch a = whole, b = whole;

@@ -68,7 +68,7 @@ TEST_CASE("an assignment refuses another size, and a gain that is no number or m
   CHECK(refused({1e300, -1e300, 0, 1}, 2) == "accepted");
   for (const double g :
        {HUGE_VAL, -HUGE_VAL, std::nextafter(1e300, HUGE_VAL), -2e300, std::nan("")})
-    for (const std::size_t at : {0, 3}) {
+    for (const std::size_t at : {0u, 3u}) {
       std::vector<double> gain(4, 1.0);
       gain[at] = g;
       char number[400];

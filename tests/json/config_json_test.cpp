@@ -806,10 +806,10 @@ TEST_CASE("every field that says which layers have experts is read, alone and at
   // What speaks of routing there is read in the field of their own alone.
   for (const char* key : {"moe_num_experts", "moe_top_k", "num_experts_per_tok", "gate_scale"}) {
     INFO(key);
-    const std::string said = ", \"" + std::string(key) + "\": 7";
+    const std::string spoken = ", \"" + std::string(key) + "\": 7";
     CHECK(refusal(R"({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2})" +
-                  said + "}") == "config.json: field '" + std::string(key) +
-                                     "' speaks of routing and is not known, found 7");
+                  spoken + "}") == "config.json: field '" + std::string(key) +
+                                       "' speaks of routing and is not known, found 7");
   }
   CHECK(refusal(R"({"model_type": "dbrx", "norm_topk_prob": true, "moe_loss_weight": 0.5,
                     "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}})") ==

@@ -102,7 +102,7 @@ TEST_CASE("routers with other columns than experts obey the laws that do not spe
       const std::vector<float> z = test::make_logits(shape, 5, tokens, columns);
       const test::laws::routed all = test::laws::route(*router, z, tokens, columns);
       REQUIRE(all.ids.size() == tokens * k);
-      std::vector<float> turned, apart(tokens * (columns + 3), 1e9f);
+      std::vector<float> turned, apart(static_cast<std::size_t>(tokens * (columns + 3)), 1e9f);
       std::vector<std::uint8_t> mask;
       test::laws::routed expected;
       for (index_t t = 0; t < tokens; ++t) {

@@ -959,12 +959,12 @@ TEST_CASE("a value at its very limit has its gradient still, one beyond it has n
   const matrix_view<const float> unit(one, 1, 1);
   const auto gate_and_up = [&](const swiglu_options& o, float g, float u) {
     const bool gated = o.activation == expert_activation::silu_gated;
-    const swiglu_experts<> experts(1, 1, 1, o);
+    const swiglu_experts<> body(1, 1, 1, o);
     float dgate = 0.0f, dup = 0.0f, ddown = 0.0f, db[2] = {}, din[1], kept[] = {gated ? g : u, u};
     const matrix_view<float> to_gate(&dgate, 1, 1), to_up(&dup, 1, 1), to_down(&ddown, 1, 1);
     const matrix_view<const float> none;
     const swiglu_backward<> back(
-        experts, {gated ? unit : none, unit, unit},
+        body, {gated ? unit : none, unit, unit},
         {gated ? to_gate : matrix_view<float>{}, to_up, to_down},
         {gated ? std::span<float>(db, 1) : std::span<float>{}, std::span<float>(db + 1, 1), {}});
     std::vector<float> memory(static_cast<std::size_t>(back.scratch_floats()));

@@ -10,6 +10,7 @@
 #include "support/assignments.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
+#include "support/sized.hpp"
 #include "support/split.hpp"
 
 using namespace moeroute;
@@ -89,7 +90,7 @@ TEST_CASE("Belady is the best of all ways to evict, so of every other cache") {
     for (index_t c = 2; c <= 4; ++c)
       CHECK(hits(trace, cache_policy::belady, c) == most_hits(trace, 0, {}, c));
   }
-  for (int trial = 0; trial < 20; ++trial) {
+  for (index_t trial = 0; trial < test::sized(20, 4); ++trial) {
     expert_trace trace(16);
     trace.add(test::fixed_choices(rng, 200, 16, 3, 8, 1.0));
     for (index_t c = 3; c <= 16; ++c)

@@ -30,6 +30,8 @@
 #include "support/split.hpp"
 #include "support/strided.hpp"
 
+namespace every_meter_test {
+
 using namespace moeroute;
 
 namespace {
@@ -716,3 +718,5 @@ TEST_CASE("the entropy of a token reads as many logits as there are") {
     }
   }
 }
+
+}  // namespace every_meter_test

@@ -369,7 +369,7 @@ TEST_CASE("traffic has the spread, the drift and the batches that its options sa
 TEST_CASE("the same options, layer, step and batch give the same traffic for good") {
   std::string all;
   for (const index_t layer : {0, 3})
-    for (const std::uint64_t batch : {0, 5}) {
+    for (const std::uint64_t batch : {0u, 5u}) {
       expert_traffic t({.experts = 11, .zipf = 0.8, .drift = 0.5, .switch_at = 2, .seed = 9},
                        layer);
       std::vector<expert_id> ids;

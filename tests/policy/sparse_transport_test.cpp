@@ -177,9 +177,9 @@ TEST_CASE("masked tokens and logits of -inf are never taken, weights stay finite
 TEST_CASE(
     "sparse transport has the same bits on every instruction set, executor and thread count") {
   for (const test::shape shape : test::all_shapes) {
-    constexpr index_t tokens = test::sized(1200, 400), experts = 24;
+    constexpr index_t tokens = test::sized(1200, 130), experts = 24;
     const auto z = test::make_logits(shape, 12, tokens, experts);
-    const sparse_transport router{.support = test::sized(300, 60),
+    const sparse_transport router{.support = test::sized(300, 30),
                                   .weights = transport_weights::plan};
     INFO(test::name(shape));
     CHECK(test::batch_bits_differ(router, z, experts) == "");

@@ -292,9 +292,9 @@ TEST_CASE("a copy that fetches ahead writes its bytes and no others") {
   test::edges memory(17000);
   std::vector<std::byte> from(17000), next(2048);
   for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<std::byte>(i % 251);
-  for (const std::size_t n :
-       {0, 1, 63, 64, 65, 960, 1023, 1024, 1025, 1088, 1100, 4096, 4999, 8192, 16424})
-    for (const std::size_t start : {0, 1, 32})
+  for (const std::size_t n : {0u, 1u, 63u, 64u, 65u, 960u, 1023u, 1024u, 1025u, 1088u, 1100u, 4096u,
+                              4999u, 8192u, 16424u})
+    for (const std::size_t start : {0u, 1u, 32u})
       for (const std::byte* const other :
            {static_cast<const std::byte*>(nullptr), static_cast<const std::byte*>(next.data())}) {
         const auto bytes = std::span<const std::byte>(from).subspan(start, n);

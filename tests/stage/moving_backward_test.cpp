@@ -257,7 +257,7 @@ TEST_CASE("rows of any width are moved and pulled back beside memory that nobody
     const test::forbidden_memory around(end);
     assignment some = test::fixed_choices(rng, 8, 7, 2, 6);
     test::drop_some(rng, some, 6);
-    for (const std::size_t c : {0, 1, 14, 15}) {  // the first and the last lie at the ends
+    for (const std::size_t c : {0u, 1u, 14u, 15u}) {  // the first and the last lie at the ends
       some.ids()[c] = static_cast<expert_id>(c % 2 + 2);
       some.kept_to_change()[c] = 1;
     }
