@@ -777,6 +777,7 @@ TEST_CASE("every field that says which layers have experts is read, alone and at
   CHECK(of("jamba", R"(, "expert_layer_period": 3, "expert_layer_offset": 2)") == "--s--s");
   CHECK(of("jamba", R"(, "expert_layer_offset": 0)") == "s-s-s-");
   CHECK(of("jamba", R"(, "expert_layer_period": 1, "expert_layer_offset": 0)") == "ssssss");
+  CHECK(of("jamba", R"(, "expert_layer_period": 1)") == "------");
   CHECK(of("llama4_text", R"(, "interleave_moe_layer_step": 1)") == "ssssss");
   CHECK(of("llama4_text", R"(, "moe_layers": [0, 3], "interleave_moe_layer_step": 2)") == "s--s--");
   CHECK(of("ernie4_5_moe", "") == "-sssss");

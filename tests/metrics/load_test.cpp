@@ -124,6 +124,10 @@ TEST_CASE("mean token entropy honours the mask and does not depend on how batche
   CHECK(one.mean() == many.mean());
   CHECK(one.normalized() < 1);
   CHECK(entropy_meter{}.mean() == 0);
+  // A batch of no tokens says nothing of the experts either.
+  const double share = one.normalized();
+  one.add(matrix_view<const float>(nullptr, 0, 70));
+  CHECK(one.normalized() == share);
   CHECK(test::refusal([&] { one.add(all, std::vector<std::uint8_t>(3)); }) ==
         "moeroute::entropy_meter: mask.size() is 3, expected 60");
 }

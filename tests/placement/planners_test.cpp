@@ -215,6 +215,11 @@ TEST_CASE("an optimal split is as even as any: what a set of ranks alone can ser
     further += split_by_filling(p, count).max_load > bound ? 1 : 0;
   }
   CHECK(further > 0);  // some need more than filling
+  // Where no rank lives and no token comes nobody has a load.
+  const std::vector<std::uint8_t> nobody(2, 0);
+  const placement lost =
+      placement::from_slots(4, 2, std::vector<expert_id>{0, 1, 2, 3}, {}, nobody);
+  CHECK(split_optimal(lost, std::vector<std::int64_t>(4)).max_load == 0);
 }
 
 TEST_CASE("a split is even where ranks can share evenly, though filling does not find it") {
@@ -301,6 +306,18 @@ TEST_CASE("shadowing decides as published, and ours by what ranks really have") 
       best = std::min(best, shadow_latency(count, 4, flags, costs, true));
     }
     CHECK(ours.latency <= best * (1.0 + 1e-9));
+  }
+}
+
+TEST_CASE("of many experts the busiest are shadowed, wherever they stand") {
+  constexpr index_t ranks = 4, experts = 12;
+  const shadow_costs costs{.d = 64, .ratio = 4, .bytes = 2, .bandwidth = 1e9, .flops = 1e12};
+  for (index_t busy = 0; busy < experts; ++busy) {
+    std::vector<std::int64_t> count(ranks * experts, 10);
+    for (index_t r = 0; r < ranks; ++r)
+      count[static_cast<std::size_t>(r * experts + busy)] = 100'000;
+    const shadow_plan plan = shadow_exact(count, ranks, costs, true);
+    CHECK(plan.shadowed == std::vector<expert_id>{static_cast<expert_id>(busy)});
   }
 }
 

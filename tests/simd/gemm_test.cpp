@@ -269,4 +269,10 @@ TEST_CASE("packing refuses shapes that do not fit") {
         "moeroute::packed_matrix: rows is -1, expected >= 0");
   CHECK(refusal([] { simd::packed_matrix<>(3, -2); }) ==
         "moeroute::packed_matrix: cols is -2, expected >= 0");
+  constexpr index_t most = index_t{1} << 48;
+  CHECK(refusal([] { simd::packed_matrix<>(most + 1, 0); }) ==
+        "moeroute::packed_matrix: rows is 281474976710657, expected 0 to 281474976710656");
+  CHECK(refusal([] { simd::packed_matrix<>(0, most + 1); }) ==
+        "moeroute::packed_matrix: cols is 281474976710657, expected 0 to 281474976710656");
+  CHECK(refusal([] { simd::packed_matrix<>(0, most); }) == "accepted");
 }

@@ -308,3 +308,14 @@ TEST_CASE("a row counts once in each histogram; what lies outside counts at the 
     });
   }
 }
+
+TEST_CASE("-inf stands in place of what is not finite, and the largest float is finite") {
+  const float largest = std::numeric_limits<float>::max();
+  test::for_each_arch<test::widths>([&]<class A>(A) {
+    const auto kept = [](float x) {
+      return simd::keep_finite{}.template map<A>(simd::vfloat<A>(x)).get(0);
+    };
+    for (const float x : {0.0f, -1.5f, 0x1p-149f, largest, -largest}) CHECK(kept(x) == x);
+    for (const float x : {infinity, -infinity, std::nanf("")}) CHECK(kept(x) == -infinity);
+  });
+}
