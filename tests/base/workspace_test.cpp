@@ -67,6 +67,9 @@ TEST_CASE("a copied buffer has the same values in memory of its own") {
   buffer<int>& same = b;
   b = same;
   CHECK((b.size() == 3 && b[0] == 9));
+  const buffer<int> lesser(1), greater(5);
+  CHECK((b = lesser).size() == 1);
+  CHECK((b = greater).size() == 5);
 }
 
 TEST_CASE("a moved buffer hands over its memory and is empty") {

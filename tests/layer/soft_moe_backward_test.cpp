@@ -1,5 +1,6 @@
 #include <moeroute/layer/soft_moe_backward.hpp>
 //
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <string>
@@ -158,18 +159,23 @@ TEST_CASE("gradients that go nowhere are written nowhere") {
 TEST_CASE("a soft layer goes forwards and backwards beside memory that nobody may touch") {
   constexpr index_t many = 16;  // tokens and slots
   const floats x = random_floats(many * d, 1), mu = random_floats(many * d, 2);
-  const auto gradients = [&](soft_logits kind) {
+  const auto gradients = [&](soft_logits kind, index_t stride = d) {
     soft_moe layer(rows(mu, many), curves{}, {2, kind, 1.5f});
     soft_tape tape;
-    floats y(x.size()), dx(x.size()), dmu(mu.size());
-    layer.forward(rows(x, many), into(y, many), serial{}, tape);
-    backward(layer, rows(x, many), tape, rows(y, many), rows(mu, many), curve_gradients{},
-             {gradient_to::write, into(dx, many), into(dmu, many)});
+    floats y(x.size()), dx(x.size()), dmu(mu.size()), wide(static_cast<std::size_t>(many * stride));
+    for (index_t t = 0; t < many; ++t) std::copy_n(x.begin() + t * d, d, wide.begin() + t * stride);
+    const matrix_view<const float> input(wide.data(), many, d, stride);
+    float dscale = 0.0f;
+    layer.forward(input, into(y, many), serial{}, tape);
+    backward(layer, input, tape, rows(y, many), rows(mu, many), curve_gradients{},
+             {gradient_to::write, into(dx, many), into(dmu, many), &dscale});
     dx.insert(dx.end(), dmu.begin(), dmu.end());
+    dx.push_back(dscale);
     return dx;
   };
   for (const soft_logits kind : {soft_logits::product, soft_logits::normalized}) {
     const floats expected = gradients(kind);
+    CHECK(test::bit_difference(gradients(kind, d + 3), expected) == "");
     for (const test::guarded_end end : {test::guarded_end::front, test::guarded_end::back}) {
       const test::forbidden_memory around(end);
       CHECK(test::bit_difference(gradients(kind), expected) == "");

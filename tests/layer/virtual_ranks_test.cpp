@@ -652,6 +652,17 @@ TEST_CASE("chunks of tokens that are joined add up gradients as one chunk does")
         CHECK(from.capacity() >= (from.plan().rows() * 2 + from.plan().entries() * 2) * d *
                                      static_cast<index_t>(sizeof(float)));
     }
+  // Rows are held as they were given, what comes back as floats.
+  exchange_sender<bfloat16> narrow;
+  const std::vector<bfloat16> row{bfloat16(1.0f)};
+  assignment one;
+  one.reset(1, 1, 1);
+  one.ids()[0] = 0;
+  one.weights()[0] = 1.0f;
+  narrow.pack(matrix_view<const bfloat16>(row.data(), 1, 1), one, placement::contiguous(1, 1), 0,
+              {}, {});
+  narrow.expect_results(exchange_result::exact);
+  CHECK(narrow.capacity() == 2 + 4);
   joined_backward<> nothing;
   nothing.run(std::span<exchange_receiver<>>(), 3,
               [](expert_id, matrix_view<const float>, matrix_view<const float>,

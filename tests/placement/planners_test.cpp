@@ -309,6 +309,13 @@ TEST_CASE("shadowing decides as published, and ours by what ranks really have") 
   }
 }
 
+TEST_CASE("the first restart begins with layer 0 clustered by where its tokens go") {
+  const layer_transitions t{.experts = 4,
+                            .count = {{1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0}}};
+  CHECK(place_by_affinity(t, {.ranks = 2, .restarts = 0}).cost == 2.0);
+  CHECK(place_by_affinity(t, {.ranks = 2, .restarts = 1}).cost == 0.0);
+}
+
 TEST_CASE("of many experts the busiest are shadowed, wherever they stand") {
   constexpr index_t ranks = 4, experts = 12;
   const shadow_costs costs{.d = 64, .ratio = 4, .bytes = 2, .bandwidth = 1e9, .flops = 1e12};

@@ -1,5 +1,6 @@
 #include <moeroute/stage/soft_backward.hpp>
 //
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <moeroute/simd/rows/row_dot.hpp>
@@ -48,6 +49,15 @@ TEST_CASE("gradients of soft plans are autograd's") {
     plan_soft_backward(rows(dispatch, slots), rows(combine, tokens), rows(ddispatch, slots),
                        rows(dcombine, tokens), gradient_to::write, rows(dz, tokens), ws);
     CHECK(test::difference(dz, file.numbers("grad_logits"), 1e-9, 1e-13) == "");
+    // Each of the views may have a stride of its own.
+    doubles wide(static_cast<std::size_t>(slots * (tokens + 2)), NAN);
+    for (index_t s = 0; s < slots; ++s)
+      std::copy_n(ddispatch.begin() + s * tokens, tokens, wide.begin() + s * (tokens + 2));
+    plan_soft_backward(rows(dispatch, slots), rows(combine, tokens),
+                       matrix_view<const double>(wide.data(), slots, tokens, tokens + 2),
+                       rows(dcombine, tokens), gradient_to::write, rows(other, tokens), ws);
+    CHECK(other == dz);
+    std::fill(other.begin(), other.end(), 1.0);
     plan_soft_backward(rows(dispatch, slots), rows(combine, tokens), rows(ddispatch, slots),
                        rows(dcombine, tokens), gradient_to::add, rows(other, tokens), ws,
                        test::backwards{});
