@@ -84,6 +84,20 @@ TEST_CASE("who waited for a second number and got it is not counted as waiting a
   }
 }
 
+TEST_CASE("numbers of another loop are not counted among those that a loop waits for") {
+  worker_slots mine(2), others(2);
+  const worker_slots::held one(mine), two(mine);
+  std::atomic<bool> holds{false};
+  std::thread other([&] {
+    const worker_slots::held first(others), second(others);
+    holds = true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  });
+  while (!holds) std::this_thread::yield();
+  CHECK(test::refusal([&] { const worker_slots::held inner(others); }) == "accepted");
+  other.join();
+}
+
 TEST_CASE("a thread that holds a number may hold another, and an endless wait is an error") {
   worker_slots slots(2);
   const worker_slots::held outer(slots);

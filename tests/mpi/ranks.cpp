@@ -949,6 +949,47 @@ TEST_CASE("a layer over ranks gives the bits of a layer on one") {
   CHECK(slice_difference(y, expected, first * d) == "");
 }
 
+TEST_CASE("ranks whose rows are of different types are refused on all of them") {
+  if (world_size() == 1) return;
+  const placement where = placement::contiguous(world_size(), world_size());
+  const auto said = [&]<class T>(T) {
+    mpi::expert_parallel<T> p(MPI_COMM_WORLD, where);
+    const std::vector<T> x{T(1.0f)};
+    rows y(1);
+    assignment next;
+    next.reset(1, world_size(), 1);
+    next.ids()[0] = static_cast<expert_id>((world_rank() + 1) % world_size());
+    next.weights()[0] = 1.0f;
+    return test::refusal([&] {
+      p.forward(matrix_view<const T>(x.data(), 1, 1), next, matrix_view<float>(y.data(), 1, 1),
+                [](expert_id, auto, auto) {});
+    });
+  };
+  const std::string sentence = world_rank() == 0 ? said(bfloat16{}) : said(float16{});
+  CHECK(sentence.find("the type of rows is ") != std::string::npos);
+}
+
+TEST_CASE("what a rank's router refuses is refused on every rank, also by one without tokens") {
+  const int ranks = world_size(), bad = ranks - 1;
+  const rows one(1, 1.0f), gate(static_cast<std::size_t>(ranks), 0.5f);
+  const std::vector<std::uint8_t> mask(1, 1);
+  swiglu_experts<> own(1, 1, 1);
+  const matrix_view<const float> w(one.data(), 1, 1);
+  own.set_gate(0, w);
+  own.set_up(0, w);
+  own.set_down(0, w);
+  mpi::expert_parallel_layer<router<softmax>, swiglu_experts<>> layer(
+      MPI_COMM_WORLD, simd::packed_matrix<float>(matrix_view<const float>(gate.data(), ranks, 1)),
+      router<softmax>{.selection = {.k = 1}}, std::move(own), placement::contiguous(ranks, ranks));
+  const index_t tokens = world_rank() == bad ? 0 : 1;
+  rows y(1);
+  CHECK(test::refusal([&] {
+          layer.forward(matrix_view<const float>(one.data(), tokens, 1),
+                        matrix_view<float>(y.data(), tokens, 1),
+                        world_rank() == bad ? side_inputs{.mask = mask} : side_inputs{});
+        }) != "accepted");
+}
+
 // Last: what is broken stays broken.
 TEST_CASE("a rank that stops is named after the deadline, and the exchange is broken") {
   if (world_size() == 1) return;

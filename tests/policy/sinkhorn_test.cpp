@@ -111,6 +111,13 @@ TEST_CASE("the sums that were scaled last are exact, the others within tolerance
       }
 }
 
+TEST_CASE("V-MoE's projection scales rows last: they are exact, however few its iterations") {
+  const std::vector<float> z{0.0f, 0.0f, 0.0f, 20.0f};
+  const planned p = plan_of(kl_projection_scaling, z, 2, 2);
+  CHECK(worst(sums(p.values, 2, 2, true), 1.0) < 1e-6);
+  CHECK(worst(sums(p.values, 2, 2, false), 1.0) > 1e-3);
+}
+
 TEST_CASE("the two by two example has 0.715042 on its diagonal") {
   const std::vector<float> z{0.73f, 0.27f, 0.27f, 0.73f};
   for (const auto domain : both_domains) {
