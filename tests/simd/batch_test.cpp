@@ -80,6 +80,39 @@ TEMPLATE_LIST_TEST_CASE("fma keeps infinities, zeros, denormals and the largest 
   CHECK(wrong == "");
 }
 
+TEMPLATE_LIST_TEST_CASE("fma rounds once in each lane where a double comes to lie half-way", "",
+                        test::arches) {
+  constexpr int w = simd::width<TestType>;
+  // 8392705 * 8384513 is 2^46 + 1: half a step of the addend, and what a double has no room for.
+  struct half_step {
+    float addend;
+    int exponent;
+  };
+  std::string wrong;
+  for (const half_step& at : {half_step{1.0f, -24},
+                              {0x1.000004p0f, -24},
+                              {0x1p126f, 102},
+                              {0x1p-126f, -150},
+                              {0x1p-127f, -150},
+                              {0x0.fffffcp-126f, -150},
+                              {0x1p-140f, -150}})
+    for (const float sign : {1.0f, -1.0f})
+      for (const float c : {at.addend, -at.addend})
+        for (int lane = 0; lane < w; ++lane) {
+          alignas(alignment) float x[w], y[w], z[w], made[w];
+          for (int i = 0; i < w; ++i) x[i] = y[i] = z[i] = static_cast<float>(i + 2);
+          x[lane] = sign * std::ldexp(8392705.0f, at.exponent / 2 - 23);
+          y[lane] = std::ldexp(8384513.0f, at.exponent / 2 - 23);
+          z[lane] = c;
+          using F = simd::vfloat<TestType>;
+          simd::fma<TestType>(F::load_aligned(x), F::load_aligned(y), F::load_aligned(z))
+              .store_aligned(made);
+          for (int i = 0; i < w; ++i)
+            if (!same_or_nan(made[i], std::fma(x[i], y[i], z[i]))) wrong = shown(x[i], y[i], z[i]);
+        }
+  CHECK(wrong == "");
+}
+
 TEMPLATE_LIST_TEST_CASE("load_first and store_first touch the first n values only", "",
                         test::arches) {
   constexpr int w = simd::width<TestType>;

@@ -324,7 +324,6 @@ inline model_routers read_config(const config_source& from) {
   const std::vector<index_t> experts =
       sizes_of(fields, spelled(fields, model.experts), max_experts);
   s.experts = experts.front();
-  s.zero_experts = 0;
   if (model.normalize != config_model::always) {
     const std::string norm = spelled(fields, "norm_topk_prob");
     if (!truth(fields, norm, model.normalize == config_model::on))

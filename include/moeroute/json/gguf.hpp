@@ -336,7 +336,6 @@ inline gguf_value gguf_scalar(gguf_bytes& in, std::uint64_t type) {
   const std::optional<index_t> experts = fields.integer("expert_count", 1, max_experts);
   if (!experts) fields.wrong("expert_count", "a whole number");
   s.experts = *experts;
-  s.zero_experts = 0;
   const std::optional<index_t> k = fields.integer("expert_used_count", 1, s.experts);
   if (!k) fields.wrong("expert_used_count", "a whole number");
   s.k = *k;
