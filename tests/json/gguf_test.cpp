@@ -624,3 +624,48 @@ TEST_CASE("bytes that are no metadata are refused") {
                                    std::to_string(version) + " at offset 8"));
   }
 }
+
+TEST_CASE(
+    "words of routing are seen in any spelling, shared ones where none of others' is beside") {
+  using moeroute::detail::speaks_of_routing;
+  using moeroute::detail::words_of;
+  using words = std::vector<std::string>;
+  CHECK(words_of("moe_topK-prob") == words{"moe", "top", "k", "prob"});
+  CHECK(words_of("..numExperts.PER__2b") == words{"num", "experts", "per", "2b"});
+  CHECK((words_of("").empty() && words_of("__").empty()));
+  for (const char* const key :
+       {"attn_xexpertx", "vision.subrouter", "kv_moex", "conv-Routing", "top_k", "myTopK"})
+    CHECK(speaks_of_routing(key));
+  for (const char* const key : {"", "amoe", "abrout", "top", "k_top", "top_p", "topk2", "gated"})
+    CHECK_FALSE(speaks_of_routing(key));
+  std::istringstream shared(
+      "gate gates gating score scores scoring scorer group groups grouped topk jitter capacity "
+      "softcap softcapping balance balancing aux noaux hash renormalize sinkhorn"),
+      others(
+          "attn attention index indexer mamba ssm vision image video audio mtp nextn kv key query "
+          "value conv final lora quant beam code linear hc rope speech");
+  std::string wrong;
+  for (std::string word; shared >> word;)
+    if (!speaks_of_routing("a_" + word)) wrong += word + " ";
+  for (std::string word; others >> word;)
+    for (const std::string& key : {word + "_gate", "gate." + word, word + "_top_k", word})
+      if (speaks_of_routing(key)) wrong += key + " ";
+  CHECK(wrong == "");
+}
+
+TEST_CASE("the keys that change no routing are these, word for word") {
+  // The sum of their hashes, in any order: a key more, less or misspelt is another sum.
+  const auto sum_of = [](const auto& keys) {
+    std::uint64_t sum = 0;
+    for (const std::string_view key : keys) {
+      std::uint64_t hash = 1469598103934665603u;
+      for (const char c : key) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
+      sum += hash;
+    }
+    return sum;
+  };
+  CHECK(std::size(moeroute::detail::harmless_config_keys) == 120);
+  CHECK(sum_of(moeroute::detail::harmless_config_keys) == 0x385168812fac8e5bu);
+  CHECK(std::size(moeroute::detail::harmless_gguf_keys) == 11);
+  CHECK(sum_of(moeroute::detail::harmless_gguf_keys) == 0x98c73f674928e4a0u);
+}

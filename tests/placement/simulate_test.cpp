@@ -501,6 +501,33 @@ TEST_CASE("every number of a cluster and of a simulation is refused by its own n
             "moeroute::simulate: a cost is inf, expected a finite number >= 0");
 }
 
+TEST_CASE("a cluster and a simulation are what they are without a word; nothing is negative") {
+  const cluster c;
+  CHECK((c.ranks == 1 && c.nodes == 1 && c.block == 1 && c.rows_per_second == 1e6));
+  CHECK((c.inside.alpha == 2e-6 && c.inside.beta == 1.0 / 300e9));
+  CHECK((c.outside.alpha == 8e-6 && c.outside.beta == 1.0 / 50e9));
+  CHECK((c.call_seconds == 5e-6 && c.row_bytes == 4096.0 && c.expert_bytes == 50e6));
+  const simulation_options o;
+  CHECK((o.planner == planner_kind::eplb && o.slots == 0 && o.replan_every == 1));
+  CHECK((o.memory == 0.0 && o.k == 8));
+  CHECK(std::string(planner_names[static_cast<int>(planner_kind::search)]) == "search");
+  CHECK(std::string(planner_names[static_cast<int>(planner_kind::spill)]) == "spill (LLEP)");
+  // A line that falls, and one that would begin below 0.
+  const std::vector<double> bytes{1, 2}, falling{2, 1}, late{0, 1};
+  const link_cost flat = fit_link(bytes, falling), steep = fit_link(bytes, late);
+  CHECK((flat.beta == 0.0 && flat.alpha == 1.5 && steep.beta == 1.0 && steep.alpha == 0.0));
+  // Noise of 1 and more leaves everybody a part; few choices are no fewer than none.
+  const expert_traffic loud({.experts = 64, .zipf = 0.0, .noise = 5.0});
+  for (const double part : loud.popularity()) CHECK(part > 0.0);
+  std::vector<double> count;
+  loud.sample(8.0, 1, count);
+  CHECK(*std::min_element(count.begin(), count.end()) == 0.0);
+  // Parts of a choice are rounded: three choices, two of them on rank 0.
+  layer_simulation exact(2,
+                         {.planner = planner_kind::exact_balance, .k = 1, .machine = {.ranks = 2}});
+  CHECK(exact.next(std::vector<double>{2.5, 0.4}).imbalance == 2 / 1.5);
+}
+
 TEST_CASE("a simulated step of any planner and cluster is what its formulas make of its plan") {
   test::random rng(61);
   const auto at = [](index_t i) { return static_cast<std::size_t>(i); };

@@ -143,6 +143,9 @@ TEST_CASE("predictors rank what their name says, best first, the lowest among eq
   CHECK(guesses(lately, 0, 2) == guesses(said, 0, 2));
   CHECK(guesses(lately, 0, 2) == ids{0, 1});
   CHECK(two_choice_table(9).places_of(7) == two_choice_table(9, 0).places_of(7));
+  two_choice_table single_place(1);
+  CHECK((single_place.add(3, 2.5) == 0 && single_place.add(4) == 0));
+  CHECK(single_place.load()[0] == 3.5);
 
   CHECK(recall_meter{}.recall() == 0.0);
   CHECK(prefetch_counts{}.per_use() == 0.0);

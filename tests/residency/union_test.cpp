@@ -280,6 +280,7 @@ TEST_CASE("union rules that do not fit are refused by name") {
   CHECK(refused({.k0 = 0}) == "moeroute::union_router: k0 is 0, expected 1 to 4");
   CHECK(refused({.k0 = 5}) == "moeroute::union_router: k0 is 5, expected 1 to 4");
   CHECK(refused({.mass = 2}) == "moeroute::union_router: mass is 2.000000, expected 0 to 1");
+  CHECK(refused({.mass = 1}) == "accepted");
   CHECK(refused({.most_rank = 3}) == "moeroute::union_router: most_rank is 3, expected 4 to 32");
   CHECK(refused({.mass = -0.5f}) == "moeroute::union_router: mass is -0.500000, expected 0 to 1");
   CHECK(refused({.most_rank = 33}) == "moeroute::union_router: most_rank is 33, expected 4 to 32");
@@ -296,6 +297,12 @@ TEST_CASE("union rules that do not fit are refused by name") {
         "moeroute::union_router: experts % groups is 2, expected 0");
   CHECK(refused({.kind = kind::vote, .groups = 4, .stays = 9}) ==
         "moeroute::union_router: stays is 9, expected 1 to 8");
+  // What the router alone refuses.
+  const auto too_many = [](const auto& router) {
+    return test::refusal([&] { test::routed(router, test::zeros(2, 32), 32); });
+  };
+  CHECK(too_many(union_router(plain_of(33), {})) == too_many(plain_of(33)));
+  CHECK(too_many(plain_of(33)) != "accepted");
   test::random rng(3);
   const assignment sets = test::fixed_choices(rng, 3, 8, 2);
   CHECK(test::refusal([&] { speculation_depth(sets, std::vector<double>{1, 1, 1}, {}); }) ==
