@@ -819,6 +819,7 @@ TEST_CASE("losses of counts and of rows refuse by name the numbers that they are
 }
 
 TEST_CASE("controllers and schedules refuse by name the numbers that make no sense") {
+  constexpr index_t beyond = max_experts + 1;
   std::vector<float> values(4), three(3);
   const std::vector<float> none{1, 0}, endless_share{HUGE_VALF, 1}, unknown_share{1, std::nanf("")};
   const std::vector<std::uint8_t> mask(1, 1);
@@ -974,7 +975,27 @@ TEST_CASE("controllers and schedules refuse by name the numbers that make no sen
        "target_controller: step is nan, expected >= 0 and finite"},
       {layers({.layers = 2, .waves = std::nan("")}), "experts_of_layer: waves must be finite"},
       {[] { experts_of_layer(layer_schedule::wave, -1, {}); },
-       "experts_of_layer: layer is -1, expected 0 to 0"}};
+       "experts_of_layer: layer is -1, expected 0 to 0"},
+      {layers({.layers = beyond}), "experts_of_layer: layers is 1048577, expected 1 to 1048576"},
+      {layers({.most = beyond}), "experts_of_layer: most is 1048577, expected 1 to 1048576"},
+      {real({.experts = beyond}),
+       "real_expert_controller: experts is 1048577, expected 1 to 1048576"},
+      {real({.experts = 2, .zero_experts = max_experts - 1}),
+       "real_expert_controller: zero_experts is 1048575, expected 0 to 1048574"},
+      {real({.experts = 2, .zero_experts = 3, .k = 6}),
+       "real_expert_controller: k is 6, expected 1 to 5"},
+      {lambda({.experts = beyond}), "lambda_controller: experts is 1048577, expected 1 to 1048576"},
+      {[] { bip_balancer(beyond, {}); }, "bip_balancer: experts is 1048577, expected 1 to 1048576"},
+      {[] { bip_online(beyond, 1, 1); }, "bip_online: experts is 1048577, expected 1 to 1048576"},
+      {[] { bip_online(2, 1, index_t{1} << 31); },
+       "bip_online: window is 2147483648, expected 1 to 2147483647"},
+      {[] { expert_thresholds(beyond, {}); },
+       "expert_thresholds: experts is 1048577, expected 1 to 1048576"},
+      {[] { quantile_balancer(beyond, {}); },
+       "quantile_balancer: experts is 1048577, expected 1 to 1048576"},
+      {[] { quantile_balancer(2, {.k = 3}); }, "quantile_balancer: k is 3, expected 1 to 2"},
+      {[] { quantile_histogram(beyond, {}); },
+       "quantile_histogram: experts is 1048577, expected 1 to 1048576"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
   CHECK(test::refusal(lambda({.ceiling = 0.0})) ==
         "moeroute::lambda_controller: ceiling is 0.000000, expected 0.000000 to " +
@@ -992,9 +1013,21 @@ TEST_CASE("controllers and schedules refuse by name the numbers that make no sen
            [] { quantile_balancer(2, {.k = 2, .ema = 1.0f}); },
            [] { quantile_histogram(2, {.k = 2, .ema = 1.0f}); },
            [] { target_controller({.start = 0.0f, .step = 0.0f, .most = 0.0f}); },
-           lambda({.start = 1.5e-300, .ceiling = 1.5e-300}), lambda({.ceiling = 1e300}),
+           lambda({.start = 1.5e-300, .ceiling = 1.5e-300}),
+           lambda({.ceiling = 1e300}),
            real({.k = 1, .target = 0.0f, .step = 0.0f}),
            lambda({.k = 0.0f, .start = 0.5, .factor = 1.0, .floor = 0.5, .ceiling = 0.5}),
-           real({.experts = 2, .k = 2, .target = 2.0f})})
+           real({.experts = 2, .k = 2, .target = 2.0f}),
+           layers({.layers = max_experts}),
+           layers({.least = max_experts, .most = max_experts}),
+           real({.experts = max_experts}),
+           real({.experts = 2, .zero_experts = 3, .k = 5}),
+           lambda({.experts = max_experts}),
+           [] { bias_controller{max_experts}; },
+           [] { bip_balancer(max_experts, {}); },
+           [] { bip_online(max_experts, 1, 1); },
+           [] { expert_thresholds(max_experts, {}); },
+           [] { quantile_balancer(max_experts, {}); },
+           [] { quantile_histogram(max_experts, {.buckets = 2}); }})
     CHECK(test::refusal(accepted) == "accepted");
 }

@@ -63,6 +63,10 @@ TEST_CASE("the beta distribution: closed forms, symmetry, and the integral of it
   CHECK(beta_distribution(1e-6, 1).cdf(1e-5) == Approx(std::pow(1e-5, 1e-6)).epsilon(1e-12));
   CHECK(beta_distribution(1, 1e-6).cdf(1.0 - 1e-5) ==
         Approx(-std::expm1(1e-6 * std::log(1e-5))).epsilon(1e-8));
+  // The larger both are, the more steps its middle takes.
+  for (const double a : {10.0, 1e4, 1e6, 1e8, 1e10})
+    for (const double x : {0.5, 0.5 - 1e-12})
+      CHECK(beta_distribution(a, a).cdf(x) == Approx(0.5).margin(2e-14 * a + 2e-7));
   const beta_distribution beta(0.75, 5.0);
   CHECK(beta.pdf(0.2) ==
         Approx((beta.cdf(0.2 + 1e-5) - beta.cdf(0.2 - 1e-5)) / 2e-5).epsilon(1e-7));

@@ -83,6 +83,8 @@ TEST_CASE("a sentence in parts reads as its text and numbers do, and is cut wher
   CHECK(refusal([] {
           fail("plan", {"of ", 0, " to ", std::size_t{7}, std::string_view(), "s"});
         }) == "moeroute::plan: of 0 to 7s");
+  CHECK(refusal([] { fail("plan", {static_cast<const char*>(nullptr), "s"}); }) ==
+        "moeroute::plan: s");
   const char* const name = "mask";
   CHECK(refusal([&] { fail("plan", {name, " is missing"}); }) == "moeroute::plan: mask is missing");
   const std::string endless(3000, 'n');

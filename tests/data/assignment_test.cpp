@@ -206,7 +206,14 @@ TEST_CASE("sizes whose product is no number of 64 bits are refused by their own 
       "moeroute::assignment: tokens is 4611686018427387904, expected 0 to 2147483647";
   CHECK(refusal([&] { a.reset(index_t{1} << 62, 1024, 4); }) == tokens);
   CHECK(refusal([&] { a.reset_ragged(index_t{1} << 62, 1024, 4); }) == tokens);
-  CHECK(refusal([&] {
-          p.reset(index_t{1} << 62, 1024, 4);
-        }).starts_with("moeroute::plan: choices is "));
+  CHECK(refusal([&] { p.reset(index_t{1} << 62, 1024, 4); }) ==
+        "moeroute::plan: choices is 9223372036854775807, expected 0 to 2147483647");
+  CHECK(refusal([&] { a.reset(index_t{1} << 31, 8, 1); }) ==
+        "moeroute::assignment: tokens is 2147483648, expected 0 to 2147483647");
+  for (const index_t choices : {index_t{-1}, index_t{1} << 31})
+    CHECK(refusal([&] { a.reset_ragged(3, 8, 2, choices); }) ==
+          "moeroute::assignment: choices is " + std::to_string(choices) +
+              ", expected 0 to 2147483647");
+  a.reset_ragged(3, 8, 2, 5);
+  CHECK((a.room() == 5 && a.k() == 2 && a.tokens() == 3 && a.ragged()));
 }

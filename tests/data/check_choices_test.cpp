@@ -70,7 +70,7 @@ assignment ragged_form(std::vector<std::int32_t> offsets, std::vector<expert_id>
 
 using reader = std::pair<std::string, std::function<void(const assignment&)>>;
 
-// Whoever reads offsets; those that index by ids are in front.
+// Whoever reads offsets, by the name that it refuses with; those that index by ids are in front.
 std::vector<reader> readers(std::size_t& of_ids) {
   std::vector<reader> list;
   list.emplace_back("count_choices", [](const assignment& a) {
@@ -130,9 +130,9 @@ std::vector<reader> readers(std::size_t& of_ids) {
   list.emplace_back("segment_meter", [](const assignment& a) { segment_meter(experts, 2).add(a); });
   list.emplace_back("sparsity_meter",
                     [](const assignment& a) { sparsity_meter(experts, 2).add(a); });
-  list.emplace_back("specialisation_meter",
+  list.emplace_back("count_choices",
                     [](const assignment& a) { specialisation_meter(2, experts).add(0, a); });
-  list.emplace_back("load_meter", [](const assignment& a) { load_meter(experts).add(a); });
+  list.emplace_back("count_choices", [](const assignment& a) { load_meter(experts).add(a); });
   of_ids = list.size();
   list.emplace_back("drops_by_position", [](const assignment& a) {
     std::vector<std::int64_t> chosen(2), dropped(2);
@@ -162,9 +162,9 @@ TEST_CASE("ids outside [-1, E) are refused by whoever reads an assignment, where
   for (std::size_t i = 0; i < of_ids; ++i) {
     INFO(list[i].first);
     for (const expert_id bad : {8, -2, 1 << 30})
-      CHECK(test::refusal([&] {
-              list[i].second(fixed_form(bad));
-            }).ends_with(": the id of choice 9 is " + std::to_string(bad) + ", expected -1 to 7"));
+      CHECK(test::refusal([&] { list[i].second(fixed_form(bad)); }) ==
+            "moeroute::" + list[i].first + ": the id of choice 9 is " + std::to_string(bad) +
+                ", expected -1 to 7");
     CHECK(test::refusal([&] { list[i].second(fixed_form(7)); }) == "accepted");
     CHECK(test::refusal([&] { list[i].second(fixed_form(no_expert)); }) == "accepted");
   }
@@ -185,13 +185,15 @@ TEST_CASE("ragged offsets that do not ascend from 0, or exceed k or the room, ar
     };
     CHECK(refused({0, 2, 4}, 4) == "accepted");
     CHECK(refused({0, 0, 0}, 4) == "accepted");
-    CHECK(refused({0, 3, 2}, 4).find("token 1 has the choices from 3 to 2") != std::string::npos);
-    CHECK(refused({0, -1, 2}, 4).find("token 0 has the choices from 0 to -1") != std::string::npos);
-    CHECK(refused({0, 0, 4}, 4).find("token 1 has the choices from 0 to 4, expected 0 to k = 3") !=
-          std::string::npos);
-    CHECK(refused({1, 2, 4}, 4).find("the choices of a ragged assignment are 4 from 1 on") !=
-          std::string::npos);
-    CHECK(refused({0, 3, 6}, 4).find("expected at most 4 from 0 on") != std::string::npos);
+    const std::string of = "moeroute::" + name + ": token ",
+                      all = "moeroute::" + name + ": the choices of a ragged assignment are ",
+                      most = ", expected 0 to k = 3 of them, from 0 on",
+                      room = " on, expected at most 4 from 0 on";
+    CHECK(refused({0, 3, 2}, 4) == of + "1 has the choices from 3 to 2" + most);
+    CHECK(refused({0, -1, 2}, 4) == of + "0 has the choices from 0 to -1" + most);
+    CHECK(refused({0, 0, 4}, 4) == of + "1 has the choices from 0 to 4" + most);
+    CHECK(refused({1, 2, 4}, 4) == all + "4 from 1" + room);
+    CHECK(refused({0, 3, 6}, 4) == all + "6 from 0" + room);
   }
 }
 

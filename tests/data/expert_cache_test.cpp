@@ -407,6 +407,7 @@ TEST_CASE("a profile is the uses of a run; the hottest are pinned; text comes ba
           "moeroute::hot_keys: n is " + std::to_string(n) + ", expected 0 to 8");
   CHECK(test::refusal([] { hot_keys({.layers = 2, .experts = 2, .uses = {1, 2, 3}}, 1); }) ==
         "moeroute::hot_keys: uses.size() is 3, expected 4");
+  CHECK(to_string(profile) == "expert_profile v1 2 4\n1 3 4 0\n0 0 0 3\n");
   const expert_profile back = parse_expert_profile(to_string(profile));
   CHECK(back.layers == 2);
   CHECK(back.experts == 4);

@@ -61,6 +61,8 @@ TEST_CASE("a view shows the elements of row-major matrices, maps, refs and block
   auto block = m.block(1, 2, 3, 4);
   CHECK(same(view(block), block));
   CHECK(view(block).stride == 7);
+  CHECK((const_view(block).stride == 7 && matrix_view<const float>(view(block)).stride == 7));
+  CHECK(view(m.block(1, 2, 1, 4)).stride == 4);  // what one row does not reach
   Eigen::Matrix<float, 3, 4, Eigen::RowMajor> fixed;
   CHECK(same(view(fixed), fixed));
 }
@@ -78,7 +80,7 @@ TEST_CASE("an Eigen vector is a column of rows of one element, a row vector one 
 TEST_CASE("a span and a vector are one row") {
   std::vector<float> values(6);
   const auto v = view(values);
-  CHECK((v.data == values.data() && v.rows == 1 && v.cols == 6));
+  CHECK((v.data == values.data() && v.rows == 1 && v.cols == 6 && v.stride == 6));
   const std::span<float> part(values.data() + 1, 3);
   CHECK((view(part).data == values.data() + 1 && view(part).cols == 3));
 }

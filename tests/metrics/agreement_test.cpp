@@ -50,4 +50,6 @@ TEST_CASE("routings of other numbers of tokens are not compared; of none the rat
         "moeroute::selection_disagreement: b.tokens is 2, expected 1");
   const disagreement none = selection_disagreement(made_of({}, 1), made_of({}, 1));
   CHECK((none.token_rate() == 0.0 && none.choice_rate() == 0.0));
+  const disagreement unsaid;
+  CHECK((unsaid.tokens == 0 && unsaid.choices == 0));
 }

@@ -164,8 +164,12 @@ TEST_CASE("what is pinned hits from the start, and takes its place from the rest
 }
 
 TEST_CASE("an empty trace has no hits; a cache below one token's experts is refused") {
+  constexpr index_t longest = index_t{1} << 40;
   expert_trace trace(4);
   CHECK(simulate_cache(trace, {.capacity = 2}).hit_rate() == 0);
+  CHECK((cache_result{}.lookups == 0 && cache_result{}.hits == 0));
+  CHECK(test::refusal([&] { simulate_cache(trace, {.capacity = 0}); }) ==
+        "moeroute::simulate_cache: capacity is 0, expected 1 to 4");
   test::random rng(6);
   trace.add(test::fixed_choices(rng, 3, 4, 2));
   CHECK(test::refusal([&] { simulate_cache(trace, {.capacity = 1}); }) ==
@@ -177,13 +181,18 @@ TEST_CASE("an empty trace has no hits; a cache below one token's experts is refu
   const std::vector<std::uint8_t> short_mask(2, 1);
   const test::refusals all{
       {[] { expert_trace(0); }, "expert_trace: experts is 0, expected 1 to 1048576"},
+      {[] { expert_trace(1048577); }, "expert_trace: experts is 1048577, expected 1 to 1048576"},
       {[&] { trace.add(wide); }, "expert_trace: experts is 5, expected 4"},
       {[&] { trace.add(narrow, {.mask = short_mask}); },
        "expert_trace: mask.size is 2, expected 3"},
       {[&] { simulate_cache(trace, {.capacity = 2, .window = 0}); },
-       "simulate_cache: window is 0, expected 1 to 1099511627776"}};
+       "simulate_cache: window is 0, expected 1 to 1099511627776"},
+      {[&] { simulate_cache(trace, {.capacity = 2, .window = longest + 1}); },
+       "simulate_cache: window is 1099511627777, expected 1 to 1099511627776"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
-  CHECK(trace.tokens() == 3);
+  CHECK((trace.tokens() == 3 && trace.experts() == 4 && expert_trace(1048576).most() == 0));
+  CHECK(hits(trace, cache_policy::segment, 2, cold_misses::counted, longest) ==
+        hits(trace, cache_policy::segment, 2, cold_misses::counted, 3));
 }
 
 TEST_CASE("a simulated cache is the cache that it is named after, with its decay, token by token") {

@@ -587,6 +587,8 @@ TEST_CASE("a meter of contributions refuses by name what is not of one call") {
   };
   const test::refusals all{
       {[] { saliency_meter(0); }, "saliency_meter: experts is 0, expected 1 to 1048576"},
+      {[] { saliency_meter(1048577); },
+       "saliency_meter: experts is 1048577, expected 1 to 1048576"},
       {[&] { saliency_meter(6).add(p, a, rows); },
        "saliency_meter: plan.experts() is 7, expected 6"},
       {[&] { meter.add(p, fewer, rows); }, "saliency_meter: choices.choices() is 6, expected 8"},
@@ -610,13 +612,14 @@ TEST_CASE("a meter of contributions refuses by name what is not of one call") {
       {[&] { least_experts({z, 2, 2, 1}, 0.5, 0.5); },
        "least_experts: logits.stride is 1, expected at least 2"},
       {least(0.0, 0.5), "least_experts: mass is 0.000000, expected above 0, at most 1"},
+      {least(-0.5, 0.5), "least_experts: mass is -0.500000, expected above 0, at most 1"},
       {least(1.5, 0.5), "least_experts: mass is 1.500000, expected above 0, at most 1"},
       {least(std::nan(""), 0.5), "least_experts: mass is nan, expected above 0, at most 1"},
       {least(0.5, 0.0), "least_experts: share is 0.000000, expected above 0, at most 1"},
       {least(0.5, 1.5), "least_experts: share is 1.500000, expected above 0, at most 1"},
       {least(0.5, std::nan("")), "least_experts: share is nan, expected above 0, at most 1"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
-  CHECK(meter.tokens(0) == 0);
+  CHECK((meter.tokens(0) == 0 && saliency_meter(1048576).experts() == 1048576));
 }
 
 TEST_CASE("the least number of experts is that of sorted probabilities, of any shape") {

@@ -226,6 +226,9 @@ TEST_CASE("meters allocate nothing per batch and refuse what does not fit") {
         }) == 0);
   CHECK(test::refusal([] { load_meter(0); }) ==
         "moeroute::load_meter: experts is 0, expected 1 to 1048576");
+  CHECK(test::refusal([] { load_meter(1048577); }) ==
+        "moeroute::load_meter: experts is 1048577, expected 1 to 1048576");
+  CHECK(test::refusal([] { load_meter(1048576); }) == "accepted");
   CHECK(test::refusal([&] { load_meter(9).add(a); }) ==
         "moeroute::load_meter: experts is 8, expected 9");
   CHECK(test::refusal([&] { load.add_counts(std::vector<std::int64_t>{1}); }) ==
@@ -238,6 +241,8 @@ TEST_CASE("meters allocate nothing per batch and refuse what does not fit") {
       {[&] { co_activation(9).add(a); }, "co_activation: experts is 8, expected 9"},
       {[&] { pairs.add(a, {.mask = short_mask}); }, "co_activation: mask.size is 63, expected 64"},
       {[&] { (void)pairs.pairs(8, 0); }, "co_activation: expert is 8, expected 0 to 7"},
+      {[&] { (void)pairs.pairs(-1, 0); }, "co_activation: expert is -1, expected 0 to 7"},
+      {[&] { (void)pairs.pairs(0, 8); }, "co_activation: expert is 8, expected 0 to 7"},
       {[&] { (void)pairs.rate(0, -1); }, "co_activation: expert is -1, expected 0 to 7"},
       {[&] { drops.add(a, short_mask); }, "drop_meter: mask.size() is 63, expected 64"},
       {[&] { (void)drops.rate_at(-1); }, "drop_meter: tenth is -1, expected 0 to 9"},
@@ -247,7 +252,7 @@ TEST_CASE("meters allocate nothing per batch and refuse what does not fit") {
        "load_meter: a count is -1, expected >= 0"},
       {[&] { load.add(load_meter(7)); }, "load_meter: experts is 7, expected 8"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
-  CHECK(load.batches() == 1);
+  CHECK((load.batches() == 1 && pairs.experts() == 8));
   const std::vector<std::uint8_t> none(64, 0);
   load_meter masked(8);
   masked.add(a, {.mask = none});

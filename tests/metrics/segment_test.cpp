@@ -327,6 +327,7 @@ TEST_CASE("meters of text, of domains and of checkpoints refuse by name what doe
                    fewer = test::fixed_choices(rng, 5, 7, 2);
   const std::vector<float> z(18);
   const std::vector<std::uint8_t> short_mask(5, 1);
+  constexpr index_t beyond = max_experts + 1, longest = index_t{1} << 40;
   committee_meter committee(2, 3);
   specialisation_meter domains(2, 7);
   fluctuation_meter checkpoints;
@@ -338,12 +339,16 @@ TEST_CASE("meters of text, of domains and of checkpoints refuse by name what doe
       {[] { committee_meter(0, 3); }, "committee_meter: domains is 0, expected 1 to 65536"},
       {[] { committee_meter(65537, 1); }, "committee_meter: domains is 65537, expected 1 to 65536"},
       {[] { committee_meter(1, 0); }, "committee_meter: experts is 0, expected 1 to 1048576"},
+      {[] { committee_meter(1, beyond); },
+       "committee_meter: experts is 1048577, expected 1 to 1048576"},
       {[&] { committee.add(0, {z.data(), 6, 3}, short_mask); },
        "committee_meter: mask.size() is 5, expected 6"},
       {[&] { committee.add(0, {z.data(), 6, 3, 2}); },
        "committee_meter: logits.stride is 2, expected at least 3"},
       {[&] { (void)committee.contribution(2, 0); },
        "committee_meter: domain is 2, expected 0 to 1"},
+      {[&] { (void)committee.contribution(-1, 0); },
+       "committee_meter: domain is -1, expected 0 to 1"},
       {[&] { (void)committee.contribution(0, 3); },
        "committee_meter: expert is 3, expected 0 to 2"},
       {[&] { (void)committee.contribution(0, -1); },
@@ -358,12 +363,18 @@ TEST_CASE("meters of text, of domains and of checkpoints refuse by name what doe
       {[&] { (void)checkpoints.still_changing_after(0); },
        "fluctuation_meter: n is 0, expected 1 to 1"},
       {[] { segment_meter(0, 1); }, "segment_meter: experts is 0, expected 1 to 1048576"},
+      {[] { segment_meter(beyond, 1); },
+       "segment_meter: experts is 1048577, expected 1 to 1048576"},
       {[] { segment_meter(1, 65537); }, "segment_meter: window is 65537, expected 1 to 65536"},
       {[&] { segment_meter(7, 1).add(b); }, "segment_meter: experts is 8, expected 7"},
       {[] { (void)segment_meter(7, 1).of(7); }, "segment_meter: expert is 7, expected 0 to 6"},
       {[] { (void)segment_meter(7, 1).of(-1); }, "segment_meter: expert is -1, expected 0 to 6"},
       {[] { sparsity_meter(0, 1); }, "sparsity_meter: experts is 0, expected 1 to 1048576"},
+      {[] { sparsity_meter(beyond, 1); },
+       "sparsity_meter: experts is 1048577, expected 1 to 1048576"},
       {[] { sparsity_meter(1, 0); }, "sparsity_meter: length is 0, expected 1 to 1099511627776"},
+      {[] { sparsity_meter(1, longest + 1); },
+       "sparsity_meter: length is 1099511627777, expected 1 to 1099511627776"},
       {[&] { sparsity_meter(7, 1).add(b); }, "sparsity_meter: experts is 8, expected 7"},
       {[&] { segment_meter(7, 1).add(a, {.mask = short_mask}); },
        "segment_meter: mask.size is 5, expected 6"},
@@ -371,15 +382,34 @@ TEST_CASE("meters of text, of domains and of checkpoints refuse by name what doe
        "sparsity_meter: mask.size is 5, expected 6"},
       {[] { specialisation_meter(0, 1); },
        "specialisation_meter: domains is 0, expected 1 to 65536"},
+      {[] { specialisation_meter(65537, 1); },
+       "specialisation_meter: domains is 65537, expected 1 to 65536"},
+      {[] { specialisation_meter(1, beyond); },
+       "specialisation_meter: experts is 1048577, expected 1 to 1048576"},
       {[] { specialisation_meter(1, 0); },
        "specialisation_meter: experts is 0, expected 1 to 1048576"},
       {[&] { domains.add(-1, a); }, "specialisation_meter: domain is -1, expected 0 to 1"},
       {[&] { domains.add(0, b); }, "specialisation_meter: experts is 8, expected 7"},
       {[&] { (void)domains.counts(2); }, "specialisation_meter: domain is 2, expected 0 to 1"},
+      {[&] { (void)domains.counts(-1); }, "specialisation_meter: domain is -1, expected 0 to 1"},
+      {[&] { (void)domains.share(-1, 0); }, "specialisation_meter: domain is -1, expected 0 to 1"},
+      {[&] { (void)domains.kl(0, 2); }, "specialisation_meter: domain is 2, expected 0 to 1"},
       {[&] { (void)domains.share(0, 7); }, "specialisation_meter: expert is 7, expected 0 to 6"},
       {[&] { (void)domains.preference(-1, 0); },
        "specialisation_meter: expert is -1, expected 0 to 6"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  // The ends themselves are taken.
+  CHECK(test::refusal([] {
+          committee_meter(65536, 1);
+          committee_meter(1, max_experts);
+          segment_meter(max_experts, 1);
+          segment_meter(1, 65536);
+          sparsity_meter(max_experts, longest);
+          specialisation_meter(65536, 1);
+          specialisation_meter(1, max_experts);
+        }) == "accepted");
+  CHECK((committee.domains() == 2 && committee.experts() == 3));
+  CHECK((domains.domains() == 2 && domains.experts() == 7));
   CHECK(committee.audit({.k = 3, .presence = 0.0}).members == std::vector<expert_id>{0});
   CHECK(committee.audit({.k = 3, .presence = 1.0}).members == std::vector<expert_id>{0});
 }
