@@ -76,7 +76,8 @@ TEST_CASE(
     (i++ < 2 ? left : right).add(part);
   });
   left.add(right);
-  for (std::size_t e = 0; e < 12; ++e) CHECK(many.load()[e] == one.load()[e]);
+  CHECK(std::ranges::equal(many.load(), one.load()));
+  CHECK(std::ranges::equal(left.load(), one.load()));
   CHECK(many.batches() == 3);
   CHECK(one.global_max_violation() == one.batch_max_violation());
   CHECK(many.global_max_violation() == one.global_max_violation());
