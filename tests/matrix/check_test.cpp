@@ -155,4 +155,9 @@ TEST_CASE("a matrix that ends past what an address reaches is refused by its nam
         "moeroute::stage: x of " + std::to_string(rows + 1) +
             " x 4096 values with stride 4096 is no matrix that memory holds");
   CHECK(said(rows + 1, 4096, 0) == "moeroute::stage: x.stride is 0, expected at least 4096");
+  matrix_view<const double> doubles;
+  doubles.rows = doubles.cols = doubles.stride = (index_t{1} << 27) - 1;
+  CHECK(test::refusal([&] { check_stride("stage", "x", doubles); }) ==
+        "moeroute::stage: x of 134217727 x 134217727 values with stride 134217727 is no matrix "
+        "that memory holds");
 }
