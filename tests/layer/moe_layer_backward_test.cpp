@@ -21,6 +21,7 @@
 #include "support/backwards.hpp"
 #include "support/compare.hpp"
 #include "support/gradient_file.hpp"
+#include "support/guarded.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/threads.hpp"
@@ -605,6 +606,10 @@ TEST_CASE("what one tape keeps no call without it keeps") {
     CHECK(kept_by([&] { layer.forward(rows(x, tokens), into(y, tokens)); }) == 0);
     CHECK(with(keeps) == 2 * tokens);
     CHECK(with(other) == 0);
+    CHECK(keeps.kept.rows == 2 * tokens);
+    keeps.keep_activations = false;
+    CHECK(with(keeps) == 0);
+    CHECK(keeps.kept.data == nullptr);
   }
 }
 
@@ -653,6 +658,8 @@ TEST_CASE("a tape without a call, or of another shape, is refused by name") {
        "backward: gradients.x.rows() is 5, expected 6"},
       {sized(layer, all, all, weights, {.x = {dx.data(), 6, d - 1, d}}),
        "backward: gradients.x.cols() is " + less},
+      {sized(layer, all, all, weights, {.logits = {logits.data(), 5, experts}}),
+       "backward: gradients.logits.rows() is 5, expected 6"},
       {sized(layer, all, all, weights, {.logits = {logits.data(), 6, 7, 8}}),
        "backward: gradients.logits.cols() is 7, expected 8"},
       {sized(layer, all, all, weights, {.gate = {dgate.data(), 7, d}}),
@@ -699,6 +706,55 @@ TEST_CASE(
   agrees("one token per expert", one_each, {});
   agrees("two of eight, weights on the input", router<sigmoid>{.selection = {.k = 2}},
          {.weights = weight_on::input});
+}
+
+TEST_CASE("rows of 16 bits have the gradients of floats, beside memory that nobody may touch") {
+  const index_t stride = d + 3;
+  const floats gate = random_floats(experts * d, 2), shared_gate = random_floats(d, 4);
+  const auto agrees = [&](const auto& layer_of, const layer_weights<>& weights, auto&& shared) {
+    for (const index_t tokens : {1, 17, 40})
+      for (const auto on : {weight_on::input, weight_on::output}) {
+        INFO(tokens << " tokens, weights on the " << (on == weight_on::input ? "input" : "output"));
+        auto layer = layer_of(
+            moe_layer_options{.special = {.identity_first = 2, .identity_end = 4}, .weights = on});
+        const index_t room = (tokens - 1) * stride + d;
+        test::guarded<bfloat16> memory(room);
+        bfloat16* const narrow = memory.window(room, test::guarded_end::back);
+        floats x = random_floats(tokens * d, 1), y(x.size());
+        for (std::size_t i = 0; i < x.size(); ++i) {
+          const bfloat16 of_x(x[i]);
+          narrow[static_cast<index_t>(i) / d * stride + static_cast<index_t>(i) % d] = of_x;
+          x[i] = static_cast<float>(of_x);
+        }
+        const floats dy = random_floats(tokens * d, 3);
+        const auto learned = [&](const auto& states) {
+          layer_tape tape;
+          floats dx(x.size(), 2.0f), dgate(gate.size()), dshared(d),
+              dz(static_cast<std::size_t>(tokens * experts));
+          layer.forward(states, into(y, tokens), {}, serial{}, tape);
+          layer_gradients all{
+              .x = into(dx, tokens), .gate = into(dgate, experts), .logits = into(dz, tokens)};
+          if (!weights.shared_gate.empty()) all.shared_gate = dshared;
+          backward(layer, states, {}, tape, rows(dy, tokens), weights, curve_gradients{}, all,
+                   serial{}, shared);
+          for (const floats* list : {&y, &dgate, &dshared, &dz})
+            dx.insert(dx.end(), list->begin(), list->end());
+          return dx;
+        };
+        CHECK(test::bit_difference(learned(matrix_view<const bfloat16>(narrow, tokens, d, stride)),
+                                   learned(rows(x, tokens))) == "");
+      }
+  };
+  const router<softmax> two{.selection = {.k = 2}};
+  const auto packed = [&] { return simd::packed_matrix<>(rows(gate, experts)); };
+  agrees([&](const moe_layer_options& o) { return moe_layer(packed(), two, curves{}, o); },
+         {rows(gate, experts)}, no_shared_experts{});
+  agrees(
+      [&](moe_layer_options o) {
+        o.shared.gate = shared_gate;
+        return moe_layer(packed(), two, curves{}, o, curves{});
+      },
+      {rows(gate, experts), shared_gate}, curve_gradients{});
 }
 
 // --- a training step ---------------------------------------------------------------------------

@@ -399,6 +399,11 @@ TEST_CASE("gradients end at the logits where these were not the gate's of x") {
   gate_backward(as_rows(x, d), as_rows(gate_weight(), d), as_rows(dlogits_alone, experts),
                 gate_gradients<float>{gradient_to::add, into_rows(dx_alone, d)});
   CHECK(test::bit_difference(dx_alone, dx) == "");
+  // Of a call that made none the layer has none.
+  layer.forward(as_rows(x, d), into_rows(y, wide), side_inputs{});
+  CHECK(layer.logits().rows == tokens);
+  layer.forward_logits(as_rows(x, d), as_rows(logits, experts), into_rows(y, wide));
+  CHECK(layer.logits().rows == 0);
   // Wherever the logits lie.
   floats apart(tokens * (experts + 5), 100.0f), dlogits_apart(tokens * experts);
   const matrix_view<float> spread(apart.data(), tokens, experts, experts + 5);
@@ -430,6 +435,40 @@ TEST_CASE("gradients end at the logits where these were not the gate's of x") {
         }) ==
         "moeroute::backward: a gradient of the gate is wanted, but the logits were not the gate's "
         "of x, or it offers no gate_backward: take gradients.logits to what made them");
+}
+
+TEST_CASE("a call without logits has the gradient of its rows, and none of logits") {
+  for (const index_t tokens : {0, 1, 17}) {
+    const floats x = random_floats(tokens * d, 15), dy = random_floats(tokens * d, 16);
+    floats y(x.size()), dx(x.size(), 9.0f), dlogits(static_cast<std::size_t>(tokens * experts));
+    moe_layer layer(no_gate(experts), random_choice{2}, curves{}, {.d = d});
+    layer_tape tape;
+    layer.forward(matrix_view<const float>(x.data(), tokens, d),
+                  matrix_view<float>(y.data(), tokens, d), {.seed = 9}, serial{}, tape);
+    const auto back = [&](matrix_view<float> logits) {
+      return test::refusal([&] {
+        backward(layer, matrix_view<const float>(x.data(), tokens, d), {.seed = 9}, tape,
+                 matrix_view<const float>(dy.data(), tokens, d), layer_weights<>{},
+                 curve_gradients{}, layer_gradients{.x = {dx.data(), tokens, d}, .logits = logits});
+      });
+    };
+    CHECK(back({}) == "accepted");
+    int wrong = 0;
+    for (index_t i = 0; i < tokens * d; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      double sum = 0.0;
+      for (index_t c = i / d * 2; c < i / d * 2 + 2; ++c)
+        sum += static_cast<double>(tape.choices.weights()[static_cast<std::size_t>(c)]) *
+               (tape.choices.ids()[static_cast<std::size_t>(c)] + 1);
+      const double tanh = std::tanh(static_cast<double>(x[at]));
+      sum *= static_cast<double>(dy[at]) * (1.0 - tanh * tanh);
+      wrong += std::abs(static_cast<double>(dx[at]) - sum) > 1e-5 * (1.0 + std::abs(sum));
+    }
+    CHECK(wrong == 0);
+    if (tokens > 0)
+      CHECK(back({dlogits.data(), tokens, experts}) ==
+            "moeroute::backward: gradients.logits is given, but the call had no logits");
+  }
 }
 
 }  // namespace moe_layer_gates_test

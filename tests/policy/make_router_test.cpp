@@ -259,3 +259,23 @@ TEST_CASE("a row alone goes the plain way where its rule is one of these and ask
       CHECK(way(score, more) == is(plain_row::none));
   }
 }
+
+TEST_CASE("a few tokens of a router picked at run time are routed each, but for those masked") {
+  const std::vector<float> z = test::make_logits(test::shape::normal, 5, 3, 8);
+  const any_router any = make_router({.experts = 8});
+  const router<softmax> same;
+  const std::vector<std::uint8_t> mask{0, 2, 0};
+  workspace ws;
+  assignment made, expected;
+  for (const index_t tokens : {1, 2, 3})
+    for (const bool masked : {false, true}) {
+      const matrix_view<const float> rows(z.data(), tokens, 8);
+      side_inputs side;
+      if (masked) side.mask = std::span(mask).first(static_cast<std::size_t>(tokens));
+      route(any, rows, side, ws, made);
+      route(same, rows, side, ws, expected);
+      CHECK(test::bit_difference(made.ids(), expected.ids()) == "");
+      CHECK(test::bit_difference(made.weights(), expected.weights()) == "");
+      CHECK((made.ids()[0] == no_expert) == masked);
+    }
+}

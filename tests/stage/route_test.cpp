@@ -246,7 +246,9 @@ TEST_CASE("plain memory that does not fit is refused by name") {
   };
   CHECK(said(z, 2, 7, ids, weights) == "moeroute::route: logits.stride is 7, expected at least 8");
   CHECK(said(z, -1, 8, ids, weights) == "moeroute::route: tokens is -1, expected 0 to 2147483647");
-  CHECK(said(nullptr, 2, 8, ids, weights) == "moeroute::route: logits is null, expected rows");
+  for (const index_t tokens : {1, 2})
+    CHECK(said(nullptr, tokens, 8, ids, weights) ==
+          "moeroute::route: logits is null, expected rows");
   CHECK(said(z, 2, 8, nullptr, weights) ==
         "moeroute::route: ids is null, expected room for tokens * k");
   CHECK(said(z, 2, 8, ids, nullptr) ==
@@ -267,13 +269,20 @@ TEST_CASE("a masked token has no choices, and the others are as without the mask
   // As blocks, with rows left over, and with rows alone.
   for (const index_t tokens : {40, 19, 3, 1}) {
     const std::span<const std::uint8_t> own(mask.data(), static_cast<std::size_t>(tokens));
-    const assignment out = routed({}, z, tokens, 8, {.mask = own}), open = routed({}, z, tokens, 8);
+    const assignment out = routed({}, z, tokens, 8, {.mask = own});
+    assignment open = routed({}, z, tokens, 8);
     for (index_t t = 0; t < tokens; ++t)
       for (std::size_t r = 0; r < 2; ++r) {
         const bool there = mask[static_cast<std::size_t>(t)] != 0;
         CHECK(out.ids(t)[r] == (there ? open.ids(t)[r] : no_expert));
         CHECK(out.weights(t)[r] == (there ? open.weights(t)[r] : 0.0f));
       }
+    // In an assignment that held the choices of all.
+    workspace memory;
+    route(router<softmax>{}, matrix_view<const float>(z.data(), tokens, 8), {.mask = own}, memory,
+          open);
+    CHECK(test::bit_difference(open.ids(), out.ids()) == "");
+    CHECK(test::bit_difference(open.weights(), out.weights()) == "");
   }
 }
 

@@ -302,7 +302,7 @@ TEST_CASE("policy gradients are added, end with a token's draws, and NaN stays i
   const double nan = std::numeric_limits<double>::quiet_NaN();
   doubles dz(z.size(), 1.0);
   workspace ws;
-  policy_gradient<double>(read_rows(z, 3), draws_of(3, E, 2, {1, 2, -1, -1, 0, -1}),
+  policy_gradient<double>(read_rows(z, 3), draws_of(3, E, 2, {1, 2, -1, 3, 0, -1}),
                           doubles{nan, 1.0, 2.0}, gradient_to::add, into(dz, 3), ws);
   for (index_t e = 0; e < E; ++e) {
     CHECK(std::isnan(dz[static_cast<std::size_t>(e)]));
@@ -322,10 +322,10 @@ TEST_CASE("a token without an advantage takes no part in a policy gradient, what
     return policy_gradient<double>(read_rows(z, 2), draws_of(2, E, 1, {1, 4}),
                                    doubles{0.0, advantage}, gradient_to::add, into(to, 2), ws);
   };
-  dz[3] = -0.0;
+  dz[3] = dz[E] = -0.0;
   CHECK(of(0.0, dz) == 0.0);
-  CHECK(std::signbit(dz[3]));
-  dz[3] = 3.0;
+  CHECK((std::signbit(dz[3]) && std::signbit(dz[E])));
+  dz[3] = dz[E] = 3.0;
   CHECK(dz == doubles(z.size(), 3.0));
   CHECK(std::isfinite(of(1.0, dz)));
   CHECK(std::equal(dz.begin(), dz.begin() + E, alone.begin()));
@@ -357,6 +357,11 @@ TEST_CASE("a router's shift is the mean over the experts that a token has; witho
     }
     if (n > 0.0) expected[static_cast<std::size_t>(t)] = sum / n;
   }
+  CHECK(test::difference(shift, expected, 1e-12) == "");
+  // It is added to what there is, layer by layer.
+  add_router_shift<double>(read_rows(new_z, T), read_rows(old_z, T), chosen,
+                           std::span<double>(shift), ws);
+  for (double& s : expected) s *= 2.0;
   CHECK(test::difference(shift, expected, 1e-12) == "");
 }
 
@@ -521,6 +526,33 @@ TEST_CASE("arguments of the router's training terms are refused by name") {
           policy_gradient<double>(read_rows(z, T), chosen, doubles(3), gradient_to::write,
                                   into(dz, T), ws);
         }) == "moeroute::policy_gradient: advantage.size() is 3, expected 5");
+  // Of fewer tokens than there are, too, where that is what the whole is said to have.
+  const doubles pulls(T, 1.0);
+  const assignment each = draws_of(T, E, 1, {0, 1, 2, 3, 4});
+  const auto value = [&](double whole) {
+    return policy_gradient<double>(read_rows(z, T), each, pulls, gradient_to::nowhere, {}, ws, {},
+                                   whole);
+  };
+  CHECK(value(0.0) > 0.0);
+  CHECK(value(0.0) == value(static_cast<double>(T)));
+  CHECK(value(1.0) == Approx(value(0.0) * static_cast<double>(T)));
+  CHECK(value(0.5) == Approx(value(1.0) * 2.0));
+  assignment falls;
+  falls.reset_ragged(T, E, 1);
+  std::fill_n(falls.to_fill().offsets, T + 1, 0);
+  falls.close();
+  falls.to_fill().offsets[T] = 99;
+  const std::string not_there =
+      ": token 4 has the choices from 0 to 99, expected 0 to k = 1 of them, from 0 on";
+  CHECK(test::refusal([&] {
+          policy_gradient<double>(read_rows(z, T), falls, a, gradient_to::write, into(dz, T), ws);
+        }) == "moeroute::policy_gradient" + not_there);
+  CHECK(test::refusal([&] {
+          add_router_shift<double>(read_rows(z, T), read_rows(z, T), falls, std::span<double>(a),
+                                   ws);
+        }) == "moeroute::add_router_shift" + not_there);
+  CHECK(test::refusal([&] { router_shift_ratio<double>(a, 1, -0.5, std::span<double>(a)); }) ==
+        "moeroute::router_shift_ratio: least is -0.500000, expected 0 to 1");
   CHECK(test::refusal([&] { leave_one_out<double>(1, a, std::span<double>(a)); }) ==
         "moeroute::leave_one_out: samples is 1, expected 2 to 1099511627776");
   CHECK(test::refusal([&] { router_shift_ratio<double>(a, 1, 1.5, std::span<double>(a)); }) ==
