@@ -715,6 +715,22 @@ TEST_CASE("a message of gathered tokens that is not what was announced is refuse
   CHECK(said(n + 1, std::max(m, n + 1), 3, same) ==
         exchange + "a message's rows is " + number(n) + ", expected " + number(n + 1));
   CHECK(said(n, m, 4, same) == exchange + "d of a message is 3, expected 4");
+  const auto packed = [&](index_t row_count, index_t stride, std::size_t slots) {
+    const std::vector<slot_id> slot(slots);
+    gathered_shape shape;
+    buffer<std::byte> message;
+    return test::refusal([&] {
+      pack_gathered(matrix_view<const float>(x.data(), row_count, 3, stride), choices,
+                    std::span<const slot_id>(slot), true, shape, message);
+    });
+  };
+  const std::string pack = "moeroute::pack_gathered: ";
+  CHECK(packed(6, 3, 12) == "accepted");
+  CHECK(packed(5, 3, 12) == pack + "x.rows() is 5, expected 6");
+  CHECK(packed(6, 2, 12) == pack + "x.stride is 2, expected at least 3");
+  for (const std::size_t slots : {11, 13})
+    CHECK(packed(6, 3, slots) ==
+          pack + "slot.size() is " + std::to_string(slots) + ", expected 12");
   const auto bytes = static_cast<index_t>(sender.gathered().size());
   CHECK(said(n, m, 3, [](auto& list) { list.pop_back(); }) ==
         "moeroute::gathered_reader: message.size() is " + number(bytes - 1) + ", expected " +
@@ -866,25 +882,31 @@ TEST_CASE("virtual ranks refuse by name what does not fit") {
   CHECK(test::refusal([&] {
           virtual_ranks<>(placement::contiguous(4, 1), {.most_rows = 3}).forward(one, identity);
         }) == "moeroute::exchange: received rows is 4, expected 0 to 3");
-  virtual_ranks<> alone(placement::contiguous(4, 1));
+  virtual_ranks<> alone(placement::contiguous(4, 1)),
+      on_input(placement::contiguous(4, 1), {.weights = weight_on::input});
   alone.forward(one, identity);
+  on_input.forward(one, identity);
   rows up(20), down(20);
   std::vector<float> dweights(8);
-  const auto back = [&](matrix_view<const float> dy, matrix_view<float> dx, std::size_t n = 8) {
+  const auto back = [&](matrix_view<const float> dy, matrix_view<float> dx, std::size_t n = 8,
+                        bool inputs = false) {
     const std::vector<rank_gradients> gradients{{dy, dx, std::span(dweights).first(n)}};
     return test::refusal([&] {
-      alone.backward(one, gradients,
-                     [](index_t, expert_id, matrix_view<const float>, matrix_view<const float> dout,
-                        matrix_view<float> din) {
-                       for (index_t r = 0; r < din.rows; ++r)
-                         std::copy_n(dout.row(r), din.cols, din.row(r));
-                     });
+      (inputs ? on_input : alone)
+          .backward(one, gradients,
+                    [](index_t, expert_id, matrix_view<const float>, matrix_view<const float> dout,
+                       matrix_view<float> din) {
+                      for (index_t r = 0; r < din.rows; ++r)
+                        std::copy_n(dout.row(r), din.cols, din.row(r));
+                    });
     });
   };
   const matrix_view<const float> dy(up.data(), 4, 4);
   const matrix_view<float> dx(down.data(), 4, 4);
   CHECK(back(dy, dx) == "accepted");
   CHECK(back(dy, dx, 7) == "moeroute::combine_backward: gradients.weights.size() is 7, expected 8");
+  CHECK(back(dy, dx, 8, true) == "accepted");
+  CHECK(back(dy, dx, 7, true) == "moeroute::exchange: dweights.size() is 7, expected 8");
   CHECK(back({up.data(), 5, 4}, dx) == "moeroute::exchange: dy.rows() is 5, expected 4");
   CHECK(back({up.data(), 4, 5}, dx) == "moeroute::exchange: dy.cols() is 5, expected 4");
   CHECK(back({up.data(), 4, 4, 3}, dx) ==

@@ -106,7 +106,6 @@ class joined_backward {
         }
       p.offsets[slot + 1] = static_cast<slot_id>(to);
     }
-    plan_.set_counts(0, 0, 0);
     in_.resize(size_product(entries, d_));
     dout_.resize(size_product(entries, d_));
     for (const block& b : blocks_) {
