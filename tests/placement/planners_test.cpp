@@ -647,6 +647,28 @@ TEST_CASE("what planners promise holds for any loads") {
     if (so.min_rows == 1)
       CHECK(*std::max_element(spilled.load.begin(), spilled.load.end()) <= spilled.cap + ranks - 1);
     CHECK(exact.batch.load == exact.capacity);
+    CHECK((exact.batch.enabled && exact.batch.cap == exact.capacity.front()));
+    // What is said of a plan in other words: rows by expert and rank, and foreign experts.
+    std::vector<std::int64_t> alloc(exact.alloc.size(), 0);
+    std::vector<index_t> foreign(at(ranks), 0);
+    for (index_t e = 0; e < experts; ++e)
+      for (const rank_range& r : exact.batch.range[at(e)])
+        alloc[at(e * ranks + r.rank)] += r.end - r.begin;
+    for (const expert_move& m : exact.batch.moves) {
+      CHECK(m.from == m.expert / own);
+      ++foreign[at(m.to)];
+    }
+    CHECK((alloc == exact.alloc && foreign == exact.foreign));
+    // Fills of least rows and more, until nobody lacks so many or nobody has too much.
+    const std::int64_t least = 1 + rng.below(9);
+    const exact_balance_plan coarse = balance_exactly(count, ranks, {.min_rows = least});
+    for (const rank_fill& f : coarse.fills) CHECK(f.rows >= least);
+    std::int64_t lacks = 0, above = 0;
+    for (index_t r = 0; r < ranks; ++r) {
+      lacks = std::max(lacks, coarse.capacity[at(r)] - coarse.batch.load[at(r)]);
+      above = std::max(above, coarse.batch.load[at(r)] - coarse.capacity[at(r)]);
+    }
+    CHECK((lacks < least || above == 0));
     CHECK(static_cast<index_t>(exact.fills.size()) <= ranks - 1);
     for (const index_t f : exact.foreign) CHECK(f <= own);
     CHECK(std::accumulate(exact.capacity.begin(), exact.capacity.end(), std::int64_t{0}) == sum);
@@ -857,6 +879,10 @@ TEST_CASE("counts and prices at the ends of their ranges overflow nothing") {
   const std::vector<std::int64_t> most(64, std::int64_t{1} << 40);
   const batch_plan plan = spill(most, 2, {.alpha_num = 1 << 20, .alpha_den = 1, .lambda = 0.0});
   CHECK(plan.load == std::vector<std::int64_t>(2, std::int64_t{1} << 45));
+  // A cap above 2^61 is none: all rows.
+  CHECK(plan.cap == std::int64_t{1} << 46);
+  CHECK(spill(most, 2, {.alpha_num = 1 << 17}).cap == std::int64_t{1} << 46);
+  CHECK(spill(most, 2, {.alpha_num = 1 << 16}).cap == std::int64_t{1} << 61);
   const affinity_plan far = place_by_affinity(
       {.experts = 4, .count = {std::vector<double>(16, 1.7e308), std::vector<double>(16, 1.7e308)}},
       {.ranks = 2});
@@ -1406,6 +1432,16 @@ TEST_CASE("what is spilled goes to the lowest of the ranks with least, in pieces
   CHECK(forced.forced == 1);
   CHECK(forced.range[0] == ranges{{0, 0, 2}, {1, 2, 6}});
   CHECK(forced.load == std::vector<std::int64_t>{2, 4, 0});
+  // Two pieces of one helper that follow one another are one; home takes none of its own rest.
+  const batch_plan joined = spill(std::vector<std::int64_t>{5, 0}, 2);
+  CHECK(joined.range[0] == ranges{{0, 0, 2}, {1, 2, 5}});
+  CHECK((joined.forced == 1 && joined.moves == moves{{0, 0, 1}}));
+  const batch_plan level = spill(std::vector<std::int64_t>{3, 2}, 2);
+  CHECK(level.range[0] == ranges{{0, 0, 2}, {1, 2, 3}});
+  CHECK((level.forced == 2 && level.moves == moves{{0, 0, 1}, {1, 1, 0}}));
+  // The mean is rounded down too, to 1 at least.
+  CHECK(spill(std::vector<std::int64_t>{7, 0, 0, 0}, 4).cap == 1);
+  CHECK(spill(std::vector<std::int64_t>{3, 0, 0, 0}, 4).cap == 1);
   // alpha widens the cap, rounded down.
   CHECK(spill(six, 3, {.alpha_num = 7, .alpha_den = 4}).cap == 3);
   // Exactly as uneven as lambda is spilled, below it every rank has its own.

@@ -82,8 +82,8 @@ inline batch_plan native_plan(std::span<const std::int64_t> count, std::vector<s
 inline bool is_even_enough(std::span<const std::int64_t> load, double lambda) {
   const std::int64_t sum = std::accumulate(load.begin(), load.end(), std::int64_t{0});
   const std::int64_t max = *std::max_element(load.begin(), load.end());
-  return lambda > 0.0 && static_cast<double>(max) * static_cast<double>(load.size()) <
-                             lambda * static_cast<double>(sum);
+  return static_cast<double>(max) * static_cast<double>(load.size()) <
+         lambda * static_cast<double>(sum);
 }
 
 }  // namespace detail
@@ -126,13 +126,10 @@ inline batch_plan spill(std::span<const std::int64_t> count, index_t ranks,
   std::sort(order.begin(), order.end(), greatest_first([&](index_t i) { return count[at(i)]; }));
   for (const index_t e : order) {
     const std::int64_t n = count[at(e)];
-    if (n == 0) break;
     const index_t home = e / own;
     pending[at(home)] -= n;
     const std::int64_t stays =
-        ranks == 1
-            ? n
-            : std::clamp<std::int64_t>(plan.cap - plan.load[at(home)] - pending[at(home)], 0, n);
+        std::clamp<std::int64_t>(plan.cap - plan.load[at(home)] - pending[at(home)], 0, n);
     std::vector<rank_range>& range = plan.range[at(e)];
     if (stays > 0) range.push_back({static_cast<std::int32_t>(home), 0, stays});
     plan.load[at(home)] += stays;
@@ -147,7 +144,7 @@ inline batch_plan spill(std::span<const std::int64_t> count, index_t ranks,
       const std::int64_t rest = n - done,
                          room = plan.cap - plan.load[at(helper)] - pending[at(helper)];
       std::int64_t piece = std::min(rest, room);
-      const bool force = room <= 0 || (piece < options.min_rows && rest > piece);
+      const bool force = piece < options.min_rows && rest > piece;
       if (force) {
         piece = rest;
         ++plan.forced;
