@@ -129,6 +129,22 @@ TEST_CASE("every maker names the one that makes what it does not") {
   CHECK(made == 3 * tokens);
   CHECK(test::refusal([&] { routed(make_batch_router(parse_spec("E=4 selection=base")), z, 8); }) ==
         "moeroute::route: logits.cols is 8, expected 4");
+  const std::vector<float> nine(9 * 8, 0.0f);
+  CHECK(test::refusal([&] {
+          routed(make_batch_router(parse_spec("E=8 selection=base")), nine, 8);
+        }) == "moeroute::base_assignment: tokens is 9, expected a multiple of experts = 8");
+  // A rare word does not make a rule of the batch one of rows.
+  const router_spec rare_of_batch =
+      parse_spec("E=8 k=1 selection=counted count=percentile count_scope=batch weight_score=relu");
+  REQUIRE(rare_of_batch.has_rare_words());
+  CHECK(test::refusal([&] { make_rare_router(rare_of_batch); }) ==
+        "moeroute::make_rare_router: selection is counted, which sees the whole batch: "
+        "make_batch_router");
+  // Who makes a router of what nobody checked checks it.
+  CHECK(test::refusal([] { make_batch_router({.k = 0, .selection = selection_kind::sinkhorn}); }) ==
+        "moeroute::router_spec: k is 0, expected 1 to 8");
+  CHECK(test::refusal([] { make_rare_router({.k = 0, .ties = tie_order::higher_id}); }) ==
+        "moeroute::router_spec: k is 0, expected 1 to 8");
 }
 
 TEST_CASE("a batch rule's words outside their domain, or that clash, are refused by name") {

@@ -159,6 +159,9 @@ TEST_CASE("a tensor that is missing, too many, or of another length is refused b
         "moeroute::make_router: per_expert_scale.size() is 7, expected 8");
   CHECK(not_made({.score = score_kind::relu, .selection = selection_kind::threshold},
                  {.gamma = seven}) == "moeroute::make_router: gamma.size() is 7, expected 8");
+  const std::vector<expert_id> third{2};
+  CHECK(not_made({}, {.steer = {.promote = third}}) ==
+        "moeroute::make_router: steer has experts, which the spec does not say: steering");
 }
 
 TEST_CASE("a bias with NaN is refused with its place, whichever that is") {

@@ -19,15 +19,6 @@ std::string refused(const router_spec& s) {
   return test::refusal([&] { check(s); });
 }
 
-// The sentence names both fields.
-void clashes(const router_spec& s, const std::string& one, const std::string& other) {
-  const std::string sentence = refused(s);
-  INFO(sentence);
-  CHECK(sentence.find(" clashes with ") != std::string::npos);
-  CHECK(sentence.find(one) != std::string::npos);
-  CHECK(sentence.find(other) != std::string::npos);
-}
-
 // The plain spec of a selection that is accepted, with a change.
 router_spec changed(selection_kind selection, void (*change)(router_spec&)) {
   router_spec s = plain_spec(selection);
@@ -45,6 +36,105 @@ TEST_CASE("the plain spec and every spec of the catalogue are accepted") {
   for (const catalog_entry& entry : catalog) {
     INFO(entry.name);
     CHECK(refused(entry.spec) == "accepted");
+  }
+}
+
+TEST_CASE("a description without words is the plain one, field by field") {
+  CHECK(router_spec{} ==
+        router_spec{
+            .experts = 8,
+            .k = 2,
+            .score = score_kind::softmax,
+            .domain = score_domain::all,
+            .selection = selection_kind::top_k,
+            .selection_bias = false,
+            .groups = 1,
+            .topk_group = 1,
+            .group_score = group_score::top2_sum,
+            .group_fill = -HUGE_VALF,
+            .lost_weight = lost_weight::as_published,
+            .normalize = normalization::none,
+            .lp_p = 1.0f,
+            .eps_where = eps_mode::none,
+            .eps = 0.0f,
+            .scale = 1.0f,
+            .scale_where = scale_place::weights,
+            .divide_by_k = false,
+            .output_scale = 1.0f,
+            .per_expert_scale = false,
+            .gate_bias = false,
+            .gate = {gate_kind::linear, 0, 0, gate_activation::relu, 1.0f, 1.0f, 1e-6f},
+            .softcap = 0.0f,
+            .temperature = 1.0f,
+            .jitter = 0.01f,
+            .top_p = 0.0f,
+            .crossing = crossing::include,
+            .min_k = 1,
+            .max_k = 0,
+            .threshold = 0.0f,
+            .row_norm = threshold_norm::none,
+            .zero_experts = 0,
+            .shared_experts = 0,
+            .weight_on = weight_place::output,
+            .capacity = 0,
+            .drop_order = drop_order::choice_major,
+            .normalize_before_drop = true,
+            .ties = tie_order::lower_id,
+            .class_bias = false,
+            .weight_apart = false,
+            .weight_score = score_kind::softmax,
+            .weight_domain = score_domain::all,
+            .second = second_expert::best,
+            .table_key = table_key::token,
+            .first_keys = 0,
+            .second_logits = logit_pairs::none,
+            .passes = 1,
+            .pass_rule = pass_rule::bound,
+            .pass_lambda = 1.0f,
+            .standardize = 0.0f,
+            .steering = false,
+            .candidates = 0,
+            .candidate_scope = row_scope::token,
+            .noise = noise_kind::none,
+            .noise_sigma = 1.0f,
+            .noise_floor = 0.01f,
+            .explore = 0.0f,
+            .explore_scope = row_scope::token,
+            .count = count_rule::ratio,
+            .count_scope = row_scope::token,
+            .quantile = 0.5f,
+            .ratio = 0.5f,
+            .entropy_low = 0.5f,
+            .entropy_high = 1.5f,
+            .mid_k = 2,
+            .tsallis_q = 1.1f,
+            .dense_above = 0.9f,
+            .take = {2.0, capacity_rounding::up, 1, 1, 0},
+            .sequence = 0,
+            .phase = routing_phase::training,
+            .plan_weights = plan_weights::by_k,
+            .plan = {plan_mass::one, scaling_order::rows_then_columns, sinkhorn_domain::exponential,
+                     sinkhorn_stop::mean_change, plan_similarity::logits, 1.0f, 1e-8f, 1e-4f, 1000},
+            .shares = false,
+            .probability = 1e-3f,
+            .solver = assignment_solver::auction,
+            .rounds = 2000,
+            .support = 0,
+            .plan_gamma = 1.0f,
+            .plan_rate = 1e-2f,
+            .slots_per_expert = 1,
+            .slot_logits = soft_logits::normalized});
+  // What else the plain one of a rule is.
+  using enum selection_kind;
+  for (int i = 0; i <= static_cast<int>(soft); ++i) {
+    const auto kind = static_cast<selection_kind>(i);
+    router_spec s{.selection = kind};
+    const bool sparse = kind == sparse_transport || kind == sparse_transport_tokens;
+    if (kind == selective_sinkhorn) s.plan = selective_scaling;
+    if (sparse) s.plan.most_iterations = 20;
+    if (sparse || kind == sinkhorn_expert_choice) s.plan_weights = plan_weights::softmax;
+    INFO(to_string(kind));
+    CHECK(plain_spec(kind) == s);
   }
 }
 
@@ -73,6 +163,15 @@ TEST_CASE("names in the catalogue are found, and are different") {
         "moeroute::spec_of_model: 'Mixtral-8x7B' is not in the catalogue: did you mean 'mixtral'?");
   CHECK(said("") ==
         "moeroute::spec_of_model: '' is not in the catalogue: docs/models.md has its names");
+  // The longest name that the word begins with, and marks on either side of letters and digits.
+  CHECK(said("Step-3p7-Flash").ends_with(": did you mean 'step3p7'?"));
+  CHECK(said("`{@[/:Mixtral").ends_with(": did you mean 'mixtral'?"));
+  // Three letters are enough of one, two are not.
+  CHECK(said("jam").ends_with(": did you mean 'jamba'?"));
+  CHECK(said("ja").ends_with(": docs/models.md has its names"));
+  CHECK(said(std::string(65, '-')) ==
+        "moeroute::spec_of_model: '" + std::string(64, '-') +
+            "' is not in the catalogue: docs/models.md has its names");
   // Whatever letters and digits a name has, it is known in capitals and with other marks between.
   std::string not_known;
   const auto in_capitals = [&](const catalog_entry& entry) {
@@ -127,38 +226,53 @@ TEST_CASE("numbers outside their domain are refused by name") {
         "moeroute::router_spec: k of top2_second_by_logit is 3, expected 2");
 }
 
-TEST_CASE("fields that clash are both named") {
-  clashes({.selection = selection_kind::sparsemixer, .groups = 4, .topk_group = 2}, "groups=4",
-          "selection=sparsemixer");
-  clashes({.selection = selection_kind::expert_table, .selection_bias = true}, "bias=selection",
-          "selection=hash_table");
-  clashes({.normalize = normalization::sum, .lp_p = 2.0f}, "lp_p=2", "normalize");
-  clashes({.score = score_kind::sigmoid, .selection = selection_kind::top_p, .top_p = 0.5f},
-          "selection=top_p", "score=sigmoid");
-  clashes({.top_p = 0.5f}, "p=0.5", "selection=top_k");
-  clashes({.score = score_kind::softmax, .selection = selection_kind::threshold},
-          "selection=threshold", "score=softmax");
-  clashes({.score = score_kind::relu,
-           .selection = selection_kind::threshold,
-           .normalize = normalization::sum},
-          "selection=threshold", "normalize");
-  clashes({.row_norm = threshold_norm::rms}, "row_norm", "selection=top_k");
-  clashes({.selection = selection_kind::sparsemixer, .scale = 2.0f}, "selection=sparsemixer",
-          "scale");
-  clashes({.score = score_kind::sigmoid, .selection = selection_kind::top2},
-          "selection=top2_second_by_logit", "score=sigmoid");
-  clashes({.experts = 16, .score = score_kind::sigmoid, .selection = selection_kind::product_keys},
-          "selection=product_keys", "score=sigmoid");
-  clashes({.score = score_kind::uniform}, "score=uniform", "selection=top_k");
-  clashes({.drop_order = drop_order::batch_priority}, "drop_order=batch_priority_slot_major",
-          "capacity=0");
+TEST_CASE("fields that clash are both named, and why") {
+  using enum selection_kind;
+  const auto sum = normalization::sum;
+  const auto clashes = [](const router_spec& s, const std::string& sentence) {
+    CHECK(refused(s) == "moeroute::router_spec: " + sentence);
+  };
+  clashes({.selection = sparsemixer, .groups = 4, .topk_group = 2},
+          "groups=4 clashes with selection=sparsemixer: only top_k and each_group know groups");
+  clashes({.selection = expert_table, .selection_bias = true},
+          "bias=selection clashes with selection=hash_table: only top_k and each_group add a "
+          "selection bias");
+  clashes({.normalize = sum, .lp_p = 2.0f},
+          "lp_p=2 clashes with normalize: only normalize=lp has a p");
+  clashes({.score = score_kind::sigmoid, .selection = top_p, .top_p = 0.5f},
+          "selection=top_p clashes with score=sigmoid: top_p needs probabilities: softmax over all "
+          "experts");
+  clashes({.top_p = 0.5f},
+          "p=0.5 clashes with selection=top_k: only top_p and count=tsallis have a mass");
+  clashes({.score = score_kind::softmax, .selection = threshold},
+          "selection=threshold clashes with score=softmax: threshold takes relu, sigmoid or "
+          "identity");
+  clashes({.score = score_kind::relu, .selection = threshold, .normalize = sum},
+          "selection=threshold clashes with normalize: threshold routers divide by row_norm");
+  clashes({.row_norm = threshold_norm::rms},
+          "row_norm clashes with selection=top_k: only threshold routers have it");
+  clashes({.top_p = 0.5f, .count = count_rule::tsallis},
+          "p=0.5 clashes with selection=top_k: only top_p and count=tsallis have a mass");
+  clashes({.selection = sparsemixer, .scale = 2.0f},
+          "selection=sparsemixer clashes with normalize or scale: its two weights come from two "
+          "softmaxes");
+  clashes({.score = score_kind::sigmoid, .selection = top2},
+          "selection=top2_second_by_logit clashes with score=sigmoid: top2 weighs by the softmax "
+          "over all experts");
+  clashes({.experts = 16, .score = score_kind::sigmoid, .selection = product_keys},
+          "selection=product_keys clashes with score=sigmoid: product keys weigh by a softmax of "
+          "the sums");
+  clashes({.score = score_kind::uniform},
+          "score=uniform clashes with selection=top_k: equal scores choose nothing");
+  clashes({.drop_order = drop_order::batch_priority},
+          "drop_order=batch_priority_slot_major clashes with capacity=0: without a capacity "
+          "nothing is dropped");
   clashes({.normalize = normalization::lp, .capacity = 4, .normalize_before_drop = false},
-          "norm_before_drop=false", "normalize=lp");
-  clashes({.normalize = normalization::sum,
-           .scale = 2.0f,
-           .capacity = 4,
-           .normalize_before_drop = false},
-          "norm_before_drop=false", "scale");
+          "norm_before_drop=false clashes with normalize=lp or eps_mode=add: after dropping "
+          "weights are divided by max(sum, eps)");
+  clashes({.normalize = sum, .scale = 2.0f, .capacity = 4, .normalize_before_drop = false},
+          "norm_before_drop=false clashes with scale, per_expert_scale or post_divide_by_k: after "
+          "dropping weights are divided by their sum, which takes a factor away");
 }
 
 TEST_CASE(
@@ -1114,6 +1228,43 @@ TEST_CASE("what lies at the end of a range, or fits another word, is accepted") 
                 s.max_k = 3;
                 s.entropy_high = 0.5f;
               }),
+      changed(counted,
+              [](router_spec& s) {
+                s.count = count_rule::entropy;
+                s.max_k = 3;
+                s.entropy_low = 0.0f;
+              }),
+      // Nobody reads the k of rules that have none.
+      changed(expert_choice, [](router_spec& s) { s.experts = 1; }),
+      changed(base, [](router_spec& s) { s.k = 0; }),
+      changed(soft, [](router_spec& s) { s.k = 99; }),
+      // Where weights are divided before the drop they may have factors.
+      changed(top_k,
+              [](router_spec& s) {
+                s.capacity = 4;
+                s.normalize = normalization::lp;
+                s.eps_where = eps_mode::add;
+                s.scale = 2.0f;
+                s.divide_by_k = s.per_expert_scale = true;
+              }),
+      // Nor what is of groups, or of tokens that experts take, where there are none.
+      changed(top_k,
+              [](router_spec& s) {
+                s.topk_group = 3;
+                s.group_fill = 7.0f;
+              }),
+      changed(base, [](router_spec& s) { s.take.factor = 0.0; }),
+      changed(sinkhorn_expert_choice,
+              [](router_spec& s) {
+                s.phase = routing_phase::evaluation;
+                s.plan_weights = plan_weights::plan;
+              }),
+      changed(counted,
+              [](router_spec& s) {
+                s.count = count_rule::tsallis;
+                s.top_p = 0.5f;
+                s.tsallis_q = 0.5f;
+              }),
       changed(counted, [](router_spec& s) { s.quantile = 0.0f; }),
       changed(counted, [](router_spec& s) { s.quantile = 1.0f; }),
       changed(counted, [](router_spec& s) { s.ratio = 0.0f; }),
@@ -1161,6 +1312,10 @@ TEST_CASE("each word that is rare is rare alone, and rules of the batch are told
     CHECK(s.has_rare_words());
     CHECK_FALSE(s.sees_batch());
   }
+  CHECK_FALSE(top([](router_spec& s) {
+                s.count = count_rule::percentile;
+                s.count_scope = row_scope::batch;
+              }).sees_batch());
   const router_spec explores = top([](router_spec& s) { s.explore = 0.5f; });
   CHECK(explores.has_rare_words());
   CHECK_FALSE(explores.has_rare_rule());
@@ -1262,6 +1417,9 @@ TEST_CASE(
     s = plain;
     s.temperature = 2.0f;
     clash_of(s, "logit_softcap or temperature", "it takes logits as they are");
+    s = plain;
+    s.steering = true;
+    clash_of(s, "steering", "only top_k, each_group and counted have steps before them");
     s = plain;
     s.noise = noise_kind::gumbel;
     if (s.selection == selective_sinkhorn)

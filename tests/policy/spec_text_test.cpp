@@ -1,5 +1,6 @@
 #include <moeroute/policy/spec_text.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cstddef>
 #include <iterator>
@@ -174,6 +175,7 @@ TEST_CASE("every word that a spec can print is parsed") {
     CHECK(parse_spec(to_string(s)) == s);
   }
   CHECK(parse_spec("  k=2   E=8 score=softmax ") == router_spec{});
+  CHECK(parse_spec("E=8 k=2 bias=none") == router_spec{});
 }
 
 TEST_CASE("a word that says what is so anyway is not printed, another is") {
@@ -256,6 +258,13 @@ TEST_CASE("a field that nothing reads is not printed, and one that is read is") 
        "k=2 score=softmax selection=threshold eps=0.5 threshold=0.375 row_norm=sum"},
       {expert_choice, [](router_spec& s) { s.normalize = normalization::sum, s.take.fixed = 17; },
        "score=softmax selection=expert_choice normalize=sum eps=0.5 max_k=5 take=17 sequence=10"},
+      // A factor that no float is, where it is read and where it is not.
+      {expert_choice, [](router_spec& s) { s.take = {.factor = 1.1}; },
+       "score=softmax selection=expert_choice max_k=5 take_factor=1.1000000000000001 sequence=10"},
+      {expert_choice, [](router_spec& s) { s.take = {.factor = static_cast<double>(1.1f)}; },
+       "score=softmax selection=expert_choice max_k=5 take_factor=1.10000002 sequence=10"},
+      {expert_choice, [](router_spec& s) { s.take = {.factor = 1.1, .fixed = 17}; },
+       "score=softmax selection=expert_choice max_k=5 take=17 sequence=10"},
       {top_k, [](router_spec& s) { s.scale = 18.0f; },
        "k=2 score=softmax scale=18 scale_where=output"},
       {top_k, [](router_spec& s) { s.gate.kind = gate_kind::cosine; },
@@ -273,6 +282,12 @@ TEST_CASE("a field that nothing reads is not printed, and one that is read is") 
       {top_k, [](router_spec& s) { s.passes = 3; }, "k=2 score=softmax passes=3 pass_rule=ratio"},
       {top_k, [](router_spec& s) { s.passes = 3, s.pass_rule = pass_rule::bound; },
        "k=2 score=softmax passes=3 pass_lambda=4"},
+      {top_k, [](router_spec& s) { s.pass_rule = pass_rule::bound; }, "k=2 score=softmax"},
+      {top_k, [](router_spec& s) { s.row_norm = threshold_norm::sum; }, "k=2 score=softmax"},
+      {top_k, [](router_spec& s) { s.take.fixed = 17; }, "k=2 score=softmax"},
+      {top_k, [](router_spec& s) { s.count = count_rule::ratio; }, "k=2 score=softmax"},
+      {top_k, [](router_spec& s) { s.count = count_rule::entropy; }, "k=2 score=softmax"},
+      {top_k, [](router_spec& s) { s.count = count_rule::tsallis; }, "k=2 score=softmax"},
       {top_k, [](router_spec& s) { s.candidates = 6; },
        "k=2 score=softmax candidates=6 candidate_scope=batch"},
       {top_k, [](router_spec& s) { s.explore = 0.5f; },
@@ -299,6 +314,31 @@ TEST_CASE("a field that nothing reads is not printed, and one that is read is") 
        "plan_similarity=softmax plan_temperature=1.25 plan_eps=0.5 plan_tolerance=0.75 "
        "plan_iterations=11"},
   };
+  // What is printed of a rule in any case has its default; an eps that is none is not.
+  for (const char* const text :
+       {"E=8 k=2 score=softmax normalize=sum", "E=8 k=2 score=softmax normalize=lp lp_p=1",
+        "E=8 k=2 score=relu selection=threshold threshold=0 row_norm=sum",
+        "E=8 score=softmax selection=expert_choice normalize=sum take_factor=2",
+        "E=8 k=2 score=softmax selection=sparsemixer jitter_eps=0.00999999978",
+        "E=8 k=2 score=softmax selection=counted count=percentile quantile=0.5",
+        "E=8 k=2 score=softmax selection=counted count=ratio ratio=0.5",
+        "E=8 k=2 score=softmax selection=counted count=entropy entropy_low=0.5 entropy_high=1.5 "
+        "mid_k=2 max_k=4",
+        "E=8 k=2 score=softmax selection=counted count=tsallis tsallis_q=1.10000002 "
+        "dense_above=0.899999976 p=0.5",
+        "E=8 k=2 score=softmax selection=selective_sinkhorn probability=0.00100000005",
+        "E=8 k=2 score=softmax groups=2 topk_group=1 group_score=top2_sum group_fill=-inf"}) {
+    std::string words;  // without the values of what is always printed
+    for (std::size_t at = 0, end = 0; at < std::string(text).size(); at = end + 1) {
+      end = std::min(std::string(text).find(' ', at), std::string(text).size());
+      const std::string word = std::string(text).substr(at, end - at);
+      const std::string name = word.substr(0, word.find('='));
+      for (const char* const kept : {"E", "k", "score", "selection", "normalize", "row_norm",
+                                     "count", "max_k", "p", "groups"})
+        if (name == kept) words += word + " ";
+    }
+    CHECK(to_string(parse_spec(words)) == text);
+  }
   for (const switched& one : beside) {
     router_spec s = dependent_fields(one.selection);
     one.on(s);
@@ -310,6 +350,11 @@ TEST_CASE("a word that is unknown, wrong, repeated or missing is named") {
   CHECK(refused_text("E=8 k=2 router=fast") ==
         "moeroute::parse_spec: 'router=fast', expected a word of docs/models.md");
   CHECK(refused_text("E=8 k=two") == "moeroute::parse_spec: 'k=two', expected a whole number");
+  CHECK(refused_text("E=8 k") == "moeroute::parse_spec: 'k', expected a whole number");
+  CHECK(refused_text("E=8 k=") == "moeroute::parse_spec: 'k=', expected a whole number");
+  CHECK(refused_text("E=8 k=2 scale") == "moeroute::parse_spec: 'scale', expected a number");
+  CHECK(refused_text("E=8 k=2 score_domain") ==
+        "moeroute::parse_spec: 'score_domain', expected all, selected");
   CHECK(refused_text("E=8 k=2 k=3") == "moeroute::parse_spec: 'k=3', expected it once");
   CHECK(refused_text("E=8") == "moeroute::parse_spec: 'k' is missing");
   CHECK(refused_text("") == "moeroute::parse_spec: 'E' is missing");
@@ -364,56 +409,77 @@ TEST_CASE(
     "advice names what is legal and strange, and says nothing of published routers but of biases "
     "on softmax and drops") {
   CHECK(advice({}).empty());
-  CHECK(advises({.k = 1, .normalize = normalization::sum}, "the gate has no gradient"));
+  CHECK(test::refusal([] { (void)advice({.k = 9}); }) ==
+        "moeroute::router_spec: k is 9, expected 1 to 8");
   CHECK(advises({.k = 1, .domain = score_domain::selected}, "the gate has no gradient"));
   CHECK_FALSE(advises({.k = 1}, "the gate has no gradient"));
   CHECK(advises({.experts = 4, .k = 4},
                 "k=4 is E: every token takes every expert, nothing is chosen"));
   CHECK(advises({.groups = 4, .topk_group = 4},
                 "topk_group=4 keeps every group: the limit does nothing"));
-  CHECK(advises({.score = score_kind::sigmoid,
-                 .selection_bias = true,
-                 .groups = 4,
-                 .topk_group = 2,
-                 .group_fill = 0.0f},
-                "an expert of a lost group"));
-  CHECK(advises({.experts = 256, .selection_bias = true}, "0.00390625"));
-  CHECK(advises({.score = score_kind::identity, .normalize = normalization::sum}, "may vanish"));
-  CHECK(advises({.normalize = normalization::sum, .eps_where = eps_mode::add, .eps = 0.0625f},
-                "eps=0.0625 is added to the divisor"));
-  CHECK(advises({.softcap = 0.5f}, "logit_softcap=0.5: logits within +-0.5 make nearly"));
   CHECK(advises(
       {.score = score_kind::sigmoid, .selection = selection_kind::threshold, .threshold = -0.25f},
       "threshold=-0.25 on sigmoids lets every expert through"));
   CHECK(advises({.score = score_kind::sigmoid, .selection = selection_kind::threshold},
                 "threshold=0 on sigmoids"));
-  CHECK(advises({.selection = selection_kind::top_p, .top_p = 0.75f},
-                "p=0.75 without max_k: a token that is undecided takes up to E = "));
-  CHECK(advises({.normalize = normalization::sum, .capacity = 4}, "before the drop"));
-  const auto of = [](const std::string& text, const std::string& words) {
+  const auto of = [](const std::string& text, const std::string& sentence) {
     INFO(text);
-    CHECK(advises(parse_spec(text), words));
+    const std::vector<std::string> all = advice(parse_spec(text));
+    CHECK(std::count(all.begin(), all.end(), sentence) == 1);
   };
-  of("E=8 k=1 weight_score=softmax weight_domain=selected score=sigmoid",
-     "the gate has no gradient");
-  of("E=8 k=2 explore=1", "the router chooses nothing");
+  const std::string no_gradient =
+      "k=1 and weights that sum to one: every weight is 1, and the gate has no gradient";
+  const std::string by_batch =
+      " decides by the whole batch: a token's experts depend on tokens "
+      "behind it";
+  const std::string hopeless = " on logits: what is 69 of it below a row's largest counts as 0";
+  of("E=8 k=1 normalize=sum", no_gradient);
+  of("E=8 k=1 weight_score=softmax weight_domain=selected score=sigmoid", no_gradient);
+  of("E=8 k=2 score=sigmoid bias=selection groups=4 topk_group=2 group_fill=0",
+     "group_fill=0 with bias=selection: an expert of a lost group beats every kept one whose score "
+     "+ bias is below 0");
+  of("E=256 k=2 bias=selection",
+     "bias=selection on softmax scores: they are about 1/E = 0.00390625, so the step of a bias "
+     "controller has to be far below that (0.001 is made for sigmoids)");
+  of("E=8 k=2 score=identity normalize=sum",
+     "normalize on score=identity: logits have either sign, so their sum may vanish");
+  of("E=8 k=2 normalize=sum eps=0.0625 eps_mode=add",
+     "eps=0.0625 is added to the divisor: weights sum to visibly less than one");
+  of("E=8 k=2 logit_softcap=0.5",
+     "logit_softcap=0.5: logits within +-0.5 make nearly equal scores");
+  of("E=8 k=2 selection=top_p p=0.75",
+     "p=0.75 without max_k: a token that is undecided takes up to E = 8 experts");
+  of("E=8 k=2 normalize=sum capacity=4",
+     "weights are divided before the drop: those of a token with dropped choices sum to less than "
+     "one");
+  of("E=8 k=2 explore=1", "explore=1: experts are always drawn, the router chooses nothing");
   of("E=8 k=2 candidates=2", "candidates=2 is k: every candidate is taken, the lot decides");
-  of("E=8 k=2 noise=gumbel", "noise=gumbel is drawn in every call");
-  of("E=8 k=2 selection=counted count=ratio score=identity max_k=4", "below 0");
+  of("E=8 k=2 noise=gumbel", "noise=gumbel is drawn in every call: describe inference without it");
+  of("E=8 k=2 selection=counted count=ratio score=identity max_k=4",
+     "count=ratio on score=identity: where the best logit is below 0 only min_k reach a share of "
+     "it");
   of("E=8 k=2 selection=counted count=percentile",
      "count=percentile without max_k: a token that is undecided takes up to E = 8 experts");
-  of("E=8 selection=expert_choice", "selection=expert_choice decides by the whole batch");
-  of("E=8 k=2 selection=sinkhorn", "phase=evaluation");
-  of("E=8 k=2 selection=sinkhorn plan_temperature=0.125", "plan_temperature=0.125 on logits: ");
-  of("E=8 k=2 selection=sinkhorn plan_temperature=0.1", "plan_eps outweighs");
+  of("E=8 selection=expert_choice", "selection=expert_choice" + by_batch);
+  of("E=8 k=2 selection=sinkhorn",
+     "phase=training balances the batch that it is given: describe inference with "
+     "phase=evaluation");
+  of("E=8 k=2 selection=sinkhorn plan_temperature=0.125",
+     "plan_temperature=0.125" + hopeless +
+         ", and plan_eps outweighs an expert that all tokens want; plan_domain=logarithm has "
+         "neither limit");
+  of("E=8 k=2 selection=sinkhorn plan_temperature=0.125 plan_eps=0",
+     "plan_temperature=0.125" + hopeless + "; plan_domain=logarithm has neither limit");
   of("E=8 k=2 gate=cosine gate_temperature=2",
      "gate_temperature=2 on cosines: logits within +-0.5 make nearly equal scores");
-  of("E=8 k=2 gate=low_rank_cosine gate_d=16 gate_width=16 gate_temperature=0.1", "no lower rank");
+  of("E=8 k=2 gate=low_rank_cosine gate_d=16 gate_width=16 gate_temperature=0.1",
+     "gate_width=16 is no lower rank than gate_d=16");
   of("E=8 k=2 gate=low_rank_cosine gate_d=16 gate_width=17 gate_temperature=0.1",
      "gate_width=17 is no lower rank than gate_d=16");
-  of("E=8 k=2 gate=mixing score=identity", "tokens behind it");
+  of("E=8 k=2 gate=mixing score=identity",
+     "gate=mixing mixes every token of the call: a token's experts depend on tokens behind it");
   of("E=8 k=2 selection=hash_table score=uniform gate=rms",
-     "gate=rms on score=uniform: nobody reads");
+     "gate=rms on score=uniform: nobody reads its logits, gate=none saves the product");
   CHECK(advice(parse_spec("E=8 k=2 gate=cosine gate_temperature=0.07 explore=0.1")).empty());
   CHECK(advice(parse_spec("E=8 k=2 selection=sinkhorn phase=evaluation")).empty());
   for (const catalog_entry& entry : catalog)
@@ -435,6 +501,12 @@ TEST_CASE("advice is given where its sentence is true, and one step before it is
         "E=8 k=2 score=identity",
         "E=8 k=2 normalize=sum eps=0.0005 eps_mode=add",
         "E=8 k=2 normalize=sum eps=0.5 eps_mode=clamp",
+        "E=8 k=2 eps=0.5 eps_mode=add",
+        "E=8 k=2 plan_temperature=0.1",
+        "E=8 k=4 selection=each_group groups=4 candidates=4",
+        "E=8 k=2 gate=mlp gate_d=16 gate_width=16",
+        "E=8 k=2 selection=selective_sinkhorn noise=gaussian phase=evaluation "
+        "plan_domain=logarithm",
         "E=8 k=2 logit_softcap=1",
         "E=8 k=2 logit_softcap=30",
         "E=8 k=2 score=sigmoid selection=threshold threshold=0.1",
@@ -475,11 +547,6 @@ TEST_CASE("advice is given where its sentence is true, and one step before it is
     INFO(text);
     CHECK(advises(parse_spec(text), words));
   }
-  // Without eps the sentence ends before it.
-  const router_spec cold =
-      parse_spec("E=8 k=2 selection=sinkhorn phase=evaluation plan_temperature=0.1 plan_eps=0");
-  CHECK(advises(cold, "counts as 0; plan_domain=logarithm has neither limit"));
-  CHECK_FALSE(advises(cold, "plan_eps"));
   CHECK(advice(parse_spec("E=8 k=1 weight_score=sigmoid score_domain=selected")).empty());
   CHECK(advice(parse_spec("E=8 k=1 score=sigmoid score_domain=selected")).empty());
   CHECK(advice(parse_spec("E=8 k=1")).empty());

@@ -546,16 +546,14 @@ MOEROUTE_COLD inline std::string unknown_model(std::string_view name) {
   std::string said = "'" + std::string(name.substr(0, 64)) + "' is not in the catalogue";
   const std::string bare = bare_name(name);
   const catalog_entry* meant = nullptr;
-  bool same = false;
   std::size_t known = 0;  // letters of the longest name that the word begins with
   const auto look = [&](const catalog_entry& entry) {
     const std::string other = bare_name(entry.name);
-    if (bare.size() < 3 || same) return;
-    same = other == bare;
+    if (bare.size() < 3) return;
     if (bare.starts_with(other) && other.size() > known) {
       meant = &entry;
       known = other.size();
-    } else if (same || (meant == nullptr && other.starts_with(bare))) {
+    } else if (meant == nullptr && other.starts_with(bare)) {
       meant = &entry;
     }
   };

@@ -656,7 +656,6 @@ MOEROUTE_COLD inline void check_words_apart(const router_spec& s, const spec_use
   const bool ranks = picks || (use.counted && s.count != count_rule::tsallis && !s.sees_batch());
   only(s.ties != tie_order::lower_id, picks, "ties=higher_id",
        "only top_k and each_group turn ties");
-  only(s.class_bias, picks, "bias=by_class", "only top_k and each_group have a bias per class");
   only(s.weight_apart, picks || use.counted, "weight_score",
        "only top_k, each_group and counted weigh by another score");
   only(s.second_logits == logit_pairs::sigmoid_sum, ranks, "second_logits=sigmoid_sum",
@@ -713,7 +712,6 @@ MOEROUTE_COLD inline void check_batch_words(const router_spec& s, const spec_use
   if (s.domain != score_domain::all)
     clash("score_domain=selected", selection, "it scores every expert");
   if (s.selection == expert_choice) {
-    if (s.score == score_kind::uniform) clash(score, selection, "equal scores choose nothing");
     if (s.normalize == normalization::lp || s.eps_where == eps_mode::clamp)
       clash("normalize=lp or eps_mode=clamp", selection,
             "a token's weights are divided by sum + eps");
@@ -752,7 +750,7 @@ MOEROUTE_COLD inline void check_batch_words(const router_spec& s, const spec_use
   check_range("router_spec", "slots_per_expert", s.slots_per_expert, 1, max_experts);
 }
 
-MOEROUTE_COLD inline void check_count(const router_spec& s, const shown_field& selection) {
+MOEROUTE_COLD inline void check_count(const router_spec& s) {
   check_counts("router_spec", s.experts, s.min_k, s.max_k);
   if (s.count == count_rule::tsallis) {
     if (s.score != score_kind::softmax || s.domain != score_domain::all || s.weight_apart)
@@ -768,8 +766,6 @@ MOEROUTE_COLD inline void check_count(const router_spec& s, const shown_field& s
   if (s.count_scope == row_scope::batch && s.count != count_rule::percentile)
     clash("count_scope=batch", {"count=", to_string(s.count)},
           "only a percentile is taken among all tokens");
-  if (s.score == score_kind::uniform)
-    clash("score=uniform", selection, "equal scores choose nothing");
 }
 
 // What there is to check of a spec without rare words and batch rules.
@@ -889,7 +885,7 @@ MOEROUTE_COLD inline void check(const router_spec& s) {
   detail::check_words_apart(s, use, selection);
   detail::check_gate(s, selection);
   if (use.batch || s.sees_batch()) detail::check_batch_words(s, use, selection);
-  if (use.counted) detail::check_count(s, selection);
+  if (use.counted) detail::check_count(s);
 }
 
 /// The capacity of a spec, for apply_capacity(). NLLB and V-MoE rank tokens by their largest

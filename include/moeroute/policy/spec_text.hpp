@@ -28,13 +28,13 @@ struct spec_word {
   }
   index_t whole() const {
     index_t x = 0;
-    if (!valued || !read_number(value, x)) wrong("a whole number");
+    if (!read_number(value, x)) wrong("a whole number");
     return x;
   }
   template <class T>
   T real() const {
     T x = 0;
-    if (!valued || !read_number(value, x)) wrong("a number");
+    if (!read_number(value, x)) wrong("a number");
     return x;
   }
   /// The place of the value in the list.
@@ -42,7 +42,7 @@ struct spec_word {
   std::size_t among(const std::string_view (&words)[N]) const {
     std::string list;
     for (std::size_t i = 0; i < N; ++i) {
-      if (valued && value == words[i]) return i;
+      if (value == words[i]) return i;  // no word is empty
       list += (list.empty() ? "" : ", ") + std::string(words[i]);
     }
     wrong(list);
@@ -142,7 +142,7 @@ MOEROUTE_COLD void say_of_words(const router_spec& s, const Say& say) {
   const spec_uses use(s);
   const gate_spec& gate = s.gate;
   if (s.explore == 1.0f) say("explore=1: experts are always drawn, the router chooses nothing");
-  if (s.candidates != 0 && s.candidates == s.k && use.top_k)
+  if (s.candidates == s.k && use.top_k)
     say("candidates=" + std::to_string(s.candidates) +
         " is k: every candidate is taken, the lot decides");
   if (s.noise != noise_kind::none && s.selection != selective_sinkhorn)
