@@ -184,7 +184,9 @@ TEST_CASE("what combine is given beside rows is refused by name, at either end o
   };
   const matrix_view<const float> wide(x.data(), 6, 5);
   const matrix_view<const float> beside(y.data() + 1, 6, 4);
-  CHECK(said({.lost = lost_token::residual, .x = wide}) == "x.cols() is 5, expected 4");
+  for (const lost_token lost : {lost_token::residual, lost_token::mix})
+    CHECK(said({.lost = lost, .x = wide}) == "x.cols() is 5, expected 4");
+  CHECK(said({.identity_end = 2, .x = wide}) == "x.cols() is 5, expected 4");
   CHECK(said({.shared = wide}) == "shared.cols() is 5, expected 4");
   CHECK(said({.shared = beside}) == "shared and y overlap, expected memory of their own");
   constexpr auto adds = combine_output::accumulate;
@@ -200,6 +202,18 @@ TEST_CASE("what combine is given beside rows is refused by name, at either end o
                   std::span<const float>(rows).first(static_cast<std::size_t>(n)), out, serial{},
                   combine_options<>{.identity_end = -1});
         }) == "moeroute::combine: identity_end is -1, expected 0 to 0");
+  CHECK(test::refusal([&] {
+          combine(matrix_view<const float>(rows.data(), n, 4), p,
+                  std::span<const float>(x).first(static_cast<std::size_t>(n - 1)), out);
+        }) == "moeroute::combine: weights.size() is " + std::to_string(n - 1) + ", expected " +
+                  std::to_string(n));
+  // Where the plan gave identity experts slots, these are what is added.
+  const std::vector<float> others(6 * 4, 5.0f);
+  combine(matrix_view<const float>(rows.data(), n, 4), p, a, out);
+  const std::vector<float> sums = y;
+  combine(matrix_view<const float>(rows.data(), n, 4), p, a, out, serial{},
+          combine_options<>{.identity_end = 3, .x = {others.data(), 6, 4}});
+  CHECK(y == sums);
   const combine_options<> plain;
   CHECK((plain.plain() && !plain.needs_x()));
   CHECK((plain.weight == combine_weight::of_choice && plain.output == combine_output::overwrite &&

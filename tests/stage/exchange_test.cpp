@@ -212,6 +212,19 @@ TEST_CASE("tokens are cut where shares round to, and halves go to the slot befor
   }
 }
 
+TEST_CASE("shares that round below 1 leave nobody behind the last slot") {
+  const std::vector<std::int32_t> offset{0, 1, 2};
+  const std::vector<expert_id> both{0, 0};
+  const std::vector<double> share{0.5, 0.4999995};
+  const placement p({.experts = 1, .slot_offset = offset, .expert_of_slot = both, .share = share});
+  assignment a;
+  a.reset(3, 1, 1);
+  std::fill(a.ids().begin(), a.ids().end(), 0);
+  const std::vector<std::int32_t> counts{0x7fffff00, 3};
+  CHECK(resolved(a, p, 1, {.rule = replica_rule::shares, .counts = counts}) ==
+        std::vector<slot_id>{1, 1, 1});
+}
+
 TEST_CASE("tokens of all ranks are more than 32 bits hold, and are cut where they should be") {
   const placement p = placement::from_slots(1, 4, std::vector<expert_id>{0, 0, 0, no_expert});
   constexpr std::int32_t most = 0x7fffffff;
@@ -430,7 +443,7 @@ TEST_CASE("rows are those of sets: entries >= rows >= rows per node") {
         got.push_back({r, plan.row_token()[at(i)]});
     }
     CHECK(got == std::vector(rows.begin(), rows.end()));
-    std::vector<std::int32_t> to_node(at(p.nodes()));
+    std::vector<std::int32_t> to_node(at(p.nodes()), 7);
     workspace memory;
     count_node_rows(plan, p, memory, to_node);
     std::vector<std::int32_t> of_node(to_node.size(), 0);
@@ -578,9 +591,26 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
                                         std::to_string(e) + " are not those of its choices");
     }
   std::vector<std::int32_t> negative = counts;
-  negative[4] = -3;
-  CHECK(said({.rule = replica_rule::shares, .counts = negative}) ==
-        "moeroute::resolve: counts is -3, expected >= 0");
+  for (const std::int32_t below : {-1, -3}) {
+    negative[4] = below;
+    CHECK(said({.rule = replica_rule::shares, .counts = negative}) ==
+          "moeroute::resolve: counts is " + std::to_string(below) + ", expected >= 0");
+  }
+  {
+    // Who is behind all that this rank counted is refused where it stands, whoever has tokens.
+    assignment two;
+    two.reset(2, 2, 1);
+    two.ids()[0] = 1;
+    two.ids()[1] = 0;
+    const std::vector<std::int32_t> others{0, 0, 5, 5};
+    const placement each = placement::from_slots(2, 2, std::vector<expert_id>{0, 1});
+    CHECK(test::refusal(
+              [&] { resolved(two, each, 0, {.rule = replica_rule::even, .counts = others}); }) ==
+          "moeroute::resolve: the counts of rank 0 for expert 1 are not those of its choices");
+    two.ids()[1] = 7;
+    CHECK(test::refusal([&] { resolved(two, each, 0, {}); }) ==
+          "moeroute::resolve: the id of choice 1 is 7, expected -1 to 1");
+  }
   const std::vector<std::int32_t> first{0, 1, 2, 3};
   const auto ranges = [&](slot_range changed) {
     std::vector<slot_range> r{{0, 0, counts[0]}, {1, 0, counts[1]}, {2, 0, counts[2]}};
@@ -641,17 +671,22 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
   CHECK(std::count(slot.begin(), slot.end(), no_slot) == counts[2]);
 
   exchange_plan plan;
+  plan_exchange(a, resolved(a, p, 0, {}), p, plan);
+  REQUIRE(plan.rows() > 0);
   const std::vector<slot_id> wild(6, 4);
   CHECK(test::refusal([&] { plan_exchange(a, wild, p, plan); }) ==
         "moeroute::plan_exchange: slot is 4, expected -1 to 3");
+  CHECK((plan.rows() == 0 && plan.tokens() == 0 && plan.ranks() == 0));
   const std::vector<std::int32_t> rows{1, 1}, entries{2, 1}, of_row{2, 1}, local{0, 1, 0};
   dispatch_plan inner;
   const auto got = [&](received_entries g, index_t slots = 2) {
     return test::refusal([&] { plan_received(g, slots, inner); });
   };
   CHECK(got({rows, entries, of_row, local}) == "accepted");
+  CHECK((inner.k() == 2 && inner.slots() == 3));
   CHECK(got({rows, entries, of_row, local}, 1) ==
         "moeroute::plan_received: local_slot is 1, expected 0 to 0");
+  CHECK((inner.slots() == 0 && inner.tokens() == 0));
   const std::vector<std::int32_t> bad_rows{1, 2}, bad_entries{1, 2}, zero{0, 3}, minus{-1, 3},
       below{0, -1, 0}, twice{1, 1}, swap{1, 0};
   CHECK(got({bad_rows, entries, of_row, local}) ==
@@ -698,6 +733,16 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
     return [&, from, to] { gather_rows(from, index, to); };
   };
   const std::vector<slot_id> before_all(6, -2);
+  assignment falling = test::ragged_choices(rng, 6, 3, 1);
+  falling.to_fill().offsets[6] = 99;
+  const std::string not_there = ": token 5 has the choices from " +
+                                std::to_string(falling.offsets()[5]) +
+                                " to 99, expected 0 to k = 1 of them, from 0 on";
+  // An order that names a row too much meets no slot that is taken there.
+  inner.reset(9, 2, 1);
+  std::fill_n(inner.writable().slot_of_choice, 9, no_slot);
+  CHECK(got({rows, entries, of_row, local, entries}) ==
+        "moeroute::plan_received: order is 2, expected 0 to 1");
   // What is too long is not read.
   constexpr std::size_t beyond = 0x80000000u;
   const placement wider = placement::from_slots(4, 1, std::vector<expert_id>{0, 1, 2, 3});
@@ -763,11 +808,22 @@ TEST_CASE("counts, ranges and messages of others are checked before they index a
        "plan_received: order.size() is 1, expected 2"},
       {[&] { plan_received({rows, entries, of_row, local, entries}, 2, inner); },
        "plan_received: order is 2, expected 0 to 1"},
+      {[&] { plan_exchange(falling, wild, p, plan); }, "plan_exchange" + not_there},
+      {[&] { copy_tokens(falling, 0, 1, own); }, "copy_tokens" + not_there},
       {[&] { plan_exchange(a, five, p, plan); }, "plan_exchange: slot.size() is 5, expected 6"},
       {[&] { plan_exchange(a, before_all, p, plan); },
        "plan_exchange: slot is -2, expected -1 to 3"},
   };
   for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  // Rows from where they lie to where they belong, each with a stride of its own.
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
+  gather_rows(matrix_view<const float>(x.data(), 3, 2, 4), index,
+              matrix_view<float>(y.data(), 2, 2, 3));
+  CHECK((y[0] == 4.0f && y[1] == 5.0f && y[3] == 0.0f && y[4] == 1.0f));
+  std::vector<bfloat16> y16(12);
+  gather_rows(matrix_view<const float>(x.data(), 3, 2, 4), index,
+              matrix_view<bfloat16>(y16.data(), 2, 2, 3));
+  for (std::size_t i = 0; i < 6; ++i) CHECK(static_cast<float>(y16[i]) == y[i]);
 }
 
 TEST_CASE("tokens that are copied keep their choices, weights and drops") {
@@ -823,6 +879,8 @@ TEST_CASE("a warm exchange allocates nothing") {
 
 TEST_CASE("with dead ranks, nodes and drops at once every choice goes where its rule's words say") {
   test::random rng(101);
+  exchange_plan out;
+  dispatch_plan home;
   for (index_t round = 0; round < test::sized(250, 80); ++round) {
     const auto coin = [&] { return rng.below(2) == 0; };
     const index_t ranks = 1 + rng.below(6), experts = 1 + rng.below(7), each = 1 + rng.below(4);
@@ -839,7 +897,7 @@ TEST_CASE("with dead ranks, nodes and drops at once every choice goes where its 
     std::vector<std::uint8_t> owned, mask;
     std::vector<assignment> all;
     std::vector<std::vector<std::uint8_t>> masks;
-    for (index_t e = 0; e < experts; ++e) owned.push_back(rng.below(5) != 0);
+    for (index_t e = 0; e < experts; ++e) owned.push_back(rng.below(5) != 0 ? 2 : 0);
     const bool some_owned = coin(), masked = coin();
     std::vector<std::int32_t> counts;
     // Who takes part, rank after rank: {choice, expert}.
@@ -921,7 +979,6 @@ TEST_CASE("with dead ranks, nodes and drops at once every choice goes where its 
         CHECK((test::refusal([&] { resolved(all[at(r)], p, r, o); }) == "accepted") == (lost == 0));
 
         // Rows to a rank are its tokens, each once, and entries come token by token.
-        exchange_plan out;
         plan_exchange(all[at(r)], expected, p, out);
         std::vector<std::int32_t> row_token, row_offset{0}, entries, local;
         for (index_t to = 0; to < ranks; ++to) {
@@ -943,11 +1000,12 @@ TEST_CASE("with dead ranks, nodes and drops at once every choice goes where its 
         CHECK(copy_of(out.entries_of_row()) == entries);
         CHECK(copy_of(out.local_slot()) == local);
         // Home again every token has a row of each rank that it went to, in rank order.
-        dispatch_plan home;
         plan_reduced(out, home);
         index_t wrong = home.tokens() != all[at(r)].tokens() || home.experts() != ranks ||
                         home.slots() != out.rows() || home.kept() != out.rows() ||
-                        home.padding() != 0 || !home.ragged() || home.k() > ranks;
+                        home.padding() != 0 || !home.ragged() ||
+                        home.k() != std::min(ranks, std::max<index_t>(1, out.rows())) ||
+                        home.first(0) != 0;
         wrong +=
             copy_of(home.token_of_slot()) != row_token || copy_of(home.offsets()) != row_offset;
         for (index_t t = 0, c = 0; t < all[at(r)].tokens(); ++t) {
@@ -957,6 +1015,7 @@ TEST_CASE("with dead ranks, nodes and drops at once every choice goes where its 
               wrong +=
                   c >= home.choices() || home.slot_of_choice()[at(c++)] != static_cast<slot_id>(i);
           wrong += home.first(t + 1) != c || home.count(t) > home.k();
+          wrong += out.outer().first(t + 1) != all[at(r)].first(t + 1);
         }
         CHECK(wrong == 0);
         for (std::size_t e = 0; e < before.size(); ++e) before[e] += counts[at(r * experts) + e];

@@ -442,6 +442,77 @@ TEST_CASE("what the weights leave of a token pulls at x, and at every weight") {
   CHECK(same);
 }
 
+TEST_CASE("each gradient of a combine that is wanted is that of plain loops, whatever else is") {
+  test::random rng(83);
+  for (int round = 0; round < 200; ++round) {
+    const index_t tokens = rng.below(9), k = 1 + rng.below(5), d = 1 + rng.below(20);
+    assignment a = rng.below(2) == 0 ? test::ragged_choices(rng, tokens, 6, k)
+                                     : test::fixed_choices(rng, tokens, 6, k, 4);
+    if (rng.below(3) == 0) test::drop_some(rng, a, 3);
+    combine_options<> how;
+    std::vector<std::uint8_t> owned(6, 1);
+    if (rng.below(2) == 0) {
+      how.identity_first = 1;
+      how.identity_end = 3;
+      owned[1] = owned[2] = 0;
+    }
+    const bool ones = rng.below(3) == 0, of_slots = rng.below(2) == 0, of_x = rng.below(2) == 0,
+               given = !ones || rng.below(2) == 0;
+    const lost_token lost[] = {lost_token::zero, lost_token::residual, lost_token::mix};
+    how.lost = lost[rng.below(ones ? 2 : 3)];
+    if (ones) how.weight = combine_weight::one;
+    const scene s(a, {.owned = owned});
+    const spread_rows<float> out(s.plan.slots(), d, 5), dy(tokens, d, 6), x(tokens, d, 3);
+    spread_rows<float> dslots(s.plan.slots(), d, 7), dx(tokens, d, 8);
+    const spread_rows<float> before = dx;
+    how.x = x.view();
+    const std::vector<float> w = given ? weights_of<float>(a) : std::vector<float>();
+    std::vector<float> dw(rng.below(2) == 0 ? static_cast<std::size_t>(a.choices()) : 0, 9.0f);
+    combine_gradients<float> to{.weights = dw};
+    if (of_slots) to.slots = dslots.view();
+    if (of_x) to.x = dx.view();
+    combine_backward(dw.empty() ? matrix_view<const float>{} : out.view(), s.plan, w, dy.view(), to,
+                     serial{}, how, &s.choices);
+    int wrong = 0;
+    for (index_t t = 0; t < tokens; ++t) {
+      double rest = 1.0, pulled = 0.0, own = 0.0;
+      bool none = true;
+      const auto dot = [&](const spread_rows<float>& of, index_t r) {
+        double sum = 0.0;
+        for (index_t j = 0; j < d; ++j) sum += of(r, j) * dy(t, j);
+        return sum;
+      };
+      if (how.lost == lost_token::mix) own = dot(x, t);
+      for (index_t c = a.first(t); c < a.first(t + 1); ++c) {
+        const auto at = static_cast<std::size_t>(c);
+        const index_t slot = s.plan.slot_of_choice()[at];
+        const expert_id e = a.ids()[at];
+        double expected = 0.0;
+        if (slot >= 0) {
+          const double weight = ones ? 1.0 : static_cast<double>(w[at]);
+          for (index_t j = 0; of_slots && j < d; ++j)
+            wrong += !close(dslots(slot, j), weight * dy(t, j));
+          if (!ones) expected = dot(out, slot) - own;
+          rest -= weight;
+          none = false;
+        } else if (e >= how.identity_first && e < how.identity_end && a.kept(c)) {
+          const double weight = given ? static_cast<double>(w[at]) : 1.0;
+          pulled += weight;
+          expected = dot(x, t) - own;
+          rest -= weight;
+          none = false;
+        }
+        if (!dw.empty()) wrong += !close(static_cast<double>(dw[at]), expected, 1e-4);
+      }
+      if (how.lost == lost_token::mix || (none && how.lost == lost_token::residual)) pulled += rest;
+      for (index_t j = 0; of_x && j < d; ++j)
+        wrong += !close(dx(t, j), before(t, j) + pulled * dy(t, j), 1e-4);
+    }
+    INFO("round " << round);
+    CHECK(wrong == 0);
+  }
+}
+
 TEST_CASE("gradients of moved rows have the same bits for every executor, and allocate nothing") {
   test::random rng(22);
   const scene s(test::fixed_choices(rng, 700, 16, 4, 6));
@@ -469,25 +540,25 @@ TEST_CASE("gradients of moved rows have the same bits for every executor, and al
 
 TEST_CASE("16-bit gradients of experts' rows are rounded once, large ones are streamed") {
   test::random rng(23);
-  const scene s(test::fixed_choices(rng, 600, 8, 4));
-  const index_t d = 1024;  // 9.6 MB of float
-  buffer<float> wide(s.plan.slots() * d);
-  buffer<bfloat16> narrow(s.plan.slots() * d);
-  const spread_rows<float> dy(600, d, 2, 0);
-  combine_backward(matrix_view<const float>{}, s.plan, s.choices, dy.view(),
-                   combine_gradients<float>{{wide.data(), s.plan.slots(), d}});
-  combine_backward(matrix_view<const float>{}, s.plan, s.choices, dy.view(),
-                   combine_gradients<bfloat16>{{narrow.data(), s.plan.slots(), d}});
+  const scene s(test::fixed_choices(rng, 600, 8, 4)), few(test::fixed_choices(rng, 120, 8, 4));
+  const index_t d = 5120, n = few.plan.slots();  // 9.6 MB of float, rows of more than one piece
+  buffer<float> wide(n * d);
+  buffer<bfloat16> narrow(n * d);
+  const spread_rows<float> dy(120, d, 2, 0);
+  combine_backward(matrix_view<const float>{}, few.plan, few.choices, dy.view(),
+                   combine_gradients<float>{{wide.data(), n, d}});
+  combine_backward(matrix_view<const float>{}, few.plan, few.choices, dy.view(),
+                   combine_gradients<bfloat16>{{narrow.data(), n, d}});
   bool same = true;
   for (index_t i = 0; i < wide.size(); ++i)
     same =
         same && static_cast<float>(static_cast<bfloat16>(wide[i])) == static_cast<float>(narrow[i]);
   CHECK(same);
-  spread_rows<float> wide_dx(600, d, 7, 0);
-  spread_rows<bfloat16> narrow_dx(600, d, 8, 0), expected_dx = narrow_dx;
-  const matrix_view<const float> pulled(wide.data(), s.plan.slots(), d);
-  dispatch_backward(pulled, s.plan, gradient_to::write, wide_dx.view());
-  dispatch_backward(pulled, s.plan, gradient_to::write, narrow_dx.view());
+  spread_rows<float> wide_dx(120, d, 7, 0);
+  spread_rows<bfloat16> narrow_dx(120, d, 8, 0), expected_dx = narrow_dx;
+  const matrix_view<const float> pulled(wide.data(), n, d);
+  dispatch_backward(pulled, few.plan, gradient_to::write, wide_dx.view());
+  dispatch_backward(pulled, few.plan, gradient_to::write, narrow_dx.view());
   for (std::size_t i = 0; i < wide_dx.value.size(); ++i)
     expected_dx.value[i] = static_cast<bfloat16>(wide_dx.value[i]);
   CHECK(test::bit_difference(narrow_dx.value, expected_dx.value) == "");
@@ -623,6 +694,8 @@ TEST_CASE("backward stages refuse every size and every shared piece of memory by
   const combine_options<> identity{.identity_first = 1, .identity_end = 2, .x = x.view()};
   const std::string own = " overlap, expected memory of their own";
   const test::refusals refused{
+      {combined({.shared = {dy.value.data() + 1, 6, 8, dy.stride}}),
+       "combine_backward: dy and gradients.shared" + own},
       {combined({.slots = cut(dslots, 7)}),
        "combine_backward: gradients.slots.cols() is 7, expected 8"},
       {combined({.slots = {dy.value.data(), 12, 8, 8}}),
@@ -693,6 +766,7 @@ TEST_CASE("backward stages refuse every size and every shared piece of memory by
        "renormalize: weights.size() is 11, expected 12"},
   };
   for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK(test::refusal(combined({.shared = dy.view()})) == "accepted");
   // What nobody asks for is not looked at.
   CHECK(test::refusal(combined({.slots = dslots.view()}, {.lost = lost_token::mix})) == "accepted");
   CHECK(test::refusal(combined({}, {.shared = narrow.view()})) == "accepted");

@@ -145,7 +145,7 @@ void combine_token(index_t t, const matrix_view<const T>& rows, const Source& so
         sum(o.x.data + t * o.x.stride, weight[c]);
       }
     }
-    if (own) sum(o.x.data + t * o.x.stride, lost ? 1.0f : rest);
+    if (own) sum(o.x.data + t * o.x.stride, rest);
     if (o.shared.rows > 0)
       sum(o.shared.data + t * o.shared.stride,
           o.shared_weight.empty() ? 1.0f : o.shared_weight[static_cast<std::size_t>(t)]);

@@ -238,7 +238,7 @@ void combine_backward(const X& slot_rows, const dispatch_plan& plan,
         if (wants_weights) gradients.weights[static_cast<std::size_t>(c)] = dot;
       }
       if ((mixes || (lost && options.lost == lost_token::residual)) && dx.data != nullptr)
-        simd::add_scaled_row<A>(row, lost ? F(1) : rest, dy.cols, dx.data + t * dx.stride);
+        simd::add_scaled_row<A>(row, rest, dy.cols, dx.data + t * dx.stride);
       if (!gradients.shared_weight.empty())
         gradients.shared_weight[static_cast<std::size_t>(t)] =
             detail::dot_of<A, F>(options.shared.data + t * options.shared.stride, row, dy.cols);

@@ -71,7 +71,6 @@ void plan_exchange(const assignment& choices, std::span<const slot_id> slot,
   simd::rank_keys<A>(key, n, ranks, outer.offsets, outer.slot_of_choice);
   simd::exclusive_scan<A>(outer.offsets, ranks, outer.offsets);
   simd::place_keys<A>(key, n, token, outer.offsets, outer.slot_of_choice, outer.token_of_slot);
-  to.outer.set_counts(0, 0, 0);
 
   // Stable and token-major: an entry begins a row where the token changes.
   const std::int32_t* const first_slot = p.slot_offset().data();
@@ -278,7 +277,6 @@ inline void plan_received(const received_entries& got, index_t slots, dispatch_p
   }
   for (index_t s = slots; s > 0; --s) p.offsets[s] = p.offsets[s - 1];
   if (slots > 0) p.offsets[0] = 0;
-  out.set_counts(0, 0, 0);
 }
 
 /// The plan by which reduced rows are added up at home: every token's rows, one per destination,
@@ -303,7 +301,6 @@ inline void plan_reduced(const exchange_plan& plan, dispatch_plan& out) {
   for (index_t t = tokens; t > 0; --t) first[t] = first[t - 1];
   if (tokens > 0) first[0] = 0;
   std::copy_n(plan.row_offset().data(), ranks + 1, p.offsets);
-  out.set_counts(0, 0, 0);
 }
 
 }  // namespace moeroute

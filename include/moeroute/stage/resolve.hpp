@@ -113,7 +113,7 @@ inline void check_ranges(const placement& p, const resolve_options& o, index_t e
                           ", expected to begin at " + std::to_string(at));
     at = r.end;
   }
-  if (at != total && (first != last || p.replicas(e) > 0))
+  if (at != total && p.replicas(e) > 0)
     fail("resolve", "the ranges of expert " + std::to_string(e) + " end at " + std::to_string(at) +
                         ", expected " + std::to_string(total));
 }
