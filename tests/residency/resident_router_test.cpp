@@ -734,6 +734,12 @@ TEST_CASE("a running range is the decayed mean of the tokens' own") {
        {std::pair{1.0f, "1.000000"}, {-0.5f, "-0.500000"}, {NAN, "nan"}})
     CHECK(test::refusal([&, of = decay] { running_range{of}; }) ==
           "moeroute::running_range: decay is " + std::string(shown) + ", expected 0 to below 1");
+  running_range usual, said(0.99f);
+  for (running_range* one : {&usual, &said}) one->update({z, 2, 4});
+  CHECK((usual.value() == said.value() && usual.value() < 2.1f));
+  const char* const names[] = {"off",  "prior", "maxrank", "mass",
+                               "swap", "drop",  "buddy",   "within"};
+  for (int i = 0; i < 8; ++i) CHECK(to_string(static_cast<kind>(i)) == std::string(names[i]));
   // The last column counts as the first, in more rows than columns and in fewer.
   const float ends[] = {0, 0, 5, 9, 0, 0, 0, -3, 1, 1, 1, 5};
   for (const auto& [rows, columns] : {std::pair<index_t, index_t>{3, 4}, {6, 2}, {1, 12}}) {
