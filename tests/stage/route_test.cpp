@@ -16,6 +16,7 @@
 #include "support/random.hpp"
 #include "support/refusal.hpp"
 #include "support/shapes.hpp"
+#include "support/sized.hpp"
 #include "support/threads.hpp"
 
 using namespace moeroute;
@@ -354,7 +355,8 @@ TEST_CASE("the largest E is routed") {
 TEST_CASE("bfloat16 logits are routed as the floats they widen to, whatever the score needs") {
   static_assert(bfloat16_router<router<softmax>> && bfloat16_router<router<sigmoid>>);
   for (const shape s : test::all_shapes)
-    for (const index_t experts : {9, 64, 160})
+    for (const index_t experts : {9, 64, 160}) {
+      if (experts > test::sized(160, 64)) continue;
       for (const index_t tokens : {1, 16, 37})
         for (const index_t k : {1, 4, 8}) {
           const top_k selection{.k = k};
@@ -373,6 +375,7 @@ TEST_CASE("bfloat16 logits are routed as the floats they widen to, whatever the 
           if (s == shape::normal)
             CHECK(narrow_differs(router<spread>{.selection = selection}, s, tokens, experts) == "");
         }
+    }
 }
 
 TEST_CASE("a side input that a router does not read is refused, one that it reads is measured") {

@@ -38,12 +38,26 @@ enum class shape {
   extreme,         // around -10000 and +10000
 };
 
+// A sanitizer sees where memory is read, which few shapes change: in a reduced build it gets those.
+#if defined(__has_feature)
+#define MOEROUTE_TEST_SANITIZED (MOEROUTE_TEST_REDUCED && __has_feature(address_sanitizer))
+#else
+#define MOEROUTE_TEST_SANITIZED 0
+#endif
+
+#if MOEROUTE_TEST_SANITIZED
+inline constexpr shape all_shapes[] = {
+    shape::normal,   shape::quantised,     shape::descending, shape::masked,
+    shape::half_nan, shape::all_minus_inf, shape::plus_infs,  shape::extreme,
+};
+#else
 inline constexpr shape all_shapes[] = {
     shape::normal,         shape::bf16_rounded, shape::quantised, shape::all_equal,
     shape::ascending,      shape::descending,   shape::masked,    shape::half_nan,
     shape::all_minus_inf,  shape::all_nan,      shape::plus_infs, shape::signed_zeros,
     shape::one_hot_expert, shape::zipf,         shape::extreme,
 };
+#endif
 
 inline const char* name(shape s) {
   switch (s) {
