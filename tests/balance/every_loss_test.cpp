@@ -2,6 +2,7 @@
 // masked tokens say.
 #include <moeroute/balance/loss.hpp>
 
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <cmath>
 #include <cstdint>
@@ -59,14 +60,22 @@ std::string loss_differs(const Call& call) {
   for (const gradient_to to : {gradient_to::nowhere, gradient_to::write, gradient_to::add})
     for (const auto& [tokens, experts] : {std::pair<index_t, index_t>{1, 2}, {40, 17}, {36, 64}}) {
       const inputs in(tokens, experts, to);
-      const std::string broken = test::differs_by_stride([&](test::layout& l) {
+      bool stays = true;
+      std::string broken = test::differs_by_stride([&](test::layout& l) {
         const auto z = l.in(in.logits, in.tokens, in.experts);
         const auto dz = l.in_out(in.before, in.tokens, in.experts);
         workspace ws;
         // Who wants no gradient need not have a place for it.
         const matrix_view<float> none{};
         l.result(call(in, z, to == gradient_to::nowhere ? none : dz, ws, l));
+        if (to != gradient_to::nowhere) return;
+        // Who has one finds it as it was.
+        call(in, z, dz, ws, l);
+        for (index_t t = 0; t < in.tokens; ++t)
+          stays = stays &&
+                  std::equal(dz.row(t), dz.row(t) + in.experts, in.before.begin() + t * in.experts);
       });
+      if (!stays) broken = "written without a wish";
       if (!broken.empty())
         return "T=" + std::to_string(tokens) + " E=" + std::to_string(experts) + ": " + broken;
     }
@@ -739,6 +748,14 @@ TEST_CASE("losses with functions of their own refuse by name what does not fit t
       {settled(fewer), "stable_moe_loss: assignment.tokens is 2, expected 3"},
       {settled(wider), "stable_moe_loss: assignment.experts is 5, expected 4"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  const auto unwritten = [&] {  // what nobody is to write may lie anywhere, in any shape
+    noisy_load_loss<float>({}, {.gradient = gradient_to::nowhere}, z, noisy, sigma,
+                           {in.data(), 3, 4}, dshorter, ws, serial{});
+  };
+  for (const auto& accepted : std::vector<std::function<void()>>{
+           unwritten, local({.beta = 0.0, .neighbour = next}), chunk({.chunk = 1, .norm_eps = 0.0}),
+           shares({.norm_eps = 0.0})})
+    CHECK(test::refusal(accepted) == "accepted");
 }
 
 TEST_CASE("losses of counts and of rows refuse by name the numbers that they are given") {

@@ -174,7 +174,7 @@ TEST_CASE(
 }
 
 TEST_CASE("locality is the cross-entropy of neighbours, and its gradient the derivative") {
-  const std::int32_t neighbour[] = {-1, 0, 1, 1, 3, -1, 5, 2};
+  const std::int32_t neighbour[] = {6, 0, 1, 1, 3, -1, 5, 2};
   for (const bool masked : {false, true}) {
     auto b = test::random_batch(125, 8, 6, masked);
     const locality_loss loss{.coefficient = 0.5, .beta = 2.0, .neighbour = neighbour};

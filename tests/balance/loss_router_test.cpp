@@ -217,10 +217,31 @@ TEST_CASE("answers that are as loud pull at nobody; nor does one that is no numb
   CHECK(broken == 0);
 }
 
+TEST_CASE("the coupling has the same bits where several threads ask experts at once") {
+  constexpr index_t experts = 32, hidden = 8, d = 64;
+  const row router = normals(125, experts * d), expert = normals(126, experts * hidden * d);
+  const row delta(router.size(), 1.0);
+  const auto on = [&](const auto& exec) {
+    workspace ws;
+    row made(router.size() + expert.size());
+    double* const dexpert = made.data() + router.size();
+    const double value = expert_router_coupling<double>(
+        {}, gradient_to::write, {router.data(), experts, d}, {delta.data(), experts, d},
+        {expert.data(), experts * hidden, d}, {made.data(), experts, d},
+        {dexpert, experts * hidden, d}, ws, exec);
+    made.push_back(value);
+    return made;
+  };
+  const row alone = on(serial{});
+  bool same = true;
+  for (int i = 0; i < 5; ++i) same = on(test::several_threads{3}) == alone && same;
+  CHECK(same);
+}
+
 TEST_CASE("arguments of the coupling loss are refused by name") {
   const row router = normals(114, E * D), expert = normals(115, E * H * D), delta(E * D, 1.0);
-  CHECK(test::refusal([&] { run(router, delta, expert, {.alpha = 1.5}, nullptr, nullptr); }) ==
-        "moeroute::expert_router_coupling: alpha is 1.500000, expected 0 to 1");
+  CHECK(test::refusal([&] { run(router, delta, expert, {.alpha = 1.0625}, nullptr, nullptr); }) ==
+        "moeroute::expert_router_coupling: alpha is 1.062500, expected 0 to 1");
   CHECK(test::refusal([&] {
           run(router, delta, expert, {.coefficient = -1.0}, nullptr, nullptr);
         }) == "moeroute::expert_router_coupling: coefficient is -1.000000, expected >= 0");
