@@ -75,6 +75,18 @@ template <class A = default_arch>
 using vfloat = xsimd::batch<float, A>;
 template <class A = default_arch>
 using vint = xsimd::batch<std::int32_t, A>;
+
+/// The same bits, read as numbers of another type. On NEON xsimd looks its instruction up in tables
+/// of functions, each of which costs a compiler seconds.
+template <class To, class T, class A>
+MOEROUTE_INLINE xsimd::batch<To, A> bits_as(const xsimd::batch<T, A>& x) {
+#if XSIMD_WITH_NEON
+  if constexpr (std::is_base_of_v<xsimd::neon, A>)
+    return __builtin_bit_cast(typename xsimd::batch<To, A>::register_type, x.data);
+  else
+#endif
+    return xsimd::bitwise_cast<To>(x);
+}
 template <class A = default_arch>
 using vmask = xsimd::batch_bool<float, A>;
 
@@ -228,7 +240,7 @@ MOEROUTE_INLINE void store_pieces(std::int32_t* integers, float* floats, int n, 
     four_i = i;
     four_f = f;
   } else {
-    store_first<A>(reinterpret_cast<float*>(integers), n, xsimd::bitwise_cast<float>(i));
+    store_first<A>(reinterpret_cast<float*>(integers), n, bits_as<float>(i));
     store_first<A>(floats, n, f);
     return;
   }
@@ -244,7 +256,7 @@ MOEROUTE_INLINE void store_pieces(std::int32_t* integers, float* floats, int n, 
     _mm_store_ss(floats + at, four_f);
   }
 #else
-  store_first<A>(reinterpret_cast<float*>(integers), n, xsimd::bitwise_cast<float>(i));
+  store_first<A>(reinterpret_cast<float*>(integers), n, bits_as<float>(i));
   store_first<A>(floats, n, f);
 #endif
 }
@@ -449,7 +461,7 @@ MOEROUTE_INLINE vfloat<A> fma(vfloat<A> a, vfloat<A> b, vfloat<A> c) {
 /// addition.
 template <class A>
 MOEROUTE_INLINE vfloat<A> scale_by_power_of_two(vfloat<A> m, vint<A> n) {
-  return xsimd::bitwise_cast<float>(xsimd::bitwise_cast<std::int32_t>(m) + (n << 23));
+  return bits_as<float>(bits_as<std::int32_t>(m) + (n << 23));
 }
 
 }  // namespace moeroute::simd

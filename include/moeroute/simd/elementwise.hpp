@@ -27,7 +27,7 @@ MOEROUTE_INLINE vfloat<A> exp_core(vfloat<A> x) {
   p = fma<A>(p, r, F(1.0f));
   p = fma<A>(p, r, F(1.0f));
   // The low bits of `shifted` are n, and all others leave the register at the top.
-  return scale_by_power_of_two<A>(p, xsimd::bitwise_cast<std::int32_t>(shifted));
+  return scale_by_power_of_two<A>(p, bits_as<std::int32_t>(shifted));
 }
 
 inline constexpr float exp_lowest = -87.3365402f;  // below, the result would be denormal: 0
@@ -140,9 +140,9 @@ template <class A>
 MOEROUTE_INLINE vfloat<A> log(vfloat<A> x) {
   using F = vfloat<A>;
   // x = 2^n * m with m in [sqrt(1/2), sqrt(2)); log(m) = 2 atanh(s) with s = (m - 1) / (m + 1).
-  const vint<A> bits = xsimd::bitwise_cast<std::int32_t>(x) - vint<A>(0x3f3504f3);
+  const vint<A> bits = bits_as<std::int32_t>(x) - vint<A>(0x3f3504f3);
   const vint<A> n = bits >> 23;
-  const F m = xsimd::bitwise_cast<float>(xsimd::bitwise_cast<std::int32_t>(x) - (n << 23));
+  const F m = bits_as<float>(bits_as<std::int32_t>(x) - (n << 23));
   const F s = divide<A>(m - F(1.0f), m + F(1.0f)), square = s * s;
   F p(0.24289555847644806f);
   p = fma<A>(p, square, F(0.21430741250514984f));

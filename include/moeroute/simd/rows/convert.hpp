@@ -73,7 +73,7 @@ T narrowed(float x) {
 template <class A>
 MOEROUTE_INLINE xsimd::batch<std::uint32_t, A> rounded_halves(vfloat<A> v) {
   using U = xsimd::batch<std::uint32_t, A>;
-  const U bits = xsimd::bitwise_cast<std::uint32_t>(v);
+  const U bits = bits_as<std::uint32_t>(v);
   const U rounded = bits + U(0x7fffu) + ((bits >> 16) & U(1u));
   const U quiet = bits | U(0x400000u);
   return xsimd::select(xsimd::batch_bool_cast<std::uint32_t>(v == v), rounded, quiet) >> 16;

@@ -68,8 +68,7 @@ MOEROUTE_INLINE void load_packed(const W* w, vfloat<A> (&column)[v]) {
     } else if (packs_pairs<W> && (j | 1) < v) {
       const U pair =
           U::load_unaligned(reinterpret_cast<const std::uint32_t*>(w + j / 2 * 2 * width<A>));
-      column[j] = j % 2 == 0 ? xsimd::bitwise_cast<float>(pair << 16)
-                             : xsimd::bitwise_cast<float>(pair & U(0xffff0000u));
+      column[j] = j % 2 == 0 ? bits_as<float>(pair << 16) : bits_as<float>(pair & U(0xffff0000u));
     } else {
       column[j] = load_wide<A>(w + j * width<A>);
     }

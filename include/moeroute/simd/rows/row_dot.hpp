@@ -83,8 +83,8 @@ void scale_and_dot_rows(const U* row, const T* const* rows, const float* factor,
       for (; c + 2 * block_rows <= m; c += 2 * block_rows) {
         const U* const from = row + first + c;
         const bits pairs = bits::load_unaligned(reinterpret_cast<const std::uint32_t*>(from));
-        const auto even = xsimd::bitwise_cast<float>(pairs << 16);
-        const auto odd = xsimd::bitwise_cast<float>(pairs & bits(0xffff0000u));
+        const auto even = bits_as<float>(pairs << 16);
+        const auto odd = bits_as<float>(pairs & bits(0xffff0000u));
         const vfloat<A> x = detail::load_wide<A>(from), y = detail::load_wide<A>(from + w);
         MOEROUTE_UNROLL
         for (int r = 0; r < R; ++r) {

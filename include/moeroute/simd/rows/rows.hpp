@@ -231,8 +231,8 @@ struct sum_of_pairs {
     MOEROUTE_UNROLL
     for (int j = 0; j < V; ++j) {
       const U pair = U::load_unaligned(from + j * width<A>);
-      even[j] = fma<A>(factor, xsimd::bitwise_cast<float>(pair << 16), even[j]);
-      odd[j] = fma<A>(factor, xsimd::bitwise_cast<float>(pair & U(0xffff0000u)), odd[j]);
+      even[j] = fma<A>(factor, bits_as<float>(pair << 16), even[j]);
+      odd[j] = fma<A>(factor, bits_as<float>(pair & U(0xffff0000u)), odd[j]);
     }
   }
   template <storage To>

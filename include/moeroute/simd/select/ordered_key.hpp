@@ -11,7 +11,7 @@ namespace moeroute::simd {
 /// Integers in the order of the floats, -0 equal to +0. Requires: x is not NaN.
 template <class A>
 MOEROUTE_INLINE vint<A> ordered_key(vfloat<A> x) {
-  const vint<A> bits = xsimd::bitwise_cast<std::int32_t>(x + vfloat<A>(0.0f));
+  const vint<A> bits = bits_as<std::int32_t>(x + vfloat<A>(0.0f));
   return bits ^ ((bits >> 31) & vint<A>(0x7fffffff));
 }
 inline std::int32_t ordered_key(float x) {

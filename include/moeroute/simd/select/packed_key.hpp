@@ -185,8 +185,7 @@ MOEROUTE_INLINE void store_top(const vint<A>* top, int k, const bfloat16* const*
     const vint<A> number = (key >> 16) - vint<A>(0x7f);
     const vint<A> bits = (xsimd::abs(number) << 16) | (number & vint<A>(no_key));
     const vmask<A> there = xsimd::batch_bool_cast<float>(key > last_missing);
-    const vfloat<A> v =
-        select<A>(there, xsimd::bitwise_cast<float>(bits), vfloat<A>(minus_infinity));
+    const vfloat<A> v = select<A>(there, bits_as<float>(bits), vfloat<A>(minus_infinity));
     zeros = zeros | (v == vfloat<A>(0.0f));
     v.store_unaligned(value + r * block_rows);
     select<A>(there, ~key & vint<A>(0xffff), vint<A>(no_expert))

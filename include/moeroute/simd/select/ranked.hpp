@@ -69,9 +69,9 @@ MOEROUTE_INLINE ranked<A> joined_words(vint<A> low, vint<A> high) {
   } else {
     using words = typename vfloat<A>::register_type;
     constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(w)>{};
-    const words l = xsimd::bitwise_cast<float>(low), h = xsimd::bitwise_cast<float>(high);
-    return {{xsimd::bitwise_cast<double>(vfloat<A>(zipped<A, 0>(l, h, lanes))),
-             xsimd::bitwise_cast<double>(vfloat<A>(zipped<A, 1>(l, h, lanes)))}};
+    const words l = bits_as<float>(low), h = bits_as<float>(high);
+    return {{bits_as<double>(vfloat<A>(zipped<A, 0>(l, h, lanes))),
+             bits_as<double>(vfloat<A>(zipped<A, 1>(l, h, lanes)))}};
   }
 }
 
@@ -94,10 +94,10 @@ MOEROUTE_INLINE void split_words(const ranked<A>& x, vint<A>& low, vint<A>& high
   } else {
     using words = typename vfloat<A>::register_type;
     constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(w)>{};
-    const words first = xsimd::bitwise_cast<float>(x.part[0]);
-    const words second = xsimd::bitwise_cast<float>(x.part[1]);
-    low = xsimd::bitwise_cast<std::int32_t>(vfloat<A>(unzipped<0>(first, second, lanes)));
-    high = xsimd::bitwise_cast<std::int32_t>(vfloat<A>(unzipped<1>(first, second, lanes)));
+    const words first = bits_as<float>(x.part[0]);
+    const words second = bits_as<float>(x.part[1]);
+    low = bits_as<std::int32_t>(vfloat<A>(unzipped<0>(first, second, lanes)));
+    high = bits_as<std::int32_t>(vfloat<A>(unzipped<1>(first, second, lanes)));
   }
 }
 
@@ -106,7 +106,7 @@ MOEROUTE_INLINE void split_words(const ranked<A>& x, vint<A>& low, vint<A>& high
 /// Requires: values are not NaN; columns are in [-1, 2^20).
 template <class A>
 MOEROUTE_INLINE ranked<A> rank(vfloat<A> value, vint<A> column) {
-  const vint<A> bits = xsimd::bitwise_cast<std::int32_t>(value + vfloat<A>(0.0f));
+  const vint<A> bits = bits_as<std::int32_t>(value + vfloat<A>(0.0f));
   // A larger lower half makes a positive double larger and a negative one smaller.
   return detail::joined_words<A>(~column ^ (bits >> 31), bits + vint<A>(detail::rank_offset));
 }
@@ -117,7 +117,7 @@ MOEROUTE_INLINE void unrank(const ranked<A>& x, vfloat<A>& value, vint<A>& colum
   vint<A> low, high;
   detail::split_words<A>(x, low, high);
   const vint<A> bits = high - vint<A>(detail::rank_offset);
-  value = xsimd::bitwise_cast<float>(bits);
+  value = bits_as<float>(bits);
   column = ~(low ^ (bits >> 31));
 }
 

@@ -111,11 +111,10 @@ MOEROUTE_INLINE vshort<A> packed_bound(const std::int16_t (*most)[packed_groups]
   for (int h = 0; h < pairs; h += w) {
     vfloat<A> y[w];
     MOEROUTE_UNROLL
-    for (int i = 0; i < w; ++i)
-      y[i] = xsimd::bitwise_cast<float>(vshort<A>::load_aligned(most[i] + 2 * h));
+    for (int i = 0; i < w; ++i) y[i] = bits_as<float>(vshort<A>::load_aligned(most[i] + 2 * h));
     transpose<A>(y);
     MOEROUTE_UNROLL
-    for (int i = 0; i < w; ++i) x[h + i] = xsimd::bitwise_cast<std::int16_t>(y[i]);
+    for (int i = 0; i < w; ++i) x[h + i] = bits_as<std::int16_t>(y[i]);
   }
   MOEROUTE_UNROLL
   for (int g = 0; g < pairs; g += K) {
@@ -187,7 +186,7 @@ MOEROUTE_INLINE void keys_of_listed(const std::int16_t* order, index_t stride,
     for (int r = 0; r < used / w; ++r) {
       const vint<A> c = found[i].columns(r);
       c.store_aligned(from[i] + r * w);
-      xsimd::bitwise_cast<std::int16_t>(~c).store_aligned(key[i] + 2 * r * w);
+      bits_as<std::int16_t>(~c).store_aligned(key[i] + 2 * r * w);
     }
   }
   for (int i = 0; i < w; ++i) {
@@ -219,13 +218,12 @@ MOEROUTE_INLINE void top_of_packed(const bfloat16* const* rows, const std::int16
       vfloat<A> y[w];
       MOEROUTE_UNROLL
       for (int i = 0; i < w; ++i)
-        y[i] = xsimd::bitwise_cast<float>(select<A>(
+        y[i] = bits_as<float>(select<A>(
             found[i].in_list((s + h) / w),
-            xsimd::bitwise_cast<std::int32_t>(vshort<A>::load_aligned(key[i] + 2 * (s + h))),
-            vint<A>(no_key)));
+            bits_as<std::int32_t>(vshort<A>::load_aligned(key[i] + 2 * (s + h))), vint<A>(no_key)));
       transpose<A>(y);
       MOEROUTE_UNROLL
-      for (int i = 0; i < w; ++i) x[h + i] = xsimd::bitwise_cast<std::int32_t>(y[i]);
+      for (int i = 0; i < w; ++i) x[h + i] = bits_as<std::int32_t>(y[i]);
     }
     MOEROUTE_UNROLL
     for (int j = 0; j < chunk; j += K) {
