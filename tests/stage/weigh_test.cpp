@@ -575,6 +575,38 @@ TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by n
         "moeroute::weigh_backward: own.noise_logits.rows is 5, expected 6");
   CHECK(refused(6, 12, out, {.noise_logits = {noise.data(), 6, 6}}) ==
         "moeroute::weigh_backward: own.noise_logits.cols is 6, expected 0");
+  // Experts are not columns where keys make pairs of them, or some are shared.
+  const product_keys<softmax> pairs{.choices = 2};
+  const with_shared<router<softmax>> shared{r, 1};
+  const assignment of_pairs = test::routed(pairs, {z.begin(), z.end()}, experts);
+  const auto learned = [&](const auto& router, index_t columns, const assignment& of,
+                           const router_gradients<double>& to, const side_inputs& side = {}) {
+    return test::refusal([&] {
+      weigh_backward(router, matrix_view<const double>(z.data(), 6, columns), side, of,
+                     std::span<const double>(dw), gradient_to::write,
+                     matrix_view<double>(dz.data(), 6, columns), ws, serial{}, to);
+    });
+  };
+  std::vector<double> eight(8), sixteen(16);
+  CHECK(learned(pairs, 8, of_pairs, {.expert_factor = eight}) ==
+        "moeroute::weigh_backward: own.expert_factor.size() is 8, expected 16");
+  CHECK(learned(pairs, 8, of_pairs, {.add = sixteen}) ==
+        "moeroute::weigh_backward: own.add.size() is 16, expected 8");
+  CHECK(learned(pairs, 8, of_pairs, {.expert_factor = sixteen, .add = eight}) == "accepted");
+  CHECK(learned(product_keys<softmax>{.choices = 2, .weight = {.expert_scale = seven}}, 8, of_pairs,
+                {}) == "moeroute::weigh_backward: factors of experts is 7, expected 16");
+  CHECK(learned(shared, 7, a, {.expert_factor = eight}) ==
+        "moeroute::weigh_backward: own.expert_factor.size() is 8, expected 7");
+  CHECK(learned(shared, 7, a, {}, {.shared_weight = seven}) ==
+        "moeroute::weigh_backward: shared_weight.size() is 7, expected 6");
+  CHECK(learned(by_modality<router<softmax>>{r, r, 4}, 8, a, {.temperature = eight},
+                {.modality = modality}) ==
+        "moeroute::weigh_backward: own.temperature.size() is 8, expected 2");
+  // Noise that only the second modality has has its logits too; nobody's are not looked at.
+  CHECK(weighed(by_modality<router<softmax>>{r, noisy, 4},
+                {.modality = modality, .noise_logits = wide}) ==
+        "moeroute::weigh: noise_logits.rows is 1, expected 6");
+  CHECK(weighed(r, {.noise_logits = wide}) == "accepted");
   test::random rng(33);
   assignment ragged = test::ragged_choices(rng, tokens, experts, 3);
   std::vector<double> own(static_cast<std::size_t>(ragged.choices()));
@@ -584,6 +616,10 @@ TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by n
             " to 99, expected 0 to k = 3 of them, from 0 on");
   a.ids()[3] = 8;
   CHECK(refused(6, 12, out) == "moeroute::weigh_backward: an id is 8, expected -1 to 7");
+  a.ids()[3] = 1;
+  a.ids()[2] = 8;
+  CHECK(refused(6, 12, out) == "moeroute::weigh_backward: an id is 8, expected -1 to 7");
+  a.ids()[2] = 0;
   a.ids()[3] = -2;
   CHECK(refused(6, 12, out) == "moeroute::weigh_backward: an id is -2, expected -1 to 7");
   a.ids()[3] = 1;
@@ -613,6 +649,53 @@ TEST_CASE("sizes that do not fit, shared memory and foreign ids are refused by n
       unmapped(sparse_transport_token_choice{.transport = {.weights = transport_weights::plan}}) ==
       "moeroute::weigh: sparse_transport_token_choice.transport.weights is plan: it couples the "
       "tokens, use weigh_transport and weigh_transport_backward");
+}
+
+TEST_CASE("each token is weighed in the columns of its modality, in whichever piece it is") {
+  constexpr index_t columns = 1025, rows = 40;  // pieces of 16 tokens
+  const std::vector<float> z = test::make_logits(test::shape::normal, 61, rows, columns);
+  std::vector<std::uint8_t> modality;
+  for (index_t t = 0; t < rows; ++t) modality.push_back(static_cast<std::uint8_t>(t % 7 % 2));
+  for (const index_t first : {1, 600}) {
+    const by_modality<router<softmax>, router<sigmoid>> two{
+        {.selection = {.k = 1}},
+        {.selection = {.k = 1}, .transform = {.temperature = 2.0f}},
+        first};
+    const side_inputs side{.modality = modality};
+    const assignment a = test::routed(two, z, columns, side);
+    std::vector<float> w(a.weights().size());
+    workspace ws;
+    weigh(two, view_of(z, columns), side, a, std::span(w), ws);
+    CHECK(test::difference(w, a.weights(), 3e-6) == "");
+    // All that the second modality's temperature is pulled by is its own.
+    const std::vector<std::uint8_t> second(rows, 1);
+    const side_inputs all{.modality = second};
+    const assignment b = test::routed(two, z, columns, all);
+    std::vector<float> dz(z.size()), temperature(2);
+    const std::vector<float> dw(w.size(), 1.0f);
+    weigh_backward(two, view_of(z, columns), all, b, dw, gradient_to::write,
+                   matrix_view<float>(dz.data(), rows, columns), ws, serial{},
+                   router_gradients<float>{.temperature = temperature});
+    CHECK((temperature[0] == 0.0f && temperature[1] != 0.0f));
+  }
+}
+
+TEST_CASE("the weight of shared experts is pulled by each of their choices, on top of what was") {
+  constexpr index_t columns = 5;
+  const with_shared<router<softmax>> shared{{.selection = {.k = 1}}, 2};
+  const std::vector<double> z = random_doubles(3 * columns, 62);
+  const std::vector<float> weights(3, 0.5f);
+  assignment a;
+  a.reset(3, columns + 2, 3);
+  const std::vector<expert_id> ids{1, 5, 6, 6, 0, 5, 4, no_expert, 5};
+  std::copy(ids.begin(), ids.end(), a.ids().begin());
+  const std::vector<double> dw{1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0};
+  std::vector<double> dz(z.size()), own(3, 0.5);
+  workspace ws;
+  weigh_backward(shared, view_of(z, columns), {.shared_weight = weights}, a, dw, gradient_to::write,
+                 matrix_view<double>(dz.data(), 3, columns), ws, serial{},
+                 router_gradients<double>{.shared_weight = own});
+  CHECK(own == std::vector<double>{6.5, 40.5, 256.5});
 }
 
 namespace {
@@ -764,6 +847,77 @@ TEST_CASE("rows of equal logits have no gradient through what they deviate by") 
                           matrix_view<float>(dz.data(), 1, 3 * n));
   for (index_t p = 0; p < 3; ++p)
     CHECK(std::abs(dz[static_cast<std::size_t>(p * n)] - 1.0f / 3.0f) < 1e-6f);
+}
+
+TEST_CASE("the ends of what a transform pulls back: limits, ties, floors") {
+  using list = std::vector<double>;
+  constexpr double most = std::numeric_limits<float>::max(), inf = HUGE_VAL, nan = NAN;
+  const auto pulled = [](const auto& how, const list& z, const list& dout) {
+    list dz(z.size());
+    transform_rows_backward(how, matrix_view<const double>(z.data(), 1, std::ssize(z)), {},
+                            matrix_view<const double>(dout.data(), 1, std::ssize(dout)),
+                            gradient_to::add, matrix_view<double>(dz.data(), 1, std::ssize(dz)));
+    return dz;
+  };
+  CHECK(pulled(candidates{.active = 6}, {most, -most, 2 * most, -2 * most, inf, -inf},
+               list(6, 3.0)) == list{3.0, 3.0, 0.0, 0.0, 0.0, 0.0});
+  // Of the two that are added one is no number, whatever comes from above.
+  const list halves = pulled(sigmoid_sum{}, {0.0, inf, 0.0, -inf, 2.0, inf}, {1.0, nan, nan});
+  CHECK((halves[0] == 0.0 && halves[1] == 0.0 && halves[3] == 0.0 && halves[5] == 0.0));
+  CHECK((std::isnan(halves[4]) && std::isnan(halves[2])));
+  // Passes whose first and last agree are not equal.
+  const list bound = pulled(pass_logits{.passes = 3}, {1.0, 2.0, 1.0}, {3.0});
+  const double deviation = std::sqrt(2.0) / 3.0;
+  CHECK(std::abs(bound[0] - (1.0 + 1.0 / 3.0 / deviation)) < 1e-12);
+  CHECK(std::abs(bound[1] - (1.0 - 2.0 / 3.0 / deviation)) < 1e-12);
+  // A ratio is of the deviation above its floor, and of the floor at it and below.
+  const pass_logits ratio{.passes = 2, .rule = pass_rule::ratio};
+  constexpr double floor = 1e-6f;
+  const list above = pulled(ratio, {0.0, 1e-5}, {1.0});
+  CHECK(std::abs(above[0] - 2e5) < 1e-3);
+  CHECK(std::abs(above[1]) < 1e-3);
+  for (const double width : {1e-6, 2 * floor})
+    for (const double dz : pulled(ratio, {0.0, width}, {1.0}))
+      CHECK(std::abs(dz - 0.5 / floor) < 1e-3);
+  // The first of the largest carries what stands above it; an infinite one carries nothing.
+  const expert_id first[] = {0};
+  const steering hard{.promote = first, .how = promotion::hard}, soft{.promote = first};
+  CHECK(pulled(hard, {1.0, 3.0, 3.0}, {5.0, 0.0, 0.0}) == list{0.0, 5.0, 0.0});
+  CHECK(pulled(hard, {1.0, inf}, {5.0, 7.0}) == list{0.0, 0.0});
+  CHECK(pulled(soft, {0.5, 0.5}, {1.0, 2.0}) == list{1.0, 2.0});
+
+  // A transform is asked whether it fits; what goes nowhere is asked for nothing.
+  constexpr index_t rows = 70, n = 8;
+  std::vector<float> z = test::make_logits(test::shape::normal, 41, rows, n), out(z.size()),
+                     up(z.size(), 1.0f), dz(z.size());
+  const pass_logits thirds{.passes = 3};
+  const std::string unfit = test::refusal([&] { thirds.check(n, 1); });
+  CHECK(unfit != "accepted");
+  CHECK(test::refusal([&] {
+          transform_rows(thirds, view_of(z, n), {}, matrix_view<float>(out.data(), rows, n));
+        }) == unfit);
+  const auto back = [&](gradient_to to, matrix_view<float> into) {
+    return test::refusal(
+        [&] { transform_rows_backward(thirds, view_of(z, n), {}, view_of(up, n), to, into); });
+  };
+  CHECK(back(gradient_to::write, {dz.data(), rows, n}) == unfit);
+  CHECK(back(gradient_to::nowhere, {}) == "accepted");
+  // Each token has its own draw, in whichever piece it is.
+  const candidates drawn{.active = 3};
+  const side_inputs seeded{.seed = 7};
+  transform_rows(drawn, view_of(z, n), seeded, matrix_view<float>(out.data(), rows, n));
+  transform_rows_backward(drawn, view_of(z, n), seeded, view_of(up, n), gradient_to::write,
+                          matrix_view<float>(dz.data(), rows, n));
+  index_t wrong = 0;
+  for (index_t t = 0; t < rows; ++t) {
+    float own[n];
+    drawn.apply_row(z.data() + t * n, n, t, seeded, own);
+    for (index_t e = 0; e < n; ++e) {
+      const auto at = static_cast<std::size_t>(t * n + e);
+      wrong += out[at] != own[e] || dz[at] != (own[e] == z[at] ? 1.0f : 0.0f);
+    }
+  }
+  CHECK(wrong == 0);
 }
 
 TEST_CASE("strides, columns and shapes of what is weighed or transformed are refused by name") {

@@ -130,7 +130,7 @@ void pull_row(const steering& how, const F* z, index_t columns, index_t, const s
   }
   if (hard) {
     // The row's largest, whose distance to what is put above it is a constant.
-    if (columns > 0 && is_finite_logit(z[top])) dz[top] += promoted;
+    if (is_finite_logit(z[top])) dz[top] += promoted;
   } else if (m.deviation > F(0)) {
     for (index_t e = 0; e < columns; ++e)
       if (is_finite_logit(z[e]))
