@@ -103,7 +103,7 @@ TEST_CASE(
     const plan_doubles z(given.begin(), given.end());
     workspace ws;
     const auto weights = [&](const plan_doubles& x, plan_share what) {
-      plan_doubles w(a.weights().size());
+      plan_doubles w(a.weights().size(), 7.0);  // those of nobody are written too
       weigh_plan(how, what, matrix_view<const double>(x.data(), tokens, experts), side, a,
                  std::span(w), ws, shares);
       return w;
@@ -151,6 +151,40 @@ TEST_CASE(
     CHECK(test::difference(w, a.weights(), 2e-5, 1e-7) == "");
     weigh_plan_backward(how, plan_share::of_choices, {z.data(), tokens, 2}, {}, a, up,
                         plan_gradient::unrolled, gradient_to::write, plan_rows(dz, tokens), ws);
+    CHECK(std::all_of(dz.begin(), dz.end(), [](double g) { return std::abs(g) <= 2.0; }));
+  }
+}
+
+TEST_CASE(
+    "what the router's plan counts as 0 is 0 in double too, and a token without a share has no "
+    "gradient") {
+  constexpr index_t tokens = 4, experts = 2;
+  std::vector<float> given(tokens * experts, 0.0f);
+  for (std::size_t t = 0; t < tokens; ++t) given[2 * t + 1] = -80.0f;
+  const plan_doubles z(given.begin(), given.end());
+  const std::vector<std::uint8_t> mask{1, 0, 1, 1};
+  const side_inputs side{.mask = mask};
+  assignment a;  // both experts of all, of the masked token too
+  a.reset(tokens, experts, 2);
+  for (std::size_t c = 0; c < 2 * tokens; ++c) a.ids()[c] = static_cast<expert_id>(c % 2);
+  for (const auto domain : {sinkhorn_domain::exponential, sinkhorn_domain::logarithm}) {
+    sinkhorn_scaling how = fixed_iterations(kl_projection_scaling, 3);
+    how.domain = domain;
+    workspace ws;
+    std::vector<float> plan(given.size());
+    sinkhorn_plan(how, {given.data(), tokens, experts}, side, ws,
+                  matrix_view<float>(plan.data(), tokens, experts));
+    CHECK((plan[1] > 0.0f) == (domain == sinkhorn_domain::logarithm));
+    plan_doubles w(plan.size(), 7.0), shares(plan.size(), 7.0), up(plan.size(), 1.0), dz(z.size());
+    weigh_plan(how, plan_share::entries, {z.data(), tokens, experts}, side, a, std::span(w), ws);
+    CHECK(test::difference(w, plan, 2e-5, 1e-7) == "");
+    weigh_plan(how, plan_share::of_choices, {z.data(), tokens, experts}, side, a, std::span(shares),
+               ws);
+    CHECK(shares[2] == 0.0);
+    CHECK(shares[3] == 0.0);
+    up[1] = up[2] = -1.0;
+    weigh_plan_backward(how, plan_share::of_choices, {z.data(), tokens, experts}, side, a, up,
+                        plan_gradient::unrolled, gradient_to::write, plan_rows(dz, tokens), ws);
     CHECK(std::all_of(dz.begin(), dz.end(), [](double g) { return std::isfinite(g); }));
   }
 }
@@ -170,11 +204,21 @@ TEST_CASE(
     for (const bool one_less : {false, true}) {
       std::vector<std::uint8_t> mask(tokens, 1);
       if (one_less) mask[2] = 0;
+      // What another plan left in the scratch is nobody's.
+      sinkhorn_plan_backward(fixed_iterations(how, 2100), plan_rows(z, tokens), {},
+                             plan_rows(up, tokens), plan_gradient::unrolled, gradient_to::write,
+                             plan_rows(at, tokens), ws);
       for (const auto by : {plan_gradient::unrolled, plan_gradient::implicit})
         sinkhorn_plan_backward(how, plan_rows(z, tokens), {.mask = mask}, plan_rows(up, tokens), by,
                                gradient_to::write,
                                plan_rows(by == plan_gradient::unrolled ? through : at, tokens), ws);
       CHECK(test::difference(at, through, 1e-7, 1e-9) == "");
+      plan_doubles more(z.size(), 5.0);
+      sinkhorn_plan_backward(how, plan_rows(z, tokens), {.mask = mask}, plan_rows(up, tokens),
+                             plan_gradient::implicit, gradient_to::add, plan_rows(more, tokens),
+                             ws);
+      for (double& x : more) x -= 5.0;
+      CHECK(test::difference(more, at, 0.0, 1e-14) == "");
     }
   }
 }
@@ -286,6 +330,12 @@ TEST_CASE("sizes that do not fit a plan's weights and gradient are refused by na
                       {whole(out, less), "sinkhorn_plan_backward: cols is 5, expected 6"},
                       {whole(out, x), "sinkhorn_plan_backward: " + apart}})
     CHECK(test::refusal(call) == "moeroute::" + words);
+  a.to_fill().ids[0] = 6;
+  CHECK(test::refusal(forward(x, w)) == "moeroute::weigh_plan: an id is 6, expected -1 to 5");
+  // Nobody asks what nothing is written to.
+  const rows nothing{nullptr, 0, 0};
+  weigh_plan_backward(how, plan_share::entries, x, {}, a, w, by, gradient_to::nowhere, nothing, ws);
+  sinkhorn_plan_backward(how, x, {}, nothing, by, gradient_to::nowhere, nothing, ws);
 }
 
 TEST_CASE("offsets of choices that do not ascend are refused before a plan is read by them") {

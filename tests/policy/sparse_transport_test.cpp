@@ -260,7 +260,7 @@ TEST_CASE("weights of a sparse plan are what routers write, their gradients are 
         workspace ws;
         std::vector<float> potentials(tokens);
         how.potentials(rows_of(near, experts), side, ws, potentials);
-        std::vector<double> w(a.weights().size()), up(w.size()), dz(z.size(), 5.0);
+        std::vector<double> w(a.weights().size(), 7.0), up(w.size()), dz(z.size(), 5.0);
         const auto weights_at = [&](std::vector<double> x, std::vector<double>& to) {
           weigh_transport(how, potentials, double_rows(x), side, a, std::span(to), ws);
         };
@@ -348,6 +348,10 @@ TEST_CASE("sizes that do not fit a sparse plan's gradient are refused by name; n
                                  std::span(w).first(w.size() - 1), ws);
         }) == "moeroute::weigh_transport: weights.size() is " + std::to_string(n - 1) +
                   ", expected " + std::to_string(n));
+  // Nobody asks what nothing is written to.
+  weigh_transport_backward<float>(how, potentials, {z.data(), 4, 3}, {}, a, w,
+                                  transport_gradient::projection, gradient_to::nowhere,
+                                  {nullptr, 0, 0}, ws);
   a.to_fill().ids[0] = 3;
   CHECK(refused(4, n, 4, dz.data()) ==
         "moeroute::weigh_transport_backward: an id is 3, expected -1 to 2");

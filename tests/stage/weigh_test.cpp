@@ -114,6 +114,9 @@ void for_each_router(F&& f) {
   eight("a score of one's own",
         router<half_exponential>{.selection = three, .weight = {.normalize = sum}}, plain);
   eight("identity", router<identity_score>{.selection = three}, plain);
+  eight("identity, sum, own k",
+        router<identity_score>{.selection = three, .weight = {.normalize = sum}},
+        {.k_of_token = own_k});
   eight("top-p", top_p{.p = 0.7f, .weight = {.normalize = sum}}, plain);
   eight("a percentile of the batch", batch_percentile<>{.weight = {.normalize = sum}},
         {.mask = mask});
@@ -318,6 +321,83 @@ TEST_CASE("scores that are all 0 have the gradient that eps leaves them, whateve
           dw[c] / 0.125;
     CHECK(dz == expected);
   }
+  // Without eps they are divided by nothing, and have none.
+  router<identity_score> r{.selection = {.k = 2}, .weight = sum_normalized};
+  const assignment a = test::routed(r, test::zeros(tokens, experts), experts);
+  CHECK(gradient(r, z, experts, {}, a, random_doubles(static_cast<std::size_t>(a.choices()), 4)) ==
+        std::vector<double>(z.size(), 0.0));
+  // Nor have scores a weight whose sum is 0. A sum that is eps itself is held by it.
+  const std::vector<float> two{1.0f, -1.0f, 1.0f, 1.0f};
+  const assignment both = test::routed(r, two, 2);
+  std::vector<float> w(4, 7.0f);
+  workspace ws;
+  weigh(r, view_of(two, 2), side_inputs{}, both, std::span(w), ws);
+  CHECK(w == std::vector<float>{0.0f, 0.0f, 0.5f, 0.5f});
+  CHECK(test::bit_difference(both.weights(), w) == "");
+  r.weight.eps_where = eps_mode::clamp, r.weight.eps = 2.0f;
+  CHECK(gradient(r, {1.0, 1.0}, 2, {}, test::routed(r, {1.0f, 1.0f}, 2), {3.0, 5.0}) ==
+        std::vector<double>{1.5, 2.5});
+}
+
+TEST_CASE("a logit of +inf has a gradient in nothing but what is added to it") {
+  const std::vector<float> add(2, 0.5f);
+  const router<sigmoid> bent{.selection = {.k = 2},
+                             .transform = {.temperature = 0.5f, .softcap = 2.0f, .add = add}};
+  const assignment a = test::routed(bent, {test::infinity, 0.25f}, 2);
+  std::vector<double> dt(1), dadd(2);
+  const auto dz = gradient(bent, {HUGE_VAL, 0.25}, 2, {}, a, {1.0, 0.0}, serial{},
+                           {.add = dadd, .temperature = dt});
+  CHECK(dz == std::vector<double>{0.0, 0.0});
+  CHECK(dt[0] == 0.0);
+  CHECK(dadd[0] > 0.0);
+  // And beside another one it has the whole weight of a threshold, as the other.
+  const threshold_router<relu> open{.norm = threshold_norm::sum};
+  const std::vector<float> wild{test::infinity, 1.0f, test::infinity};
+  const assignment many = test::routed(open, wild, 3);
+  std::vector<float> w(3, 7.0f);
+  workspace ws;
+  weigh(open, view_of(wild, 3), side_inputs{}, many, std::span(w), ws);
+  CHECK(test::bit_difference(many.weights(), w) == "");
+}
+
+TEST_CASE("what is absent has no part in a gradient, though its weight's be beyond a float") {
+  std::vector<float> z{0.5f, 1.0f, -test::infinity, 0.25f};
+  assignment a;
+  a.reset(1, 4, 3);
+  std::copy_n(std::vector<expert_id>{1, 2, 3}.begin(), 3, a.ids().begin());
+  const auto gradient_of = [&](const auto& r, float absent) {
+    const std::vector<float> dw{1e-38f, absent, 2e-38f};
+    std::vector<float> dz(4);
+    workspace ws;
+    weigh_backward(r, view_of(z, 4), side_inputs{}, a, dw, gradient_to::write,
+                   matrix_view<float>(dz.data(), 1, 4), ws);
+    return dz;
+  };
+  const router<softmax> over_all{.selection = {.k = 3}, .weight = {.scale = 3e38f}};
+  const router<softmax_selected> among{.selection = {.k = 3}, .weight = {.scale = 3e38f}};
+  for (const float absent : {-test::infinity, -200.0f}) {  // or as good as absent
+    z[2] = absent;
+    CHECK(gradient_of(over_all, 10.0f) == gradient_of(over_all, 0.0f));
+    CHECK(gradient_of(among, 10.0f) == gradient_of(among, 0.0f));
+  }
+  std::copy_n(std::vector<expert_id>{1, 0, 3}.begin(), 3, a.ids().begin());
+  CHECK(gradient_of(over_all, 10.0f)[2] == 0.0f);  // nor has one that nobody chose
+  // Nor has an expert that was not close to the best, though its weight has no finite one.
+  std::copy_n(std::vector<expert_id>{3, 1, no_expert}.begin(), 3, a.ids().begin());
+  const std::vector<float> dz = [&] {
+    const std::vector<float> dw{test::infinity, 1.0f, 1.0f};
+    std::vector<float> to(4);
+    workspace ws;
+    weigh_backward(sparsemixer{}, view_of(z, 4), side_inputs{}, a, dw, gradient_to::write,
+                   matrix_view<float>(to.data(), 1, 4), ws);
+    return to;
+  }();
+  CHECK(dz[3] == 0.0f);
+  const weight_map plain{};
+  CHECK((plain.p == 2.0f && plain.sum_factor == 1.0f && plain.eps == 0.0f && plain.factor == 1.0f &&
+         plain.divide == 1.0f && plain.jitter == 0.0f && plain.first_keys == 0));
+  const weight_maps both{};
+  CHECK((both.first_columns == 0 && both.shared == 0 && both.shared_weight == 0.0f));
 }
 
 TEST_CASE("SparseMixer's estimator is the softmax's derivative, not that of the weights it draws") {
@@ -406,6 +486,11 @@ TEST_CASE("gradients have the same bits for every executor, and are added where 
   CHECK(gradient(r, z, experts, {}, a, dw, serial{}, {.expert_factor = dscale}) == alone);
   CHECK(gradient(r, z, experts, {}, a, dw, test::backwards{}, {.expert_factor = again}) == alone);
   CHECK(dscale == again);
+  const router<softmax> warm{.selection = {.k = 3}, .transform = {.temperature = 0.5f}};
+  std::vector<double> dheat(1), dheat_again(1);
+  gradient(warm, z, experts, {}, a, dw, serial{}, {.temperature = dheat});
+  gradient(warm, z, experts, {}, a, dw, test::backwards{}, {.temperature = dheat_again});
+  CHECK(dheat == dheat_again);
 
   workspace ws;
   std::vector<double> dz = z;
@@ -1003,6 +1088,18 @@ TEST_CASE("sums of +inf share the weight of a row of product keys, and leave non
   weigh(pairs, matrix_view<const float>(z.data(), 1, 4), {}, a, std::span(w), ws);
   CHECK(w == std::vector<float>{0.5f, 0.5f, 0.0f});
   CHECK(test::bit_difference(a.weights(), w) == "");
+  // Sums of -inf are not among them, nor is nobody's, whatever it is divided by.
+  const std::vector<float> mixed{test::infinity, -test::infinity, 0.0f, 1.0f};
+  const product_keys<softmax> divided{
+      .choices = 3,
+      .weight = {.normalize = normalization::sum, .eps_where = eps_mode::add, .eps = 0.25f}};
+  const std::vector<std::int32_t> own{2};
+  for (const std::vector<float>& row : {mixed, z}) {
+    const assignment b = test::routed(divided, row, 4, {.k_of_token = own});
+    weigh(divided, matrix_view<const float>(row.data(), 1, 4), {}, b, std::span(w), ws);
+    CHECK(w == std::vector<float>{0.4f, 0.4f, 0.0f});
+    CHECK(test::bit_difference(b.weights(), w) == "");
+  }
 }
 
 TEST_CASE("scratch to weigh with is a list of workers and as much for each as for one") {

@@ -130,10 +130,7 @@ struct gshard_top2 {
       random.draw(z.side->seed, z.rows);
       for (int i = 0; i < z.rows; ++i) {
         const float u = u01_of(random.word(0, i));
-        if (2.0f * c.value[block_rows + i] <= u) {
-          c.id[block_rows + i] = no_expert;
-          c.value[block_rows + i] = 0.0f;
-        }
+        if (2.0f * c.value[block_rows + i] <= u) c.id[block_rows + i] = no_expert;
       }
     }
     keep_own_k(z, c);

@@ -207,10 +207,10 @@ class weigh_token {
   index_t first_keys() const { return map_.first_keys != 0 ? map_.first_keys : columns_ / 2; }
   index_t second_keys() const { return columns_ - first_keys(); }
   index_t experts() const { return map_.experts(columns_); }
-  // The map's number of a choice's expert, or -1 where it is none of them.
+  // The map's number of a choice's expert, below 0 where it is none of them.
   index_t expert(std::size_t c) const {
     const index_t e = row_.id[c];
-    return e >= first_ && e < first_ + experts() ? e - first_ : -1;
+    return e < first_ + experts() ? e - first_ : -1;
   }
 
   static double wide(F x) { return static_cast<double>(x); }
@@ -425,12 +425,10 @@ class weigh_token {
             static_cast<F>(wide(dweight[c]) * share * common_factor());
     }
     if (map_.divisor == weight_divisor::none || d.clamped || !(d.value > 0.0)) return;
-    const bool of_powers =
-        map_.divisor == weight_divisor::lp || map_.divisor == weight_divisor::rms;
-    if (of_powers && !(d.norm > 0.0)) return;  // all scores are 0: no direction to go
+    // All scores are 0: no direction to go.
+    if (map_.divisor == weight_divisor::lp && !(d.norm > 0.0)) return;
     const double p = static_cast<double>(map_.p);
     for (std::size_t c = 0; c < k(); ++c) {
-      if (expert(c) < 0) continue;
       const double s = wide(m_.score[c]);
       double dnorm = 1.0;
       if (map_.divisor == weight_divisor::scaled_sum) dnorm = static_cast<double>(map_.sum_factor);
@@ -479,7 +477,7 @@ class weigh_token {
     const bool widths = t.noise.active() && learned_width() && own.noise_logits.data != nullptr;
     for (index_t c = 0; c < columns_; ++c) {
       F g = m_.dz[c];
-      if (g == 0 || !(in[c] > never)) continue;
+      if (g == 0) continue;
       if (!own.add.empty()) own.add[static_cast<std::size_t>(first_ + c)] += g;
       if (widths)
         own.noise_logits(row_.token, first_ + c) +=
@@ -488,6 +486,7 @@ class weigh_token {
         const F bent = std::tanh(in[c] / F(t.temperature) / F(t.softcap));
         g *= 1 - bent * bent;
       }
+      if (g == 0) continue;  // flat, as +inf is under a soft-cap
       g /= F(t.temperature);
       if (!own.temperature.empty()) own.temperature[modality] -= g * in[c] / F(t.temperature);
       dlogits[c] += g;
