@@ -91,14 +91,27 @@ TEMPLATE_LIST_TEST_CASE("exp, sigmoid and silu have the same bits on every instr
   CHECK(test::bit_difference(mapped<TestType>(x, silu), mapped<first>(x, silu)) == "");
 }
 
-TEMPLATE_LIST_TEST_CASE("exp has the same bits with every compiler and flag", "", test::arches) {
+TEMPLATE_LIST_TEST_CASE("each function has the same bits with every compiler and flag", "",
+                        test::arches) {
   // FNV-1a over the results. A new polynomial has a new number here: that is a change of every
   // score's bits.
-  std::uint64_t hash = 0xcbf29ce484222325u;
-  for (const float y : exps<TestType>(floats_between(lowest, highest, 1009)))
-    for (std::uint32_t bits = std::bit_cast<std::uint32_t>(y), i = 0; i < 4; ++i, bits >>= 8)
-      hash = (hash ^ (bits & 0xff)) * 0x100000001b3u;
-  CHECK(hash == 0x2041c379dbf6a255u);
+  const auto hash = [](const std::vector<float>& results) {
+    std::uint64_t of_all = 0xcbf29ce484222325u;
+    for (const float y : results)
+      for (std::uint32_t bits = std::bit_cast<std::uint32_t>(y), i = 0; i < 4; ++i, bits >>= 8)
+        of_all = (of_all ^ (bits & 0xff)) * 0x100000001b3u;
+    return of_all;
+  };
+  using A = TestType;
+  CHECK(hash(exps<A>(floats_between(lowest, highest, 1009))) == 0x2041c379dbf6a255u);
+  const std::vector<float> x = floats_between(-87.0f, 88.0f, 8009);
+  CHECK(hash(mapped<A>(x, [](auto v) { return simd::tanh<A>(v); })) == 0x59e03b2bd6d162e5u);
+  CHECK(hash(mapped<A>(x, [](auto v) { return simd::softplus<A>(v); })) == 0xc4649052d786fa1bu);
+  CHECK(hash(mapped<A>(x, [](auto v) { return simd::sqrt_softplus<A>(v); })) ==
+        0xd5a7b63ff5956095u);
+  std::vector<float> positive;
+  for (const float v : x) positive.push_back(std::abs(v) + 0x1p-100f);
+  CHECK(hash(mapped<A>(positive, [](auto v) { return simd::log<A>(v); })) == 0xcdd86e5eb08d747fu);
 }
 
 TEMPLATE_LIST_TEST_CASE("sigmoid goes from 0 to 1 and passes NaN on", "", test::arches) {

@@ -252,6 +252,17 @@ TEST_CASE("a product refuses shapes that do not fit") {
   CHECK(gemm(2, 5, 2, 3) == "moeroute::gemm: y.cols() is 3, expected 4");
   CHECK(gemm(2, 5, 3, 4) == "moeroute::gemm: y.rows() is 3, expected 2");
   CHECK(gemm(2, 5, 2, 4) == "accepted");
+  // Rows that run into one another, and y in the memory of x.
+  const auto strides = [&](index_t of_x, index_t of_y, const float* from) {
+    return refusal([&] {
+      multiply(matrix_view<const float>(from, 2, 5, of_x), w,
+               matrix_view<float>(y.data(), 2, 4, of_y));
+    });
+  };
+  CHECK(strides(4, 4, x.data()) == "moeroute::gemm: x.stride is 4, expected at least 5");
+  CHECK(strides(5, 3, x.data()) == "moeroute::gemm: y.stride is 3, expected at least 4");
+  CHECK(strides(5, 4, y.data() + 7) ==
+        "moeroute::gemm: x and y overlap, expected memory of their own");
 }
 
 TEST_CASE("packing refuses shapes that do not fit") {

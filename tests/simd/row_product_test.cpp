@@ -201,7 +201,8 @@ TEST_CASE("a dot product of rows is the sum of their products, whatever its tail
   }
 }
 
-TEST_CASE("products refuse rows that run into one another, and memory that is shared, by name") {
+TEST_CASE(
+    "products refuse rows that run into one another, shared memory and other sizes, by name") {
   std::vector<std::vector<float>> own(3, std::vector<float>(64));
   const auto at = [&](std::size_t i, index_t stride) {
     matrix_view<float> v(own[i].data(), 8, 8);
@@ -232,4 +233,16 @@ TEST_CASE("products refuse rows that run into one another, and memory that is sh
   CHECK(turned(at(0, 8), at(1, 8), at(1, 8)) ==
         "moeroute::multiply_transposed: rows and out overlap, expected memory of their own");
   CHECK(said(at(0, 8), at(1, 8), at(2, 8)) == "accepted");
+  const auto part = [&](std::size_t i, index_t rows, index_t cols) {
+    return matrix_view<float>(own[i].data(), rows, cols);
+  };
+  const auto a = part(0, 5, 3), back = part(0, 3, 5), rows = part(1, 3, 4), out = part(2, 5, 4);
+  CHECK(said(a, part(1, 4, 4), out) == "moeroute::multiply_rows: rows.rows() is 4, expected 3");
+  CHECK(said(a, rows, part(2, 3, 4)) == "moeroute::multiply_rows: out.rows() is 3, expected 5");
+  CHECK(said(a, rows, part(2, 5, 3)) == "moeroute::multiply_rows: out.cols() is 3, expected 4");
+  CHECK(turned(back, part(1, 5, 4), out) ==
+        "moeroute::multiply_transposed: rows.rows() is 5, expected 3");
+  CHECK(turned(back, rows, part(2, 3, 4)) ==
+        "moeroute::multiply_transposed: out.rows() is 3, expected 5");
+  CHECK((said(a, rows, out) == "accepted" && turned(back, rows, out) == "accepted"));
 }

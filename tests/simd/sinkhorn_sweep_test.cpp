@@ -19,33 +19,45 @@ struct swept {
   std::vector<float> u, column_sum;
 };
 
+// Rows that are `gap` further apart than they are long: what lies between is nobody's.
+std::vector<float> rows_with_gaps(const std::vector<float>& m, index_t rows, index_t cols,
+                                  index_t gap) {
+  const index_t stride = cols + gap;
+  std::vector<float> wide(static_cast<std::size_t>((rows - 1) * stride + cols), test::not_a_number);
+  for (index_t i = 0; i < rows; ++i)
+    std::copy_n(m.data() + i * cols, cols, wide.data() + i * stride);
+  return wide;
+}
+
 template <class A>
-swept sweep(const std::vector<float>& k, index_t rows, index_t stride,
-            const std::vector<float>& v) {
+swept sweep(const std::vector<float>& k, index_t rows, index_t cols, const std::vector<float>& v,
+            index_t gap = 0) {
   // Every array ends where memory does.
   static test::edges memory(4 * 80 * 160);
   memory.begin(test::guarded_end::back);
   float *const u = memory.room<float>(rows), *const sum =
                                                  memory.copy(std::vector<float>(v.size(), 0.25f));
-  simd::sinkhorn_sweep<A>(memory.copy(k), rows, stride, memory.copy(v), stride, 0.5f, 1e-8f, u,
-                          sum);
-  return {{u, u + rows}, {sum, sum + stride}};
+  simd::sinkhorn_sweep<A>(memory.copy(rows_with_gaps(k, rows, cols, gap)), rows, cols + gap,
+                          memory.copy(v), cols, 0.5f, 1e-8f, u, sum);
+  return {{u, u + rows}, {sum, sum + cols}};
 }
 
 template <class A>
-swept log_sweep(const std::vector<float>& x, index_t rows, index_t stride,
-                const std::vector<float>& g) {
+swept log_sweep(const std::vector<float>& x, index_t rows, index_t cols,
+                const std::vector<float>& g, index_t gap = 0) {
   static test::edges memory(4 * 80 * 160);
   memory.begin(test::guarded_end::back);
   float *const u = memory.room<float>(rows),
                *const sum = memory.copy(std::vector<float>(g.size(), 0.25f)),
-               *const p = memory.room<float>(16 * stride);
-  const float *const logarithms = memory.copy(x), *const factors = memory.copy(g);
+               *const p = memory.room<float>(16 * cols);
+  const float *const logarithms = memory.copy(rows_with_gaps(x, rows, cols, gap)), *const factors =
+                                                                                       memory.copy(
+                                                                                           g);
   for (index_t t = 0; t < rows; t += 16)
-    simd::sinkhorn_log_block<A>(logarithms + t * stride, stride,
-                                static_cast<int>(std::min<index_t>(16, rows - t)), factors, stride,
+    simd::sinkhorn_log_block<A>(logarithms + t * (cols + gap), cols + gap,
+                                static_cast<int>(std::min<index_t>(16, rows - t)), factors, cols,
                                 0.5f, p, u + t, sum);
-  return {{u, u + rows}, {sum, sum + stride}};
+  return {{u, u + rows}, {sum, sum + cols}};
 }
 
 }  // namespace
@@ -107,10 +119,10 @@ TEST_CASE(
       CHECK(test::difference(back, finite_u, 1e-4, 1e-3) == "");
     }
     test::for_each_arch<test::arches>([&](auto tag) {
-      const swept other = sweep<decltype(tag)>(k, rows, stride, v);
+      const swept other = sweep<decltype(tag)>(k, rows, stride, v, 16);
       CHECK(test::bit_difference(other.u, s.u) == "");
       CHECK(test::bit_difference(other.column_sum, s.column_sum) == "");
-      const swept log_other = log_sweep<decltype(tag)>(x, rows, stride, g);
+      const swept log_other = log_sweep<decltype(tag)>(x, rows, stride, g, 16);
       CHECK(test::bit_difference(log_other.u, l.u) == "");
       CHECK(test::bit_difference(log_other.column_sum, l.column_sum) == "");
     });

@@ -5,7 +5,9 @@
 #include <catch2/catch_template_test_macros.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
+#include <functional>
 #include <moeroute/base/workspace.hpp>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -219,6 +221,54 @@ TEMPLATE_LIST_TEST_CASE("the last columns that a key can number, and more than i
     }
   }
 }
+
+#if defined(__AVX2__)
+TEST_CASE("a bound of packed rows is the k-th largest of the largest orders of their groups") {
+  const auto check = []<class A>(A) {
+    if constexpr (simd::has_packed_keys<A>) {
+      constexpr int w = simd::width<A>, groups = simd::detail::packed_groups;
+      test::edges memory(2 * w * 320);
+      test::random draw(63);
+      for (const index_t cols : {1, 31, 32, 33, 64, 100, 257, 300}) {
+        const index_t stride = simd::detail::order_stride(cols);
+        const narrow_rows rows(test::rows_of_all_shapes(draw, 64, w, cols, cols));
+        const bfloat16* row[w];
+        memory.begin(test::guarded_end::back);
+        std::int16_t* const order = memory.room<std::int16_t>(w * stride);
+        std::vector<std::int16_t> expected;
+        std::vector<std::vector<std::int16_t>> largest;
+        for (index_t i = 0; i < w; ++i) {
+          const std::span<const bfloat16> values(rows.narrow.data() + i * cols,
+                                                 static_cast<std::size_t>(cols));
+          row[i] = memory.copy(values);
+          largest.emplace_back(groups, simd::order_of_minus_infinity);
+          for (index_t c = 0; c < stride; ++c) {
+            expected.push_back(c < cols ? simd::order_of(row[i][c].bits)
+                                        : simd::order_of_minus_infinity);
+            auto& most = largest.back()[static_cast<std::size_t>(c % groups)];
+            most = std::max(most, expected.back());
+          }
+        }
+        alignas(alignment) std::int16_t most[w][groups];
+        simd::detail::order_rows<A>(row, cols, order, most);
+        CHECK(std::equal(expected.begin(), expected.end(), order));
+        for (std::size_t i = 0; i < w; ++i) {
+          CHECK(std::equal(largest[i].begin(), largest[i].end(), most[i]));
+          std::ranges::sort(largest[i], std::greater<>());
+        }
+        for (int k = 1; k <= 8; ++k) {
+          alignas(alignment) std::int16_t bound[2 * w];
+          simd::detail::packed_bound<A, 8>(most, k).store_aligned(bound);
+          for (std::size_t i = 0; i < w; ++i)
+            CHECK((bound[2 * i] == largest[i][static_cast<std::size_t>(k - 1)] &&
+                   bound[2 * i + 1] == bound[2 * i]));
+        }
+      }
+    }
+  };
+  check(simd::default_arch{});
+}
+#endif
 
 TEST_CASE("orders ascend where bfloat16 ascend, -0 with +0, NaN below -inf") {
   const auto order = [](float x) { return simd::order_of(bfloat16(x).bits); };

@@ -121,13 +121,6 @@ MOEROUTE_INLINE void unrank(const ranked<A>& x, vfloat<A>& value, vint<A>& colum
   column = ~(low ^ (bits >> 31));
 }
 
-/// The column of a single rank.
-inline std::int32_t column_of(double rank) {
-  const auto bits = std::bit_cast<std::uint64_t>(rank);
-  const auto sign = static_cast<std::uint32_t>(static_cast<std::int64_t>(bits) >> 63);
-  return static_cast<std::int32_t>(~(static_cast<std::uint32_t>(bits) ^ sign));
-}
-
 /// n ranks of every row of the block. The two halves of the rows are apart, so that each is sorted
 /// alone and twice as many ranks fit into the registers.
 template <class A, int n>
