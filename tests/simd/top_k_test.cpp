@@ -6,8 +6,10 @@
 #include <catch2/catch_test_macros.hpp>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "oracle/routing.hpp"
@@ -96,25 +98,41 @@ TEMPLATE_LIST_TEST_CASE("top-k is value descending, then column ascending; NaN a
 
 TEMPLATE_LIST_TEST_CASE("the bound of a row is the k-th largest of the maxima of its groups", "",
                         test::widths) {
-  constexpr int groups = 32, w = simd::width<TestType>;
+  constexpr int w = simd::width<TestType>;
+  const auto kth_of_groups = [](const float* row, index_t cols, int groups, int k) {
+    std::vector<float> most(static_cast<std::size_t>(groups), simd::minus_infinity);
+    for (index_t c = 0; c < cols; ++c) {
+      float& of_group = most[static_cast<std::size_t>(c % groups)];
+      of_group = row[c] > of_group ? row[c] : of_group;
+    }
+    std::sort(most.begin(), most.end(), std::greater<>());
+    return most[static_cast<std::size_t>(k - 1)];
+  };
   for (const index_t cols : {1, 15, 32, 33, 64, 257}) {
     const std::vector<float> rows = test::make_logits(shape::normal, 7, w, cols);
     const float* row[w];
     for (int i = 0; i < w; ++i) row[i] = rows.data() + i * cols;
     for (int k = 1; k <= 8; ++k) {
       alignas(alignment) float bound[w];
-      simd::column_bound<TestType, groups, 8>(row, cols, k).store_aligned(bound);
+      simd::column_bound<TestType, 32, 8>(row, cols, k).store_aligned(bound);
       for (int i = 0; i < w; ++i) {
-        std::vector<float> most(groups, simd::minus_infinity);
-        for (index_t c = 0; c < cols; ++c) {
-          float& of_group = most[static_cast<std::size_t>(c % groups)];
-          of_group = std::max(of_group, row[i][c]);
-        }
-        std::sort(most.begin(), most.end(), std::greater<>());
         INFO("cols=" << cols << " k=" << k << " row=" << i);
-        REQUIRE(bound[i] == most[static_cast<std::size_t>(k - 1)]);
+        REQUIRE(bound[i] == kth_of_groups(row[i], cols, 32, k));
       }
     }
+    // Of a row alone there are fewer groups or more, and no bound is -inf.
+    const std::vector<float> one = test::make_logits(shape::half_nan, 7, 1, cols);
+    const auto alone = [&]<int n>(std::integral_constant<int, n>) {
+      for (int k = 1; k <= 16 * n; k += k < 8 ? 1 : 4) {
+        INFO("cols=" << cols << " k=" << k << " groups=" << 16 * n);
+        CHECK(simd::detail::bound_of_row<TestType, n>(one.data(), cols, k).get(0) ==
+              std::max(kth_of_groups(one.data(), cols, 16 * n, k),
+                       std::numeric_limits<float>::lowest()));
+      }
+    };
+    alone(std::integral_constant<int, 1>{});
+    alone(std::integral_constant<int, 2>{});
+    alone(std::integral_constant<int, 4>{});
   }
 }
 
@@ -151,6 +169,19 @@ TEMPLATE_LIST_TEST_CASE("a row alone is selected as it is in a block", "", test:
             same = same && one.column[here] == all.column[there] &&
                    std::bit_cast<std::uint32_t>(one.value[here]) ==
                        std::bit_cast<std::uint32_t>(all.value[there]);
+          }
+          if (k <= block_rows) {  // and so it is in registers
+            constexpr int w = simd::width<TestType>;
+            simd::vfloat<TestType> value[simd::registers_per_block<TestType>];
+            simd::vint<TestType> column[simd::registers_per_block<TestType>];
+            simd::top_k_row<TestType>(row.data(), cols, k, value, column);
+            for (int r = 0; r < k; ++r) {
+              const auto here = static_cast<std::size_t>(r * block_rows);
+              const auto lane = static_cast<std::size_t>(r % w);
+              same = same && column[r / w].get(lane) == one.column[here] &&
+                     std::bit_cast<std::uint32_t>(value[r / w].get(lane)) ==
+                         std::bit_cast<std::uint32_t>(one.value[here]);
+            }
           }
           INFO(to_string(test::reproducer{s, 9, block_rows, cols, k}) << " row " << i);
           CHECK(same);
