@@ -24,6 +24,7 @@ TEST_CASE("each formula rounds where the system that it is named after rounds") 
   CHECK(c(vmoe_round, 1.05, 10, 4, 2) == 5);
   CHECK(c(vmoe_round, 1.1, 10, 4, 2) == 6);  // 5.5 to even
   CHECK(c(vmoe_round, 0.9, 10, 4, 2) == 4);  // 4.5 to even
+  CHECK(c(vmoe_round, 0.2, 10, 4, 2) == 1);
   CHECK(c(tutel, 1.25, 10, 4, 2) == 6);      // 2 * floor(1.25 * 3)
   CHECK(c(tutel, 0.0, 10, 4, 2, 9) == 9);    // the greatest load
   CHECK(c(tutel, -1.25, 10, 4, 2, 9) == 6);  // the lesser of both
@@ -95,4 +96,41 @@ TEST_CASE("a factor outside of its formula's domain is refused by name") {
 
 TEST_CASE("a capacity beyond all choices does not overflow") {
   CHECK((capacity_rule{.formula = stable_moe, .factor = 1e300}.capacity(10, 4, 2)) == 0x7fffffff);
+}
+
+TEST_CASE("a capacity keeps every choice where nothing is said, and each of its numbers has ends") {
+  constexpr capacity_rule plain;
+  CHECK((plain.formula == unlimited && plain.factor == 1.0 && plain.count == 0 &&
+         plain.minimum == 0 && plain.multiple == 1));
+  const auto refused = [](const capacity_rule& rule) {
+    return test::refusal([&] { rule.check(); });
+  };
+  constexpr index_t most = 0x7fffffff;
+  struct range {
+    std::string name;
+    index_t capacity_rule::* number;
+    index_t least;
+  };
+  for (const auto& [name, number, least] : {range{"count", &capacity_rule::count, 0},
+                                            {"minimum", &capacity_rule::minimum, 0},
+                                            {"multiple", &capacity_rule::multiple, 1}})
+    for (const index_t x : {least - 1, least, most, most + 1}) {
+      capacity_rule rule;
+      rule.*number = x;
+      CHECK(refused(rule) ==
+            (x >= least && x <= most
+                 ? "accepted"
+                 : "moeroute::capacity_rule: " + name + " is " + std::to_string(x) + ", expected " +
+                       std::to_string(least) + " to 2147483647"));
+    }
+  // A factor that nobody multiplies with is not looked at.
+  CHECK(refused({.formula = fixed, .factor = -1.0}) == "accepted");
+  CHECK(refused({.factor = -1.0}) == "accepted");
+  CHECK((capacity_rule{.formula = fixed, .factor = -1.0, .count = 7}.capacity(1, 4, 2)) == 7);
+  const double infinity = std::numeric_limits<double>::infinity();
+  CHECK(refused({.formula = megablocks, .factor = infinity}) ==
+        "moeroute::capacity_rule: factor is inf, expected >= 0");
+  CHECK(refused({.formula = megablocks, .factor = 0.0}) == "accepted");
+  CHECK(refused({.formula = tutel, .factor = -infinity}) ==
+        "moeroute::capacity_rule: factor is -inf, expected a finite number");
 }

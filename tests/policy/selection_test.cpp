@@ -54,6 +54,7 @@ std::vector<bool> lost_by_hand(const top_k& rule, const std::vector<float>& row)
     if (rule.group_score == group_score::top2_sum) counted = 2;
     if (rule.group_score == group_score::top_sum)
       counted = static_cast<std::size_t>(rule.k / rule.topk_group);
+    if (rule.group_score == group_score::sum) counted = best.size();
     for (std::size_t r = 1; r < std::min(counted, best.size()); ++r) sum += first[best[r]];
     worth.push_back(sum);
   }
@@ -159,7 +160,7 @@ TEST_CASE("selections touch no memory but their own, and know who is of a lost g
     const int tokens = static_cast<int>(1 + rng.below(block_rows));
     top_k rule{.groups = groups, .topk_group = 1 + rng.below(groups)};
     rule.k = 1 + rng.below(rule.topk_group * size);
-    rule.group_score = static_cast<group_score>(rng.below(3));
+    rule.group_score = static_cast<group_score>(rng.below(4));
     if (coin()) rule.group_fill = 0.0f;
     rule.check(experts);
     // In eighths: no sum rounds.
@@ -169,10 +170,10 @@ TEST_CASE("selections touch no memory but their own, and know who is of a lost g
     std::vector<float> exact(z);
     for (float& x : exact) x = x > -test::infinity ? std::floor(8.0f * x) / 8.0f : x;
     const int k = static_cast<int>(rule.k);
-    const index_t best =
-                      rule.group_score == group_score::top_sum
-                          ? std::clamp<index_t>(rule.k / rule.topk_group, 1, size)
-                          : std::min<index_t>(rule.group_score == group_score::max ? 1 : 2, size),
+    const index_t best = rule.group_score == group_score::top_sum
+                             ? std::clamp<index_t>(rule.k / rule.topk_group, 1, size)
+                             : std::min<index_t>(rule.group_score == group_score::top2_sum ? 2 : 1,
+                                                 size),
                   wide = best > 2 ? best * block_rows : groups * block_rows,
                   keys = std::max(simd::top_k_scratch(experts, rule.k),
                                   best > 2 ? simd::top_k_scratch(size, best) : 0);
@@ -311,7 +312,7 @@ TEST_CASE("the rules around a selection are plain loops around it, with every op
     const index_t tokens = 1 + rng.below(block_rows), first = rng.below(20);
     top_k best{.groups = groups, .topk_group = 1 + rng.below(groups)};
     best.k = 1 + rng.below(best.topk_group * size);
-    best.group_score = static_cast<group_score>(rng.below(3));
+    best.group_score = static_cast<group_score>(rng.below(4));
     if (coin()) best.group_fill = 0.0f;
     best.lost_weight = static_cast<lost_weight>(rng.below(3));
     const auto seed = rng.bits() % 1000;

@@ -300,6 +300,8 @@ TEST_CASE(
         std::vector<float>{most, -most});
   CHECK(weight(rule{.threshold = -inf, .scale = -2.0f}, {inf, -most}) ==
         std::vector<float>{-most, most});
+  // The largest float divides as any other.
+  CHECK(weight(rule{.norm = threshold_norm::sum}, {most, 0.0f}) == std::vector<float>{1.0f});
   // What is infinite takes all where it divides, and what comes to nothing divides nothing.
   for (const threshold_norm norm : {threshold_norm::sum, threshold_norm::rms})
     CHECK(weight(rule{.norm = norm, .scale = 3.0f}, {inf, 1.0f}) == std::vector<float>{3.0f, 0.0f});

@@ -68,6 +68,8 @@ TEST_CASE("normalised weights sum to the scale") {
 TEST_CASE("the Lp norm divides by (sum of s^p)^(1/p)") {
   CHECK(near({.normalize = normalization::lp, .p = 2.0f}, {3.0f, 4.0f}, {0.6, 0.8}) == "");
   CHECK(near({.normalize = normalization::lp}, {3.0f, 1.0f}, {0.75, 0.25}) == "");
+  // p is of no other norm.
+  CHECK(near({.normalize = normalization::sum, .p = 2.0f}, {3.0f, 1.0f}, {0.75, 0.25}) == "");
 }
 
 TEST_CASE("eps is added to the divisor, or is its least value") {

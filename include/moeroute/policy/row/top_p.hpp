@@ -116,12 +116,11 @@ struct top_p {
         enough = enough && count[i] <= c.k;
         if (count[i] > c.k) needed = std::max(needed, least_needed(c.value + i, c.k));
       }
-      if (enough || k == most) break;
+      if (enough) break;  // as where k is most
       // Looking at nearly all costs little more than looking at many once more.
       k = std::max(4 * k, needed + needed / 2);
       if (4 * k > most) k = most;
     }
-    for (int i = 0; i < z.rows; ++i) count[i] = std::min(count[i], c.k);
   }
 
   // The same choices and scores.
