@@ -47,6 +47,7 @@ TEST_CASE("a warm buffer never allocates, and its memory stays where it is") {
 TEST_CASE("an empty buffer owns nothing") {
   CHECK(allocations_during([] {
           buffer<int> b;
+          CHECK((b.size() == 0 && b.capacity() == 0 && b.data() == nullptr));
           b.resize(0);
           const buffer<int> copy = b;
           CHECK(copy.size() == 0);

@@ -32,7 +32,10 @@ TEST_CASE("an assignment over the caller's memory writes there, and its copies d
   expert_id ids[6] = {};
   float weights[6] = {};
   assignment a = assignment::over(ids, weights);
+  CHECK((a.room() == 0 && a.ids().empty()));
   a.reset(3, 8, 2);
+  const assignment& itself = a;
+  a = itself;
   a.ids()[5] = 7;
   a.weights()[0] = 0.5f;
   CHECK((ids[5] == 7 && weights[0] == 0.5f && a.room() == 6));
@@ -41,7 +44,7 @@ TEST_CASE("an assignment over the caller's memory writes there, and its copies d
   CHECK((ids[5] == 7 && copy.ids()[5] == 1 && copy.weights()[0] == 0.5f));
   copy.reset(4, 8, 2);  // its memory grows
   const assignment moved = std::move(a);
-  CHECK((moved.ids().data() == ids && moved.choices() == 6));
+  CHECK((moved.ids().data() == ids && moved.choices() == 6 && a.room() == 0));
   assignment other = assignment::over(ids, weights);
   CHECK(refusal([&] { other.reset(4, 8, 2); }) ==
         "moeroute::assignment: ids.size() is 6, expected room for 8");
@@ -53,12 +56,14 @@ TEST_CASE("an assignment over the caller's memory writes there, and its copies d
 
 TEST_CASE("a new decision has no drops of the one before, whatever its shape") {
   assignment a;
+  CHECK((a.tokens() == 0 && a.experts() == 0 && a.k() == 0 && a.choices() == 0 && a.room() == 0));
+  CHECK(!(a.ragged() || a.drops()));
   for (const index_t tokens : {3, 3, 2, 3}) {  // the same shape again, a smaller one, a larger one
     a.reset(tokens, 8, 2);
     CHECK_FALSE(a.drops());
     CHECK((a.kept().empty() && a.kept(1)));
     a.kept_to_fill()[1] = 0;
-    CHECK((a.drops() && !a.kept(1) && a.kept(0)));
+    CHECK((a.drops() && !a.kept(1) && a.kept(0) && a.kept()[0] == 1));
   }
   for (int turn = 0; turn < 2; ++turn) {
     a.reset_ragged(3, 8, 2);
@@ -89,6 +94,8 @@ TEST_CASE("an assignment refuses sizes outside the promises, and takes their end
     return refusal([&] { a.reset(t, e, k); });
   };
   CHECK(reset(-1, 8, 2) == "moeroute::assignment: tokens is -1, expected 0 to 2147483647");
+  CHECK(reset(-(index_t{1} << 62), 8, 4) ==
+        "moeroute::assignment: tokens is -4611686018427387904, expected 0 to 2147483647");
   CHECK(reset(1, 0, 1) == "moeroute::assignment: experts is 0, expected 1 to 1048576");
   CHECK(reset(1, 1048577, 1) == "moeroute::assignment: experts is 1048577, expected 1 to 1048576");
   CHECK(reset(1, 8, 0) == "moeroute::assignment: k is 0, expected 1 to 8");
@@ -194,6 +201,17 @@ TEST_CASE(
     REQUIRE(std::ranges::equal(a.weights(), in_order, {}, {},
                                [](expert_id i) { return static_cast<float>(i + 1); }));
     REQUIRE(std::ranges::equal(a.offsets(), ragged ? first : std::vector<std::int32_t>{}));
+    int wrong = 0;
+    for (std::size_t i = 0; i + 1 < first.size(); ++i) {
+      const auto token = static_cast<index_t>(i), begin = index_t{first[i]},
+                 n = first[i + 1] - begin;
+      const auto of = a.ids(token);
+      const auto weighs = a.weights(token);
+      wrong += a.first(token) != begin || a.count(token) != n;
+      wrong += of.data() != a.ids().data() + begin || std::ssize(of) != n;
+      wrong += weighs.data() != a.weights().data() + begin || std::ssize(weighs) != n;
+    }
+    REQUIRE(wrong == 0);
     REQUIRE(a.drops() == drops);
     REQUIRE(a.kept().size() == (drops ? in_order.size() : 0));
   }

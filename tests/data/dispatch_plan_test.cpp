@@ -6,6 +6,7 @@
 #include <vector>
 
 #include <moeroute/data/exchange_plan.hpp>
+#include <moeroute/data/expert_lists.hpp>
 #include <moeroute/data/soft_plan.hpp>
 
 #include "support/allocations.hpp"
@@ -16,7 +17,11 @@ using namespace moeroute;
 TEST_CASE("a plan nobody made has no slots") {
   const dispatch_plan p;
   CHECK((p.slots() == 0 && p.unrouted() == 0 && p.experts() == 0));
+  CHECK((p.tokens() == 0 && p.k() == 0 && p.choices() == 0 && !p.ragged()));
+  CHECK((p.padding() == 0 && p.dropped() == 0 && p.elsewhere() == 0));
   CHECK((p.token_of_slot().empty() && p.slot_of_choice().empty()));
+  const expert_lists lists;
+  CHECK((lists.tokens == 0 && lists.experts == 0 && lists.capacity == 0));
 }
 
 TEST_CASE("sizes follow the offsets") {
@@ -68,6 +73,7 @@ TEST_CASE("plans for which there is no room are empty, and are plans again after
 
 TEST_CASE("soft plans of no sizes are refused by name, and a second one is as a first one") {
   soft_plan p;
+  CHECK((p.tokens() == 0 && p.slots() == 0 && p.slots_per_expert() == 1));
   constexpr index_t beyond = index_t{1} << 31;
   const test::refusals refused{
       {[&] { p.reset(-1, 4, 2); }, "soft_plan: tokens is -1, expected 0 to 2147483647"},
@@ -81,10 +87,15 @@ TEST_CASE("soft plans of no sizes are refused by name, and a second one is as a 
   for (const auto& [call, message] : refused) CHECK(test::refusal(call) == "moeroute::" + message);
   CHECK(p.experts() == 0);
   p.reset(5, 6, 3);
+  for (const matrix_view<float> all : {p.dispatch(), p.combine()})
+    std::fill_n(all.data, 5 * 6, all.rows == 6 ? 1.0f : 2.0f);
+  CHECK((p.dispatch()(5, 4) == 1.0f && p.combine()(4, 5) == 2.0f));
   p.reset(0, 4, 4);
   CHECK((p.tokens() == 0 && p.slots() == 4 && p.slots_per_expert() == 4 && p.experts() == 1));
   CHECK((p.dispatch().rows == 4 && p.dispatch().cols == 0));
   CHECK((p.combine().rows == 0 && p.combine().cols == 4));
+  p.reset(2, 1, 1);
+  CHECK((p.slots() == 1 && p.experts() == 1));
 }
 
 TEST_CASE("a plan of a shape knows nothing of the padding and raggedness of the one before") {
@@ -134,6 +145,16 @@ TEST_CASE("a plan of a shape knows nothing of the padding and raggedness of the 
   }
   p.set_choices(5);
   CHECK((p.choices() == 5 && p.slot_of_choice().size() == 5));
+  p.reset(3, 2, 2);
+  CHECK((p.choices() == 6 && p.slot_of_choice().size() == 6));
+  // As many choices of more tokens or of fewer, at most so many each.
+  struct shape {
+    index_t tokens, k;
+  };
+  for (const auto [tokens, k] : {shape{3, 2}, shape{2, 3}, shape{2, 4}, shape{6, 4}}) {
+    p.reset(tokens, 2, k, 6, 6);
+    CHECK((p.tokens() == tokens && p.k() == k && p.choices() == 6));
+  }
   CHECK(test::refusal([&] { p.reset(1, 2, 2, index_t{1} << 31, 1); }) ==
         "moeroute::plan: choices is 2147483648, expected 0 to 2147483647");
   CHECK(test::refusal([&] { p.reset(1, 2, 2, 2, index_t{1} << 31); }) ==

@@ -448,6 +448,7 @@ TEST_CASE("a profile is the uses of a run; the hottest are pinned; text comes ba
   const expert_profile even{.layers = 3, .experts = 2, .uses = {1, 5, 5, 1, 5, 0}};
   CHECK(hot_keys(even, 4) == std::vector<std::int32_t>{1, 2, 4, 0});
   CHECK(hot_keys(even, 0).empty());
+  CHECK((hot_keys({}, 0).empty() && expert_profile{}.layers == 0 && expert_profile{}.experts == 0));
   CHECK((even.layer(1)[0] == 5 && even.layer(2)[1] == 0 && even.layer(1).size() == 2));
 }
 
@@ -668,6 +669,7 @@ TEST_CASE("a set of residents is a flag for every expert") {
   CHECK((resident_view::words_of(0) == 0 && resident_view::words_of(1) == 1 &&
          resident_view::words_of(64) == 1 && resident_view::words_of(65) == 2));
   CHECK((resident_set().experts() == 0 && resident_set().count() == 0));
+  CHECK((resident_view{}.words == nullptr && resident_view{}.experts == 0));
   const auto sized = [](index_t experts) {
     return test::refusal([&] { const resident_set set(experts); });
   };
@@ -708,6 +710,7 @@ TEST_CASE("a cache says its sizes, and refuses whatever is no layer, expert, sha
   const double nan = std::nan("");
   CHECK(made({.decay = nan}) == "decay is nan, expected above 0, at most 1");
   CHECK(made({.decay = -0.5}) == "decay is -0.500000, expected above 0, at most 1");
+  CHECK(made({.decay = 1.0625}) == "decay is 1.062500, expected above 0, at most 1");
   CHECK(made({.protected_share = -0.25}) == "protected_share is -0.250000, expected 0 to below 1");
   CHECK(made({.protected_share = 1.0}) == "protected_share is 1.000000, expected 0 to below 1");
   CHECK(made({.protected_share = nan}) == "protected_share is nan, expected 0 to below 1");

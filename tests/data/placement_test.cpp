@@ -346,7 +346,9 @@ TEST_CASE("a placement refuses what does not fit, and takes both ends of what do
     };
     CHECK(make(0, 1) == "moeroute::placement: experts is 0, expected 1 to 1048576");
     CHECK(make(1048577, 1) == "moeroute::placement: experts is 1048577, expected 1 to 1048576");
+    CHECK(make(-1, 1) == "moeroute::placement: experts is -1, expected 1 to 1048576");
     CHECK(make(1, 0) == "moeroute::placement: ranks is 0, expected 1 to 1048576");
+    CHECK(make(1, -1) == "moeroute::placement: ranks is -1, expected 1 to 1048576");
     CHECK(make(1, 1048577) == "moeroute::placement: ranks is 1048577, expected 1 to 1048576");
   }
   CHECK(test::refusal([] { placement::from_slots(0, 1, {}); }) ==

@@ -59,6 +59,7 @@ TEST_CASE("a ragged assignment is not recorded") {
 
 TEST_CASE("a record of a second batch is that batch alone, and what is refused changes nothing") {
   routing_record<std::uint8_t> record;
+  CHECK((record.tokens() == 0 && record.experts() == 0 && record.k() == 0 && record.ids().empty()));
   record.record(made_of(255, {0, 254, no_expert, 17, 3, no_expert}, 2));
   record.record(made_of(9, {8, no_expert, 0}, 3));
   CHECK((record.tokens() == 1 && record.experts() == 9 && record.k() == 3));

@@ -230,5 +230,5 @@ TEST_CASE("empty matrices have empty views") {
   CHECK((view(no_rows).rows == 0 && view(no_rows).cols == 5));
   CHECK((view(no_cols).rows == 5 && view(no_cols).cols == 0));
   const matrix_view<float> none;
-  CHECK((none.data == nullptr && none.rows == 0 && none.cols == 0));
+  CHECK((none.data == nullptr && none.rows == 0 && none.cols == 0 && none.stride == 0));
 }
