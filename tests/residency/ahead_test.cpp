@@ -390,6 +390,11 @@ TEST_CASE("what looks ahead refuses models without layers, and places where ther
   test::random rng(7);
   const assignment sets = test::fixed_choices(rng, 4, 8, 2);
   const assignment layers[] = {sets, test::fixed_choices(rng, 4, 9, 2)};
+  assignment strange = sets;
+  strange.ids()[3] = 8;
+  expert_cache cache({.experts = 8, .capacity = 2});
+  const std::vector<const simd::packed_matrix<>*> gates((1 << 20) + 1);
+  const auto most = std::span(gates).first(1 << 20);
   ids out(2);
   const auto in_order = [&](std::vector<std::int32_t> order, index_t batch = 2) {
     return [&sets, order, batch] { distinct_experts(sets, order, batch); };
@@ -406,6 +411,11 @@ TEST_CASE("what looks ahead refuses models without layers, and places where ther
        "transition_predictor: layers is 0, expected 1 to 1048576"},
       {[] { transition_predictor(1, 0); },
        "transition_predictor: experts is 0, expected 1 to 1048576"},
+      {[&] { regroup(strange, 2); }, "regroup: the id of choice 3 is 8, expected -1 to 7"},
+      {[&] { distinct_experts(strange, std::vector<std::int32_t>{0}, 2); },
+       "distinct_experts: the id of choice 3 is 8, expected -1 to 7"},
+      {[&] { pregate({&strange, 1}, 1, {}); },
+       "pregate: the id of choice 3 is 8, expected -1 to 7"},
       {[] { gate_predictor({}); }, "gate_predictor: gates.size() is 0, expected 1 to 1048576"},
       {[&] { last_predictor(1, 4).rank(1, out); }, "last_predictor: layer is 1, expected 0 to 0"},
       {[&] { popularity_predictor(1, 4).rank(-1, out); },
@@ -432,8 +442,30 @@ TEST_CASE("what looks ahead refuses models without layers, and places where ther
       {[&] { pregate(layers, 1, {}); }, "pregate: experts is 9, expected 8"},
       {in_order({0}, 0), "distinct_experts: batch is 0, expected 1 to 2147483647"},
       {in_order({0, 4}), "distinct_experts: order is 4, expected 0 to 3"},
-      {in_order({-1}), "distinct_experts: order is -1, expected 0 to 3"}};
+      {in_order({-1}), "distinct_experts: order is -1, expected 0 to 3"},
+      {[&] { regroup(sets, index_t{1} << 31); },
+       "regroup: batch is 2147483648, expected 1 to 2147483647"},
+      {[] { two_choice_table(index_t{1} << 31); },
+       "two_choice_table: places is 2147483648, expected 1 to 2147483647"},
+      {[&] { last_predictor(1, 4).rank(-1, out); }, "last_predictor: layer is -1, expected 0 to 0"},
+      {[&] { transition_predictor(1, 4).rank(-1, out); },
+       "transition_predictor: layer is -1, expected 0 to 0"},
+      {[&] { gate_predictor(gates).rank(-1, out); },
+       "gate_predictor: gates.size() is 1048577, expected 1 to 1048576"},
+      {[&] { gate_predictor(most).rank(-1, out); },
+       "gate_predictor: layer is -1, expected 0 to 1048575"},
+      {[] { transition_predictor(2, 4).after(-1, 0); },
+       "transition_predictor: layer is -1, expected 0 to 0"},
+      {[] { transition_predictor(2, 4).after(0, -1); },
+       "transition_predictor: expert is -1, expected 0 to 3"},
+      {[&] { prefetcher(cache, last_predictor(1, 8), {.per_layer = -1}); },
+       "prefetcher: per_layer is -1, expected 0 to 8"},
+      {[&] { prefetcher(cache, last_predictor(1, 8), {.most_per_use = std::nan("")}); },
+       "prefetcher: most_per_use is nan, expected 1 or more"}};
   for (const auto& [call, message] : all) CHECK(test::refusal(call) == "moeroute::" + message);
+  CHECK(test::refusal([&] { regroup(sets, 0x7fffffff); }) == "accepted");
+  CHECK(test::refusal(in_order({0}, 0x7fffffff)) == "accepted");
+  CHECK(test::refusal([&] { pregate({&sets, 1}, 0x7fffffff, {.capacity = 8}); }) == "accepted");
 }
 
 TEST_CASE("predictors keep their layers apart: each ranks as counts made by plain loops do") {

@@ -151,11 +151,14 @@ TEST_CASE("what stays keeps its order, and a description is pruned with it or re
     for (std::size_t c = 0; c < 3; ++c)
       CHECK(rows[i * 3 + c] == gate[static_cast<std::size_t>(stay.kept()[i]) * 3 + c]);
   CHECK(kept_values(bias, stay)[1] == bias[4]);
-  const expert_table table = kept_table(expert_table({0, 5, 7, 2}, 2, 8), stay);
+  const expert_table table = kept_table(expert_table({0, 5, 7, no_expert}, 2, 8), stay);
   CHECK(table.of(0)[0] == no_expert);
   CHECK(table.of(0)[1] == 2);
   CHECK(table.of(1)[0] == 3);
+  CHECK(table.of(1)[1] == no_expert);
   CHECK(pruned({.experts = 8, .k = 4}, stay).experts == 4);
+  const router_spec halves{.experts = 8, .k = 2, .groups = 2, .topk_group = 1, .zero_experts = 2};
+  CHECK(pruned(halves, expert_subset({0, 2, 3, 4, 6, 7}, 8)).experts == 6);
   const auto refused = [&](const router_spec& spec) {
     return test::refusal([&] { pruned(spec, stay); });
   };

@@ -305,6 +305,12 @@ TEST_CASE("union rules that do not fit are refused by name") {
   CHECK(too_many(plain_of(33)) != "accepted");
   test::random rng(3);
   const assignment sets = test::fixed_choices(rng, 3, 8, 2);
+  assignment strange = sets;
+  strange.ids()[3] = 8;
+  CHECK(test::refusal([&] { union_plan().make(strange); }) ==
+        "moeroute::union_plan: the id of choice 3 is 8, expected -1 to 7");
+  CHECK(test::refusal([&] { speculation_depth(strange, {}, {}); }) ==
+        "moeroute::speculation_depth: the id of choice 3 is 8, expected -1 to 7");
   CHECK(test::refusal([&] { speculation_depth(sets, std::vector<double>{1, 1, 1}, {}); }) ==
         "moeroute::speculation_depth: acceptance.size() is 3, expected 0 to 2");
   for (const index_t tokens : {0, 1})
