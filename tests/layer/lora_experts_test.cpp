@@ -196,6 +196,10 @@ TEST_CASE("adapters that do not fit are refused by name") {
   assignment out;
   CHECK(test::refusal([&] { virtual_experts(a, std::vector<std::int32_t>{0, 2}, 2, out); }) ==
         "moeroute::virtual_experts: adapter is 2, expected 0 to 1");
+  assignment strange = a;
+  strange.ids()[1] = 4;
+  CHECK(test::refusal([&] { virtual_experts(strange, std::vector<std::int32_t>(2), 2, out); }) ==
+        "moeroute::virtual_experts: the id of choice 1 is 4, expected -1 to 3");
   std::vector<float> mixed(4);
   CHECK(test::refusal([&] {
           mix_parameters({w.data(), 3, 2}, {w.data(), 2, 4}, 3, {mixed.data(), 1, 4});

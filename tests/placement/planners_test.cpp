@@ -1076,6 +1076,12 @@ TEST_CASE("planners refuse by name what is no load, no size, no option") {
   CHECK(grouped({{0, 3}, 0.0}, {0, 0, 1, 1}, {.ranks = 2}) == "accepted");
   CHECK(grouped({{0, 3}, -1.0}, {0, 0, 1, 1}, {.ranks = 2}) ==
         "moeroute::group_experts: count is -1.000000, expected a finite number >= 0");
+  CHECK(grouped({{0, 3}, HUGE_VAL}, {0, 0, 1, 1}, {.ranks = 2}) ==
+        "moeroute::group_experts: count is inf, expected a finite number >= 0");
+  CHECK(grouped({{0, -1}, 1.0}, {0, 0, 1, 1}, {.ranks = 2}) ==
+        "moeroute::group_experts: expert is -1, expected 0 to 3");
+  CHECK(grouped({{0, 3}, 1.0}, {0, -1, 1, 1}, {.ranks = 2}) ==
+        "moeroute::group_experts: start is -1, expected 0 to 1");
   CHECK(grouped({{0, 4}, 1.0}, {0, 0, 1, 1}, {.ranks = 2}) ==
         "moeroute::group_experts: expert is 4, expected 0 to 3");
   CHECK(grouped({{0, 3}, 1.0}, {0, 0, 1, 2}, {.ranks = 2}) ==
@@ -1225,6 +1231,8 @@ TEST_CASE("every size and option of a planner is refused by its own name") {
        "expected_distinct: experts is 0, expected 1 to 1048576"},
       {[] { expected_distinct(4, 0, 1); }, "expected_distinct: k is 0, expected 1 to 4"},
       {[] { expected_distinct(4, 2, 0); }, "expected_distinct: groups is 0, expected 1 to 4"},
+      {[&] { balance_exactly(std::vector<std::int64_t>(4, 1), 3); },
+       "balance_exactly: 4 experts on 3 ranks, expected a multiple of the ranks"},
       {[&] { balance_exactly(rows, 2, {.min_rows = 0}); },
        "balance_exactly: min_rows is 0, expected 1 to 1099511627776"},
       {[&] { balance_exactly(rows, 2, {.lambda = std::nan("")}); },
@@ -1310,6 +1318,26 @@ TEST_CASE("every size and option of a planner is refused by its own name") {
        "shadow_latency: ranks is 1048577, expected 1 to 1048576"},
       {[&] { shadow_exact(rows, max_ranks + 1, {.d = 1}, true); },
        "shadow_exact: ranks is 1048577, expected 1 to 1048576"},
+      {[&] { shadow_latency(rows, 2, std::vector<std::uint8_t>(max_experts + 1), {.d = 1}, true); },
+       "shadow_latency: shadowed.size() is 1048577, expected 1 to 1048576"},
+      {[] { shadow_exact(std::vector<std::int64_t>{-1}, 1, {.d = 1}, true); },
+       "shadow_exact: count is -1, expected 0 to 2^40"},
+      {[] { spill(std::vector<std::int64_t>(max_experts + 1), 1); },
+       "spill: experts is 1048577, expected 1 to 1048576"},
+      {[] { search_placement(numbers(max_experts + 1), 8, 2); },
+       "search_placement: loads is 1048577, expected 1 to 1048576"},
+      {[&] { search_placement(good, index_t{1} << 31, 2); },
+       "search_placement: slots is 2147483648, expected 4 to 2147483647"},
+      {[] {
+         place_batch(
+             {.range = std::vector<std::vector<rank_range>>(1), .moves = {}, .load = {0, 0}});
+       },
+       "place_batch: ranks is 2, expected 1 to 1"},
+      {[] {
+         std::vector<expert_id> drawn;
+         expert_traffic({.experts = 4}).draw(1, 0, 0, drawn);
+       },
+       "traffic: k is 0, expected 1 to 4"},
       {[&] { spill(rows, max_ranks + 1); }, "spill: ranks is 1048577, expected 1 to 1048576"},
       {[] {
          affinity_cost({.experts = 2, .count = {{1, 2, 3, 4}}}, {.ranks = 2}, {{0, 1}, {0, -1}});
