@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "support/random.hpp"
+#include "support/refusal.hpp"
 
 using moeroute::find_in_catalog;
 using moeroute::gguf_metadata;
@@ -92,13 +93,15 @@ TEST_CASE("the keys of a published model give the catalogue's spec") {
                              {"expert_shared_count", n(1)},
                              {"expert_feed_forward_length", n(2048)}}),
        "deepseek_v3");
-  same(keys_of("deepseek2", {{"expert_count", n(160)},
-                             {"expert_used_count", n(6)},
-                             {"expert_weights_scale", 16.0},
-                             {"expert_group_count", n(8)},
-                             {"expert_group_used_count", n(3)},
-                             {"expert_weights_norm", false}}),
-       "deepseek_v2");
+  for (const int softmax : {0, 1})
+    same(keys_of("deepseek2", {{"expert_count", n(160)},
+                               {"expert_used_count", n(6)},
+                               {"expert_gating_func", n(softmax)},
+                               {"expert_weights_scale", 16.0},
+                               {"expert_group_count", n(8)},
+                               {"expert_group_used_count", n(3)},
+                               {"expert_weights_norm", false}}),
+         "deepseek_v2");
   same(keys_of("glm4moe", {{"expert_count", n(160)},
                            {"expert_used_count", n(8)},
                            {"expert_gating_func", n(2)},
@@ -342,6 +345,8 @@ TEST_CASE("every key has its type and its range, and says so whole") {
   v4["deepseek4.hash_layer_count"] = n(3);
   CHECK(routers_from_gguf(v4, "m.gguf").layers.size() == 3);
   CHECK(routers_from_gguf(v4, "m.gguf").count == 0);
+  CHECK(test::refusal([&] { (void)routers_from_gguf(v4, "m.gguf").of(-1); }) ==
+        "moeroute::model_routers: layer is -1, expected 0 to 4611686018427387904");
   for (const char* key : {"expert_weights_scale", "router_logit_softcapping"}) {
     for (const double wrong :
          {-0.5, std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()})

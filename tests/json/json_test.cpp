@@ -2,6 +2,8 @@
 #include <moeroute/json/routing_words.hpp>
 
 #include <catch2/catch_test_macros.hpp>
+#include <cmath>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -48,9 +50,12 @@ TEST_CASE("Python's numbers are read outside strings, as strings of their letter
       parse_json(R"({"NaN": [NaN, Infinity, -Infinity], "s": "NaN \" -Infinity"})", "a.json");
   CHECK(read == nlohmann::json::parse(
                     R"({"NaN": ["NaN", "Infinity", "-Infinity"], "s": "NaN \" -Infinity"})"));
-  CHECK(text_refusal("[NaNs]") ==
-        "moeroute::json: a.json: line 1, column 2: expected JSON text, found "
-        "something else");
+  CHECK(parse_json("NaN", "a.json") == nlohmann::json("NaN"));
+  // Beside a letter it is none, whichever letter.
+  const std::string found = ": expected JSON text, found something else";
+  for (const char* text : {"[NaNs]", "[NaNa]", "[NaNz]", "[NaNA]", "[NaNZ]"})
+    CHECK(text_refusal(text) == "moeroute::json: a.json: line 1, column 2" + found);
+  CHECK(text_refusal("[trueNaN]") == "moeroute::json: a.json: line 1, column 6" + found);
 }
 
 TEST_CASE("what is no JSON is refused with line and column") {
@@ -100,13 +105,35 @@ TEST_CASE("null is there, and is not a value") {
   CHECK_FALSE(fields.said("c"));
   CHECK(fields.asked("a"));
   CHECK_FALSE(fields.asked("b"));
-  try {
-    (void)fields.integer("a", 0, 3);
-    FAIL("null is no integer");
-  } catch (const moeroute::error& e) {
-    CHECK(std::string(e.what()) ==
-          "moeroute::json: a.json: field 'a': expected an integer from 0 to 3, found null");
-  }
+  const auto refused = [&](auto&& f) {
+    try {
+      f();
+    } catch (const moeroute::error& e) {
+      return std::string(e.what()).substr(std::string("moeroute::json: a.json: field ").size());
+    }
+    return std::string("accepted");
+  };
+  CHECK(refused([&] { (void)fields.integer("a", 0, 3); }) ==
+        "'a': expected an integer from 0 to 3, found null");
+  // The ends of a range and one beyond; what is -1 where it is read with a sign.
+  CHECK(fields.integer("b", 1, 1) == 1);
+  CHECK(refused([&] { (void)fields.integer("b", 2, 3); }) ==
+        "'b': expected an integer from 2 to 3, found 1");
+  CHECK(refused([&] { (void)fields.integer("b", 0, 0); }) ==
+        "'b': expected an integer from 0 to 0, found 1");
+  const nlohmann::json numbers{{"most", UINT64_MAX}, {"none", 0.0}, {"beyond", HUGE_VAL}};
+  const moeroute::json_fields of(numbers, "a.json");
+  CHECK(refused([&] { (void)of.integer("most", -1, 3); }) ==
+        "'most': expected an integer from -1 to 3, found 18446744073709551615");
+  CHECK(refused([&] { (void)of.positive("none"); }) ==
+        "'none': expected a positive number, found 0.0");
+  CHECK(refused([&] { (void)of.positive("beyond"); }) ==
+        "'beyond': expected a positive number, found null");
+  CHECK((fields.flag("a", true) && !fields.flag("c", false)));
+  CHECK(refused([&] { (void)fields.flag("b", true); }) == "'b': expected true or false, found 1");
+  const std::string longest(40, 'x');
+  CHECK(moeroute::json_fields::show(longest) == "'" + longest + "'");
+  CHECK(moeroute::json_fields::show(longest + "x") == "a value of type string");
 }
 
 TEST_CASE("a number of Python's in a key's place is refused where it stands") {

@@ -481,6 +481,11 @@ TEST_CASE("every number of a cluster and of a simulation is refused by its own n
         "moeroute::simulate: nodes is 5, expected 1 to 4");
   CHECK(said([](auto& o) { o.machine.block = 0; }) ==
         "moeroute::simulate: block is 0, expected 1 to 2147483647");
+  CHECK(said([](auto& o) { o.machine.block = index_t{1} << 31; }) ==
+        "moeroute::simulate: block is 2147483648, expected 1 to 2147483647");
+  CHECK(said([](auto& o) { o.machine.block = 0x7fffffff; }) == "accepted");
+  CHECK(said([](auto& o) { o.machine.ranks = max_ranks + 1; }) ==
+        "moeroute::simulate: ranks is 1048577, expected 1 to 1048576");
   CHECK(said([](auto& o) { o.machine.rows_per_second = std::nan(""); }) ==
         "moeroute::simulate: rows_per_second is nan, expected > 0");
   good.planner = planner_kind::exact_balance;
