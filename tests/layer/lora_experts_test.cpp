@@ -148,6 +148,11 @@ TEST_CASE("each row of a FlyLoRA projection has as many entries as it keeps; its
   for (index_t i = 0; i < 8; ++i)
     CHECK(std::count_if(a.begin() + i * 40, a.begin() + (i + 1) * 40,
                         [](float x) { return x != 0; }) == 10);
+  // Where less than one is kept of a row, one is.
+  const auto sparse = fly_projection(8, 2, 3, 7);
+  for (index_t i = 0; i < 8; ++i)
+    CHECK((sparse[static_cast<std::size_t>(2 * i)] == 0) !=
+          (sparse[static_cast<std::size_t>(2 * i + 1)] == 0));
   // The numbers of a seed are the same on every machine.
   CHECK(fly_projection(3, 6, 1, 7) ==
         std::vector<float>{0, 0, -0x1.3e4dd6p-6f, 0, 0, -0x1.35c88ap-3f,  //

@@ -199,4 +199,57 @@ TEST_CASE("a warm soft layer goes backwards without an allocation") {
   CHECK(made == 0);
 }
 
+TEST_CASE("a soft layer's gradients are added, each wanted by itself, and of 16 bits too") {
+  struct with_memory {
+    index_t scratch_floats() const { return d; }
+    void operator()(expert_id e, matrix_view<const float> in, matrix_view<const float> dout,
+                    matrix_view<float> din, float* memory) const {
+      curve_gradients{}(e, in, dout, din);
+      std::fill_n(memory, d, 5.0f);
+    }
+  };
+  const auto narrow = [](const floats& v) { return std::vector<bfloat16>(v.begin(), v.end()); };
+  const std::vector<bfloat16> x16 = narrow(random_floats(tokens * d, 1)),
+                              dy16 = narrow(random_floats(tokens * d, 3));
+  const floats x(x16.begin(), x16.end()), dy(dy16.begin(), dy16.end()),
+      mu = random_floats(slots * d, 2);
+  for (const soft_logits kind : {soft_logits::product, soft_logits::normalized}) {
+    soft_moe layer(rows(mu, slots), curves{}, {2, kind, 1.5f});
+    soft_tape tape;
+    floats y(x.size());
+    layer.forward(rows(x, tokens), into(y, tokens), serial{}, tape);
+    // What is made of gradients that were `before`, and of a scale's that was 2.
+    const auto made = [&](gradient_to to, float before, bool of_x, bool of_mu, bool of_scale) {
+      floats dx(x.size(), before), dmu(mu.size(), before);
+      float dscale = 2.0f;
+      backward(layer, rows(x, tokens), tape, rows(dy, tokens), rows(mu, slots), curve_gradients{},
+               {to, of_x ? into(dx, tokens) : matrix_view<float>{},
+                of_mu ? into(dmu, slots) : matrix_view<float>{}, of_scale ? &dscale : nullptr});
+      dx.insert(dx.end(), dmu.begin(), dmu.end());
+      dx.push_back(dscale);
+      return dx;
+    };
+    const floats all = made(gradient_to::write, 9.0f, true, true, true);
+    CHECK((all.back() == 2.0f) == (kind == soft_logits::product));
+    floats added = made(gradient_to::add, 1.0f, true, true, true);
+    for (std::size_t i = 0; i + 1 < added.size(); ++i) added[i] -= 1.0f;
+    CHECK(test::difference(added, all, 1e-5, 1e-5) == "");
+    const auto n = static_cast<std::ptrdiff_t>(x.size());
+    floats one = all;
+    std::fill(one.begin() + n, one.end() - 1, 9.0f), one.back() = 2.0f;
+    CHECK(made(gradient_to::write, 9.0f, true, false, false) == one);
+    one = all;
+    std::fill_n(one.begin(), n, 9.0f), one.back() = 2.0f;
+    CHECK(made(gradient_to::write, 9.0f, false, true, false) == one);
+
+    floats dx(x.size()), dmu(mu.size());
+    const matrix_view<const bfloat16> few(x16.data(), tokens, d);
+    layer.forward(few, into(y, tokens), serial{}, tape);
+    backward(layer, few, tape, matrix_view<const bfloat16>(dy16.data(), tokens, d), rows(mu, slots),
+             with_memory{}, {gradient_to::write, into(dx, tokens), into(dmu, slots)});
+    dx.insert(dx.end(), dmu.begin(), dmu.end());
+    CHECK(test::difference(dx, floats(all.begin(), all.end() - 1), 1e-5, 1e-5) == "");
+  }
+}
+
 }  // namespace soft_moe_backward_test

@@ -298,9 +298,67 @@ TEST_CASE("options and weights that do not fit are refused by name") {
   swiglu_experts<> gated(2, 5, 7);
   CHECK(test::refusal([&] { gated.set_gate_up(0, const_view(w), gate_up_layout::gate_then_up); }) ==
         "moeroute::swiglu_experts: w.rows() is 7, expected 14");
-  const std::vector<float> six(6);
-  CHECK(test::refusal([&] { gated.set_up_bias(0, six); }) ==
-        "moeroute::swiglu_experts: bias.size() is 6, expected 7");
+  const std::vector<float> six(6), seven(7);
+  const row_matrix<float> six_rows = row_matrix<float>::Zero(6, 5);
+  const std::string none = "these experts have no gate: relu_squared";
+  constexpr auto turns = gate_up_layout::interleaved;
+  const test::refusals refused{
+      {[&] { gated.set_gate_bias(0, six); }, "bias.size() is 6, expected 7"},
+      {[&] { gated.set_up_bias(0, six); }, "bias.size() is 6, expected 7"},
+      {[&] { gated.set_down_bias(0, six); }, "bias.size() is 6, expected 5"},
+      {[&] { gated.set_gate(0, const_view(six_rows)); }, "w.rows() is 6, expected 7"},
+      {[&] { gated.set_up(0, const_view(six_rows)); }, "w.rows() is 6, expected 7"},
+      {[&] { gated.set_all_gate_up(const_view(w), turns); }, "w.rows() is 7, expected 28"},
+      {[&] { gated.set_all_down(const_view(w)); }, "w.rows() is 7, expected 10"},
+      {[&] { gateless.set_gate_bias(0, seven); }, none},
+      {[&] { gateless.set_gate_up(0, const_view(w), turns); }, none},
+  };
+  for (const auto& [call, message] : refused)
+    CHECK(test::refusal(call) == "moeroute::swiglu_experts: " + message);
+  const swiglu_options plain;
+  CHECK((plain.activation == expert_activation::silu_gated && plain.limit == 0.0f &&
+         plain.alpha == 1.0f && plain.up_offset == 0.0f));
+}
+
+TEST_CASE("what is at a limit passes it, there and back, and NaN stays NaN") {
+  const float values[] = {2.0f, -2.0f, 0.0f, 3.0f, -3.0f, NAN};
+  const float one = 1.0f;
+  const matrix_view<const float> x(&one, 1, 1);
+  index_t wrong = 0;
+  const auto same = [](float a, double b) {
+    return std::isnan(b) ? std::isnan(a) : std::abs(static_cast<double>(a) - b) < 1e-5;
+  };
+  for (const auto kind : {expert_activation::silu_gated, expert_activation::relu_squared})
+    for (const float limit : {0.0f, 2.0f})
+      for (const float g : values)
+        for (const float u : values) {
+          const bool gated = kind == expert_activation::silu_gated, bounded = limit > 0.0f;
+          swiglu_experts<> experts(1, 1, 1, {.activation = kind, .limit = limit});
+          const matrix_view<const float> gate(&g, gated ? 1 : 0, 1), up(&u, 1, 1);
+          if (gated) experts.set_gate(0, gate);
+          experts.set_up(0, up);
+          experts.set_down(0, x);
+          float y = 0.0f, dx = 0.0f, dg = 0.0f, du = 0.0f, dd = 0.0f;
+          std::vector<float> memory(static_cast<std::size_t>(experts.scratch_floats()));
+          experts(0, x, matrix_view<float>(&y, 1, 1), memory.data());
+          const swiglu_backward<> back(
+              experts, {gate, up, x},
+              {{&dg, gate.rows, 1}, matrix_view<float>(&du, 1, 1), matrix_view<float>(&dd, 1, 1)});
+          memory.resize(static_cast<std::size_t>(back.scratch_floats()));
+          back(0, x, x, matrix_view<float>(&dx, 1, 1), memory.data());
+          const double gd = bounded && g > limit ? 2.0 : static_cast<double>(g),
+                       ud = bounded && u > limit            ? 2.0
+                            : bounded && gated && u < -2.0f ? -2.0
+                                                            : static_cast<double>(u);
+          const double s = 1.0 / (1.0 + std::exp(-gd)), positive = ud < 0.0 ? 0.0 : ud;
+          const bool held_gate = bounded && g > limit,
+                     held_up = bounded && (u > limit || (gated && u < -limit));
+          const double value = gated ? gd * s * ud : positive * positive;
+          wrong += !same(y, value) || !same(dd, value);
+          wrong += gated && !same(dg, held_gate ? 0.0 : ud * (s + gd * s * (1.0 - s)));
+          wrong += !same(du, held_up ? 0.0 : gated ? gd * s : 2.0 * positive);
+        }
+  CHECK(wrong == 0);
 }
 
 }  // namespace swiglu_options_test

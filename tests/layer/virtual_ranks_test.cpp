@@ -889,11 +889,11 @@ TEST_CASE("virtual ranks refuse by name what does not fit") {
   rows up(20), down(20);
   std::vector<float> dweights(8);
   const auto back = [&](matrix_view<const float> dy, matrix_view<float> dx, std::size_t n = 8,
-                        bool inputs = false) {
+                        bool inputs = false, std::size_t ranks_given = 1, std::size_t given = 1) {
     const std::vector<rank_gradients> gradients{{dy, dx, std::span(dweights).first(n)}};
     return test::refusal([&] {
       (inputs ? on_input : alone)
-          .backward(one, gradients,
+          .backward(std::span(one).first(ranks_given), std::span(gradients).first(given),
                     [](index_t, expert_id, matrix_view<const float>, matrix_view<const float> dout,
                        matrix_view<float> din) {
                       for (index_t r = 0; r < din.rows; ++r)
@@ -904,6 +904,9 @@ TEST_CASE("virtual ranks refuse by name what does not fit") {
   const matrix_view<const float> dy(up.data(), 4, 4);
   const matrix_view<float> dx(down.data(), 4, 4);
   CHECK(back(dy, dx) == "accepted");
+  CHECK(back(dy, dx, 8, false, 0, 1) == "moeroute::virtual_ranks: ranks.size() is 0, expected 1");
+  CHECK(back(dy, dx, 8, false, 1, 0) ==
+        "moeroute::virtual_ranks: gradients.size() is 0, expected 1");
   CHECK(back(dy, dx, 7) == "moeroute::combine_backward: gradients.weights.size() is 7, expected 8");
   CHECK(back(dy, dx, 8, true) == "accepted");
   CHECK(back(dy, dx, 7, true) == "moeroute::exchange: dweights.size() is 7, expected 8");

@@ -389,6 +389,9 @@ TEST_CASE("a gate from a line of text has the bits of the one by type") {
     const run_time_gate<> made = make_gate(parse_spec("E=11 k=2 " + words), tensors);
     CHECK(made.columns() == g.columns());
     CHECK(made.d() == g.d());
+    index_t scratch_of_it = 0;
+    if constexpr (requires { g.scratch_floats(7); }) scratch_of_it = g.scratch_floats(7);
+    CHECK(made.scratch_floats(7) == scratch_of_it);
     CHECK(test::bit_difference(logits(made), logits(g)) == "");
   };
   static_assert(gate_function_with_scratch<run_time_gate<>>);
@@ -432,6 +435,32 @@ TEST_CASE("a gate from a line of text has the bits of the one by type") {
         "moeroute::make_gate: weight.rows is 11, expected 0");
   CHECK(refusal("gate=rms", {.weight = rows_of_w, .gamma = b}) ==
         "moeroute::make_gate: gamma.size() is 11, expected 37");
+  CHECK(test::refusal([] { make_gate(parse_spec("E=4 selection=soft"), {}); }) ==
+        "moeroute::make_gate: gate is that of a soft mixture, expected one with weights");
+  // What a kind of gate has no use for is refused as well; what may be left out is.
+  CHECK(refusal("", {.weight = rows_of_w, .gamma = gamma}) ==
+        "moeroute::make_gate: gamma.size() is 37, expected 0");
+  CHECK(refusal("", {.weight = rows_of_w, .first_bias = own}) ==
+        "moeroute::make_gate: first_bias.size() is 19, expected 0");
+  CHECK(refusal("", {.weight = rows_of_w, .first = rows_of_first}) ==
+        "moeroute::make_gate: first.rows is 19, expected 0");
+  CHECK(refusal("", {.weight = rows_of_w, .first = {first.data(), 0, 5}}) ==
+        "moeroute::make_gate: first.cols is 5, expected 0");
+  CHECK(refusal("", {.weight = {w.data(), gate_experts, 0}}) ==
+        "moeroute::make_gate: d is 0, expected 1 to 2147483648");
+  CHECK(refusal("gate=mlp gate_width=19 gate_d=36",
+                {.weight = rows_of_second, .first = rows_of_first}) ==
+        "moeroute::make_gate: first.cols is 37, expected 36");
+  CHECK(refusal("gate=mlp gate_width=19", {.weight = rows_of_w, .first = rows_of_first}) ==
+        "moeroute::make_gate: weight.cols is 37, expected 19");
+  CHECK(refusal("gate=codebook gate_width=19",
+                {.weight = {w.data(), 0, 5}, .first = rows_of_first}) ==
+        "moeroute::make_gate: weight.cols is 5, expected 0");
+  same("gate=rms gate_scale=0.25 gate_d=37", {.weight = rows_of_w},
+       rms_gate<>(rows_of_w, {{}, 0.25f, 1e-6f}));
+  same("gate=mlp gate_width=19 gate_d=37 gate_activation=relu",
+       {.weight = rows_of_second, .first = rows_of_first},
+       mlp_gate<>(packed(first, row_width, {}), packed(second, hidden, {})));
 }
 
 // --- backward ----------------------------------------------------------------------------------
@@ -1033,9 +1062,143 @@ TEST_CASE("whatever does not fit a gate is refused by its own name") {
   codes.update(at(x, n, width), code, 0.0f);
   CHECK(codes.code_rows()(0, 0) == 0.5f);
   CHECK(codes.code_rows()(1, 0) == 0.25f);
+  const low_rank_cosine_gate<> low(simd::packed_matrix<>(2, width), at(more, e, 2), 1.0f);
+  const mlp_gate<> deep(simd::packed_matrix<>(5, width), simd::packed_matrix<>(e, 5));
+  const mixing_gate<linear_gate<>> mixing(linear, 1.0f);
+  CHECK((low.rank() == 2 && low.scratch_floats(7) == 14 && gate_ref(low).scratch_floats(7) == 14));
+  CHECK((deep.hidden() == 5 && deep.scratch_floats(7) == 35 && codes.scratch_floats(7) == 21));
+  CHECK(mixing.scratch_floats(7) == 7 * (7 + 2 * width + e));
   const rms_input plain;
   CHECK((plain.scale == 1.0f && plain.eps == 1e-6f && plain.gamma.empty()));
   CHECK(mlp_gate_weights<float>{}.activation == gate_activation::relu);
   CHECK((gate_gradients<>{}.to == gradient_to::write &&
          mlp_gate_gradients<>{}.to == gradient_to::write));
+}
+
+TEST_CASE("rows have a direction down to a norm of 1e-12, below it they fade") {
+  const auto like = [](float a, float b) { return std::abs(a - b) <= 1e-5f * std::abs(b); };
+  floats x{2e-12f, 0, 0, 5e-13f, 0, 0}, w{1, 0, 0, 1}, z(6);
+  const matrix_view<float> out(z.data(), 3, 2);
+  cosine_gate(as_rows(x, 2), simd::packed_matrix<>(as_rows(w, 2)), 4.0f, out);
+  CHECK((like(z[0], 4.0f) && z[1] == 0.0f && z[2] == 0.0f && like(z[3], 2.0f)));
+  const scaled_cosine_gate<> g(as_rows(x, 2).middle_rows(0, 2), 0.25f);
+  gate(as_rows(w, 2), g, out.middle_rows(0, 2));
+  CHECK((like(z[0], 4.0f) && z[1] == 0.0f && z[2] == 0.0f && like(z[3], 2.0f)));
+  CHECK(g.temperature() == 0.25f);
+  floats unit = x;
+  unit_rows(test::into_rows(unit, 2));
+  CHECK((like(unit[0], 1.0f) && like(unit[3], 0.5f) && unit[4] == 0.0f));
+  // What turns a row is across it; there is nothing below the least norm.
+  floats du{3, 3, 3, 3, 3, 3}, dv(6, 7.0f);
+  unit_rows_backward(as_rows(x, 2), as_rows(du, 2), gradient_to::write, test::into_rows(dv, 2));
+  CHECK((std::abs(dv[0]) < 1e6f && like(dv[1], 1.5e12f)));
+  CHECK(std::all_of(dv.begin() + 2, dv.end(), [](float v) { return v == 0.0f; }));
+  floats dz{0, 1, 1, 0, 0, 0}, dw(4, 7.0f);
+  workspace ws;
+  cosine_gate_backward(as_rows(x, 2), as_rows(w, 2), 4.0f, as_rows(dz, 2),
+                       gate_gradients<float>{.weight = test::into_rows(dw, 2)}, ws);
+  CHECK((dw[0] == 0.0f && like(dw[1], 2.0f) && like(dw[2], 4.0f) && std::abs(dw[3]) < 1e-5f));
+}
+
+TEST_CASE("each gradient of a gate that is wanted alone has the bits of all; nowhere is nowhere") {
+  constexpr index_t n = 18, d = 9, e = 5, h = 4, c = 11;
+  const floats x = random_floats(n * d, 1), w = random_floats(c * d, 2),
+               dz = random_floats(n * e, 3), two = random_floats(e * h, 4),
+               up = random_floats(n, 5), half(n, 0.5f);
+  const auto of_x = as_rows(x, d), of_w = as_rows(w, d), of_dz = as_rows(dz, e);
+  workspace ws;
+  float dscale = 7.0f;
+  const auto whole = [&](index_t rows, bool has_bias, auto&& call) {
+    const auto made = [&](int wanted, gradient_to to) {
+      std::vector<floats> out{floats(n * d, 7.0f), floats(static_cast<std::size_t>(rows * d), 7.0f),
+                              floats(static_cast<std::size_t>(rows), 7.0f)};
+      gate_gradients<float> g{.to = to};
+      if (wanted == 0 || wanted == 3) g.x = test::into_rows(out[0], d);
+      if (wanted == 1 || wanted == 3) g.weight = test::into_rows(out[1], d);
+      if ((wanted == 2 || wanted == 3) && has_bias) g.bias = out[2];
+      call(g);
+      return out;
+    };
+    const std::vector<floats> none = made(4, gradient_to::write), all = made(3, gradient_to::write);
+    for (std::size_t j = 0; j < 3; ++j) {
+      CHECK((all[j] != none[j]) == (j < 2 || has_bias));
+      const std::vector<floats> one = made(static_cast<int>(j), gradient_to::write);
+      for (std::size_t i = 0; i < 3; ++i) CHECK(one[i] == (i == j ? all[i] : none[i]));
+    }
+    const float before = dscale;
+    CHECK(made(3, gradient_to::nowhere) == none);
+    CHECK(dscale == before);
+  };
+  whole(e, true, [&](const gate_gradients<float>& g) {
+    gate_backward(of_x, of_w.middle_rows(0, e), of_dz, g);
+  });
+  whole(e, false, [&](const gate_gradients<float>& g) {
+    cosine_gate_backward(of_x, of_w.middle_rows(0, e), 2.0f, of_dz, g, ws, serial{}, &dscale);
+  });
+  whole(1, true, [&](const gate_gradients<float>& g) {
+    shared_gate_backward(of_x, of_w.middle_rows(0, 1), 0.75f, half, up, g, ws);
+  });
+  whole(e, true, [&](const gate_gradients<float>& g) {
+    rms_gate_backward(of_x, of_w.middle_rows(0, e), {}, of_dz, g, ws);
+  });
+  whole(c, false,
+        [&](const gate_gradients<float>& g) { codebook_gate_backward(of_x, of_w, of_dz, g, ws); });
+  const auto deep = [&](bool of_input, gradient_to to) {
+    floats dx(n * d, 7.0f), first(h * d, 7.0f), second(e * h, 7.0f), b1(h, 7.0f), b2(e, 7.0f);
+    mlp_gate_gradients<float> g{.to = to};
+    if (of_input) g.x = test::into_rows(dx, d);
+    if (!of_input || to == gradient_to::nowhere)
+      g.first = test::into_rows(first, d), g.first_bias = b1, g.second = test::into_rows(second, h),
+      g.second_bias = b2;
+    mlp_gate_backward(
+        of_x, mlp_gate_weights<float>{.first = of_w.middle_rows(0, h), .second = as_rows(two, h)},
+        of_dz, g, ws);
+    const auto same = [](const floats& list) { return list == floats(list.size(), 7.0f); };
+    return std::vector<bool>{same(dx), same(first), same(second), same(b1), same(b2)};
+  };
+  CHECK(deep(true, gradient_to::write) == std::vector<bool>{false, true, true, true, true});
+  CHECK(deep(false, gradient_to::write) == std::vector<bool>{true, false, false, false, false});
+  CHECK(deep(true, gradient_to::nowhere) == std::vector<bool>(5, true));
+  // A mixing gate's decisions are pulled without its tokens too; +inf is all there is, NaN nothing.
+  const auto mixed = [&](const floats& z, gradient_to to, bool of_input) {
+    floats dx(n * d, 7.0f), inner(n * e, 7.0f);
+    mixing_gate_backward<float>(of_x, as_rows(z, e), 1.5f, of_dz, to,
+                                of_input ? test::into_rows(dx, d) : matrix_view<float>{},
+                                test::into_rows(inner, e), ws);
+    inner.insert(inner.end(), dx.begin(), dx.end());
+    return inner;
+  };
+  floats z = random_floats(n * e, 6), known = z;
+  floats pulled = mixed(z, gradient_to::write, true), alone = mixed(z, gradient_to::write, false);
+  CHECK(std::equal(pulled.begin(), pulled.begin() + n * e, alone.begin()));
+  CHECK(std::count(alone.begin(), alone.end(), 7.0f) == n * d);
+  CHECK(mixed(z, gradient_to::nowhere, true) == floats(n * (d + e), 7.0f));
+  z[0] = z[3] = HUGE_VALF, known[0] = known[3] = 60.0f;
+  z[6] = std::nanf(""), known[6] = -200.0f;
+  known[1] = known[2] = known[4] = -200.0f;
+  CHECK(test::difference(mixed(z, gradient_to::write, true), mixed(known, gradient_to::write, true),
+                         1e-6, 1e-6) == "");
+}
+
+TEST_CASE("a shared expert's weight is scale sigmoid(x w), and without a scale it pulls nothing") {
+  constexpr index_t n = 19, d = 21;
+  const floats x = random_floats(n * d, 1), w = random_floats(d, 2, 0.3f), up = random_floats(n, 3);
+  floats made(n), dx(n * d, 7.0f);
+  std::vector<double> expected(n), slope(n * d);
+  shared_gate(as_rows(x, d), simd::packed_matrix<>(as_rows(w, d)), 1.5f, made);
+  for (index_t t = 0; t < n; ++t) {
+    const auto at = static_cast<std::size_t>(t);
+    const double s = 1.0 / (1.0 + std::exp(-dot(wide(x, d), t, wide(w, d), 0)));
+    expected[at] = 1.5 * s;
+    for (std::size_t i = 0; i < d; ++i)
+      slope[at * d + i] = double{up[at]} * 1.5 * s * (1.0 - s) * double{w[i]};
+  }
+  CHECK(test::difference(made, expected, 1e-5) == "");
+  workspace ws;
+  for (const float scale : {1.5f, 0.0f}) {
+    shared_gate_backward(as_rows(x, d), as_rows(w, d), scale, made, up,
+                         gate_gradients<float>{.x = test::into_rows(dx, d)}, ws);
+    if (scale != 0.0f) CHECK(test::difference(dx, slope, 1e-5, 1e-5) == "");
+  }
+  CHECK(dx == floats(n * d, 0.0f));
 }

@@ -238,3 +238,68 @@ TEST_CASE("gradients of a mixture that do not fit, or share memory, are refused 
   CHECK(unit(3) == "accepted");
   CHECK(unit(3, 1) == "accepted");
 }
+
+TEST_CASE("every size of a soft plan's gradients has its name; what is nowhere is left alone") {
+  // [S, T] = [4, 3]: dispatch, combine, ddispatch, dcombine, dlogits, in memory of their own.
+  std::vector<doubles> own(5, doubles(20, 0.5));
+  workspace ws;
+  const auto planned = [&](std::size_t wrong, index_t more_rows, index_t more_cols,
+                           gradient_to to = gradient_to::write, std::size_t into = 4) {
+    const auto at = [&](std::size_t i, std::size_t memory, index_t n, index_t cols) {
+      return matrix_view<double>(own[memory].data(), n + (i == wrong ? more_rows : 0),
+                                 cols + (i == wrong ? more_cols : 0));
+    };
+    return test::refusal([&] {
+      plan_soft_backward(at(0, 0, 4, 3), at(1, 1, 3, 4), at(2, 2, 4, 3), at(3, 3, 3, 4), to,
+                         at(4, into, 3, 4), ws);
+    });
+  };
+  const std::string where = "moeroute::plan_soft_backward: ";
+  const char* const names[] = {"dispatch", "combine", "ddispatch", "dcombine", "dlogits"};
+  for (const std::size_t i : {0u, 2u, 3u, 4u}) {
+    const bool turned_one = i == 0 || i == 2;
+    CHECK(planned(i, 1, 0) ==
+          where + names[i] + ".rows() is " + (turned_one ? "5, expected 4" : "4, expected 3"));
+    CHECK(planned(i, 0, 1) ==
+          where + names[i] + ".cols() is " + (turned_one ? "4, expected 3" : "5, expected 4"));
+    if (i < 4)
+      CHECK(planned(5, 0, 0, gradient_to::write, i) ==
+            where + "dlogits and " + names[i] + " overlap, expected memory of their own");
+  }
+  CHECK(planned(0, 1, 0, gradient_to::nowhere) == "accepted");
+  CHECK(own[4] == doubles(20, 0.5));
+  // A product's gradients, both, one or none of them.
+  doubles weight(6), from(8), dout(12);
+  for (std::size_t i = 0; i < 12; ++i) {
+    const auto v = static_cast<double>(i);
+    dout[i] = v - 5.0;
+    if (i < 6) weight[i] = 2.0 - v;
+    if (i < 8) from[i] = v * v;
+  }
+  const auto mixed = [&](bool of_weight, bool of_rows, gradient_to to) {
+    doubles dweight(6, 7.0), drows(8, 7.0);
+    mix_backward(rows(weight, 3), rows(from, 2), matrix_view<const double>(dout.data(), 3, 4),
+                 of_weight ? rows(dweight, 3) : matrix_view<double>{}, to,
+                 of_rows ? rows(drows, 2) : matrix_view<double>{});
+    dweight.insert(dweight.end(), drows.begin(), drows.end());
+    return dweight;
+  };
+  doubles expected(14, 0.0);
+  for (std::size_t r = 0; r < 3; ++r)
+    for (std::size_t i = 0; i < 2; ++i)
+      for (std::size_t c = 0; c < 4; ++c) {
+        expected[r * 2 + i] += dout[r * 4 + c] * from[i * 4 + c];
+        expected[6 + i * 4 + c] += weight[r * 2 + i] * dout[r * 4 + c];
+      }
+  const doubles all = mixed(true, true, gradient_to::write);
+  CHECK(all == expected);
+  for (const bool of_weight : {false, true})
+    for (const bool of_rows : {false, true}) {
+      doubles one = all;
+      if (!of_weight) std::fill_n(one.begin(), 6, 7.0);
+      if (!of_rows) std::fill_n(one.begin() + 6, 8, 7.0);
+      CHECK(mixed(of_weight, of_rows, gradient_to::write) == one);
+      std::fill_n(one.begin() + 6, 8, 7.0);
+      CHECK(mixed(of_weight, of_rows, gradient_to::nowhere) == one);
+    }
+}
